@@ -1,0 +1,121 @@
+"""What crosses between the front end and the API: the request as a route sees it, and the reply it gives back.
+
+The protocols are defined here and implemented in `ovserve.front`, so that the API never sees a socket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ovserve.deadline import Deadline
+from ovserve.dispatch.spool import Blob
+
+__all__ = ["Exchange", "FileReply", "Form", "JsonReply", "Reply", "StreamReply", "Upload"]
+
+
+class Upload(Protocol):
+    """One uploaded file, whole, in a spool segment until the exchange ends."""
+
+    @property
+    def name(self) -> str:
+        """The field's name as the client wrote it, e.g. `image[]`."""
+
+    @property
+    def filename(self) -> str | None:
+        """What the client calls it; for messages only, never a path."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def blob(self) -> Blob:
+        """Where its bytes lie, for a worker."""
+
+    def view(self) -> memoryview:
+        """Its bytes. Valid until the exchange ends; the caller releases what it slices."""
+
+
+class Form(Protocol):
+    """The fields and uploads of one request body, multipart or JSON, in the order of the body."""
+
+    @property
+    def fields(self) -> Sequence[tuple[str, Any]]:
+        """(name, value) as they came: text for multipart, any JSON value for JSON. Names keep their brackets."""
+
+    @property
+    def uploads(self) -> Sequence[Upload]:
+        """The file parts, or the data URLs of a JSON body under the names `images[k]` and `mask`."""
+
+    @property
+    def is_json(self) -> bool:
+        """Whether values have JSON types, so that text is not read as a number."""
+
+
+class Exchange(Protocol):
+    """One request, as a route sees it. Lives in one handler thread."""
+
+    @property
+    def id(self) -> str:
+        """The request id: in x-request-id, in the log, in the job."""
+
+    @property
+    def method(self) -> str:
+        """GET, HEAD, POST, ..."""
+
+    @property
+    def path(self) -> str:
+        """The path of the target, percent-decoded once."""
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        """The query's fields, the first of each name."""
+
+    @property
+    def client(self) -> str:
+        """Whom to count it for: an API key's fingerprint, else the address."""
+
+    @property
+    def address(self) -> str:
+        """The peer's address."""
+
+    def header(self, name: str) -> str | None:
+        """A request field by its lower-case name; lines of one name joined by `, `."""
+
+    def read_form(self) -> Form:
+        """Read the body. Raises ApiError (4xx, spool_full) and ClientGone; the form ends with the exchange."""
+
+    def wait(self, descriptor: int, deadline: Deadline) -> bool:
+        """Wait until `descriptor` is readable; False at the deadline. Raises ClientGone as soon as the client closes."""
+
+
+@dataclass(frozen=True, slots=True)
+class JsonReply:
+    """A JSON document. `chunks` carries it in pieces that are written one after another: pictures are never joined up."""
+
+    chunks: Sequence[bytes | memoryview]
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamReply:
+    """Server-sent events: each item is one block of whole lines, written and flushed at once. The iterator is always closed."""
+
+    events: Iterator[bytes]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FileReply:
+    """Bytes of one media type, e.g. a stored picture, a metrics page."""
+
+    content: bytes | memoryview
+    media_type: str
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Reply = JsonReply | StreamReply | FileReply

@@ -1,0 +1,505 @@
+"""Each option once: name, type, default, unit, text and the reason for its value.
+
+Flags (`--max_body_bytes`, also `--max-body-bytes`), the environment (`OVSERVE_MAX_BODY_BYTES`), the TOML file and the
+reference page are all made from the two tables below, `Settings` (the server) and `ModelSettings` (one `[[model]]`).
+Precedence: flag, then environment, then file, then default. Nothing reads the environment at import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ovserve.errors import SettingsError
+
+__all__ = [
+    "ENVIRONMENT_PREFIX",
+    "ModelSettings",
+    "Option",
+    "Resolution",
+    "Settings",
+    "load_settings",
+    "options_of",
+]
+
+ENVIRONMENT_PREFIX = "OVSERVE_"
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What is known of one option beside its name and default.
+
+    Attributes:
+        text: what it does, one sentence for the reference page.
+        reason: why the default is what it is; empty where it speaks for itself.
+        unit: the unit in words, empty for names and switches.
+        low, high: inclusive bounds of a number.
+        choices: the only values, for a name.
+        aliases: other spellings of the flag (the reference server's).
+    """
+
+    text: str
+    reason: str = ""
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """A width and a height in pixels, written `WxH`."""
+
+    width: int
+    height: int
+
+    @classmethod
+    def parse(cls, text: str) -> Resolution:
+        """`512x256` to a resolution. Raises ValueError."""
+        match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+        if not match:
+            raise ValueError("expected WxH in pixels, such as 512x512")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+def _option(default: Any, text: str, **known: Any) -> Any:
+    return field(default=default, metadata={"option": Option(text, **known)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """One served model: a `[[model]]` table, or the flags for the only one. None = what the model itself declares."""
+
+    name: str = _option("", "Name that clients put into `model`; empty: the directory's name.", aliases=("model_name",))
+    path: Path | None = _option(
+        None,
+        "Directory in the diffusers layout with OpenVINO IR files; none: the built-in model.",
+        aliases=("model_path",),
+    )
+    device: str = _option(
+        "CPU", "OpenVINO device, or three of them by spaces: text encoder, denoiser, VAE.", aliases=("target_device",)
+    )
+    engine: str = _option("auto", "Denoising engine.", choices=("auto", "genai", "stepwise"))
+    replicas: int = _option(
+        1,
+        "Worker processes for this model.",
+        low=1,
+        high=64,
+        reason="a second one costs a second copy of the repacked weights",
+    )
+    queue_limit: int = _option(
+        64,
+        "Jobs that may wait for this model; beyond: 429.",
+        low=1,
+        high=100_000,
+        unit="jobs",
+        reason="a minute of work for a small model, hours for a large one: nobody waits longer",
+    )
+    cache_dir: Path | None = _option(None, "Directory for compiled models; none: no cache.")
+    plugin_config: str = _option("", "Further OpenVINO properties as one JSON object.")
+    threads: int = _option(
+        0, "CPU threads for one inference request; 0: chosen at warm-up.", low=0, high=1024, unit="threads"
+    )
+    streams: int = _option(
+        0, "Inference requests that run side by side on a CPU; 0: chosen at warm-up.", low=0, high=256
+    )
+    max_batch: int = _option(
+        0, "Most pictures denoised in one call; 0: chosen at warm-up.", low=0, high=256, unit="pictures"
+    )
+    default_resolution: Resolution | None = _option(None, "Size of the result when the request names none.", unit="WxH")
+    max_resolution: Resolution = _option(Resolution(4096, 4096), "Largest size of a result, each side.", unit="WxH")
+    max_num_images_per_prompt: int = _option(
+        10, "Most pictures for one request.", low=1, high=64, unit="pictures", reason="OpenAI's own limit"
+    )
+    default_num_inference_steps: int | None = _option(
+        None, "Denoising steps when the request names none.", low=1, high=1000, unit="steps"
+    )
+    max_num_inference_steps: int = _option(100, "Most denoising steps for one request.", low=1, high=1000, unit="steps")
+    default_guidance_scale: float | None = _option(None, "Guidance scale when the request names none.", low=0, high=100)
+    max_guidance_scale: float = _option(50.0, "Largest guidance scale.", low=0, high=1000)
+    default_strength: float | None = _option(
+        None, "Strength of an edit without a mask when the request names none.", low=0, high=1
+    )
+    min_strength: float = _option(0.0, "Smallest strength.", low=0, high=1)
+    max_strength: float = _option(1.0, "Largest strength.", low=0, high=1)
+    memory_limit_bytes: int = _option(
+        0, "Resident memory at which a worker is ended; 0: three quarters of the machine's.", low=0, unit="bytes"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The server."""
+
+    host: str = _option(
+        "127.0.0.1",
+        "Address to listen on.",
+        aliases=("rest_bind_address",),
+        reason="nothing is open to the network unless asked",
+    )
+    port: int = _option(8000, "Port to listen on; 0: any free one.", low=0, high=65535, aliases=("rest_port",))
+    models: tuple[ModelSettings, ...] = ()
+    default_model: str = _option("", "Model used when a request names none; empty: the only one there is.")
+    log_level: str = _option("info", "Least level that is logged.", choices=("debug", "info", "warning", "error"))
+    log_format: str = _option("text", "Form of the log lines.", choices=("text", "json"))
+    allowed_origins: str = _option("*", "Value of Access-Control-Allow-Origin; empty: no CORS fields.")
+
+    # What strangers can make grow.
+    max_connections: int = _option(
+        512,
+        "Connections served at once; beyond: 503, health still answers.",
+        low=1,
+        high=100_000,
+        unit="connections",
+        reason="each holds one thread",
+    )
+    backlog: int = _option(
+        512, "Connections the kernel may hold before they are accepted.", low=1, high=65535, unit="connections"
+    )
+    max_request_line_bytes: int = _option(
+        8192,
+        "Longest request line.",
+        low=64,
+        high=1 * MIB,
+        unit="bytes",
+        reason="RFC 9112 section 3 recommends at least 8000",
+    )
+    max_field_line_bytes: int = _option(16384, "Longest field line.", low=64, high=1 * MIB, unit="bytes")
+    max_head_bytes: int = _option(65536, "Longest head, all lines together.", low=128, high=16 * MIB, unit="bytes")
+    max_fields: int = _option(100, "Most field lines in a head or a trailer section.", low=1, high=10_000, unit="lines")
+    max_body_bytes: int = _option(
+        256 * MIB,
+        "Largest request body.",
+        low=1,
+        high=64 * 1024 * MIB,
+        unit="bytes",
+        reason="sixteen images of ordinary size; OpenAI allows 50 MB for each",
+    )
+    max_parts: int = _option(
+        128,
+        "Most parts in a form.",
+        low=1,
+        high=100_000,
+        unit="parts",
+        reason="sixteen images, every field once, and room for lists",
+    )
+    max_part_head_bytes: int = _option(8192, "Longest head of one part.", low=128, high=1 * MIB, unit="bytes")
+    max_text_field_bytes: int = _option(
+        256 * 1024,
+        "Longest text field.",
+        low=1,
+        high=64 * MIB,
+        unit="bytes",
+        reason="32000 characters of prompt, at most 4 bytes each",
+    )
+    max_images: int = _option(
+        16, "Most images in one request.", low=1, high=1000, unit="images", reason="OpenAI's own limit"
+    )
+    max_framing_overhead_bytes: int = _option(
+        65536,
+        "How far the framing of a chunked body may outweigh its content.",
+        low=1024,
+        high=64 * MIB,
+        unit="bytes",
+        reason="a body in one-byte chunks costs minutes of interpreter time",
+    )
+    max_image_pixels: int = _option(
+        50_000_000,
+        "Most pixels of an uploaded image, by its header.",
+        low=1,
+        high=2_000_000_000,
+        unit="pixels",
+        reason="a phone's picture; 200 MB once decoded",
+    )
+    max_image_side_px: int = _option(16384, "Longest side of an uploaded image.", low=1, high=65535, unit="pixels")
+
+    # Time.
+    head_timeout_s: float = _option(
+        10.0, "From a request's first byte to the end of its head.", low=0.1, high=3600, unit="seconds"
+    )
+    idle_timeout_s: float = _option(
+        75.0,
+        "Silence allowed between requests on a connection.",
+        low=0.1,
+        high=86400,
+        unit="seconds",
+        reason="longer than a proxy's usual 60, so that the proxy closes first",
+    )
+    min_body_bytes_per_s: int = _option(
+        1024,
+        "Least rate of a request body, after a grace of `body_grace_s`.",
+        low=0,
+        high=1024 * MIB,
+        unit="bytes per second",
+    )
+    body_grace_s: float = _option(
+        10.0, "Seconds before the least rate of a body is asked for.", low=0.1, high=3600, unit="seconds"
+    )
+    write_timeout_s: float = _option(
+        60.0, "Longest standstill while an answer is written.", low=0.1, high=3600, unit="seconds"
+    )
+    linger_bytes: int = _option(
+        4 * MIB,
+        "Bytes of a refused body that are read and dropped so that the answer arrives.",
+        low=0,
+        high=1024 * MIB,
+        unit="bytes",
+    )
+    linger_s: float = _option(2.0, "Time for the same.", low=0, high=60, unit="seconds")
+    default_timeout_s: float = _option(
+        600.0,
+        "Deadline of a job when the request names none.",
+        low=0.1,
+        high=86400,
+        unit="seconds",
+        reason="the official clients give up after 600",
+    )
+    max_timeout_s: float = _option(
+        3600.0, "Longest deadline a request may ask for.", low=0.1, high=86400, unit="seconds"
+    )
+    grace_period_s: float = _option(30.0, "Time for jobs in flight after SIGTERM.", low=0, high=86400, unit="seconds")
+
+    # Spool.
+    spool_dir: Path | None = _option(
+        None,
+        "Directory for uploads and results in flight; none: /dev/shm.",
+        reason="tmpfs: bytes that live for seconds need no disk",
+    )
+    spool_bytes: int = _option(
+        2048 * MIB,
+        "Most bytes of spool segments at once; beyond: 503.",
+        low=1 * MIB,
+        high=1024 * 1024 * MIB,
+        unit="bytes",
+    )
+    spool_fallback_dir: Path | None = _option(None, "Directory used when the first has no room; none: 503 at once.")
+
+    # Workers.
+    load_timeout_s: float = _option(
+        900.0,
+        "Longest silence of a worker that reads and compiles its model.",
+        low=1,
+        high=86400,
+        unit="seconds",
+        reason="a first GPU compilation can take minutes",
+    )
+    hang_limit_s: float = _option(
+        60.0,
+        "Longest silence of a worker at work, before measured times allow more.",
+        low=1,
+        high=86400,
+        unit="seconds",
+        reason="one native call may rightly last 20 s",
+    )
+    idle_hang_limit_s: float = _option(
+        10.0, "Longest silence of a worker without work.", low=1, high=3600, unit="seconds"
+    )
+    terminate_timeout_s: float = _option(5.0, "From SIGTERM to SIGKILL.", low=0.1, high=600, unit="seconds")
+    restart_delay_s: float = _option(
+        0.2, "Delay before the first restart of a worker; doubles each time.", low=0, high=60, unit="seconds"
+    )
+    max_restart_delay_s: float = _option(30.0, "Longest delay between restarts.", low=0.1, high=3600, unit="seconds")
+    crash_loop_limit: int = _option(
+        5, "Deaths in a row, without a finished job, that declare a model failed.", low=1, high=1000, unit="deaths"
+    )
+    failed_retry_s: float = _option(
+        300.0, "Delay between attempts with a failed model.", low=1, high=86400, unit="seconds"
+    )
+
+
+_FLAG = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def options_of(table: type) -> dict[str, tuple[dataclasses.Field[Any], Option]]:
+    """The options of `Settings` or `ModelSettings` by name, in the order of the table."""
+    return {f.name: (f, f.metadata["option"]) for f in dataclasses.fields(table) if "option" in f.metadata}
+
+
+def _parse_text(kind: str, text: str) -> Any:
+    """One value from a flag or the environment, by the annotation of its option. Raises ValueError."""
+    base = kind.removesuffix(" | None")
+    if base != kind and text in ("", "none"):
+        return None
+    parsers: dict[str, Callable[[str], Any]] = {
+        "str": str,
+        "int": lambda t: int(t, 10),
+        "float": float,
+        "Path": Path,
+        "Resolution": Resolution.parse,
+    }
+    return parsers[base](text)
+
+
+def _from_toml(kind: str, value: object) -> Any:
+    """One value from the file, by the annotation of its option. Raises ValueError."""
+    base = kind.removesuffix(" | None")
+    if base in ("str", "Path", "Resolution"):
+        if not isinstance(value, str):
+            raise ValueError("expected a string")
+        return _parse_text(kind, value)
+    if isinstance(value, bool) or not isinstance(value, int if base == "int" else int | float):
+        raise ValueError("expected a whole number" if base == "int" else "expected a number")
+    return int(value) if base == "int" else float(value)
+
+
+def _check(value: Any, option: Option) -> None:
+    """Raise ValueError unless the value obeys its option's bounds."""
+    if value is None:
+        return
+    if option.choices and value not in option.choices:
+        raise ValueError(f"expected one of {', '.join(option.choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    unit = f" {option.unit}" if option.unit else ""
+    if option.low is not None and value < option.low:
+        raise ValueError(f"must be at least {option.low:g}{unit}")
+    if option.high is not None and value > option.high:
+        raise ValueError(f"must be at most {option.high:g}{unit}")
+
+
+def _gather(table: type, sources: list[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Values by option name from (where, mapping) sources, the first that has one wins. Raises SettingsError."""
+    found: dict[str, Any] = {}
+    for name, (entry, option) in options_of(table).items():
+        for where, mapping in sources:
+            keys = [key for key in (name, *option.aliases) if key in mapping]
+            if len(keys) > 1:
+                raise SettingsError(f"{where}: {keys[0]} and {keys[1]} are two names of one option: give one")
+            if not keys:
+                continue
+            raw = mapping[keys[0]]
+            try:
+                kind = str(entry.type)
+                value = _parse_text(kind, raw) if where != "file" else _from_toml(kind, raw)
+                _check(value, option)
+            except ValueError as error:
+                spelled = {"flag": f"--{keys[0]}", "environment": f"{ENVIRONMENT_PREFIX}{keys[0].upper()}"}
+                told = (
+                    str(error)
+                    if "invalid literal" not in str(error) and "could not" not in str(error)
+                    else "not a number"
+                )
+                raise SettingsError(f"{spelled.get(where, keys[0])}={raw!s}: {told}") from None
+            found[name] = value
+            break
+    return found
+
+
+def _check_names(table: type, mapping: Mapping[str, Any], where: str) -> None:
+    known = {key for name, (_, option) in options_of(table).items() for key in (name, *option.aliases)}
+    for name in mapping:
+        if name not in known:
+            raise SettingsError(f"{where}: unknown option {name!r}")
+
+
+def _model_name(model: ModelSettings) -> ModelSettings:
+    if model.name:
+        return model
+    name = model.path.resolve().name if model.path else "ovserve-builtin"
+    return dataclasses.replace(model, name=name)
+
+
+def _check_model(model: ModelSettings) -> None:
+    """Rules between options of one model. Raises SettingsError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,127}", model.name):
+        raise SettingsError(f"model name {model.name!r}: letters, digits and ._/:@- only, at most 128")
+    if model.min_strength > model.max_strength:
+        raise SettingsError(f"model {model.name}: min_strength is above max_strength")
+    if model.default_strength is not None and not model.min_strength <= model.default_strength <= model.max_strength:
+        raise SettingsError(f"model {model.name}: default_strength is outside min_strength..max_strength")
+    steps = model.default_num_inference_steps
+    if steps is not None and steps > model.max_num_inference_steps:
+        raise SettingsError(f"model {model.name}: default_num_inference_steps is above max_num_inference_steps")
+    guidance = model.default_guidance_scale
+    if guidance is not None and guidance > model.max_guidance_scale:
+        raise SettingsError(f"model {model.name}: default_guidance_scale is above max_guidance_scale")
+    size = model.default_resolution
+    if size and (size.width > model.max_resolution.width or size.height > model.max_resolution.height):
+        raise SettingsError(
+            f"model {model.name}: default_resolution {size} is above max_resolution {model.max_resolution}"
+        )
+    if len(model.device.split()) not in (1, 3):
+        raise SettingsError(f"model {model.name}: device: expected one device, or three: text encoder, denoiser, VAE")
+    if model.plugin_config:
+        try:
+            if not isinstance(json.loads(model.plugin_config), dict):
+                raise SettingsError(f"model {model.name}: plugin_config: expected a JSON object")
+        except json.JSONDecodeError as error:
+            raise SettingsError(f"model {model.name}: plugin_config: {error}") from None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        raise SettingsError(f"--config {path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"--config {path}: {error}") from None
+
+
+def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], config: Path | None = None) -> Settings:
+    """Make the settings from flags (`{"max_body_bytes": "1000"}`), the environment and a TOML file.
+
+    The options of a model given as flags or in the environment describe the only model; with `[[model]]` tables in the file
+    they are refused, for it would be unclear which one they mean.
+
+    Raises:
+        SettingsError: an unknown option, a wrong value, or options that contradict one another.
+    """
+    own = {
+        key.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for key, value in environment.items()
+        if key.startswith(ENVIRONMENT_PREFIX)
+    }
+    own.pop("config", None)
+    server_names = {key for name, (_, option) in options_of(Settings).items() for key in (name, *option.aliases)}
+    if stray := [key for key in own if not _FLAG.fullmatch(key)]:
+        raise SettingsError(f"environment: unknown option {ENVIRONMENT_PREFIX}{stray[0].upper()}")
+    split: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
+    for where, mapping in (("flag", flags), ("environment", own)):
+        server = {key: value for key, value in mapping.items() if key in server_names}
+        only_model = {key: value for key, value in mapping.items() if key not in server_names}
+        _check_names(ModelSettings, only_model, where)
+        split[where] = (server, only_model)
+    document = _read_file(config) if config else {}
+    tables = document.pop("model", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise SettingsError("file: write each model as a [[model]] table")
+    _check_names(Settings, document, "file")
+    loose = split["flag"][1] or split["environment"][1]
+    if tables and loose:
+        raise SettingsError(
+            f"{next(iter(loose))!r} was given beside [[model]] tables: put it into the table it is meant for"
+        )
+    if tables:
+        for table in tables:
+            _check_names(ModelSettings, table, "file: [[model]]")
+        models = [ModelSettings(**_gather(ModelSettings, [("file", table)])) for table in tables]
+    else:
+        models = [ModelSettings(**_gather(ModelSettings, [(where, split[where][1]) for where in split]))]
+    models = [_model_name(model) for model in models]
+    for model in models:
+        _check_model(model)
+    names = [model.name for model in models]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SettingsError(f"two models are called {twice[0]!r}")
+    values = _gather(Settings, [*((where, split[where][0]) for where in split), ("file", document)])
+    settings = Settings(**values, models=tuple(models))
+    if settings.default_model and settings.default_model not in names:
+        raise SettingsError(f"default_model {settings.default_model!r} is none of the models: {', '.join(names)}")
+    if settings.default_timeout_s > settings.max_timeout_s:
+        raise SettingsError("default_timeout_s is above max_timeout_s")
+    return settings

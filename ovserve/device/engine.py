@@ -1,0 +1,126 @@
+"""The Engine protocol: what the device loop asks of anything that denoises, and which engine a model gets.
+
+An engine is driven by one thread, the device thread, in turns. A turn is one bounded piece of work: one UNet call for every
+row in flight (`stepwise`), or one whole picture (`genai`). Between turns the device loop beats, lets new work in and drops
+what was cancelled. Work is one picture: a request for n pictures is n pieces of work with seeds s, s+1, ...
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovserve.config import ModelSettings
+from ovserve.errors import ApiError
+from ovserve.profile import ModelProfile
+
+__all__ = ["Engine", "Outcome", "Preview", "Work", "choose_engine"]
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One picture to denoise.
+
+    Attributes:
+        job, picture: which request, and which of its pictures.
+        mode: text2image, image2image, inpainting.
+        initial_image: uint8 (H, W, 3), RGB, already at width x height; None for text2image.
+        mask_image: uint8 (H, W), 255 = repaint, 0 = keep, already pooled so that no thin mask vanishes on the latent grid;
+            None unless inpainting.
+        width, height: working size, multiples of the profile's side_multiple_px.
+        strength: 1.0 for text2image.
+        scheduler: empty for the model's own.
+        alone: shares no call with other jobs.
+        previews: steps (1-based) after which `on_preview` wants an estimate of the final picture.
+        on_step: called after each step with (step, steps); may be called from another thread; must not raise.
+        on_preview: called with an estimate, off the critical path where the engine can.
+        cancelled: set when nobody wants the picture any more; the engine stops at the next step.
+    """
+
+    job: str
+    picture: int
+    mode: str
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    strength: float
+    seed: int
+    initial_image: Pixels | None = None
+    mask_image: Pixels | None = None
+    prompt_2: str = ""
+    prompt_3: str = ""
+    negative_prompt_2: str = ""
+    negative_prompt_3: str = ""
+    max_sequence_length: int = 0
+    scheduler: str = ""
+    shortcuts: str = ""
+    alone: bool = False
+    previews: frozenset[int] = frozenset()
+    on_step: Callable[[int, int], None] | None = None
+    on_preview: Callable[[Preview], None] | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """An estimate of the final picture after `step`: pixels uint8 (h, w, 3), RGB, possibly smaller than the result."""
+
+    step: int
+    pixels: Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a piece of work: pixels uint8 (H, W, 3), RGB; or an error; or neither, when it was cancelled."""
+
+    work: Work
+    pixels: Pixels | None = None
+    error: ApiError | None = None
+
+
+class Engine(Protocol):
+    """Anything that denoises. Every method but `count_tokens` runs in the device thread."""
+
+    name: str  # genai or stepwise
+    capacity: int  # pictures in flight at once; known after `load`
+    schedulers: frozenset[str]  # names a request may choose from
+
+    def load(self, beat: Callable[[str], None]) -> None:
+        """Read and compile the model, then make one real picture. `beat(phase)` is called as often as possible."""
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt, special tokens included, not truncated. Thread-safe; runs in the prepare thread."""
+
+    def cut_prompt(self, prompt: str) -> str:
+        """The longest beginning of a prompt, at a word boundary, that fits the window. Thread-safe."""
+
+    def admit(self, work: Work) -> None:
+        """Let a piece of work join at the next turn. Never called beyond `capacity`."""
+
+    def turn(self) -> Sequence[Outcome]:
+        """Do one bounded piece of work; what has ended with it. Empty and at once when there is nothing to do."""
+
+    def phase(self) -> str:
+        """What the next turn will do: idle, encode, denoise or decode; heartbeats are judged by it."""
+
+    def close(self) -> None:
+        """Release the device."""
+
+
+def choose_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[str, str]:
+    """Which engine a model gets, and why: `auto` takes the one that serves this family best.
+
+    Raises:
+        ModelError: the configured engine cannot serve this model.
+    """
+    raise NotImplementedError

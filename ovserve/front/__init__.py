@@ -1,0 +1,1 @@
+"""What strangers touch: bytes to requests and back."""

@@ -1,0 +1,61 @@
+"""Log lines for operators: one line each, UTC, plain text or JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+__all__ = ["configure_logs", "fields"]
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class _Text(logging.Formatter):
+    """`2026-01-02T03:04:05.678Z INFO dispatch.supervisor: message key=value`"""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        stamp = f"{moment}.{int(record.msecs):03d}Z"
+        extra = "".join(f" {key}={value}" for key, value in getattr(record, "fields", {}).items())
+        # A log line is one line whatever a client put into a name: no forged entries.
+        message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
+        line = f"{stamp} {record.levelname} {record.name.removeprefix('ovserve.')}: {message}{_flat(extra)}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class _Json(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, then the fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False, default=str)
+
+
+def _flat(text: str) -> str:
+    return text.replace("\r", "\\r").replace("\n", "\\n")
+
+
+def configure_logs(level: str, form: str) -> None:
+    """Send everything under `ovserve` to standard error. `level`: one of LEVELS; `form`: text or json."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json() if form == "json" else _Text())
+    logger = logging.getLogger("ovserve")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level.upper())
+    logger.propagate = False
+
+
+def fields(**values: object) -> dict[str, dict[str, object]]:
+    """The `extra` of a log call: `log.info("settled", extra=fields(job=job.id, state="done"))`."""
+    return {"fields": values}

@@ -1,0 +1,266 @@
+"""What a model can do: family, sizes, defaults, limits; data that the front end and the worker both read.
+
+Read from the directory's own JSON files, without OpenVINO, so that the front end knows a model in a millisecond and a wrong
+directory is refused before any process is started. A file `ovserve.json` beside `model_index.json` may declare what those
+files cannot say: the sizes a model was trained for, its best defaults, its presets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ovserve.config import ModelSettings, Resolution
+from ovserve.errors import ModelError, SettingsError
+
+__all__ = ["Defaults", "ModelProfile", "Scheduling", "builtin_directory", "least_strength", "read_profile", "steps_run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a request gets that leaves the field out."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    strength: float  # image-to-image
+    strength_inpainting: float
+    strength_variation: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduling:
+    """The scheduler a model's directory names, and what of its configuration bounds a request."""
+
+    name: str  # DDIM, PNDM, EulerDiscrete, EulerAncestralDiscrete, LCM, FlowMatchEulerDiscrete
+    num_train_timesteps: int
+    timestep_spacing: str  # leading, trailing, linspace
+    original_inference_steps: int  # LCM only
+
+
+@dataclass(frozen=True, slots=True)
+class ModelProfile:
+    """One model as the rest of the program needs to know it. Immutable; plain data.
+
+    Attributes:
+        name: what clients put into `model`.
+        directory: where it lies.
+        family: stable-diffusion, lcm, sdxl, sd3, flux.
+        tasks: which of text2image, image2image, inpainting it serves.
+        inpainting_unet: the UNet takes mask and masked image as further channels (9 in all).
+        side_multiple_px: both working sides are multiples of this.
+        native: working size when nothing else decides, in pixels.
+        min_side_px, max_side_px: the sides it was made to work at.
+        prompt_tokens: the text encoder's window, special tokens included.
+        text_encoders: how many prompts it reads (prompt_2, prompt_3).
+        takes_negative_prompt: whether a negative prompt has any effect (classifier-free guidance).
+        presets: `quality` name to the fields it sets.
+    """
+
+    name: str
+    directory: Path
+    family: str
+    tasks: frozenset[str]
+    inpainting_unet: bool
+    side_multiple_px: int
+    native: Resolution
+    min_side_px: int
+    max_side_px: int
+    prompt_tokens: int
+    text_encoders: int
+    takes_negative_prompt: bool
+    scheduling: Scheduling
+    defaults: Defaults
+    presets: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def working_size(self, width: int, height: int) -> Resolution:
+        """The size at which a picture of `width` x `height` is worked on.
+
+        The nearest size in the native range with the same shape, as far as side_multiple_px and the range allow: it is never
+        smaller in shape than asked for, so fitting back only crops and scales.
+        """
+        step, low, high = self.side_multiple_px, self.min_side_px, self.max_side_px
+        scale = 1.0
+        if max(width, height) > high:
+            scale = high / max(width, height)
+        elif min(width, height) < low:
+            scale = min(low / min(width, height), high / max(width, height))
+        sides = (math.ceil(round(side * scale, 6) / step) * step for side in (width, height))
+        return Resolution(*(min(high, max(low, side)) for side in sides))
+
+
+# Class-name stems as diffusers writes them, and what OpenVINO GenAI does with an omitted option for each (measured).
+_FAMILIES: dict[str, tuple[str, Defaults]] = {
+    "StableDiffusionXL": ("sdxl", Defaults(50, 5.0, 0.5, 0.9999, 0.5)),
+    "StableDiffusion3": ("sd3", Defaults(28, 7.0, 0.6, 0.6, 0.6)),
+    "StableDiffusion": ("stable-diffusion", Defaults(50, 7.5, 0.8, 1.0, 0.6)),
+    "LatentConsistencyModel": ("lcm", Defaults(4, 8.5, 0.8, 1.0, 0.6)),
+    "Flux": ("flux", Defaults(28, 3.5, 0.6, 0.6, 0.6)),
+}
+
+
+def builtin_directory() -> Path:
+    """Where the built-in model lies inside the installed package."""
+    return Path(str(files("ovserve") / "builtin"))
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent}: {what} is missing ({path.name})") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(document, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return document
+
+
+def _family(class_name: str, directory: Path) -> tuple[str, Defaults]:
+    for stem, found in _FAMILIES.items():
+        if class_name.startswith(stem):
+            return found
+    raise ModelError(
+        f"{directory}: model_index.json names the class {class_name!r}, which is not an image pipeline ovserve serves"
+    )
+
+
+def _check_component(directory: Path, name: str, stem: str = "openvino_model") -> Path:
+    part = directory / name
+    if not part.is_dir():
+        raise ModelError(f"{directory}: component {name!r} is missing")
+    for suffix in (".xml", ".bin"):
+        if not (part / (stem + suffix)).is_file():
+            raise ModelError(f"{directory}: component {name!r} has no {stem}{suffix}")
+    return part
+
+
+def _number(document: dict[str, Any], key: str, default: float) -> float:
+    value = document.get(key, default)
+    return default if value is None or isinstance(value, bool) or not isinstance(value, int | float) else value
+
+
+def _scheduling(directory: Path, index: dict[str, Any]) -> Scheduling:
+    config = _read_json(directory / "scheduler" / "scheduler_config.json", "the scheduler configuration")
+    declared = index.get("scheduler")
+    name = str(config.get("_class_name") or (declared[1] if isinstance(declared, list) and len(declared) > 1 else ""))
+    return Scheduling(
+        name=name.removesuffix("Scheduler") or "PNDM",
+        num_train_timesteps=int(_number(config, "num_train_timesteps", 1000)),
+        timestep_spacing=str(config.get("timestep_spacing") or "leading"),
+        original_inference_steps=int(_number(config, "original_inference_steps", 50)),
+    )
+
+
+def read_profile(settings: ModelSettings) -> ModelProfile:
+    """Read a model's directory, and lay the operator's own defaults over what it declares.
+
+    Raises:
+        ModelError: the directory is missing, is no image pipeline, or lacks a component; the message names it.
+        SettingsError: a default lies outside the operator's own limits.
+    """
+    directory = (settings.path or builtin_directory()).resolve()
+    if not directory.is_dir():
+        raise ModelError(f"{directory}: no such directory")
+    index = _read_json(directory / "model_index.json", "the model index")
+    family, defaults = _family(str(index.get("_class_name", "")), directory)
+    denoiser = "transformer" if (directory / "transformer").is_dir() else "unet"
+    denoiser_config = _read_json(_check_component(directory, denoiser) / "config.json", "the denoiser's configuration")
+    vae_config = _read_json(_check_component(directory, "vae_decoder") / "config.json", "the VAE's configuration")
+    text_config = _read_json(
+        _check_component(directory, "text_encoder") / "config.json", "the text encoder's configuration"
+    )
+    _check_component(directory, "tokenizer", "openvino_tokenizer")
+    has_encoder = (directory / "vae_encoder").is_dir()
+    if has_encoder:
+        _check_component(directory, "vae_encoder")
+    declared = _read_json(directory / "ovserve.json", "") if (directory / "ovserve.json").is_file() else {}
+
+    channels = int(_number(denoiser_config, "in_channels", 4))
+    inpainting_unet = denoiser == "unet" and channels == 9
+    tasks = (
+        {"inpainting"}
+        if inpainting_unet
+        else {"text2image", "image2image", "inpainting"}
+        if has_encoder
+        else {"text2image"}
+    )
+    blocks = vae_config.get("block_out_channels")
+    vae_scale = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
+    multiple = vae_scale * (2 if denoiser == "transformer" else 1)
+    sample = int(_number(denoiser_config, "sample_size", 128 if denoiser == "transformer" else 64))
+    side = sample * vae_scale
+    sizes = declared.get("sizes", {})
+    native = Resolution.parse(sizes["native"]) if "native" in sizes else Resolution(side, side)
+    lcm_scheduler = family == "lcm"
+    scheduling = (
+        _scheduling(directory, index)
+        if denoiser == "unet"
+        else Scheduling("FlowMatchEulerDiscrete", 1000, "linspace", 50)
+    )
+    own = declared.get("defaults", {})
+    defaults = Defaults(
+        num_inference_steps=settings.default_num_inference_steps
+        or int(_number(own, "num_inference_steps", defaults.num_inference_steps)),
+        guidance_scale=settings.default_guidance_scale
+        if settings.default_guidance_scale is not None
+        else float(_number(own, "guidance_scale", defaults.guidance_scale)),
+        strength=settings.default_strength
+        if settings.default_strength is not None
+        else float(_number(own, "strength", defaults.strength)),
+        strength_inpainting=float(_number(own, "strength_inpainting", defaults.strength_inpainting)),
+        strength_variation=float(_number(own, "strength_variation", defaults.strength_variation)),
+    )
+    profile = ModelProfile(
+        name=settings.name,
+        directory=directory,
+        family=family,
+        tasks=frozenset(tasks),
+        inpainting_unet=inpainting_unet,
+        side_multiple_px=multiple,
+        native=native,
+        min_side_px=int(_number(sizes, "min_side_px", max(multiple, side // 2))),
+        max_side_px=int(_number(sizes, "max_side_px", max(side * 2, multiple))),
+        prompt_tokens=int(_number(text_config, "max_position_embeddings", 77)),
+        text_encoders=sum((directory / part).is_dir() for part in ("text_encoder", "text_encoder_2", "text_encoder_3")),
+        takes_negative_prompt=family in ("stable-diffusion", "sdxl", "sd3") and not lcm_scheduler,
+        scheduling=scheduling,
+        defaults=defaults,
+        presets=declared.get("presets", {}),
+    )
+    _check_defaults(profile, settings)
+    return profile
+
+
+def _check_defaults(profile: ModelProfile, settings: ModelSettings) -> None:
+    """Raise SettingsError when a request without any option would break the operator's own limits."""
+    defaults = profile.defaults
+    checks = (
+        ("num_inference_steps", defaults.num_inference_steps, 1, settings.max_num_inference_steps),
+        ("guidance_scale", defaults.guidance_scale, 0, settings.max_guidance_scale),
+        ("strength", defaults.strength, settings.min_strength, settings.max_strength),
+        ("strength_inpainting", defaults.strength_inpainting, settings.min_strength, settings.max_strength),
+    )
+    for name, value, low, high in checks:
+        if not low <= value <= high:
+            raise SettingsError(
+                f"model {profile.name}: the default {name} {value:g} is outside the limits {low:g}..{high:g}"
+            )
+
+
+def steps_run(num_inference_steps: int, strength: float) -> int:
+    """How many of `num_inference_steps` an edit at `strength` runs: the product in float32, cut, as the library computes it."""
+
+    def single(value: float) -> float:  # float32 without numpy: the front end does not pay for it
+        return float(struct.unpack("f", struct.pack("f", value))[0])
+
+    return min(int(single(single(num_inference_steps) * single(strength))), num_inference_steps)
+
+
+def least_strength(num_inference_steps: int) -> float:
+    """The smallest strength, to two decimals, at which one step runs."""
+    return math.ceil(100 / num_inference_steps) / 100
