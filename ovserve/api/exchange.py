@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from ovserve.deadline import Deadline
 from ovserve.dispatch.spool import Blob
 
-__all__ = ["Exchange", "FileReply", "Form", "JsonReply", "Reply", "StreamReply", "Upload"]
+__all__ = ["Api", "Exchange", "FileReply", "Form", "JsonReply", "Reply", "StreamReply", "Upload"]
 
 
 class Upload(Protocol):
@@ -119,3 +119,13 @@ class FileReply:
 
 
 Reply = JsonReply | StreamReply | FileReply
+
+
+class Api(Protocol):
+    """What the front end asks of the API."""
+
+    def answer(self, exchange: Exchange) -> Reply:
+        """Serve one request of any method and path; HEAD is answered as GET. Raises ApiError and ClientGone."""
+
+    def is_health(self, path: str) -> bool:
+        """Whether this path answers even when every connection place is taken."""

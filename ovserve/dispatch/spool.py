@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def default_directory() -> Path:
-    """/dev/shm where there is one, else the temporary directory."""
+    """The machine's shared-memory tmpfs where there is one, else the temporary directory."""
     shared = Path("/dev/shm")  # noqa: S108 - tmpfs is the point; segments lie in a folder of mode 0700
     return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
