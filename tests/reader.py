@@ -205,8 +205,8 @@ def _read_object(pixels: Pixels, patch: Mask) -> Object:
 def _nearest_colours(colours: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
     """Indices into COLOURS for float32 (N, 3)."""
     palette = np.array(list(COLOURS.values()), np.float32)
-    distances: npt.NDArray[np.float32] = ((colours[:, None] - palette) ** 2).sum(axis=-1)
-    return distances.argmin(axis=-1)
+    nearest: npt.NDArray[np.intp] = ((colours[:, None] - palette) ** 2).sum(axis=-1).argmin(axis=-1)
+    return nearest
 
 
 def _read_shape(patch: Mask) -> tuple[str, float]:
