@@ -120,7 +120,7 @@ def outline(shape: str, radius: float) -> list[tuple[float, float]]:
         return [(radius * x, radius * y) for x, y in corners[shape]]
     if shape == "star":
         angles = [-math.pi / 2 + i * math.pi / 5 for i in range(10)]
-        return [(-r * math.cos(a), -r * math.sin(a)) for r, a in zip(star, angles, strict=True)]
+        return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(star, angles, strict=True)]
     if shape == "cross":
         quarter = [(-bar, -radius), (bar, -radius), (bar, -bar), (radius, -bar), (radius, bar), (bar, bar)]
         return quarter + [(-x, -y) for x, y in quarter]

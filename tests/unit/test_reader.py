@@ -37,6 +37,17 @@ def test_a_shape_is_read_at_every_size_and_rotation_of_the_training_set(
     assert found.shape == shape
 
 
+def test_pointed_shapes_stand_as_people_draw_them() -> None:
+    widths = {
+        shape: (draw_scene("white", [Figure("black", shape, 64, 64, 36)]).mean(axis=-1) < 128).sum(axis=1)
+        for shape in ("star", "triangle", "heart")
+    }
+    tip = {shape: int(np.flatnonzero(rows)[0]) for shape, rows in widths.items()}
+    assert widths["star"][tip["star"] + 3] < 8  # one tip up, two feet
+    assert widths["triangle"][tip["triangle"] + 3] < 8
+    assert widths["heart"][np.flatnonzero(widths["heart"])[-1] - 3] < 14  # tip down
+
+
 def test_objects_come_from_left_to_right_and_the_largest_is_named() -> None:
     figures = [
         Figure("red", "star", 100, 40, 18),
