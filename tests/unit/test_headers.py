@@ -1,0 +1,160 @@
+"""The field grammar: what the RFCs print, what real clients send, and what neither may mean."""
+
+import contextlib
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ovserve.front.headers import Disposition, is_token, list_members, parse_disposition, parse_options
+
+OPTIONS = {
+    "multipart/form-data; boundary=0f9a3c52-8d6d": ("multipart/form-data", {"boundary": "0f9a3c52-8d6d"}),
+    "multipart/form-data;boundary=x": ("multipart/form-data", {"boundary": "x"}),
+    'Multipart/Form-Data; Boundary="=_pre.amble"': ("multipart/form-data", {"boundary": "=_pre.amble"}),
+    'multipart/form-data; boundary="a b:c(d)"': ("multipart/form-data", {"boundary": "a b:c(d)"}),
+    "multipart/form-data; boundary=custom'boundary+1": ("multipart/form-data", {"boundary": "custom'boundary+1"}),
+    "multipart/form-data; boundary=----=_Part_1.2": ("multipart/form-data", {"boundary": "----=_Part_1.2"}),
+    'multipart/form-data; charset=utf-8; boundary="x=(42)?"': (
+        "multipart/form-data",
+        {"charset": "utf-8", "boundary": "x=(42)?"},
+    ),
+    "multipart/form-data; boundary=curl-own; boundary=------x": ("multipart/form-data", {"boundary": "------x"}),
+    "application/json": ("application/json", {}),
+    " application/json ; charset=utf-8 ;": ("application/json", {"charset": "utf-8"}),
+    'text/plain; ;; a="\\"\\\\x"': ("text/plain", {"a": '"\\x'}),
+    'text/plain; a=""': ("text/plain", {"a": ""}),
+}
+
+
+@pytest.mark.parametrize("value", OPTIONS)
+def test_options_that_clients_send(value: str) -> None:
+    assert parse_options(value) == OPTIONS[value]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        ";",
+        "multipart/",
+        "/form-data",
+        "multipart form-data",
+        "multipart/form-data boundary=x",
+        "multipart/form-data; boundary",
+        "multipart/form-data; boundary=",
+        "multipart/form-data; boundary =x",
+        "multipart/form-data; boundary= x",
+        'multipart/form-data; boundary="x',
+        'multipart/form-data; boundary="x"y',
+        'multipart/form-data; boundary="x\\"',
+        "multipart/form-data; boundary=x y",
+        "multipart/form-data; bound\x00ary=x",
+        "multipart/form-data; boundary=x\r\n",
+        "multipart/form-data; boundary=a, multipart/form-data; boundary=b",
+    ],
+)
+def test_malformed_options_are_refused(value: str) -> None:
+    with pytest.raises(ValueError, match="offset"):
+        parse_options(value)
+
+
+DISPOSITIONS = {
+    'form-data; name="prompt"': ("form-data", "prompt", None),
+    'form-data; name="image[]"; filename="cat.png"': ("form-data", "image[]", "cat.png"),
+    'form-data; filename="cat.png"; name="image"': ("form-data", "image", "cat.png"),
+    "form-data; name=image; filename=cat.png; filename*=utf-8''other.png": ("form-data", "image", "cat.png"),
+    "form-data; name=image; filename*=UTF-8'cs'ko%C4%8Dka.png": ("form-data", "image", "kočka.png"),
+    "form-data; name=image; filename*=iso-8859-1''%e9t%E9": ("form-data", "image", "été"),
+    "form-data;name=prompt": ("form-data", "prompt", None),
+    "FORM-DATA; NAME=prompt;": ("form-data", "prompt", None),
+    'form-data; name="klíč"': ("form-data", "klíč", None),
+    'form-data; name="lora_alphas[styles/a.safetensors]"': ("form-data", "lora_alphas[styles/a.safetensors]", None),
+    'form-data; name=""; filename=""': ("form-data", "", ""),
+    "form-data": ("form-data", None, None),
+    # Browsers and httpx: `"` as %22; other percent signs mean themselves.
+    'form-data; name="image"; filename="a %22q%22; semi=1%41%0D%0A.png"': (
+        "form-data",
+        "image",
+        'a "q"; semi=1%41\r\n.png',
+    ),
+    # curl and urllib3: a backslash is itself, also as the last character.
+    'form-data; name="image"; filename="back\\slash.png"': ("form-data", "image", "back\\slash.png"),
+    'form-data; name="image"; filename="C:\\"': ("form-data", "image", "C:\\"),
+    # curl --form-escape and Go.
+    'form-data; name="image"; filename="a \\"q\\" back\\\\slash.png"': ("form-data", "image", 'a "q" back\\slash.png'),
+    'attachment; filename="cat.png"': ("attachment", None, "cat.png"),
+}
+
+
+@pytest.mark.parametrize("value", DISPOSITIONS)
+def test_dispositions_that_clients_send(value: str) -> None:
+    assert parse_disposition(value) == Disposition(*DISPOSITIONS[value])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        'form-data; name="a" name="b"',
+        'form-data; name="a"; name="b"',
+        'form-data; name="a',
+        'form-data; name="a"b',
+        'form-data, name="a"',
+        'form-data; name = "a"',
+        'form-data; name="a\x00b"',
+        'form-data; name="a\nb"',
+        "form-data; name=a; filename*=cat.png",
+        "form-data; name=a; filename*=utf-8''%ff",
+        "form-data; name=a; filename*=utf-8''%4",
+        "form-data; name=a; filename*=koi8-r''x",
+    ],
+)
+def test_malformed_dispositions_are_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=r"offset|twice|filename\*"):
+        parse_disposition(value)
+
+
+visible = st.text(st.characters(exclude_categories=["Cc", "Cs"], exclude_characters="\x7f"), max_size=30)
+
+
+@given(visible, visible)
+def test_a_browser_s_encoding_comes_back(name: str, filename: str) -> None:
+    # A browser leaves backslashes alone, which is ambiguous before another one; names of files do not survive that anywhere.
+    name, filename = name.replace("\\", "/"), filename.replace("\\", "/")
+    quoted = [text.replace('"', "%22") for text in (name, filename)]
+    expected = [text.replace("%22", '"').replace("%0D", "\r").replace("%0A", "\n") for text in quoted]
+    expected = [text.replace("%0d", "\r").replace("%0a", "\n") for text in expected]
+    assert parse_disposition(f'form-data; name="{quoted[0]}"; filename="{quoted[1]}"') == ("form-data", *expected)
+
+
+@given(visible, st.booleans())
+def test_a_quoted_string_comes_back(text: str, padded: bool) -> None:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    space = " \t" if padded else ""
+    assert parse_options(f'a/b{space};{space}x="{escaped}"{space};{space}y=1{space}') == ("a/b", {"x": text, "y": "1"})
+
+
+@given(st.text(max_size=60) | st.text('form-data; name="\\%2', max_size=60))
+def test_any_text_is_read_or_refused(value: str) -> None:
+    for parse in (parse_options, parse_disposition):
+        with contextlib.suppress(ValueError):
+            parse(value)
+
+
+@pytest.mark.parametrize(
+    "value", ["a/b" + ";" * 40_000, "a/b" + "; a=1" * 10_000, 'a/b; a="' + "\\" * 40_001, "a" * 60_000 + "("]
+)
+def test_hostile_values_take_linear_time(value: str) -> None:
+    started = time.process_time()
+    for parse in (parse_options, parse_disposition):
+        with contextlib.suppress(ValueError):
+            parse(value)
+    assert time.process_time() - started < 2.0  # a quadratic reading takes minutes
+
+
+def test_tokens_and_lists() -> None:
+    assert [is_token(text) for text in ("x-request-id", "a b", "", "é")] == [True, False, False, False]
+    assert list_members("close, , keep-alive ,") == ["close", "keep-alive"]
+    assert list_members("") == []
