@@ -165,6 +165,17 @@ class Settings:
         unit="connections",
         reason="each holds one thread",
     )
+    overflow_connections: int = _option(
+        128,
+        "Connections beyond max_connections kept open until their 503, or a health check's answer, is written.",
+        low=1,
+        high=10_000,
+        unit="connections",
+        reason="one thread for all of them; when there are more, the oldest is closed unanswered",
+    )
+    overflow_timeout_s: float = _option(
+        2.0, "Time such a connection has for its whole exchange.", low=0.1, high=60, unit="seconds"
+    )
     backlog: int = _option(
         512, "Connections the kernel may hold before they are accepted.", low=1, high=65535, unit="connections"
     )
@@ -214,6 +225,14 @@ class Settings:
         high=64 * MIB,
         unit="bytes",
         reason="a body in one-byte chunks costs minutes of interpreter time",
+    )
+    max_chunk_line_bytes: int = _option(
+        1024,
+        "Longest line before a chunk: its size and its extensions.",
+        low=32,
+        high=65536,
+        unit="bytes",
+        reason="a size takes 16 digits; the signatures that some clients put into extensions take 90",
     )
     max_image_pixels: int = _option(
         50_000_000,
