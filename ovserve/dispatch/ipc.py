@@ -273,6 +273,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+_LARGEST = 1e15  # no duration in milliseconds and no size in bytes of ours comes near it
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
 def encode(message: Message) -> bytes:
     """One message as one line. Raises ValueError when it is longer than a pipe takes whole: a bug of the sender."""
     values = {name: getattr(message, name) for name in _FIELDS[message.kind]}
@@ -285,8 +292,8 @@ def encode(message: Message) -> bytes:
 def decode(line: bytes) -> Message:
     """One line as a message, every field checked for its type. Raises LinkGarbage."""
     try:
-        values = json.loads(line)
-    except ValueError:
+        values = json.loads(line, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):  # the second: thousands of open brackets
         raise LinkGarbage(f"no JSON: {line[:80]!r}") from None
     kind = values.pop("kind", None) if isinstance(values, dict) else None
     wanted = _FIELDS.get(kind) if isinstance(kind, str) else None
@@ -296,6 +303,10 @@ def decode(line: bytes) -> Message:
         types = _TYPES[wanted[name]]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise LinkGarbage(f"message {kind!r}: {name} is {type(value).__name__}")
+        if (
+            isinstance(value, int | float) and not -_LARGEST <= value <= _LARGEST
+        ):  # 1e999 reads as infinity, 10**400 fits no float
+            raise LinkGarbage(f"message {kind!r}: {name} is out of range")
     try:
         message: Message = _KINDS[str(kind)](**values)
     except TypeError as error:
@@ -311,7 +322,7 @@ class _Lines:
 
     def feed(self, data: bytes) -> list[bytes]:
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > MESSAGE_BYTES:
+        if len(self._rest) >= MESSAGE_BYTES or any(len(line) >= MESSAGE_BYTES for line in lines):  # the newline counts
             raise LinkGarbage(f"a line of more than {MESSAGE_BYTES} bytes")
         return lines
 
@@ -327,7 +338,7 @@ class WorkerEnd:
     reports: Connection
     _lines: _Lines = field(default_factory=_Lines)
     _waiting: deque[bytes] = field(default_factory=deque)
-    _lock: Any = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __getstate__(self) -> Mapping[str, Connection]:
         return {"commands": self.commands, "reports": self.reports}
@@ -363,8 +374,9 @@ class WorkerEnd:
 class Link:
     """The front end's side: never blocks. One link for one worker incarnation; thrown away with it.
 
-    Owned by the dispatcher thread, which alone calls `send`, `flush` and `receive`. The supervisor reads `ready`, `phase`,
-    `beat_at` and `allow_s` (plain values that the dispatcher thread replaces), never the queues.
+    Owned by the dispatcher thread, which alone calls `send`, `flush`, `receive` and `close` once the link is attached. The
+    supervisor reads `ready`, `failure`, `lost`, `phase`, `beat_at`, `allow_s` and `jobs_done` (plain values that the dispatcher
+    thread replaces), never the queues.
     """
 
     def __init__(self, model: str, index: int, incarnation: int, commands: Connection, reports: Connection) -> None:
@@ -373,6 +385,9 @@ class Link:
         self.incarnation = incarnation  # how often that place was filled before
         self.ready: Ready | None = None
         self.failure: Failed | None = None  # a Failed without a job: why the worker gives up
+        self.lost = ""  # why the dispatcher has let go of it; its process has to end
+        self.is_broken = False  # let go of for what it said, not because it was gone
+        self.jobs_lost = 0  # jobs it held then that nobody had settled
         self.phase = "spawn"
         self.beat_at = time.monotonic()
         self.allow_s = 0.0

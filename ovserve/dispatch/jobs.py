@@ -50,11 +50,12 @@ _SETTLED = frozenset(state for state, moves in _MOVES.items() if not moves)
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One finished picture: encoded bytes in a segment that the job owns."""
+    """One finished picture, number `picture` of its job: encoded bytes in a segment that the job owns."""
 
     segment: Segment
     size: int
     seed: int
+    picture: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,78 @@
+"""What a worker process is told about its life at birth, and what the kernel tells of it: exit codes, memory, OOM rank.
+
+Linux only (/proc, prctl). `enter` runs in the worker, everything else in the supervisor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+__all__ = ["MASKED", "enter", "explain_exit", "machine_memory_bytes", "prefer_for_oom", "resident_bytes"]
+
+MASKED = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # the front end's to hear; workers never do
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_OOM_STEP = 500  # of 1000: any worker goes before any front end of ordinary size (proc(5), oom_score_adj)
+_HINTS = {
+    signal.SIGKILL: ": out of memory?",
+    signal.SIGSEGV: ": a crash in native code",
+    signal.SIGBUS: ": a crash in native code, or a full disk under a mapped file",
+    signal.SIGABRT: ": native code gave up",
+    signal.SIGILL: ": an instruction this CPU does not have",
+    signal.SIGFPE: ": an arithmetic fault in native code",
+}
+
+
+def enter(parent: int) -> None:
+    """Tie this process to its front end `parent` (a pid), and leave the front end's signals to it. Runs in: worker.
+
+    The kernel kills the process when the *thread* that spawned it ends (prctl(2), PR_SET_PDEATHSIG): the supervisor's thread
+    outlives its workers. A parent that was gone before the call is told by the changed parent pid.
+    """
+    for number in MASKED:
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def explain_exit(exitcode: int | None) -> str:
+    """An exit code of multiprocessing (negative: a signal) in an operator's words."""
+    if exitcode is None:
+        return "still running"
+    if exitcode >= 0:
+        return f"ended by itself with exit code {exitcode}"
+    try:
+        number = signal.Signals(-exitcode)
+    except ValueError:
+        return f"killed by signal {-exitcode}"
+    return f"killed by signal {-exitcode} ({number.name}){_HINTS.get(number, '')}"
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process; 0 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as stream:
+            return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def machine_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory this program may use: the machine's, or the limit of its control group (v2, v1) where that is less."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max", or no such file
+            memory = min(memory, int((cgroup / name).read_text("ascii")))
+    return memory
+
+
+def prefer_for_oom(pid: int) -> None:
+    """Make the kernel's OOM killer take this process before the caller. Raising the rank needs no privilege."""
+    with contextlib.suppress(OSError, ValueError):
+        own = int(Path("/proc/self/oom_score_adj").read_text("ascii"))
+        Path(f"/proc/{pid}/oom_score_adj").write_text(str(min(1000, own + _OOM_STEP)), "ascii")

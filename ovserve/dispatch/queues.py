@@ -1,0 +1,117 @@
+"""The jobs that wait for one model: bounded, first in first out for each client, clients in turn.
+
+A client with a hundred jobs waits behind its own, not in front of others: `pop` takes one job from each client in rotation.
+The last places of a queue are kept for clients that hold few of them, so that one client cannot lock the others out either:
+a client may add a job while it holds fewer than `_SHARE` times the places still free (the dynamic threshold of Choudhury and
+Hahne, 1998). A lone client can so fill eight ninths of a long queue, and all of a queue of up to eight.
+
+Jobs given back by a dead worker stand before everybody (`push_front`) and beyond the limit: they were admitted once already.
+
+Thread-safe: no; the dispatcher's lock guards it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ovserve.dispatch.jobs import Job
+from ovserve.dispatch.spool import Segment
+
+__all__ = ["FairQueue", "Ticket"]
+
+_SHARE = 8  # a client may hold this many times the free places; higher keeps fewer of them for others
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A job with what the dispatcher notes about it.
+
+    Attributes:
+        request: path of the segment with the ImageRequest.
+        deaths: workers that died with it.
+        announced: the segments made for the worker that has it now, by (picture, partial).
+        posted: which (picture, partial) the handler has been told of, over all workers: each is told once.
+        cancelled_at: when its worker was told to stop it, a monotonic instant; 0: it was not.
+    """
+
+    job: Job
+    request: str
+    deaths: int = 0
+    announced: dict[tuple[int, int], Segment] = field(default_factory=dict)
+    posted: set[tuple[int, int]] = field(default_factory=set)
+    cancelled_at: float = 0.0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it runs with no neighbours: a worker has died with it."""
+        return self.deaths > 0
+
+
+class FairQueue:
+    """Waiting tickets of one model. Every operation but iteration takes constant time."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._front: deque[Ticket] = deque()
+        self._clients: OrderedDict[str, OrderedDict[Job, Ticket]] = OrderedDict()
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size + len(self._front)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        """Every ticket, in no promised order."""
+        yield from self._front
+        for waiting in self._clients.values():
+            yield from waiting.values()
+
+    def has_place_for(self, client: str) -> bool:
+        """Whether this client may add one more job."""
+        free = self.limit - len(self)
+        return len(self._clients.get(client, ())) < _SHARE * free
+
+    def push(self, ticket: Ticket) -> None:
+        """Add a job behind its client's others. The caller has asked `has_place_for`."""
+        self._clients.setdefault(ticket.job.client, OrderedDict())[ticket.job] = ticket
+        self._size += 1
+
+    def push_front(self, ticket: Ticket) -> None:
+        """Give a job back: it is the next but for those given back before it."""
+        self._front.append(ticket)
+
+    def first_given_back(self) -> Ticket | None:
+        """The next of those given back; they come before all others."""
+        return self._front[0] if self._front else None
+
+    def pop_given_back(self) -> Ticket:
+        """Take the next of those given back. Raises IndexError when there is none."""
+        return self._front.popleft()
+
+    def pop(self) -> Ticket | None:
+        """Take the next ordinary job: the oldest of the client whose turn it is."""
+        if not self._clients:
+            return None
+        client, waiting = next(iter(self._clients.items()))
+        _, ticket = waiting.popitem(last=False)
+        if waiting:
+            self._clients.move_to_end(client)
+        else:
+            del self._clients[client]
+        self._size -= 1
+        return ticket
+
+    def remove(self, job: Job) -> Ticket | None:
+        """Take this job out wherever it stands; None when it does not wait here."""
+        waiting = self._clients.get(job.client)
+        if waiting is not None and (ticket := waiting.pop(job, None)) is not None:
+            if not waiting:
+                del self._clients[job.client]
+            self._size -= 1
+            return ticket
+        for ticket in self._front:  # at most the jobs of a few dead workers
+            if ticket.job is job:
+                self._front.remove(ticket)
+                return ticket
+        return None

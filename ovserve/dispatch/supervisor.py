@@ -1,0 +1,507 @@
+"""Sole owner of the worker processes: spawns them, watches them, kills the hung, restarts the dead with back-off.
+
+    fleet = the workers of one model in one configuration; place = one of its `replicas`, filled by one incarnation at a time
+
+    waiting ──restart_at──▶ starting ──Ready──▶ ready ──retire──▶ stopping
+       ▲                        │                  │                  │
+       └────────── died ◀───────┴──────────────────┘             gone (or killed at end_by)
+
+Laws of this file:
+- One thread does everything; other threads leave an order and wake it. It waits on every process, and on the wake-up, in one call.
+- Every process is spawned by this thread and ends before it: PR_SET_PDEATHSIG ties a process to the thread that made it.
+- It reads plain values from links (ready, failure, lost, beats) and never what a dying worker may have left half-written; no
+  requests, no pixels, no segments.
+- Workers ignore SIGTERM: an orderly end is a Stop message or a closed link, and after a grace SIGKILL. The hung get that at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+
+from ovserve.config import ModelSettings, Settings
+from ovserve.deadline import Deadline
+from ovserve.dispatch import processes
+from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
+from ovserve.dispatch.ipc import Link, WorkerEnd, open_link
+from ovserve.errors import ModelNotFound
+from ovserve.logs import fields
+from ovserve.profile import ModelProfile
+
+__all__ = ["Supervisor", "WorkerMain"]
+
+WorkerMain = Callable[[WorkerEnd, ModelProfile, ModelSettings, Settings], None]
+
+_TICK_S = 0.25  # between looks at beats and memory: a hang limit is kept to this, a leak of 4 GB/s seen within 1 GB
+_LATE_S = 1.0  # a tick this late means that the front end itself stood still: silence heard then is its own
+_LOADING = frozenset({"spawn", "load", "warm-up"})
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """One of a fleet's workers: the process that fills it now, or when the next one is due."""
+
+    fleet: _Fleet
+    index: int
+    restart_at: float = 0.0
+    deaths: int = 0  # in a row, without a finished job: the back-off
+    process: SpawnProcess | None = None
+    link: Link | None = None
+    pid: int = 0
+    started_at: float = 0.0
+    ready_at: float = 0.0
+    is_retired: bool = False
+    end_by: float = float("inf")  # then it is killed
+    kill_reason: str = ""
+    is_killed: bool = False
+    exit_reason: str = ""  # the process has ended; waiting for the dispatcher to have read its last words
+
+
+@dataclass(slots=True, eq=False)
+class _Fleet:
+    """The workers of one model in one configuration."""
+
+    settings: Settings
+    model: ModelSettings
+    profile: ModelProfile
+    places: list[_Place] = field(default_factory=list)
+    deaths: int = 0  # in a row over all places, without a finished job in between: the crash loop
+    jobs_done: int = 0  # by workers that are gone
+    jobs_done_at_death: int = 0  # by all, when the newest death was counted
+    failure: str = ""
+    was_ready: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    @property
+    def ready_places(self) -> list[_Place]:
+        return [place for place in self.places if place.ready_at and not place.exit_reason and not place.is_retired]
+
+    def all_jobs_done(self) -> int:
+        """Jobs finished by its workers, the living and the gone."""
+        return self.jobs_done + sum(place.link.jobs_done for place in self.places if place.link)
+
+
+class Supervisor:
+    """Keeps the workers of every model running. Thread-safe: yes.
+
+    Args:
+        settings: limits; `settings.models` are the models to serve.
+        profiles: each model's profile, by name.
+        dispatcher: told of models, links and failures.
+        worker_main: the spawn target, importable by name: `worker_main(end, profile, model_settings, settings)`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        profiles: Mapping[str, ModelProfile],
+        dispatcher: Dispatcher,
+        worker_main: WorkerMain,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._worker_main = worker_main
+        self._context = multiprocessing.get_context("spawn")
+        self._settings = settings
+        self._fleets: dict[str, _Fleet] = {}  # those that serve
+        self._incoming: dict[str, _Fleet] = {}  # those of a reload that are to take over
+        self._leaving: list[_Fleet] = []  # those of removed models with jobs still queued
+        self._outgoing: list[_Fleet] = []  # those whose places are all retired
+        self._incarnations: dict[tuple[str, int], int] = {}
+        self._orders: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._stop_by: Deadline | None = None
+        self._amnesty_at = 0.0
+        self._memory_limit = processes.machine_memory_bytes() * 3 // 4
+        self.turned_at = time.monotonic()  # when the loop last turned; systemd's watchdog is fed by it
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        for model in settings.models:
+            dispatcher.add_model(model.name, model.queue_limit)
+            self._fleets[model.name] = _make_fleet(settings, model, profiles[model.name])
+        dispatcher.on_change = self._wake
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+
+    # --- other threads ------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start every model's workers."""
+        resource_tracker.ensure_running()  # its first start unblocks signals in the thread that makes it: not in ours
+        self._thread.start()
+
+    def wait_ready(self, deadline: Deadline) -> bool:
+        """Wait until a model has a worker that has worked; False when every model has failed, or at the deadline."""
+
+        def is_decided() -> bool:
+            fleets = self._fleets.values()
+            return any(fleet.ready_places for fleet in fleets) or all(fleet.failure for fleet in fleets)
+
+        with self._changed:
+            self._changed.wait_for(is_decided, timeout=deadline.remaining())
+            return any(fleet.ready_places for fleet in self._fleets.values())
+
+    def status(self) -> dict[str, ModelStatus]:
+        """How each model stands, by name."""
+        found = {}
+        for name in self._dispatcher.models():
+            try:
+                found[name] = self._dispatcher.status(name)
+            except ModelNotFound:
+                continue  # removed between the two calls
+        return found
+
+    def worker_pids(self) -> dict[str, int]:
+        """The process id of each living worker, by its name `model/index#incarnation`."""
+        fleets = [*self._fleets.values(), *self._incoming.values(), *self._leaving, *self._outgoing]
+        places = [place for fleet in fleets for place in list(fleet.places)]
+        return {place.link.name: place.pid for place in places if place.link and place.pid and not place.exit_reason}
+
+    def reload(self, settings: Settings, profiles: Mapping[str, ModelProfile]) -> None:
+        """Bring in new settings: new workers start beside the old, take over when ready, then the old ones finish and end.
+
+        A model whose new workers fail keeps its old ones; models that are no longer named finish their queue and go.
+        """
+        self._order(lambda: self._reload(settings, profiles))
+
+    def wait_reloaded(self, deadline: Deadline) -> bool:
+        """Wait until no new workers are on their way in and no old ones on their way out; False at the deadline."""
+
+        def is_over() -> bool:
+            return not self._orders and not self._incoming and not self._leaving and not self._outgoing
+
+        with self._changed:
+            return self._changed.wait_for(is_over, timeout=deadline.remaining())
+
+    def stop(self, deadline: Deadline) -> None:
+        """End every worker: a Stop message, and SIGKILL for those that still run at the deadline. Safe to call twice."""
+        self._stop_by = deadline
+        self._wake()
+        if self._thread.is_alive():
+            self._thread.join(deadline.remaining() + 2 * self._settings.terminate_timeout_s)
+
+    # --- the supervisor thread ----------------------------------------------------------------------------------------
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._orders.append(order)
+        self._wake()
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._wakeup, 1)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                if not self._turn():
+                    return
+            except Exception:
+                # A bug. Every worker hangs on this thread (PR_SET_PDEATHSIG): go on, not in a tight loop.
+                log.exception("supervisor: a turn failed")
+                time.sleep(0.5)
+
+    def _turn(self) -> bool:
+        """Wait for something to happen, then look after every place. False when everything has been stopped."""
+        while self._orders:
+            try:
+                self._orders[0]()
+            finally:
+                self._orders.popleft()  # not before: `wait_reloaded` waits for an empty list
+        now = time.monotonic()
+        for fleet in self._all_fleets():
+            for place in list(fleet.places):
+                self._look_after(place, now)
+        self._change_over()
+        with self._changed:
+            self._changed.notify_all()
+        if self._stop_by is not None and self._is_stopped(now):
+            return False
+        self._wait()
+        return True
+
+    def _all_fleets(self) -> list[_Fleet]:
+        return [*self._fleets.values(), *self._incoming.values(), *self._leaving, *self._outgoing]
+
+    def _wait(self) -> None:
+        living = [p.process.sentinel for f in self._all_fleets() for p in f.places if p.process and not p.exit_reason]
+        before = time.monotonic()
+        due = min((p.restart_at for f in self._all_fleets() for p in f.places if not p.process), default=float("inf"))
+        timeout_s = max(0.0, min(_TICK_S, due - before)) if due > before else _TICK_S
+        if self._wakeup in wait([self._wakeup, *living], timeout=timeout_s):
+            os.eventfd_read(self._wakeup)
+        self.turned_at = time.monotonic()
+        if self.turned_at - before > _TICK_S + _LATE_S:
+            self._amnesty_at = self.turned_at
+
+    def _look_after(self, place: _Place, now: float) -> None:
+        if self._stop_by is not None:
+            self._retire(place, self._stop_by.at)
+        if place.process is None:
+            if place.is_retired:
+                place.fleet.places.remove(place)
+            elif now >= place.restart_at and self._may_start(place):
+                self._start(place)
+            return
+        if place.exit_reason:
+            self._bury(place)
+            return
+        if place.process.is_alive():
+            self._watch(place, now)
+            return
+        self._note_exit(place)
+        self._bury(place)
+
+    def _may_start(self, place: _Place) -> bool:
+        """One place tries a failed model again; the others follow when it has worked."""
+        return not place.fleet.failure or place is place.fleet.places[0]
+
+    def _start(self, place: _Place) -> None:
+        fleet = place.fleet
+        key = (fleet.name, place.index)
+        incarnation = self._incarnations.get(key, 0)
+        self._incarnations[key] = incarnation + 1
+        try:
+            link, process = self._spawn(fleet, place.index, incarnation)
+        except OSError as error:  # no descriptors, no memory, no process ids: a time to wait, whatever the cause
+            place.deaths += 1
+            place.restart_at = time.monotonic() + self._delay(place)
+            log.warning("worker cannot be started", extra=fields(model=fleet.name, index=place.index, why=error))
+            return
+        place.process, place.link, place.pid = process, link, process.pid or 0
+        place.started_at, place.ready_at, place.end_by = time.monotonic(), 0.0, float("inf")
+        place.is_killed, place.kill_reason, place.exit_reason = False, "", ""
+        processes.prefer_for_oom(place.pid)
+        self._dispatcher.attach(link)
+        log.info("worker started", extra=fields(worker=link.name, pid=place.pid))
+
+    def _spawn(self, fleet: _Fleet, index: int, incarnation: int) -> tuple[Link, SpawnProcess]:
+        link, end = open_link(self._context, fleet.name, index, incarnation)
+        process = self._context.Process(
+            target=_enter_worker,
+            args=(self._worker_main, os.getpid(), (end, fleet.profile, fleet.model, fleet.settings)),
+            name=link.name,
+            daemon=True,
+        )
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, processes.MASKED
+        )  # the child inherits it: no moment when a Ctrl-C hits
+        try:
+            process.start()
+        except OSError:
+            link.close()
+            raise
+        finally:
+            end.close()
+        return link, process
+
+    # --- the living ---------------------------------------------------------------------------------------------------
+
+    def _watch(self, place: _Place, now: float) -> None:
+        link, fleet = place.link, place.fleet
+        if link is None:
+            return
+        if link.ready is not None and not place.ready_at:
+            self._note_ready(place, now)
+        if link.lost and place.end_by == float("inf"):
+            place.end_by = now if link.is_broken else now + fleet.settings.terminate_timeout_s
+            place.kill_reason = link.lost
+        silence_s = now - max(link.beat_at, self._amnesty_at)
+        limit_s = self._silence_limit_s(place, link)
+        resident = processes.resident_bytes(place.pid)
+        allowed = fleet.model.memory_limit_bytes or self._memory_limit
+        if now >= place.end_by:
+            self._kill(place, place.kill_reason or "it did not end within its grace")
+        elif silence_s > limit_s and not link.lost:
+            self._kill(place, f"hung: no heartbeat for {silence_s:.1f} s in phase {link.phase}, {limit_s:g} s allowed")
+        elif resident > allowed:
+            self._kill(place, f"memory: {resident >> 20} MiB resident, {allowed >> 20} MiB allowed")
+
+    def _silence_limit_s(self, place: _Place, link: Link) -> float:
+        settings = place.fleet.settings
+        if link.ready is None or link.phase in _LOADING:
+            return max(settings.load_timeout_s, link.allow_s)
+        if link.phase == "idle":
+            return max(settings.idle_hang_limit_s, link.allow_s)
+        return max(settings.hang_limit_s, link.allow_s)
+
+    def _note_ready(self, place: _Place, now: float) -> None:
+        fleet, link = place.fleet, place.link
+        if link is None or link.ready is None:
+            return
+        place.ready_at = now
+        fleet.was_ready, fleet.failure = True, ""
+        self._dispatcher.clear_failure(fleet.name)
+        took_s = round(now - place.started_at, 2)
+        found = link.ready
+        log.info(
+            "worker ready",
+            extra=fields(worker=link.name, seconds=took_s, engine=found.engine, why=found.why, capacity=found.capacity),
+        )
+
+    def _kill(self, place: _Place, reason: str) -> None:
+        if place.process is None or place.is_killed:
+            return
+        place.is_killed, place.kill_reason = True, reason
+        place.process.kill()
+        log.warning("worker killed", extra=fields(worker=place.process.name, pid=place.pid, why=reason))
+
+    def _retire(self, place: _Place, end_by: float) -> None:
+        """No more jobs, an orderly end, SIGKILL at `end_by`. One that is still loading hears no message: it gets less time."""
+        if place.is_retired:
+            place.end_by = min(place.end_by, end_by)
+            return
+        place.is_retired = True
+        if place.link is None:
+            return
+        if not place.ready_at:
+            end_by = min(end_by, time.monotonic() + place.fleet.settings.terminate_timeout_s)
+        place.end_by = min(place.end_by, end_by)
+        self._dispatcher.retire(place.link)
+
+    # --- the dead -----------------------------------------------------------------------------------------------------
+
+    def _note_exit(self, place: _Place) -> None:
+        """Reap the process, and have the dispatcher read its last words before anything is concluded from its death."""
+        if place.process is None or place.link is None:
+            return
+        reason = processes.explain_exit(place.process.exitcode)
+        place.exit_reason = place.kill_reason or reason
+        self._dispatcher.detach(place.link, place.exit_reason)
+
+    def _bury(self, place: _Place) -> None:
+        process, link, fleet = place.process, place.link, place.fleet
+        if process is None or link is None or not link.lost:
+            return
+        now = time.monotonic()
+        done = fleet.all_jobs_done()
+        fleet.jobs_done += link.jobs_done
+        process.close()
+        place.process, place.link = None, None
+        if place.is_retired:
+            log.info("worker ended", extra=fields(worker=link.name, why=place.exit_reason))
+            return
+        is_old = place.ready_at and now - place.ready_at > fleet.settings.max_restart_delay_s and not link.jobs_lost
+        place.deaths = 0 if link.jobs_done or is_old else place.deaths + 1
+        fleet.deaths = 0 if link.jobs_done or is_old else 1 if done > fleet.jobs_done_at_death else fleet.deaths + 1
+        fleet.jobs_done_at_death = done
+        reason = _load_failure(link) or place.exit_reason
+        self._judge(fleet, link, reason)
+        delay_s = fleet.settings.failed_retry_s if fleet.failure else self._delay(place)
+        place.restart_at = now + delay_s
+        place.ready_at = 0.0
+        log.warning(
+            "worker died",
+            extra=fields(worker=link.name, pid=place.pid, why=reason, deaths=fleet.deaths, restart_s=round(delay_s, 2)),
+        )
+
+    def _judge(self, fleet: _Fleet, link: Link, reason: str) -> None:
+        """Declare the model failed when its worker said itself that it cannot load, or when its workers die in a row."""
+        if fleet.ready_places:
+            return
+        if link.failure is not None and not fleet.was_ready:
+            fleet.failure = reason
+        elif fleet.deaths >= fleet.settings.crash_loop_limit:
+            fleet.failure = f"{fleet.deaths} workers in a row died without finishing a job; the last: {reason}"
+        else:
+            return
+        log.error("model failed", extra=fields(model=fleet.name, why=fleet.failure))
+        if self._fleets.get(fleet.name) is fleet:
+            self._dispatcher.fail_model(fleet.name, fleet.failure)
+
+    def _delay(self, place: _Place) -> float:
+        """Back-off before the next start: doubles with each death in a row; jitter keeps replicas from starting in step."""
+        settings = place.fleet.settings
+        doubled = settings.restart_delay_s * 2.0 ** min(max(0, place.deaths - 1), 32)
+        return min(settings.max_restart_delay_s, doubled) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
+
+    # --- reload and stop ----------------------------------------------------------------------------------------------
+
+    def _reload(self, settings: Settings, profiles: Mapping[str, ModelProfile]) -> None:
+        if self._stop_by is not None:
+            return
+        for fleet in self._incoming.values():
+            self._dismiss(fleet)
+        self._incoming.clear()
+        self._settings = settings
+        names = {model.name for model in settings.models}
+        for name in [name for name in self._fleets if name not in names]:
+            self._dispatcher.remove_model(name)
+            self._leaving.append(self._fleets.pop(name))
+        for model in settings.models:
+            fleet = _make_fleet(settings, model, profiles[model.name])
+            self._dispatcher.add_model(model.name, model.queue_limit)
+            (self._incoming if model.name in self._fleets else self._fleets)[model.name] = fleet
+
+    def _change_over(self) -> None:
+        """Let ready new workers take the places of old ones, and let go of fleets that are done."""
+        for name, fleet in list(self._incoming.items()):
+            old = self._fleets[name]
+            if fleet.failure:
+                log.error("reload failed, the old workers stay", extra=fields(model=name, why=fleet.failure))
+                del self._incoming[name]
+                self._dismiss(fleet)
+                continue
+            ready = len(fleet.ready_places)
+            staying = [place for place in old.places if not place.is_retired]
+            for place in staying[: max(0, ready - (len(old.places) - len(staying)))]:
+                self._retire(place, float("inf"))
+            if ready == fleet.model.replicas:
+                del self._incoming[name]
+                self._dismiss(old)
+                self._fleets[name] = fleet
+        for fleet in list(self._leaving):
+            if self._queued(fleet.name) == 0:
+                self._leaving.remove(fleet)
+                self._dismiss(fleet)
+        self._outgoing = [fleet for fleet in self._outgoing if fleet.places]
+
+    def _dismiss(self, fleet: _Fleet) -> None:
+        for place in fleet.places:
+            self._retire(place, float("inf"))
+        self._outgoing.append(fleet)
+
+    def _queued(self, model: str) -> int:
+        try:
+            return self._dispatcher.status(model).queued
+        except ModelNotFound:
+            return 0
+
+    def _is_stopped(self, now: float) -> bool:
+        living = [place for fleet in self._all_fleets() for place in fleet.places if place.process]
+        if not living:
+            return True
+        if self._stop_by and now > self._stop_by.at + self._settings.terminate_timeout_s:
+            for place in living:  # SIGKILL was sent; a driver holds it in an uninterruptible call
+                log.error("worker does not end", extra=fields(worker=place.link and place.link.name, pid=place.pid))
+            return True
+        return False
+
+
+def _make_fleet(settings: Settings, model: ModelSettings, profile: ModelProfile) -> _Fleet:
+    fleet = _Fleet(settings, model, profile)
+    fleet.places = [_Place(fleet, index) for index in range(model.replicas)]
+    return fleet
+
+
+def _load_failure(link: Link) -> str:
+    return str(link.failure.error.get("message", "")) if link.failure else ""
+
+
+def _enter_worker(
+    worker_main: WorkerMain, parent: int, arguments: tuple[WorkerEnd, ModelProfile, ModelSettings, Settings]
+) -> None:
+    """The first code of ours in a worker process. Runs in: worker."""
+    processes.enter(parent)
+    worker_main(*arguments)

@@ -1,0 +1,261 @@
+"""A worker process whose behaviour the prompt commands, over real links and real segments, without a model.
+
+prompt              what the worker does
+------------------  ------------------------------------------------------------------------------------------------------
+echo TEXT           gives each picture the bytes `echo TEXT|seed`, or the first image's bytes where there is one
+sleep S             the same after S seconds, stopping when cancelled
+steps N S           the same after N steps of S seconds with a Progress for each, stopping when cancelled
+previews N          a Partial for each of N previews, then the result
+raise               answers the job with a 400
+exit N              ends the process with exit code N
+segv                ends it with a segmentation fault
+kill                ends it with SIGKILL
+hang                stops beating and never answers
+leak                takes memory until it is ended
+garbage             writes bytes that are no message
+wrong               answers for a job that it was never given
+twice               answers for its job twice
+too large           announces 10 bytes and claims 11
+absurd              announces more bytes than any picture has
+unannounced         claims a picture that it never announced
+unasked             announces a picture number that was not asked for
+short               says done without a picture
+deaf                holds on to its job when cancelled and never answers
+once PATH COMMAND   does COMMAND unless PATH exists, which it makes first; then echoes
+
+`plugin_config` of the model, a JSON object, commands the rest: {"load": COMMAND, "load_s": S, "capacity": N}; load commands:
+fail TEXT (says why, then ends), exit N, segv, hang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+from ovserve.config import ModelSettings, Resolution, Settings
+from ovserve.dispatch.ipc import (
+    Beat,
+    Cancel,
+    Done,
+    Failed,
+    ImageRequest,
+    LinkClosed,
+    Need,
+    Picture,
+    Prepared,
+    Progress,
+    Ready,
+    Room,
+    Run,
+    Stop,
+    WorkerEnd,
+)
+from ovserve.dispatch.spool import fill, open_blob
+from ovserve.errors import ImageError, InternalError
+from ovserve.profile import Defaults, ModelProfile, Scheduling
+
+BEAT_S = 0.05
+
+
+def toy_profile(name: str = "toy") -> ModelProfile:
+    return ModelProfile(
+        name=name,
+        directory=Path("/nowhere"),
+        family="toy",
+        tasks=frozenset({"text2image", "image2image", "inpainting"}),
+        inpainting_unet=False,
+        side_multiple_px=8,
+        native=Resolution(64, 64),
+        min_side_px=8,
+        max_side_px=4096,
+        prompt_tokens=77,
+        text_encoders=1,
+        takes_negative_prompt=True,
+        scheduling=Scheduling("DDIM", 1000, "leading", 50),
+        defaults=Defaults(1, 1.0, 1.0, 1.0, 1.0),
+    )
+
+
+class _Stopped(Exception):
+    """The job was cancelled, or there was no room for its result."""
+
+
+class _ToyJob:
+    def __init__(self, end: WorkerEnd, run: Run) -> None:
+        self.id = run.job
+        self.end = end
+        self.request = ImageRequest.from_json(Path(run.request).read_bytes())
+        self.cancelled = threading.Event()
+        self.rooms: dict[int, str] = {}
+        self.room_came = threading.Condition()
+
+    def prepare(self) -> None:
+        self.end.send(Prepared(self.id, "image2image", 64, 64, 1, 5, 0, 0))
+
+    def sleep(self, seconds: float) -> None:
+        if self.cancelled.wait(seconds):
+            raise _Stopped
+
+    def deliver(self, picture: int, data: bytes, partial: int = -1) -> None:
+        self.end.send(Need(self.id, picture, len(data), partial))
+        with self.room_came:
+            if not self.room_came.wait_for(lambda: picture in self.rooms, timeout=30):
+                raise TimeoutError
+            path = self.rooms.pop(picture)
+        if not path:
+            raise _Stopped
+        try:
+            fill(path, data)
+        except FileNotFoundError:
+            raise _Stopped from None
+        self.end.send(Picture(self.id, picture, self.request.seed + picture, len(data), partial))
+
+    def finish(self) -> None:
+        for picture in range(self.request.n):
+            if self.request.images:
+                with open_blob(self.request.images[0]) as view:
+                    data = bytes(view)
+            else:
+                data = f"{self.request.prompt}|{self.request.seed + picture}".encode()
+            self.deliver(picture, data)
+        self.end.send(Done(self.id, 1.0, 2.0, 3.0))
+
+
+class _Toy:
+    def __init__(self, end: WorkerEnd) -> None:
+        self.end = end
+        self.jobs: dict[str, _ToyJob] = {}
+        self.is_silent = False
+        self.stopping = threading.Event()
+
+    def read_commands(self) -> None:
+        while True:
+            try:
+                message = self.end.receive()
+            except (LinkClosed, OSError):
+                os._exit(0)
+            if isinstance(message, Run):
+                job = self.jobs[message.job] = _ToyJob(self.end, message)
+                threading.Thread(target=self.serve, args=(job,), daemon=True).start()
+            elif isinstance(message, Cancel) and (job := self.jobs.get(message.job)):
+                job.cancelled.set()
+            elif isinstance(message, Room) and (job := self.jobs.get(message.job)):
+                with job.room_came:
+                    job.rooms[message.picture] = message.path
+                    job.room_came.notify_all()
+            elif isinstance(message, Stop):
+                self.stopping.set()
+
+    def serve(self, job: _ToyJob) -> None:
+        try:
+            self.obey(job, job.request.prompt)
+        except _Stopped:
+            job.end.send(Failed(job.id, InternalError("stopped").to_wire()))
+        except LinkClosed:
+            os._exit(0)
+        self.jobs.pop(job.id, None)
+
+    def obey(self, job: _ToyJob, prompt: str) -> None:
+        command, _, rest = prompt.partition(" ")
+        if command == "once":
+            path, _, inner = rest.partition(" ")
+            if not Path(path).exists():
+                Path(path).touch()
+                self.obey(job, inner)
+                return
+        elif command == "raise":
+            raise_error = ImageError("the toy was told to refuse", param="image")
+            job.end.send(Failed(job.id, raise_error.to_wire()))
+            return
+        elif command in ("exit", "segv", "kill"):
+            job.prepare()
+            die(prompt)
+        elif command == "hang":
+            self.is_silent = True
+            threading.Event().wait()
+        elif command == "leak":
+            leak()
+        elif command == "deaf":
+            threading.Event().wait()
+        elif misbehave(job, prompt):
+            return
+        job.prepare()
+        if command == "sleep":
+            job.sleep(float(rest))
+        elif command == "steps":
+            steps, seconds = rest.split()
+            for step in range(int(steps)):
+                job.sleep(float(seconds))
+                job.end.send(Progress(job.id, 0, step + 1, int(steps)))
+        elif command == "previews":
+            for index in range(int(rest)):
+                job.deliver(0, f"preview {index}".encode(), partial=index)
+        job.finish()
+
+
+def die(command: str) -> None:
+    name, _, rest = command.partition(" ")
+    if name == "exit":
+        os._exit(int(rest))
+    os.kill(os.getpid(), signal.SIGSEGV if name == "segv" else signal.SIGKILL)
+    threading.Event().wait()
+
+
+def leak() -> None:
+    held = []
+    while True:
+        held.append(b"x" * (16 << 20))
+        time.sleep(0.02)
+
+
+def misbehave(job: _ToyJob, command: str) -> bool:
+    """The protocol's violations; False when the command is none of them."""
+    send = job.end.send
+    if command == "garbage":
+        os.write(job.end.reports.fileno(), b"\x80\x04 no message of ours\n")
+    elif command == "wrong":
+        send(Done("a-job-of-somebody-else", 0, 0, 0))
+    elif command == "twice":
+        job.finish()
+        send(Done(job.id, 0, 0, 0))
+    elif command == "too large":
+        send(Need(job.id, 0, 10))
+        send(Picture(job.id, 0, 0, 11))
+    elif command == "absurd":
+        send(Need(job.id, 0, 1 << 40))
+    elif command == "unannounced":
+        send(Picture(job.id, 0, 0, 5))
+    elif command == "unasked":
+        send(Need(job.id, job.request.n, 10))
+    elif command == "short":
+        send(Done(job.id, 0, 0, 0))
+    else:
+        return False
+    return True
+
+
+def worker_main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: Settings) -> None:
+    """The spawn target."""
+    toy = _Toy(end)
+    told = json.loads(model.plugin_config or "{}")
+    threading.Thread(target=toy.read_commands, daemon=True).start()
+    end.send(Beat("load"))
+    command = str(told.get("load", ""))
+    time.sleep(float(told.get("load_s", 0)))
+    if command.startswith("fail "):
+        end.send(Failed("", InternalError(command.removeprefix("fail ")).to_wire()))
+        os._exit(1)
+    if command == "hang":
+        threading.Event().wait()
+    if command:
+        die(command)
+    end.send(Ready(int(told.get("capacity", 2)), "toy", "told so"))
+    while not (toy.stopping.is_set() and not toy.jobs):
+        if not toy.is_silent:
+            end.send(Beat("denoise" if toy.jobs else "idle"))
+        toy.stopping.wait(BEAT_S) if not toy.stopping.is_set() else time.sleep(BEAT_S / 10)
+    os._exit(0)
