@@ -215,6 +215,14 @@ class Settings:
         unit="bytes",
         reason="32000 characters of prompt, at most 4 bytes each",
     )
+    max_json_text_bytes: int = _option(
+        1 * MIB,
+        "Most bytes of a JSON body beside its data URLs.",
+        low=1024,
+        high=64 * MIB,
+        unit="bytes",
+        reason="every field at its longest fits; parsing it holds the interpreter for some milliseconds",
+    )
     max_images: int = _option(
         16, "Most images in one request.", low=1, high=1000, unit="images", reason="OpenAI's own limit"
     )
@@ -304,6 +312,26 @@ class Settings:
         unit="bytes",
     )
     spool_fallback_dir: Path | None = _option(None, "Directory used when the first has no room; none: 503 at once.")
+
+    # Pictures kept for `response_format=url`.
+    store_dir: Path | None = _option(
+        None,
+        "Directory for pictures that are answered as addresses; none: `ovserve` in the user's cache directory.",
+        reason="on disk, so that an address outlives a restart",
+    )
+    store_bytes: int = _option(
+        1024 * MIB,
+        "Most bytes of kept pictures; beyond, the oldest go first.",
+        low=1 * MIB,
+        high=1024 * 1024 * MIB,
+        unit="bytes",
+    )
+    url_ttl_s: float = _option(
+        3600.0, "How long an address works.", low=1, high=86400 * 365, unit="seconds", reason="OpenAI's own hour"
+    )
+    public_url: str = _option(
+        "", "What addresses begin with, such as https://images.example.org; empty: the request's Host."
+    )
 
     # Workers.
     load_timeout_s: float = _option(

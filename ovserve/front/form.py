@@ -1,0 +1,154 @@
+"""Request bodies to named fields and spooled uploads, under their limits: multipart here, JSON in `jsonform`.
+
+Names and values go to the API as they came; what `x[]`, `x[key]` and repeated names mean is decided there.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ovserve.config import Settings
+from ovserve.dispatch.spool import Segment, Spool
+from ovserve.errors import BadRequest, InvalidValue, PartTooLarge, UnsupportedMediaType
+from ovserve.front.headers import parse_options
+from ovserve.front.jsonform import decode_in_place, read_json
+from ovserve.front.multipart import MultipartParser, PartBegin, PartEnd
+from ovserve.front.spooled import Body, SpooledForm, SpooledUpload, create_segment, receive
+
+__all__ = ["read_form"]
+
+# Whether a part is a picture is decided by its name: openai-python sends bytes without a filename, curl a prompt with one.
+_IMAGE_NAME = re.compile(r"(?:images?|mask)(?:\[[^\[\]]*\])?")
+_UTF_8 = ("utf-8", "utf8", "us-ascii", "ascii")
+_IDENTITY = ("binary", "8bit", "7bit")  # RFC 2045 section 6.2: no transformation
+_TAKEN = "multipart/form-data or application/json"
+
+
+def read_form(body: Body, content_type: str | None, spool: Spool, settings: Settings) -> SpooledForm:
+    """Receive and parse one body; the caller releases the form when its exchange ends.
+
+    Raises:
+        UnsupportedMediaType: neither multipart/form-data nor JSON in UTF-8.
+        BadRequest: its kinds, for whatever is malformed or over a limit.
+        ContentTooLarge, SpoolFull: no room.
+        ApiError, ClientGone: what `body.readinto` raises.
+    """
+    main, parameters = _parse_content_type(content_type)
+    if main == "multipart/form-data":
+        form = SpooledForm(is_json=False)
+        parser = MultipartParser(
+            parameters.get("boundary", ""),
+            max_parts=settings.max_parts,
+            max_part_head_bytes=settings.max_part_head_bytes,
+        )
+    elif main == "application/json":
+        if parameters.get("charset", "utf-8").lower() not in _UTF_8:
+            raise UnsupportedMediaType(f"Content-Type: charset {parameters['charset']}: JSON is UTF-8 (RFC 8259)")
+        form, parser = SpooledForm(is_json=True), None
+    else:
+        raise UnsupportedMediaType(f"Content-Type {main}: expected {_TAKEN}")
+    try:
+        segment = form.own(create_segment(body, spool, settings.max_body_bytes))
+        if parser:
+            _read_multipart(body, parser, form, segment, settings)
+        else:
+            read_json(body, form, segment, settings)
+    except BaseException:
+        form.release()
+        raise
+    return form
+
+
+def _parse_content_type(content_type: str | None) -> tuple[str, dict[str, str]]:
+    if not content_type:
+        raise UnsupportedMediaType(f"Content-Type is missing: expected {_TAKEN}")
+    try:
+        return parse_options(content_type)
+    except ValueError as error:
+        raise BadRequest(f"Content-Type: {error}") from None
+
+
+def _read_multipart(
+    body: Body, parser: MultipartParser, form: SpooledForm, segment: Segment, settings: Settings
+) -> None:
+    """Receive and parse; a part lies in the segment where it lay in the body."""
+    part: PartBegin | None = None
+    limit = settings.max_text_field_bytes
+    for begin, end in receive(body, segment, settings.max_body_bytes):
+        with segment.view[begin:end] as piece:
+            events = parser.feed(piece)
+        for event in events:
+            if isinstance(event, PartBegin):
+                part = event
+                _check_part(part)
+            elif isinstance(event, PartEnd) and part is not None:
+                _add_part(form, segment, part, event.size, limit)
+                part = None
+        if part is not None and part.filename is None and not _is_image(part) and end - part.offset > 2 * limit:
+            _refuse_text_size(part, limit)  # no need to receive the rest of it
+    parser.finish()
+
+
+def _check_part(part: PartBegin) -> None:
+    """Refuse what a part's head announces and nobody here can read."""
+    if part.transfer_encoding not in (*_IDENTITY, "base64"):
+        raise InvalidValue(
+            f"field {part.name!r}: Content-Transfer-Encoding {part.transfer_encoding!r} is not understood; send the bytes as"
+            " they are",
+            param=part.name,
+        )
+    if part.content_type is None:
+        return
+    try:
+        main, parameters = parse_options(part.content_type)
+    except ValueError as error:
+        raise InvalidValue(f"field {part.name!r}: Content-Type: {error}", param=part.name) from None
+    if main.startswith("multipart/"):
+        raise InvalidValue(
+            f"field {part.name!r}: nested {main} is not understood (RFC 7578 section 4.3); send each file as a part of its own",
+            param=part.name,
+        )
+    charset = parameters.get("charset", "utf-8").lower()
+    if charset not in _UTF_8:
+        raise InvalidValue(f"field {part.name!r}: charset {charset!r}: send UTF-8", param=part.name)
+
+
+def _is_image(part: PartBegin) -> bool:
+    """Whether a part is an upload by its name, and came as more than a plain string."""
+    if not _IMAGE_NAME.fullmatch(part.name):
+        return False
+    plain = part.content_type is None or parse_options(part.content_type)[0] == "text/plain"
+    return part.filename is not None or not plain
+
+
+def _add_part(form: SpooledForm, segment: Segment, part: PartBegin, size: int, limit: int) -> None:
+    """Put a complete part into the form: a picture by its name, else text, else a file that the API will refuse by name."""
+    if part.transfer_encoding == "base64":
+        size = decode_in_place(segment.view, part.offset, size, part.name)
+    if not _is_image(part):
+        if size <= limit:
+            text = _decode_text(segment, part, size)
+            if text is not None:
+                form.fields.append((part.name, text))
+                return
+        elif part.filename is None:
+            _refuse_text_size(part, limit)
+    form.uploads.append(SpooledUpload(part.name, part.filename, segment, part.offset, size))
+
+
+def _decode_text(segment: Segment, part: PartBegin, size: int) -> str | None:
+    """The part as text; None for a file that is not text. Raises InvalidValue for a field that is not UTF-8."""
+    with segment.view[part.offset : part.offset + size] as view:
+        try:
+            return str(view, "utf-8")
+        except UnicodeDecodeError as error:
+            if part.filename is not None:
+                return None
+            raise InvalidValue(
+                f"field {part.name!r} is not UTF-8 text (part {part.number}, byte {part.offset + error.start})",
+                param=part.name,
+            ) from None
+
+
+def _refuse_text_size(part: PartBegin, limit: int) -> None:
+    raise PartTooLarge(f"field {part.name!r} is longer than {limit} bytes", param=part.name)

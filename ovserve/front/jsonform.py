@@ -1,0 +1,320 @@
+"""JSON bodies to fields and spooled uploads: data URLs are found by their bounds and decoded where they lie.
+
+A data URL of 50 MB must never pass through `json.loads`, which would hold the interpreter lock for long and make three copies.
+So the strings of the document are found first. Those that begin with `data:` are cut out and leave a placeholder; what remains
+is small, is limited, and goes to the standard library, with every freedom that it takes beyond RFC 8259 refused.
+"""
+
+from __future__ import annotations
+
+import binascii
+import bisect
+import json
+import math
+import re
+import secrets
+from typing import Any, NamedTuple, NoReturn
+
+from ovserve.config import Settings
+from ovserve.dispatch.spool import Segment
+from ovserve.errors import BadRequest, InvalidValue, PartTooLarge, UnknownParameter
+from ovserve.front.spooled import Body, SpooledForm, SpooledUpload, receive
+
+__all__ = ["decode_in_place", "read_json"]
+
+MAX_DEPTH = 100  # of nested arrays and objects; the API needs four
+PIECE_BYTES = 64 * 1024  # searched or decoded at once: fits the cache, and other threads may run in between
+PREFIX_BYTES = 256  # within which a data URL must come to its comma
+PICTURES = ("image", "images", "mask", "markup")  # the members in which the API takes pictures
+
+_BRACKET = re.compile(rb"[\[\]{}]")
+_BLANKS = b"\r\n\t "
+# What encoders make of base64 text inside a JSON string: PHP escapes the slash, .NET the plus sign, Gson the equals sign, and
+# some break the text into lines. A backslash that is left after these is another escape, for which base64 has no use.
+_ESCAPES = (
+    (b"\\/", b"/"),
+    (b"\\u002B", b"+"),
+    (b"\\u002b", b"+"),
+    (b"\\u002F", b"/"),
+    (b"\\u002f", b"/"),
+    (b"\\u003D", b"="),
+    (b"\\u003d", b"="),
+    (b"\\r", b""),
+    (b"\\n", b""),
+)
+_LONGEST_ESCAPE = 6
+
+
+class _Cut(NamedTuple):
+    """A string that begins with `data:`, by the offsets of what stands between its quotation marks."""
+
+    begin: int
+    end: int
+
+
+def read_json(body: Body, form: SpooledForm, segment: Segment, settings: Settings) -> None:
+    """Receive a JSON object into the segment and put its members into the form.
+
+    Raises BadRequest and its kinds, ContentTooLarge, SpoolFull, and what `body.readinto` raises.
+    """
+    size = 0
+    for _, end in receive(body, segment, settings.max_body_bytes):
+        size = end
+    with segment.view[:size] as document:
+        scan = _Scan(document, settings.max_json_text_bytes)
+        scan.run()
+        members = _parse(scan)
+        reader = _Reader(form, segment, scan, settings.max_text_field_bytes)
+        for name, value in members.items():
+            reader.add(name, value)
+
+
+class _Scan:
+    """Finds the strings of a document, cuts out the data URLs and keeps the rest, at most `limit` bytes of it."""
+
+    def __init__(self, document: memoryview, limit: int) -> None:
+        self.document = document
+        self.cuts: list[_Cut] = []
+        self._limit = limit
+        self._mark = secrets.token_hex(8)  # so that nobody can send a placeholder of ours
+        self._kept = bytearray()
+        self._places: list[tuple[int, int]] = []  # (offset in the kept text, offset in the document) of each piece
+
+    @property
+    def text(self) -> bytes:
+        """The document with a placeholder for each data URL."""
+        return bytes(self._kept)
+
+    def run(self) -> None:
+        """Walk from string to string. Raises BadRequest: a string without an end, too deep, or too much text."""
+        depth = position = 0
+        while position < len(self.document):
+            quote = self._find_quote(position)
+            begin, outside = position, self._keep(position, quote)
+            for bracket in _BRACKET.finditer(outside):
+                depth += 1 if bracket[0] in b"[{" else -1
+                if depth > MAX_DEPTH:
+                    raise BadRequest(f"JSON body: nested deeper than {MAX_DEPTH} (byte {begin + bracket.start()})")
+            position = self._take_string(quote) if quote < len(self.document) else quote
+
+    def cut_of(self, value: object) -> _Cut | None:
+        """The data URL that a value stands for; None when it is an ordinary value."""
+        if isinstance(value, str) and value.startswith(self._mark):
+            return self.cuts[int(value[len(self._mark) :])]
+        return None
+
+    def place_of(self, kept_offset: int) -> int:
+        """Where in the body a byte of the kept text stood."""
+        index = bisect.bisect_right(self._places, (kept_offset, len(self.document))) - 1
+        start, begin = self._places[index] if index >= 0 else (0, 0)
+        return begin + kept_offset - start
+
+    def _take_string(self, quote: int) -> int:
+        """Keep or cut the string that begins with the quotation mark at `quote`; the offset after it."""
+        is_url = bytes(self.document[quote + 1 : quote + 6]).lower() == b"data:"
+        end = position = quote + 1
+        while True:
+            end = self._find_quote(position, bounded=not is_url)
+            if end >= len(self.document):
+                raise BadRequest(f"JSON body: the string that begins at byte {quote} has no end")
+            before = bytes(self.document[position:end]) if not is_url else bytes(self.document[end - 1 : end])
+            if (len(before) - len(before.rstrip(b"\\"))) % 2 == 0:
+                break
+            if is_url:
+                raise InvalidValue(f"JSON body: a data URL with a backslash before a quotation mark (byte {end})")
+            position = end + 1
+        if is_url:
+            self._append(b'"%s%d"' % (self._mark.encode(), len(self.cuts)), quote)
+            self.cuts.append(_Cut(quote + 1, end))
+        else:
+            self._keep(quote, end + 1)
+        return end + 1
+
+    def _keep(self, begin: int, end: int) -> bytes:
+        if end - begin > self._limit - len(self._kept):
+            self._refuse_size(begin)
+        piece = bytes(self.document[begin:end])
+        self._append(piece, begin)
+        return piece
+
+    def _append(self, piece: bytes, place: int) -> None:
+        self._places.append((len(self._kept), place))
+        self._kept += piece
+
+    def _find_quote(self, begin: int, *, bounded: bool = True) -> int:
+        """The next quotation mark, or the document's end. Bounded: gives up where the limit of kept text is passed."""
+        stop = len(self.document)
+        if bounded:
+            stop = min(stop, begin + self._limit - len(self._kept) + 1)
+        position, step = begin, PREFIX_BYTES  # most strings are short
+        while position < stop:
+            piece = bytes(self.document[position : min(stop, position + step)])
+            at = piece.find(b'"')
+            if at >= 0:
+                return position + at
+            position += len(piece)
+            step = PIECE_BYTES
+        if stop < len(self.document):
+            self._refuse_size(begin)
+        return stop
+
+    def _refuse_size(self, place: int) -> NoReturn:
+        raise PartTooLarge(
+            f"JSON body: more than {self._limit} bytes of text beside its data URLs (byte {place}); pictures are sent as"
+            ' "data:image/png;base64,..."'
+        )
+
+
+def _parse(scan: _Scan) -> dict[str, Any]:
+    """The members of the kept text, which must be one object. Raises BadRequest."""
+    try:
+        text = scan.text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"JSON body: not UTF-8 (byte {scan.place_of(error.start)})") from None
+    try:
+        parsed = json.loads(
+            text,
+            object_pairs_hook=_object_of,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+        )
+    except json.JSONDecodeError as error:
+        place = scan.place_of(len(text[: error.pos].encode()))
+        raise BadRequest(f"JSON body: {error.msg} (byte {place})") from None
+    except ValueError:  # the interpreter's own limit of digits in an integer
+        raise BadRequest("JSON body: a number has too many digits") from None
+    if not isinstance(parsed, dict):
+        raise BadRequest("JSON body: expected an object")
+    return parsed
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise BadRequest(f"JSON body: the key {name[:100]!r} stands twice in one object", param=name[:100])
+            seen.add(name)
+    return members
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise BadRequest(f"JSON body: {text} is no JSON value")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise BadRequest(f"JSON body: the number {text[:40]} is too large")
+    return value
+
+
+class _Reader:
+    """Puts members into a form: pictures become uploads, all else a field."""
+
+    def __init__(self, form: SpooledForm, segment: Segment, scan: _Scan, limit: int) -> None:
+        self._form = form
+        self._segment = segment
+        self._scan = scan
+        self._limit = limit
+
+    def add(self, name: str, value: Any) -> None:
+        """Add one member. The k-th of a list of pictures is named `name[k]`, as is one that is no data URL."""
+        self._check_key(name)
+        if name not in PICTURES:
+            self._form.fields.append((name, self._restore(value, name)))
+            return
+        items = [(f"{name}[{k}]", item) for k, item in enumerate(value)] if isinstance(value, list) else []
+        for label, item in items or [(name, value)]:
+            url = item.get("image_url") if isinstance(item, dict) else item
+            cut = self._scan.cut_of(url)
+            if cut is None:
+                self._form.fields.append((label, self._restore(item, label)))
+                continue
+            if isinstance(item, dict):
+                for key, other in item.items():
+                    if key != "image_url" and other is not None:
+                        raise UnknownParameter(f"{label}: {key[:100]!r} beside image_url", param=f"{label}.{key[:100]}")
+            self._form.uploads.append(self._decode(cut, label))
+
+    def _decode(self, cut: _Cut, name: str) -> SpooledUpload:
+        """Decode a data URL where it lies (RFC 2397; its media type says nothing that the bytes do not say better)."""
+        prefix = bytes(self._scan.document[cut.begin : min(cut.end, cut.begin + PREFIX_BYTES)])
+        head, comma, _ = prefix.partition(b",")
+        if not comma or not head.lower().endswith(b";base64"):
+            raise InvalidValue(
+                f"{name}: expected data:image/png;base64, and base64 text (byte {cut.begin})", param=name
+            )
+        begin = cut.begin + len(head) + 1
+        size = decode_in_place(self._segment.view, begin, cut.end - begin, name, in_json=True)
+        return SpooledUpload(name, None, self._segment, begin, size)
+
+    def _restore(self, value: Any, name: str) -> Any:
+        """A value as the client wrote it. Raises InvalidValue: half a surrogate pair, or a data URL where no picture goes."""
+        if isinstance(value, str):
+            cut = self._scan.cut_of(value)
+            if cut is not None:
+                value = self._restore_cut(cut, name)
+            if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise InvalidValue(f"{name}: half of a surrogate pair is no text", param=name)
+            if len(value) > self._limit or len(value.encode()) > self._limit:
+                raise PartTooLarge(f"{name}: longer than {self._limit} bytes", param=name)
+            return value
+        if isinstance(value, list):
+            return [self._restore(item, name) for item in value]
+        if isinstance(value, dict):
+            for key in value:
+                self._check_key(key)
+            return {key: self._restore(item, name) for key, item in value.items()}
+        return value
+
+    def _check_key(self, key: str) -> None:
+        cut = self._scan.cut_of(key)
+        if cut is not None:
+            raise BadRequest(f"JSON body: a key that begins with data: (byte {cut.begin})")
+        self._restore(key, f"the key {key[:100]!r}")
+
+    def _restore_cut(self, cut: _Cut, name: str) -> str:
+        """The text of a string that only looked like a picture, such as a prompt that begins with `data:`."""
+        if cut.end - cut.begin > self._limit:
+            raise PartTooLarge(f"{name}: longer than {self._limit} bytes (byte {cut.begin})", param=name)
+        try:
+            return str(json.loads(b'"%b"' % bytes(self._scan.document[cut.begin : cut.end])))
+        except ValueError:
+            raise BadRequest(f"JSON body: the string that begins at byte {cut.begin} does not parse") from None
+
+
+def decode_in_place(view: memoryview, offset: int, size: int, name: str, *, in_json: bool = False) -> int:
+    """Decode base64 text over itself; the number of bytes from `offset` then.
+
+    Lines and blanks are allowed in it (RFC 2045 section 6.8), inside a JSON string as escapes.
+    Raises InvalidValue where it is no base64 (RFC 4648 section 4; the padding may be left out, nothing may follow it).
+    """
+    taken, end, written = offset, offset + size, offset
+    text = b""
+    while taken < end:
+        piece = bytes(view[taken : min(end, taken + PIECE_BYTES)])
+        escape = piece.rfind(b"\\", len(piece) - _LONGEST_ESCAPE + 1) if taken + len(piece) < end else -1
+        if escape > 0:
+            piece = piece[:escape]  # it may go on in the next piece
+        taken += len(piece)
+        if not in_json:
+            piece = piece.translate(None, _BLANKS)
+        elif b"\\" in piece:
+            for written_as, meant in _ESCAPES:
+                piece = piece.replace(written_as, meant)
+        text += piece
+        whole = len(text) if taken == end else len(text) - len(text) % 4
+        quads, text = text[:whole], text[whole:]
+        if taken == end:
+            quads += b"=" * (-len(quads) % 4)
+        try:
+            data = binascii.a2b_base64(quads, strict_mode=True)
+        except binascii.Error as error:
+            raise InvalidValue(f"{name}: no base64 text: {error} (before byte {taken})", param=name) from None
+        if taken < end and len(data) < len(quads) // 4 * 3:
+            raise InvalidValue(f"{name}: base64 text goes on after its padding (before byte {taken})", param=name)
+        view[written : written + len(data)] = data
+        written += len(data)
+    return written - offset

@@ -1,0 +1,321 @@
+"""Sans-I/O push parser for multipart/form-data: bytes in, PartBegin / PartData / PartEnd out (RFC 7578, RFC 2046 section 5.1).
+
+    PREAMBLE ──delimiter──▶ DELIMITED ──CRLF──▶ HEAD ──blank line──▶ CONTENT ──delimiter──▶ DELIMITED
+                              │    └─blank─▶ PADDED ──CRLF──▶ HEAD
+                              └──"--"──▶ CLOSED ──CRLF──▶ EPILOGUE        (HEAD goes through OPENED, which only looks ahead)
+
+Laws of this file:
+- All transitions are made by the steps in `_STEPS`, one for each state. A step consumes what it can from the window and returns
+  the place it reached; it either moves on to another state or needs more bytes.
+- Any split of the input gives the same events (PartData merged) or the same error: nothing is decided by where a window ends.
+- What is held between two calls is bounded: a delimiter that may have begun, or a part head, never content.
+- Every byte is searched a bounded number of times, whatever it is.
+
+A delimiter is CRLF, two dashes and the boundary; the first one may stand at the very beginning, as if a CRLF came before the body.
+Bytes that look like a delimiter and do not go on like one are refused, as they mean that the boundary occurs in the content, which
+RFC 2046 section 5.1.1 forbids; two readers would disagree about them.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
+
+from ovserve.errors import MalformedRequest, TooManyParts
+from ovserve.front.parthead import parse_part_head
+
+__all__ = ["Event", "MultipartParser", "PartBegin", "PartData", "PartEnd", "check_boundary"]
+
+WINDOW_BYTES = (
+    64 * 1024
+)  # searched at once: fits the second-level cache, and long enough for the linear-time search of bytes.find
+VIEW_BYTES = 1024  # content shorter than this is cheaper to copy than to wrap in a memoryview
+
+
+class PartBegin(NamedTuple):
+    """A part's head is complete; its content begins at `offset`. Offsets count bytes from the beginning of the body."""
+
+    number: int  # from 1
+    offset: int
+    name: str
+    filename: str | None
+    content_type: str | None  # as sent
+    transfer_encoding: str  # lower case; "binary" when the part names none
+
+
+class PartData(NamedTuple):
+    """Some of the content of the part that began last; never empty."""
+
+    offset: int
+    data: bytes | memoryview
+
+
+class PartEnd(NamedTuple):
+    """The part that began last is complete: `size` bytes, the last of them before `offset`."""
+
+    number: int
+    offset: int
+    size: int
+
+
+Event = PartBegin | PartData | PartEnd
+
+
+class State(enum.Enum):
+    """What the next byte belongs to."""
+
+    PREAMBLE = "the preamble: no delimiter was found"
+    DELIMITED = "a delimiter line"
+    PADDED = "the padding of a delimiter line"
+    HEAD = "the head of a part"
+    OPENED = "the content of a part: no delimiter was found"
+    CONTENT = "the content of a part: no close delimiter was found"
+    CLOSED = "the line of the close delimiter"
+    EPILOGUE = "the epilogue"
+
+
+_BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")  # RFC 2046 section 5.1.1
+_PADDING = re.compile(rb"[ \t]*")
+
+
+def check_boundary(boundary: str) -> str:
+    """The boundary itself, when it is one. Raises MalformedRequest."""
+    if not boundary:
+        raise MalformedRequest("Content-Type: the boundary of the multipart body is missing or empty")
+    if not _BOUNDARY.fullmatch(boundary):
+        raise MalformedRequest(
+            "Content-Type: a boundary has 1 to 70 characters, letters, digits and '()+_,-./:=? only, and no blank at its end"
+        )
+    return boundary
+
+
+class MultipartParser:
+    """Parses one body. Thread-safe: no.
+
+    Args:
+        boundary: from the Content-Type field, unquoted.
+        max_parts: more than that many parts are refused.
+        max_part_head_bytes: longest head of a part, its blank line included.
+
+    Raises:
+        MalformedRequest: from the constructor, `feed` and `finish`; the message has the part's number and the offset.
+        TooManyParts: from `feed`.
+
+    After an error the parser is of no more use.
+    """
+
+    def __init__(self, boundary: str, *, max_parts: int, max_part_head_bytes: int) -> None:
+        self._delimiter = b"\r\n--" + check_boundary(boundary).encode("ascii")
+        self._max_parts = max_parts
+        self._max_head = max_part_head_bytes
+        self._state = State.PREAMBLE
+        self._held = bytearray(b"\r\n")  # as if a line had ended just before the body
+        self._base = -2  # offset in the body of the first byte that is held, or that comes next
+        self._searched = 0  # how much of a held head is known to have no end in it
+        self._number = 0
+        self._begun_at = 0  # where the content of the current part began
+        self._events: list[Event] = []  # of the call to `feed` that is running
+        self._declared: int | None = None  # the current part's own Content-Length
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes kept for the next call: at most max_part_head_bytes, or a delimiter."""
+        return len(self._held)
+
+    @property
+    def offset(self) -> int:
+        """Bytes fed so far."""
+        return self._base + len(self._held)
+
+    def feed(self, data: bytes | bytearray | memoryview) -> list[Event]:
+        """Take the next bytes of the body; the events they complete. `data` is not kept."""
+        events: list[Event] = []
+        self._events = events
+        if isinstance(data, bytes) and len(data) <= WINDOW_BYTES:
+            self._advance(data)
+            return events
+        with memoryview(data) as view:
+            for start in range(0, len(view), WINDOW_BYTES):
+                # A copy that fits the cache: bytes.find is several times faster than any search of a memoryview.
+                self._advance(bytes(view[start : start + WINDOW_BYTES]))
+        return events
+
+    def finish(self) -> None:
+        """Say that the body has ended. Raises MalformedRequest where the close delimiter is missing."""
+        if self._state is State.EPILOGUE or (self._state is State.CLOSED and not self._held):
+            return
+        self._refuse(f"the body ends inside {self._state.value}", self.offset)
+
+    def _advance(self, fresh: bytes) -> None:
+        window = fresh
+        if self._held:
+            self._held += fresh
+            if self._state is State.HEAD and not self._is_head_whole():
+                return
+            window = bytes(self._held)
+        position = 0
+        state = None
+        while state is not self._state:
+            state = self._state
+            position = _STEPS[state](self, window, position)
+        self._base += position
+        self._held = bytearray(window[position:])
+
+    def _is_head_whole(self) -> bool:
+        """Look for the blank line in the bytes that came since the last look, so that a head in single bytes costs no more."""
+        if self._held.find(b"\r\n\r\n", max(0, self._searched - 3)) >= 0 or self._held.startswith(b"\r\n"):
+            return True
+        self._searched = len(self._held)
+        if self._searched >= self._max_head:
+            self._refuse_head_size(self._base)
+        return False
+
+    # --- the steps: (window, position) to the position reached -------------------------------------------------
+
+    def _skip_preamble(self, window: bytes, position: int) -> int:
+        at = window.find(self._delimiter, position)
+        if at < 0:
+            return self._where_delimiter_may_begin(window, position)
+        self._state = State.DELIMITED
+        return at + len(self._delimiter)
+
+    def _read_delimiter_end(self, window: bytes, position: int) -> int:
+        pair = window[position : position + 2]
+        if pair == b"\r\n":
+            return self._begin_head(position + 2)
+        if pair == b"--":
+            self._state = State.CLOSED
+            return position + 2
+        if pair[:1] in (b" ", b"\t"):
+            self._state = State.PADDED
+        elif pair not in (b"", b"\r", b"-"):
+            self._refuse("the boundary is followed by neither a line end nor two dashes", self._base + position)
+        return position
+
+    def _skip_padding(self, window: bytes, position: int) -> int:
+        position = self._after_padding(window, position)
+        pair = window[position : position + 2]
+        if pair == b"\r\n":
+            return self._begin_head(position + 2)
+        if pair not in (b"", b"\r"):
+            self._refuse("a delimiter line goes on after its padding", self._base + position)
+        return position
+
+    def _read_head(self, window: bytes, position: int) -> int:
+        blank = window.find(b"\r\n\r\n", position)
+        end = position + 2 if window.startswith(b"\r\n", position) else blank + 4
+        begun_at = self._base + position
+        if end < 4 or end - position > self._max_head:  # -1 + 4: no blank line yet
+            self._searched = len(window) - position
+            if self._searched >= self._max_head:
+                self._refuse_head_size(begun_at)
+            return position
+        head = window[position:end]
+        if self._delimiter in head or head.startswith(self._delimiter[2:]):
+            self._refuse("a delimiter before the blank line that ends the head", begun_at)
+        parsed = parse_part_head(head, lambda what, at: self._refuse(what, begun_at + at))
+        self._begun_at = self._base + end
+        self._declared = parsed.content_length
+        self._state = State.OPENED
+        self._events.append(
+            PartBegin(
+                self._number,
+                self._begun_at,
+                parsed.name,
+                parsed.filename,
+                parsed.content_type,
+                parsed.transfer_encoding,
+            )
+        )
+        return end
+
+    def _look_ahead(self, window: bytes, position: int) -> int:
+        """Refuse a delimiter that follows the blank line at once: to RFC 2046 a part without a body, to most readers content."""
+        line = self._delimiter[2:]
+        ahead = window[position : position + len(line)]
+        if ahead == line:
+            self._refuse(
+                "a delimiter follows the head at once: an empty part needs a line end of its own", self._begun_at
+            )
+        if not line.startswith(ahead):
+            self._state = State.CONTENT
+        return position
+
+    def _read_content(self, window: bytes, position: int) -> int:
+        at = window.find(self._delimiter, position)
+        end = at if at >= 0 else self._where_delimiter_may_begin(window, position)
+        if end > position:
+            if position == 0 and end == len(window):
+                data: bytes | memoryview = window
+            elif end - position < VIEW_BYTES:
+                data = window[position:end]
+            else:
+                data = memoryview(window)[position:end]
+            self._events.append(PartData(self._base + position, data))
+        if at < 0:
+            return end
+        size = self._base + at - self._begun_at
+        if self._declared is not None and size != self._declared:
+            self._refuse(f"the part has {size} bytes, its own Content-Length says {self._declared}", self._base + at)
+        self._events.append(PartEnd(self._number, self._base + at, size))
+        self._state = State.DELIMITED
+        return at + len(self._delimiter)
+
+    def _read_close_end(self, window: bytes, position: int) -> int:
+        position = self._after_padding(window, position)
+        pair = window[position : position + 2]
+        if pair == b"\r\n":
+            self._state = State.EPILOGUE
+            return len(window)
+        if pair not in (b"", b"\r"):
+            self._refuse("the close delimiter is followed by more than blanks", self._base + position)
+        return position
+
+    def _skip_epilogue(self, window: bytes, _position: int) -> int:
+        return len(window)
+
+    # --- what the steps share ------------------------------------------------------------------------------------------
+
+    def _begin_head(self, position: int) -> int:
+        self._number += 1
+        if self._number > self._max_parts:
+            raise TooManyParts(f"multipart body: more than {self._max_parts} parts (byte {self._base + position})")
+        self._searched = 0
+        self._state = State.HEAD
+        return position
+
+    def _where_delimiter_may_begin(self, window: bytes, position: int) -> int:
+        """The place of the bytes at the window's end that may go on as a delimiter; its end when there are none.
+
+        Only the last CR needs a look: no delimiter has a second one.
+        """
+        end = len(window)
+        at = window.rfind(b"\r", max(position, end - len(self._delimiter) + 1))
+        return at if at >= 0 and self._delimiter.startswith(window[at:]) else end
+
+    @staticmethod
+    def _after_padding(window: bytes, position: int) -> int:
+        match = _PADDING.match(window, position)
+        return match.end() if match else position
+
+    def _refuse_head_size(self, at: int) -> NoReturn:
+        self._refuse(f"the head is longer than {self._max_head} bytes", at)
+
+    def _refuse(self, what: str, at: int) -> NoReturn:
+        where = f"part {self._number}, byte {at}" if self._number else f"byte {at}"
+        raise MalformedRequest(f"multipart body: {what} ({where})")
+
+
+_Step = Callable[[MultipartParser, bytes, int], int]
+_STEPS: dict[State, _Step] = {
+    State.PREAMBLE: MultipartParser._skip_preamble,
+    State.DELIMITED: MultipartParser._read_delimiter_end,
+    State.PADDED: MultipartParser._skip_padding,
+    State.HEAD: MultipartParser._read_head,
+    State.OPENED: MultipartParser._look_ahead,
+    State.CONTENT: MultipartParser._read_content,
+    State.CLOSED: MultipartParser._read_close_end,
+    State.EPILOGUE: MultipartParser._skip_epilogue,
+}
