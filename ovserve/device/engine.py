@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovserve.config import ModelSettings
-from ovserve.errors import ApiError
+from ovserve.errors import ApiError, InvalidValue, ModelError
 from ovserve.profile import ModelProfile
 
-__all__ = ["Engine", "Outcome", "Preview", "Work", "choose_engine"]
+__all__ = ["Engine", "Outcome", "Preview", "Work", "check_schedule", "choose_engine", "overruns"]
 
 Pixels = NDArray[np.uint8]
 
@@ -117,10 +117,57 @@ class Engine(Protocol):
         """Release the device."""
 
 
+# Families whose denoiser is a UNet: what `stepwise` knows how to drive.
+STEPWISE_FAMILIES = frozenset({"stable-diffusion", "lcm", "sdxl"})
+
+
 def choose_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[str, str]:
     """Which engine a model gets, and why: `auto` takes the one that serves this family best.
 
     Raises:
         ModelError: the configured engine cannot serve this model.
     """
-    raise NotImplementedError
+    if settings.engine == "stepwise":
+        if profile.family not in STEPWISE_FAMILIES:
+            raise ModelError(
+                f"model {profile.name}: engine stepwise serves {', '.join(sorted(STEPWISE_FAMILIES))}, and not {profile.family}"
+            )
+        return "stepwise", "configured"
+    if settings.engine == "genai":
+        return "genai", "configured"
+    return "genai", "serves every family"
+
+
+def overruns(num_inference_steps: int, num_train_timesteps: int) -> bool:
+    """Whether openvino_genai, at `timestep_spacing: trailing`, runs one step too many, at a timestep below zero.
+
+    Its loop counts down in float32 from the number of training timesteps while above zero; for some step counts the last
+    subtraction leaves a positive rest, and the picture is destroyed by a step beyond the end (measured: 9, 11, 12, 18, ...).
+    """
+    rest, step = np.float32(num_train_timesteps), np.float32(num_train_timesteps) / np.float32(num_inference_steps)
+    for _ in range(num_inference_steps):
+        rest = np.float32(rest - step)
+    return bool(rest > 0)
+
+
+def check_schedule(engine: str, profile: ModelProfile, scheduler: str, num_inference_steps: int) -> None:
+    """Raise InvalidValue for a number of steps that this engine cannot run with this scheduler."""
+    scheduling = profile.scheduling
+    train = scheduling.num_train_timesteps
+    if num_inference_steps > train:
+        raise InvalidValue(
+            f"num_inference_steps: must be at most {train}, the timesteps the model was trained with",
+            param="num_inference_steps",
+        )
+    if engine != "genai" or scheduling.timestep_spacing != "trailing" or (scheduler or scheduling.name) == "LCM":
+        return
+    if overruns(num_inference_steps, train):
+        near = sorted(
+            (n for n in range(1, 2 * num_inference_steps + 2) if not overruns(n, train)),
+            key=lambda n: abs(n - num_inference_steps),
+        )[:2]
+        raise InvalidValue(
+            f"num_inference_steps: this model's timestep spacing cannot be run in {num_inference_steps} steps; "
+            f"use {' or '.join(str(n) for n in sorted(near))}",
+            param="num_inference_steps",
+        )

@@ -1,0 +1,323 @@
+"""The way of one request through the pixels: from its uploads to work for an engine, and from results to encoded pictures.
+
+    ImageRequest ──prepare──▶ Edit ──work(k)──▶ Work ──engine──▶ Outcome ──Edit.assemble──▶ ──Edit.encode──▶ bytes
+
+`prepare` raises for everything that can be wrong with a request, so that what goes wrong after it is ours.
+Runs in: worker; `prepare` in the prepare thread, `assemble` and `encode` in the finish thread; an Edit is never changed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ovserve import __version__
+from ovserve.config import ModelSettings, Resolution, Settings
+from ovserve.device.engine import Engine, Work, check_schedule
+from ovserve.device.frames import Fitting, Placement, fit_into, size_of
+from ovserve.device.images import Limits, Pixels, decode_image, encode_image, flatten, has_alpha
+from ovserve.device.masks import check_selects, holes, match_mask, paste_back, pool, read_mask
+from ovserve.dispatch.ipc import ImageRequest
+from ovserve.dispatch.spool import Blob, open_blob
+from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
+from ovserve.profile import ModelProfile, least_strength, steps_run
+
+__all__ = ["Edit", "prepare", "seed_of"]
+
+SEED_RANGE = 2**32  # the library takes seeds modulo this
+PREVIEW_SIDE_PX = 512  # a preview is looked at for a second: no need for every pixel
+
+
+def seed_of(request: ImageRequest, picture: int) -> int:
+    """The seed of picture `picture`, with which it can be had again alone."""
+    return (request.seed + picture) % SEED_RANGE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Edit:
+    """A request that can be served, with its pixels ready.
+
+    Attributes:
+        mode: text2image, image2image, inpainting.
+        steps: denoising steps that will run for each picture.
+        frame: size of the result.
+        original: what the caller sent, in the frame, RGB or RGBA; None for text2image.
+        mask: uint8 (H, W), 255 = repaint, in the frame; None unless inpainting.
+        initial_image, mask_image: the same on the canvas, RGB, and pooled to the latent grid.
+        keeps_alpha: the result has the original's alpha (background=transparent).
+        text_tokens, image_tokens, output_tokens: for `usage`; pictures count one token for each cell of side_multiple_px.
+        revised_prompt: what is used in place of a prompt that was cut; else empty.
+    """
+
+    request: ImageRequest
+    model: str
+    sampler: str
+    mode: str
+    strength: float
+    steps: int
+    frame: Resolution
+    placement: Placement
+    original: Pixels | None
+    mask: Pixels | None
+    initial_image: Pixels | None
+    mask_image: Pixels | None
+    keeps_alpha: bool
+    prompt: str
+    negative_prompt: str
+    text_tokens: int
+    image_tokens: int
+    output_tokens: int
+    revised_prompt: str
+
+    def work(self, job: str, picture: int, *, alone: bool = False) -> Work:
+        """Picture `picture` as a piece of work for an engine."""
+        request = self.request
+        return Work(
+            job=job,
+            picture=picture,
+            mode=self.mode,
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            width=self.placement.canvas.width,
+            height=self.placement.canvas.height,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            strength=self.strength,
+            seed=seed_of(request, picture),
+            initial_image=self.initial_image,
+            mask_image=self.mask_image,
+            prompt_2=request.prompt_2,
+            prompt_3=request.prompt_3,
+            negative_prompt_2=request.negative_prompt_2,
+            negative_prompt_3=request.negative_prompt_3,
+            max_sequence_length=request.max_sequence_length,
+            scheduler=request.scheduler,
+            shortcuts=request.shortcuts,
+            alone=alone,
+            previews=self._preview_steps(),
+        )
+
+    def _preview_steps(self) -> frozenset[int]:
+        """Spread evenly; the last step needs none, for the result follows at once."""
+        count = min(self.request.partial_images, self.steps - 1)
+        return frozenset(round((index + 1) * self.steps / (count + 1)) for index in range(count))
+
+    def assemble(self, painted: Pixels) -> Pixels:
+        """The result: the painted canvas in its frame, the caller's own pixels outside the mask, alpha as asked for."""
+        painted = self.placement.back(painted)
+        if self.original is None:
+            return painted
+        result = painted
+        if self.mask is not None:
+            result = paste_back(self.original, painted, self.mask, self.request.mask_blur)
+        if self.keeps_alpha:
+            result = _with_alpha(result, self.original)
+        elif has_alpha(result) and (self.request.background == "opaque" or result[..., 3].min() == 255):
+            result = flatten(result)
+        return result
+
+    def encode(self, pixels: Pixels, picture: int) -> bytes:
+        """A result as a file of the format asked for."""
+        request = self.request
+        parameters = self._parameters(picture) if request.metadata else ""
+        return encode_image(pixels, request.output_format, request.output_compression, parameters)
+
+    def encode_preview(self, pixels: Pixels) -> bytes:
+        """An estimate from the canvas as a small file of the format asked for, without metadata."""
+        painted = fit = pixels
+        if size_of(pixels) == self.placement.canvas:
+            painted = self.placement.back(pixels)
+            fit = painted
+        small = fit_into(self.frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
+        shown = Fitting.plan(size_of(fit), small, "stretch").image(painted)
+        return encode_image(shown, self.request.output_format, min(self.request.output_compression, 90))
+
+    def _parameters(self, picture: int) -> str:
+        """Seed and settings in the form that common image tools read: prompt, negative prompt, then one line of pairs."""
+        request = self.request
+        pairs: list[tuple[str, object]] = [
+            ("Steps", request.num_inference_steps),
+            ("Sampler", self.sampler),
+            ("CFG scale", f"{request.guidance_scale:g}"),
+            ("Seed", seed_of(request, picture)),
+            ("Size", str(self.frame)),
+            ("Model", self.model),
+        ]
+        if self.mode != "text2image":
+            pairs.append(("Denoising strength", f"{self.strength:g}"))
+        pairs.append(("Version", f"ovserve {__version__}"))
+        lines = [self.prompt]
+        if self.negative_prompt:
+            lines.append(f"Negative prompt: {self.negative_prompt}")
+        lines.append(", ".join(f"{key}: {value}" for key, value in pairs))
+        return "\n".join(lines)
+
+
+def _with_alpha(result: Pixels, original: Pixels) -> Pixels:
+    whole = original.copy()
+    whole[..., :3] = result[..., :3]
+    return whole
+
+
+def prepare(
+    request: ImageRequest, profile: ModelProfile, model: ModelSettings, settings: Settings, engine: Engine
+) -> Edit:
+    """Decode, orient and fit the images, read the mask, count the tokens.
+
+    Raises:
+        BadRequest: in one of its kinds; what is wrong with the request, naming the field.
+    """
+    if request.scheduler and request.scheduler not in engine.schedulers:
+        raise InvalidValue(
+            f"scheduler: {request.scheduler!r} is not served by this model; expected one of {', '.join(sorted(engine.schedulers))}",
+            param="scheduler",
+        )
+    prompt, text_tokens = _read_prompt(request, profile, engine)
+    limits = Limits(settings.max_image_pixels, settings.max_image_side_px)
+    source, mask = _read_images(request, limits)
+    mode = "text2image" if source is None else "image2image" if mask is None else "inpainting"
+    _check_mode(mode, profile)
+    keeps_alpha = _keeps_alpha(request, source)
+    strength = _strength(request, mode, profile)
+    steps = check_steps(request, mode, strength, profile, engine)
+
+    frame = Resolution(request.width, request.height) if request.width else profile.native
+    if source is not None and not request.width:
+        frame = fit_into(size_of(source), model.max_resolution)
+    placement = Placement.plan(frame, profile.working_size(frame.width, frame.height), profile.side_multiple_px)
+    original = initial_image = mask_image = None
+    if source is not None:
+        fitting = Fitting.plan(size_of(source), frame, request.resize_mode)
+        original = fitting.image(source)
+        initial_image = placement.image(flatten(original))
+        if mask is not None:
+            mask = fitting.mask(mask)
+            check_selects(mask, " in the part of the image that is used")
+            mask_image = pool(placement.mask(mask), profile.side_multiple_px)
+    cells = math.prod((placement.canvas.width, placement.canvas.height)) // profile.side_multiple_px**2
+    return Edit(
+        request=request,
+        model=profile.name,
+        sampler=request.scheduler or profile.scheduling.name,
+        mode=mode,
+        strength=strength,
+        steps=steps,
+        frame=frame,
+        placement=placement,
+        original=original,
+        mask=mask,
+        initial_image=initial_image,
+        mask_image=mask_image,
+        keeps_alpha=keeps_alpha,
+        prompt=prompt,
+        # Without classifier-free guidance a negative prompt has no effect, and the library refuses it.
+        negative_prompt=request.negative_prompt if profile.takes_negative_prompt and request.guidance_scale > 1 else "",
+        text_tokens=text_tokens,
+        image_tokens=cells * len(request.images),
+        output_tokens=cells * request.n,
+        revised_prompt=prompt if prompt != request.prompt else "",
+    )
+
+
+def _read_prompt(request: ImageRequest, profile: ModelProfile, engine: Engine) -> tuple[str, int]:
+    """The prompt to use, and its tokens."""
+    prompt = request.prompt
+    tokens = engine.count_tokens(prompt)
+    if tokens > profile.prompt_tokens and request.truncate_prompt:
+        prompt = engine.cut_prompt(prompt)
+        tokens = engine.count_tokens(prompt)
+    checks = [("prompt", tokens)]
+    if request.negative_prompt:
+        checks.append(("negative_prompt", engine.count_tokens(request.negative_prompt)))
+    for name, count in checks:
+        if count > profile.prompt_tokens:
+            advice = "; truncate_prompt=true cuts it" if name == "prompt" else ""
+            raise PromptTooLong(
+                f"{name}: {count} tokens, and the model reads {profile.prompt_tokens} (two of them mark its begin and end){advice}",
+                param=name,
+            )
+    return prompt, tokens
+
+
+def _read_images(request: ImageRequest, limits: Limits) -> tuple[Pixels | None, Pixels | None]:
+    """The image and the mask at its size, both upright; None where there is none."""
+    if not request.images:
+        return None, None
+    if len(request.images) > 1:
+        raise InvalidValue(
+            f"image: {len(request.images)} images were given, and this model edits one: it takes no references",
+            param="image",
+        )
+    source = _read_blob(request.images[0], "image", limits)
+    mask = None
+    if request.mask is not None:
+        mask = read_mask(_read_blob(request.mask, "mask", limits), request.mask_mode)
+        check_selects(mask)
+        mask = match_mask(mask, size_of(source))
+    elif request.task == "edit" and request.background != "transparent":
+        mask = holes(source)
+    return source, mask
+
+
+def _read_blob(blob: Blob, name: str, limits: Limits) -> Pixels:
+    with open_blob(blob) as data:
+        return decode_image(data, name, limits)
+
+
+def _check_mode(mode: str, profile: ModelProfile) -> None:
+    if mode in profile.tasks:
+        return
+    if "inpainting" in profile.tasks and mode == "image2image":
+        raise MissingParameter(f"mask: model {profile.name!r} only fills masks: send one", param="mask")
+    raise UnsupportedParameter(f"model {profile.name!r} does not serve {mode}", param="model")
+
+
+def _keeps_alpha(request: ImageRequest, source: Pixels | None) -> bool:
+    if request.background != "transparent":
+        return False
+    if request.output_format == "jpeg":
+        raise InvalidValue("background: transparent needs output_format png or webp", param="background")
+    if source is None or not has_alpha(source):
+        raise InvalidValue(
+            "background: transparent needs an image with transparency: the model itself paints opaque pictures",
+            param="background",
+        )
+    return True
+
+
+def _strength(request: ImageRequest, mode: str, profile: ModelProfile) -> float:
+    if mode == "text2image":
+        return 1.0
+    if request.strength is not None:
+        return request.strength
+    if mode == "inpainting":
+        return profile.defaults.strength_inpainting
+    return profile.defaults.strength_variation if request.task == "variation" else profile.defaults.strength
+
+
+def check_steps(request: ImageRequest, mode: str, strength: float, profile: ModelProfile, engine: Engine) -> int:
+    """How many steps will run. Raises InvalidValue for counts that cannot be run."""
+    count = request.num_inference_steps
+    if count < 1:
+        raise InvalidValue("num_inference_steps: must be at least 1", param="num_inference_steps")
+    if not 0 <= strength <= 1:
+        raise InvalidValue("strength: must be within 0..1", param="strength")
+    check_schedule(engine.name, profile, request.scheduler, count)
+    if (request.scheduler or profile.scheduling.name) == "LCM":
+        # LCM takes its steps from the part of a longer schedule that strength leaves.
+        longer = profile.scheduling.original_inference_steps
+        if steps_run(longer, strength) < count:
+            raise InvalidValue(
+                f"strength: {strength:g} leaves too few of {longer} timesteps for {count} steps: "
+                f"the smallest that works is {math.ceil(100 * count / longer) / 100:g}",
+                param="strength",
+            )
+        return count
+    steps = count if mode == "text2image" else steps_run(count, strength)
+    if steps < 1:
+        raise InvalidValue(
+            f"strength: {strength:g} of {count} steps is less than one step: "
+            f"the smallest strength that works is {least_strength(count):g}",
+            param="strength",
+        )
+    return steps

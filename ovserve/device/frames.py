@@ -1,0 +1,157 @@
+"""Where a picture lies: from the caller's image to the frame of the result, on to the canvas the model works on, and back.
+
+    image ──resize_mode──▶ frame (the size of the result) ──scale, shape kept──▶ canvas (a size the model was made for)
+                           frame ◀──crop, scale──────────────────────────────── canvas, repainted
+
+Where the canvas cannot hold the frame's shape, the frame's content is put in its middle and its edges are continued outwards;
+what lies there is thrown away on the way back. Masks go the same ways by a rule of their own: a target pixel is set as soon as
+it covers any part of a set source pixel, so that no thin mask vanishes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from ovserve.config import Resolution
+from ovserve.device.images import Pixels
+
+__all__ = ["Fitting", "Placement", "fit_into", "scale_mask", "size_of"]
+
+
+def size_of(pixels: Pixels) -> Resolution:
+    """Width and height of an array of pixels or of a mask."""
+    return Resolution(pixels.shape[1], pixels.shape[0])
+
+
+def fit_into(size: Resolution, limit: Resolution) -> Resolution:
+    """The size itself, or the largest of the same shape that both sides of `limit` can hold."""
+    scale = min(1.0, limit.width / size.width, limit.height / size.height)
+    return Resolution(max(1, round(size.width * scale)), max(1, round(size.height * scale)))
+
+
+def _resize(pixels: Pixels, size: Resolution, box: tuple[float, float, float, float]) -> Pixels:
+    if size_of(pixels) == size and box == (0.0, 0.0, float(size.width), float(size.height)):
+        return pixels
+    resized = Image.fromarray(pixels).resize((size.width, size.height), Image.Resampling.LANCZOS, box)
+    return np.asarray(resized)
+
+
+def scale_mask(mask: Pixels, size: Resolution, box: tuple[float, float, float, float] | None = None) -> Pixels:
+    """A mask (uint8 (H, W), 0 or 255) at another size: set wherever the target pixel covers any part of a set one.
+
+    Args:
+        box: left, top, right, bottom of the part of the mask to take; all of it when None.
+    """
+    left, top, right, bottom = box or (0, 0, mask.shape[1], mask.shape[0])
+    for axis, low, high, count in ((0, top, bottom, size.height), (1, left, right, size.width)):
+        edges = low + np.arange(count + 1) * ((high - low) / count)
+        first = np.floor(edges[:-1].round(6)).astype(np.intp)
+        last = np.ceil(edges[1:].round(6)).astype(np.intp) - 1
+        # reduceat takes [first[j], first[j + 1]); the one pixel that two targets share is `last`.
+        mask = np.maximum(
+            np.maximum.reduceat(mask.take(np.arange(last[-1] + 1), axis), first, axis), mask.take(last, axis)
+        )
+    return mask
+
+
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """How an image fills the frame.
+
+    Attributes:
+        source, frame: the two sizes.
+        box: the part of the image that is used: left, top, right, bottom in pixels.
+        inner: where it lies in the frame: left, top, width, height in pixels; the rest are bars (`pad` only).
+    """
+
+    source: Resolution
+    frame: Resolution
+    box: tuple[float, float, float, float]
+    inner: tuple[int, int, int, int]
+
+    @classmethod
+    def plan(cls, source: Resolution, frame: Resolution, resize_mode: str) -> Fitting:
+        """Args: resize_mode: crop (fill the frame, cut what sticks out), pad (all of it, with bars), stretch."""
+        box: tuple[float, float, float, float] = (0, 0, source.width, source.height)
+        inner = (0, 0, frame.width, frame.height)
+        if resize_mode == "crop":
+            scale = max(frame.width / source.width, frame.height / source.height)
+            width, height = min(source.width, frame.width / scale), min(source.height, frame.height / scale)
+            # Whole pixels: a shift of half a pixel would blur an image that is only cut.
+            left, top = int((source.width - width) / 2), int((source.height - height) / 2)
+            box = (left, top, left + width, top + height)
+        elif resize_mode == "pad":
+            scale = min(frame.width / source.width, frame.height / source.height)
+            width, height = max(1, round(source.width * scale)), max(1, round(source.height * scale))
+            inner = ((frame.width - width) // 2, (frame.height - height) // 2, width, height)
+        return cls(source, frame, box, inner)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the frame is the image, pixel for pixel."""
+        return self.source == self.frame
+
+    def image(self, pixels: Pixels) -> Pixels:
+        """The image in its frame; bars continue its edges, and are transparent where it has alpha."""
+        filled = _surround(_resize(pixels, Resolution(*self.inner[2:]), self.box), self.inner, self.frame)
+        if filled.shape[2] == 4 and self.inner[2:] != (self.frame.width, self.frame.height):
+            left, top, width, height = self.inner
+            alpha = np.zeros_like(filled[..., 3])
+            alpha[top : top + height, left : left + width] = filled[top : top + height, left : left + width, 3]
+            filled[..., 3] = alpha
+        return filled
+
+    def mask(self, mask: Pixels) -> Pixels:
+        """The mask in the frame; bars are repainted, for nothing of the caller's is there to keep."""
+        left, top, width, height = self.inner
+        filled = np.full((self.frame.height, self.frame.width), 255, np.uint8)
+        filled[top : top + height, left : left + width] = scale_mask(mask, Resolution(width, height), self.box)
+        return filled
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the frame's content lies on the canvas: left, top, width, height in pixels of the canvas."""
+
+    frame: Resolution
+    canvas: Resolution
+    inner: tuple[int, int, int, int]
+
+    @classmethod
+    def plan(cls, frame: Resolution, canvas: Resolution, multiple_px: int) -> Placement:
+        """As it is where the canvas is only the frame rounded up to the model's multiple, else scaled to the largest that fits."""
+        width, height = frame.width, frame.height
+        if not (0 <= canvas.width - width < multiple_px and 0 <= canvas.height - height < multiple_px):
+            scale = min(canvas.width / width, canvas.height / height)
+            width = min(canvas.width, max(1, round(width * scale)))
+            height = min(canvas.height, max(1, round(height * scale)))
+        return cls(frame, canvas, ((canvas.width - width) // 2, (canvas.height - height) // 2, width, height))
+
+    def image(self, pixels: Pixels) -> Pixels:
+        """The frame on the canvas, its edges continued."""
+        frame = self.frame
+        return _surround(
+            _resize(pixels, Resolution(*self.inner[2:]), (0, 0, frame.width, frame.height)), self.inner, self.canvas
+        )
+
+    def mask(self, mask: Pixels) -> Pixels:
+        """The mask on the canvas, its edges continued: what borders on a repainted edge is no context to keep."""
+        return _surround(scale_mask(mask, Resolution(*self.inner[2:])), self.inner, self.canvas)
+
+    def back(self, pixels: Pixels) -> Pixels:
+        """The repainted canvas as a frame again."""
+        left, top, width, height = self.inner
+        if (width, height) == (self.frame.width, self.frame.height):
+            return pixels[top : top + height, left : left + width]
+        return _resize(pixels, self.frame, (left, top, left + width, top + height))
+
+
+def _surround(pixels: Pixels, inner: tuple[int, int, int, int], size: Resolution) -> Pixels:
+    left, top, width, height = inner
+    if (width, height) == (size.width, size.height):
+        return pixels
+    sides = ((top, size.height - height - top), (left, size.width - width - left), (0, 0))
+    return np.pad(pixels, sides[: pixels.ndim], mode="edge")

@@ -1,0 +1,335 @@
+"""The engine over openvino_genai's own pipelines: every family the library serves, one picture at a time.
+
+The library's traps (calls that end the process, silent changes of meaning) are closed here, each with its reason beside it;
+tests/e2e/test_traps.py names them. Its laws for us:
+- One thread. Pipelines derived from one another share infer requests: two threads in them are a SIGSEGV.
+- Inpainting is built first and the others are derived from it: the other way round its mask processors are null (SIGSEGV).
+- A callback runs in a native thread: an exception, or a result that is no bool, ends the process (std::terminate).
+- A result is a view of the decoder's buffer, which the next call overwrites: copy it at once.
+- `decode` shares the decoder's infer request with `generate`, so there are no previews: nothing is decoded beside a generation.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino_genai as og
+
+from ovserve.config import ModelSettings
+from ovserve.device.engine import Outcome, Work, check_schedule
+from ovserve.device.images import Pixels
+from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
+from ovserve.profile import ModelProfile, steps_run
+
+__all__ = ["GenaiEngine"]
+
+log = logging.getLogger(__name__)
+
+_SCHEDULERS = {
+    "DDIM": og.Scheduler.Type.DDIM,
+    "PNDM": og.Scheduler.Type.PNDM,
+    "EulerDiscrete": og.Scheduler.Type.EULER_DISCRETE,
+    "EulerAncestralDiscrete": og.Scheduler.Type.EULER_ANCESTRAL_DISCRETE,
+}
+_FAMILIES_OF_OTHER_SCHEDULERS = ("stable-diffusion", "sdxl")
+_WITHOUT_GUIDANCE = 1.0
+
+
+class GenaiEngine:
+    """One model's pipelines on one device, or on three: text encoder, denoiser, VAE."""
+
+    name = "genai"
+    capacity = 1
+
+    def __init__(self, profile: ModelProfile, settings: ModelSettings) -> None:
+        self.schedulers: frozenset[str] = frozenset()
+        self._profile = profile
+        self._settings = settings
+        self._pipelines: dict[str, Any] = {}
+        self._scheduler_config = profile.directory / "scheduler" / "scheduler_config.json"
+        self._own_scheduler: Any = None
+        self._pending: Work | None = None
+        self._tokenizer = _Tokenizer(profile.directory / "tokenizer", profile.prompt_tokens)
+
+    # --- loading ---
+
+    def load(self, beat: Callable[[str], None]) -> None:
+        """Read and compile the model, then make one real picture. Raises ModelError."""
+        beat("load")
+        try:
+            self._tokenizer.load()
+            self._build(beat)
+            beat("warm-up")
+            self._warm_up(beat)
+        except RuntimeError as error:
+            raise ModelError(f"model {self._profile.name}: {_first_line(error)}") from error
+
+    def _build(self, beat: Callable[[str], None]) -> None:
+        directory = str(self._profile.directory)
+        first = "inpainting" if "inpainting" in self._profile.tasks else "text2image"
+        kinds = {
+            "inpainting": og.InpaintingPipeline,
+            "text2image": og.Text2ImagePipeline,
+            "image2image": og.Image2ImagePipeline,
+        }
+        # Uncompiled, then compile(): the constructor holds the interpreter lock, compile does not.
+        main = kinds[first](directory)
+        beat("load")
+        devices = self._settings.device.split()
+        main.compile(*devices, **self._properties(devices))
+        beat("load")
+        self._pipelines[first] = main
+        for task in sorted(self._profile.tasks - {first}):
+            self._pipelines[task] = kinds[task](main)
+        self._own_scheduler = self._scheduler("")
+        for pipeline in self._pipelines.values():
+            # A derived FLUX or SD3 pipeline has no scheduler of its own, and its generate is a SIGSEGV without one.
+            pipeline.set_scheduler(self._own_scheduler)
+        self.schedulers = self._offered_schedulers()
+
+    def _properties(self, devices: list[str]) -> dict[str, Any]:
+        settings = self._settings
+        properties: dict[str, Any] = json.loads(settings.plugin_config) if settings.plugin_config else {}
+        if settings.threads and all(device.startswith("CPU") for device in devices):
+            properties["INFERENCE_NUM_THREADS"] = settings.threads
+        if settings.cache_dir:
+            properties["CACHE_DIR"] = str(settings.cache_dir)
+        return properties
+
+    def _scheduler(self, name: str) -> Any:
+        kind = _SCHEDULERS[name] if name else og.Scheduler.Type.AUTO
+        return og.Scheduler.from_config(self._scheduler_config, kind)
+
+    def _offered_schedulers(self) -> frozenset[str]:
+        """The model's own, and those that can be made from its configuration. Never LCM for a model that was not distilled for
+        it: the library then writes to an input the UNet does not have, a SIGSEGV."""
+        own = self._profile.scheduling.name
+        offered = {own}
+        if self._profile.family in _FAMILIES_OF_OTHER_SCHEDULERS and own != "LCM":
+            config = json.loads(self._scheduler_config.read_text("utf-8"))
+            for name in _SCHEDULERS:
+                if name == "PNDM" and config.get("skip_prk_steps") is not True:
+                    continue  # the library has only the variant without Runge-Kutta steps, and says so when it runs
+                try:
+                    self._scheduler(name)
+                except RuntimeError:
+                    continue  # a value in the configuration that this scheduler does not know
+                offered.add(name)
+        return frozenset(offered)
+
+    def _warm_up(self, beat: Callable[[str], None]) -> None:
+        """The first inference repacks the weights and takes the memory a job will take: pay before reporting ready."""
+        profile = self._profile
+        width, height = profile.native.width, profile.native.height
+        gray = np.full((height, width, 3), 127, np.uint8)
+        with_mask = "inpainting" in self._pipelines
+        work = Work(
+            job="",
+            picture=0,
+            mode="inpainting" if with_mask else "text2image",
+            prompt="a picture",
+            negative_prompt="",
+            width=width,
+            height=height,
+            num_inference_steps=2,
+            guidance_scale=profile.defaults.guidance_scale,
+            strength=1.0,
+            seed=0,
+            initial_image=gray if with_mask else None,
+            mask_image=np.full((height, width), 255, np.uint8) if with_mask else None,
+            on_step=lambda _step, _steps: beat("warm-up"),
+        )
+        started = time.monotonic()
+        pixels = self._generate(work)
+        if pixels is None or pixels.shape != (height, width, 3):
+            raise ModelError(f"model {profile.name}: the warm-up pass gave no picture")
+        log.debug("warm-up pass took %.2f s", time.monotonic() - started)
+
+    # --- prompts ---
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt, special tokens included, not truncated. Runs in: the prepare thread."""
+        return self._tokenizer.count(prompt)
+
+    def cut_prompt(self, prompt: str) -> str:
+        """The longest beginning of a prompt, at a word boundary, that fits the window. Runs in: the prepare thread."""
+        return self._tokenizer.cut(prompt)
+
+    # --- work ---
+
+    def admit(self, work: Work) -> None:
+        """Take the one piece of work for the next turn."""
+        if self._pending is not None:
+            raise InternalError("the engine was given a second piece of work")
+        self._pending = work
+
+    def turn(self) -> Sequence[Outcome]:
+        """Make the whole picture that was admitted."""
+        work, self._pending = self._pending, None
+        if work is None:
+            return ()
+        if work.cancelled.is_set():
+            return (Outcome(work),)
+        try:
+            pixels = self._generate(work)
+        except ApiError as error:
+            return (Outcome(work, error=error),)
+        except MemoryError:
+            return (Outcome(work, error=InternalError("not enough memory for this picture")),)
+        except RuntimeError as error:
+            # The library's own refusals leave the pipeline usable (measured); what could be foreseen was refused before.
+            log.exception("generation failed")
+            return (Outcome(work, error=InternalError(f"the engine failed: {_first_line(error)}")),)
+        return (Outcome(work, pixels=pixels),)
+
+    def phase(self) -> str:
+        """idle, or encode: the turn begins with the text encoder; the steps report themselves."""
+        return "idle" if self._pending is None else "encode"
+
+    def close(self) -> None:
+        """Release the device."""
+        self._pipelines.clear()
+
+    def _generate(self, work: Work) -> Pixels | None:
+        """One picture; None when it was cancelled."""
+        self._guard(work)
+        pipeline = self._pipelines[work.mode]
+        changed = bool(work.scheduler) and work.scheduler != self._profile.scheduling.name
+        if changed:
+            pipeline.set_scheduler(self._scheduler(work.scheduler))
+        try:
+            result = pipeline.generate(work.prompt, *_tensors(work), **self._options(work))
+        finally:
+            if changed:
+                pipeline.set_scheduler(self._own_scheduler)
+        if work.cancelled.is_set() or not result.shape:
+            return None  # a cancelled call returns a scalar of garbage
+        # Not np.asarray: the tensor is the decoder's own buffer.
+        pixels: Pixels = np.array(result.data[0], dtype=np.uint8, order="C", copy=True)
+        return pixels
+
+    def _guard(self, work: Work) -> None:
+        """What must never reach the library, whoever let it come this far. Raises InvalidValue."""
+        if work.num_inference_steps < 1:
+            raise InvalidValue("num_inference_steps: must be at least 1", param="num_inference_steps")  # 0: SIGFPE
+        if not 0 <= work.strength <= 1:
+            raise InvalidValue("strength: must be within 0..1", param="strength")
+        lcm = (work.scheduler or self._profile.scheduling.name) == "LCM"
+        if lcm:  # too few timesteps for the steps: SIGSEGV
+            enough = (
+                steps_run(self._profile.scheduling.original_inference_steps, work.strength) >= work.num_inference_steps
+            )
+        else:
+            enough = steps_run(work.num_inference_steps, work.strength) >= 1
+        if not enough:
+            raise InvalidValue(f"strength: {work.strength:g} leaves no step to run", param="strength")
+        if work.scheduler and work.scheduler not in self.schedulers:
+            raise InvalidValue(f"scheduler: {work.scheduler!r} is not served by this model", param="scheduler")
+        check_schedule(self.name, self._profile, work.scheduler, work.num_inference_steps)
+        if work.mode not in self._pipelines:
+            raise InvalidValue(f"this model does not serve {work.mode}", param="model")
+        multiple = self._profile.side_multiple_px
+        if work.width < multiple or work.height < multiple or work.width % multiple or work.height % multiple:
+            raise InternalError(f"working size {work.width}x{work.height} is no multiple of {multiple}")
+
+    def _options(self, work: Work) -> dict[str, Any]:
+        """Every option by its name in the library, which ignores the ones it does not know, and refuses some with others."""
+        profile = self._profile
+        options: dict[str, Any] = {
+            "width": work.width,  # never left to the library: it takes the model's, the image's or a fixed size, by pipeline
+            "height": work.height,
+            "num_inference_steps": work.num_inference_steps,
+            "guidance_scale": work.guidance_scale,
+            "rng_seed": work.seed % 2**32,  # left out, every call has seed 42
+            "num_images_per_prompt": 1,  # inpainting with more is refused, and picture k must be seed + k alone
+            "callback": _callback(work),
+        }
+        if work.mode != "text2image":
+            options["strength"] = work.strength
+        guided = profile.takes_negative_prompt and work.guidance_scale > _WITHOUT_GUIDANCE
+        prompts = {"prompt_2": work.prompt_2, "prompt_3": work.prompt_3}
+        if guided:  # refused without guidance, even when empty
+            prompts |= {
+                "negative_prompt": work.negative_prompt,
+                "negative_prompt_2": work.negative_prompt_2,
+                "negative_prompt_3": work.negative_prompt_3,
+            }
+        for name, text in prompts.items():
+            encoder = int(name[-1]) if name[-1].isdigit() else 1
+            if text and encoder <= profile.text_encoders:
+                options[name] = text
+        if work.max_sequence_length and profile.family in ("sd3", "flux"):
+            options["max_sequence_length"] = work.max_sequence_length
+        return options
+
+
+def _tensors(work: Work) -> list[ov.Tensor]:
+    """The image, (1, H, W, 3), and the mask, (1, H, W, 1): no other shapes are taken."""
+    arrays = []
+    if work.initial_image is not None:
+        arrays.append(work.initial_image[None])
+    if work.mask_image is not None:
+        arrays.append(work.mask_image[None, :, :, None])
+    return [ov.Tensor(np.ascontiguousarray(array, dtype=np.uint8)) for array in arrays]
+
+
+def _callback(work: Work) -> Callable[..., bool]:
+    """A step callback that never raises and always answers with a bool; True stops the generation about a step later."""
+
+    def after_step(*reported: Any) -> bool:
+        try:
+            if work.on_step is not None:
+                work.on_step(int(reported[0]) + 1, int(reported[1]))
+            return work.cancelled.is_set()
+        except BaseException:
+            log.exception("step callback failed")
+            return False
+
+    return after_step
+
+
+class _Tokenizer:
+    """Counts and cuts prompts. Its own infer requests: thread-safe beside the pipelines, for use by one thread."""
+
+    def __init__(self, directory: Path, window: int) -> None:
+        self._directory = directory
+        self._window = window
+        self._tokenizer: Any = None
+
+    def load(self) -> None:
+        self._tokenizer = og.Tokenizer(str(self._directory))
+
+    def count(self, prompt: str) -> int:
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InvalidValue(
+                "prompt: holds half of a surrogate pair, which is no character", param="prompt"
+            ) from None
+        return int(self._tokenizer.encode(prompt).input_ids.shape[1])
+
+    def cut(self, prompt: str) -> str:
+        ends = [match.end() for match in re.finditer(r"\S+", prompt)]
+        low, high = 0, len(ends)
+        while low < high:  # the most words that fit; more words are never fewer tokens
+            middle = (low + high + 1) // 2
+            if self.count(prompt[: ends[middle - 1]]) <= self._window:
+                low = middle
+            else:
+                high = middle - 1
+        return prompt[: ends[low - 1]] if low else ""
+
+
+def _first_line(error: BaseException) -> str:
+    """What the library says, without the source location it puts first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Exception from", "Check "))]
+    return (told or lines or ["unknown error"])[0][:300]

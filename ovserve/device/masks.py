@@ -1,0 +1,126 @@
+"""Which pixels are repainted, and the caller's own pixels put back everywhere else.
+
+A mask here is `uint8 (H, W)`: 255 = repaint, 0 = keep, nothing between.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovserve.config import Resolution
+from ovserve.device.frames import scale_mask, size_of
+from ovserve.device.images import Pixels, flatten, has_alpha
+from ovserve.errors import InvalidValue
+
+__all__ = ["check_selects", "feather", "holes", "match_mask", "paste_back", "pool", "read_mask"]
+
+
+def read_mask(pixels: Pixels, mask_mode: str) -> Pixels:
+    """The mask that a mask image means.
+
+    Args:
+        pixels: the decoded mask, RGB or RGBA.
+        mask_mode: `alpha`: transparent = repaint (OpenAI's rule); `luminance`: white = repaint, where transparent pixels count
+            as black; `auto`: alpha where there is any transparency, else luminance. Half-way values go to the nearer side.
+    """
+    if mask_mode == "auto":
+        mask_mode = "alpha" if has_alpha(pixels) and pixels[..., 3].min() < 255 else "luminance"
+    if mask_mode == "alpha":
+        if not has_alpha(pixels):
+            return np.zeros(pixels.shape[:2], np.uint8)
+        return np.where(pixels[..., 3] < 128, 255, 0).astype(np.uint8)
+    # ITU-R BT.601 luma in integers, as image tools compute it.
+    light = pixels[..., :3].astype(np.uint32) @ np.array([299, 587, 114], np.uint32)
+    if has_alpha(pixels):
+        light = light * pixels[..., 3] // 255
+    return np.where(light >= 128_000, 255, 0).astype(np.uint8)
+
+
+def holes(pixels: Pixels) -> Pixels | None:
+    """The mask an image carries by its own fully transparent pixels; None where there are none."""
+    if not has_alpha(pixels):
+        return None
+    clear = pixels[..., 3] == 0
+    return np.where(clear, 255, 0).astype(np.uint8) if clear.any() else None
+
+
+def match_mask(mask: Pixels, image: Resolution) -> Pixels:
+    """The mask at the size of the image. Raises InvalidValue where their shapes differ by more than rounding."""
+    size = size_of(mask)
+    if size == image:
+        return mask
+    # Of one shape: scaled to the other's width (or height), the other side comes out right to within a pixel.
+    skew = abs(size.width * image.height - size.height * image.width)
+    if skew > max(min(size.width, image.width), min(size.height, image.height)):
+        raise InvalidValue(
+            f"mask: its size {size} does not match the image's {image}: the mask needs the same size, or at least the same shape",
+            param="mask",
+        )
+    return scale_mask(mask, image)
+
+
+def check_selects(mask: Pixels, where: str = "") -> None:
+    """Raise InvalidValue for a mask that repaints nothing: a client that inverted it should hear of it."""
+    if not mask.any():
+        raise InvalidValue(
+            f"mask: it selects nothing to repaint{where}: transparent pixels (or white ones, in a mask without transparency) "
+            "mark what is repainted",
+            param="mask",
+        )
+
+
+def pool(mask: Pixels, cell_px: int) -> Pixels:
+    """The mask in whole cells of the latent grid: a cell with any set pixel is set. Both sides are multiples of `cell_px`."""
+    height, width = mask.shape
+    cells: Pixels = mask.reshape(height // cell_px, cell_px, width // cell_px, cell_px).max((1, 3))
+    return np.repeat(np.repeat(cells, cell_px, 0), cell_px, 1)
+
+
+def feather(mask: Pixels, blur_px: int) -> NDArray[np.uint16]:
+    """How much of the repainted picture shows at each pixel, 0 (none) to the array's maximum (all of it).
+
+    The ramp lies inside the mask, from its seam inwards, `blur_px` wide, or as wide as the widest place of a mask that is
+    narrower than that; the border of the picture is no seam. Outside the mask the weight is 0.
+    """
+    inside = mask > 0
+    weight = inside.astype(np.uint16)
+    for ring in range(blur_px):
+        inside = _erode(inside, diagonals=bool(ring % 2))
+        if not inside.any():
+            break
+        weight += inside
+    return weight
+
+
+def _erode(inside: NDArray[np.bool_], *, diagonals: bool) -> NDArray[np.bool_]:
+    """One pixel less on each side. With and without diagonals in turn, repeated erosion follows an octagon, not a square."""
+    bordered = np.pad(inside, 1, mode="edge")
+    rows = bordered[:-2, 1:-1] & bordered[1:-1, 1:-1] & bordered[2:, 1:-1]
+    if not diagonals:
+        return rows & bordered[1:-1, :-2] & bordered[1:-1, 2:]
+    tall = bordered[:-2] & bordered[1:-1] & bordered[2:]
+    return tall[:, :-2] & tall[:, 1:-1] & tall[:, 2:]
+
+
+def paste_back(original: Pixels, painted: Pixels, mask: Pixels, blur_px: int) -> Pixels:
+    """The painted picture where the mask says repaint, and the original, bit for bit, everywhere else.
+
+    Args:
+        original: uint8 (H, W, 3 or 4); its alpha holds outside the mask, and what is repainted is opaque.
+        painted: uint8 (H, W, 3).
+        blur_px: width of the seam inside the mask; 0 for a hard one.
+    """
+    result = original.copy()
+    inside = mask > 0
+    if blur_px:
+        weight = feather(mask, blur_px)[inside][:, None].astype(np.uint32)
+        whole = int(weight.max(initial=1))
+        # What shows under a seam is what was to be seen there, not the stored colour of a transparent pixel.
+        blend = flatten(original)[inside] * (whole - weight) + painted[inside] * weight
+        result[inside, :3] = (blend + whole // 2) // whole
+    else:
+        result[inside, :3] = painted[inside]
+    if has_alpha(result):
+        result[inside, 3] = 255
+    return result
