@@ -388,6 +388,7 @@ class Link:
         self.lost = ""  # why the dispatcher has let go of it; its process has to end
         self.is_broken = False  # let go of for what it said, not because it was gone
         self.jobs_lost = 0  # jobs it held then that nobody had settled
+        self.lost_second_try = False  # one of those had cost a worker before
         self.phase = "spawn"
         self.beat_at = time.monotonic()
         self.allow_s = 0.0

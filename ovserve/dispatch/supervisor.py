@@ -19,22 +19,24 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import random
 import signal
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 
+from ovserve import systemd
 from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch import processes
-from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
+from ovserve.dispatch.dispatcher import Dispatcher
+from ovserve.dispatch.fleets import Fleet, Place, load_failure, make_fleets
 from ovserve.dispatch.ipc import Link, WorkerEnd, open_link
+from ovserve.dispatch.roster import ModelStatus
 from ovserve.errors import ModelNotFound
 from ovserve.logs import fields
 from ovserve.profile import ModelProfile
@@ -45,56 +47,9 @@ WorkerMain = Callable[[WorkerEnd, ModelProfile, ModelSettings, Settings], None]
 
 _TICK_S = 0.25  # between looks at beats and memory: a hang limit is kept to this, a leak of 4 GB/s seen within 1 GB
 _LATE_S = 1.0  # a tick this late means that the front end itself stood still: silence heard then is its own
-_LOADING = frozenset({"spawn", "load", "warm-up"})
+_DISPATCHER_LATE_S = 5.0  # it turns once a second at least
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Place:
-    """One of a fleet's workers: the process that fills it now, or when the next one is due."""
-
-    fleet: _Fleet
-    index: int
-    restart_at: float = 0.0
-    deaths: int = 0  # in a row, without a finished job: the back-off
-    process: SpawnProcess | None = None
-    link: Link | None = None
-    pid: int = 0
-    started_at: float = 0.0
-    ready_at: float = 0.0
-    is_retired: bool = False
-    end_by: float = float("inf")  # then it is killed
-    kill_reason: str = ""
-    is_killed: bool = False
-    exit_reason: str = ""  # the process has ended; waiting for the dispatcher to have read its last words
-
-
-@dataclass(slots=True, eq=False)
-class _Fleet:
-    """The workers of one model in one configuration."""
-
-    settings: Settings
-    model: ModelSettings
-    profile: ModelProfile
-    places: list[_Place] = field(default_factory=list)
-    deaths: int = 0  # in a row over all places, without a finished job in between: the crash loop
-    jobs_done: int = 0  # by workers that are gone
-    jobs_done_at_death: int = 0  # by all, when the newest death was counted
-    failure: str = ""
-    was_ready: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.model.name
-
-    @property
-    def ready_places(self) -> list[_Place]:
-        return [place for place in self.places if place.ready_at and not place.exit_reason and not place.is_retired]
-
-    def all_jobs_done(self) -> int:
-        """Jobs finished by its workers, the living and the gone."""
-        return self.jobs_done + sum(place.link.jobs_done for place in self.places if place.link)
 
 
 class Supervisor:
@@ -118,10 +73,9 @@ class Supervisor:
         self._worker_main = worker_main
         self._context = multiprocessing.get_context("spawn")
         self._settings = settings
-        self._fleets: dict[str, _Fleet] = {}  # those that serve
-        self._incoming: dict[str, _Fleet] = {}  # those of a reload that are to take over
-        self._leaving: list[_Fleet] = []  # those of removed models with jobs still queued
-        self._outgoing: list[_Fleet] = []  # those whose places are all retired
+        self._incoming: dict[str, Fleet] = {}  # those of a reload that are to take over
+        self._leaving: list[Fleet] = []  # those of removed models with jobs still queued
+        self._outgoing: list[Fleet] = []  # those whose places are all retired
         self._incarnations: dict[tuple[str, int], int] = {}
         self._orders: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
@@ -129,10 +83,14 @@ class Supervisor:
         self._amnesty_at = 0.0
         self._memory_limit = processes.machine_memory_bytes() * 3 // 4
         self.turned_at = time.monotonic()  # when the loop last turned; systemd's watchdog is fed by it
+        self._watchdog = systemd.Watchdog()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        weakref.finalize(
+            self, os.close, self._wakeup
+        )  # not in `stop`: a late order would write to whoever got the number
         for model in settings.models:
             dispatcher.add_model(model.name, model.queue_limit)
-            self._fleets[model.name] = _make_fleet(settings, model, profiles[model.name])
+        self._fleets = make_fleets(settings, profiles)  # those that serve
         dispatcher.on_change = self._wake
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
@@ -226,12 +184,14 @@ class Supervisor:
         self._change_over()
         with self._changed:
             self._changed.notify_all()
+        if now - self._dispatcher.turned_at < _DISPATCHER_LATE_S:
+            self._watchdog.feed()
         if self._stop_by is not None and self._is_stopped(now):
             return False
         self._wait()
         return True
 
-    def _all_fleets(self) -> list[_Fleet]:
+    def _all_fleets(self) -> list[Fleet]:
         return [*self._fleets.values(), *self._incoming.values(), *self._leaving, *self._outgoing]
 
     def _wait(self) -> None:
@@ -245,13 +205,13 @@ class Supervisor:
         if self.turned_at - before > _TICK_S + _LATE_S:
             self._amnesty_at = self.turned_at
 
-    def _look_after(self, place: _Place, now: float) -> None:
+    def _look_after(self, place: Place, now: float) -> None:
         if self._stop_by is not None:
             self._retire(place, self._stop_by.at)
         if place.process is None:
             if place.is_retired:
                 place.fleet.places.remove(place)
-            elif now >= place.restart_at and self._may_start(place):
+            elif now >= place.restart_at and place.fleet.may_start(place):
                 self._start(place)
             return
         if place.exit_reason:
@@ -263,11 +223,7 @@ class Supervisor:
         self._note_exit(place)
         self._bury(place)
 
-    def _may_start(self, place: _Place) -> bool:
-        """One place tries a failed model again; the others follow when it has worked."""
-        return not place.fleet.failure or place is place.fleet.places[0]
-
-    def _start(self, place: _Place) -> None:
+    def _start(self, place: Place) -> None:
         fleet = place.fleet
         key = (fleet.name, place.index)
         incarnation = self._incarnations.get(key, 0)
@@ -276,17 +232,15 @@ class Supervisor:
             link, process = self._spawn(fleet, place.index, incarnation)
         except OSError as error:  # no descriptors, no memory, no process ids: a time to wait, whatever the cause
             place.deaths += 1
-            place.restart_at = time.monotonic() + self._delay(place)
+            place.restart_at = time.monotonic() + place.delay_s()
             log.warning("worker cannot be started", extra=fields(model=fleet.name, index=place.index, why=error))
             return
-        place.process, place.link, place.pid = process, link, process.pid or 0
-        place.started_at, place.ready_at, place.end_by = time.monotonic(), 0.0, float("inf")
-        place.is_killed, place.kill_reason, place.exit_reason = False, "", ""
+        place.fill(process, link, time.monotonic())
         processes.prefer_for_oom(place.pid)
         self._dispatcher.attach(link)
         log.info("worker started", extra=fields(worker=link.name, pid=place.pid))
 
-    def _spawn(self, fleet: _Fleet, index: int, incarnation: int) -> tuple[Link, SpawnProcess]:
+    def _spawn(self, fleet: Fleet, index: int, incarnation: int) -> tuple[Link, SpawnProcess]:
         link, end = open_link(self._context, fleet.name, index, incarnation)
         process = self._context.Process(
             target=_enter_worker,
@@ -294,9 +248,7 @@ class Supervisor:
             name=link.name,
             daemon=True,
         )
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, processes.MASKED
-        )  # the child inherits it: no moment when a Ctrl-C hits
+        signal.pthread_sigmask(signal.SIG_BLOCK, processes.MASKED)  # inherited: no moment when a Ctrl-C hits the child
         try:
             process.start()
         except OSError:
@@ -308,7 +260,7 @@ class Supervisor:
 
     # --- the living ---------------------------------------------------------------------------------------------------
 
-    def _watch(self, place: _Place, now: float) -> None:
+    def _watch(self, place: Place, now: float) -> None:
         link, fleet = place.link, place.fleet
         if link is None:
             return
@@ -316,9 +268,9 @@ class Supervisor:
             self._note_ready(place, now)
         if link.lost and place.end_by == float("inf"):
             place.end_by = now if link.is_broken else now + fleet.settings.terminate_timeout_s
-            place.kill_reason = link.lost
+            place.kill_reason = link.lost if link.is_broken else ""
         silence_s = now - max(link.beat_at, self._amnesty_at)
-        limit_s = self._silence_limit_s(place, link)
+        limit_s = place.silence_limit_s(link)
         resident = processes.resident_bytes(place.pid)
         allowed = fleet.model.memory_limit_bytes or self._memory_limit
         if now >= place.end_by:
@@ -328,20 +280,11 @@ class Supervisor:
         elif resident > allowed:
             self._kill(place, f"memory: {resident >> 20} MiB resident, {allowed >> 20} MiB allowed")
 
-    def _silence_limit_s(self, place: _Place, link: Link) -> float:
-        settings = place.fleet.settings
-        if link.ready is None or link.phase in _LOADING:
-            return max(settings.load_timeout_s, link.allow_s)
-        if link.phase == "idle":
-            return max(settings.idle_hang_limit_s, link.allow_s)
-        return max(settings.hang_limit_s, link.allow_s)
-
-    def _note_ready(self, place: _Place, now: float) -> None:
+    def _note_ready(self, place: Place, now: float) -> None:
         fleet, link = place.fleet, place.link
         if link is None or link.ready is None:
             return
-        place.ready_at = now
-        fleet.was_ready, fleet.failure = True, ""
+        fleet.note_ready(place, now)
         self._dispatcher.clear_failure(fleet.name)
         took_s = round(now - place.started_at, 2)
         found = link.ready
@@ -350,14 +293,14 @@ class Supervisor:
             extra=fields(worker=link.name, seconds=took_s, engine=found.engine, why=found.why, capacity=found.capacity),
         )
 
-    def _kill(self, place: _Place, reason: str) -> None:
+    def _kill(self, place: Place, reason: str) -> None:
         if place.process is None or place.is_killed:
             return
         place.is_killed, place.kill_reason = True, reason
         place.process.kill()
         log.warning("worker killed", extra=fields(worker=place.process.name, pid=place.pid, why=reason))
 
-    def _retire(self, place: _Place, end_by: float) -> None:
+    def _retire(self, place: Place, end_by: float) -> None:
         """No more jobs, an orderly end, SIGKILL at `end_by`. One that is still loading hears no message: it gets less time."""
         if place.is_retired:
             place.end_by = min(place.end_by, end_by)
@@ -372,7 +315,7 @@ class Supervisor:
 
     # --- the dead -----------------------------------------------------------------------------------------------------
 
-    def _note_exit(self, place: _Place) -> None:
+    def _note_exit(self, place: Place) -> None:
         """Reap the process, and have the dispatcher read its last words before anything is concluded from its death."""
         if place.process is None or place.link is None:
             return
@@ -380,51 +323,28 @@ class Supervisor:
         place.exit_reason = place.kill_reason or reason
         self._dispatcher.detach(place.link, place.exit_reason)
 
-    def _bury(self, place: _Place) -> None:
+    def _bury(self, place: Place) -> None:
         process, link, fleet = place.process, place.link, place.fleet
         if process is None or link is None or not link.lost:
             return
-        now = time.monotonic()
-        done = fleet.all_jobs_done()
-        fleet.jobs_done += link.jobs_done
+        now, reason = time.monotonic(), load_failure(link) or place.exit_reason
         process.close()
-        place.process, place.link = None, None
         if place.is_retired:
+            place.empty()
             log.info("worker ended", extra=fields(worker=link.name, why=place.exit_reason))
             return
-        is_old = place.ready_at and now - place.ready_at > fleet.settings.max_restart_delay_s and not link.jobs_lost
-        place.deaths = 0 if link.jobs_done or is_old else place.deaths + 1
-        fleet.deaths = 0 if link.jobs_done or is_old else 1 if done > fleet.jobs_done_at_death else fleet.deaths + 1
-        fleet.jobs_done_at_death = done
-        reason = _load_failure(link) or place.exit_reason
-        self._judge(fleet, link, reason)
-        delay_s = fleet.settings.failed_retry_s if fleet.failure else self._delay(place)
+        failed_before = fleet.failure
+        fleet.note_death(place, link, reason, now)
+        delay_s = place.delay_s()
         place.restart_at = now + delay_s
-        place.ready_at = 0.0
         log.warning(
             "worker died",
             extra=fields(worker=link.name, pid=place.pid, why=reason, deaths=fleet.deaths, restart_s=round(delay_s, 2)),
         )
-
-    def _judge(self, fleet: _Fleet, link: Link, reason: str) -> None:
-        """Declare the model failed when its worker said itself that it cannot load, or when its workers die in a row."""
-        if fleet.ready_places:
-            return
-        if link.failure is not None and not fleet.was_ready:
-            fleet.failure = reason
-        elif fleet.deaths >= fleet.settings.crash_loop_limit:
-            fleet.failure = f"{fleet.deaths} workers in a row died without finishing a job; the last: {reason}"
-        else:
-            return
-        log.error("model failed", extra=fields(model=fleet.name, why=fleet.failure))
-        if self._fleets.get(fleet.name) is fleet:
-            self._dispatcher.fail_model(fleet.name, fleet.failure)
-
-    def _delay(self, place: _Place) -> float:
-        """Back-off before the next start: doubles with each death in a row; jitter keeps replicas from starting in step."""
-        settings = place.fleet.settings
-        doubled = settings.restart_delay_s * 2.0 ** min(max(0, place.deaths - 1), 32)
-        return min(settings.max_restart_delay_s, doubled) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
+        if fleet.failure != failed_before:
+            log.error("model failed", extra=fields(model=fleet.name, why=fleet.failure))
+            if self._fleets.get(fleet.name) is fleet:
+                self._dispatcher.fail_model(fleet.name, fleet.failure)
 
     # --- reload and stop ----------------------------------------------------------------------------------------------
 
@@ -440,9 +360,9 @@ class Supervisor:
             self._dispatcher.remove_model(name)
             self._leaving.append(self._fleets.pop(name))
         for model in settings.models:
-            fleet = _make_fleet(settings, model, profiles[model.name])
-            self._dispatcher.add_model(model.name, model.queue_limit)
-            (self._incoming if model.name in self._fleets else self._fleets)[model.name] = fleet
+            self._dispatcher.add_model(model.name, model.queue_limit, settings)
+        for name, fleet in make_fleets(settings, profiles).items():
+            (self._incoming if name in self._fleets else self._fleets)[name] = fleet
 
     def _change_over(self) -> None:
         """Let ready new workers take the places of old ones, and let go of fleets that are done."""
@@ -456,7 +376,7 @@ class Supervisor:
             ready = len(fleet.ready_places)
             staying = [place for place in old.places if not place.is_retired]
             for place in staying[: max(0, ready - (len(old.places) - len(staying)))]:
-                self._retire(place, float("inf"))
+                self._retire(place, self._longest_end())
             if ready == fleet.model.replicas:
                 del self._incoming[name]
                 self._dismiss(old)
@@ -467,10 +387,14 @@ class Supervisor:
                 self._dismiss(fleet)
         self._outgoing = [fleet for fleet in self._outgoing if fleet.places]
 
-    def _dismiss(self, fleet: _Fleet) -> None:
+    def _dismiss(self, fleet: Fleet) -> None:
         for place in fleet.places:
-            self._retire(place, float("inf"))
+            self._retire(place, self._longest_end())
         self._outgoing.append(fleet)
+
+    def _longest_end(self) -> float:
+        """When a worker that drains for a reload must have ended: no job lives longer than the longest deadline."""
+        return time.monotonic() + self._settings.max_timeout_s + self._settings.terminate_timeout_s
 
     def _queued(self, model: str) -> int:
         try:
@@ -487,16 +411,6 @@ class Supervisor:
                 log.error("worker does not end", extra=fields(worker=place.link and place.link.name, pid=place.pid))
             return True
         return False
-
-
-def _make_fleet(settings: Settings, model: ModelSettings, profile: ModelProfile) -> _Fleet:
-    fleet = _Fleet(settings, model, profile)
-    fleet.places = [_Place(fleet, index) for index in range(model.replicas)]
-    return fleet
-
-
-def _load_failure(link: Link) -> str:
-    return str(link.failure.error.get("message", "")) if link.failure else ""
 
 
 def _enter_worker(

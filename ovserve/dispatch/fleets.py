@@ -1,0 +1,161 @@
+"""The workers of one model in one configuration: their places, and the rules for silence, death, back-off and crash loops.
+
+Runs in: the supervisor thread. No processes are touched here; that is the supervisor's own work.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from multiprocessing.context import SpawnProcess
+
+from ovserve.config import ModelSettings, Settings
+from ovserve.dispatch.ipc import Link
+from ovserve.profile import ModelProfile
+
+__all__ = ["Fleet", "Place", "load_failure", "make_fleets"]
+
+_LOADING = frozenset({"spawn", "load", "warm-up"})
+_JITTER = (0.75, 1.25)  # replicas that died together do not start in step
+_DOUBLINGS = 32  # beyond any largest delay; keeps the power finite
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """One of a fleet's workers: the process that fills it now, or when the next one is due.
+
+    Attributes:
+        deaths: in a row, without a finished job; the back-off grows with it.
+        ready_at: when the supervisor saw it ready; 0 before.
+        is_retired: it gets no more jobs, and no successor.
+        end_by: the instant at which it is killed.
+        kill_reason: why it was, or will be.
+        exit_reason: the process has ended; the dispatcher has still to read its last words.
+    """
+
+    fleet: Fleet
+    index: int
+    restart_at: float = 0.0
+    deaths: int = 0
+    process: SpawnProcess | None = None
+    link: Link | None = None
+    pid: int = 0
+    started_at: float = 0.0
+    ready_at: float = 0.0
+    is_retired: bool = False
+    end_by: float = float("inf")
+    kill_reason: str = ""
+    is_killed: bool = False
+    exit_reason: str = ""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes jobs."""
+        return bool(self.ready_at) and not self.exit_reason and not self.is_retired
+
+    def fill(self, process: SpawnProcess, link: Link, now: float) -> None:
+        """A new incarnation has started."""
+        self.process, self.link, self.pid = process, link, process.pid or 0
+        self.started_at, self.ready_at, self.end_by = now, 0.0, float("inf")
+        self.is_killed, self.kill_reason, self.exit_reason = False, "", ""
+
+    def empty(self) -> None:
+        """The incarnation is gone."""
+        self.process, self.link, self.ready_at = None, None, 0.0
+
+    def silence_limit_s(self, link: Link) -> float:
+        """Longest silence allowed now: the phase's limit, or more where the worker's newest beat asked for it."""
+        settings = self.fleet.settings
+        if link.ready is None or link.phase in _LOADING:
+            return max(settings.load_timeout_s, link.allow_s)
+        if link.phase == "idle":
+            return max(settings.idle_hang_limit_s, link.allow_s)
+        return max(settings.hang_limit_s, link.allow_s)
+
+    def delay_s(self) -> float:
+        """Back-off before the next start: doubles with each death in a row, with jitter; longer once the model has failed."""
+        settings = self.fleet.settings
+        if self.fleet.failure:
+            return settings.failed_retry_s
+        doubled = settings.restart_delay_s * 2.0 ** min(max(0, self.deaths - 1), _DOUBLINGS)
+        return min(settings.max_restart_delay_s, doubled) * random.uniform(*_JITTER)  # noqa: S311 - no secret
+
+
+@dataclass(slots=True, eq=False)
+class Fleet:
+    """The workers of one model in one configuration.
+
+    Attributes:
+        deaths: in a row over all places, without a job finished by any of them in between.
+        failure: why the model was declared failed; empty when it was not.
+        was_ready: a worker of it has passed its warm-up once.
+    """
+
+    settings: Settings
+    model: ModelSettings
+    profile: ModelProfile
+    places: list[Place] = field(default_factory=list)
+    deaths: int = 0
+    failure: str = ""
+    was_ready: bool = False
+    _jobs_done_by_the_gone: int = 0
+    _jobs_done_at_death: int = 0
+
+    @property
+    def name(self) -> str:
+        """The model's."""
+        return self.model.name
+
+    @property
+    def ready_places(self) -> list[Place]:
+        """Those that take jobs."""
+        return [place for place in self.places if place.is_ready]
+
+    def may_start(self, place: Place) -> bool:
+        """One place tries a failed model again; the others follow when it has worked."""
+        return not self.failure or place is self.places[0]
+
+    def note_ready(self, place: Place, now: float) -> None:
+        """A worker has passed its warm-up."""
+        place.ready_at, self.was_ready, self.failure = now, True, ""
+
+    def note_death(self, place: Place, link: Link, reason: str, now: float) -> None:
+        """Count a death, and declare the model failed where that is due (`failure` is set).
+
+        A worker that has finished a job, or that died without one after a long life, starts the count anew: a crash loop is a
+        worker that does no work, again and again. The second death under one job says more about the job than about the worker
+        and is not counted, else three bad requests could take a model away from everybody.
+        """
+        done = self._jobs_done_by_the_gone + sum(p.link.jobs_done for p in self.places if p.link)
+        has_worked = link.jobs_done > 0
+        is_old = (
+            bool(place.ready_at) and now - place.ready_at > self.settings.max_restart_delay_s and not link.jobs_lost
+        )
+        if has_worked or is_old:
+            place.deaths = self.deaths = 0
+        elif not link.lost_second_try:
+            place.deaths += 1
+            self.deaths = self.deaths + 1 if done == self._jobs_done_at_death else 1
+        self._jobs_done_by_the_gone += link.jobs_done
+        self._jobs_done_at_death = done
+        place.empty()
+        if self.ready_places:
+            return  # the model works
+        if link.failure is not None and not self.was_ready:
+            self.failure = reason  # it said itself that it cannot load: trying at once again would change nothing
+        elif self.deaths >= self.settings.crash_loop_limit:
+            self.failure = f"{self.deaths} workers in a row died without finishing a job; the last: {reason}"
+
+
+def make_fleets(settings: Settings, profiles: Mapping[str, ModelProfile]) -> dict[str, Fleet]:
+    """A fleet for each model, every place due at once."""
+    fleets = {model.name: Fleet(settings, model, profiles[model.name]) for model in settings.models}
+    for fleet in fleets.values():
+        fleet.places = [Place(fleet, index) for index in range(fleet.model.replicas)]
+    return fleets
+
+
+def load_failure(link: Link) -> str:
+    """What the worker itself said of why it gives up; empty when it said nothing."""
+    return str(link.failure.error.get("message", "")) if link.failure else ""

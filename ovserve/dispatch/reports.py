@@ -1,0 +1,151 @@
+"""What workers report: checked against what each of them holds, then applied to the jobs.
+
+A worker is not trusted: a job it does not hold, a picture that was not asked for, more bytes than it announced, a message
+that only the front end sends. Each of these is LinkGarbage, and the dispatcher lets go of the worker.
+
+Runs in: the dispatcher thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from ovserve.dispatch.ipc import (
+    Beat,
+    Done,
+    Failed,
+    LinkGarbage,
+    Message,
+    Need,
+    Picture,
+    Prepared,
+    Progress,
+    Ready,
+    Room,
+)
+from ovserve.dispatch.jobs import Job, Partial, Result, State
+from ovserve.dispatch.queues import Ticket
+from ovserve.dispatch.roster import MAX_CAPACITY, Worker
+from ovserve.dispatch.spool import Spool
+from ovserve.errors import ApiError, DeadlineExceeded, SpoolFull, from_wire
+
+__all__ = ["Reports", "Settle"]
+
+
+class Settle(Protocol):
+    """How a job makes its last move; False when it was settled before."""
+
+    def __call__(self, job: Job, state: State, error: ApiError | None = None) -> bool: ...
+
+
+class Reports:
+    """Applies reports.
+
+    Args:
+        spool: where results are laid down.
+        send: gives a worker a command.
+        settle: settles a job, counted once.
+        on_ready: told of a worker that has passed its warm-up.
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        send: Callable[[Worker, Message], None],
+        settle: Settle,
+        on_ready: Callable[[Worker], None],
+    ) -> None:
+        self._spool = spool
+        self._send = send
+        self._settle = settle
+        self._on_ready = on_ready
+
+    def apply(self, worker: Worker, message: Message) -> None:
+        """One report. Raises LinkGarbage when it does not fit what the worker holds."""
+        if isinstance(message, Beat):
+            return  # noted on the link
+        if isinstance(message, Ready):
+            if not 1 <= message.capacity <= MAX_CAPACITY:
+                raise LinkGarbage(f"a capacity of {message.capacity}")
+            self._on_ready(worker)
+            return
+        if not isinstance(message, Prepared | Progress | Need | Picture | Done | Failed):
+            raise LinkGarbage(f"a worker does not send {message.kind!r}")
+        if isinstance(message, Failed) and not message.job:
+            return  # noted on the link: the supervisor reads it there when the process has ended
+        ticket = worker.held.get(message.job)
+        if ticket is None:
+            if worker.may_trail(message):
+                return
+            raise LinkGarbage(f"{message.kind!r} for a job it does not hold")
+        if isinstance(message, Done | Failed):
+            self._end(worker, ticket, message)
+        elif isinstance(message, Need):
+            self._make_room(worker, ticket, message)
+        elif isinstance(message, Picture):
+            self._take_picture(ticket, message)
+        elif isinstance(message, Progress) or ticket.job.prepared is None:
+            ticket.job.post(message)
+
+    def _make_room(self, worker: Worker, ticket: Ticket, message: Need) -> None:
+        job, key = ticket.job, (message.picture, message.partial)
+        _check_asked_for(ticket, message)
+        if key in ticket.announced:
+            raise LinkGarbage(f"picture {message.picture} announced twice")
+        if not 1 <= message.size <= worker.model.largest_picture_bytes:
+            raise LinkGarbage(f"a picture of {message.size} bytes")
+        path = ""
+        if not job.is_settled:
+            try:
+                segment = self._spool.create(message.size, reserve=message.size)
+            except SpoolFull as error:
+                self._settle(job, State.FAILED, error)
+            else:
+                if job.own(segment):
+                    ticket.announced[key] = segment
+                    path = segment.path
+        if not path and not ticket.cancelled_at:
+            ticket.cancelled_at = time.monotonic()  # the empty path tells the worker as much as a Cancel
+        self._send(worker, Room(job.id, message.picture, path))
+
+    def _take_picture(self, ticket: Ticket, message: Picture) -> None:
+        job, key = ticket.job, (message.picture, message.partial)
+        _check_asked_for(ticket, message)
+        if job.is_settled:
+            return
+        segment = ticket.announced.get(key)
+        if segment is None or not 1 <= message.size <= segment.reserved:
+            raise LinkGarbage(f"picture {message.picture} of {message.size} bytes was not announced so")
+        is_new = key not in ticket.posted
+        ticket.posted.add(key)
+        if message.partial < 0:
+            result = Result(segment, message.size, message.seed, message.picture)
+            job.results[message.picture] = result
+            if is_new:
+                job.post(result)
+        elif is_new:
+            job.post(Partial(message.picture, message.partial, segment, message.size))
+
+    def _end(self, worker: Worker, ticket: Ticket, message: Done | Failed) -> None:
+        job = ticket.job
+        if isinstance(message, Failed):
+            worker.release(job.id, has_failed=True)
+            error = from_wire(message.error)
+            self._settle(job, State.EXPIRED if isinstance(error, DeadlineExceeded) else State.FAILED, error)
+            return
+        if not job.is_settled and len(job.results) < job.request.n:
+            raise LinkGarbage(f"done with {len(job.results)} of {job.request.n} pictures")
+        worker.release(job.id, has_failed=False)
+        timings = job.timings
+        timings.prepare_ms, timings.denoise_ms = message.prepare_ms, message.denoise_ms
+        timings.finish_ms = message.finish_ms
+        worker.model.note_job_time(time.monotonic() - timings.dispatched_at)
+        self._settle(job, State.DONE)
+
+
+def _check_asked_for(ticket: Ticket, message: Need | Picture) -> None:
+    request = ticket.job.request
+    if not 0 <= message.picture < request.n or not -1 <= message.partial < request.partial_images:
+        raise LinkGarbage(f"picture {message.picture}, partial {message.partial}: not asked for")

@@ -1,0 +1,173 @@
+"""The models and workers that the dispatcher knows, and which worker gets a model's next job.
+
+Thread-safe: no. The dispatcher's lock guards models, their queues and their lists of workers; what a worker holds is the
+dispatcher thread's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ovserve.config import ModelSettings, Settings
+from ovserve.deadline import Deadline
+from ovserve.dispatch.ipc import Done, Failed, Link, Need, Picture, Prepared, Progress
+from ovserve.dispatch.queues import FairQueue, Ticket
+
+__all__ = ["MAX_CAPACITY", "Model", "ModelStatus", "Worker", "largest_picture_bytes"]
+
+MAX_CAPACITY = 1024  # jobs one worker may ask for; more is a worker that counts wrongly
+_ENDED_KEPT = 64  # ids of ended jobs kept for each worker, to tell a late report from a made-up job
+_MEAN_WEIGHT = 0.1  # of the newest job in the mean time in a worker: ten jobs make a new mean
+_FIRST_GUESS_S = 1.0  # of a job's time in a worker, before one was measured
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """How a model stands at one moment.
+
+    Attributes:
+        ready: a worker has passed its warm-up and takes jobs.
+        reason: why it is not ready; empty when it is.
+        failed: declared failed by the supervisor.
+        workers: how many of its workers are ready.
+        queued, running: jobs that wait, and jobs that workers hold.
+        capacity: jobs that its ready workers take at once.
+        job_s: mean seconds a job spends in a worker; 0 before the first.
+        engine, engine_reason: which engine a ready worker runs, and why.
+    """
+
+    name: str
+    ready: bool
+    reason: str
+    failed: bool
+    workers: int
+    queued: int
+    running: int
+    capacity: int
+    job_s: float
+    engine: str = ""
+    engine_reason: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One attached link with what its worker holds: tickets by job id, settled ones too until the worker has let go of them."""
+
+    link: Link
+    model: Model
+    held: dict[str, Ticket] = field(default_factory=dict)
+    ended: dict[str, bool] = field(default_factory=dict)  # newest last; whether each has failed
+    is_retired: bool = False
+    watches_writes: bool = False
+
+    @property
+    def capacity(self) -> int:
+        """Jobs it takes at once, 0 before it is ready and after it was retired."""
+        return 0 if self.link.ready is None or self.is_retired else self.link.ready.capacity
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it takes one more ordinary job."""
+        return len(self.held) < self.capacity and not any(ticket.is_alone for ticket in self.held.values())
+
+    def release(self, job: str, *, has_failed: bool) -> None:
+        """Note that it has let go of a job."""
+        del self.held[job]
+        self.ended[job] = has_failed
+        if len(self.ended) > _ENDED_KEPT:
+            del self.ended[next(iter(self.ended))]
+
+    def may_trail(self, message: Prepared | Progress | Need | Picture | Done | Failed) -> bool:
+        """Whether a report may come after the job's end: its threads meet no later than that.
+
+        A step's callback can be late for any job; a job that one thread gave up can be at its picture in another.
+        """
+        has_failed = self.ended.get(message.job)
+        if has_failed is None:
+            return False
+        return isinstance(message, Progress) or (has_failed and isinstance(message, Prepared | Need | Picture))
+
+    def release_deadline(self, ticket: Ticket, hang_limit_s: float) -> Deadline:
+        """When it must have let go of a cancelled job: a hang limit after it was told, or what its newest beat allows."""
+        return Deadline(ticket.cancelled_at + max(hang_limit_s, self.link.allow_s))
+
+    def is_stuck(self, hang_limit_s: float) -> bool:
+        """Whether it holds nothing but cancelled jobs, each of them for too long: a place is lost there."""
+        return bool(self.held) and all(
+            ticket.cancelled_at and self.release_deadline(ticket, hang_limit_s).is_expired()
+            for ticket in self.held.values()
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """One model's queue, workers and standing."""
+
+    name: str
+    queue: FairQueue
+    largest_picture_bytes: int
+    workers: list[Worker] = field(default_factory=list)
+    failure: str = ""
+    was_ready: bool = False
+    is_leaving: bool = False
+    job_s: float = 0.0
+
+    def take_next(self) -> tuple[Worker, Ticket] | None:
+        """The next job with the worker for it, the least loaded; None while no worker has room, or nothing waits.
+
+        A job that must run alone takes an empty worker. While there is none, the emptiest gets nothing else, so that one comes.
+        """
+        open_workers = [worker for worker in self.workers if worker.has_room]
+        if not open_workers:
+            return None
+        if self.queue.first_given_back() is not None:
+            able = [worker for worker in self.workers if worker.capacity]
+            emptiest = min(able, key=lambda worker: len(worker.held))
+            if not emptiest.held:
+                return emptiest, self.queue.pop_given_back()
+            open_workers = [worker for worker in open_workers if worker is not emptiest]
+        ticket = self.queue.pop() if open_workers else None
+        return None if ticket is None else (min(open_workers, key=lambda worker: len(worker.held)), ticket)
+
+    def note_job_time(self, seconds: float) -> None:
+        """One more job has spent `seconds` in a worker."""
+        self.job_s += (seconds - self.job_s) * (_MEAN_WEIGHT if self.job_s else 1.0)
+
+    def expected_wait_s(self) -> float:
+        """Seconds until the jobs now waiting should have gone to workers: Little's law over the measured time in a worker."""
+        places = sum(worker.capacity for worker in self.workers) or 1
+        return len(self.queue) * (self.job_s or _FIRST_GUESS_S) / places
+
+    def status(self, *, is_draining: bool) -> ModelStatus:
+        """How it stands now."""
+        ready = [worker for worker in self.workers if worker.capacity]
+        reason = ""
+        if self.failure:
+            reason = f"failed: {self.failure}"
+        elif is_draining:
+            reason = "draining"
+        elif self.is_leaving:
+            reason = "unloading"
+        elif not ready:
+            reason = "restarting" if self.was_ready else "loading"
+        known = ready[0].link.ready if ready else None
+        return ModelStatus(
+            name=self.name,
+            ready=not reason,
+            reason=reason,
+            failed=bool(self.failure),
+            workers=len(ready),
+            queued=len(self.queue),
+            running=sum(len(worker.held) for worker in self.workers),
+            capacity=sum(worker.capacity for worker in ready),
+            job_s=self.job_s,
+            engine=known.engine if known else "",
+            engine_reason=known.why if known else "",
+        )
+
+
+def largest_picture_bytes(settings: Settings, name: str) -> int:
+    """Bytes that no encoded result passes: RGBA at the model's largest size, and what PNG adds to pixels it cannot compress."""
+    model = next((model for model in settings.models if model.name == name), ModelSettings())
+    pixels = model.max_resolution.width * model.max_resolution.height
+    return pixels * 4 + pixels // 16 + 1024 * 1024
