@@ -1,0 +1,67 @@
+"""One request as a route sees it: what its head says, without its body."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from urllib.parse import parse_qsl
+
+from ovserve.front.head import Head
+
+__all__ = ["Request", "new_request_id"]
+
+FINGERPRINT_CHARS = 16
+_short_printable = re.compile(r"[!-~]{1,64}")
+
+
+def new_request_id() -> str:
+    """An unguessable id: 128 random bits."""
+    return f"req_{os.urandom(16).hex()}"
+
+
+class Request:
+    """The part of `api.exchange.Exchange` that needs no socket. Thread-safe: no.
+
+    Attributes:
+        id: ours, never the client's.
+        method, path: of the head; the path percent-decoded once.
+        address: the peer's address.
+    """
+
+    def __init__(self, head: Head, address: str) -> None:
+        self.head = head
+        self.id = new_request_id()
+        self.method = head.method
+        self.path = head.path
+        self.address = address
+
+    @cached_property
+    def query(self) -> Mapping[str, str]:
+        """The query's fields, the first of each name."""
+        found: dict[str, str] = {}
+        if self.head.query:
+            for name, value in parse_qsl(self.head.query, keep_blank_values=True):
+                found.setdefault(name, value)
+        return found
+
+    @cached_property
+    def client(self) -> str:
+        """A fingerprint of the API key, from which the key cannot be had, or the address."""
+        scheme, _, key = (self.header("authorization") or "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = ""
+        key = key.strip() or self.header("api-key") or ""
+        return hashlib.sha256(key.encode("latin-1")).hexdigest()[:FINGERPRINT_CHARS] if key else self.address
+
+    @property
+    def client_request_id(self) -> str | None:
+        """What the client calls the request, for the log only, and only when it is short and printable."""
+        name = self.header("x-client-request-id")
+        return name if name and _short_printable.fullmatch(name) else None
+
+    def header(self, name: str) -> str | None:
+        """A request field by its lower-case name."""
+        return self.head.fields.get(name)

@@ -1,0 +1,118 @@
+"""A reply, or an error, to the head of a response: status line and field lines.
+
+One `Responses` serves all threads of a listener; what never changes is encoded once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from ovserve.config import Settings
+from ovserve.errors import ApiError
+
+__all__ = ["CONTINUE", "JSON_TYPE", "NO_CONTENT", "Responses", "error_content", "error_fields"]
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+JSON_TYPE = "application/json"
+NO_CONTENT = frozenset({204, 304})  # such a response ends with its head: RFC 9112 section 6.3
+# What a script of another origin may read beside the fields that it may always read.
+EXPOSED = "x-request-id, retry-after, x-should-retry, openai-processing-ms"
+
+_PHRASES = {status.value: status.phrase for status in HTTPStatus} | {
+    413: "Content Too Large",  # RFC 9110 section 15.5; Python 3.11 has the names of RFC 7231
+    414: "URI Too Long",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+}
+_WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+class Responses:
+    """Makes response heads. Thread-safe: yes (the cached date is replaced as a whole)."""
+
+    def __init__(self, settings: Settings) -> None:
+        origin = settings.allowed_origins
+        constant = "Server: ovserve\r\n"
+        if origin:
+            constant += f"Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Expose-Headers: {EXPOSED}\r\n"
+        self._constant = constant.encode("latin-1")
+        self._lines = {status: f"HTTP/1.1 {status} {phrase}\r\n".encode() for status, phrase in _PHRASES.items()}
+        self._date = (0, b"")
+
+    def head(
+        self,
+        status: int,
+        request_id: str,
+        *,
+        media_type: str = "",
+        framing: bytes = b"",
+        connection: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
+        """The head with its blank line.
+
+        Args:
+            status: any status code; an unknown one gets an empty phrase.
+            request_id: for x-request-id.
+            media_type: for Content-Type; empty: none.
+            framing, connection: whole field lines, or nothing.
+            headers: further fields. Raises ValueError when one of them holds a line end.
+        """
+        second = int(time.time())
+        date = self._date
+        if date[0] != second:
+            date = self._date = (second, _date_field(second))
+        line = self._lines.get(status) or b"HTTP/1.1 %d \r\n" % status
+        kind = f"Content-Type: {media_type}\r\n" if media_type else ""
+        own = f"{kind}x-request-id: {request_id}\r\n"
+        if headers:
+            own += _field_lines(headers)
+        return b"".join((line, date[1], self._constant, own.encode("latin-1"), framing, connection, b"\r\n"))
+
+    def refusal(self, error: ApiError, request_id: str) -> list[bytes]:
+        """A whole error response, after which the connection is closed."""
+        content = error_content(error)
+        head = self.head(
+            error.status,
+            request_id,
+            media_type=JSON_TYPE,
+            framing=b"Content-Length: %d\r\n" % len(content),
+            connection=b"Connection: close\r\n",
+            headers=error_fields(error),
+        )
+        return [head, content]
+
+
+def error_content(error: ApiError) -> bytes:
+    """OpenAI's error object."""
+    return json.dumps(error.body(), ensure_ascii=False).encode("utf-8", "replace")
+
+
+def error_fields(error: ApiError) -> dict[str, str]:
+    """The fields that tell a client what to do about an error."""
+    fields = dict(error.headers)
+    if error.retry_after_s is not None:
+        fields["Retry-After"] = str(error.retry_after_s)
+    if error.should_retry is not None:
+        fields["x-should-retry"] = "true" if error.should_retry else "false"
+    if error.status == 401:
+        fields.setdefault("WWW-Authenticate", "Bearer")  # RFC 9110 section 15.5.2: one challenge at least
+    return fields
+
+
+def _field_lines(headers: Mapping[str, str]) -> str:
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
+        raise ValueError(f"a field holds a line end: {headers!r}")
+    return lines
+
+
+def _date_field(second: int) -> bytes:
+    """Date in the IMF-fixdate form, whatever the locale. RFC 9110 section 5.6.7."""
+    year, month, day, hour, minute, seconds, weekday = time.gmtime(second)[:7]
+    text = f"{_WEEKDAYS[weekday]}, {day:02d} {_MONTHS[month - 1]} {year} {hour:02d}:{minute:02d}:{seconds:02d} GMT"
+    return f"Date: {text}\r\n".encode()

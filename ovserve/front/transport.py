@@ -1,0 +1,183 @@
+"""Bytes in and out of one connection's socket, each wait with a time limit.
+
+The socket blocks, and the kernel keeps the time (SO_RCVTIMEO, SO_SNDTIMEO): one system call for a read that must wait, where
+Python's own timeouts poll first. Each such call gives the interpreter lock away once, which is what counts with many threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+import time
+from collections.abc import Sequence
+
+from ovserve.deadline import Deadline
+from ovserve.errors import ClientGone
+
+__all__ = ["Transport"]
+
+RECEIVE_BYTES = 16 * 1024  # a head, and what comes with it; content beyond goes straight to where it belongs
+IOV_LIMIT = 512  # buffers for one sendmsg; Linux takes 1024
+_GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+
+
+class Transport:
+    """One connection's socket, and the bytes received from it that nobody has taken yet. Thread-safe: no."""
+
+    def __init__(self, connection: socket.socket, write_timeout_s: float) -> None:
+        self._socket = connection
+        self._timeout = 0.0
+        self._data = b""
+        self._position = 0
+        self._overflow: memoryview | None = None
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(write_timeout_s))
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether received bytes wait to be taken."""
+        return self._position < len(self._data)
+
+    def take_pending(self) -> bytes:
+        """All bytes that were received and not taken."""
+        data, start = self._data, self._position
+        self._data, self._position = b"", 0
+        return data[start:] if start else data
+
+    def put_back(self, data: bytes, start: int) -> None:
+        """Give back what was taken, from `start` on, when it belongs to somebody else. Nothing may be pending."""
+        self._data, self._position = data, start
+
+    def take_into(self, view: memoryview) -> int:
+        """Move pending bytes into `view`; their number."""
+        start = self._position
+        count = min(len(view), len(self._data) - start)
+        if count:
+            view[:count] = memoryview(self._data)[start : start + count]
+            self._position = start + count
+            if self._position == len(self._data):
+                self._data, self._position = b"", 0
+        return count
+
+    def receive(self, timeout_s: float) -> bytes:
+        """The next bytes from the socket, empty at its end. Nothing may be pending. Raises TimeoutError and ClientGone."""
+        self._limit_wait(timeout_s)
+        try:
+            return self._socket.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            raise TimeoutError from None
+        except OSError as error:
+            raise ClientGone(error.strerror or "connection lost") from None
+
+    def fill(self, view: memoryview, timeout_s: float) -> int:
+        """Receive into `view` until it is full, the peer has no more, or the time is over; bytes received, 0 at the end.
+
+        Raises TimeoutError when the time passed without a byte, and ClientGone.
+        """
+        self._limit_wait(timeout_s)
+        try:
+            return self._socket.recv_into(view, 0, socket.MSG_WAITALL)
+        except BlockingIOError:
+            raise TimeoutError from None
+        except OSError as error:
+            raise ClientGone(error.strerror or "connection lost") from None
+
+    def receive_beyond(self, view: memoryview, timeout_s: float) -> int:
+        """Receive into `view`, and in the same call what comes after it into the pending bytes; bytes put into `view`.
+
+        0 at the end. Nothing may be pending. Raises TimeoutError and ClientGone.
+        """
+        overflow = self._overflow
+        if overflow is None:
+            overflow = self._overflow = memoryview(bytearray(RECEIVE_BYTES))
+        self._limit_wait(timeout_s)
+        try:
+            count = self._socket.recvmsg_into([view, overflow])[0]
+        except BlockingIOError:
+            raise TimeoutError from None
+        except OSError as error:
+            raise ClientGone(error.strerror or "connection lost") from None
+        if count <= len(view):
+            return count
+        self._data, self._position = bytes(overflow[: count - len(view)]), 0
+        return len(view)
+
+    def send(self, buffers: Sequence[bytes | memoryview]) -> int:
+        """Write all of the buffers, in as few calls as the socket allows; bytes written.
+
+        Raises ClientGone when the peer has closed, or has taken nothing for the write timeout.
+        """
+        rest: list[bytes | memoryview] = list(buffers)
+        total = 0
+        try:
+            while rest:
+                sent = self._socket.sendmsg(rest if len(rest) <= IOV_LIMIT else rest[:IOV_LIMIT])
+                total += sent
+                rest = _behind(rest, sent)
+        except BlockingIOError:
+            raise ClientGone("the client has stopped reading") from None
+        except OSError as error:
+            raise ClientGone(error.strerror or "connection lost") from None
+        return total
+
+    def wait(self, descriptor: int, deadline: Deadline) -> bool:
+        """Wait until `descriptor` is readable; False at the deadline. Raises ClientGone when the peer closes, or has closed.
+
+        POLLRDHUP, because bytes of a pipelined request would hide the end of the stream from a peek.
+        """
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        poller.register(self._socket, select.POLLRDHUP)
+        while True:
+            found = dict(poller.poll(deadline.remaining() * 1000 + 1))
+            if found.get(self._socket.fileno(), 0) & _GONE:
+                raise ClientGone("closed by the client")
+            if found.get(descriptor, 0) & select.POLLNVAL:
+                raise ValueError(f"descriptor {descriptor} is not open")
+            if found:
+                return True
+            if deadline.is_expired():
+                return False
+
+    def linger(self, limit_bytes: int, limit_s: float) -> None:
+        """Close the writing side, then read and drop until the peer closes or a limit is reached.
+
+        Closing a socket that has unread bytes resets the connection, and the reset can overtake the answer.
+        """
+        self._data, self._position = b"", 0
+        with contextlib.suppress(OSError, ClientGone, TimeoutError):
+            self._socket.shutdown(socket.SHUT_WR)
+            end = time.monotonic() + limit_s
+            while limit_bytes > 0 and (left := end - time.monotonic()) > 0:
+                dropped = len(self.receive(left))
+                if not dropped:
+                    return
+                limit_bytes -= dropped
+
+    def _limit_wait(self, timeout_s: float) -> None:
+        if timeout_s != self._timeout:
+            if timeout_s <= 0:
+                raise TimeoutError
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_s))
+            self._timeout = timeout_s
+
+
+def _timeval(seconds: float) -> bytes:
+    """A struct timeval of at least a millisecond: zero would mean for ever."""
+    whole, microseconds = divmod(max(1000, int(seconds * 1_000_000)), 1_000_000)
+    return struct.pack("@ll", whole, microseconds)
+
+
+def _behind(buffers: list[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
+    """What is left of the buffers after `sent` bytes."""
+    for index, buffer in enumerate(buffers):
+        size = len(buffer)
+        if sent < size:
+            rest = buffers[index:]
+            if sent:
+                rest[0] = memoryview(buffer)[sent:]
+            return rest
+        sent -= size
+    return []
