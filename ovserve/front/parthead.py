@@ -29,13 +29,6 @@ class PartHead(NamedTuple):
     content_length: int | None = None
 
 
-# What nearly every client sends, in one step: the disposition, perhaps a type, the blank line. Anything else, escapes and
-# non-ASCII included, takes the long way, which gives the same result for these heads too (a property test compares the two).
-_USUAL = re.compile(
-    rb'Content-Disposition: form-data; name="([ !#$&-\[\]-~]+)"(?:; filename="([ !#$&-\[\]-~]*)")?\r\n'
-    rb"(?:Content-Type: ([!-~]+)\r\n)?\r\n"
-)
-
 _FIELD_NAME = re.compile(TOKEN.encode())
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _LENGTH = re.compile(r"[0-9]{1,18}")
@@ -44,18 +37,6 @@ _KNOWN = ("content-disposition", "content-type", "content-transfer-encoding", "c
 
 def parse_part_head(head: bytes, refuse: Refuse) -> PartHead:
     """Parse a head that ends with its blank line; `refuse` is called with what is wrong and must raise."""
-    usual = _USUAL.fullmatch(head)
-    if usual:
-        name, filename, content_type = usual.groups()
-        return PartHead(
-            name.decode("ascii"),
-            None if filename is None else filename.decode("ascii"),
-            None if content_type is None else content_type.decode("ascii"),
-        )
-    return _parse_slowly(head, refuse)
-
-
-def _parse_slowly(head: bytes, refuse: Refuse) -> PartHead:
     fields = _parse_field_lines(head, refuse)
     if "content-disposition" not in fields:
         refuse("no Content-Disposition", 0)
