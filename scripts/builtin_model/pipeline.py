@@ -1,0 +1,112 @@
+"""Runs every stage from nothing to the packaged model: tokenizer, autoencoder, scenes, denoiser, export, report.
+
+A stage that is done is passed over, one that was interrupted goes on from its last checkpoint: run the same command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from scripts.builtin_model.tokenizer import write_tokenizer_files
+
+PACKAGE = __package__ or "scripts.builtin_model"
+# Work for each budget: autoencoder steps, batch; scenes; denoiser steps, batch; cases of each test. "tiny" proves that every
+# stage runs, "cpu" takes a night on two cores, "gpu" some 20 minutes on a large one (not yet tried there).
+BUDGETS = {
+    "tiny": ((10, 4), 512, (10, 4), 1),
+    "cpu": ((12_000, 16), 48_000, (60_000, 32), 200),
+    "gpu": ((20_000, 64), 200_000, (30_000, 512), 200),
+}
+
+FREE_OPTIONS = ("folder", "threads")  # these may differ from one run to the next
+
+
+def main() -> None:
+    """Parse the command line, then run the stages that are not done."""
+    parser = argparse.ArgumentParser(
+        prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, help="for checkpoints, contact sheets, the model and its report; not inside the repository"
+    )
+    parser.add_argument("--budget", choices=list(BUDGETS), default="cpu")
+    parser.add_argument(
+        "--patch", type=int, choices=(1, 2), help="of the UNet; by default 1 with the gpu budget, else 2"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as the library likes")
+    parser.add_argument("--autoencoder-from", type=Path, help="checkpoint to start the autoencoder from")
+    parser.add_argument(
+        "--fix-encoder", action="store_true", help="train only the decoder, so that denoisers stay valid"
+    )
+    parser.add_argument("--denoiser-from", type=Path, help="checkpoint to start the denoiser from")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    check_options(options)
+    for name, arguments in stages(options).items():
+        run(name, arguments, options.folder)
+
+
+def stages(options: argparse.Namespace) -> dict[str, list[str]]:
+    """The stages in order: module name to its arguments."""
+    (autoencoder_steps, autoencoder_batch), scenes, (denoiser_steps, denoiser_batch), cases = BUDGETS[options.budget]
+    folder, threads, seed = str(options.folder), ["--threads", str(options.threads)], ["--seed", str(options.seed)]
+    patch = options.patch or (1 if options.budget == "gpu" else 2)
+    here = ["--folder", folder, *threads, *seed]
+    autoencoder = [*here, "--steps", str(autoencoder_steps), "--batch", str(autoencoder_batch)]
+    if options.autoencoder_from:
+        autoencoder += ["--start-from", str(options.autoencoder_from)]
+    if options.fix_encoder:
+        autoencoder += ["--fix-encoder"]
+    denoiser = [*here, "--steps", str(denoiser_steps), "--batch", str(denoiser_batch), "--patch", str(patch)]
+    if options.denoiser_from:
+        denoiser += ["--start-from", str(options.denoiser_from)]
+    model = options.folder / "model"
+    report = ["--sheets", str(options.folder / "sheets"), "--report", str(options.folder / "report.json")]
+    return {
+        "tokenizer": [],
+        "train_autoencoder": autoencoder,
+        "encode_scenes": [*here, "--scenes", str(scenes)],
+        "train_denoiser": denoiser,
+        "export": ["--folder", folder, "--out", str(model)],
+        "evaluate": [str(model), "--cases", str(cases), *threads, *report],
+    }
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """A folder holds one training: what is half done must not go on with other options."""
+    kept = options.folder / "options.json"
+    present = json.dumps(
+        {name: str(value) for name, value in sorted(vars(options).items()) if name not in FREE_OPTIONS}
+    )
+    if not kept.exists():
+        kept.write_text(present, "utf-8")
+    elif kept.read_text("utf-8") != present:
+        sys.exit(f"{options.folder} was begun with other options ({kept.name}): use those, or another folder")
+
+
+def run(name: str, arguments: list[str], folder: Path) -> None:
+    """Run one stage in a process of its own, unless it is done."""
+    mark = folder / f"{name}.done"
+    if mark.exists():
+        print(f"{name}: done before", flush=True)
+        return
+    print(f"{name}: begins", flush=True)
+    begun = time.monotonic()
+    if name == "tokenizer":
+        write_tokenizer_files(folder / "tokenizer")
+    else:
+        ended = subprocess.run([sys.executable, "-m", f"{PACKAGE}.{name}", *arguments], check=False)
+        if ended.returncode:
+            sys.exit(f"{name}: ended with code {ended.returncode}; the same command goes on from the last checkpoint")
+    mark.touch()
+    print(f"{name}: done in {(time.monotonic() - begun) / 60:.1f} min", flush=True)
+
+
+if __name__ == "__main__":
+    main()

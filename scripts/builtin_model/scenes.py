@@ -1,0 +1,145 @@
+"""The world the built-in model knows: random compositions of shapes, small edits of them, and their pictures."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from tests.reader import COLOURS, SHAPES, SIDE_PX, Colour, Figure, draw_scene, tell_apart
+
+__all__ = ["COMPOSITION_KINDS", "Composition", "draw_composition", "sample_composition", "sample_edit"]
+
+COLOUR_NAMES = tuple(COLOURS)
+MARGIN_PX = 4
+PLACES = ("left", "right", "top", "bottom", "center", "center", "center", "center", None)
+RADII_PX = {"small": (17.0, 23.0), "large": (44.0, 52.0), None: (28.0, 40.0)}
+# What is drawn, with its share of the scenes. Counts and pairs are what the model finds hardest, so they get more than they
+# would by chance; empty scenes teach it to remove.
+COMPOSITION_KINDS = {"one": 0.50, "two": 0.12, "three": 0.12, "pair": 0.18, "empty": 0.08}
+_ROW_OF_TWO: tuple[tuple[int, int], ...] = ((34, 64), (94, 64))
+_ROWS_OF_THREE = (((24, 64), (64, 64), (104, 64)), ((64, 32), (32, 92), (96, 92)))
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """One picture before it is drawn.
+
+    Attributes:
+        kind: a key of COMPOSITION_KINDS.
+        background: name of its colour.
+        figures: with colours by name, from left to right as the captions count them.
+        size, place: what a caption may say of a single figure; None where it is nothing special.
+    """
+
+    kind: str
+    background: str
+    figures: tuple[Figure, ...]
+    size: str | None = None
+    place: str | None = None
+
+
+def sample_composition(rng: random.Random, kind: str | None = None) -> Composition:
+    """Draw a composition at random; shapes, colours and backgrounds are uniform."""
+    kind = kind or rng.choices(list(COMPOSITION_KINDS), list(COMPOSITION_KINDS.values()))[0]
+    background = rng.choice(COLOUR_NAMES)
+    colours = [name for name in COLOUR_NAMES if tell_apart(name, background)]
+    if kind == "empty":
+        return Composition(kind, background, ())
+    look = (rng.choice(colours), rng.choice(SHAPES))
+    if kind == "one":
+        return _single(rng, background, look)
+    if kind == "pair":
+        others = [name for name in colours if tell_apart(name, look[0])] or colours
+        looks = [look, (rng.choice(others), rng.choice(SHAPES))]
+    else:
+        looks = [look] * {"two": 2, "three": 3}[kind]
+    return Composition(kind, background, _row(rng, looks))
+
+
+def _single(rng: random.Random, background: str, look: tuple[str, str]) -> Composition:
+    size = rng.choice(["small", "large", None, None])
+    radius = rng.uniform(*RADII_PX[size])
+    place = "center" if size == "large" else rng.choice(PLACES)
+    margin, middle = radius + MARGIN_PX, SIDE_PX / 2
+    near = rng.uniform(margin, max(margin, 40))
+    x, y = {
+        "left": (near, middle),
+        "right": (SIDE_PX - near, middle),
+        "top": (middle, near),
+        "bottom": (middle, SIDE_PX - near),
+        "center": (middle, middle),
+        None: (rng.uniform(margin, SIDE_PX - margin), rng.uniform(margin, SIDE_PX - margin)),
+    }[place]
+    if place is not None:
+        x, y = x + rng.uniform(-4, 4), y + rng.uniform(-4, 4)
+    return Composition("one", background, (Figure(*look, x, y, radius, _turn(rng)),), size, place)
+
+
+def _row(rng: random.Random, looks: list[tuple[str, str]]) -> tuple[Figure, ...]:
+    spots = _ROW_OF_TWO if len(looks) == 2 else rng.choice(_ROWS_OF_THREE)
+    radius = rng.uniform(19, 27) if len(looks) == 2 else rng.uniform(14, 17)
+    figures = []
+    for (colour, shape), (x, y) in zip(looks, spots, strict=True):
+        # Never so near that two figures touch: a caption that says "two" must be true of what is seen.
+        here = radius * rng.uniform(0.92, 1.08)
+        figures.append(Figure(colour, shape, x + rng.uniform(-3, 3), y + rng.uniform(-5, 5), here, _turn(rng)))
+    return tuple(figures)
+
+
+def _turn(rng: random.Random) -> float:
+    return rng.uniform(-0.1, 0.1)
+
+
+def sample_edit(after: Composition, rng: random.Random) -> Composition:
+    """A picture from which one edit makes `after`: one thing differs, the layout is the same.
+
+    What differs is a colour, a shape, the background, or one object more or less.
+    """
+    what = rng.choices(["colour", "shape", "background", "object"], [0.4, 0.25, 0.2, 0.15])[0]
+    if what == "object" or not after.figures:
+        return _without_last(after) if after.figures else _with_one(after, rng)
+    if what == "background":
+        used = [figure.colour for figure in after.figures if isinstance(figure.colour, str)]
+        backgrounds = [name for name in COLOUR_NAMES if all(tell_apart(name, colour) for colour in used)]
+        return replace(after, background=rng.choice(backgrounds))
+    index = rng.randrange(len(after.figures))
+    figure = after.figures[index]
+    if what == "shape":
+        changed = replace(figure, shape=rng.choice([shape for shape in SHAPES if shape != figure.shape]))
+    else:
+        colours = [name for name in COLOUR_NAMES if tell_apart(name, after.background) and name != figure.colour]
+        changed = replace(figure, colour=rng.choice(colours))
+    if after.kind in ("two", "three"):  # alike before and after
+        alike = tuple(replace(item, colour=changed.colour, shape=changed.shape) for item in after.figures)
+        return replace(after, figures=alike)
+    return replace(after, figures=(*after.figures[:index], changed, *after.figures[index + 1 :]))
+
+
+def _without_last(after: Composition) -> Composition:
+    kind = {"one": "empty", "two": "one", "pair": "one", "three": "two"}[after.kind]
+    return Composition(kind, after.background, after.figures[:-1])
+
+
+def _with_one(after: Composition, rng: random.Random) -> Composition:
+    single = sample_composition(rng, "one")
+    colours = [name for name in COLOUR_NAMES if tell_apart(name, after.background)]
+    figure = replace(single.figures[0], colour=rng.choice(colours))
+    return replace(single, background=after.background, figures=(figure,))
+
+
+def draw_composition(composition: Composition, rng: random.Random) -> npt.NDArray[np.uint8]:
+    """Draw it in slightly varied colours: uint8 (SIDE_PX, SIDE_PX, 3), RGB."""
+    figures = [replace(figure, colour=_varied(figure.colour, rng, 10)) for figure in composition.figures]
+    return draw_scene(_varied(composition.background, rng, 8), figures)
+
+
+def _varied(colour: str | Colour, rng: random.Random, spread: int) -> Colour:
+    red, green, blue = COLOURS[colour] if isinstance(colour, str) else colour
+
+    def vary(level: int) -> int:
+        return int(min(255, max(0, level + rng.uniform(-spread, spread))))
+
+    return vary(red), vary(green), vary(blue)

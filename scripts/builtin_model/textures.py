@@ -1,0 +1,58 @@
+"""Pictures that are no scenes, so that the autoencoder also carries what a user uploads: dead leaves and coloured noise."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from tests.reader import SIDE_PX, outline
+
+__all__ = ["sample_texture"]
+
+_CORNERED = ("square", "star", "triangle", "cross", "diamond", "heart")
+
+
+def sample_texture(rng: random.Random) -> npt.NDArray[np.uint8]:
+    """Make one picture: uint8 (SIDE_PX, SIDE_PX, 3), RGB."""
+    return _dead_leaves(rng) if rng.random() < 0.45 else _power_law_noise(np.random.default_rng(rng.getrandbits(64)))
+
+
+def _dead_leaves(rng: random.Random) -> npt.NDArray[np.uint8]:
+    """Overlapping shapes of all sizes in any colour: edges at every angle."""
+
+    def paint() -> tuple[int, int, int]:
+        return rng.randrange(256), rng.randrange(256), rng.randrange(256)
+
+    image = Image.new("RGB", (SIDE_PX, SIDE_PX), paint())
+    pen = ImageDraw.Draw(image)
+    for _ in range(rng.randint(6, 60)):
+        radius = 4 + 44 * rng.random() ** 2.2
+        x, y = rng.uniform(0, SIDE_PX), rng.uniform(0, SIDE_PX)
+        if rng.random() < 0.5:
+            height = radius * rng.uniform(0.4, 1)
+            pen.ellipse([x - radius, y - height, x + radius, y + height], fill=paint())
+            continue
+        angle = rng.uniform(0, 2 * math.pi)
+        cos, sin = math.cos(angle), math.sin(angle)
+        corners = outline(rng.choice(_CORNERED), radius)
+        pen.polygon([(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in corners], fill=paint())
+    return np.asarray(image)
+
+
+def _power_law_noise(rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Noise whose spectrum falls as that of photographs does (amplitude about 1/f), channels partly in step."""
+    rows, columns = np.fft.fftfreq(SIDE_PX)[:, None], np.fft.rfftfreq(SIDE_PX)[None, :]
+    squared = rows**2 + columns**2
+    squared[0, 0] = 1  # the mean is set below
+    white = rng.standard_normal((3, SIDE_PX, SIDE_PX))
+    falloff = rng.uniform(0.6, 1.1)
+    noise = np.fft.irfft2(np.fft.rfft2(white, axes=(1, 2)) / squared**falloff, axes=(1, 2))
+    noise /= noise.std(axis=(1, 2), keepdims=True) + 1e-6
+    noise = np.tensordot(np.eye(3) + rng.uniform(0, 2) * np.ones((3, 3)), noise, 1)
+    noise /= noise.std() + 1e-6
+    levels = 128 + rng.uniform(20, 60) * noise + rng.uniform(-50, 50, (3, 1, 1))
+    return np.clip(levels.transpose(1, 2, 0), 0, 255).astype(np.uint8)

@@ -1,0 +1,250 @@
+"""Trains text encoder and UNet together to predict v on the encoded scenes, with edits in view.
+
+Two things beyond plain training. Half of each batch is drawn from the timesteps where layout is decided. And some rows start
+from the latents of *another* picture, in whole or inside a rectangle, while the target stays the captioned scene: what
+image-to-image and inpainting by blending feed a model, so that it learns to keep the place and to obey the words.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scripts.builtin_model.autoencoder import Autoencoder, pixels_from
+from scripts.builtin_model.denoiser import TRAIN_TIMESTEPS, Denoiser, alphas_cumprod, sample_latents
+from scripts.builtin_model.sheets import save_sheet
+from scripts.builtin_model.tokenizer import PromptEncoder, build_vocabulary
+from scripts.builtin_model.training import (
+    MovingAverage,
+    Progress,
+    autocast,
+    choose_device,
+    learning_rate,
+    load_checkpoint,
+    place,
+    save_checkpoint,
+)
+
+HELD_OUT = 256  # scenes never trained on
+LAYOUT_TIMESTEPS = (350, 1000)  # where position and shape are decided
+EDIT_TIMESTEPS = 300  # from here on a row may start from another picture: strengths of 0.3 and more
+EDIT_SHARE = 0.4
+UNCAPTIONED_SHARE = 0.1  # for classifier-free guidance
+PROMPTS = (
+    "a red circle on a blue background",
+    "a yellow star on a black background",
+    "a green triangle on a white background",
+    "a pink heart on a purple background",
+    "two orange squares on a cyan background",
+    "three white stars on a blue background",
+    "a red square and a green circle on a white background",
+    "a black cross on a yellow background",
+    "a cyan ring on a red background",
+    "a small blue diamond on a pink background",
+    "a large white circle on a green background",
+    "a purple square on an orange background",
+    "blue background",
+    "a green heart",
+    "three black rings on a pink background",
+    "a yellow circle on the left on a purple background",
+)
+
+
+def main() -> None:
+    """Parse the command line, then train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="holds autoencoder.pt, tokenizer/ and scenes.pt")
+    parser.add_argument("--steps", type=int, default=40_000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--peak-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--channels", type=int, nargs="+", default=[80, 128], help="of the UNet's levels")
+    parser.add_argument("--patch", type=int, default=2, choices=(1, 2), help="1 is better and three times the work")
+    parser.add_argument("--start-from", type=Path, help="checkpoint of the same shape to start from")
+    parser.add_argument("--report-every", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
+    train(parser.parse_args())
+
+
+class Scenes:
+    """The encoded training set on the device, normalised."""
+
+    def __init__(self, path: Path, device: torch.device, mean: Tensor | None, scale: Tensor | None) -> None:
+        content = load_checkpoint(path)
+        after = content["after"].float()
+        self.mean = after.mean((0, 2, 3), keepdim=True) if mean is None else mean
+        self.scale = after.std((0, 2, 3), keepdim=True) if scale is None else scale
+        self.after = ((after - self.mean) / self.scale).to(device)
+        self.before = ((content["before"].float() - self.mean) / self.scale).to(device)
+        self.captions = content["captions"].to(device)
+
+    def __len__(self) -> int:
+        return len(self.after)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Run from the last checkpoint in `options.folder`, or from the start, to `options.steps`; leaves denoiser.pt there."""
+    device = choose_device(options.threads)
+    torch.manual_seed(options.seed)
+    begun_from = load_checkpoint(options.start_from) if options.start_from else None
+    if begun_from:
+        model = Denoiser.from_checkpoint(begun_from)
+    else:
+        model = Denoiser(len(build_vocabulary()[0]), options.channels, options.patch)
+    place(model, device)
+    normalisation = (begun_from["mean"], begun_from["scale"]) if begun_from else (None, None)
+    scenes = Scenes(options.folder / "scenes.pt", device, *normalisation)
+    run = Run(model, scenes, options, device)
+    path = options.folder / "denoiser.pt"
+    start = run.resume(path) if path.exists() else 0
+    progress = Progress("denoiser", options.steps, start)
+    if start == 0:
+        print(f"  held-out loss {run.held_out_loss():.4f}", flush=True)
+    for step in range(start, options.steps):
+        progress.advance(step + 1, run.step(step))
+        if (step + 1) % options.report_every == 0 or step + 1 == options.steps:
+            run.average.swap()
+            print(f"  held-out loss {run.held_out_loss():.4f}", flush=True)
+            run.save_sheet(options.folder / f"denoiser_{step + 1:06}.png")
+            run.average.swap()
+            save_checkpoint(path, run.checkpoint(step + 1))
+
+
+class Run:
+    """A training under way: the model and all that changes with it."""
+
+    def __init__(self, model: Denoiser, scenes: Scenes, options: argparse.Namespace, device: torch.device) -> None:
+        self.model, self.scenes, self.options, self.device = model, scenes, options, device
+        self.signal = alphas_cumprod().to(device)
+        self.parameters = list(model.parameters())
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, options.peak_learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        )
+        self.average = MovingAverage(self.parameters, 0.998)
+        self.prompts = PromptEncoder(options.folder / "tokenizer")
+        self.empty = torch.tensor(self.prompts.encode(""), device=device)
+        self.predict = torch.compile(model) if device.type == "cuda" else model
+
+    def step(self, step: int) -> Tensor:
+        """One optimiser step. What it sees is a function of the seed and the step, so that a resumed run sees the same."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.options.peak_learning_rate, step, self.options.steps)
+        generator = torch.Generator(self.device).manual_seed(self.options.seed * 10_000_019 + step)
+        loss = self._loss(generator).mean()
+        self.optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimiser.step()
+        self.average.update()
+        return loss
+
+    def _loss(self, generator: torch.Generator) -> Tensor:
+        rows, scenes, device = self.options.batch, self.scenes, self.device
+        index = torch.randint(HELD_OUT, len(scenes), (rows,), generator=generator, device=device)
+        choice = torch.randint(0, scenes.captions.shape[1], (rows,), generator=generator, device=device)
+        input_ids = scenes.captions[index, choice].long()
+        uncaptioned = torch.rand(rows, generator=generator, device=device) < UNCAPTIONED_SHARE
+        input_ids = torch.where(uncaptioned[:, None], self.empty, input_ids)
+        timesteps = self._timesteps(rows, generator)
+        target = scenes.after[index]
+        edited = (
+            (torch.rand(rows, generator=generator, device=device) < EDIT_SHARE)
+            & (timesteps >= EDIT_TIMESTEPS)
+            & ~uncaptioned
+        )
+        where = self._regions(rows, target.shape[-1], generator) & edited[:, None, None, None]
+        start = torch.where(where, scenes.before[index], target)
+        return self._squared_error(start, target, timesteps, input_ids, generator)
+
+    def _timesteps(self, rows: int, generator: torch.Generator) -> Tensor:
+        """Half spread evenly over all, half at random over those that decide the layout."""
+        even = rows - rows // 2
+        offset = torch.rand(1, generator=generator, device=self.device)
+        spread = (offset + torch.arange(even, device=self.device) / even) % 1 * TRAIN_TIMESTEPS
+        low, high = LAYOUT_TIMESTEPS
+        layout = low + (high - low) * torch.rand(rows // 2, generator=generator, device=self.device)
+        timesteps = torch.cat([layout, spread]).long()
+        return timesteps.clamp(max=TRAIN_TIMESTEPS - 1)
+
+    def _regions(self, rows: int, side: int, generator: torch.Generator) -> Tensor:
+        """Where rows start from the other picture: everywhere for half of them, else in a rectangle. Bool (rows, 1, side, side)."""
+        corners = torch.rand(rows, 2, 2, generator=generator, device=self.device).sort(dim=2).values * (side + 2) - 1
+        positions = torch.arange(side, device=self.device)
+        inside = (positions >= corners[..., :1]) & (positions <= corners[..., 1:])  # rows, axis, side
+        whole = torch.rand(rows, generator=generator, device=self.device) < 0.5
+        rectangle = inside[:, 0, :, None] & inside[:, 1, None, :]
+        return (rectangle | whole[:, None, None])[:, None]
+
+    def _squared_error(
+        self, start: Tensor, target: Tensor, timesteps: Tensor, input_ids: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """Mean squared error of v for each row, where v is what leads from the noised `start` to `target`.
+
+        With start == target this is v = sqrt(a) noise - sqrt(1-a) target (Salimans and Ho 2022).
+        """
+        signal = self.signal[timesteps].view(-1, 1, 1, 1)
+        noise = torch.randn(start.shape, generator=generator, device=self.device)
+        noised = signal.sqrt() * start + (1 - signal).sqrt() * noise
+        v = (signal.sqrt() * noised - target) / (1 - signal).sqrt()
+        with autocast(self.device):
+            predicted = self.predict(noised, timesteps, input_ids)
+        error: Tensor = (predicted.float() - v).square().mean((1, 2, 3))
+        return error
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean loss on complete captions of scenes never trained on, always with the same noise."""
+        count = min(HELD_OUT, len(self.scenes)) // 64 * 64
+        generator = torch.Generator(self.device).manual_seed(5)
+        losses = []
+        for i in range(0, count, 64):
+            target = self.scenes.after[i : i + 64]
+            timesteps = torch.linspace(20, TRAIN_TIMESTEPS - 1, 64, device=self.device).long()
+            input_ids = self.scenes.captions[i : i + 64, 0].long()
+            losses.append(self._squared_error(target, target, timesteps, input_ids, generator).mean())
+        return torch.stack(losses).mean().item()
+
+    @torch.no_grad()
+    def save_sheet(self, path: Path) -> None:
+        """Draw PROMPTS and write them as a contact sheet."""
+        autoencoder = Autoencoder.from_checkpoint(load_checkpoint(self.options.folder / "autoencoder.pt"))
+        input_ids = torch.tensor([self.prompts.encode(prompt) for prompt in PROMPTS], device=self.device)
+        noise = torch.randn(len(PROMPTS), *self.scenes.after.shape[1:], generator=torch.Generator().manual_seed(0))
+        latents = sample_latents(self.model, input_ids, self.empty, noise.to(self.device)).cpu()
+        pictures = pixels_from(autoencoder.decode(latents * self.scenes.scale + self.scenes.mean))
+        save_sheet(path, [list(pictures[i : i + 8]) for i in range(0, len(pictures), 8)])
+
+    def checkpoint(self, step: int) -> dict[str, Any]:
+        """What export reads (the averaged weights) and what a later run goes on from."""
+        self.average.swap()
+        weights = {name: weight.clone() for name, weight in self.model.state_dict().items()}
+        self.average.swap()
+        return {
+            "step": step,
+            "settings": self.model.settings,
+            "weights": weights,
+            "mean": self.scenes.mean,
+            "scale": self.scenes.scale,
+            "resume": {
+                "weights": self.model.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "average": self.average.state(),
+            },
+        }
+
+    def resume(self, path: Path) -> int:
+        """Go on from a checkpoint; the number of steps that are done."""
+        content = load_checkpoint(path)
+        self.model.load_state_dict(content["resume"]["weights"])
+        self.optimiser.load_state_dict(content["resume"]["optimiser"])
+        self.average.restore(content["resume"]["average"])
+        print(f"denoiser: going on at step {content['step']}", flush=True)
+        return int(content["step"])
+
+
+if __name__ == "__main__":
+    main()
