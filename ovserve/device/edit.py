@@ -41,7 +41,7 @@ class Edit:
         mode: text2image, image2image, inpainting.
         steps: denoising steps that will run for each picture.
         frame: size of the result.
-        original: what the caller sent, in the frame, RGB or RGBA; None for text2image.
+        original: what the caller sent, in the frame, RGB or RGBA; None where the result shows nothing of it.
         mask: uint8 (H, W), 255 = repaint, in the frame; None unless inpainting.
         initial_image, mask_image: the same on the canvas, RGB, and pooled to the latent grid.
         keeps_alpha: the result has the original's alpha (background=transparent).
@@ -123,14 +123,11 @@ class Edit:
         return encode_image(pixels, request.output_format, request.output_compression, parameters)
 
     def encode_preview(self, pixels: Pixels) -> bytes:
-        """An estimate from the canvas as a small file of the format asked for, without metadata."""
-        painted = fit = pixels
-        if size_of(pixels) == self.placement.canvas:
-            painted = self.placement.back(pixels)
-            fit = painted
+        """An estimate of the whole canvas, at any size, as a small file of the format asked for, without metadata."""
+        canvas = Fitting.plan(size_of(pixels), self.placement.canvas, "stretch").image(pixels)
         small = fit_into(self.frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
-        shown = Fitting.plan(size_of(fit), small, "stretch").image(painted)
-        return encode_image(shown, self.request.output_format, min(self.request.output_compression, 90))
+        shown = Fitting.plan(self.frame, small, "stretch").image(self.assemble(canvas))
+        return encode_image(shown, self.request.output_format, self.request.output_compression)
 
     def _parameters(self, picture: int) -> str:
         """Seed and settings in the form that common image tools read: prompt, negative prompt, then one line of pairs."""
@@ -194,6 +191,8 @@ def prepare(
             mask = fitting.mask(mask)
             check_selects(mask, " in the part of the image that is used")
             mask_image = pool(placement.mask(mask), profile.side_multiple_px)
+        elif not keeps_alpha:
+            original = None
     cells = math.prod((placement.canvas.width, placement.canvas.height)) // profile.side_multiple_px**2
     return Edit(
         request=request,

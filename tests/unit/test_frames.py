@@ -1,0 +1,206 @@
+"""From image to frame to canvas and back."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ovserve.config import Resolution
+from ovserve.device.frames import Fitting, Placement, fit_into, scale_mask, size_of
+from ovserve.device.images import Pixels
+
+SIDES = st.integers(1, 60)
+SIZES = st.builds(Resolution, SIDES, SIDES)
+
+
+def gradient(size: Resolution, planes: int = 3) -> Pixels:
+    """Red grows to the right, green downwards; alpha, where there is any, is full."""
+    pixels = np.full((size.height, size.width, planes), 255, np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, size.width).astype(np.uint8)[None, :]
+    pixels[..., 1] = np.linspace(0, 255, size.height).astype(np.uint8)[:, None]
+    pixels[..., 2] = 0
+    return pixels
+
+
+def noise(size: Resolution, planes: int = 3) -> Pixels:
+    return np.random.default_rng(3).integers(0, 256, (size.height, size.width, planes), np.uint8)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@given(SIZES, SIZES)
+def test_fit_into_stays_within_the_limit_and_keeps_the_shape(size: Resolution, limit: Resolution) -> None:
+    found = fit_into(size, limit)
+    assert 1 <= found.width <= limit.width
+    assert 1 <= found.height <= limit.height
+    if size.width <= limit.width and size.height <= limit.height:
+        assert found == size
+    else:
+        scale = min(limit.width / size.width, limit.height / size.height)
+        assert abs(found.width - size.width * scale) <= 1
+        assert abs(found.height - size.height * scale) <= 1
+
+
+# --- image to frame ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("planes", [3, 4])
+def test_an_image_of_the_frames_size_is_not_touched(mode: str, planes: int) -> None:
+    pixels = noise(Resolution(50, 30), planes)
+    fitting = Fitting.plan(size_of(pixels), Resolution(50, 30), mode)
+    assert fitting.is_identity
+    assert np.array_equal(fitting.image(pixels), pixels)
+
+
+@given(SIZES, SIZES, st.sampled_from(["crop", "pad", "stretch"]), st.sampled_from([3, 4]))
+def test_every_mode_gives_the_frames_size(source: Resolution, frame: Resolution, mode: str, planes: int) -> None:
+    fitting = Fitting.plan(source, frame, mode)
+    assert fitting.image(noise(source, planes)).shape == (frame.height, frame.width, planes)
+    assert fitting.mask(np.zeros((source.height, source.width), np.uint8)).shape == (frame.height, frame.width)
+
+
+def test_crop_cuts_the_middle_out_without_resampling_where_it_can() -> None:
+    pixels = noise(Resolution(51, 30))
+    fitting = Fitting.plan(Resolution(51, 30), Resolution(30, 30), "crop")
+    assert np.array_equal(fitting.image(pixels), pixels[:, 10:40])
+
+
+def test_crop_keeps_the_shape_of_things() -> None:
+    fitted = Fitting.plan(Resolution(200, 100), Resolution(50, 50), "crop").image(gradient(Resolution(200, 100)))
+    assert 60 <= fitted[25, 0, 0] <= 68  # the left quarter is cut off
+    assert 187 <= fitted[25, -1, 0] <= 195
+    assert fitted[0, 25, 1] <= 4
+    assert fitted[-1, 25, 1] >= 251
+
+
+def test_pad_shows_all_of_the_image_and_continues_its_edges() -> None:
+    fitted = Fitting.plan(Resolution(200, 100), Resolution(50, 50), "pad").image(gradient(Resolution(200, 100)))
+    assert fitted[25, 0, 0] <= 4
+    assert fitted[25, -1, 0] >= 251
+    assert np.array_equal(fitted[0], fitted[12])  # 25 rows of image between bars of 12 and 13
+    assert np.array_equal(fitted[-1], fitted[36])
+
+
+def test_bars_are_transparent_where_the_image_has_alpha() -> None:
+    fitted = Fitting.plan(Resolution(20, 10), Resolution(20, 20), "pad").image(gradient(Resolution(20, 10), 4))
+    assert (fitted[:5, :, 3] == 0).all()
+    assert (fitted[5:15, :, 3] == 255).all()
+    assert (fitted[15:, :, 3] == 0).all()
+
+
+def test_stretch_uses_all_of_both() -> None:
+    fitted = Fitting.plan(Resolution(200, 100), Resolution(50, 50), "stretch").image(gradient(Resolution(200, 100)))
+    assert fitted[25, 0, 0] <= 4
+    assert fitted[25, -1, 0] >= 251
+    assert fitted[0, 25, 1] <= 4
+    assert fitted[-1, 25, 1] >= 251
+
+
+def test_bars_are_repainted_and_the_mask_lies_where_the_image_lies() -> None:
+    mask = np.zeros((10, 20), np.uint8)
+    mask[:, :10] = 255
+    fitted = Fitting.plan(Resolution(20, 10), Resolution(20, 20), "pad").mask(mask)
+    assert (fitted[:5] == 255).all()
+    assert (fitted[15:] == 255).all()
+    assert (fitted[5:15, :10] == 255).all()
+    assert (fitted[5:15, 10:] == 0).all()
+
+
+# --- masks at other sizes ---------------------------------------------------------------------------------------------
+
+
+def covering(mask: Pixels, size: Resolution) -> Pixels:
+    """The rule, pixel by pixel."""
+    height, width = mask.shape
+    found = np.zeros((size.height, size.width), np.uint8)
+    for row in range(size.height):
+        top, bottom = row * height // size.height, math.ceil((row + 1) * height / size.height)
+        for column in range(size.width):
+            left, right = column * width // size.width, math.ceil((column + 1) * width / size.width)
+            found[row, column] = mask[top:bottom, left:right].max()
+    return found
+
+
+@given(
+    st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.randoms(use_true_random=False)
+)
+def test_a_scaled_mask_is_set_wherever_it_covers_a_set_pixel(
+    width: int, height: int, w: int, h: int, random: object
+) -> None:
+    seed = random.randrange(2**32)  # type: ignore[attr-defined]
+    mask = np.where(np.random.default_rng(seed).random((height, width)) < 0.1, 255, 0).astype(np.uint8)
+    assert np.array_equal(scale_mask(mask, Resolution(w, h)), covering(mask, Resolution(w, h)))
+
+
+@given(SIZES, SIZES, st.data())
+def test_a_single_set_pixel_never_vanishes(source: Resolution, target: Resolution, data: st.DataObject) -> None:
+    mask = np.zeros((source.height, source.width), np.uint8)
+    mask[data.draw(st.integers(0, source.height - 1)), data.draw(st.integers(0, source.width - 1))] = 255
+    assert scale_mask(mask, target).any()
+
+
+def test_a_part_of_a_mask_is_scaled_alone() -> None:
+    mask = np.zeros((8, 8), np.uint8)
+    mask[3, 5] = 255
+    assert scale_mask(mask, Resolution(2, 2), (4, 0, 8, 8)).tolist() == [[255, 0], [0, 0]]
+    assert not scale_mask(mask, Resolution(2, 2), (0, 0, 4, 8)).any()
+
+
+# --- frame to canvas and back -----------------------------------------------------------------------------------------
+
+
+def test_a_frame_of_the_canvas_size_passes_both_ways_untouched() -> None:
+    pixels = noise(Resolution(64, 64))
+    placement = Placement.plan(Resolution(64, 64), Resolution(64, 64), 8)
+    assert np.array_equal(placement.image(pixels), pixels)
+    assert np.array_equal(placement.back(pixels), pixels)
+
+
+def test_a_frame_rounded_up_to_the_models_multiple_is_not_resampled() -> None:
+    pixels = noise(Resolution(61, 59))
+    placement = Placement.plan(Resolution(61, 59), Resolution(64, 64), 8)
+    canvas = placement.image(pixels)
+    assert canvas.shape == (64, 64, 3)
+    assert np.array_equal(placement.back(canvas), pixels)
+    assert np.array_equal(canvas[0], canvas[2])  # the edges are continued
+    assert np.array_equal(canvas[:, -1], canvas[:, -2])
+
+
+@given(SIZES, st.integers(1, 8), st.integers(1, 8))
+def test_the_way_to_the_canvas_and_back_gives_the_frames_size(frame: Resolution, columns: int, rows: int) -> None:
+    canvas = Resolution(columns * 8, rows * 8)
+    placement = Placement.plan(frame, canvas, 8)
+    left, top, width, height = placement.inner
+    assert left >= 0
+    assert top >= 0
+    assert left + width <= canvas.width
+    assert top + height <= canvas.height
+    placed = placement.image(noise(frame))
+    assert placed.shape == (canvas.height, canvas.width, 3)
+    assert size_of(placement.back(placed)) == frame
+    assert placement.mask(np.zeros((frame.height, frame.width), np.uint8)).shape == (canvas.height, canvas.width)
+
+
+@pytest.mark.parametrize(
+    "frame", [Resolution(400, 100), Resolution(100, 400), Resolution(333, 257), Resolution(20, 15)]
+)
+def test_things_keep_their_shape_and_place_on_the_way(frame: Resolution) -> None:
+    pixels = gradient(frame)
+    placement = Placement.plan(frame, Resolution(128, 128), 8)
+    _, _, width, height = placement.inner
+    assert abs(width / height - frame.width / frame.height) < 0.05 * frame.width / frame.height
+    assert np.abs(placement.back(placement.image(pixels)).astype(int) - pixels).mean() < 4
+
+
+def test_a_mask_at_the_edge_of_the_frame_reaches_to_the_edge_of_the_canvas() -> None:
+    mask = np.zeros((10, 20), np.uint8)
+    mask[:, :5] = 255
+    placed = Placement.plan(Resolution(20, 10), Resolution(24, 16), 8).mask(mask)
+    assert (placed[:, :7] == 255).all()
+    assert (placed[:, 7:] == 0).all()
