@@ -50,6 +50,7 @@ __all__ = [
     "PartTooLarge",
     "PromptTooLong",
     "QueueFull",
+    "RangeNotSatisfiable",
     "RequestTimeout",
     "ServerError",
     "SettingsError",
@@ -292,6 +293,14 @@ class UnsupportedMediaType(ApiError):
     status = 415
     type = "invalid_request_error"
     code = "unsupported_content_type"
+
+
+class RangeNotSatisfiable(ApiError):
+    """416: a Range that lies outside the file; carries Content-Range."""
+
+    status = 416
+    type = "invalid_request_error"
+    code = "range_not_satisfiable"
 
 
 class ExpectationFailed(ApiError):

@@ -75,7 +75,7 @@ class ModelProfile:
     takes_negative_prompt: bool
     scheduling: Scheduling
     defaults: Defaults
-    presets: dict[str, dict[str, float]] = field(default_factory=dict)
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def working_size(self, width: int, height: int) -> Resolution:
         """The size at which a picture of `width` x `height` is worked on.

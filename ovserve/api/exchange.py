@@ -5,14 +5,14 @@ The protocols are defined here and implemented in `ovserve.front`, so that the A
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ovserve.deadline import Deadline
 from ovserve.dispatch.spool import Blob
 
-__all__ = ["Api", "Exchange", "FileReply", "Form", "JsonReply", "Reply", "StreamReply", "Upload"]
+__all__ = ["Api", "Exchange", "FileReply", "Form", "JsonReply", "Reply", "ServerEvent", "StreamReply", "Upload"]
 
 
 class Upload(Protocol):
@@ -101,10 +101,21 @@ class JsonReply:
 
 
 @dataclass(frozen=True, slots=True)
-class StreamReply:
-    """Server-sent events: each item is one block of whole lines, written and flushed at once. The iterator is always closed."""
+class ServerEvent:
+    """One server-sent event: its kind, and its data as one line of JSON. Without a kind: a comment line (`data` as text)."""
 
-    events: Iterator[bytes]
+    kind: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StreamReply:
+    """Server-sent events, each written and flushed at once. The handler always closes the iterator, however it ends.
+
+    An ApiError out of the iterator becomes the error event, and the stream ends properly after it.
+    """
+
+    events: Generator[ServerEvent, None, None]
     headers: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -1,0 +1,58 @@
+"""The models that are served: name to profile and limits, exchanged as a whole when the configuration is reloaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ovserve.config import ModelSettings, Settings
+from ovserve.errors import ModelNotFound
+from ovserve.profile import ModelProfile, read_profile
+
+__all__ = ["Catalog", "ServedModel", "read_catalog"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model: what it can do and what the operator allows."""
+
+    profile: ModelProfile
+    limits: ModelSettings
+
+    @property
+    def name(self) -> str:
+        """What clients put into `model`."""
+        return self.profile.name
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """Every served model. Immutable: a reload makes a new one."""
+
+    models: Mapping[str, ServedModel]
+    default: str  # empty: a request must name one, unless there is only one
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def find(self, name: str | None) -> ServedModel:
+        """The model of that name; for None the default, or the only one. Raises ModelNotFound."""
+        if name is None:
+            name = self.default or (next(iter(self.models)) if len(self.models) == 1 else None)
+        if name is None:
+            told = f"'model' is required, for several are served: {_listed(self.models)}."
+            raise ModelNotFound(told, param="model")
+        found = self.models.get(name)
+        if found is None:
+            told = f"The model '{name[:200]}' does not exist. Served: {_listed(self.models)}."
+            raise ModelNotFound(told, param="model")
+        return found
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def read_catalog(settings: Settings) -> Catalog:
+    """Read every model's directory. Raises ModelError and SettingsError."""
+    models = [ServedModel(read_profile(model), model) for model in settings.models]
+    return Catalog({model.name: model for model in models}, settings.default_model)

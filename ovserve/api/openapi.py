@@ -1,0 +1,145 @@
+"""This API as an OpenAPI 3.1 document, made from the table of fields and the table of routes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from ovserve import __version__
+from ovserve.api.fields import EDIT, ENDPOINTS, FIELDS, GENERATION, VARIATION, Field
+
+__all__ = ["openapi_document"]
+
+
+class _Row(Protocol):
+    @property
+    def method(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def prefixed(self) -> bool: ...
+
+
+_REQUIRED = {EDIT: ["image", "prompt"], GENERATION: ["prompt"], VARIATION: ["image"]}
+_PATHS = {"/images/edits": EDIT, "/images/generations": GENERATION, "/images/variations": VARIATION}
+_SIZE = "^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
+
+
+def _schema(field: Field, *, is_json: bool) -> dict[str, Any]:
+    """One field's JSON schema; in a multipart form the same value is text."""
+    schema: dict[str, Any]
+    match field.kind:
+        case "integer" | "number":
+            schema = {"type": field.kind}
+            if field.low is not None:
+                schema["minimum"] = field.low
+            if field.high is not None:
+                schema["maximum"] = field.high
+        case "boolean":
+            schema = {"type": "boolean"}
+        case "choice":
+            schema = {"type": "string", "enum": list(field.choices)}
+        case "size":
+            schema = {"type": "string", "pattern": _SIZE}
+        case "file" | "files" if is_json:
+            schema = {"type": "object", "properties": {"image_url": {"type": "string", "description": "A data: URL."}}}
+        case "file" | "files":
+            schema = {"type": "string", "format": "binary"}
+        case _:
+            schema = {"type": "string"}
+    default = f" Default: {field.default}." if field.default else ""
+    return {**schema, "description": field.text + default}
+
+
+def _body(endpoint: str) -> dict[str, Any]:
+    contents = {}
+    kinds = (("multipart/form-data", False), ("application/json", True))
+    for media_type, is_json in kinds if endpoint != VARIATION else kinds[:1]:
+        taken = [field for field in FIELDS.values() if field.served and endpoint in field.endpoints]
+        properties = {field.name: _schema(field, is_json=is_json) for field in taken}
+        required = _REQUIRED[endpoint]
+        if is_json and "image" in properties:
+            properties["images"] = {"type": "array", "items": properties.pop("image"), "minItems": 1}
+            required = ["images" if name == "image" else name for name in required]
+        contents[media_type] = {"schema": {"type": "object", "properties": properties, "required": required}}
+    return {"required": True, "content": contents}
+
+
+_ERROR = {
+    "description": "What is wrong; `param` names the field.",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+}
+_STATUSES = ("400", "404", "408", "413", "415", "429", "500", "503", "504")
+
+
+def _picture_replies() -> dict[str, Any]:
+    return {
+        "200": {
+            "description": "The pictures, or with `stream` the events.",
+            "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/ImagesResponse"}},
+                "text/event-stream": {"schema": {"type": "string"}},
+            },
+        },
+        **dict.fromkeys(_STATUSES, _ERROR),
+    }
+
+
+def _components() -> dict[str, Any]:
+    text, nullable = {"type": "string"}, {"type": ["string", "null"]}
+    error = {"type": "object", "properties": {"message": text, "type": text, "param": nullable, "code": nullable},
+             "required": ["message", "type", "param", "code"]}  # fmt: skip
+    picture = {"type": "object", "properties": {"b64_json": text, "url": text, "seed": {"type": "integer"}, "revised_prompt": text},
+               "required": ["seed"]}  # fmt: skip
+    images = {
+        "type": "object",
+        "properties": {
+            "created": {"type": "integer"},
+            "size": text,
+            "quality": {"type": "string", "enum": ["low", "medium", "high"]},
+            "background": {"type": "string", "enum": ["opaque", "transparent"]},
+            "output_format": {"type": "string", "enum": ["png", "jpeg", "webp"]},
+            "data": {"type": "array", "items": picture},
+            "usage": {"type": "object"},
+        },
+        "required": ["created", "data", "usage"],
+    }
+    return {
+        "schemas": {
+            "Error": {"type": "object", "properties": {"error": error}, "required": ["error"]},
+            "ImagesResponse": images,
+        }
+    }
+
+
+def openapi_document(routes: Iterable[_Row]) -> dict[str, Any]:
+    """The document. Paths are given under /v1; /v3 and bare are the same."""
+    paths: dict[str, dict[str, Any]] = {}
+    for row in routes:
+        path = ("/v1" if row.prefixed else "") + row.path
+        operation: dict[str, Any] = {"summary": row.text, "responses": {"200": {"description": "As the summary says."}}}
+        endpoint = next((kind for end, kind in _PATHS.items() if row.path.endswith(end)), None)
+        if endpoint in ENDPOINTS and row.method == "POST":
+            operation |= {"requestBody": _body(str(endpoint)), "responses": _picture_replies()}
+        else:
+            operation["responses"] |= {"404": _ERROR, "503": {"description": "Not ready."}}
+        names = re.findall(r"\{(\w+)\}", row.path)
+        if names:
+            operation["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+            ]
+        paths.setdefault(path, {})[row.method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "ovserve",
+            "version": __version__,
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": _components(),
+    }

@@ -1,0 +1,534 @@
+"""Fields and uploads to a frozen, validated request: every rule that needs no pixels.
+
+    Form ──▶ gather (names: x, x[], x[k], repeated) ──▶ value of each by its kind ──▶ the operator's limits ──▶ exclusions
+
+Whatever is wrong is told by the field's name, with the bound it broke.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ovserve.api.catalog import Catalog, ServedModel
+from ovserve.api.exchange import Form, Upload
+from ovserve.api.fields import EDIT, EXCLUSIONS, FIELDS, GENERATION, SPELLINGS, VARIATION, Field, field_named
+from ovserve.api.imagehead import ImageHead, read_head
+from ovserve.config import Resolution, Settings
+from ovserve.dispatch.ipc import ImageRequest
+from ovserve.errors import (
+    BadRequest,
+    InvalidType,
+    InvalidValue,
+    MissingParameter,
+    UnknownParameter,
+    UnsupportedParameter,
+)
+from ovserve.profile import least_strength, steps_run
+
+__all__ = ["Parameters", "parse_parameters"]
+
+SEEDS = 2**32  # the library takes seeds modulo this
+
+_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,39})")
+_NUMBER = re.compile(r"-?(?:[0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,4})?")
+_NAME = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
+_TRUE, _FALSE = frozenset(("true", "1")), frozenset(("false", "0"))
+_EMPTY = frozenset(("", "null", "None", "undefined"))
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """One validated request.
+
+    Attributes:
+        request: what a worker gets.
+        model: whom it is for.
+        stream, partial_images, response_format: how the answer is given.
+        quality: low, medium or high, never auto.
+        timeout_s: the deadline the client asked for, or the default.
+        safety_identifier: the client's own name for the end user.
+        moderation: whether the client asked for a check that no model here makes.
+    """
+
+    request: ImageRequest
+    model: ServedModel
+    stream: bool
+    partial_images: int
+    response_format: str
+    quality: str
+    timeout_s: float
+    safety_identifier: str
+    moderation: bool
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """A form's fields and uploads by the name they mean."""
+
+    values: dict[str, list[tuple[str, Any]]] = field(default_factory=dict)  # field name: (as spelled, value)
+    uploads: dict[str, list[Upload]] = field(default_factory=dict)
+
+    def given(self, name: str) -> bool:
+        return name in self.values or name in self.uploads
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def _meant(spelled: str) -> Field:
+    """The field a name on the wire means. Raises UnknownParameter with the nearest known name."""
+    match = _NAME.fullmatch(spelled)
+    known = field_named(match[1]) if match else None
+    if known is None:
+        near = difflib.get_close_matches(spelled[:64], FIELDS, n=1, cutoff=0.7)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise UnknownParameter(f"Unknown parameter: '{spelled[:200]}'.{hint}", param=spelled[:200])
+    return known
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value in _EMPTY) or value in ([], {})
+
+
+def _gather(form: Form, endpoint: str) -> _Gathered:
+    gathered = _Gathered()
+    for spelled, value in form.fields:
+        known = _meant(spelled)
+        if _is_empty(value) and known.name not in ("prompt", "image"):
+            continue
+        _check_taken(known, spelled, endpoint)
+        gathered.values.setdefault(known.name, []).append((spelled, value))
+    for upload in form.uploads:
+        known = _meant(upload.name)
+        _check_taken(known, upload.name, endpoint)
+        if known.kind not in ("file", "files"):
+            raise InvalidType(
+                f"Invalid type for '{upload.name}': expected {_expected(known)}, but got a file.", param=upload.name
+            )
+        gathered.uploads.setdefault(known.name, []).append(upload)
+    return gathered
+
+
+def _check_taken(known: Field, spelled: str, endpoint: str) -> None:
+    if not known.served:
+        raise UnsupportedParameter(f"'{spelled}' is not supported: {known.text}", param=spelled)
+    if endpoint not in known.endpoints:
+        told = {EDIT: "edits", GENERATION: "generations", VARIATION: "variations"}
+        takers = " and ".join(f"images/{told[name]}" for name in told if name in known.endpoints)
+        raise UnsupportedParameter(
+            f"'{spelled}' is not taken by images/{told[endpoint]}; {takers} takes it.", param=spelled
+        )
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _expected(known: Field) -> str:
+    words = {"text": "a string", "integer": "a whole number", "number": "a number", "boolean": "true or false",
+             "choice": "a string", "size": "a string", "file": "a file", "files": "a file", "object": "an object"}  # fmt: skip
+    return words[known.kind]
+
+
+def _wrong_type(known: Field, spelled: str, value: Any) -> InvalidType:
+    names = {
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        list: "an array",
+        dict: "an object",
+    }
+    got = names.get(type(value), "null")
+    return InvalidType(f"Invalid type for '{spelled}': expected {_expected(known)}, but got {got}.", param=spelled)
+
+
+def _not_a(known: Field, spelled: str, value: str) -> InvalidValue:
+    return InvalidValue(
+        f"Invalid value for '{spelled}': expected {_expected(known)}, but got '{value[:100]}'.", param=spelled
+    )
+
+
+def _integer(known: Field, spelled: str, value: Any, is_json: bool) -> int:
+    if is_json:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise _wrong_type(known, spelled, value)
+        return value
+    if not _INTEGER.fullmatch(value):
+        raise _not_a(known, spelled, value)
+    return int(value)
+
+
+def _number(known: Field, spelled: str, value: Any, is_json: bool) -> float:
+    if is_json:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _wrong_type(known, spelled, value)
+    elif not _NUMBER.fullmatch(value):
+        raise _not_a(known, spelled, value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InvalidValue(f"Invalid value for '{spelled}': expected a finite number.", param=spelled)
+    return number
+
+
+def _boolean(known: Field, spelled: str, value: Any, is_json: bool) -> bool:
+    if isinstance(value, bool):
+        return value
+    if is_json:
+        raise _wrong_type(known, spelled, value)
+    word = value.lower()
+    if word not in _TRUE | _FALSE:
+        raise _not_a(known, spelled, value)
+    return word in _TRUE
+
+
+def _text(known: Field, spelled: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _wrong_type(known, spelled, value)
+    # Browser-made forms turn every line break into CR LF; the prompt means the same.
+    return value.replace("\r\n", "\n")
+
+
+def _choice(known: Field, spelled: str, value: Any) -> str:
+    word = _text(known, spelled, value)
+    if word == "jpg" and "jpeg" in known.choices:
+        return "jpeg"
+    if word not in known.choices:
+        listed = ", ".join(f"'{choice}'" for choice in known.choices)
+        raise InvalidValue(
+            f"Invalid value for '{spelled}': '{word[:100]}'. Supported values are: {listed}.", param=spelled
+        )
+    return word
+
+
+def _size(known: Field, spelled: str, value: Any) -> Resolution | None:
+    word = _text(known, spelled, value)
+    if word == "auto":
+        return None
+    try:
+        return Resolution.parse(word)
+    except ValueError as error:
+        raise InvalidValue(
+            f"Invalid value for '{spelled}': '{word[:100]}': {error}, or 'auto'.", param=spelled
+        ) from None
+
+
+def _value(known: Field, spelled: str, value: Any, is_json: bool) -> Any:
+    """One value by its field's kind, within the field's own bounds."""
+    match known.kind:
+        case "integer":
+            parsed: Any = _integer(known, spelled, value, is_json)
+        case "number":
+            parsed = _number(known, spelled, value, is_json)
+        case "boolean":
+            return _boolean(known, spelled, value, is_json)
+        case "choice":
+            return _choice(known, spelled, value)
+        case "size":
+            return _size(known, spelled, value)
+        case _:
+            return _text(known, spelled, value)
+    _check_range(spelled, parsed, known.low, known.high)
+    return parsed
+
+
+def _check_range(spelled: str, value: float, low: float | None, high: float | None) -> None:
+    if low is not None and value < low:
+        told = "higher than 0" if low == 1 else f"at least {low:g}"
+        raise InvalidValue(f"Invalid value for '{spelled}': {value:g} must be {told}.", param=spelled)
+    if high is not None and value > high:
+        bound = str(high) if isinstance(high, int) else f"{high:g}"
+        raise InvalidValue(
+            f"Invalid value for '{spelled}': {value:g} is more than the maximum of {bound}.", param=spelled
+        )
+
+
+def _values(gathered: _Gathered, is_json: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """Every given value by its field's first name, and how the client spelled it.
+
+    A value may come twice, under one name or two, as long as it is the same.
+    """
+    values: dict[str, Any] = {}
+    spellings: dict[str, str] = {}
+    for name, entries in gathered.values.items():
+        known = FIELDS[name]
+        if known.kind in ("file", "files"):
+            continue
+        first = known.same_as or name
+        for spelled, raw in entries:
+            if spelled != name and SPELLINGS.get(spelled) != name:
+                raise InvalidType(
+                    f"Invalid type for '{spelled}': '{name}' takes {_expected(known)}, not a list.", param=spelled
+                )
+            value = _value(known, spelled, raw, is_json)
+            if first in values and values[first] != value:
+                other = spellings[first]
+                told = (
+                    f"'{spelled}' = {raw} already exists"
+                    if other == spelled
+                    else f"'{spelled}' = {raw} contradicts '{other}'"
+                )
+                raise InvalidValue(f"{told} = {values[first]}: give one.", param=spelled)
+            values[first], spellings[first] = value, spelled
+    return values, spellings
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def _refuse_text_images(gathered: _Gathered, is_json: bool) -> None:
+    """An image must be a file, or in JSON a data URL: everything else is told what is wrong with it."""
+    for name in ("image", "mask"):
+        for spelled, value in gathered.values.get(name, ()):
+            if _is_empty(value):
+                continue
+            reference = value[0] if isinstance(value, list) and value else value
+            reference = reference.get("image_url", reference) if isinstance(reference, dict) else reference
+            if isinstance(reference, dict) and "file_id" in reference:
+                raise UnsupportedParameter(
+                    f"'{spelled}': files by id are not supported; send the image itself.", param=spelled
+                )
+            if isinstance(reference, str) and reference.startswith(("http://", "https://")):
+                raise InvalidValue(
+                    f"'{spelled}': addresses are not fetched; send the image itself or a data URL.", param=spelled
+                )
+            if is_json:
+                raise InvalidType(f"Invalid type for '{spelled}': expected a data URL as image_url.", param=spelled)
+            raise InvalidType(
+                f"Invalid type for '{spelled}': expected a file, but got a string instead.", param=spelled
+            )
+
+
+def _images(
+    gathered: _Gathered, model: ServedModel, settings: Settings
+) -> tuple[list[Upload], Upload | None, list[ImageHead]]:
+    images = gathered.uploads.get("image", [])
+    masks = gathered.uploads.get("mask", [])
+    if not images:
+        raise MissingParameter("Missing required parameter: 'image'.", param="image")
+    if len(images) > settings.max_images:
+        raise InvalidValue(f"'image': {len(images)} images; at most {settings.max_images} are taken.", param="image")
+    if len(masks) > 1:
+        raise InvalidValue("'mask': more than one mask; it applies to the first image.", param="mask")
+    heads = [read_head(upload.view(), upload.name, settings) for upload in images]
+    if len(images) > 1:
+        told = f"'image': {len(images)} images, but model '{model.name}' edits one: it takes no reference images."
+        raise UnsupportedParameter(told, param=images[1].name)
+    if masks:
+        read_head(masks[0].view(), masks[0].name, settings)
+    return images, masks[0] if masks else None, heads
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def parse_parameters(
+    form: Form, endpoint: str, path_model: str | None, catalog: Catalog, settings: Settings
+) -> Parameters:
+    """Validate one request.
+
+    Args:
+        form: the body's fields and uploads.
+        endpoint: edit, generation or variation.
+        path_model: the model named by the path, if it is.
+        catalog: the models served now.
+        settings: the server's limits.
+
+    Raises:
+        BadRequest and its kinds, ModelNotFound.
+    """
+    gathered = _gather(form, endpoint)
+    values, spelled = _values(gathered, form.is_json)
+    model = catalog.find(_model_name(values, path_model))
+    _check_family(gathered, model)
+    if endpoint != VARIATION and not values.get("prompt"):
+        raise MissingParameter("Missing required parameter: 'prompt'.", param="prompt")
+    _refuse_text_images(gathered, form.is_json)
+    _check_limits(values, spelled, model)
+    resolved = _resolve(values, model, settings)
+    for rule in EXCLUSIONS:
+        if rule.applies(resolved):
+            raise InvalidValue(
+                f"{rule.first_told} cannot go with {rule.second_told}.", param=spelled.get(rule.first, rule.first)
+            )
+    images: list[Upload] = []
+    mask: Upload | None = None
+    if endpoint != GENERATION:
+        images, mask, heads = _images(gathered, model, settings)
+        _check_task(model, mask, heads[0])
+    elif "text2image" not in model.profile.tasks:
+        raise BadRequest(
+            f"Model '{model.name}' is an inpainting model: it cannot make a picture from a prompt alone.", param="model"
+        )
+    strength = _strength(endpoint, resolved, spelled, model, mask)
+    size = resolved["size"] or Resolution(0, 0)
+    request = ImageRequest(
+        task=endpoint,
+        prompt=resolved["prompt"],
+        negative_prompt=resolved["negative_prompt"],
+        prompt_2=resolved["prompt_2"],
+        prompt_3=resolved["prompt_3"],
+        negative_prompt_2=resolved["negative_prompt_2"],
+        negative_prompt_3=resolved["negative_prompt_3"],
+        images=tuple(upload.blob for upload in images),
+        mask=mask.blob if mask else None,
+        mask_mode=resolved["mask_mode"],
+        mask_blur=resolved["mask_blur"],
+        width=size.width,
+        height=size.height,
+        resize_mode=resolved["resize_mode"],
+        n=resolved["n"],
+        seed=resolved["seed"],
+        num_inference_steps=resolved["num_inference_steps"],
+        guidance_scale=resolved["guidance_scale"],
+        strength=strength,
+        scheduler=resolved["scheduler"],
+        max_sequence_length=resolved["max_sequence_length"],
+        truncate_prompt=resolved["truncate_prompt"],
+        output_format=resolved["output_format"],
+        output_compression=resolved["output_compression"],
+        background=resolved["background"],
+        metadata=resolved["metadata"],
+        partial_images=resolved["partial_images"],
+        progress=resolved["stream"],
+        shortcuts=resolved["shortcuts"],
+    )
+    return Parameters(
+        request=request,
+        model=model,
+        stream=resolved["stream"],
+        partial_images=resolved["partial_images"],
+        response_format=resolved["response_format"],
+        quality=resolved["quality"],
+        timeout_s=min(resolved["timeout_s"], settings.max_timeout_s),
+        safety_identifier=resolved["safety_identifier"] or resolved["user"],
+        moderation=bool(resolved["moderation"]),
+    )
+
+
+def _model_name(values: Mapping[str, Any], path_model: str | None) -> str | None:
+    named: str | None = values.get("model")
+    if path_model and named and named != path_model:
+        raise InvalidValue(
+            f"'model' = '{named[:200]}' contradicts the path, which names '{path_model[:200]}'.", param="model"
+        )
+    return named or path_model
+
+
+def _check_family(gathered: _Gathered, model: ServedModel) -> None:
+    for name, entries in gathered.values.items():
+        known = FIELDS[name]
+        if known.has is not None and not known.has(model.profile):
+            told = f"'{entries[0][0]}' is not taken by model '{model.name}': it needs {known.needs}."
+            raise UnsupportedParameter(told, param=entries[0][0])
+
+
+def _check_limits(values: Mapping[str, Any], spelled: Mapping[str, str], model: ServedModel) -> None:
+    """The operator's own minima and maxima, for what the request gives; defaults were checked at start."""
+    limits = model.limits
+    bounds = (
+        ("n", 1, limits.max_num_images_per_prompt),
+        ("num_inference_steps", 1, limits.max_num_inference_steps),
+        ("guidance_scale", 0, limits.max_guidance_scale),
+        ("strength", limits.min_strength, limits.max_strength),
+        ("width", 1, limits.max_resolution.width),
+        ("height", 1, limits.max_resolution.height),
+    )
+    for name, low, high in bounds:
+        if name in values:
+            _check_range(spelled[name], values[name], low, high)
+    size = values.get("size")
+    if size:
+        for side, limit in ((size.width, limits.max_resolution.width), (size.height, limits.max_resolution.height)):
+            if side > limit:
+                told = f"Invalid value for 'size': {size} is more than the maximum of {limits.max_resolution}."
+                raise InvalidValue(told, param="size")
+
+
+_PLAIN_DEFAULTS: dict[str, Any] = {
+    "prompt": "", "negative_prompt": "", "prompt_2": "", "prompt_3": "", "negative_prompt_2": "", "negative_prompt_3": "",
+    "mask_mode": "auto", "mask_blur": 0, "resize_mode": "crop", "n": 1, "scheduler": "", "max_sequence_length": 0,
+    "truncate_prompt": False, "output_format": "png", "output_compression": 100, "background": "auto", "metadata": True,
+    "partial_images": 0, "stream": False, "response_format": "b64_json", "user": "", "safety_identifier": "", "moderation": "",
+    "input_fidelity": "", "strength": None,
+}  # fmt: skip
+
+_QUALITIES = {"auto": "high", "standard": "medium", "hd": "high", "xhigh": "high", "max": "high"}
+# Share of the model's own steps where its directory declares no presets of its own.
+_STEP_SHARES = {"low": 0.4, "medium": 0.7, "high": 1.0}
+
+
+def _resolve(values: Mapping[str, Any], model: ServedModel, settings: Settings) -> dict[str, Any]:
+    """Every field's value: the request's, else the quality preset's, else the model's, else the table's."""
+    defaults = model.profile.defaults
+    named = values.get("quality", "auto")
+    quality = _QUALITIES.get(named, named)
+    preset = model.profile.presets.get(quality, {})
+    share = max(1, round(defaults.num_inference_steps * _STEP_SHARES[quality]))
+    return {
+        **_PLAIN_DEFAULTS,
+        "timeout_s": settings.default_timeout_s,
+        "guidance_scale": float(preset.get("guidance_scale", defaults.guidance_scale)),
+        "num_inference_steps": int(preset.get("num_inference_steps", share)),
+        "shortcuts": str(preset.get("shortcuts", "")),
+        **values,
+        "seed": values["seed"] % SEEDS if "seed" in values else secrets.randbelow(SEEDS),
+        "size": _resolve_size(values, model),
+        "quality": quality,
+    }
+
+
+def _resolve_size(values: Mapping[str, Any], model: ServedModel) -> Resolution | None:
+    """`size`, or width and height, or the operator's default; None for the image's own. Raises InvalidValue."""
+    size: Resolution | None = values.get("size")
+    width, height = values.get("width"), values.get("height")
+    default = model.limits.default_resolution
+    if size:
+        for name, side, own in (("width", width, size.width), ("height", height, size.height)):
+            if side is not None and side != own:
+                raise InvalidValue(f"'{name}' = {side} contradicts 'size' = {size}: give one.", param=name)
+        return size
+    if width is None and height is None:
+        return default
+    if width is not None and height is not None:
+        return Resolution(width, height)
+    if default is None:
+        missing, given = ("height", "width") if height is None else ("width", "height")
+        raise MissingParameter(f"Missing required parameter: '{missing}' goes with '{given}'.", param=missing)
+    return Resolution(width or default.width, height or default.height)
+
+
+def _check_task(model: ServedModel, mask: Upload | None, head: ImageHead) -> None:
+    tasks = model.profile.tasks
+    if mask is not None and "inpainting" not in tasks:
+        raise UnsupportedParameter(f"'mask' is not taken by model '{model.name}': it cannot inpaint.", param="mask")
+    has_alpha = head.mode in ("RGBA", "LA", "PA", "P", "La", "RGBa")
+    if mask is None and "image2image" not in tasks and not ("inpainting" in tasks and has_alpha):
+        needed = "a mask, or an image with transparent pixels" if "inpainting" in tasks else "a prompt alone"
+        raise MissingParameter(f"Model '{model.name}' works from {needed}: 'mask' is required.", param="mask")
+
+
+def _strength(
+    endpoint: str, resolved: Mapping[str, Any], spelled: Mapping[str, str], model: ServedModel, mask: Upload | None
+) -> float | None:
+    """The request's strength, checked to leave a step to run; None where the worker takes the model's default."""
+    strength: float | None = resolved["strength"]
+    defaults = model.profile.defaults
+    if strength is None and endpoint == EDIT and mask is None and resolved["input_fidelity"] == "high":
+        strength = min(max(defaults.strength * 0.7, model.limits.min_strength), model.limits.max_strength)
+    steps = resolved["num_inference_steps"]
+    if strength is not None and steps_run(steps, strength) < 1:
+        told = (
+            f"Invalid value for 'strength': {strength:g} of {steps} steps leaves no step to run; "
+            f"the smallest strength that works is {least_strength(steps):g}."
+        )
+        raise InvalidValue(told, param=spelled.get("strength", "strength"))
+    return strength

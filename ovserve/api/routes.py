@@ -1,0 +1,240 @@
+"""The table of method and path, with the thin function behind each.
+
+Paths are served under `/v3`, `/v1` (and the reference server's doubled `/v3/v1`), and bare. `{model}` and `{id}` may hold
+slashes: clients send them raw or as %2F, and the front end has decoded them once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ovserve import __version__
+from ovserve.api.catalog import Catalog
+from ovserve.api.edits import Images
+from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply
+from ovserve.api.fields import EDIT, GENERATION, VARIATION
+from ovserve.api.openapi import openapi_document
+from ovserve.api.replies import json_reply, model_object, models_object
+from ovserve.api.store import Store, parse_range
+from ovserve.config import Settings
+from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
+from ovserve.errors import MethodNotAllowed, NotFound
+from ovserve.metrics import CONTENT_TYPE, Metrics
+
+__all__ = ["ROUTES", "ImagesApi", "Route"]
+
+Handler = Callable[["ImagesApi", Exchange, Mapping[str, str]], Reply]
+_PREFIX = re.compile(r"/(?:v3/v1|v3|v1)(?=/)")
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One row: method, path pattern, what it is for, and the function behind it."""
+
+    method: str
+    path: str  # {model} matches anything, slashes included
+    text: str
+    handle: Handler
+    prefixed: bool = True  # served under /v3, /v1, /v3/v1 and bare; else only as written
+
+    def pattern(self) -> re.Pattern[str]:
+        """The path as an expression over the whole rest."""
+        return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", re.escape(self.path)))
+
+
+class ImagesApi:
+    """The API of one server. Thread-safe: `catalog` is replaced as a whole by a reload; nothing else changes."""
+
+    def __init__(self, settings: Settings, catalog: Catalog, dispatcher: Dispatcher) -> None:
+        self.settings = settings
+        self.catalog = catalog
+        self.dispatcher = dispatcher
+        self.store = Store(settings)
+        self.metrics = Metrics()
+        self.images = Images(settings, dispatcher, self.store, self.metrics)
+        self.metrics.watch("ovserve_queued_jobs", "Jobs that wait, by model.", ["model"], self._queued)
+        self.metrics.watch("ovserve_running_jobs", "Jobs that workers hold, by model.", ["model"], self._running)
+        self.metrics.watch("ovserve_ready_workers", "Workers that take jobs, by model.", ["model"], self._workers)
+        self._openapi: bytes | None = None
+
+    def answer(self, exchange: Exchange) -> Reply:
+        """Serve one request; HEAD is answered as GET. Raises ApiError and ClientGone."""
+        method = "GET" if exchange.method == "HEAD" else exchange.method
+        found = list(_matches(exchange.path))
+        if not found:
+            raise NotFound(f"Invalid URL ({exchange.method} {exchange.path[:200]}).")
+        for route, params in found:
+            if route.method == method:
+                return route.handle(self, exchange, params)
+        allowed = {route.method for route, _ in found}
+        allow = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"}))
+        if method == "OPTIONS":
+            return FileReply(b"", "", 204, _preflight(exchange, allow))
+        raise MethodNotAllowed(
+            f"{exchange.path[:200]} does not take {exchange.method}; it takes {allow}.", headers={"allow": allow}
+        )
+
+    def openapi(self) -> bytes:
+        """The OpenAPI document of this server, made at the first request for it."""
+        if self._openapi is None:
+            self._openapi = json.dumps(openapi_document(ROUTES), indent=1).encode()
+        return self._openapi
+
+    def _statuses(self) -> list[ModelStatus]:
+        return [self.dispatcher.status(name) for name in self.dispatcher.models()]
+
+    def _queued(self) -> list[tuple[list[str], float]]:
+        return [([status.name], status.queued) for status in self._statuses()]
+
+    def _running(self) -> list[tuple[list[str], float]]:
+        return [([status.name], status.running) for status in self._statuses()]
+
+    def _workers(self) -> list[tuple[list[str], float]]:
+        return [([status.name], status.workers) for status in self._statuses()]
+
+    def is_health(self, path: str) -> bool:
+        """Whether this path answers even when every connection place is taken."""
+        return path.startswith("/v2/health/")
+
+
+def _matches(path: str) -> Iterator[tuple[Route, Mapping[str, str]]]:
+    path = path.rstrip("/") or "/"
+    bare = _PREFIX.sub("", path, count=1)
+    for route, pattern in _COMPILED:
+        match = pattern.fullmatch(bare if route.prefixed else path)
+        if match:
+            yield route, match.groupdict()
+
+
+def _preflight(exchange: Exchange, allow: str) -> dict[str, str]:
+    """Fields that let a browser's script make the request (CORS protocol, Fetch standard)."""
+    asked = exchange.header("access-control-request-headers")
+    headers = {"allow": allow, "access-control-allow-methods": allow, "access-control-max-age": "600"}
+    if asked and re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,1000}", asked):
+        headers["access-control-allow-headers"] = asked
+    return headers
+
+
+# --- the functions behind the rows ------------------------------------------------------------------------------------
+
+
+def _edits(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
+    return api.images.make(exchange, EDIT, params.get("model"), api.catalog)
+
+
+def _generations(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
+    return api.images.make(exchange, GENERATION, params.get("model"), api.catalog)
+
+
+def _variations(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
+    return api.images.make(exchange, VARIATION, params.get("model"), api.catalog)
+
+
+def _about(api: ImagesApi, name: str) -> dict[str, object]:
+    status = api.dispatcher.status(name)
+    return {
+        "ready": status.ready,
+        "reason": status.reason,
+        "workers": status.workers,
+        "queued": status.queued,
+        "running": status.running,
+    }
+
+
+def _models(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
+    return json_reply(models_object(api.catalog, {name: _about(api, name) for name in api.catalog.models}))
+
+
+def _model(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Reply:
+    model = api.catalog.find(params["id"])
+    return json_reply(model_object(model, api.catalog.created, _about(api, model.name)))
+
+
+def _live(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
+    return json_reply({"live": True})
+
+
+def _ready(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
+    about = {name: api.dispatcher.status(name) for name in api.catalog.models}
+    draining = api.dispatcher.is_draining
+    ready = not draining and any(status.ready for status in about.values())
+    document = {
+        "ready": ready,
+        "draining": draining,
+        "models": {name: {"ready": status.ready, "reason": status.reason} for name, status in about.items()},
+    }
+    return json_reply(document, 200 if ready else 503, {} if ready else {"retry-after": "2"})
+
+
+def _model_ready(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Reply:
+    status = api.dispatcher.status(api.catalog.find(params["model"]).name)
+    return json_reply({"ready": status.ready, "reason": status.reason}, 200 if status.ready else 503)
+
+
+def _server(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> JsonReply:
+    return json_reply({"name": "ovserve", "version": __version__})
+
+
+def _file(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
+    picture = api.store.find(params["name"])
+    headers = {
+        "etag": picture.etag,
+        "accept-ranges": "bytes",
+        "cache-control": f"private, max-age={int(picture.expires_in_s)}, immutable",
+        "x-content-type-options": "nosniff",
+    }
+    if exchange.header("if-none-match") in (picture.etag, "*"):
+        return FileReply(b"", "", 304, headers)
+    wanted = exchange.header("range") if exchange.header("if-range") in (None, picture.etag) else None
+    part = parse_range(wanted, len(picture.data))
+    if part is None:
+        return FileReply(picture.data, picture.media_type, 200, headers)
+    start, end = part
+    headers["content-range"] = f"bytes {start}-{end - 1}/{len(picture.data)}"
+    return FileReply(picture.data[start:end], picture.media_type, 206, headers)
+
+
+def _metrics(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
+    return FileReply(api.metrics.page(), CONTENT_TYPE)
+
+
+def _openapi(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
+    return FileReply(api.openapi(), "application/json")
+
+
+ROUTES = (
+    Route("POST", "/images/edits", "Edit a picture: multipart form, or JSON with data URLs.", _edits),
+    Route("POST", "/images/generations", "Make a picture from a prompt: JSON, or a multipart form.", _generations),
+    Route("POST", "/images/variations", "Make a picture like another one: multipart form.", _variations),
+    Route("POST", "/openai/deployments/{model}/images/edits", "The same in Azure's path form.", _edits),
+    Route("POST", "/openai/deployments/{model}/images/generations", "The same in Azure's path form.", _generations),
+    Route("POST", "/openai/deployments/{model}/images/variations", "The same in Azure's path form.", _variations),
+    Route("POST", "/{model}/images/edits", "The same with the model named by the path.", _edits),
+    Route("POST", "/{model}/images/generations", "The same with the model named by the path.", _generations),
+    Route("POST", "/{model}/images/variations", "The same with the model named by the path.", _variations),
+    Route(
+        "GET",
+        "/images/files/{name}",
+        "A picture that was answered as an address; takes Range and If-None-Match.",
+        _file,
+    ),
+    Route("GET", "/models", "The models that are served.", _models),
+    Route("GET", "/models/{id}", "One of them.", _model),
+    Route("GET", "/v2/health/live", "200 while the process answers at all.", _live, prefixed=False),
+    Route(
+        "GET",
+        "/v2/health/ready",
+        "200 when a model has answered its warm-up, else 503 with the reasons.",
+        _ready,
+        prefixed=False,
+    ),
+    Route("GET", "/v2/models/{model}/ready", "The same for one model.", _model_ready, prefixed=False),
+    Route("GET", "/metrics", "Counters for Prometheus.", _metrics, prefixed=False),
+    Route("GET", "/openapi.json", "This API as an OpenAPI 3.1 document.", _openapi, prefixed=False),
+    Route("GET", "/v2", "Name and version of the server.", _server, prefixed=False),
+)
+
+_COMPILED = tuple((route, route.pattern()) for route in ROUTES)

@@ -1,0 +1,133 @@
+"""Pictures kept for `response_format=url`: files with unguessable names that live for a while, restarts included."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ovserve.config import Settings
+from ovserve.errors import NotFound, RangeNotSatisfiable, SettingsError
+
+__all__ = ["MEDIA_TYPES", "Store", "StoredPicture", "default_store", "parse_range"]
+
+MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+_NAME = re.compile(r"[A-Za-z0-9_-]{32}\.(png|jpeg|webp)")
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPicture:
+    """One kept picture. Its name is made anew for each, so the name is its entity tag (RFC 9110 section 8.8.3)."""
+
+    name: str
+    media_type: str
+    data: bytes
+    expires_in_s: float
+
+    @property
+    def etag(self) -> str:
+        """The entity tag, quoted."""
+        return f'"{self.name}"'
+
+
+def default_store() -> Path:
+    """`ovserve` in the user's cache directory (systemd's CacheDirectory where it gives one)."""
+    if given := os.environ.get("CACHE_DIRECTORY"):
+        return Path(given.partition(":")[0]) / "pictures"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "ovserve" / "pictures"
+
+
+class Store:
+    """The directory of kept pictures. Thread-safe: yes, one lock around what changes it.
+
+    A file's modification time is its birth; nothing else is remembered, so a restart changes nothing. The directory is made
+    when the first picture is kept: a server that nobody asks for addresses leaves no trace.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._directory = settings.store_dir or default_store()
+        self._limit = settings.store_bytes
+        self._ttl_s = settings.url_ttl_s
+        self._lock = threading.Lock()
+        if settings.store_dir and settings.store_dir.exists() and not os.access(settings.store_dir, os.W_OK):
+            raise SettingsError(f"store_dir {settings.store_dir}: not writable")
+
+    def keep(self, data: memoryview, form: str) -> str:
+        """Keep a picture of format png, jpeg or webp; its name. Raises OSError when the disk is full."""
+        name = f"{secrets.token_urlsafe(24)}.{form}"
+        with self._lock:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._sweep(len(data))
+            descriptor, temporary = tempfile.mkstemp(dir=self._directory, prefix=".new-")
+            try:
+                with os.fdopen(descriptor, "wb") as stream:
+                    stream.write(data)
+                os.replace(temporary, self._directory / name)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+        return name
+
+    def find(self, name: str) -> StoredPicture:
+        """A kept picture. Raises NotFound: no such name, or its time is over."""
+        match = _NAME.fullmatch(name)
+        if match:
+            path = self._directory / name
+            with contextlib.suppress(OSError):
+                left = path.stat().st_mtime + self._ttl_s - time.time()
+                if left > 0:
+                    return StoredPicture(name, MEDIA_TYPES[match[1]], path.read_bytes(), left)
+        raise NotFound("This picture does not exist, or its time is over.")
+
+    def _sweep(self, coming: int) -> None:
+        """Remove what is over its time, and the oldest until `coming` bytes fit under the limit."""
+        kept: list[tuple[float, int, Path]] = []
+        now = time.time()
+        for path in self._directory.iterdir():
+            with contextlib.suppress(OSError):
+                about = path.stat()
+                if about.st_mtime + self._ttl_s <= now:
+                    path.unlink()
+                else:
+                    kept.append((about.st_mtime, about.st_size, path))
+        total = sum(size for _, size, _ in kept) + coming
+        for _, size, path in sorted(kept):
+            if total <= self._limit:
+                return
+            with contextlib.suppress(OSError):
+                path.unlink()
+                total -= size
+
+
+def parse_range(value: str | None, size: int) -> tuple[int, int] | None:
+    """The one byte range a Range field asks for, as (start, end exclusive); None to send everything.
+
+    Several ranges, other units and malformed fields are ignored, as RFC 9110 section 14.2 allows.
+
+    Raises:
+        RangeNotSatisfiable: the range lies outside the file.
+    """
+    match = _RANGE.fullmatch(value.strip()) if value else None
+    if match is None or (not match[1] and not match[2]):
+        return None
+    if not match[1]:
+        start, end = max(0, size - int(match[2])), size
+        if int(match[2]) == 0:
+            start = size
+    else:
+        start = int(match[1])
+        end = min(int(match[2]) + 1, size) if match[2] else size
+        if match[2] and int(match[2]) < start:
+            return None
+    if start >= size:
+        raise RangeNotSatisfiable("The range lies outside the file.", headers={"content-range": f"bytes */{size}"})
+    return start, end

@@ -1,0 +1,66 @@
+"""The command line and the environment to settings; exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ovserve import __version__
+from ovserve.config import ENVIRONMENT_PREFIX, ModelSettings, Option, Settings, load_settings, options_of
+from ovserve.errors import StartupError
+from ovserve.logs import configure_logs
+from ovserve.server import Server
+
+__all__ = ["EXIT_OK", "EXIT_STARTUP", "main", "parse_arguments"]
+
+EXIT_OK = 0
+EXIT_STARTUP = 2  # the process could not start; one line on standard error says why
+
+_DESCRIPTION = """An image-edit server: OpenAI's images API over OpenVINO GenAI. Without options it serves the built-in model on
+http://127.0.0.1:8000. Every option can also be written with hyphens, stand in the environment as OVSERVE_NAME, or in the
+TOML file that --config names; several models are [[model]] tables in that file."""
+
+
+def _spellings(name: str, option: Option) -> list[str]:
+    names = (name, *option.aliases)
+    return list(dict.fromkeys(f"--{spelled}" for each in names for spelled in (each, each.replace("_", "-"))))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ovserve", description=_DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"ovserve {__version__}")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file with options and [[model]] tables.")
+    # Options of the one model are only known by their long names here: --name would not say whose.
+    for title, table in (("server", Settings), ("the model", ModelSettings)):
+        group = parser.add_argument_group(title)
+        for name, (entry, option) in options_of(table).items():
+            unit = f" ({option.unit})" if option.unit else ""
+            choices = f" One of {', '.join(option.choices)}." if option.choices else ""
+            default = "" if entry.default in (None, "") else f" Default: {entry.default}."
+            text = f"{option.text}{choices}{default}{unit}".replace("%", "%%")
+            group.add_argument(
+                *_spellings(name, option), dest=name, metavar="VALUE", default=argparse.SUPPRESS, help=text
+            )
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """Make the settings. Raises SettingsError; argparse itself ends the process on a misspelt flag, with code 2."""
+    flags = vars(_parser().parse_args(arguments))
+    config = flags.pop("config", None) or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG") or None
+    return load_settings(flags, environment, Path(config) if config else None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the server until it is told to stop; the process's exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        settings = parse_arguments(arguments, os.environ)
+        configure_logs(settings.log_level, settings.log_format)
+        return Server(settings, lambda: parse_arguments(arguments, os.environ)).run()
+    except StartupError as error:
+        print(f"ovserve: {error}", file=sys.stderr)
+        return EXIT_STARTUP

@@ -1,0 +1,144 @@
+"""Puts the parts together: listen, start, announce ready, drain, stop.
+
+The main thread waits for signals and for nothing else. SIGTERM and SIGINT drain, a second one ends at once; SIGHUP reloads.
+They are blocked in every thread and taken with sigtimedwait, so that no handler ever runs between two bytecodes of
+somebody's critical section; processes that the supervisor spawns inherit the mask and never see Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+from ovserve import systemd
+from ovserve.api.catalog import Catalog, read_catalog
+from ovserve.api.routes import ImagesApi
+from ovserve.config import Settings
+from ovserve.deadline import Deadline
+from ovserve.device import worker
+from ovserve.dispatch.dispatcher import Dispatcher
+from ovserve.dispatch.spool import Spool, default_directory
+from ovserve.dispatch.supervisor import Supervisor
+from ovserve.errors import ModelError, StartupError
+from ovserve.front.listener import Listener
+from ovserve.logs import fields
+from ovserve.profile import ModelProfile
+
+__all__ = ["Server"]
+
+SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+POLL_S = 0.1  # how often the main thread looks up between signals while something is under way
+STOP_TIMEOUT_S = 10.0  # for processes to end once nothing is in flight
+
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """One front end and everything it owns. `run` is called once, from the main thread."""
+
+    def __init__(self, settings: Settings, reread: Callable[[], Settings]) -> None:
+        """Check everything that can be checked without a process, and take the port.
+
+        Args:
+            settings: how to run.
+            reread: makes the settings anew, for a reload.
+
+        Raises:
+            StartupError: a model directory is wrong, the port is taken, the spool directory cannot be used.
+        """
+        self._settings = settings
+        self._reread = reread
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        catalog = read_catalog(settings)
+        self._spool = Spool(settings.spool_dir or default_directory(), settings.spool_bytes)
+        try:
+            self._dispatcher = Dispatcher(self._spool, settings)
+            self._supervisor = Supervisor(settings, _profiles(catalog), self._dispatcher, worker.main)
+            self._api = ImagesApi(settings, catalog, self._dispatcher)
+            self._listener = Listener(settings, self._api, self._spool)
+        except BaseException:
+            self._spool.close()
+            raise
+
+    def run(self) -> int:
+        """Serve until a signal ends it; the exit code. Raises StartupError when no model can be served."""
+        self._supervisor.start()
+        self._listener.start()
+        try:
+            if not self._await_ready():
+                return 0
+            print(f"ready http://{self._listener.host}:{self._listener.port}", flush=True)
+            systemd.notify_ready("serving " + ", ".join(self._api.catalog.models))
+            self._await_end()
+            self._drain()
+        finally:
+            self._stop()
+        return 0
+
+    def _await_ready(self) -> bool:
+        """Wait for the first model that has answered its warm-up; False when told to stop before."""
+        while not self._supervisor.wait_ready(Deadline.after(0)):
+            statuses = self._supervisor.status().values()
+            if statuses and all(status.failed for status in statuses):
+                raise ModelError("; ".join(f"model {status.name}: {status.reason}" for status in statuses))
+            if _next_signal(POLL_S) in (signal.SIGTERM, signal.SIGINT):
+                return False
+        return True
+
+    def _await_end(self) -> None:
+        while True:
+            number = signal.sigwait(SIGNALS)
+            if number != signal.SIGHUP:
+                log.info(
+                    "draining", extra=fields(signal=signal.Signals(number).name, grace_s=self._settings.grace_period_s)
+                )
+                return
+            self.reload()
+
+    def reload(self) -> None:
+        """Read the configuration again; new workers take over when they are ready. A wrong configuration changes nothing."""
+        systemd.notify_reloading()
+        try:
+            settings = self._reread()
+            catalog = read_catalog(settings)
+        except StartupError as error:
+            log.error("not reloaded: %s", error)  # noqa: TRY400 - the message says all there is
+        else:
+            self._supervisor.reload(settings, _profiles(catalog))
+            self._api.catalog = catalog
+            log.info("reloaded", extra=fields(models=", ".join(catalog.models)))
+        systemd.notify_ready("serving " + ", ".join(self._api.catalog.models))
+
+    def _drain(self) -> None:
+        """Take no new jobs, and let those in flight finish within the grace period. A second signal ends the process now."""
+        systemd.notify_stopping()
+        self._dispatcher.drain()
+        grace = Deadline.after(self._settings.grace_period_s)
+        while self._listener.active_exchanges and not grace.is_expired():
+            if _next_signal(POLL_S) in (signal.SIGTERM, signal.SIGINT):
+                log.warning("second signal: ending now", extra=fields(in_flight=self._listener.active_exchanges))
+                self._stop()
+                os._exit(1)
+
+    def _stop(self) -> None:
+        self._listener.stop(0)
+        self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S))
+        self._dispatcher.close()
+        self._spool.close()
+        sys.stdout.flush()
+        left = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
+        if left:
+            log.debug("threads left: %s", ", ".join(left))
+
+
+def _profiles(catalog: Catalog) -> dict[str, ModelProfile]:
+    return {name: model.profile for name, model in catalog.models.items()}
+
+
+def _next_signal(timeout_s: float) -> int | None:
+    taken = signal.sigtimedwait(SIGNALS, timeout_s)
+    return taken.si_signo if taken else None

@@ -1,0 +1,47 @@
+# The set-up that scripts/serve and scripts/test share: a virtual environment with pinned packages, made once.
+# Sourced by bash, from the repository's root. Needs: Python 3.11 or later, or the rights to install it.
+
+say() { printf '%s\n' "$*" >&2; }
+
+find_python() {
+    local name
+    for name in "${OVSERVE_PYTHON:-}" python3 python3.13 python3.12 python3.11; do
+        if [ -n "$name" ] && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$name"
+            return
+        fi
+    done
+    return 1
+}
+
+# Debian's python3 may come without venv and pip: install what is missing when we may, else print the one command that does.
+need_packages() {
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "Installing $* (Debian packages) ..."
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@"; } >&2
+    else
+        say "Missing: $*. Install with:  sudo apt-get install -y $*"
+        exit 1
+    fi
+}
+
+# set_up ENVIRONMENT EXTRA: make ENVIRONMENT, install ovserve (editable) with EXTRA ("" or "[test]") at the pinned versions.
+# A stamp with the checksum of what was asked for makes a second run take no time.
+set_up() {
+    local environment=$1 extra=$2 python wanted stamp
+    wanted=$(cat pyproject.toml constraints.txt scripts/lib.sh | cksum)
+    for stamp in "$environment/ovserve-stamp$extra" "$environment/ovserve-stamp[test]"; do
+        [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
+    done
+    find_python >/dev/null || need_packages python3
+    python=$(find_python) || { say "Python 3.11 or later is needed; OVSERVE_PYTHON may name one."; exit 1; }
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || need_packages python3-venv
+    say "Making the virtual environment $environment with $("$python" --version) ..."
+    [ -x "$environment/bin/python" ] || "$python" -m venv "$environment"
+    # pip's resolver can backtrack for minutes on this set of packages; uv takes seconds.
+    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+    say "Installing ovserve$extra and its packages at the versions of constraints.txt ..."
+    "$environment/bin/uv" pip install --quiet --python "$environment/bin/python" --constraint constraints.txt --editable ".$extra"
+    printf '%s' "$wanted" > "$environment/ovserve-stamp$extra"
+    say "Set-up done."
+}

@@ -1,0 +1,128 @@
+"""The command line as an operator meets it: what stops the start, and what ends the process."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import openai
+import pytest
+
+from ovserve.profile import builtin_directory
+from tests.live import LiveServer, is_alive
+
+START_LIMIT_S = 60
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ovserve", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=START_LIMIT_S,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model_path", "nowhere"], "no such directory"),
+        (["--model-path", "/"], "model_index.json"),
+        (["--port", "99999"], "--port=99999"),
+        (["--target_device", "CPU GPU"], "device"),
+        (["--config", "nowhere.toml"], "nowhere.toml"),
+        (["--max_num_inference_steps", "3"], "num_inference_steps"),
+    ],
+)
+def test_a_wrong_start_gets_one_line_and_code_two(arguments: list[str], told: str) -> None:
+    done = run("--port", "0", *arguments) if "--port" not in arguments else run(*arguments)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+def test_an_unknown_device_ends_the_start_with_its_reason(tmp_path: Path) -> None:
+    done = run("--port", "0", "--target_device", "TPU", "--spool_dir", str(tmp_path), "--log_level", "error")
+    assert done.returncode == 2
+    assert "TPU" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_occupied_port_is_told() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("--port", str(taken.getsockname()[1]))
+    assert done.returncode == 2
+    assert "in use" in done.stderr
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout.startswith("ovserve ")
+    told = run("--help").stdout
+    for flag in ("--model_path", "--model-path", "--rest_port", "--target-device", "--config"):
+        assert flag in told
+
+
+def test_a_users_own_directory_under_its_own_name(tmp_path: Path) -> None:
+    with LiveServer("--model_name", "me/shapes", "--model_path", str(builtin_directory()), spool=tmp_path) as live:
+        with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
+            assert client.models.retrieve("me/shapes").id == "me/shapes"
+            assert client.images.generate(prompt="a red star", model="me/shapes").data
+        assert live.fetch("/v2/health/ready")[0] == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_what_is_in_flight_and_leaves_nothing(tmp_path: Path, data: Path, number: int) -> None:
+    live = LiveServer(spool=tmp_path)
+    workers = live.workers()
+    assert workers
+    answered = threading.Event()
+    started = threading.Event()
+
+    def edit() -> None:
+        with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            stream = client.images.generate(prompt="a red star", stream=True, extra_body={"num_inference_steps": 100})
+            for event in stream:
+                if event.type == "image_generation.completed":
+                    answered.set()
+
+    def watch() -> None:  # a job is in flight as soon as the queue or a worker holds it
+        while not started.is_set():
+            started.set() if live.fetch("/v3/models/ovserve-builtin")[1]["running"] else None
+
+    threads = [threading.Thread(target=edit), threading.Thread(target=watch)]
+    for thread in threads:
+        thread.start()
+    assert started.wait(30)
+    live.signal(number)
+    assert live.wait() == 0
+    for thread in threads:
+        thread.join()
+    assert answered.is_set()
+    assert not [pid for pid in workers if is_alive(pid)]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_signal_ends_now(tmp_path: Path) -> None:
+    live = LiveServer("--grace_period_s", "600", spool=tmp_path)
+    workers = live.workers()
+    with socket.create_connection(("127.0.0.1", live.port)) as slow:
+        # A request whose body never comes is in flight for as long as it may be slow.
+        slow.sendall(
+            b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5\r\n\r\n"
+        )
+        live.fetch("/v2/health/live")
+        live.signal(signal.SIGTERM)
+        while not any("draining" in line for line in list(live.log)):
+            assert live.process.poll() is None
+        live.signal(signal.SIGTERM)
+        assert live.wait() == 1
+    assert not [pid for pid in workers if is_alive(pid)]
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,228 @@
+"""Edits through the official OpenAI client, on the built-in model in a real worker: obeyed, exact, repeatable."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image, ImageOps
+
+from tests.live import LiveServer
+from tests.reader import Figure, draw_scene, read_picture
+
+PROMPT = "a green circle on a blue background"
+
+
+@pytest.fixture(scope="module")
+def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v3", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def pixels(item: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(item.b64_json))))
+
+
+def test_a_png_is_recoloured_on_nine_of_ten_seeds(client: openai.OpenAI, data: Path) -> None:
+    obeyed = 0
+    for seed in range(10):
+        with (data / "red_circle.png").open("rb") as image:
+            reply = client.images.edit(image=image, prompt=PROMPT, extra_body={"strength": 0.7, "seed": seed})
+        scene = read_picture(pixels(reply.data[0]))
+        obeyed += scene.background == "blue" and [o.colour for o in scene.objects] == ["green"]
+    assert obeyed >= 9
+
+
+def test_a_jpeg_is_turned_upright_by_its_exif(client: openai.OpenAI, data: Path) -> None:
+    source = ImageOps.exif_transpose(Image.open(data / "rotated_star.jpg"))
+    with (data / "rotated_star.jpg").open("rb") as image:
+        reply = client.images.edit(
+            image=image, prompt="a yellow star on a purple background", extra_body={"strength": 0.3, "seed": 1}
+        )
+    result = pixels(reply.data[0])
+    assert result.shape[:2] == (source.height, source.width)
+    star, source_star = read_picture(result).objects[0], read_picture(np.asarray(source)).objects[0]
+    assert star.colour == "yellow"
+    assert abs(star.y - source_star.y) < 0.15 * source.height
+
+
+def test_a_webp_is_taken(client: openai.OpenAI, data: Path) -> None:
+    with (data / "pair.webp").open("rb") as image:
+        reply = client.images.edit(
+            image=image, prompt="a green square and a pink heart on a white background", extra_body={"strength": 0.3}
+        )
+    assert pixels(reply.data[0]).shape == (256, 256, 3)
+
+
+@pytest.mark.parametrize("style", ["mask_alpha.png", "mask_white.png"])
+def test_a_mask_repaints_inside_and_keeps_outside_bit_for_bit(client: openai.OpenAI, data: Path, style: str) -> None:
+    source = np.asarray(Image.open(data / "red_circle.png"))
+    inside = np.zeros(source.shape[:2], bool)
+    inside[24:104, 24:104] = True
+    obeyed = 0
+    for seed in range(6):
+        with (data / "red_circle.png").open("rb") as image, (data / style).open("rb") as mask:
+            reply = client.images.edit(
+                image=image, mask=mask, prompt="a yellow star on a blue background", extra_body={"seed": seed}
+            )
+        result = pixels(reply.data[0])
+        assert np.array_equal(result[~inside], source[~inside])
+        assert not np.array_equal(result[inside], source[inside])
+        scene = read_picture(result)
+        obeyed += [(o.colour, o.shape) for o in scene.objects] == [("yellow", "star")]
+    assert obeyed >= 5
+
+
+def test_both_mask_styles_mean_the_same(client: openai.OpenAI, data: Path) -> None:
+    results = []
+    for style in ("mask_alpha.png", "mask_white.png"):
+        with (data / "red_circle.png").open("rb") as image, (data / style).open("rb") as mask:
+            reply = client.images.edit(
+                image=image, mask=mask, prompt="a white cross on a blue background", extra_body={"seed": 3}
+            )
+        results.append(reply.data[0].b64_json)
+    assert results[0] == results[1]
+
+
+def test_transparent_pixels_of_the_image_are_the_mask_when_there_is_none(client: openai.OpenAI, data: Path) -> None:
+    source = np.asarray(Image.open(data / "mask_alpha.png"))
+    hole = source[..., 3] == 0
+    with (data / "mask_alpha.png").open("rb") as image:
+        reply = client.images.edit(image=image, prompt="a white cross on a blue background", extra_body={"seed": 3})
+    result = pixels(reply.data[0])
+    assert np.array_equal(result[~hole][:, :3], source[~hole][:, :3])
+    assert [(o.colour, o.shape) for o in read_picture(result[..., :3]).objects] == [("white", "cross")]
+
+
+def test_a_seed_decides_the_bytes(client: openai.OpenAI, data: Path) -> None:
+    def edit(seed: int) -> str:
+        with (data / "red_circle.png").open("rb") as image:
+            reply = client.images.edit(image=image, prompt=PROMPT, extra_body={"rng_seed": seed})
+        assert reply.data[0].model_extra["seed"] == seed
+        return reply.data[0].b64_json
+
+    assert edit(5) == edit(5)
+    assert edit(5) != edit(6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_of_four_pictures_can_be_had_again_alone(client: openai.OpenAI, data: Path, masked: bool) -> None:
+    def edit(n: int, **extra: int) -> Any:
+        with (data / "red_circle.png").open("rb") as image, (data / "mask_alpha.png").open("rb") as mask:
+            more = {"mask": mask} if masked else {}
+            return client.images.edit(image=image, prompt=PROMPT, n=n, extra_body=extra, **more).data
+
+    four = edit(4)
+    assert len({item.b64_json for item in four}) == 4
+    seeds = [item.model_extra["seed"] for item in four]
+    assert seeds == [(seeds[0] + k) % 2**32 for k in range(4)]
+    for item, seed in zip(four, seeds, strict=True):
+        assert edit(1, seed=seed)[0].b64_json == item.b64_json
+
+
+@pytest.mark.parametrize("size", ["96x160", "200x200", "128x128", "301x77", "auto"])
+def test_any_size_is_served_exactly(client: openai.OpenAI, data: Path, size: str) -> None:
+    with (data / "red_circle.png").open("rb") as image:
+        reply = client.images.edit(image=image, prompt=PROMPT, size=size)  # type: ignore[arg-type]
+    result = pixels(reply.data[0])
+    wanted = (128, 128) if size == "auto" else tuple(int(side) for side in size.split("x"))
+    assert (result.shape[1], result.shape[0]) == wanted
+    assert reply.size == f"{wanted[0]}x{wanted[1]}"
+
+
+def test_the_reply_says_what_was_made(client: openai.OpenAI, data: Path) -> None:
+    with (data / "red_circle.png").open("rb") as image:
+        raw = client.images.with_raw_response.edit(image=image, prompt=PROMPT, model="ovserve-builtin")
+    reply = raw.parse()
+    assert reply.created > 1_700_000_000
+    assert (reply.background, reply.output_format, reply.quality, reply.size) == ("opaque", "png", "high", "128x128")
+    assert reply.usage is not None
+    assert reply.usage.total_tokens == reply.usage.input_tokens + reply.usage.output_tokens
+    assert reply.usage.input_tokens_details.text_tokens == 9
+    assert raw.headers["x-request-id"]
+    assert int(raw.headers["openai-processing-ms"]) > 0
+    assert "denoise;dur=" in raw.headers["server-timing"]
+
+
+def test_seed_and_settings_are_in_the_file(client: openai.OpenAI, data: Path) -> None:
+    with (data / "red_circle.png").open("rb") as image:
+        item = client.images.edit(image=image, prompt=PROMPT, extra_body={"seed": 11}).data[0]
+    text = Image.open(io.BytesIO(base64.b64decode(item.b64_json))).info["parameters"]
+    assert PROMPT in text
+    assert "Seed: 11" in text
+    with (data / "red_circle.png").open("rb") as image:
+        item = client.images.edit(image=image, prompt=PROMPT, extra_body={"seed": 11, "metadata": False}).data[0]
+    assert "parameters" not in Image.open(io.BytesIO(base64.b64decode(item.b64_json))).info
+
+
+def test_generations_and_variations(client: openai.OpenAI, data: Path) -> None:
+    item = client.images.generate(prompt="a pink heart on a black background", extra_body={"seed": 2}).data[0]
+    scene = read_picture(pixels(item))
+    assert (scene.background, scene.objects[0].colour, scene.objects[0].shape) == ("black", "pink", "heart")
+    with (data / "red_circle.png").open("rb") as image, pytest.warns(DeprecationWarning):  # OpenAI has retired its own
+        varied = client.images.create_variation(image=image).data[0]
+    assert pixels(varied).shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v3", ""])
+def test_every_prefix_answers(server: LiveServer, data: Path, path: str) -> None:
+    with (
+        openai.OpenAI(base_url=server.url + path, api_key="none", max_retries=0) as client,
+        (data / "red_circle.png").open("rb") as image,
+    ):
+        assert client.images.edit(image=image, prompt=PROMPT).data
+        assert [model.id for model in client.models.list()] == ["ovserve-builtin"]
+        assert client.models.retrieve("ovserve-builtin").id == "ovserve-builtin"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("ghost/model")
+
+
+def test_errors_arrive_as_the_clients_own_classes(client: openai.OpenAI, data: Path) -> None:
+    with (data / "red_circle.png").open("rb") as image, pytest.raises(openai.BadRequestError) as bad:
+        client.images.edit(image=image, prompt=PROMPT, n=11)
+    assert (bad.value.param, bad.value.code) == ("n", "invalid_value")
+    with (data / "red_circle.png").open("rb") as image, pytest.raises(openai.NotFoundError) as missing:
+        client.images.edit(image=image, prompt=PROMPT, model="ghost")
+    assert missing.value.code == "model_not_found"
+
+
+def test_a_prompt_that_is_too_long_names_both_numbers(client: openai.OpenAI, data: Path) -> None:
+    prompt = "red " * 60
+    with (data / "red_circle.png").open("rb") as image, pytest.raises(openai.BadRequestError, match="32") as caught:
+        client.images.edit(image=image, prompt=prompt)
+    assert caught.value.code == "prompt_too_long"
+    with (data / "red_circle.png").open("rb") as image:
+        item = client.images.edit(image=image, prompt=prompt, extra_body={"truncate_prompt": True}).data[0]
+    assert 0 < len(item.revised_prompt) < len(prompt)
+
+
+def test_a_corrupt_image_costs_no_worker(server: LiveServer, client: openai.OpenAI, data: Path) -> None:
+    workers = server.workers()
+    whole = (data / "red_circle.png").read_bytes()
+    for broken in (whole[: len(whole) // 2], whole[:200] + b"\0" * 400, whole[:-30]):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.images.edit(image=broken, prompt=PROMPT)
+        assert caught.value.code == "invalid_image_file"
+        assert caught.value.param == "image"
+    assert server.workers() == workers
+
+
+def test_a_thin_mask_does_not_vanish(client: openai.OpenAI) -> None:
+    source = draw_scene("blue", [Figure("red", "circle", 64, 64, 34)])
+    mask = np.zeros((128, 128), np.uint8)
+    mask[60:63, 20:110] = 255
+    stream, mask_stream = io.BytesIO(), io.BytesIO()
+    Image.fromarray(source).save(stream, "PNG")
+    Image.fromarray(mask).save(mask_stream, "PNG")
+    item = client.images.edit(
+        image=stream.getvalue(), mask=mask_stream.getvalue(), prompt="blue background", extra_body={"seed": 1}
+    ).data[0]
+    result = pixels(item)
+    assert np.array_equal(result[mask == 0], source[mask == 0])
+    assert not np.array_equal(result[mask == 255], source[mask == 255])

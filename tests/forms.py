@@ -1,0 +1,62 @@
+"""A form made by hand, and a catalogue with the built-in model: what the API is tested with, without a socket."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from ovserve.api.catalog import Catalog, ServedModel
+from ovserve.config import ModelSettings
+from ovserve.dispatch.spool import Blob
+from ovserve.profile import read_profile
+
+__all__ = ["FakeForm", "FakeUpload", "catalog", "encoded"]
+
+
+@dataclass(frozen=True)
+class FakeUpload:
+    """An upload in memory."""
+
+    name: str
+    data: bytes
+    filename: str | None = "picture.png"
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.data)
+
+    @property
+    def blob(self) -> Blob:
+        """A blob that no worker opens."""
+        return Blob("nowhere", 0, len(self.data))
+
+    def view(self) -> memoryview:
+        """The bytes."""
+        return memoryview(self.data)
+
+
+@dataclass(frozen=True)
+class FakeForm:
+    """A form in memory."""
+
+    fields: Sequence[tuple[str, Any]] = ()
+    uploads: Sequence[FakeUpload] = ()
+    is_json: bool = False
+
+
+def encoded(width: int = 128, height: int = 128, form: str = "PNG", mode: str = "RGB") -> bytes:
+    """A blank picture as a file."""
+    stream = io.BytesIO()
+    Image.new(mode, (width, height)).save(stream, form)
+    return stream.getvalue()
+
+
+def catalog(*models: ModelSettings, default: str = "") -> Catalog:
+    """A catalogue of the built-in model, or of models with these settings."""
+    served = [ServedModel(read_profile(model), model) for model in (models or (ModelSettings(name="m"),))]
+    return Catalog({model.name: model for model in served}, default)

@@ -1,0 +1,54 @@
+"""The docs hold against the code: options, fields, routes, errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from ovserve.config import ModelSettings, Settings, options_of
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def reference() -> str:
+    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "scripts" / "make_reference.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.make_reference())
+
+
+def test_the_reference_page_is_what_the_tables_say() -> None:
+    page = (ROOT / "docs" / "reference.md").read_text("utf-8")
+    assert page == reference(), "run scripts/make_reference.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_named_in_prose_exist(page: Path) -> None:
+    known = {
+        key
+        for table in (Settings, ModelSettings)
+        for name, (_, option) in options_of(table).items()
+        for key in (name, *option.aliases)
+    }
+    known |= {"config", "version", "help"}
+    for name in re.findall(r"`--([a-z_-]+)", page.read_text("utf-8")):
+        assert name.replace("-", "_") in known, f"{page.name}: --{name}"
+    for name in re.findall(r"OVSERVE_([A-Z_]+)", page.read_text("utf-8")):
+        assert name.lower() in known | {"name", "python"}, f"{page.name}: OVSERVE_{name}"
+
+
+def test_the_scripts_the_readme_names_exist() -> None:
+    for name in re.findall(r"scripts/[a-z_.]+", (ROOT / "README.md").read_text("utf-8")):
+        assert (ROOT / name.rstrip(".")).exists(), name

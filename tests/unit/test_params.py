@@ -1,0 +1,385 @@
+"""Fields and uploads to a validated request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ovserve.api.fields import EDIT, FIELDS, GENERATION, VARIATION
+from ovserve.api.params import Parameters, parse_parameters
+from ovserve.config import ModelSettings, Resolution, Settings
+from ovserve.errors import (
+    ApiError,
+    BadRequest,
+    InvalidType,
+    InvalidValue,
+    MissingParameter,
+    ModelNotFound,
+    UnknownParameter,
+    UnsupportedParameter,
+)
+from tests.forms import FakeForm, FakeUpload, catalog, encoded
+
+IMAGE = FakeUpload("image", encoded())
+MASK = FakeUpload("mask", encoded(mode="L"))
+SETTINGS = Settings()
+
+
+def edit(
+    *fields: tuple[str, Any], uploads: tuple[FakeUpload, ...] = (IMAGE,), endpoint: str = EDIT, **model: Any
+) -> Parameters:
+    form = FakeForm([("prompt", "a green circle"), *fields], uploads)
+    return parse_parameters(form, endpoint, None, catalog(ModelSettings(name="m", **model)), SETTINGS)
+
+
+def as_json(endpoint: str, uploads: tuple[FakeUpload, ...] = (), **fields: Any) -> Parameters:
+    form = FakeForm(list({"prompt": "a star", **fields}.items()), uploads, is_json=True)
+    return parse_parameters(form, endpoint, None, catalog(), SETTINGS)
+
+
+def test_a_plain_edit_gets_the_models_defaults() -> None:
+    parameters = edit()
+    request = parameters.request
+    assert (request.task, request.prompt, request.n) == ("edit", "a green circle", 1)
+    assert (request.num_inference_steps, request.guidance_scale, request.strength) == (12, 3.0, None)
+    assert (request.width, request.height) == (0, 0)
+    assert (parameters.quality, parameters.response_format, parameters.stream) == ("high", "b64_json", False)
+    assert parameters.timeout_s == SETTINGS.default_timeout_s
+
+
+def test_a_seed_is_drawn_when_none_is_given() -> None:
+    assert len({edit().request.seed for _ in range(20)}) > 15
+
+
+@pytest.mark.parametrize("name", ["seed", "rng_seed"])
+def test_a_given_seed_is_kept(name: str) -> None:
+    assert edit((name, "7")).request.seed == 7
+    assert edit((name, str(2**64 - 1))).request.seed == 2**32 - 1
+
+
+@pytest.mark.parametrize("name", ["image", "image[]", "image[0]", "images", "images[0]"])
+def test_every_spelling_of_an_image(name: str) -> None:
+    assert len(edit(uploads=(FakeUpload(name, encoded()),)).request.images) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("True", True), ("1", True), ("FALSE", False), ("0", False)]
+)
+def test_booleans_in_any_case(text: str, value: bool) -> None:
+    assert edit(("truncate_prompt", text)).request.truncate_prompt is value
+
+
+@pytest.mark.parametrize("text", ["", "null", "None"])
+@pytest.mark.parametrize("name", ["n", "size", "strength", "seed", "mask_mode", "quality", "mask"])
+def test_empty_and_null_are_absent(name: str, text: str) -> None:
+    assert edit((name, text), ("rng_seed", "1")).request == edit(("rng_seed", "1")).request
+
+
+def test_browser_line_breaks_mean_the_same() -> None:
+    form = FakeForm([("prompt", "a\r\nb")], (IMAGE,))
+    assert parse_parameters(form, EDIT, None, catalog(), SETTINGS).request.prompt == "a\nb"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        (("n", "2"), ("num_images_per_prompt", "2")),
+        (("size", "64x32"), ("width", "64"), ("height", "32")),
+        (("seed", "5"), ("rng_seed", "5")),
+        (("n", "2"), ("n", "2")),
+    ],
+)
+def test_doubles_are_fine_when_equal(fields: tuple[tuple[str, str], ...]) -> None:
+    edit(*fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ((("n", "2"), ("num_images_per_prompt", "3")), "num_images_per_prompt"),
+        ((("size", "64x32"), ("width", "65")), "width"),
+        ((("size", "64x32"), ("height", "33")), "height"),
+        ((("seed", "5"), ("rng_seed", "6")), "rng_seed"),
+        ((("n", "2"), ("n", "3")), "n"),
+    ],
+)
+def test_doubles_that_differ_are_refused(fields: tuple[tuple[str, str], ...], param: str) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        edit(*fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    "value", ["512", "512x", "x512", "512X512", " 512x512", "0x5", "-1x5", "1e3x5", "512x512x3", "AUTO", "9" * 30]
+)
+def test_a_malformed_size_is_refused(value: str) -> None:
+    with pytest.raises(InvalidValue, match="size") as caught:
+        edit(("size", value))
+    assert caught.value.param == "size"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", "two"), ("n", "1.0"), ("n", " 1"), ("n", "+1"), ("n", "01"), ("n", "[1]"), ("n", "{}"), ("n", "0"), ("n", "-1"), ("n", "11"),
+        ("n", "9" * 50), ("strength", "nan"), ("strength", "inf"), ("strength", "1.01"), ("strength", "-0.1"), ("strength", "1e999"),
+        ("strength", "0x1"), ("guidance_scale", "3.5e39"), ("guidance_scale", "1.2.3"), ("num_inference_steps", "101"),
+        ("num_inference_steps", "0"), ("seed", "-1"), ("seed", str(2**64)), ("response_format", "base64"), ("output_format", "gif"),
+        ("output_compression", "101"), ("quality", "ultra"), ("mask_mode", "white"), ("resize_mode", "fill"), ("mask_blur", "-1"),
+        ("scheduler", "heun"), ("timeout_s", "0"), ("partial_images", "4"), ("stream", "yes"), ("background", "red"),
+    ],
+)  # fmt: skip
+def test_an_invalid_value_is_named(name: str, value: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        edit((name, value))
+    assert caught.value.status == 400
+    assert caught.value.param == name
+    assert f"'{name}'" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n", "1"), ("n", True), ("n", 1.5), ("n", [1]), ("strength", "0.5"), ("prompt", 5), ("prompt", ["a"]), ("stream", "true"),
+     ("size", 512), ("seed", 1.0), ("quality", {"a": 1}), ("negative_prompt", True)],
+)  # fmt: skip
+def test_json_values_keep_their_types(name: str, value: Any) -> None:
+    endpoint = EDIT if name == "strength" else GENERATION
+    uploads = (IMAGE,) if endpoint == EDIT else ()
+    with pytest.raises(InvalidType) as caught:
+        as_json(endpoint, uploads, **{name: value})
+    assert caught.value.param == name
+
+
+def test_json_null_is_absent() -> None:
+    as_json(GENERATION, n=None, size=None, quality=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("num_inference_step", "num_inference_steps"), ("promt", "prompt"), ("cfg_scale", None), ("image[0][x", None)],
+)
+def test_an_unknown_field_is_named_with_the_nearest_one(name: str, hint: str | None) -> None:
+    with pytest.raises(UnknownParameter) as caught:
+        edit((name, "1"))
+    assert caught.value.param == name
+    assert (hint or name) in caught.value.message
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if not field.served])
+def test_a_name_that_clients_know_and_nobody_serves_is_told(name: str) -> None:
+    with pytest.raises(UnsupportedParameter) as caught:
+        edit((name, "1"))
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize("name", ["prompt_2", "negative_prompt_2", "prompt_3", "max_sequence_length"])
+def test_a_field_of_another_family_is_told(name: str) -> None:
+    with pytest.raises(UnsupportedParameter, match="needs") as caught:
+        edit((name, "1"))
+    assert caught.value.param == name
+
+
+def test_generations_take_no_image_and_no_strength() -> None:
+    with pytest.raises(UnsupportedParameter, match="images/edits"):
+        edit(endpoint=GENERATION)
+    with pytest.raises(UnsupportedParameter):
+        edit(("strength", "0.5"), uploads=(), endpoint=GENERATION)
+
+
+def test_a_variation_needs_no_prompt() -> None:
+    form = FakeForm([], (IMAGE,))
+    assert parse_parameters(form, VARIATION, None, catalog(), SETTINGS).request.prompt == ""
+
+
+@pytest.mark.parametrize("endpoint", [EDIT, GENERATION])
+def test_a_missing_prompt_is_told(endpoint: str) -> None:
+    for fields in ([], [("prompt", "")]):
+        with pytest.raises(MissingParameter) as caught:
+            parse_parameters(FakeForm(fields, ()), endpoint, None, catalog(), SETTINGS)
+        assert caught.value.param == "prompt"
+
+
+def test_a_missing_image_is_told() -> None:
+    with pytest.raises(MissingParameter) as caught:
+        edit(uploads=())
+    assert caught.value.param == "image"
+
+
+@pytest.mark.parametrize("name", ["image", "mask", "image[]"])
+def test_an_image_as_text_is_told(name: str) -> None:
+    with pytest.raises(InvalidType, match="expected a file, but got a string") as caught:
+        edit((name, "aGVsbG8="))
+    assert caught.value.param == name
+
+
+def test_a_file_for_a_text_field_is_told() -> None:
+    with pytest.raises(InvalidType, match="'prompt'"):
+        edit(uploads=(IMAGE, FakeUpload("prompt", b"x")))
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ([{"image_url": "https://example.org/a.png"}], "not fetched"),
+        ([{"file_id": "file-1"}], "by id"),
+        ("http://localhost/x", "not fetched"),
+        ([{"image_url": 5}], "data URL"),
+    ],
+)
+def test_references_that_are_not_served(value: Any, told: str) -> None:
+    with pytest.raises(BadRequest, match=told):
+        as_json(EDIT, images=value)
+
+
+def test_several_images_are_never_silently_cut_to_one() -> None:
+    with pytest.raises(UnsupportedParameter, match="2 images") as caught:
+        edit(uploads=(FakeUpload("image[]", encoded()), FakeUpload("image[]", encoded())))
+    assert caught.value.param == "image[]"
+
+
+def test_two_masks_are_refused() -> None:
+    with pytest.raises(InvalidValue, match="more than one mask"):
+        edit(uploads=(IMAGE, MASK, MASK))
+
+
+@pytest.mark.parametrize("bad", [b"", b"hello", encoded()[:20], b"\x00\x00\x00\x18ftypheic" + b"\0" * 40])
+@pytest.mark.parametrize("name", ["image", "mask"])
+def test_an_upload_that_is_no_image_is_named(name: str, bad: bytes) -> None:
+    uploads = (FakeUpload("image", bad),) if name == "image" else (IMAGE, FakeUpload("mask", bad))
+    with pytest.raises(BadRequest) as caught:
+        edit(uploads=uploads)
+    assert (caught.value.code, caught.value.param) == ("invalid_image_file", name)
+
+
+def test_dimensions_are_refused_from_the_header() -> None:
+    small = Settings(max_image_pixels=100)
+    with pytest.raises(BadRequest, match="128x128"):
+        parse_parameters(FakeForm([("prompt", "a")], (IMAGE,)), EDIT, None, catalog(), small)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "told"),
+    [
+        ({"max_num_images_per_prompt": 4}, ("n", "5"), "maximum of 4"),
+        ({"max_num_inference_steps": 20}, ("num_inference_steps", "21"), "maximum of 20"),
+        ({"max_resolution": Resolution(256, 256)}, ("size", "257x256"), "maximum of 256x256"),
+        ({"max_resolution": Resolution(256, 256)}, ("width", "257"), "maximum of 256"),
+        ({"min_strength": 0.3}, ("strength", "0.2"), "at least 0.3"),
+        ({"max_guidance_scale": 10.0}, ("guidance_scale", "11"), "maximum of 10"),
+    ],
+)
+def test_the_operators_limits_hold_for_each_request(model: dict[str, Any], fields: tuple[str, str], told: str) -> None:
+    with pytest.raises(InvalidValue, match=told) as caught:
+        edit(fields, **model)
+    assert caught.value.param == fields[0]
+
+
+def test_default_resolution_fills_in_and_each_side_alone() -> None:
+    model = {"default_resolution": Resolution(96, 64)}
+    assert (edit(**model).request.width, edit(**model).request.height) == (96, 64)
+    one = edit(("width", "32"), **model).request
+    assert (one.width, one.height) == (32, 64)
+    with pytest.raises(MissingParameter):
+        edit(("width", "32"))
+
+
+def test_too_little_strength_names_the_least_that_works() -> None:
+    with pytest.raises(InvalidValue, match=r"0\.09") as caught:
+        edit(("strength", "0.05"))
+    assert caught.value.param == "strength"
+    edit(("strength", "0.09"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ((("response_format", "url"), ("stream", "true")), "response_format"),
+        ((("partial_images", "1"),), "partial_images"),
+        ((("background", "transparent"), ("output_format", "jpeg")), "background"),
+        ((("negative_prompt", "x"), ("guidance_scale", "1")), "negative_prompt"),
+    ],
+)
+def test_what_cannot_go_together_names_both(fields: tuple[tuple[str, str], ...], param: str) -> None:
+    with pytest.raises(InvalidValue, match="cannot go with") as caught:
+        edit(*fields)
+    assert caught.value.param == param
+    for name, _ in fields:
+        assert name in caught.value.message
+
+
+def test_partial_images_zero_needs_no_stream() -> None:
+    edit(("partial_images", "0"))
+
+
+def test_the_only_model_needs_no_name() -> None:
+    assert edit().model.name == "m"
+    with pytest.raises(ModelNotFound, match="'m'"):
+        edit(("model", "ghost"))
+
+
+def test_several_models_need_a_name_or_a_default() -> None:
+    two = (ModelSettings(name="a"), ModelSettings(name="b"))
+    form = FakeForm([("prompt", "x")], (IMAGE,))
+    with pytest.raises(ModelNotFound, match="'a', 'b'"):
+        parse_parameters(form, EDIT, None, catalog(*two), SETTINGS)
+    assert parse_parameters(form, EDIT, None, catalog(*two, default="b"), SETTINGS).model.name == "b"
+    assert parse_parameters(form, EDIT, "a", catalog(*two), SETTINGS).model.name == "a"
+
+
+def test_the_path_and_the_field_must_agree_on_the_model() -> None:
+    form = FakeForm([("prompt", "x"), ("model", "m")], (IMAGE,))
+    with pytest.raises(InvalidValue, match="contradicts"):
+        parse_parameters(form, EDIT, "other", catalog(), SETTINGS)
+
+
+def test_quality_presets_set_the_steps_and_explicit_fields_win() -> None:
+    assert (
+        edit(("quality", "low")).request.num_inference_steps < edit(("quality", "hd")).request.num_inference_steps == 12
+    )
+    assert edit(("quality", "low"), ("num_inference_steps", "11")).request.num_inference_steps == 11
+    assert edit(("quality", "standard")).quality == "medium"
+
+
+def test_high_fidelity_keeps_more_of_the_image() -> None:
+    strength = edit(("input_fidelity", "high")).request.strength
+    assert strength is not None
+    assert strength < 0.7
+    assert edit(("input_fidelity", "high"), ("strength", "0.9")).request.strength == 0.9
+
+
+def test_the_timeout_stays_within_the_servers() -> None:
+    assert edit(("timeout_s", "5")).timeout_s == 5
+    assert edit(("timeout_s", "80000")).timeout_s == SETTINGS.max_timeout_s
+
+
+NAMES = st.sampled_from([*FIELDS, "image[]", "n[]", "svg[model]", "x", "[", "prompt[a][b]"]) | st.text(max_size=8)
+VALUES = st.text(max_size=12) | st.sampled_from(["1", "true", "auto", "0.5", "png"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda x: st.lists(x, max_size=2)
+)
+
+
+@given(
+    fields=st.lists(st.tuples(NAMES, VALUES), max_size=6),
+    with_image=st.booleans(),
+    endpoint=st.sampled_from([EDIT, GENERATION, VARIATION]),
+)
+def test_any_form_is_served_or_refused_by_name(fields: list[tuple[str, str]], with_image: bool, endpoint: str) -> None:
+    form = FakeForm(fields, (IMAGE,) if with_image else ())
+    try:
+        parse_parameters(form, endpoint, None, catalog(), SETTINGS)
+    except ApiError as error:
+        assert error.status in (400, 404)
+        assert error.param is not None
+
+
+@given(fields=st.dictionaries(NAMES, JSON, max_size=6), endpoint=st.sampled_from([EDIT, GENERATION]))
+def test_any_json_is_served_or_refused_by_name(fields: dict[str, Any], endpoint: str) -> None:
+    try:
+        parse_parameters(FakeForm(list(fields.items()), (), is_json=True), endpoint, None, catalog(), SETTINGS)
+    except ApiError as error:
+        assert error.status in (400, 404)
+        assert error.param is not None

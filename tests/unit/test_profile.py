@@ -1,0 +1,132 @@
+"""What is known of a model from its directory alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ovserve.config import ModelSettings, Resolution
+from ovserve.errors import ModelError, SettingsError
+from ovserve.profile import builtin_directory, least_strength, read_profile, steps_run
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A copy of the built-in model's files without the weights' bytes."""
+    target = tmp_path / "m"
+    for source in builtin_directory().rglob("*"):
+        copy = target / source.relative_to(builtin_directory())
+        if source.is_dir():
+            copy.mkdir(parents=True)
+        else:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if source.suffix == ".json":
+                shutil.copy(source, copy)
+            else:
+                copy.touch()
+    return target
+
+
+def test_the_builtin_model_is_known_without_loading_it() -> None:
+    profile = read_profile(ModelSettings(name="b"))
+    assert profile.family == "stable-diffusion"
+    assert profile.tasks == {"text2image", "image2image", "inpainting"}
+    assert (profile.native, profile.side_multiple_px) == (Resolution(128, 128), 8)
+    assert profile.prompt_tokens == 32
+    assert profile.scheduling.name == "DDIM"
+
+
+@pytest.mark.parametrize(
+    ("gone", "told"),
+    [
+        ("model_index.json", "model index"),
+        ("unet/openvino_model.xml", "'unet'"),
+        ("unet/openvino_model.bin", "'unet'"),
+        ("unet/config.json", "denoiser's configuration"),
+        ("vae_decoder", "'vae_decoder'"),
+        ("text_encoder", "'text_encoder'"),
+        ("tokenizer/openvino_tokenizer.xml", "'tokenizer'"),
+        ("scheduler/scheduler_config.json", "scheduler"),
+        ("vae_encoder/openvino_model.bin", "'vae_encoder'"),
+    ],
+)
+def test_a_missing_component_is_named(directory: Path, gone: str, told: str) -> None:
+    target = directory / gone
+    if target.is_dir():
+        shutil.rmtree(target)
+    else:
+        target.unlink()
+    with pytest.raises(ModelError, match=told):
+        read_profile(ModelSettings(name="m", path=directory))
+
+
+def test_a_wrong_directory_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such directory"):
+        read_profile(ModelSettings(name="m", path=tmp_path / "nowhere"))
+
+
+def test_another_kind_of_model_is_refused(directory: Path) -> None:
+    index = json.loads((directory / "model_index.json").read_text())
+    (directory / "model_index.json").write_text(json.dumps({**index, "_class_name": "AudioLDMPipeline"}))
+    with pytest.raises(ModelError, match="AudioLDMPipeline"):
+        read_profile(ModelSettings(name="m", path=directory))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
+def test_unreadable_json_is_told(directory: Path, text: str) -> None:
+    (directory / "model_index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"model_index\.json"):
+        read_profile(ModelSettings(name="m", path=directory))
+
+
+def test_without_a_vae_encoder_only_text_to_image_is_left(directory: Path) -> None:
+    shutil.rmtree(directory / "vae_encoder")
+    assert read_profile(ModelSettings(name="m", path=directory)).tasks == {"text2image"}
+
+
+def test_nine_channels_mean_inpainting_only(directory: Path) -> None:
+    config = json.loads((directory / "unet/config.json").read_text())
+    (directory / "unet/config.json").write_text(json.dumps({**config, "in_channels": 9}))
+    profile = read_profile(ModelSettings(name="m", path=directory))
+    assert profile.inpainting_unet
+    assert profile.tasks == {"inpainting"}
+
+
+def test_the_operators_defaults_win(directory: Path) -> None:
+    settings = ModelSettings(
+        name="m", path=directory, default_num_inference_steps=7, default_guidance_scale=1.5, default_strength=0.4
+    )
+    defaults = read_profile(settings).defaults
+    assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.strength) == (7, 1.5, 0.4)
+
+
+def test_a_default_outside_the_limits_stops_the_start(directory: Path) -> None:
+    with pytest.raises(SettingsError, match="num_inference_steps"):
+        read_profile(ModelSettings(name="m", path=directory, max_num_inference_steps=3))
+    with pytest.raises(SettingsError, match="strength"):
+        read_profile(ModelSettings(name="m", path=directory, max_strength=0.2))
+
+
+@given(width=st.integers(1, 5000), height=st.integers(1, 5000))
+def test_the_working_size_is_always_in_the_native_range(width: int, height: int) -> None:
+    profile = read_profile(ModelSettings(name="b"))
+    size = profile.working_size(width, height)
+    for side in (size.width, size.height):
+        assert profile.min_side_px <= side <= profile.max_side_px
+        assert side % profile.side_multiple_px == 0
+
+
+@given(steps=st.integers(1, 1000), strength=st.floats(0, 1))
+def test_steps_run_agrees_with_float32(steps: int, strength: float) -> None:
+    assert steps_run(steps, strength) == min(int(np.float32(steps) * np.float32(strength)), steps)
+
+
+@given(steps=st.integers(1, 1000))
+def test_the_least_strength_runs_a_step(steps: int) -> None:
+    assert steps_run(steps, least_strength(steps)) >= 1
