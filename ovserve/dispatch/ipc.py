@@ -104,19 +104,25 @@ class ImageRequest:
     shortcuts: str = ""  # empty: exact; else the engine shortcuts a `quality` preset asked for
 
     def to_json(self) -> bytes:
-        """The record as UTF-8 JSON."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
+        """The record as UTF-8 JSON, without the fields that are at their defaults."""
+        values = {name: value for name, default in _DEFAULTS.items() if (value := getattr(self, name)) != default}
+        return json.dumps(values, ensure_ascii=False, separators=(",", ":"), default=dataclasses.asdict).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> ImageRequest:
         """The record again. Raises LinkGarbage."""
         try:
             values = json.loads(data)
-            values["images"] = tuple(Blob(**blob) for blob in values["images"])
-            values["mask"] = Blob(**values["mask"]) if values["mask"] else None
+            if "images" in values:
+                values["images"] = tuple(Blob(**blob) for blob in values["images"])
+            if "mask" in values:
+                values["mask"] = Blob(**values["mask"])
             return cls(**values)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise LinkGarbage(f"no image request: {error}") from None
+
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ImageRequest)}  # MISSING equals no value
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

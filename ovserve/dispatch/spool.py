@@ -9,6 +9,7 @@ not a pid (containers reuse those), tells a living front end's folder from a dea
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -18,17 +19,21 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ovserve.errors import SettingsError, SpoolFull
+from ovserve.logs import fields
 
 __all__ = ["Blob", "Segment", "Spool", "default_directory", "fill", "open_blob"]
 
 PREFIX = "ovserve-spool-"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_RETRY_S = 2  # segments live for as long as one exchange
+_UNBORN_S = 60.0  # from a folder to its lock, many times over
 
 log = logging.getLogger(__name__)
 
@@ -49,49 +54,55 @@ class Blob:
 
 
 class Segment:
-    """One mapped file. `view` is writable up to `reserved` bytes; beyond that lies address space without pages: do not touch.
+    """One file. `view` is writable up to `reserved` bytes; beyond that lies address space without pages: do not touch.
 
     Thread-safe: no; one owner at a time.
     """
 
-    def __init__(self, spool: Spool, path: str, ceiling: int) -> None:
+    def __init__(self, spool: Spool, folder: Path, ceiling: int) -> None:
         self._spool = spool
-        self.path = path
-        self.reserved = 0
         self._ceiling = ceiling
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(self._descriptor, ceiling)  # address space for all of it at once: the mapping never moves
-            self._map = mmap.mmap(self._descriptor, ceiling)
-            self._view = memoryview(self._map)
-        except BaseException:
-            self.release()
-            raise
+        self.reserved = 0
+        self.path, self._descriptor = _create(folder)
 
     @property
     def view(self) -> memoryview:
-        """The mapped bytes. Valid until `release`."""
+        """The mapped bytes. Valid until `release`, or until `reserve` has moved the segment to another directory."""
         if self._view is None:
-            raise ValueError("segment is released")
+            if self._descriptor < 0:
+                raise ValueError("segment is released")
+            os.ftruncate(
+                self._descriptor, self._ceiling
+            )  # address space for all of it at once: the mapping does not grow
+            self._map = mmap.mmap(self._descriptor, self._ceiling)
+            self._view = memoryview(self._map)
         return self._view
 
     def reserve(self, upto: int) -> None:
-        """Make the first `upto` bytes safe to touch. Raises SpoolFull when there is no room for them."""
+        """Make the first `upto` bytes safe to touch. Raises SpoolFull when there is no room for them, here and in the fallback.
+
+        Take a new `view` afterwards: bytes that found no more room in the spool directory lie in the fallback directory then.
+        """
         if upto <= self.reserved:
             return
         if upto > self._ceiling:
             raise ValueError(f"segment of {self._ceiling} bytes asked for {upto}")
         self._spool.take(upto - self.reserved)
         try:
-            os.posix_fallocate(self._descriptor, self.reserved, upto - self.reserved)
-        except OSError as error:
+            if not _allocate(self._descriptor, self.reserved, upto):
+                self._move(upto)
+        except BaseException:
             self._spool.give(upto - self.reserved)
-            if error.errno in _NO_ROOM:
-                raise SpoolFull("the spool directory is full", retry_after_s=2) from None
             raise
         self.reserved = upto
+
+    def write(self, data: bytes) -> None:
+        """Fill the first bytes, reserved before, without mapping them."""
+        view = memoryview(data)
+        while view:
+            view = view[os.pwrite(self._descriptor, view, len(data) - len(view)) :]
 
     def blob(self, offset: int, size: int) -> Blob:
         """A reference to `size` bytes from `offset`, for a message."""
@@ -101,6 +112,34 @@ class Segment:
         """Unlink the file and give its bytes back. Safe to call twice; views handed out before become invalid."""
         if self._descriptor < 0:
             return
+        self._drop_file()
+        self._spool.give(self.reserved)
+        self.reserved = 0
+
+    def _move(self, upto: int) -> None:
+        """Go on in the fallback directory. Raises SpoolFull when there is none, or no room in it either."""
+        folder = self._spool.fallback
+        if folder is None or Path(self.path).parent == folder:
+            raise SpoolFull("the spool directory is full", retry_after_s=_FULL_RETRY_S)
+        path, descriptor = _create(folder)
+        try:
+            has_room = _allocate(descriptor, 0, upto)
+            copied = 0
+            while has_room and copied < self.reserved:
+                copied += os.sendfile(descriptor, self._descriptor, copied, self.reserved - copied)
+        except BaseException:
+            os.close(descriptor)
+            os.unlink(path)
+            raise
+        if not has_room:
+            os.close(descriptor)
+            os.unlink(path)
+            raise SpoolFull("the spool directory and its fallback are full", retry_after_s=_FULL_RETRY_S)
+        log.warning("segment moved to the fallback directory", extra=fields(bytes=upto))
+        self._drop_file()
+        self.path, self._descriptor = path, descriptor
+
+    def _drop_file(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if self._view is not None:
             self._view.release()
@@ -114,26 +153,50 @@ class Segment:
             self._map = None
         os.close(descriptor)
         Path(self.path).unlink(missing_ok=True)
-        self._spool.give(self.reserved)
-        self.reserved = 0
+
+
+def _create(folder: Path) -> tuple[str, int]:
+    path = f"{folder}/{secrets.token_hex(12)}"
+    try:
+        return path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise SpoolFull("the spool directory has no room for one more file", retry_after_s=_FULL_RETRY_S) from None
+        raise
+
+
+def _allocate(descriptor: int, begin: int, end: int) -> bool:
+    """Take the room for these bytes; False when there is none."""
+    try:
+        os.posix_fallocate(descriptor, begin, end - begin)
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            return False
+        raise
+    return True
 
 
 class Spool:
-    """The front end's own folder of segments, with a limit on their bytes. Thread-safe: yes, one lock."""
+    """The front end's own folder of segments, with a limit on their bytes. Thread-safe: yes, one lock.
 
-    def __init__(self, directory: Path, limit_bytes: int) -> None:
-        """Raises SettingsError when the directory cannot be used."""
+    Args:
+        directory: where the folder is made; a tmpfs, by preference.
+        limit_bytes: of all living segments together, those in the fallback too.
+        fallback: a directory for what finds no room in the first; None: SpoolFull at once.
+    """
+
+    def __init__(self, directory: Path, limit_bytes: int, fallback: Path | None = None) -> None:
+        """Raises SettingsError when a directory cannot be used."""
         self._limit = limit_bytes
         self._used = 0
         self._lock = threading.Lock()
+        self._guards: list[tuple[Path, int]] = []
+        self.directory = self._take_folder("spool_dir", directory)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            sweep(directory)
-            self.directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
-            self._guard = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SettingsError(f"spool_dir {directory}: {error.strerror}") from None
+            self.fallback = None if fallback is None else self._take_folder("spool_fallback_dir", fallback)
+        except SettingsError:
+            self.close()
+            raise
 
     @property
     def used_bytes(self) -> int:
@@ -142,12 +205,7 @@ class Spool:
 
     def create(self, ceiling: int, reserve: int = 0) -> Segment:
         """A segment that may grow to `ceiling` bytes, `reserve` of them usable at once. Raises SpoolFull."""
-        try:
-            segment = Segment(self, str(self.directory / secrets.token_hex(12)), max(1, ceiling))
-        except OSError as error:
-            if error.errno in _NO_ROOM:
-                raise SpoolFull("the spool directory is full", retry_after_s=2) from None
-            raise
+        segment = Segment(self, self.directory, max(1, ceiling))
         try:
             segment.reserve(reserve)
         except BaseException:
@@ -158,7 +216,7 @@ class Spool:
     def store(self, data: bytes) -> Segment:
         """A segment with exactly these bytes. Raises SpoolFull."""
         segment = self.create(len(data), reserve=len(data))
-        segment.view[: len(data)] = data
+        segment.write(data)
         return segment
 
     def take(self, size: int) -> None:
@@ -166,7 +224,8 @@ class Spool:
         with self._lock:
             if self._used + size > self._limit:
                 raise SpoolFull(
-                    f"uploads and results in flight are at the limit of {self._limit} bytes", retry_after_s=2
+                    f"uploads and results in flight are at the limit of {self._limit} bytes",
+                    retry_after_s=_FULL_RETRY_S,
                 )
             self._used += size
 
@@ -176,11 +235,25 @@ class Spool:
             self._used -= size
 
     def close(self) -> None:
-        """Remove the folder with all that is in it. Safe to call twice."""
-        if self._guard >= 0:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            os.close(self._guard)
-            self._guard = -1
+        """Remove the folders with all that is in them. Safe to call twice."""
+        while self._guards:
+            folder, guard = self._guards.pop()
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(guard)
+
+    def _take_folder(self, option: str, directory: Path) -> Path:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            sweep(directory)
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
+            # Locked before it gets its name: between the two, another front end's sweep would take it for a dead one's.
+            guard = os.open(folder / "lock.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(folder / "lock.new", folder / "lock")
+        except OSError as error:
+            raise SettingsError(f"{option} {directory}: {error.strerror}") from None
+        self._guards.append((folder, guard))
+        return folder
 
 
 def sweep(directory: Path) -> int:
@@ -190,7 +263,8 @@ def sweep(directory: Path) -> int:
         try:
             guard = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
         except OSError:
-            continue  # just being made, or not ours
+            removed += _remove_unborn(folder)
+            continue
         try:
             fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
@@ -200,6 +274,15 @@ def sweep(directory: Path) -> int:
         finally:
             os.close(guard)
     return removed
+
+
+def _remove_unborn(folder: Path) -> bool:
+    """Remove a folder without a lock, whose front end died before it had made one; one that is just being made stays."""
+    with contextlib.suppress(OSError):
+        if time.time() - folder.stat().st_mtime > _UNBORN_S and os.access(folder, os.W_OK):
+            shutil.rmtree(folder)
+            return True
+    return False
 
 
 @contextmanager

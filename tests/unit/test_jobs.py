@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import select
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ovserve.deadline import Deadline
+from ovserve.dispatch.ipc import ImageRequest, Prepared, Progress
+from ovserve.dispatch.jobs import Job, Partial, Result, State
+from ovserve.dispatch.spool import Spool
+from ovserve.errors import DeadlineExceeded, WorkerCrashed
+
+PREPARED = Prepared("id", "image2image", 64, 64, 4, 5, 0, 0)
+SETTLED = [State.DONE, State.FAILED, State.CANCELLED, State.EXPIRED]
+
+
+def make_job() -> Job:
+    return Job("id", "toy", "client", ImageRequest(task="edit", prompt="x"), Deadline.after(60))
+
+
+def is_awake(job: Job) -> bool:
+    return bool(select.select([job.wakeup], [], [], 0)[0])
+
+
+@pytest.fixture
+def job() -> Iterator[Job]:
+    made = make_job()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    made = Spool(tmp_path, 1 << 20)
+    yield made
+    made.close()
+
+
+def test_job_runs_and_is_done(job: Job) -> None:
+    assert job.move(State.RUNNING)
+    assert not job.is_settled
+    assert job.settle(State.DONE)
+    assert job.is_settled
+    assert job.timings.settled_at > 0
+
+
+def test_job_of_a_dead_worker_is_queued_again(job: Job) -> None:
+    assert job.move(State.RUNNING)
+    assert job.move(State.QUEUED)
+    assert job.move(State.RUNNING)
+
+
+@pytest.mark.parametrize("last", SETTLED)
+@pytest.mark.parametrize("later", list(State))
+def test_nothing_moves_a_settled_job(last: State, later: State) -> None:
+    job = make_job()
+    job.move(State.RUNNING)
+    error = WorkerCrashed("first")
+    assert job.settle(last, error)
+    assert not job.move(later)
+    assert not job.settle(later, DeadlineExceeded("second"))
+    assert (job.state, job.error) == (last, error)
+    job.close()
+
+
+def test_waiting_job_is_never_done_without_running(job: Job) -> None:
+    assert not job.settle(State.DONE)
+    assert job.state is State.QUEUED
+
+
+def test_settle_does_not_take_a_move_that_is_not_the_last(job: Job) -> None:
+    assert not job.settle(State.RUNNING)
+    assert job.state is State.QUEUED
+
+
+def test_one_of_many_settlers_wins() -> None:
+    job = make_job()
+    job.move(State.RUNNING)
+    barrier, won = threading.Barrier(8), []
+
+    def settle(number: int) -> None:
+        barrier.wait()
+        if job.settle(State.FAILED, WorkerCrashed(str(number))):
+            won.append(number)
+
+    threads = [threading.Thread(target=settle, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert job.error is not None
+    assert job.error.message == str(won[0])
+    job.close()
+
+
+@given(st.lists(st.sampled_from(list(State)), max_size=12), st.booleans())
+def test_no_sequence_of_moves_leaves_a_last_state(moves: list[State], settles: bool) -> None:
+    job = make_job()
+    for state in moves:
+        before = job.state
+        moved = job.settle(state) if settles else job.move(state)
+        if before in SETTLED:
+            assert not moved
+        if not moved:
+            assert job.state is before
+    job.close()
+
+
+def test_events_and_settlement_wake_the_handler(job: Job) -> None:
+    assert not is_awake(job)
+    job.post(PREPARED)
+    assert is_awake(job)
+    assert job.take_events() == [PREPARED]
+    assert job.prepared is PREPARED
+    assert not is_awake(job)
+    job.settle(State.CANCELLED)
+    assert is_awake(job)
+    assert job.take_events() == []
+
+
+def test_unread_progress_is_replaced_so_that_the_list_stays_short(job: Job) -> None:
+    for step in range(1000):
+        job.post(Progress("id", 0, step, 1000))
+    assert job.take_events() == [Progress("id", 0, 999, 1000)]
+
+
+def test_progress_does_not_swallow_other_events(job: Job, spool: Spool) -> None:
+    partial = Partial(0, 0, spool.store(b"x"), 1)
+    for event in (Progress("id", 0, 1, 9), partial, Progress("id", 0, 2, 9), Progress("id", 0, 3, 9)):
+        job.post(event)
+    assert job.take_events() == [Progress("id", 0, 1, 9), partial, Progress("id", 0, 3, 9)]
+
+
+def test_close_releases_what_the_job_owns(spool: Spool) -> None:
+    job = make_job()
+    segment = spool.store(b"x" * 100)
+    assert job.own(segment)
+    job.results[0] = Result(segment, 100, 7)
+    job.close()
+    job.close()
+    assert spool.used_bytes == 0
+    assert job.results == {}
+
+
+def test_closed_job_owns_nothing_more_and_is_told_nothing(spool: Spool) -> None:
+    job = make_job()
+    job.close()
+    assert not job.own(spool.store(b"late"))
+    assert spool.used_bytes == 0
+    job.post(PREPARED)
+    assert job.take_events() == []
+    assert job.settle(State.CANCELLED)
+
+
+def test_dropped_results_are_made_again(job: Job, spool: Spool) -> None:
+    job.results[0] = Result(spool.store(b"x"), 1, 7)
+    job.drop_results()
+    assert job.results == {}

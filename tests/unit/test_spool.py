@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ovserve.dispatch.spool import Blob, Spool, default_directory, fill, open_blob, sweep
+from ovserve.errors import SettingsError, SpoolFull
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    made = Spool(tmp_path, 8 * MIB)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 1 MiB; without the right to mount one, a directory where no file may pass 1 MiB."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tiny", str(folder)]
+    mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if not mounted:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, hard))
+    yield folder
+    if mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.rglob("*") if path.is_file() and path.name != "lock")
+
+
+def test_stored_bytes_are_read_by_another_hand(spool: Spool) -> None:
+    segment = spool.store(b"hello spool")
+    with open_blob(segment.blob(6, 5)) as view:
+        assert bytes(view) == b"spool"
+    assert Path(segment.path).read_bytes() == b"hello spool"
+    assert bytes(segment.view) == b"hello spool"
+
+
+def test_filled_segment_shows_in_the_view(spool: Spool) -> None:
+    segment = spool.create(100, reserve=100)
+    fill(segment.path, b"x" * 60)
+    assert bytes(segment.view[:60]) == b"x" * 60
+
+
+def test_segment_grows_in_place(spool: Spool) -> None:
+    segment = spool.create(3 * MIB)
+    segment.reserve(10)
+    segment.view[:10] = b"0123456789"
+    segment.reserve(2 * MIB)
+    segment.view[2 * MIB - 1] = 7
+    assert bytes(segment.view[:10]) == b"0123456789"
+    assert segment.reserved == 2 * MIB
+    segment.reserve(5)
+    assert segment.reserved == 2 * MIB
+    with pytest.raises(ValueError, match="asked for"):
+        segment.reserve(3 * MIB + 1)
+
+
+def test_release_unlinks_and_gives_the_bytes_back(spool: Spool) -> None:
+    segment = spool.create(MIB, reserve=MIB)
+    assert spool.used_bytes == MIB
+    segment.release()
+    segment.release()
+    assert spool.used_bytes == 0
+    assert files(spool.directory) == []
+    with pytest.raises(ValueError, match="released"):
+        segment.view  # noqa: B018 - the property raises
+
+
+def test_release_while_a_slice_is_held_still_unlinks(spool: Spool) -> None:
+    segment = spool.create(10, reserve=10)
+    held = segment.view[2:4]
+    segment.release()
+    assert files(spool.directory) == []
+    assert spool.used_bytes == 0
+    held.release()
+
+
+def test_limit_holds_at_n_and_refuses_n_plus_one(spool: Spool) -> None:
+    full = spool.create(8 * MIB, reserve=8 * MIB)
+    with pytest.raises(SpoolFull) as caught:
+        spool.create(1, reserve=1)
+    assert caught.value.retry_after_s is not None
+    assert files(spool.directory) == [Path(full.path).name]
+    full.release()
+    spool.create(1, reserve=1)
+
+
+def test_concurrent_growth_never_passes_the_limit(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, 100 * 1000)
+    refused = []
+
+    def grow() -> None:
+        for _ in range(50):
+            try:
+                spool.store(b"x" * 1000)
+            except SpoolFull:
+                refused.append(1)
+
+    threads = [threading.Thread(target=grow) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert spool.used_bytes == 100 * 1000
+    assert len(refused) == 100
+    spool.close()
+
+
+def test_full_tmpfs_is_an_error_and_never_a_signal(tiny: Path) -> None:
+    spool = Spool(tiny, 64 * MIB)
+    kept = spool.create(4 * MIB, reserve=MIB // 2)
+    kept.view[: MIB // 2] = b"k" * (MIB // 2)
+    with pytest.raises(SpoolFull, match="full"):
+        kept.reserve(2 * MIB)
+    with pytest.raises(SpoolFull):
+        spool.create(2 * MIB, reserve=2 * MIB)
+    assert spool.used_bytes == MIB // 2
+    assert bytes(kept.view[: MIB // 2]) == b"k" * (MIB // 2)
+    kept.release()
+    spool.store(b"room again").release()
+    spool.close()
+
+
+def test_what_finds_no_room_goes_to_the_fallback_with_all_it_held(tiny: Path, tmp_path: Path) -> None:
+    spool = Spool(tiny, 64 * MIB, fallback=tmp_path / "disk")
+    grown = spool.create(4 * MIB, reserve=MIB // 2)
+    grown.view[: MIB // 2] = bytes(range(256)) * (MIB // 512)
+    grown.reserve(3 * MIB)
+    assert Path(grown.path).is_relative_to(tmp_path / "disk")
+    assert bytes(grown.view[: MIB // 2]) == bytes(range(256)) * (MIB // 512)
+    grown.view[3 * MIB - 1] = 1
+    whole = spool.create(2 * MIB, reserve=2 * MIB)
+    assert Path(whole.path).is_relative_to(tmp_path / "disk")
+    small = spool.store(b"fits")
+    assert Path(small.path).is_relative_to(tiny)
+    assert spool.used_bytes == 5 * MIB + 4
+    for segment in (grown, whole, small):
+        segment.release()
+    assert spool.used_bytes == 0
+    assert files(tiny) == files(tmp_path / "disk") == []
+    spool.close()
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_full_fallback_is_spool_full_too(tiny: Path) -> None:
+    spool = Spool(tiny, 64 * MIB, fallback=tiny)
+    held = spool.create(2 * MIB, reserve=MIB // 4)
+    with pytest.raises(SpoolFull, match="fallback"):
+        held.reserve(2 * MIB)
+    assert files(tiny) == [Path(held.path).name]
+    assert spool.used_bytes == MIB // 4
+    spool.close()
+
+
+def test_close_removes_the_folder(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, MIB)
+    spool.store(b"left behind")
+    spool.close()
+    spool.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_living_front_ends_share_a_directory(tmp_path: Path) -> None:
+    first = Spool(tmp_path, MIB)
+    kept = first.store(b"mine")
+    second = Spool(tmp_path, MIB)
+    assert sweep(tmp_path) == 0
+    assert Path(kept.path).read_bytes() == b"mine"
+    first.close()
+    second.close()
+
+
+def test_next_front_end_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, signal; from pathlib import Path; from ovserve.dispatch.spool import Spool\n"
+        "Spool(Path(sys.argv[1]), 1 << 20).store(b'orphan'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    assert len(files(tmp_path)) == 1
+    spool = Spool(tmp_path, MIB)
+    assert [spool.directory] == list(tmp_path.iterdir())
+    spool.close()
+
+
+def test_sweep_leaves_a_folder_that_is_just_being_made_and_takes_one_that_never_was(tmp_path: Path) -> None:
+    young, old = tmp_path / "ovserve-spool-young", tmp_path / "ovserve-spool-old"
+    young.mkdir()
+    old.mkdir()
+    os.utime(old, (1, 1))
+    assert sweep(tmp_path) == 1
+    assert list(tmp_path.iterdir()) == [young]
+
+
+def test_sweep_touches_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "somebody").mkdir()
+    (tmp_path / "a-file").write_bytes(b"")
+    with (tmp_path / "locked").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert sweep(tmp_path) == 0
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("option", ["spool_dir", "spool_fallback_dir"])
+def test_directory_that_cannot_be_used_is_a_settings_error(tmp_path: Path, option: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    wrong = tmp_path / "file" / "below"
+    with pytest.raises(SettingsError, match=option):
+        Spool(wrong, MIB) if option == "spool_dir" else Spool(tmp_path / "good", MIB, fallback=wrong)
+    assert not (tmp_path / "good").exists() or list((tmp_path / "good").iterdir()) == []
+
+
+def test_segments_and_their_folder_are_private(spool: Spool) -> None:
+    segment = spool.store(b"secret")
+    assert Path(segment.path).stat().st_mode & 0o077 == 0
+    assert spool.directory.stat().st_mode & 0o077 == 0
+
+
+def test_worker_learns_that_the_exchange_has_ended(spool: Spool) -> None:
+    segment = spool.store(b"gone soon")
+    blob = segment.blob(0, 4)
+    segment.release()
+    with pytest.raises(FileNotFoundError):
+        fill(blob.path, b"late")
+    with pytest.raises(FileNotFoundError), open_blob(blob):
+        pass
+
+
+def test_blob_beyond_the_file_is_an_error_and_never_a_signal(spool: Spool) -> None:
+    segment = spool.store(b"short")
+    with pytest.raises(ValueError), open_blob(Blob(segment.path, 0, 1 << 30)):  # noqa: PT011 - mmap's own words
+        pass
+
+
+def test_default_directory_is_writable() -> None:
+    assert os.access(default_directory(), os.W_OK)
