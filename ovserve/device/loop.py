@@ -103,8 +103,7 @@ class DeviceLoop:
             for work in self._unwanted():
                 self._give_out(Outcome(work), 0.0)
             self._admit()
-            phase = self._engine.phase()
-            if phase == "idle":
+            if not self._in_flight:
                 self._pace.mark("idle")
                 with self._changed:
                     if not self._pending:
@@ -112,7 +111,7 @@ class DeviceLoop:
                             return
                         self._changed.wait(IDLE_BEAT_S)
                 continue
-            self._pace.mark(phase)
+            self._pace.mark(self._engine.phase())
             for outcome in self._engine.turn():
                 admitted_at = self._in_flight.pop(outcome.work)
                 self._give_out(outcome, time.monotonic() - admitted_at)

@@ -1,0 +1,302 @@
+"""The device loop over an engine that denoises nothing: fairness, bounds, cancellation, beats."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from ovserve.device.engine import Outcome, Work
+from ovserve.device.loop import DeviceLoop
+
+PICTURE = np.zeros((8, 8, 3), np.uint8)
+
+
+def work(job: str, picture: int = 0, *, alone: bool = False) -> Work:
+    return Work(
+        job=job,
+        picture=picture,
+        mode="text2image",
+        prompt="",
+        negative_prompt="",
+        width=8,
+        height=8,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        strength=1.0,
+        seed=0,
+        alone=alone,
+    )
+
+
+class CountingEngine:
+    """Ends each picture after `turns` turns; notes who shared a turn with whom."""
+
+    name = "counting"
+    schedulers: frozenset[str] = frozenset()
+
+    def __init__(self, capacity: int = 1, turns: int = 1, turn_s: float = 0.0) -> None:
+        self.capacity = capacity
+        self.turns = turns
+        self.turn_s = turn_s
+        self.admitted: list[tuple[str, int]] = []
+        self.together: list[list[str]] = []
+        self.inside: dict[Work, int] = {}
+        self.gate: threading.Semaphore | None = None  # when set: a turn for each release
+
+    def load(self, beat: Callable[[str], None]) -> None:
+        beat("load")
+        beat("warm-up")
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(prompt)
+
+    def cut_prompt(self, prompt: str) -> str:
+        return prompt
+
+    def admit(self, work: Work) -> None:
+        assert len(self.inside) < self.capacity
+        self.inside[work] = 0
+        self.admitted.append((work.job, work.picture))
+
+    def turn(self) -> Sequence[Outcome]:
+        if self.gate is not None:
+            assert self.gate.acquire(timeout=20)
+        self.together.append([work.job for work in self.inside])
+        if self.turn_s:
+            time.sleep(self.turn_s)
+        ended = []
+        for work in list(self.inside):
+            self.inside[work] += 1
+            if work.on_step:
+                work.on_step(self.inside[work], self.turns)
+            if work.cancelled.is_set():
+                ended.append(Outcome(work))
+            elif self.inside[work] == self.turns:
+                ended.append(Outcome(work, pixels=PICTURE))
+        for outcome in ended:
+            del self.inside[outcome.work]
+        return ended
+
+    def phase(self) -> str:
+        return "denoise" if self.inside else "idle"
+
+    def close(self) -> None:
+        pass
+
+
+class Bench:
+    """A loop in its own thread, with all it gives out."""
+
+    def __init__(self, engine: CountingEngine, hang_limit_s: float = 60.0) -> None:
+        self.engine = engine
+        self.beats: list[tuple[str, float]] = []
+        self.outcomes: list[tuple[Outcome, float]] = []
+        self.changed = threading.Condition()
+        self.refusals = 0
+        self.expired: set[str] = set()
+        self.loop = DeviceLoop(engine, self.beat, self.deliver, self.is_wanted, hang_limit_s)
+        self.loop.load()
+        self.thread = threading.Thread(target=self.loop.run)
+
+    def beat(self, phase: str, allow_s: float) -> None:
+        with self.changed:
+            self.beats.append((phase, allow_s))
+            self.changed.notify_all()
+
+    def deliver(self, outcome: Outcome, seconds: float) -> bool:
+        with self.changed:
+            if self.refusals:
+                self.refusals -= 1
+                return False
+            self.outcomes.append((outcome, seconds))
+            self.changed.notify_all()
+        return True
+
+    def is_wanted(self, work: Work) -> bool:
+        if work.job in self.expired:
+            work.cancelled.set()
+        return not work.cancelled.is_set()
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, timeout=20)
+
+    def wait_outcomes(self, count: int) -> list[Outcome]:
+        self.wait(lambda: len(self.outcomes) >= count)
+        return [outcome for outcome, _ in self.outcomes]
+
+
+@contextmanager
+def running(engine: CountingEngine, hang_limit_s: float = 60.0) -> Iterator[Bench]:
+    bench = Bench(engine, hang_limit_s)
+    try:
+        yield bench
+    finally:
+        bench.loop.stop()
+        if not bench.thread.ident:
+            bench.thread.start()
+        bench.thread.join(20)
+        assert not bench.thread.is_alive()
+
+
+def test_each_piece_of_work_comes_out_once() -> None:
+    with running(CountingEngine(capacity=3, turns=2)) as bench:
+        works = [[work(f"job{j}", k) for k in range(4)] for j in range(5)]
+        for pictures in works:
+            bench.loop.add(pictures)
+        bench.thread.start()
+        outcomes = bench.wait_outcomes(20)
+    assert {outcome.work for outcome in outcomes} == {piece for pictures in works for piece in pictures}
+    assert len(bench.outcomes) == 20
+    assert all(outcome.pixels is PICTURE for outcome in outcomes)
+    assert all(seconds > 0 for _, seconds in bench.outcomes)
+
+
+def test_jobs_take_turns_picture_by_picture() -> None:
+    with running(CountingEngine()) as bench:
+        bench.loop.add([work("many", k) for k in range(4)])
+        bench.loop.add([work("one")])
+        bench.loop.add([work("two", k) for k in range(2)])
+        bench.thread.start()
+        bench.wait_outcomes(7)
+    assert bench.engine.admitted == [("many", 0), ("one", 0), ("two", 0), ("many", 1), ("two", 1), ("many", 2), ("many", 3)]
+
+
+def test_a_job_joins_while_another_runs() -> None:
+    engine = CountingEngine(capacity=2, turns=4)
+    engine.gate = threading.Semaphore(1)
+    with running(engine) as bench:
+        bench.loop.add([work("first")])
+        bench.thread.start()
+        bench.wait(lambda: len(engine.together) == 1)
+        bench.loop.add([work("second")])
+        engine.gate.release(20)
+        bench.wait_outcomes(2)
+    assert ["first", "second"] in engine.together
+
+
+def test_a_job_that_runs_alone_shares_no_turn_and_is_not_overtaken() -> None:
+    with running(CountingEngine(capacity=3, turns=2)) as bench:
+        bench.loop.add([work("before", k) for k in range(2)])
+        bench.loop.add([work("alone", k, alone=True) for k in range(2)])
+        bench.loop.add([work("after", k) for k in range(3)])
+        bench.thread.start()
+        bench.wait_outcomes(7)
+    for names in bench.engine.together:
+        assert "alone" not in names or set(names) == {"alone"}
+    order = [job for job, _ in bench.engine.admitted]
+    assert order.index("alone") < order.index("after")
+
+
+def test_work_nobody_wants_never_reaches_the_engine() -> None:
+    with running(CountingEngine()) as bench:
+        unwanted = [work("gone", k) for k in range(3)]
+        for piece in unwanted:
+            piece.cancelled.set()
+        bench.loop.add(unwanted)
+        bench.loop.add([work("late")])
+        bench.expired.add("late")
+        bench.loop.add([work("wanted")])
+        bench.thread.start()
+        outcomes = bench.wait_outcomes(5)
+    assert bench.engine.admitted == [("wanted", 0)]
+    assert sum(outcome.pixels is None and outcome.error is None for outcome in outcomes) == 4
+
+
+def test_work_in_flight_that_nobody_wants_any_more_is_dropped_at_the_next_turn() -> None:
+    engine = CountingEngine(turns=1000)
+    engine.gate = threading.Semaphore(3)
+    with running(engine) as bench:
+        bench.loop.add([work("long")])
+        bench.thread.start()
+        bench.wait(lambda: len(engine.together) == 3)
+        bench.expired.add("long")
+        engine.gate.release(2)
+        outcomes = bench.wait_outcomes(1)
+        assert outcomes[0].pixels is None
+        assert len(engine.together) <= 5
+
+
+def test_waking_lets_go_of_cancelled_work_at_once() -> None:
+    engine = CountingEngine(turns=2)
+    engine.gate = threading.Semaphore(0)
+    with running(engine) as bench:
+        waiting = work("waiting")
+        bench.loop.add([work("running")])
+        bench.loop.add([waiting])
+        bench.thread.start()
+        bench.wait(lambda: ("denoise", 0.0) in bench.beats)
+        waiting.cancelled.set()
+        bench.loop.wake()
+        engine.gate.release()
+        outcomes = bench.wait_outcomes(1)
+        assert outcomes[0].work is waiting
+        engine.gate.release()
+
+
+def test_an_outcome_without_room_is_offered_again_and_the_loop_keeps_beating() -> None:
+    with running(CountingEngine()) as bench:
+        bench.refusals = 3
+        bench.loop.add([work("a")])
+        bench.thread.start()
+        bench.wait_outcomes(1)
+    assert ("finish", 0.0) in bench.beats
+
+
+def test_it_beats_through_loading_work_and_idleness() -> None:
+    with running(CountingEngine()) as bench:
+        bench.thread.start()
+        bench.wait(lambda: [phase for phase, _ in bench.beats].count("idle") >= 2)  # a second apart
+        bench.loop.add([work("a")])
+        bench.wait_outcomes(1)
+        bench.wait(lambda: bench.beats[-1][0] == "idle")
+    phases = [phase for phase, _ in bench.beats]
+    assert phases[:3] == ["load", "load", "warm-up"]
+    assert "denoise" in phases
+    assert "decode" in phases
+
+
+def test_a_slow_phase_is_allowed_twenty_times_its_slowest() -> None:
+    with running(CountingEngine(turns=3, turn_s=0.3), hang_limit_s=1.0) as bench:
+        bench.thread.start()
+        bench.loop.add([work("a")])
+        bench.wait_outcomes(1)
+        bench.loop.add([work("b")])
+        bench.wait_outcomes(2)
+    allowed = [allow_s for phase, allow_s in bench.beats if phase == "denoise"]
+    assert 6.0 <= max(allowed) <= 60.0
+    assert all(allow_s == 0.0 for phase, allow_s in bench.beats if phase == "idle")
+
+
+def test_a_fast_phase_leaves_it_to_the_configured_limit() -> None:
+    with running(CountingEngine(turns=3), hang_limit_s=60.0) as bench:
+        bench.thread.start()
+        for k in range(10):
+            bench.loop.add([work(f"j{k}")])
+        bench.wait_outcomes(10)
+    assert all(allow_s == 0.0 for _, allow_s in bench.beats)
+
+
+def test_stopping_finishes_what_is_there() -> None:
+    bench = Bench(CountingEngine(turns=3))
+    bench.loop.add([work("a", k) for k in range(3)])
+    bench.loop.stop()
+    bench.thread.start()
+    bench.thread.join(20)
+    assert not bench.thread.is_alive()
+    assert len(bench.outcomes) == 3
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 5])
+def test_no_more_than_the_capacity_is_in_flight(capacity: int) -> None:
+    with running(CountingEngine(capacity=capacity, turns=3)) as bench:
+        bench.loop.add([work("a", k) for k in range(6)])
+        bench.loop.add([work("b", k) for k in range(6)])
+        bench.thread.start()
+        bench.wait_outcomes(12)
+    assert max(len(names) for names in bench.engine.together) == capacity
