@@ -80,7 +80,7 @@ def _single(rng: random.Random, background: str, look: tuple[str, str]) -> Compo
 
 def _row(rng: random.Random, looks: list[tuple[str, str]]) -> tuple[Figure, ...]:
     spots = _ROW_OF_TWO if len(looks) == 2 else rng.choice(_ROWS_OF_THREE)
-    radius = rng.uniform(19, 27) if len(looks) == 2 else rng.uniform(14, 17)
+    radius = rng.uniform(18, 23.5) if len(looks) == 2 else rng.uniform(14, 17)
     figures = []
     for (colour, shape), (x, y) in zip(looks, spots, strict=True):
         # Never so near that two figures touch: a caption that says "two" must be true of what is seen.
@@ -104,7 +104,9 @@ def sample_edit(after: Composition, rng: random.Random) -> Composition:
     if what == "background":
         used = [figure.colour for figure in after.figures if isinstance(figure.colour, str)]
         backgrounds = [name for name in COLOUR_NAMES if all(tell_apart(name, colour) for colour in used)]
-        return replace(after, background=rng.choice(backgrounds))
+        backgrounds.remove(after.background)
+        if backgrounds:
+            return replace(after, background=rng.choice(backgrounds))
     index = rng.randrange(len(after.figures))
     figure = after.figures[index]
     if what == "shape":
