@@ -164,7 +164,15 @@ def test_jobs_take_turns_picture_by_picture() -> None:
         bench.loop.add([work("two", k) for k in range(2)])
         bench.thread.start()
         bench.wait_outcomes(7)
-    assert bench.engine.admitted == [("many", 0), ("one", 0), ("two", 0), ("many", 1), ("two", 1), ("many", 2), ("many", 3)]
+    assert bench.engine.admitted == [
+        ("many", 0),
+        ("one", 0),
+        ("two", 0),
+        ("many", 1),
+        ("two", 1),
+        ("many", 2),
+        ("many", 3),
+    ]
 
 
 def test_a_job_joins_while_another_runs() -> None:
