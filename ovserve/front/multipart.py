@@ -250,10 +250,12 @@ class MultipartParser:
         return position
 
     def _read_head(self, window: bytes, position: int) -> int:
-        blank = window.find(b"\r\n\r\n", position)
-        end = position + 2 if window.startswith(b"\r\n", position) else blank + 4
         begun_at = self._base + position
-        if end < 4 or end - position > self._max_head:  # -1 + 4: no blank line yet
+        end = position + 2
+        if not window.startswith(b"\r\n", position):
+            blank = window.find(b"\r\n\r\n", position)
+            end = blank + 4 if blank >= 0 else len(window) + 1
+        if end > len(window) or end - position > self._max_head:
             self._searched = len(window) - position
             if self._searched >= self._max_head:
                 self._refuse_head_size(begun_at)
@@ -271,9 +273,7 @@ class MultipartParser:
         line = self._delimiter[2:]
         ahead = window[position : position + len(line)]
         if ahead == line:
-            self._refuse(
-                "a delimiter follows the head at once: an empty part needs a line end of its own", self._begun_at
-            )
+            self._refuse("a delimiter follows the head at once", self._begun_at)
         if not line.startswith(ahead):
             self._state = State.CONTENT
         return position
