@@ -19,7 +19,7 @@ from ovserve.front.headers import TOKEN
 __all__ = ["ChunkDecoder"]
 
 _TEXT = r"[^\x00-\x08\x0a-\x1f\x7f]"
-_EXTENSION = rf'[ \t]*;[ \t]*{TOKEN}(?:[ \t]*=[ \t]*(?:{TOKEN}|"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\{_TEXT})*"))?'
+_EXTENSION = rf'[ \t]*+;[ \t]*+{TOKEN}(?:[ \t]*+=[ \t]*+(?:{TOKEN}|"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\{_TEXT})*"))?'
 _LINE = rf"([0-9A-Fa-f]{{1,16}})(?:{_EXTENSION})*\r\n"
 _size_line = re.compile(_LINE.encode())
 _next_line = re.compile(rb"\r\n" + _LINE.encode())

@@ -38,10 +38,11 @@ _PATH = r"/[A-Za-z0-9\-._~!$&'()*+,;=:@/%\[\]|]*"
 _QUERY = r"[!$-;=?-~]*"
 _HOST = r"(?:\[[0-9A-Fa-f:.]+(?:%25[A-Za-z0-9\-._~]+)?\]|[A-Za-z0-9\-._~%]+)(?::[0-9]{0,5})?"
 # RFC 9112 section 3 and 5: one space between the parts, no space before the colon, and each line ends in CRLF.
-_VALUE = r"[^\x00-\x08\x0a-\x1f\x7f]*"
+# Possessive repeats (`*+`): where two neighbours could share a run of blanks, trying each way would take quadratic time.
+_VALUE = r"[^\x00-\x08\x0a-\x1f\x7f]*+"
 _plain_request_line = re.compile(rf"({TOKEN}) ({_PATH})(?:\?({_QUERY}))? HTTP/1\.([0-9])\r\n")
-_plain_field_lines = re.compile(rf"^({TOKEN}):[ \t]*({_VALUE})\r\n", re.MULTILINE)
-_field_line = re.compile(rf"({TOKEN}):[ \t]*({_VALUE})")
+_plain_field_lines = re.compile(rf"^({TOKEN}):[ \t]*+({_VALUE})\r\n", re.MULTILINE)
+_field_line = re.compile(rf"({TOKEN}):{_VALUE}")
 _request_line = re.compile(r"([^ ]+) ([^ ]+) (HTTP/([0-9])\.([0-9]))")
 _origin_form = re.compile(rf"({_PATH})(?:\?({_QUERY}))?")
 _absolute_form = re.compile(rf"(?i:https?)://({_HOST})({_PATH})?(?:\?({_QUERY}))?")
@@ -139,9 +140,12 @@ class HeadParser:
         """Read line by line, from where the last call stopped; None while the head is not complete."""
         window = data if len(data) <= self._head_limit else data[: self._head_limit]
         lines = self._lines
-        if self._line_start == 0 and window.startswith(b"\r\n"):
+        if self._line_start == 0:
             # One empty line before the request line is passed over (RFC 9112 section 2.2).
-            self._line_start = self._searched = 2
+            if window == b"\r":
+                return None
+            if window.startswith(b"\r\n"):
+                self._line_start = self._searched = 2
         while True:
             start = self._line_start
             if not lines:
@@ -185,7 +189,7 @@ class HeadParser:
 def _check_first_byte(first: bytes) -> None:
     """What cannot begin a request is refused at once: a client that speaks TLS would wait for an answer to its hello."""
     if first and not _token.match(first.decode("latin-1")):
-        told = {b"\n": "LF without CR", b"\r": "an empty line"}.get(first, f"byte 0x{first[0]:02x}")
+        told = {b"\n": "LF without CR", b"\r": "CR"}.get(first, f"byte 0x{first[0]:02x}")
         raise MalformedRequest(f"request line: expected a method, found {told}")
 
 

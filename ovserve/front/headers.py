@@ -27,12 +27,12 @@ _BROWSER_QUOTED = r'"([^"\x00-\x08\x0a-\x1f\x7f]*)"'
 
 def _parameter(quoted: str) -> re.Pattern[str]:
     """RFC 9110 section 5.6.6: parameters = *( OWS ";" OWS [ parameter ] ), and a parameter ends where the next begins."""
-    return re.compile(rf"[ \t]*;[ \t]*(?:({TOKEN})=(?:{quoted}|({_LOOSE_VALUE})))?(?=[ \t]*(?:;|\Z))")
+    return re.compile(rf"[ \t]*+;[ \t]*+(?:({TOKEN})=(?:{quoted}|({_LOOSE_VALUE})))?(?=[ \t]*+(?:;|\Z))")
 
 
 _rfc_parameter = _parameter(_RFC_QUOTED)
 _browser_parameter = _parameter(_BROWSER_QUOTED)
-_main_value = re.compile(rf"[ \t]*({TOKEN}(?:/{TOKEN})?)[ \t]*(?=;|\Z)")
+_main_value = re.compile(rf"[ \t]*+({TOKEN}(?:/{TOKEN})?)[ \t]*+(?=;|\Z)")
 _token = re.compile(TOKEN)
 _escape = re.compile(r"\\(.)")
 _browser_escape = re.compile(r'\\(["\\])|%(22|0[AaDd])')

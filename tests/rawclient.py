@@ -1,0 +1,157 @@
+"""Exact bytes on a socket: in pieces, with a half-close, abandoned in the middle; and responses read strictly."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+__all__ = ["RawClient", "Response", "pieces_of"]
+
+TIMEOUT_S = 30.0  # for a server that should answer; a test that meets it has failed
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response. `fields`: by lower-case name, the last of each."""
+
+    status: int
+    fields: dict[str, str]
+    content: bytes
+
+    @property
+    def json(self) -> Any:
+        """The content as JSON."""
+        return json.loads(self.content)
+
+    @property
+    def code(self) -> str | None:
+        """The code of an error object, which must have all four of its keys."""
+        error = self.json["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        return error["code"]
+
+
+def pieces_of(data: bytes, size: int) -> list[bytes]:
+    """The data in pieces of `size` bytes."""
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
+class RawClient:
+    """One connection. Used in a `with` statement, which closes it."""
+
+    def __init__(self, port: int, *, timeout_s: float = TIMEOUT_S, receive_buffer: int | None = None) -> None:
+        self._socket = socket.socket()
+        if receive_buffer:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self._socket.settimeout(timeout_s)
+        self._socket.connect(("127.0.0.1", port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._received = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket itself, for what has no method here."""
+        return self._socket
+
+    def send(self, data: bytes, size: int | None = None) -> Self:
+        """Send, in pieces of `size` bytes each in a packet of its own."""
+        return self.send_pieces([data] if size is None else pieces_of(data, size))
+
+    def send_pieces(self, pieces: Iterable[bytes]) -> Self:
+        """Send piece by piece. A server that has answered and closed may stop taking them: that is not an error."""
+        try:
+            for piece in pieces:
+                self._socket.sendall(piece)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        return self
+
+    def half_close(self) -> Self:
+        """Close the writing side only."""
+        self._socket.shutdown(socket.SHUT_WR)
+        return self
+
+    def abandon(self) -> None:
+        """Go away without a word: the peer sees a reset."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._socket.close()
+
+    def close(self) -> None:
+        """Close properly."""
+        self._socket.close()
+
+    def has_answer(self, within_s: float) -> bool:
+        """Whether bytes, or the end, come within the time."""
+        return bool(self._received) or bool(select.select([self._socket], [], [], within_s)[0])
+
+    def read_line(self) -> bytes:
+        """Up to and including the next CRLF."""
+        while b"\r\n" not in self._received:
+            self._more()
+        line, _, self._received = self._received.partition(b"\r\n")
+        return line + b"\r\n"
+
+    def read_head(self) -> tuple[int, dict[str, str]]:
+        """Status and fields of the next response."""
+        line = self.read_line().decode("latin-1")
+        version, status, _ = line.split(" ", 2)
+        assert version == "HTTP/1.1"
+        fields: dict[str, str] = {}
+        while (line := self.read_line().decode("latin-1")) != "\r\n":
+            name, colon, value = line.partition(": ")
+            assert colon, line
+            assert name.strip() == name, line
+            fields[name.lower()] = value.removesuffix("\r\n")
+        return int(status), fields
+
+    def read_response(self, method: str = "GET") -> Response:
+        """The next response, whole. Raises ConnectionError when the connection ends before it does."""
+        status, fields = self.read_head()
+        if method == "HEAD" or status in {204, 304} or status < 200:
+            return Response(status, fields, b"")
+        if fields.get("transfer-encoding") == "chunked":
+            return Response(status, fields, b"".join(iter(self.read_chunk, b"")))
+        if "content-length" in fields:
+            return Response(status, fields, self.read_exactly(int(fields["content-length"])))
+        assert fields["connection"] == "close"
+        return Response(status, fields, self.read_rest())
+
+    def read_chunk(self) -> bytes:
+        """The next chunk's content, empty for the last one."""
+        size = int(self.read_line(), 16)
+        content = self.read_exactly(size)
+        assert self.read_exactly(2) == b"\r\n"
+        return content
+
+    def read_exactly(self, count: int) -> bytes:
+        """So many bytes."""
+        while len(self._received) < count:
+            self._more()
+        data, self._received = self._received[:count], self._received[count:]
+        return data
+
+    def read_rest(self) -> bytes:
+        """Everything up to the end of the connection; a reset counts as its end."""
+        try:
+            while True:
+                self._more()
+        except ConnectionError:
+            data, self._received = self._received, b""
+            return data
+
+    def _more(self) -> None:
+        data = self._socket.recv(65536)
+        if not data:
+            raise ConnectionError(f"the connection ended; left over: {self._received!r}")
+        self._received += data

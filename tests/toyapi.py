@@ -1,0 +1,174 @@
+"""A small API for tests of the front end: the path says what the route does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, ServerEvent, StreamReply
+from ovserve.config import Settings
+from ovserve.deadline import Deadline
+from ovserve.dispatch.spool import Spool
+from ovserve.errors import ClientGone, InvalidValue, MethodNotAllowed, NotFound, QueueFull, WorkerCrashed
+from ovserve.front.listener import Listener
+
+__all__ = ["ToyApi", "serving"]
+
+WAIT_S = 30.0
+
+
+class ToyApi:
+    """What the routes need, and what they saw.
+
+    Attributes:
+        seen: paths, as requests come in.
+        gone: the paths of requests whose clients left while the route waited for them.
+        closed: one entry for each event stream that was closed.
+    """
+
+    def __init__(self) -> None:
+        self.seen: queue.Queue[str] = queue.Queue()
+        self.gone: queue.Queue[str] = queue.Queue()
+        self.closed: queue.Queue[str] = queue.Queue()
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE | os.EFD_NONBLOCK)
+
+    def release(self, count: int = 1) -> None:
+        """Let so many waiting routes go on."""
+        os.eventfd_write(self._wakeup, count)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._wakeup)
+
+    def is_health(self, path: str) -> bool:
+        """Whether this is the health check."""
+        return path == "/health"
+
+    def answer(self, exchange: Exchange) -> Reply:
+        """Do what the path says."""
+        self.seen.put(exchange.path)
+        route = getattr(self, "_" + exchange.path.strip("/").partition("/")[0], None)
+        if route is None:
+            raise NotFound(f"no {exchange.path}")
+        return route(exchange)
+
+    def _health(self, _: Exchange) -> Reply:
+        return _json({"live": True})
+
+    def _describe(self, exchange: Exchange) -> Reply:
+        names = ("host", "content-type", "x-a", "connection")
+        return _json(
+            {
+                "method": exchange.method,
+                "path": exchange.path,
+                "query": dict(exchange.query),
+                "client": exchange.client,
+                "address": exchange.address,
+                "fields": {name: exchange.header(name) for name in names},
+            }
+        )
+
+    def _echo(self, exchange: Exchange) -> Reply:
+        form = exchange.read_form()
+        assert exchange.read_form() is form
+        uploads = []
+        for upload in form.uploads:
+            with upload.view() as view:
+                uploads.append([upload.name, upload.size, hashlib.sha256(view).hexdigest()])
+        return _json({"fields": [list(pair) for pair in form.fields], "uploads": uploads})
+
+    def _ignore(self, _: Exchange) -> Reply:
+        return _json({"ignored": True})
+
+    def _large(self, exchange: Exchange) -> Reply:
+        size, count = int(exchange.query["size"]), int(exchange.query.get("count", "1"))
+        return JsonReply([memoryview(bytes([65 + index % 26]) * size) for index in range(count)])
+
+    def _file(self, _: Exchange) -> Reply:
+        return FileReply(memoryview(b"\x89PNG"), "image/png", headers={"Cache-Control": "private"})
+
+    def _nothing(self, _: Exchange) -> Reply:
+        return FileReply(b"", "", 204)
+
+    def _wait(self, exchange: Exchange) -> Reply:
+        self._await_release(exchange)
+        return _json({"waited": True})
+
+    def _tick(self, exchange: Exchange) -> Reply:
+        own = os.eventfd(0, os.EFD_CLOEXEC)
+        try:
+            return _json({"woken": exchange.wait(own, Deadline.after(0.05))})
+        finally:
+            os.close(own)
+
+    def _stream(self, exchange: Exchange) -> Reply:
+        return StreamReply(self._events(exchange), {"x-toy": "1"})
+
+    def _events(self, exchange: Exchange) -> Generator[ServerEvent, None, None]:
+        try:
+            for word in exchange.query.get("do", "").split("."):
+                match word:
+                    case "wait":
+                        self._await_release(exchange)
+                    case "comment":
+                        yield ServerEvent("", b"step 1/2")
+                    case "error":
+                        raise InvalidValue("no such thing", param="x")
+                    case "bug":
+                        raise KeyError("bug in a stream")
+                    case "":
+                        return
+                    case size:
+                        yield ServerEvent("piece", b"x" * int(size))
+        finally:
+            self.closed.put(exchange.path)
+
+    def _raise(self, exchange: Exchange) -> Reply:
+        match exchange.query["kind"]:
+            case "bug":
+                raise KeyError("bug in a route")
+            case "queue_full":
+                raise QueueFull("full", retry_after_s=7)
+            case "method":
+                raise MethodNotAllowed("only POST", headers={"Allow": "POST"})
+            case "crash":
+                raise WorkerCrashed("twice")
+            case "injection":
+                return JsonReply([b"{}"], headers={"x-a": "b\r\nSet-Cookie: c"})
+            case other:
+                raise InvalidValue(f"no {other}", param="kind")
+
+    def _await_release(self, exchange: Exchange) -> None:
+        try:
+            assert exchange.wait(self._wakeup, Deadline.after(WAIT_S))
+        except ClientGone:
+            self.gone.put(exchange.path)
+            raise
+        os.eventfd_read(self._wakeup)
+
+
+def _json(document: Any) -> JsonReply:
+    return JsonReply([json.dumps(document).encode()])
+
+
+@contextmanager
+def serving(**settings: Any) -> Iterator[tuple[Listener, ToyApi]]:
+    """A listener on a free port of the loopback interface, and its API. Everything ends with the block."""
+    with tempfile.TemporaryDirectory() as folder:
+        api, spool = ToyApi(), Spool(Path(folder), 256 * 1024 * 1024)
+        listener = Listener(Settings(port=0, **settings), api, spool)
+        listener.start()
+        try:
+            yield listener, api
+        finally:
+            listener.stop(0)
+            api.close()
+            assert spool.used_bytes == 0, "an exchange left its segments behind"
+            spool.close()
