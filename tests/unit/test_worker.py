@@ -1,0 +1,343 @@
+"""The worker: a real process, a real link, the real engine on the built-in model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ovserve.config import ModelSettings, Settings
+from ovserve.device.worker import LOAD_FAILED, create_engine
+from ovserve.dispatch.ipc import Done, Failed, LinkClosed, Need, Picture, Prepared, Progress, Ready, Stop
+from ovserve.errors import ModelError
+from ovserve.profile import builtin_directory, read_profile
+from tests.reader import Figure, draw_scene, read_picture
+from tests.workerbench import WorkerBench, pixels_of, png
+
+CIRCLE = draw_scene("blue", [Figure("red", "circle", 64, 64, 34)])
+MIDDLE = np.zeros((128, 128), np.uint8)
+MIDDLE[24:104, 24:104] = 255
+GREEN = "a green circle on a blue background"
+LONG = 900  # steps: seconds of work for the built-in model
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerBench]:
+    with WorkerBench(tmp_path_factory.mktemp("spool")) as worker:
+        worker.ready()
+        yield worker
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[WorkerBench]:
+    """A worker that the test may end."""
+    with WorkerBench(tmp_path) as worker:
+        worker.ready()
+        yield worker
+
+
+def gone(worker: WorkerBench) -> int | None:
+    """The exit code, once the link has told of the end."""
+    with pytest.raises(LinkClosed):
+        worker.until(lambda: False)
+    worker.process.join(20)
+    return worker.process.exitcode
+
+
+# --- readiness --------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_ready_after_a_real_pass_and_takes_more_jobs_than_the_engine_holds(bench: WorkerBench) -> None:
+    ready = bench.ready()
+    assert ready.engine == "genai"
+    assert ready.why == "configured"
+    assert ready.capacity == 3
+    phases = [beat.phase for beat in bench.beats]
+    assert "load" in phases
+    assert "warm-up" in phases
+
+
+def test_it_gives_way_to_the_front_end(bench: WorkerBench) -> None:
+    assert bench.process.pid is not None
+    assert os.getpriority(os.PRIO_PROCESS, bench.process.pid) == os.getpriority(os.PRIO_PROCESS, 0) + 5
+
+
+def test_it_beats_while_idle(bench: WorkerBench) -> None:
+    before = len(bench.beats)
+    bench.until(lambda: [beat.phase for beat in bench.beats[before:]].count("idle") >= 2)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_edit_gives_what_the_prompt_asked_for(bench: WorkerBench) -> None:
+    [data] = bench.make(prompt=GREEN, images=(bench.image(CIRCLE),), seed=1)
+    scene = read_picture(pixels_of(data))
+    assert scene.background == "blue"
+    assert [found.colour for found in scene.objects] == ["green"]
+
+
+def test_a_masked_edit_paints_inside_and_keeps_the_rest_bit_for_bit(bench: WorkerBench) -> None:
+    [data] = bench.make(prompt=GREEN, images=(bench.image(CIRCLE),), mask=bench.image(MIDDLE), seed=1)
+    result = pixels_of(data)
+    assert np.array_equal(result[MIDDLE == 0], CIRCLE[MIDDLE == 0])
+    assert [found.colour for found in read_picture(result).objects] == ["green"]
+
+
+def test_a_picture_is_made_from_a_prompt_alone(bench: WorkerBench) -> None:
+    [data] = bench.make(task="generation", prompt="a yellow star on a purple background", seed=1)
+    scene = read_picture(pixels_of(data))
+    assert scene.background == "purple"
+    assert [found.colour for found in scene.objects] == ["yellow"]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_other_ones(bench: WorkerBench) -> None:
+    image = bench.image(CIRCLE)
+    first, second, other = (bench.make(prompt=GREEN, images=(image,), seed=seed)[0] for seed in (5, 5, 6))
+    assert first == second
+    assert first != other
+
+
+def test_each_of_four_pictures_can_be_had_again_alone(bench: WorkerBench) -> None:
+    values = {"prompt": GREEN, "images": (bench.image(CIRCLE),), "mask": bench.image(MIDDLE)}
+    job = bench.start(n=4, seed=2**32 - 2, **values)
+    assert isinstance(bench.end(job), Done)
+    seeds = {picture.picture: picture.seed for picture in bench.of(job, Picture)}
+    assert seeds == {0: 2**32 - 2, 1: 2**32 - 1, 2: 0, 3: 1}
+    together = [bench.pictures[job, k, -1] for k in range(4)]
+    assert len(set(together)) == 4
+    for k, data in enumerate(together):
+        assert bench.make(seed=seeds[k], **values) == [data]
+
+
+def test_sizes_and_formats_are_served_as_asked(bench: WorkerBench) -> None:
+    image = bench.image(CIRCLE)
+    for form, magic in (("png", b"\x89PNG"), ("jpeg", b"\xff\xd8\xff"), ("webp", b"RIFF")):
+        [data] = bench.make(images=(image,), width=200, height=96, output_format=form)
+        assert data.startswith(magic)
+        assert pixels_of(data).shape == (96, 200, 3)
+
+
+def test_a_chosen_scheduler_holds_for_its_own_job_only(bench: WorkerBench) -> None:
+    image = bench.image(CIRCLE)
+    before, other, after = (
+        bench.make(prompt=GREEN, images=(image,), seed=3, scheduler=name, metadata=False)[0]
+        for name in ("", "EulerAncestralDiscrete", "DDIM")
+    )
+    assert before == after
+    assert before != other
+
+
+# --- the order of reports ---------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_told_in_order(bench: WorkerBench) -> None:
+    job = bench.start(prompt=GREEN, images=(bench.image(CIRCLE),), n=2, progress=True)
+    done = bench.end(job)
+    assert isinstance(done, Done)
+    said = bench.of(job, Prepared, Progress, Need, Picture, Done)
+    prepared = said[0]
+    assert isinstance(prepared, Prepared)
+    assert (prepared.mode, prepared.width, prepared.height, prepared.steps) == ("image2image", 128, 128, 8)
+    assert prepared.text_tokens == 2 + len(GREEN.split())
+    steps = [message for message in said if isinstance(message, Progress) and message.picture == 0]
+    assert [message.step for message in steps] == sorted(message.step for message in steps)
+    assert {message.steps for message in steps} == {8}
+    assert sum(isinstance(message, Picture) for message in said) == 2
+    assert said[-1] is done
+    assert done.denoise_ms > 0
+    assert done.finish_ms > 0
+
+
+def test_without_being_asked_it_tells_no_steps(bench: WorkerBench) -> None:
+    job = bench.start(images=(bench.image(CIRCLE),))
+    bench.end(job)
+    assert not bench.of(job, Progress)
+
+
+def test_a_long_message_is_cut_to_what_a_link_carries(bench: WorkerBench) -> None:
+    prompt = "\U0001f600 " * 2000
+    error = bench.fail(task="generation", prompt=prompt)
+    assert error["error"] == "PromptTooLong"
+    job = bench.start(task="generation", prompt="a " + "猫" * 4 + " \U0001f600" * 500, truncate_prompt=True)
+    assert isinstance(bench.end(job), Done)
+    assert bench.of(job, Prepared)[0].revised_prompt.startswith("a 猫猫猫猫")
+    error = bench.fail(task="generation", scheduler="\U0001f600" * 900)
+    assert error["error"] == "InvalidValue"
+
+
+# --- what goes wrong with one job ends that job -----------------------------------------------------------------------
+
+
+def test_a_damaged_image_costs_nobody_else_anything(bench: WorkerBench) -> None:
+    pid = bench.process.pid
+    error = bench.fail(images=(bench.blob(png(CIRCLE)[:500]),))
+    assert (error["error"], error["param"]) == ("ImageError", "image")
+    error = bench.fail(images=(bench.image(CIRCLE),), mask=bench.blob(b"x"))
+    assert (error["error"], error["param"]) == ("ImageError", "mask")
+    assert bench.make(images=(bench.image(CIRCLE),))
+    assert bench.process.pid == pid
+
+
+def test_a_cancelled_job_stops_within_a_few_steps_and_says_so(bench: WorkerBench) -> None:
+    job = bench.start(task="generation", num_inference_steps=LONG, progress=True)
+    bench.until(lambda: len(bench.of(job, Progress)) >= 3)
+    reached = bench.of(job, Progress)[-1].step
+    bench.cancel(job)
+    assert isinstance(bench.end(job), Failed)
+    assert bench.of(job, Progress)[-1].step < reached + 100 < LONG
+    assert not bench.of(job, Picture)
+
+
+def test_a_job_cancelled_before_its_turn_is_let_go_of_at_once(bench: WorkerBench) -> None:
+    running = bench.start(task="generation", num_inference_steps=LONG, progress=True)
+    waiting = bench.start(task="generation", n=4)
+    bench.until(lambda: bool(bench.of(waiting, Prepared)))
+    bench.cancel(waiting)
+    bench.cancel(running)
+    assert isinstance(bench.end(waiting), Failed)
+    assert isinstance(bench.end(running), Failed)
+    assert bench.make(task="generation")
+
+
+def test_cancelling_what_is_done_or_unknown_changes_nothing(bench: WorkerBench) -> None:
+    job = bench.start(task="generation")
+    bench.end(job)
+    bench.cancel(job)
+    bench.cancel("never heard of")
+    assert bench.make(task="generation")
+    assert len(bench.of(job, Done, Failed)) == 1
+
+
+def test_a_deadline_ends_a_job_on_the_device(bench: WorkerBench) -> None:
+    job = bench.start(timeout_s=0.4, task="generation", num_inference_steps=LONG, progress=True)
+    end = bench.end(job)
+    assert isinstance(end, Failed)
+    assert end.error["error"] == "DeadlineExceeded"
+    assert bench.of(job, Progress)[-1].step < LONG
+
+
+def test_a_deadline_that_has_passed_costs_no_device_time(bench: WorkerBench) -> None:
+    assert bench.fail(timeout_s=0.0, task="generation")["error"] == "DeadlineExceeded"
+    running = bench.start(task="generation", num_inference_steps=LONG, progress=True)
+    late = bench.start(timeout_s=0.05, task="generation", progress=True)
+    passed = time.monotonic() + 0.1
+    bench.until(lambda: bool(bench.of(running, Progress)) and time.monotonic() > passed)
+    bench.cancel(running)
+    end = bench.end(late)
+    assert isinstance(end, Failed)
+    assert end.error["error"] == "DeadlineExceeded"
+    assert not bench.of(late, Progress)
+
+
+def test_a_result_without_room_fails_the_job_and_nothing_else(bench: WorkerBench) -> None:
+    bench.grants_room = False
+    try:
+        error = bench.fail(task="generation", n=2)
+    finally:
+        bench.grants_room = True
+    assert error["error"] == "SpoolFull"
+    assert bench.make(task="generation")
+
+
+def test_an_exchange_that_has_ended_takes_its_segments_along(bench: WorkerBench) -> None:
+    segment = bench.spool.store(png(CIRCLE))
+    blob = segment.blob(0, len(png(CIRCLE)))
+    segment.release()
+    assert bench.fail(images=(blob,))["error"] == "InternalError"
+    assert bench.make(task="generation")
+
+
+def test_jobs_side_by_side_are_all_answered(bench: WorkerBench) -> None:
+    image = bench.image(CIRCLE)
+    jobs = [bench.start(prompt=GREEN, images=(image,), seed=seed, alone=seed == 1) for seed in range(3)]
+    ends = [bench.end(job) for job in jobs]
+    assert all(isinstance(end, Done) for end in ends)
+
+
+# --- its end ----------------------------------------------------------------------------------------------------------
+
+
+def test_told_to_stop_it_finishes_what_it_holds_and_exits(own: WorkerBench) -> None:
+    job = own.start(task="generation", n=3)
+    own.link.send(Stop())
+    assert isinstance(own.end(job), Done)
+    assert gone(own) == 0
+
+
+def test_when_the_front_end_is_gone_it_ends_at_once(own: WorkerBench) -> None:
+    job = own.start(task="generation", num_inference_steps=LONG, progress=True)
+    own.until(lambda: bool(own.of(job, Progress)))
+    own.link.close()
+    own.process.join(5)
+    assert own.process.exitcode == 0
+
+
+def test_what_is_no_command_ends_it(own: WorkerBench) -> None:
+    os.write(own.link.commands_fileno(), b'{"kind":"nonsense"}\n')
+    assert gone(own) not in (0, LOAD_FAILED)
+
+
+def test_killed_in_mid_job_it_reads_as_end_of_file(own: WorkerBench) -> None:
+    job = own.start(task="generation", num_inference_steps=LONG, progress=True)
+    own.until(lambda: bool(own.of(job, Progress)))
+    assert own.process.pid is not None
+    os.kill(own.process.pid, signal.SIGKILL)
+    assert gone(own) == -signal.SIGKILL
+
+
+def test_told_to_stop_while_loading_it_ends(tmp_path: Path) -> None:
+    with WorkerBench(tmp_path) as worker:
+        worker.link.send(Stop())
+        assert gone(worker) == 0
+
+
+def failure_of(worker: WorkerBench) -> str:
+    code = gone(worker)
+    assert code == LOAD_FAILED
+    assert worker.link.failure is not None
+    assert not any(isinstance(message, Ready) for message in worker.log)
+    return str(worker.link.failure.error["message"])
+
+
+def test_an_unknown_device_is_told_before_it_ends(tmp_path: Path) -> None:
+    with WorkerBench(tmp_path, ModelSettings(name="shapes", engine="genai", device="TPU")) as worker:
+        assert "TPU" in failure_of(worker)
+
+
+def test_damaged_weights_are_told_before_it_ends(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(builtin_directory(), model)
+    (model / "unet" / "openvino_model.xml").write_text("no network")
+    with WorkerBench(tmp_path / "spool", ModelSettings(name="broken", engine="genai", path=model)) as worker:
+        assert "broken" in failure_of(worker)
+
+
+# --- which engine -----------------------------------------------------------------------------------------------------
+
+
+def test_engines_are_chosen_by_name() -> None:
+    model = ModelSettings(name="shapes", engine="genai")
+    engine, why = create_engine(read_profile(model), model)
+    assert (engine.name, why) == ("genai", "configured")
+
+
+def test_stepwise_refuses_what_it_cannot_drive() -> None:
+    import dataclasses
+
+    model = ModelSettings(name="shapes", engine="stepwise")
+    with pytest.raises(ModelError, match="flux"):
+        create_engine(dataclasses.replace(read_profile(model), family="flux"), model)
+
+
+def test_threads_are_set_as_configured(tmp_path: Path) -> None:
+    one = ModelSettings(name="shapes", engine="genai", threads=1)
+    with WorkerBench(tmp_path, one, Settings(models=(one,))) as worker:
+        worker.ready()
+        assert worker.make(task="generation")

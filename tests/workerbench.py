@@ -1,0 +1,190 @@
+"""A worker in a real process, driven over a real link: what the front end does for it, in a test's own words."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import select
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ovserve.config import ModelSettings, Settings
+from ovserve.device import worker
+from ovserve.dispatch.ipc import (
+    Beat,
+    Cancel,
+    Done,
+    Failed,
+    ImageRequest,
+    Link,
+    Message,
+    Need,
+    Picture,
+    Prepared,
+    Progress,
+    Ready,
+    Room,
+    Run,
+    open_link,
+)
+from ovserve.dispatch.spool import Blob, Segment, Spool
+from ovserve.profile import read_profile
+
+PATIENCE_S = 60.0
+
+
+class WorkerBench:
+    """One worker process with its link. Grants room for every picture unless told not to."""
+
+    def __init__(self, spool: Path, model: ModelSettings | None = None, settings: Settings | None = None) -> None:
+        self.model = model or ModelSettings(name="shapes", engine="genai")
+        self.settings = settings or Settings(models=(self.model,))
+        self.profile = read_profile(self.model)
+        self.spool = Spool(spool, 1 << 30)
+        self.grants_room = True
+        self.log: list[Message] = []
+        self.beats: list[Beat] = []
+        self.pictures: dict[tuple[str, int, int], bytes] = {}
+        self._rooms: dict[tuple[str, int, int], Segment] = {}
+        self._jobs = 0
+        context = multiprocessing.get_context("spawn")
+        self.link, end = open_link(context, self.model.name, 0, 0)
+        self.process = context.Process(
+            target=worker.main, args=(end, self.profile, self.model, self.settings), daemon=True
+        )
+        self.process.start()
+        end.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.link.close()
+        self.process.join(20)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.spool.close()
+
+    # --- what the worker says ---
+
+    def read(self, timeout_s: float) -> bool:
+        """Take in what comes within the time; False when nothing did. Raises LinkClosed when the worker is gone."""
+        if not select.select([self.link.fileno()], [], [], timeout_s)[0]:
+            return False
+        for message in self.link.receive():
+            self._note(message)
+        return True
+
+    def _note(self, message: Message) -> None:
+        if isinstance(message, Beat):
+            self.beats.append(message)
+            return
+        self.log.append(message)
+        if isinstance(message, Need):
+            path = ""
+            if self.grants_room:
+                room = self.spool.create(message.size, reserve=message.size)
+                self._rooms[message.job, message.picture, message.partial] = room
+                path = room.path
+            self.link.send(Room(message.job, message.picture, path))
+        elif isinstance(message, Picture):
+            room = self._rooms.pop((message.job, message.picture, message.partial))
+            self.pictures[message.job, message.picture, message.partial] = bytes(room.view[: message.size])
+            room.release()
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Read until the condition holds."""
+        end = time.monotonic() + PATIENCE_S
+        while not condition():
+            left = end - time.monotonic()
+            assert left > 0, f"it did not come; the last messages: {self.log[-5:]}"
+            self.read(left)
+
+    def ready(self) -> Ready:
+        """Wait for the warm-up to pass."""
+        self.until(lambda: self.link.ready is not None)
+        assert self.link.ready is not None
+        return self.link.ready
+
+    def of(self, job: str, *kinds: type[Message]) -> list[Any]:
+        """What was said of a job, of these kinds, in order."""
+        return [message for message in self.log if isinstance(message, kinds) and getattr(message, "job", None) == job]
+
+    # --- what the worker is told ---
+
+    def blob(self, data: bytes) -> Blob:
+        return self.spool.store(data).blob(0, len(data))
+
+    def image(self, pixels: NDArray[np.uint8]) -> Blob:
+        return self.blob(png(pixels))
+
+    def request(self, **values: Any) -> ImageRequest:
+        defaults = self.profile.defaults
+        steps, guidance = defaults.num_inference_steps, defaults.guidance_scale
+        return ImageRequest(
+            **{
+                "task": "edit",
+                "prompt": "a red circle",
+                "num_inference_steps": steps,
+                "guidance_scale": guidance,
+                **values,
+            }
+        )
+
+    def start(self, *, timeout_s: float = 600.0, alone: bool = False, **values: Any) -> str:
+        """Give the worker a job; its name."""
+        self._jobs += 1
+        job = f"job{self._jobs}"
+        segment = self.spool.store(self.request(**values).to_json())
+        self.link.send(Run(job, segment.path, timeout_s, alone))
+        return job
+
+    def cancel(self, job: str) -> None:
+        self.link.send(Cancel(job))
+
+    def end(self, job: str) -> Done | Failed:
+        """Wait for the one report that ends a job."""
+        self.until(lambda: bool(self.of(job, Done, Failed)))
+        ends = self.of(job, Done, Failed)
+        assert len(ends) == 1
+        found: Done | Failed = ends[0]
+        return found
+
+    def make(self, **values: Any) -> list[bytes]:
+        """Run one job that has to work; its pictures, encoded."""
+        job = self.start(**values)
+        end = self.end(job)
+        assert isinstance(end, Done), end
+        return [data for (owner, _, partial), data in sorted(self.pictures.items()) if owner == job and partial < 0]
+
+    def fail(self, **values: Any) -> dict[str, Any]:
+        """Run one job that has to fail; the error it fails with."""
+        end = self.end(self.start(**values))
+        assert isinstance(end, Failed), end
+        return end.error
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """Pixels as a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pixels_of(data: bytes) -> NDArray[np.uint8]:
+    """The pixels of an encoded picture."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image)
+
+
+__all__ = ["Link", "Prepared", "Progress", "WorkerBench", "pixels_of", "png"]
