@@ -229,7 +229,7 @@ class Dispatcher:
             raise self._failed_error(model)
         if not model.was_ready:
             raise NotReady(f"model {job.model!r} is loading", retry_after_s=_NOT_READY_RETRY_S)
-        if not model.queue.has_place_for(job.client):
+        if not model.has_place_for(job.client):
             waiting = len(model.queue)
             raise QueueFull(
                 f"{waiting} jobs wait for model {job.model!r} already; its limit is {model.queue.limit}",
@@ -344,24 +344,22 @@ class Dispatcher:
         self._poll.unregister(link.fileno())
         del self._workers[link.fileno()]
         self._watch_writes(worker, False)
-        lost = [ticket for ticket in worker.held.values() if not ticket.job.is_settled]
-        link.jobs_lost, link.lost_second_try = len(lost), any(ticket.is_alone for ticket in lost)
-        link.is_broken, link.lost = is_broken, why
-        link.close()
         with self._lock:
             worker.model.workers.remove(worker)
-        for ticket in worker.held.values():
+        lost = [ticket for ticket in worker.held.values() if not ticket.job.is_settled]
+        link.jobs_lost, link.lost_second_try = len(lost), any(ticket.is_alone for ticket in lost)
+        for ticket in lost:
             self._give_back(worker, ticket, why)
         worker.held.clear()
         with self._lock:
             self._forget_locked(worker.model)
+        link.is_broken, link.lost = is_broken, why  # last: the supervisor concludes from it
+        link.close()
         if self.on_change:
             self.on_change()
 
     def _give_back(self, worker: Worker, ticket: Ticket, why: str) -> None:
         job, link = ticket.job, worker.link
-        if job.is_settled:
-            return
         ticket.deaths += 1
         ticket.announced.clear()
         if ticket.deaths > 1:
@@ -412,13 +410,13 @@ class Dispatcher:
         while len(model.queue):
             with self._lock:
                 found = model.take_next()
-            if found is None:
-                return
-            worker, ticket = found
-            job = ticket.job
-            if not job.move(State.RUNNING):
-                continue  # settled meanwhile
-            worker.held[job.id] = ticket
+                if found is None:
+                    return
+                worker, ticket = found
+                job = ticket.job
+                if not job.move(State.RUNNING):
+                    continue  # settled meanwhile
+                worker.held[job.id] = ticket
             job.attempts += 1
             job.timings.dispatched_at = time.monotonic()
             self._send(worker, Run(job.id, ticket.request, job.deadline.remaining(), alone=ticket.is_alone))

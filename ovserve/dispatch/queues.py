@@ -67,9 +67,9 @@ class FairQueue:
         for waiting in self._clients.values():
             yield from waiting.values()
 
-    def has_place_for(self, client: str) -> bool:
-        """Whether this client may add one more job."""
-        free = self.limit - len(self)
+    def has_place_for(self, client: str, free_workers: int = 0) -> bool:
+        """Whether this client may add one more job. `free_workers`: how many of those here do not wait, but are on their way."""
+        free = self.limit + free_workers - len(self)
         return len(self._clients.get(client, ())) < _SHARE * free
 
     def push(self, ticket: Ticket) -> None:

@@ -129,6 +129,11 @@ class Model:
         ticket = self.queue.pop() if open_workers else None
         return None if ticket is None else (min(open_workers, key=lambda worker: len(worker.held)), ticket)
 
+    def has_place_for(self, client: str) -> bool:
+        """Whether this client may add one more job: the limit is for those that no worker has room for."""
+        free = sum(max(0, worker.capacity - len(worker.held)) for worker in self.workers)
+        return self.queue.has_place_for(client, free)
+
     def note_job_time(self, seconds: float) -> None:
         """One more job has spent `seconds` in a worker."""
         self.job_s += (seconds - self.job_s) * (_MEAN_WEIGHT if self.job_s else 1.0)

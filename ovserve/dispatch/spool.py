@@ -69,13 +69,19 @@ class Segment:
 
     @property
     def view(self) -> memoryview:
-        """The mapped bytes. Valid until `release`, or until `reserve` has moved the segment to another directory."""
+        """The mapped bytes. Valid until `release`, or until `reserve` has moved the segment to another directory.
+
+        Raises SpoolFull when the system refuses a file of this size.
+        """
         if self._view is None:
             if self._descriptor < 0:
                 raise ValueError("segment is released")
-            os.ftruncate(
-                self._descriptor, self._ceiling
-            )  # address space for all of it at once: the mapping does not grow
+            try:
+                os.ftruncate(self._descriptor, self._ceiling)  # address space for all of it: the mapping never moves
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    raise SpoolFull("files here may not be that large", retry_after_s=_FULL_RETRY_S) from None
+                raise
             self._map = mmap.mmap(self._descriptor, self._ceiling)
             self._view = memoryview(self._map)
         return self._view

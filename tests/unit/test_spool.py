@@ -26,19 +26,23 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 1 MiB; without the right to mount one, a directory where no file may pass 1 MiB."""
+    """A tmpfs of 1 MiB."""
     folder = tmp_path / "tiny"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tiny", str(folder)]
-    mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if not mounted:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, hard))
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs a privilege that this user lacks")
     yield folder
-    if mounted:
-        subprocess.run(["umount", "-l", folder], check=True)
-    else:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process may pass 1 MiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def files(directory: Path) -> list[str]:
@@ -137,6 +141,20 @@ def test_full_tmpfs_is_an_error_and_never_a_signal(tiny: Path) -> None:
     kept.release()
     spool.store(b"room again").release()
     spool.close()
+
+
+@pytest.mark.usefixtures("small_files")
+def test_file_size_limit_is_spool_full_and_never_a_signal(spool: Spool) -> None:
+    with pytest.raises(SpoolFull):
+        spool.create(2 * MIB, reserve=2 * MIB)
+    grown = spool.create(2 * MIB, reserve=MIB // 2)
+    with pytest.raises(SpoolFull):
+        grown.view  # noqa: B018 - the property raises
+    with pytest.raises(SpoolFull):
+        grown.reserve(2 * MIB)
+    grown.release()
+    assert spool.used_bytes == 0
+    assert files(spool.directory) == []
 
 
 def test_what_finds_no_room_goes_to_the_fallback_with_all_it_held(tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ovserve.deadline import Deadline
+from ovserve.dispatch.ipc import ImageRequest
+from ovserve.dispatch.jobs import Job
+from ovserve.dispatch.queues import FairQueue, Ticket
+
+REQUEST = ImageRequest(task="edit", prompt="x")
+
+
+def ticket(client: str, name: str = "") -> Ticket:
+    return Ticket(Job(name or client, "toy", client, REQUEST, Deadline.after(60), wakeup=-1), "path")
+
+
+def names(queue: FairQueue) -> list[str]:
+    found = []
+    while (taken := queue.pop()) is not None:
+        found.append(taken.job.id)
+    return found
+
+
+def test_one_client_is_served_in_order() -> None:
+    queue = FairQueue(10)
+    for name in "abc":
+        queue.push(ticket("client", name))
+    assert names(queue) == ["a", "b", "c"]
+
+
+def test_clients_take_turns_however_many_jobs_each_has() -> None:
+    queue = FairQueue(100)
+    for number in range(4):
+        queue.push(ticket("a", f"a{number}"))
+    queue.push(ticket("b", "b0"))
+    for number in range(2):
+        queue.push(ticket("c", f"c{number}"))
+    assert names(queue) == ["a0", "b0", "c0", "a1", "c1", "a2", "a3"]
+
+
+def test_client_that_returns_waits_for_the_others_turns() -> None:
+    queue = FairQueue(100)
+    for name in ("a0", "b0", "c0"):
+        queue.push(ticket(name[0], name))
+    assert queue.pop().job.id == "a0"  # type: ignore[union-attr]
+    queue.push(ticket("a", "a1"))
+    assert names(queue) == ["b0", "c0", "a1"]
+
+
+def test_given_back_jobs_stand_before_all_in_the_order_they_came_back() -> None:
+    queue = FairQueue(1)
+    queue.push(ticket("a"))
+    first, second = ticket("b", "first"), ticket("c", "second")
+    queue.push_front(first)
+    queue.push_front(second)
+    assert len(queue) == 3
+    assert queue.first_given_back() is first
+    assert [queue.pop_given_back(), queue.pop_given_back()] == [first, second]
+    assert queue.first_given_back() is None
+    assert names(queue) == ["a"]
+
+
+def test_removed_job_is_gone_from_wherever_it_stood() -> None:
+    queue = FairQueue(10)
+    waiting, other, given_back = ticket("a"), ticket("a", "other"), ticket("b")
+    for item in (waiting, other):
+        queue.push(item)
+    queue.push_front(given_back)
+    assert queue.remove(waiting.job) is waiting
+    assert queue.remove(waiting.job) is None
+    assert queue.remove(given_back.job) is given_back
+    assert len(queue) == 1
+    assert names(queue) == ["other"]
+
+
+def test_limit_holds_at_n_and_refuses_n_plus_one() -> None:
+    queue = FairQueue(3)
+    for number in range(3):
+        assert queue.has_place_for(str(number))
+        queue.push(ticket(str(number)))
+    assert not queue.has_place_for("late")
+    assert queue.has_place_for("late", free_workers=1)
+    queue.pop()
+    assert queue.has_place_for("late")
+
+
+def test_lone_client_fills_a_short_queue_whole_and_leaves_places_in_a_long_one() -> None:
+    for limit, filled in ((1, 1), (2, 2), (8, 8), (64, 57), (900, 800)):
+        queue = FairQueue(limit)
+        while queue.has_place_for("greedy"):
+            queue.push(ticket("greedy"))
+        assert len(queue) == filled
+        assert queue.has_place_for("other") == (filled < limit)
+
+
+@given(st.lists(st.one_of(st.sampled_from("abcd"), st.none(), st.integers(0, 20)), max_size=60))
+def test_nothing_is_lost_doubled_or_overtaken(steps: list[str | int | None]) -> None:
+    queue = FairQueue(1000)
+    waiting: list[Ticket] = []
+    for step in steps:
+        if isinstance(step, str):
+            waiting.append(ticket(step))
+            queue.push(waiting[-1])
+        elif step is None:
+            taken = queue.pop()
+            assert (taken is None) == (not waiting)
+            if taken is not None:
+                first = next(item for item in waiting if item.job.client == taken.job.client)
+                assert taken is first
+                waiting.remove(taken)
+        elif step < len(waiting):
+            gone = waiting.pop(step)
+            assert queue.remove(gone.job) is gone
+        assert len(queue) == len(waiting)
+        assert set(queue) == set(waiting)
+
+
+@given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=80))
+def test_between_two_turns_of_a_client_no_other_has_two(clients: list[str]) -> None:
+    queue = FairQueue(1000)
+    for client in clients:
+        queue.push(ticket(client))
+    order = names(queue)
+    for client in set(clients):
+        places = [place for place, name in enumerate(order) if name == client]
+        for before, after in itertools.pairwise(places):
+            between = order[before + 1 : after]
+            assert len(between) == len(set(between))

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ovserve import systemd
+
+UNIT = Path(__file__).parents[2] / "scripts" / "ovserve.service"
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """systemd's end of the notify socket, by path and in the abstract namespace."""
+    name = str(tmp_path / "notify") if request.param == "path" else "@ovserve-test-" + secrets.token_hex(8)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind("\0" + name[1:] if name.startswith("@") else name)
+        listener.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+        yield listener
+
+
+def heard(manager: socket.socket) -> dict[str, str]:
+    lines = manager.recv(65536).decode().split("\n")
+    return dict(line.split("=", 1) for line in lines)
+
+
+def test_ready_with_status(manager: socket.socket) -> None:
+    assert systemd.notify_ready("serving a, b")
+    assert heard(manager) == {"READY": "1", "STATUS": "serving a, b"}
+
+
+def test_status(manager: socket.socket) -> None:
+    assert systemd.notify_status("loading")
+    assert heard(manager) == {"STATUS": "loading"}
+
+
+def test_reloading_names_its_instant_on_the_monotonic_clock(manager: socket.socket) -> None:
+    before = time.monotonic_ns() // 1000
+    assert systemd.notify_reloading()
+    told = heard(manager)
+    assert told["RELOADING"] == "1"
+    assert before <= int(told["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+
+
+def test_stopping(manager: socket.socket) -> None:
+    assert systemd.notify_stopping()
+    assert heard(manager)["STOPPING"] == "1"
+
+
+def test_newline_in_a_status_forges_no_assignment(manager: socket.socket) -> None:
+    systemd.notify_status("model\nWATCHDOG=1")
+    assert heard(manager) == {"STATUS": "model WATCHDOG=1"}
+
+
+@pytest.mark.parametrize("address", ["", "relative", "vsock:2:1234", "/nowhere/at/all"])
+def test_nobody_to_tell(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    assert not systemd.notify_ready("x")
+
+
+def test_outside_systemd_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert not systemd.notify("READY=1")
+
+
+def test_manager_that_does_not_read_stops_nobody(manager: socket.socket) -> None:
+    sent = 0
+    while systemd.notify_status("x" * 1000):
+        sent += 1
+        assert sent < 100_000
+    assert sent > 0
+
+
+def test_watchdog_is_fed_within_its_interval_and_not_at_every_call(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "300000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    watchdog = systemd.Watchdog()
+    assert watchdog.interval_s == 0.3
+    for _ in range(5):
+        watchdog.feed()
+    assert heard(manager) == {"WATCHDOG": "1"}
+    manager.settimeout(0)
+    with pytest.raises(BlockingIOError):
+        manager.recv(100)
+    manager.settimeout(5)
+    until = time.monotonic() + 0.15
+    while time.monotonic() < until:
+        watchdog.feed()
+    assert heard(manager) == {"WATCHDOG": "1"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"WATCHDOG_USEC": "soon"}, {"WATCHDOG_USEC": "300000", "WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": ""}],
+)
+def test_no_watchdog_is_fed_that_is_not_ours(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name in ("WATCHDOG_USEC", "WATCHDOG_PID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    watchdog = systemd.Watchdog()
+    assert watchdog.interval_s == 0
+    watchdog.feed()
+    manager.settimeout(0)
+    with pytest.raises(BlockingIOError):
+        manager.recv(100)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze on this machine")
+def test_unit_file_passes_systemd_analyze(tmp_path: Path) -> None:
+    # The unit names the program where an operator puts it; here it need only exist.
+    text = UNIT.read_text().replace("/opt/ovserve/bin/python", shutil.which("true") or "/bin/true")
+    unit = tmp_path / "ovserve.service"
+    unit.write_text(text)
+    found = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], check=False, capture_output=True, text=True)
+    ours = [line for line in (found.stdout + found.stderr).splitlines() if "ovserve" in line]
+    assert ours == []
+    assert found.returncode == 0
+
+
+def test_unit_file_leaves_the_drain_to_the_front_end() -> None:
+    lines = UNIT.read_text().splitlines()
+    assert "Type=notify" in lines
+    assert "KillMode=mixed" in lines
+    assert "ExecReload=/bin/kill -HUP $MAINPID" in lines
