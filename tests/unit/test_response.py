@@ -1,0 +1,77 @@
+"""Response heads: every field in its place, and none that a caller could smuggle in."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import time
+
+import pytest
+
+from ovserve.config import Settings
+from ovserve.errors import InvalidValue, MethodNotAllowed, QueueFull, Unauthorized, WorkerCrashed
+from ovserve.front.response import Responses, error_content, error_fields
+
+
+def lines(head: bytes) -> list[str]:
+    assert head.endswith(b"\r\n\r\n")
+    return head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
+
+
+def test_a_head_has_what_every_answer_needs() -> None:
+    before = int(time.time())
+    status, *found = lines(Responses(Settings()).head(200, "req_1", media_type="a/b", framing=b"Content-Length: 3\r\n"))
+    fields = dict(line.split(": ", 1) for line in found)
+    assert status == "HTTP/1.1 200 OK"
+    assert before <= email.utils.parsedate_to_datetime(fields.pop("Date")).timestamp() <= time.time()
+    assert fields.pop("Access-Control-Expose-Headers")
+    assert fields == {
+        "Server": "ovserve",
+        "Access-Control-Allow-Origin": "*",
+        "Content-Type": "a/b",
+        "x-request-id": "req_1",
+        "Content-Length": "3",
+    }
+
+
+def test_origins_are_as_configured() -> None:
+    head = Responses(Settings(allowed_origins="https://a.test")).head(200, "r")
+    assert "Access-Control-Allow-Origin: https://a.test" in lines(head)
+    assert b"Access-Control" not in Responses(Settings(allowed_origins="")).head(200, "r")
+
+
+def test_phrases_are_those_of_rfc_9110() -> None:
+    responses = Responses(Settings())
+    assert lines(responses.head(413, "r"))[0] == "HTTP/1.1 413 Content Too Large"
+    assert lines(responses.head(414, "r"))[0] == "HTTP/1.1 414 URI Too Long"
+    assert lines(responses.head(599, "r"))[0] == "HTTP/1.1 599 "
+
+
+def test_the_date_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    responses = Responses(Settings())
+    for second in (784_111_777, 784_111_778):
+        monkeypatch.setattr(time, "time", lambda second=second: second + 0.5)
+        assert f"Date: {email.utils.formatdate(second, usegmt=True)}" in lines(responses.head(200, "r"))
+
+
+@pytest.mark.parametrize("value", ["a\r\nb: c", "a\n", "\r"])
+def test_a_field_cannot_hold_a_line_end(value: str) -> None:
+    with pytest.raises(ValueError, match="line end"):
+        Responses(Settings()).head(200, "r", headers={"x-a": value})
+
+
+def test_errors_say_what_to_do() -> None:
+    assert error_fields(QueueFull("full", retry_after_s=500)) == {"Retry-After": "60", "x-should-retry": "true"}
+    assert error_fields(WorkerCrashed("twice")) == {"x-should-retry": "false"}
+    assert error_fields(MethodNotAllowed("no", headers={"Allow": "GET"})) == {"Allow": "GET"}
+    assert error_fields(Unauthorized("no")) == {"WWW-Authenticate": "Bearer"}
+    content = json.loads(error_content(InvalidValue("ž \ud800", param="n")))
+    assert content == {
+        "error": {"message": "ž ?", "type": "invalid_request_error", "param": "n", "code": "invalid_value"}
+    }
+
+
+def test_a_refusal_is_whole() -> None:
+    head, content = Responses(Settings()).refusal(InvalidValue("no"), "req_1")
+    assert f"Content-Length: {len(content)}" in lines(head)
+    assert "Connection: close" in lines(head)
