@@ -454,7 +454,7 @@ def _check_names(table: type, mapping: Mapping[str, Any], where: str) -> None:
 def _model_name(model: ModelSettings) -> ModelSettings:
     if model.name:
         return model
-    name = model.path.resolve().name if model.path else "ovserve-builtin"
+    name = (model.path.resolve().name or "model") if model.path else "ovserve-builtin"
     return dataclasses.replace(model, name=name)
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "Draining",
     "ExpectationFailed",
     "FieldsTooLarge",
+    "Forbidden",
     "HttpVersionNotSupported",
     "ImageError",
     "InternalError",
@@ -227,6 +228,14 @@ class Unauthorized(ApiError):
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+
+
+class Forbidden(ApiError):
+    """403: only the machine itself may do this."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "forbidden"
 
 
 class NotFound(ApiError):

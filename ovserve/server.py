@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 
 from ovserve import systemd
 from ovserve.api.catalog import Catalog, read_catalog
@@ -52,13 +53,15 @@ class Server:
         """
         self._settings = settings
         self._reread = reread
+        self._reloading = threading.Lock()
+        resource_tracker.ensure_running()  # its start unblocks SIGINT and SIGTERM in this thread: before ours, not after
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         catalog = read_catalog(settings)
         self._spool = Spool(settings.spool_dir or default_directory(), settings.spool_bytes)
         try:
             self._dispatcher = Dispatcher(self._spool, settings)
             self._supervisor = Supervisor(settings, _profiles(catalog), self._dispatcher, worker.main)
-            self._api = ImagesApi(settings, catalog, self._dispatcher)
+            self._api = ImagesApi(settings, catalog, self._dispatcher, self.reload)
             self._listener = Listener(settings, self._api, self._spool)
         except BaseException:
             self._spool.close()
@@ -97,21 +100,27 @@ class Server:
                     "draining", extra=fields(signal=signal.Signals(number).name, grace_s=self._settings.grace_period_s)
                 )
                 return
-            self.reload()
+            try:
+                self.reload()
+            except StartupError as error:
+                log.error("not reloaded: %s", error)  # noqa: TRY400 - the message says all there is
 
     def reload(self) -> None:
-        """Read the configuration again; new workers take over when they are ready. A wrong configuration changes nothing."""
-        systemd.notify_reloading()
-        try:
-            settings = self._reread()
-            catalog = read_catalog(settings)
-        except StartupError as error:
-            log.error("not reloaded: %s", error)  # noqa: TRY400 - the message says all there is
-        else:
-            self._supervisor.reload(settings, _profiles(catalog))
-            self._api.catalog = catalog
-            log.info("reloaded", extra=fields(models=", ".join(catalog.models)))
-        systemd.notify_ready("serving " + ", ".join(self._api.catalog.models))
+        """Read the configuration again; new workers take over when they are ready. Thread-safe: yes, one at a time.
+
+        Raises:
+            StartupError: the new configuration is wrong, and nothing was changed.
+        """
+        with self._reloading:
+            systemd.notify_reloading()
+            try:
+                settings = self._reread()
+                catalog = read_catalog(settings)
+                self._supervisor.reload(settings, _profiles(catalog))
+                self._api.catalog = catalog
+                log.info("reloaded", extra=fields(models=", ".join(catalog.models)))
+            finally:
+                systemd.notify_ready("serving " + ", ".join(self._api.catalog.models))
 
     def _drain(self) -> None:
         """Take no new jobs, and let those in flight finish within the grace period. A second signal ends the process now."""

@@ -93,7 +93,7 @@ def _meant(spelled: str) -> Field:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and value in _EMPTY) or value in ([], {})
+    return value is None or (isinstance(value, str) and value in _EMPTY)
 
 
 def _gather(form: Form, endpoint: str) -> _Gathered:
@@ -288,7 +288,7 @@ def _refuse_text_images(gathered: _Gathered, is_json: bool) -> None:
     """An image must be a file, or in JSON a data URL: everything else is told what is wrong with it."""
     for name in ("image", "mask"):
         for spelled, value in gathered.values.get(name, ()):
-            if _is_empty(value):
+            if _is_empty(value) or value == []:
                 continue
             reference = value[0] if isinstance(value, list) and value else value
             reference = reference.get("image_url", reference) if isinstance(reference, dict) else reference

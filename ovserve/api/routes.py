@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from ovserve import __version__
 from ovserve.api.catalog import Catalog
@@ -21,7 +22,7 @@ from ovserve.api.replies import json_reply, model_object, models_object
 from ovserve.api.store import Store, parse_range
 from ovserve.config import Settings
 from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
-from ovserve.errors import MethodNotAllowed, NotFound
+from ovserve.errors import BadRequest, Forbidden, MethodNotAllowed, NotFound, StartupError
 from ovserve.metrics import CONTENT_TYPE, Metrics
 
 __all__ = ["ROUTES", "ImagesApi", "Route"]
@@ -48,8 +49,11 @@ class Route:
 class ImagesApi:
     """The API of one server. Thread-safe: `catalog` is replaced as a whole by a reload; nothing else changes."""
 
-    def __init__(self, settings: Settings, catalog: Catalog, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, settings: Settings, catalog: Catalog, dispatcher: Dispatcher, reload: Callable[[], None]
+    ) -> None:
         self.settings = settings
+        self.reload = reload
         self.catalog = catalog
         self.dispatcher = dispatcher
         self.store = Store(settings)
@@ -174,6 +178,27 @@ def _model_ready(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Repl
     return json_reply({"ready": status.ready, "reason": status.reason}, 200 if status.ready else 503)
 
 
+def _config(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
+    """Each model's state in the reference server's form."""
+    document = {}
+    for name in api.catalog.models:
+        status = api.dispatcher.status(name)
+        state = "AVAILABLE" if status.ready else "END" if status.failed else "LOADING"
+        told = {"error_code": "UNKNOWN" if status.failed else "OK", "error_message": status.reason}
+        document[name] = {"model_version_status": [{"version": "1", "state": state, "status": told}]}
+    return json_reply(document)
+
+
+def _reload(api: ImagesApi, exchange: Exchange, __: Mapping[str, str]) -> Reply:
+    if not ip_address(exchange.address).is_loopback:
+        raise Forbidden("The configuration is reloaded from the machine itself only.")
+    try:
+        api.reload()
+    except StartupError as error:
+        raise BadRequest(f"Not reloaded: {error}") from None
+    return json_reply({"reloaded": True, "models": list(api.catalog.models)})
+
+
 def _server(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> JsonReply:
     return json_reply({"name": "ovserve", "version": __version__})
 
@@ -232,6 +257,14 @@ ROUTES = (
         prefixed=False,
     ),
     Route("GET", "/v2/models/{model}/ready", "The same for one model.", _model_ready, prefixed=False),
+    Route("GET", "/v1/config", "State of each model, in the reference server's form.", _config, prefixed=False),
+    Route(
+        "POST",
+        "/v1/config/reload",
+        "Read the configuration again; from the machine itself only.",
+        _reload,
+        prefixed=False,
+    ),
     Route("GET", "/metrics", "Counters for Prometheus.", _metrics, prefixed=False),
     Route("GET", "/openapi.json", "This API as an OpenAPI 3.1 document.", _openapi, prefixed=False),
     Route("GET", "/v2", "Name and version of the server.", _server, prefixed=False),

@@ -165,7 +165,10 @@ def test_generations_and_variations(client: openai.OpenAI, data: Path) -> None:
     item = client.images.generate(prompt="a pink heart on a black background", extra_body={"seed": 2}).data[0]
     scene = read_picture(pixels(item))
     assert (scene.background, scene.objects[0].colour, scene.objects[0].shape) == ("black", "pink", "heart")
-    with (data / "red_circle.png").open("rb") as image, pytest.warns(DeprecationWarning):  # OpenAI has retired its own
+    with (
+        (data / "red_circle.png").open("rb") as image,
+        pytest.warns(DeprecationWarning, match="deprecated"),
+    ):  # OpenAI has retired its own
         varied = client.images.create_variation(image=image).data[0]
     assert pixels(varied).shape == (128, 128, 3)
 

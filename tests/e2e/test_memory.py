@@ -1,0 +1,37 @@
+"""Two hundred edits in a row: neither the front end nor the worker grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+
+from tests.live import LiveServer, resident_bytes
+
+WARM, EDITS = 20, 200
+SLACK_BYTES = 12 * 1024 * 1024  # of an allocator's own unrest; a leaked 128x128 picture for each edit would be 9 MB
+
+
+def test_memory_stays_flat_after_the_first_twenty(tmp_path: Path, data: Path) -> None:
+    with LiveServer(spool=tmp_path) as live, httpx.Client(base_url=live.url, timeout=60) as client:
+        (worker,) = live.workers()
+        processes = {"front end": live.process.pid, "worker": worker}
+        image, mask = (data / "red_circle.png").read_bytes(), (data / "mask_alpha.png").read_bytes()
+        seen: dict[str, list[int]] = {name: [] for name in processes}
+        for number in range(EDITS):
+            files = {"image": ("a.png", image), **({"mask": ("m.png", mask)} if number % 3 == 0 else {})}
+            fields = {
+                "prompt": f"a green circle on a blue background {number}",
+                "num_inference_steps": "4",
+                "size": ("auto", "200x120")[number % 2],
+            }
+            assert client.post("/v3/images/edits", data=fields, files=files).status_code == 200
+            for name, pid in processes.items():
+                seen[name].append(resident_bytes(pid))
+        for name, sizes in seen.items():
+            grown = max(sizes[-20:]) - max(sizes[WARM : WARM + 20])
+            print(
+                f"{name}: {sizes[WARM] / 1e6:.1f} MB after {WARM} edits, {sizes[-1] / 1e6:.1f} MB after {EDITS}, {grown / 1e6:+.1f} MB"
+            )
+            assert grown <= SLACK_BYTES, f"{name} grew by {grown} bytes"
+        assert len(list(tmp_path.rglob("*"))) <= 2, "segments left in the spool"
