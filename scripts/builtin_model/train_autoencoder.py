@@ -76,6 +76,7 @@ def train(options: argparse.Namespace) -> None:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(options.peak_learning_rate, step, options.steps)
         images = _batch(options, step).to(device)
+        torch.manual_seed(_step_seed(options.seed, step))  # for the noise on the latents
         with autocast(device):
             loss = loss_of(model, images)
         optimiser.zero_grad()
@@ -111,9 +112,14 @@ def _loss(model: Autoencoder, images: Tensor) -> Tensor:
     return difference.abs().mean() + 2 * difference.square().mean() + 0.5 * edges + 2e-3 * latents.square().mean()
 
 
+def _step_seed(seed: int, step: int) -> int:
+    """All chance in a step follows from this, so that a resumed run goes on as if it had never stopped."""
+    return seed * 10_000_019 + step
+
+
 def _batch(options: argparse.Namespace, step: int) -> Tensor:
-    """Crops of freshly drawn pictures; a function of the seed and the step, so that a resumed run sees the same."""
-    rng = random.Random(f"{options.seed}/{step}")
+    """Crops of freshly drawn pictures."""
+    rng = random.Random(_step_seed(options.seed, step))
     crops = []
     for _ in range(options.batch):
         textured = rng.random() < options.textures
