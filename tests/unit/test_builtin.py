@@ -1,0 +1,49 @@
+"""The built-in model is whole, small and says of itself what its own files say."""
+
+from __future__ import annotations
+
+import json
+
+from ovserve.config import ModelSettings
+from ovserve.profile import builtin_directory, read_profile
+
+MAX_BYTES = 15_000_000
+
+
+def test_every_component_is_in_the_package_and_all_of_it_is_small() -> None:
+    directory = builtin_directory()
+    present = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    graphs = {f"{part}/openvino_model" for part in ("text_encoder", "unet", "vae_encoder", "vae_decoder")}
+    graphs.add("tokenizer/openvino_tokenizer")
+    configs = {"model_index.json", "ovserve.json", "scheduler/scheduler_config.json", "MODEL_CARD.md"}
+    configs |= {f"{part}/config.json" for part in ("text_encoder", "unet", "vae_encoder", "vae_decoder")}
+    assert present == {f"{graph}.{suffix}" for graph in graphs for suffix in ("xml", "bin")} | configs
+    assert sum((directory / name).stat().st_size for name in present) < MAX_BYTES
+
+
+def test_the_scheduler_avoids_the_spacing_that_runs_a_timestep_too_many() -> None:
+    config = json.loads((builtin_directory() / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+    assert config["timestep_spacing"] == "leading"
+    assert config["clip_sample"] is False  # the library refuses DDIM otherwise
+
+
+def test_its_profile_has_its_own_defaults_not_those_of_its_family() -> None:
+    profile = read_profile(ModelSettings(name="shapes"))
+    assert (profile.family, profile.tasks) == (
+        "stable-diffusion",
+        frozenset({"text2image", "image2image", "inpainting"}),
+    )
+    assert (profile.native.width, profile.native.height) == (128, 128)
+    assert (profile.min_side_px, profile.max_side_px) == (128, 128)
+    assert profile.defaults.num_inference_steps == 12
+    assert profile.defaults.guidance_scale == 3.0
+    assert profile.defaults.strength == 0.7
+    assert profile.defaults.strength_inpainting == 1.0
+    assert profile.prompt_tokens == 32
+
+
+def test_presets_take_more_steps_for_more_quality_and_high_is_the_default() -> None:
+    profile = read_profile(ModelSettings(name="shapes"))
+    steps = [profile.presets[name]["num_inference_steps"] for name in ("low", "medium", "high")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == profile.defaults.num_inference_steps
