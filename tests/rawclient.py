@@ -51,7 +51,7 @@ class RawClient:
         self._socket.settimeout(timeout_s)
         self._socket.connect(("127.0.0.1", port))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._received = b""
+        self._received = bytearray()
 
     def __enter__(self) -> Self:
         return self
@@ -97,10 +97,9 @@ class RawClient:
 
     def read_line(self) -> bytes:
         """Up to and including the next CRLF."""
-        while b"\r\n" not in self._received:
+        while (end := self._received.find(b"\r\n")) < 0:
             self._more()
-        line, _, self._received = self._received.partition(b"\r\n")
-        return line + b"\r\n"
+        return self.read_exactly(end + 2)
 
     def read_head(self) -> tuple[int, dict[str, str]]:
         """Status and fields of the next response."""
@@ -138,7 +137,8 @@ class RawClient:
         """So many bytes."""
         while len(self._received) < count:
             self._more()
-        data, self._received = self._received[:count], self._received[count:]
+        data = bytes(self._received[:count])
+        del self._received[:count]
         return data
 
     def read_rest(self) -> bytes:
@@ -147,8 +147,7 @@ class RawClient:
             while True:
                 self._more()
         except ConnectionError:
-            data, self._received = self._received, b""
-            return data
+            return self.read_exactly(len(self._received))
 
     def _more(self) -> None:
         data = self._socket.recv(65536)

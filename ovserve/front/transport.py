@@ -117,6 +117,8 @@ class Transport:
                 total += sent
                 rest = _behind(rest, sent)
         except BlockingIOError:
+            # Closed as usual, the kernel would hold what is unread for minutes: reset the connection instead.
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
             raise ClientGone("the client has stopped reading") from None
         except OSError as error:
             raise ClientGone(error.strerror or "connection lost") from None

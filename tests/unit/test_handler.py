@@ -1,0 +1,407 @@
+"""One connection: exchanges in order, errors in one form, streams that end, and a connection that persists when it may."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from ovserve.front.listener import Listener
+from tests.rawclient import RawClient, Response
+from tests.toyapi import ToyApi, serving
+
+JSON_BODY = b'{"a": 1}'
+JSON = b"Content-Type: application/json\r\n"
+
+
+def request(target: str, fields: bytes = b"", body: bytes = b"", method: str = "GET", version: str = "1.1") -> bytes:
+    return f"{method} {target} HTTP/{version}\r\nHost: a.test\r\n".encode() + fields + b"\r\n" + body
+
+
+def post(target: str, body: bytes = JSON_BODY, fields: bytes = JSON) -> bytes:
+    return request(target, fields + b"Content-Length: %d\r\n" % len(body), body, "POST")
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[tuple[Listener, ToyApi]]:
+    with serving(linger_s=0.3) as both:
+        yield both
+
+
+@pytest.fixture
+def client(running: tuple[Listener, ToyApi]) -> Iterator[RawClient]:
+    with RawClient(running[0].port) as connected:
+        yield connected
+
+
+@pytest.fixture
+def api(running: tuple[Listener, ToyApi]) -> ToyApi:
+    return running[1]
+
+
+def test_a_route_sees_the_request(client: RawClient) -> None:
+    fields = b"Authorization: Bearer k\r\nX-A: b\r\nx-a: c\r\n"
+    seen = client.send(request("/describe/%C4%8D?x=1&y=%20", fields)).read_response().json
+    assert (seen["method"], seen["path"], seen["query"]) == ("GET", "/describe/č", {"x": "1", "y": " "})
+    assert (seen["address"], seen["fields"]["x-a"]) == ("127.0.0.1", "b, c")
+    assert re.fullmatch("[0-9a-f]{16}", seen["client"])
+
+
+def test_requests_on_one_connection_are_answered_in_order(client: RawClient) -> None:
+    for number in range(3):
+        assert client.send(request(f"/describe/{number}")).read_response().json["path"] == f"/describe/{number}"
+
+
+def test_pipelined_requests_are_answered_in_order(client: RawClient) -> None:
+    chunked = request("/echo", JSON + b"Transfer-Encoding: chunked\r\n", b'8\r\n{"a": 3}\r\n0\r\n\r\n', "POST")
+    client.send(
+        request("/describe/1") + post("/echo", b'{"a": 2}') + chunked + post("/ignore") + request("/describe/5")
+    )
+    assert client.read_response().json["path"] == "/describe/1"
+    assert client.read_response().json["fields"] == [["a", 2]]
+    assert client.read_response().json["fields"] == [["a", 3]]
+    assert client.read_response().json == {"ignored": True}
+    assert client.read_response().json["path"] == "/describe/5"
+
+
+def test_head_is_answered_without_content(client: RawClient) -> None:
+    whole = client.send(request("/describe")).read_response()
+    head = client.send(request("/describe", method="HEAD")).read_response("HEAD")
+    assert abs(int(head.fields["content-length"]) - len(whole.content)) == len("HEAD") - len("GET")
+    stream = client.send(request("/stream?do=3.3", method="HEAD")).read_response("HEAD")
+    assert stream.fields["content-type"] == "text/event-stream"
+    missing = client.send(request("/nowhere", method="HEAD")).read_response("HEAD")
+    assert missing.status == 404
+    assert client.send(request("/health")).read_response().json == {"live": True}
+
+
+def test_an_upload_is_spooled_and_given_back(client: RawClient) -> None:
+    part = (
+        b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        + b"\x00\r\n" * 50_000
+        + b"\r\n--b--\r\n"
+    )
+    echo = client.send(post("/echo", part, b"Content-Type: multipart/form-data; boundary=b\r\n")).read_response().json
+    assert echo["uploads"][0][:2] == ["image", 150_000]
+
+
+def test_an_empty_answer_has_no_framing(client: RawClient) -> None:
+    response = client.send(request("/nothing", method="OPTIONS")).read_response()
+    assert response.status == 204
+    assert "content-length" not in response.fields
+    assert "content-type" not in response.fields
+    assert client.send(request("/health")).read_response().status == 200
+
+
+def test_a_file_has_its_own_type_and_fields(client: RawClient) -> None:
+    response = client.send(request("/file")).read_response()
+    assert (response.content, response.fields["content-type"]) == (b"\x89PNG", "image/png")
+    assert response.fields["cache-control"] == "private"
+
+
+def test_a_large_answer_of_many_pieces_arrives_whole(client: RawClient) -> None:
+    response = client.send(request("/large?size=20001&count=700")).read_response()
+    assert len(response.content) == 20001 * 700
+    assert response.content[20001 * 25 : 20001 * 25 + 3] == b"ZZZ"
+
+
+# --- connections that persist, or end --------------------------------------------------------------------------------
+
+
+def test_a_connection_ends_when_the_client_says_so(client: RawClient) -> None:
+    response = client.send(request("/health", b"Connection: close\r\n")).read_response()
+    assert response.fields["connection"] == "close"
+    assert client.read_rest() == b""
+
+
+def test_an_old_client_s_connection_ends_unless_it_asks(client: RawClient) -> None:
+    kept = client.send(request("/health", b"Connection: keep-alive\r\n", version="1.0")).read_response()
+    assert kept.fields["connection"] == "keep-alive"
+    ended = client.send(request("/health", version="1.0")).read_response()
+    assert ended.fields["connection"] == "close"
+    assert client.read_rest() == b""
+
+
+@pytest.mark.parametrize("fields", [b"Content-Length: 1000\r\n", b"Content-Length: 65536\r\n"])
+def test_a_short_unread_body_is_dropped_and_the_connection_persists(client: RawClient, fields: bytes) -> None:
+    body = b"x" * int(fields.split()[1])
+    client.send(request("/ignore", fields, body, "POST"))
+    assert "connection" not in client.read_response().fields
+    assert client.send(request("/health")).read_response().status == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"Content-Length: 1000000\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"Content-Length: 5\r\nExpect: 100-continue\r\n",
+    ],
+)
+def test_other_unread_bodies_end_the_connection(client: RawClient, fields: bytes) -> None:
+    response = client.send(request("/ignore", fields, method="POST")).read_response()
+    assert response.fields["connection"] == "close"
+    client.half_close()
+    assert client.read_rest() == b""
+
+
+def test_an_answer_to_a_refused_upload_arrives_although_the_client_still_sends(running: Any) -> None:
+    for _ in range(5):
+        with RawClient(running[0].port) as client:
+            client.send(request("/nowhere", b"Content-Length: 3000000\r\n", method="POST"))
+            client.send(b"x" * 3_000_000)
+            assert client.read_response().status == 404
+            client.half_close()
+            assert client.read_rest() == b""
+
+
+def test_an_error_in_mid_body_is_answered_and_the_connection_ends(client: RawClient) -> None:
+    data = request("/echo", JSON + b"Transfer-Encoding: chunked\r\n", b'8\r\n{"a": 1}XX', "POST")
+    response = client.send(data + b"y" * 100_000).read_response()
+    assert (response.status, response.code, response.fields["connection"]) == (400, "malformed_request", "close")
+    client.half_close()
+    assert client.read_rest() == b""
+
+
+# --- Expect ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_client_is_told_to_continue_when_the_route_reads_the_form(client: RawClient) -> None:
+    client.send(request("/echo", JSON + b"Content-Length: 8\r\nExpect: 100-continue\r\n", method="POST"))
+    assert client.read_response().status == 100
+    assert client.send(JSON_BODY).read_response().json["fields"] == [["a", 1]]
+    assert client.send(request("/health")).read_response().status == 200
+
+
+def test_a_client_that_does_not_wait_is_not_told(client: RawClient) -> None:
+    client.send(request("/echo", JSON + b"Content-Length: 8\r\nExpect: 100-continue\r\n", JSON_BODY, "POST"))
+    assert client.read_response().status == 200
+
+
+def test_the_final_error_comes_before_the_body(client: RawClient) -> None:
+    client.send(request("/nowhere", b"Content-Length: 8\r\nExpect: 100-continue\r\n", method="POST"))
+    response = client.read_response()
+    assert (response.status, response.fields["connection"]) == (404, "close")
+
+
+def test_a_body_of_an_unknown_type_is_refused_before_it_is_sent(client: RawClient) -> None:
+    client.send(
+        request("/echo", b"Content-Type: text/plain\r\nContent-Length: 8\r\nExpect: 100-continue\r\n", method="POST")
+    )
+    assert client.read_response().status == 415
+
+
+# --- errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_errors_have_one_form(client: RawClient) -> None:
+    missing = client.send(request("/nowhere")).read_response()
+    assert (missing.status, missing.code, missing.json["error"]["param"]) == (404, "not_found", None)
+    wrong = client.send(request("/raise?kind=other")).read_response()
+    assert (wrong.status, wrong.code, wrong.json["error"]["param"]) == (400, "invalid_value", "kind")
+    full = client.send(request("/raise?kind=queue_full")).read_response()
+    assert (full.status, full.fields["retry-after"], full.fields["x-should-retry"]) == (429, "7", "true")
+    method = client.send(request("/raise?kind=method")).read_response()
+    assert (method.status, method.fields["allow"]) == (405, "POST")
+    crash = client.send(request("/raise?kind=crash")).read_response()
+    assert (crash.status, crash.fields["x-should-retry"]) == (500, "false")
+    assert len({r.fields["x-request-id"] for r in (missing, wrong, full, method, crash)}) == 5
+
+
+def test_a_bug_is_answered_and_its_traceback_is_under_the_request_s_id(
+    client: RawClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    response = client.send(request("/raise?kind=bug")).read_response()
+    assert (response.status, response.code) == (500, "internal_error")
+    assert "bug in a route" not in response.content.decode()
+    record = next(record for record in caplog.records if record.levelno == logging.ERROR)
+    assert record.__dict__["fields"] == {"id": response.fields["x-request-id"]}
+    assert record.exc_info is not None
+    assert record.exc_info[0] is KeyError
+    assert client.send(request("/health")).read_response().status == 200
+
+
+def test_a_field_that_would_split_the_response_is_a_bug(client: RawClient) -> None:
+    response = client.send(request("/raise?kind=injection")).read_response()
+    assert response.status == 500
+    assert "set-cookie" not in response.fields
+
+
+# --- streams -----------------------------------------------------------------------------------------------------------
+
+
+def chunks(client: RawClient) -> list[bytes]:
+    return list(iter(client.read_chunk, b""))
+
+
+def test_events_are_chunks_written_at_once(client: RawClient, api: ToyApi) -> None:
+    client.send(request("/stream?do=3.wait.comment.5"))
+    status, fields = client.read_head()
+    assert (status, fields["content-type"], fields["transfer-encoding"]) == (200, "text/event-stream", "chunked")
+    assert (fields["x-toy"], fields["cache-control"]) == ("1", "no-cache")
+    assert client.read_chunk() == b"event: piece\ndata: xxx\n\n"
+    assert not client.has_answer(0.05)
+    api.release()
+    assert chunks(client) == [b": step 1/2\n\n", b"event: piece\ndata: xxxxx\n\n"]
+    assert api.closed.get(timeout=10) == "/stream"
+    assert client.send(request("/health")).read_response().status == 200
+
+
+def test_a_stream_without_events_is_empty(client: RawClient) -> None:
+    assert client.send(request("/stream")).read_response().content == b""
+
+
+def test_an_old_client_s_stream_ends_with_the_connection(client: RawClient) -> None:
+    response = client.send(request("/stream?do=3.4", version="1.0")).read_response()
+    assert response.content == b"event: piece\ndata: xxx\n\nevent: piece\ndata: xxxx\n\n"
+    assert "transfer-encoding" not in response.fields
+
+
+def test_an_error_before_the_first_event_has_its_own_status(client: RawClient, api: ToyApi) -> None:
+    response = client.send(request("/stream?do=error")).read_response()
+    assert (response.status, response.code) == (400, "invalid_value")
+    assert api.closed.get(timeout=10) == "/stream"
+    assert client.send(request("/health")).read_response().status == 200
+
+
+@pytest.mark.parametrize(("what", "code"), [("error", "invalid_value"), ("bug", "internal_error")])
+def test_an_error_in_mid_stream_is_the_last_event(client: RawClient, what: str, code: str) -> None:
+    client.send(request(f"/stream?do=3.{what}.4"))
+    content = client.read_response().content
+    *_, last = content.removesuffix(b"\n\n").split(b"\n\n")
+    kind, data = last.split(b"\n")
+    document = json.loads(data.removeprefix(b"data: "))
+    assert kind == b"event: error"
+    assert (document["type"], document["error"]["code"]) == ("error", code)
+    assert b"xxxx" not in content
+    assert client.send(request("/health")).read_response().status == 200
+
+
+def test_a_client_that_leaves_ends_the_stream(running: Any, api: ToyApi) -> None:
+    for leave in ("close", "abandon", "half_close"):
+        with RawClient(running[0].port) as client:
+            client.send(request("/stream?do=3.wait"))
+            client.read_head()
+            client.read_chunk()
+            getattr(client, leave)()
+            assert api.gone.get(timeout=10) == "/stream"
+            assert api.closed.get(timeout=10) == "/stream"
+
+
+# --- waiting -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_waiting_route_goes_on_when_it_is_woken(client: RawClient, api: ToyApi) -> None:
+    client.send(request("/wait"))
+    assert not client.has_answer(0.05)
+    api.release()
+    assert client.read_response().json == {"waited": True}
+    assert client.send(request("/tick")).read_response().json == {"woken": False}
+
+
+@pytest.mark.parametrize("leave", ["close", "abandon", "half_close"])
+def test_a_client_that_leaves_ends_its_wait(running: Any, api: ToyApi, leave: str) -> None:
+    with RawClient(running[0].port) as client:
+        client.send(request("/wait/" + leave) + request("/never"))  # pipelined bytes do not hide the end
+        while api.seen.get(timeout=10) != "/wait/" + leave:
+            pass
+        getattr(client, leave)()
+        assert api.gone.get(timeout=10) == "/wait/" + leave
+
+
+# --- time --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_head_is_answered_408() -> None:
+    with serving(head_timeout_s=0.2) as (listener, _), RawClient(listener.port) as client:
+        client.send(b"GET /health HTTP/1.1\r\nHos")
+        response = client.read_response()
+        assert (response.status, response.code) == (408, "request_timeout")
+        assert client.read_rest() == b""
+
+
+def test_a_head_that_dribbles_has_no_longer_than_one_that_stops() -> None:
+    with serving(head_timeout_s=0.3) as (listener, _), RawClient(listener.port) as client:
+        started = time.monotonic()
+        while not client.has_answer(0.05):
+            client.send(b"X")
+            assert time.monotonic() - started < 20
+        assert client.read_response().status in {400, 408, 414, 431}
+
+
+def test_silence_ends_a_connection_without_a_word() -> None:
+    with serving(head_timeout_s=0.1, idle_timeout_s=0.1) as (listener, _):
+        with RawClient(listener.port) as client:
+            assert client.read_rest() == b""
+        with RawClient(listener.port) as client:
+            client.send(request("/health"))
+            assert client.read_response().status == 200
+            assert client.read_rest() == b""
+
+
+def test_a_slow_body_is_answered_408() -> None:
+    with serving(body_grace_s=0.1, linger_s=0.1) as (listener, _), RawClient(listener.port) as client:
+        client.send(request("/echo", JSON + b"Content-Length: 8\r\n", b"{", "POST"))
+        response = client.read_response()
+        assert (response.status, response.code) == (408, "request_timeout")
+        assert client.read_rest() == b""
+
+
+def test_a_client_that_does_not_read_is_given_up() -> None:
+    with serving(write_timeout_s=0.2) as (listener, api), RawClient(listener.port) as client:
+        client.send(request("/large?size=1000000&count=30"))
+        assert api.seen.get(timeout=10) == "/large"
+        until = time.monotonic() + 20
+        while listener.open_connections:
+            assert time.monotonic() < until
+            time.sleep(0.01)  # a socket that nobody reads tells nobody
+        assert len(client.read_rest()) < 30_000_000
+
+
+# --- the log -----------------------------------------------------------------------------------------------------------
+
+
+def line_of(caplog: pytest.LogCaptureFixture, message: str) -> logging.LogRecord:
+    """The record with this message; it is written after the answer."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        for record in caplog.records:
+            if record.getMessage() == message:
+                return record
+        time.sleep(0.01)  # a log has no event to wait for
+    raise AssertionError([record.getMessage() for record in caplog.records])
+
+
+def test_each_request_leaves_one_line(client: RawClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ovserve")
+    fields = b"X-Client-Request-Id: mine-1\r\nAuthorization: Bearer secret\r\n"
+    response: Response = client.send(request("/describe/%20?key=secret", fields)).read_response()
+    client.send(request("/health")).read_response()
+    record = line_of(caplog, "GET /describe/%20 200")
+    told = record.__dict__["fields"]
+    assert (told["id"], told["client_id"]) == (response.fields["x-request-id"], "mine-1")
+    assert told["bytes"] > len(response.content)
+    assert told["ms"] >= 0
+    assert "secret" not in str(told)
+
+
+def test_a_refused_request_leaves_a_line_too(client: RawClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ovserve")
+    response = client.send(b"nonsense\r\n\r\n").read_response()
+    record = line_of(caplog, "refused 400")
+    assert record.__dict__["fields"]["id"] == response.fields["x-request-id"]
+
+
+def test_a_client_that_left_is_499_in_the_log(running: Any, api: ToyApi, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ovserve")
+    with RawClient(running[0].port) as client:
+        client.send(request("/wait"))
+        client.socket.shutdown(socket.SHUT_RDWR)
+        assert api.gone.get(timeout=10) == "/wait"
+    assert line_of(caplog, "GET /wait 499").__dict__["fields"]["bytes"] == 0
