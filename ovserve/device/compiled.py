@@ -1,0 +1,341 @@
+"""The models of one directory, read, checked and compiled for their devices: text encoders, UNet, VAE encoder and decoder.
+
+Every infer request here belongs to one slot. A slot is a place where one call runs at a time: on a CPU a stream of its own with
+a fixed number of threads, the same for each request whatever the load, because another number of threads moves the last bits of
+a result (measured) and another batch does not.
+
+Each slot has compiled models of its own, of one stream each. One compiled model with several streams would hold the weights once,
+but the CPU plugin (2026.4.1) then packs them in all streams at the same time and they race: of ten compilations of the built-in
+model with NUM_STREAMS=2 on a busy machine, one gave other bits than the rest, and now and then one gave noise for pictures.
+With one stream every compilation gives the same bits, and they are those of the library's own pipelines.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from openvino import opset13 as ops
+from openvino.preprocess import PrePostProcessor
+
+from ovserve.config import ModelSettings
+from ovserve.device.noise import Array
+from ovserve.errors import ModelError
+from ovserve.profile import ModelProfile
+
+__all__ = ["Components", "Layout", "Requests", "component_config"]
+
+log = logging.getLogger(__name__)
+
+UNET_INPUTS = frozenset({"sample", "timestep", "encoder_hidden_states", "timestep_cond", "text_embeds", "time_ids"})
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a device is divided: `streams` calls side by side, each on `threads` CPU threads (0: the plugin's own choice)."""
+
+    streams: int = 1
+    threads: int = 0
+
+
+@dataclass(slots=True)
+class Requests:
+    """The infer requests of one slot. Used by one thread at a time."""
+
+    unet: Any
+    text_encoders: tuple[Any, ...]
+    vae_encoder: Any
+    vae_decoder: Any
+
+
+@dataclass(frozen=True, slots=True)
+class VaeConfig:
+    """vae_decoder/config.json as the library reads it."""
+
+    latent_channels: int
+    scaling_factor: np.float32
+    shift_factor: np.float32
+    scale: int  # pixels of a side for one latent cell
+    samples: bool = True  # the encoder gives mean and log-variance, not the latents themselves
+
+
+class Feeds:
+    """UNet inputs of the native size, filled with the same noise each time, for measuring; `types` by input name."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], types: dict[str, Any]) -> None:
+        self._shapes = shapes
+        self.types = types
+
+    def of(self, rows: int) -> dict[str, NDArray[Any]]:
+        """Inputs of `rows` rows; their first rows are those of fewer."""
+        return {name: np.concatenate([self._one(name, place) for place in range(rows)]) for name in self._shapes}
+
+    def row(self, place: int) -> dict[str, NDArray[Any]]:
+        """Inputs of row `place` alone."""
+        return {name: self._one(name, place) for name in self._shapes}
+
+    def _one(self, name: str, place: int) -> NDArray[Any]:
+        if name == "timestep":
+            return np.array([500], self.types[name])
+        noise: Array = np.random.default_rng((place, len(name))).standard_normal((1, *self._shapes[name]), np.float32)
+        return noise.astype(self.types[name])
+
+
+def component_config(directory: Path) -> dict[str, Any]:
+    """The JSON object in `directory`/config.json. Raises ModelError."""
+    path = directory / "config.json"
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(document, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return document
+
+
+def _number(document: Mapping[str, Any], key: str, default: float) -> float:
+    value = document.get(key)
+    return default if value is None else float(value)
+
+
+@dataclass
+class Components:
+    """The models of one directory. `read` once, then `compile` for a layout; again for another.
+
+    Attributes:
+        inputs: names of the UNet's inputs.
+        time_cond_dim: length of LCM's guidance embedding (arXiv:2310.04378, section 4.2); 0 without.
+        timestep_per_row: rows of one call may be at different timesteps.
+        feeds: inputs for measuring the UNet.
+    """
+
+    profile: ModelProfile
+    settings: ModelSettings
+    core: Any = field(default_factory=ov.Core)
+    inputs: frozenset[str] = frozenset()
+    in_channels: int = 4
+    time_cond_dim: int = 0
+    timestep_per_row: bool = True
+    vae: VaeConfig = VaeConfig(4, np.float32(1), np.float32(0), 8)
+    requests: list[Requests] = field(default_factory=list)
+    feeds: Feeds = field(init=False)
+
+    def read(self) -> None:
+        """Read every model and check that the loop can drive it. Raises ModelError."""
+        directory = self.profile.directory
+        self._devices = _devices(self.settings)
+        self._models = {name: self._read(name) for name in self._names()}
+        config = component_config(directory / "unet")
+        self.in_channels = int(_number(config, "in_channels", 4))
+        self.time_cond_dim = max(0, int(_number(config, "time_cond_proj_dim", 0)))
+        self._read_vae()
+        self._read_unet()
+        self.feeds = self._feeds()
+        self._models["vae_decoder"] = self._with_pixels_out(self._models["vae_decoder"])
+
+    def _names(self) -> list[str]:
+        encoders = ["text_encoder", "text_encoder_2"][: self.profile.text_encoders]
+        vae = ["vae_encoder", "vae_decoder"] if (self.profile.directory / "vae_encoder").is_dir() else ["vae_decoder"]
+        return [*encoders, "unet", *vae]
+
+    def _read(self, name: str) -> Any:
+        path = self.profile.directory / name / "openvino_model.xml"
+        try:
+            return self.core.read_model(path)
+        except RuntimeError as error:
+            raise ModelError(f"{path}: cannot be read: {_reason(error)}") from None
+
+    def _read_vae(self) -> None:
+        config = component_config(self.profile.directory / "vae_decoder")
+        encoder = self._models.get("vae_encoder")
+        names = encoder.output(0).get_names() if encoder else {"latent_parameters"}
+        if not names & {"latent_sample", "latent_parameters"}:
+            raise ModelError(f"vae_encoder: output {sorted(names)}: expected latent_sample or latent_parameters")
+        self.vae = VaeConfig(
+            latent_channels=int(_number(config, "latent_channels", 4)),
+            scaling_factor=np.float32(_number(config, "scaling_factor", 1.0)),
+            shift_factor=np.float32(_number(config, "shift_factor", 0.0)),
+            scale=2 ** (len(config.get("block_out_channels") or [64]) - 1),
+            samples="latent_sample" not in names,
+        )
+        if self.in_channels not in (self.vae.latent_channels, 2 * self.vae.latent_channels + 1):
+            raise ModelError(f"unet: {self.in_channels} input channels are neither plain nor those of inpainting")
+
+    def _read_unet(self) -> None:
+        unet = self._models["unet"]
+        self.inputs = frozenset(name for port in unet.inputs for name in port.get_names() & UNET_INPUTS)
+        if len(self.inputs) < len(unet.inputs) or not {"sample", "timestep", "encoder_hidden_states"} <= self.inputs:
+            raise ModelError(
+                f"unet: inputs {sorted(str(port.get_names()) for port in unet.inputs)} are not those of a UNet"
+            )
+        if unet.input("sample").get_partial_shape()[0].is_static:
+            raise ModelError("unet: its shapes are static: rows cannot join a call")
+        shape = unet.input("timestep").get_partial_shape()
+        if shape.is_static:
+            self.timestep_per_row = self._free_timestep(unet)
+
+    def _free_timestep(self, unet: Any) -> bool:
+        """Some exports fix `timestep` to one value for all rows; most graphs take one for each as well."""
+        shape = unet.input("timestep").get_partial_shape()
+        try:
+            unet.reshape({"timestep": ov.PartialShape([-1])})
+        except RuntimeError:
+            unet.reshape({"timestep": shape})
+            log.info("the UNet takes one timestep for all rows: only rows at the same timestep share a call")
+            return False
+        return True
+
+    def _with_pixels_out(self, decoder: Any) -> Any:
+        """The decoder with what the library puts around it: scaled latents in, uint8 (N, H, W, 3) out."""
+        process = PrePostProcessor(decoder)
+        if self.vae.scaling_factor != 1:
+            process.input().preprocess().scale(float(self.vae.scaling_factor))
+        if self.vae.shift_factor != 0:
+            process.input().preprocess().mean(-float(self.vae.shift_factor))
+
+        def to_levels(port: Any) -> Any:
+            half = ops.constant(np.array([0.5], np.float32))
+            full = ops.constant(np.array([255.0], np.float32))
+            unit = ops.clamp(ops.add(ops.multiply(port, half), half), 0.0, 1.0)
+            return ops.multiply(unit, full).output(0)
+
+        process.output().postprocess().custom(to_levels)
+        process.output().postprocess().convert_element_type(ov.Type.u8)
+        process.output().model().set_layout(ov.Layout("NCHW"))
+        process.output().tensor().set_layout(ov.Layout("NHWC"))
+        return process.build()
+
+    # --- what measuring needs to know ---
+
+    @property
+    def denoiser_device(self) -> str:
+        """Where the UNet runs."""
+        return self._devices[1]
+
+    def cpu_threads(self) -> int:
+        """Threads that the plugin would take for one stream: the cores this process may use."""
+        parameter = ops.parameter(ov.PartialShape([1]), np.float32)
+        probe = ov.Model([ops.result(ops.abs(parameter))], [parameter])
+        compiled = self.core.compile_model(probe, "CPU", {"NUM_STREAMS": 1})
+        return max(1, int(compiled.get_property("INFERENCE_NUM_THREADS")))
+
+    def _feeds(self) -> Feeds:
+        unet, size, scale = self._models["unet"], self.profile.native, self.vae.scale
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in self.inputs:
+            dimensions = list(unet.input(name).get_partial_shape())[1:]
+            shapes[name] = tuple(d.get_length() if d.is_static else 0 for d in dimensions)
+        shapes["sample"] = (self.in_channels, size.height // scale, size.width // scale)
+        shapes["encoder_hidden_states"] = (self.profile.prompt_tokens, shapes["encoder_hidden_states"][-1])
+        return Feeds(shapes, {name: unet.input(name).get_element_type().to_dtype() for name in self.inputs})
+
+    # --- compiling ---
+
+    def compile_unet(self, layout: Layout) -> list[Any]:
+        """The UNet alone, an infer request for each slot: for measuring."""
+        return [self._compile("unet", layout).create_infer_request() for _ in range(layout.streams)]
+
+    def compile(self, layout: Layout, beat: Callable[[str], None]) -> None:
+        """Compile everything for this layout; `requests` then has one entry for each slot. Raises ModelError."""
+        self.requests = []
+        for _ in range(layout.streams):
+            made = {}
+            for name in self._models:
+                made[name] = self._compile(name, layout).create_infer_request()
+                beat("load")
+            self.requests.append(
+                Requests(
+                    unet=made["unet"],
+                    text_encoders=tuple(request for name, request in made.items() if name.startswith("text_encoder")),
+                    vae_encoder=made.get("vae_encoder"),
+                    vae_decoder=made["vae_decoder"],
+                )
+            )
+
+    def release_sources(self) -> None:
+        """Let go of the uncompiled models; `compile` cannot be called again."""
+        self._models.clear()
+
+    def _compile(self, name: str, layout: Layout) -> Any:
+        place = 0 if name.startswith("text") else 1 if name == "unet" else 2
+        device = self._devices[place]
+        try:
+            return self.core.compile_model(self._models[name], device, self._properties(name, device, layout))
+        except RuntimeError as error:
+            raise ModelError(f"{name}: cannot be compiled for {device}: {_reason(error)}") from None
+
+    def _properties(self, name: str, device: str, layout: Layout) -> dict[str, Any]:
+        properties: dict[str, Any] = json.loads(self.settings.plugin_config) if self.settings.plugin_config else {}
+        if self.settings.cache_dir:
+            properties["CACHE_DIR"] = str(self.settings.cache_dir)
+        if device == "CPU":
+            properties["NUM_STREAMS"] = 1
+            if layout.threads:
+                properties["INFERENCE_NUM_THREADS"] = layout.threads
+            # Pinned threads of two slots, or of two workers, would sit on the same cores while others stand idle.
+            properties.setdefault("ENABLE_CPU_PINNING", False)
+        overflows = self.profile.family == "sdxl" and name.startswith("vae") and "GPU" in device
+        if overflows and not self._models[name].has_rt_info(["runtime_options", "ACTIVATIONS_SCALE_FACTOR"]):
+            # As the library: SDXL's VAE overflows float16 unless the export carries a scale for its activations.
+            properties.setdefault("INFERENCE_PRECISION_HINT", "f32")
+        return properties
+
+
+def _devices(settings: ModelSettings) -> tuple[str, str, str]:
+    names = settings.device.split()
+    text, denoiser, vae = names if len(names) == 3 else names * 3
+    if any("NPU" in name for name in (text, denoiser, vae)):
+        raise ModelError("an NPU compiles static shapes only: rows cannot join a call there")
+    return text, denoiser, vae
+
+
+def _reason(error: RuntimeError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else "unknown error"
+
+
+# --- running, in a slot ---
+
+
+def run_unet(request: Any, feed: Mapping[str, NDArray[Any]]) -> Array:
+    """One UNet call: float32 (rows, C, H/8, W/8), a copy."""
+    request.infer(dict(feed), share_inputs=True)
+    return np.array(request.get_output_tensor(0).data)
+
+
+def run_decoder(request: Any, latents: Array) -> NDArray[np.uint8]:
+    """Latents (1, C, h, w) to pixels uint8 (H, W, 3), a copy."""
+    request.infer({0: np.ascontiguousarray(latents)}, share_inputs=True)
+    return np.array(request.get_output_tensor(0).data[0])
+
+
+def run_encoder(request: Any, image: Array) -> Array:
+    """An image float32 (1, 3, H, W), -1..1, to what the VAE encoder gives, a copy."""
+    request.infer({0: image}, share_inputs=True)
+    return np.array(request.get_output_tensor(0).data)
+
+
+def normalised_levels(core: Any) -> Array:
+    """What each of the 256 levels of a pixel becomes: float32 (256,), -1..1.
+
+    Computed by the same graph as the library's image processor: a division in numpy differs in the last bit, and bfloat16
+    makes fourteen levels of that.
+    """
+    parameter = ops.parameter(ov.PartialShape([-1, -1, -1, -1]), np.float32)
+    process = PrePostProcessor(ov.Model([ops.result(parameter)], [parameter]))
+    process.input().tensor().set_layout(ov.Layout("NHWC")).set_element_type(ov.Type.u8)
+    process.input().model().set_layout(ov.Layout("NCHW"))
+    process.input().preprocess().convert_layout(ov.Layout("NCHW")).convert_element_type(ov.Type.f32).scale(127.5).mean(
+        1.0
+    )
+    request = core.compile_model(process.build(), "CPU").create_infer_request()
+    levels = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None, None], 3, axis=3)
+    request.infer({0: levels}, share_inputs=True)
+    return np.array(request.get_output_tensor(0).data[0, 0, :, 0])

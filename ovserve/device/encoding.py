@@ -1,0 +1,95 @@
+"""What a picture needs before its first step: embeddings of its prompts, the encoded image, and the first latents.
+
+Runs in: a slot's thread, with that slot's infer requests. Images are encoded once while their content stays in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import openvino as ov
+import openvino_genai as og
+
+from ovserve.device.cache import ArrayCache, digest
+from ovserve.device.compiled import Components, Requests, normalised_levels, run_encoder
+from ovserve.device.engine import Pixels, Work
+from ovserve.device.noise import Array, f32
+from ovserve.device.picture import Blend, Draw, Start, latent_mask
+from ovserve.device.prompts import TextSide
+from ovserve.device.schedulers import Plan
+
+__all__ = ["Encoding"]
+
+CACHE_BYTES = 64 * 1024 * 1024  # latents are 1/48 of their image: thousands at 512 px
+SEED_RANGE = 2**32  # the library's generator takes 32 bits
+
+Moments = tuple[Array, ...]
+
+
+class Encoding:
+    """Turns work into `Start`s. Thread-safe; raises what an infer request raises."""
+
+    def __init__(self, components: Components, text: TextSide) -> None:
+        self._vae = components.vae
+        self._takes_mask = components.profile.inpainting_unet
+        self._text = text
+        self._levels = normalised_levels(components.core)
+        self._cache = ArrayCache(CACHE_BYTES)
+
+    def start(self, work: Work, plan: Plan, requests: Requests) -> Start:
+        """Everything before the first step, drawing from the seed's stream in the library's order: image, noise, masked image."""
+        conditions = self._text.conditions(work, requests.text_encoders)
+        draw = _stream(work.seed)
+        inpainting = work.mode == "inpainting"
+        from_noise = work.mode == "text2image" or (inpainting and f32(work.strength) == 1)
+        image: Array | None = None
+        if work.initial_image is not None and not (from_noise and self._takes_mask):
+            image = self._sample(self._moments(work.initial_image, None, requests), draw)
+        scale = self._vae.scale
+        noise = draw((1, self._vae.latent_channels, work.height // scale, work.width // scale))
+        latents = noise * plan.init_sigma if from_noise or image is None else plan.add_noise(image, noise, 0)
+        if not inpainting or work.mask_image is None or work.initial_image is None:
+            return Start(conditions, latents, draw)
+        mask = latent_mask(work.mask_image, scale)
+        if not self._takes_mask:
+            return Start(conditions, latents, draw, blend=Blend(mask, image, noise) if image is not None else None)
+        masked = self._sample(self._moments(work.initial_image, work.mask_image, requests), draw)
+        return Start(conditions, latents, draw, extra_channels=np.concatenate([mask, masked], axis=1))
+
+    def _moments(self, image: Pixels, mask: Pixels | None, requests: Requests) -> Moments:
+        """Mean and standard deviation of an image's latents, or the latents alone where the encoder gives those.
+
+        With a mask, of the image with zeros (mid-gray) where it says repaint.
+        """
+        key = (digest(image), None if mask is None else digest(mask))
+        found = self._cache.find(key)
+        if found is not None:
+            return found
+        planes = np.ascontiguousarray(self._levels[image].transpose(2, 0, 1)[None])
+        if mask is not None:
+            planes[:, :, mask >= 128] = 0.0
+        moments: Moments = (run_encoder(requests.vae_encoder, planes),)
+        if self._vae.samples:
+            mean, log_variance = np.split(moments[0], 2, axis=1)
+            deviation = np.exp(0.5 * np.clip(log_variance, f32(-30), f32(20)).astype(np.float64)).astype(f32)
+            moments = (mean.copy(), deviation)
+        self._cache.put(key, moments)
+        return moments
+
+    def _sample(self, moments: Moments, draw: Draw) -> Array:
+        """A draw from the VAE's posterior (Kingma and Welling 2014, arXiv:1312.6114, section 2.4), scaled for the UNet."""
+        drawn = moments[0]
+        if len(moments) == 2:
+            drawn = drawn + moments[1] * draw(drawn.shape)
+        scaled: Array = (drawn - self._vae.shift_factor) * self._vae.scaling_factor
+        return scaled
+
+
+def _stream(seed: int) -> Callable[[tuple[int, ...]], Array]:
+    generator = og.CppStdGenerator(seed % SEED_RANGE)
+
+    def draw(shape: tuple[int, ...]) -> Array:
+        return np.array(generator.randn_tensor(ov.Shape(shape)).data)
+
+    return draw

@@ -1,0 +1,149 @@
+"""One picture on its way from noise to latents: which rows it needs next, and what their predictions make of it.
+
+The order in which random numbers are drawn, and every product and sum, are those of OpenVINO GenAI 2026.4 for one picture alone,
+so that a picture is the same whoever it shares its UNet calls with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ovserve.device.engine import Work
+from ovserve.device.noise import Array, f32
+from ovserve.device.prompts import Conditions
+from ovserve.device.schedulers import History, Plan
+
+__all__ = ["Blend", "Draw", "Picture", "Start", "latent_mask"]
+
+Draw = Callable[[tuple[int, ...]], Array]  # standard normal noise of a shape, the next of one seed's stream
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """Inpainting with a UNet that knows no mask: after each step the kept part is put back at that step's noise level.
+
+    As in Avrahami et al. 2023, arXiv:2206.02779, section 3.2. All float32 (1, C, h, w); `mask` (1, 1, h, w): 1 = repaint.
+    """
+
+    mask: Array
+    image: Array
+    noise: Array
+
+    def at(self, plan: Plan, latents: Array, index: int) -> Array:
+        """`latents` with the kept part at the noise level of step `index`, or clean after the last."""
+        kept = self.image
+        if index < len(plan.timesteps):
+            kept = plan.add_noise(self.image, self.noise, index)
+        return self.over(kept, latents)
+
+    def over(self, kept: Array, latents: Array) -> Array:
+        """`latents` where the mask says repaint, `kept` elsewhere."""
+        mixed: Array = (f32(1) - self.mask) * kept + self.mask * latents
+        return mixed
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What encoding made ready: the conditions, the first latents, and what inpainting needs.
+
+    Attributes:
+        latents: float32 (1, C, h, w), at the noise level of the first step.
+        extra_channels: mask and masked image of an inpainting UNet, float32 (1, 1 + C, h, w); else None.
+    """
+
+    conditions: Conditions
+    latents: Array
+    draw: Draw
+    blend: Blend | None = None
+    extra_channels: Array | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Picture:
+    """One piece of work in flight. Owned by the device thread, but for `start`, which the slot that encodes it sets.
+
+    Attributes:
+        index: steps done.
+        predictions: of the rows of the step in flight, in order, as they come in.
+        is_solo: it shares no call.
+        is_ended: it failed; what is still under way for it is dropped.
+    """
+
+    work: Work
+    plan: Plan
+    start: Start | None = None
+    index: int = 0
+    latents: Array = field(default_factory=lambda: np.zeros((1, 1, 1, 1), f32))
+    decoded: Array | None = None
+    clean: Array | None = None
+    history: History = ()
+    predictions: dict[int, Array] = field(default_factory=dict)
+    is_solo: bool = False
+    is_ended: bool = False
+
+    @property
+    def steps(self) -> int:
+        """UNet steps in all."""
+        return len(self.plan.timesteps)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether only decoding is left."""
+        return self.index == self.steps
+
+    @property
+    def rows(self) -> int:
+        """Rows in each UNet call: 2 with guidance."""
+        return self.ready.conditions.rows
+
+    @property
+    def ready(self) -> Start:
+        """`start`, once there."""
+        if self.start is None:
+            raise ValueError("the picture is not encoded yet")
+        return self.start
+
+    @property
+    def timestep(self) -> int:
+        """The training timestep of the next step."""
+        return self.plan.timesteps[self.index]
+
+    def begin(self, start: Start) -> None:
+        """Take what encoding made ready."""
+        self.start, self.latents = start, start.latents
+
+    def sample(self) -> Array:
+        """The UNet's `sample` for each row of the next step: float32 (1, channels, h, w)."""
+        scaled = self.plan.scale_input(self.latents, self.index)
+        extra = self.ready.extra_channels
+        return scaled if extra is None else np.concatenate([scaled, extra], axis=1)
+
+    def advance(self) -> None:
+        """One step with the predictions of all rows."""
+        ready, index = self.ready, self.index
+        prediction = self.predictions[0]
+        if self.rows == 2:
+            # arXiv:2207.12598, equation 6, in the form u + g (c - u).
+            prediction = prediction + f32(self.work.guidance_scale) * (self.predictions[1] - prediction)
+        self.predictions = {}
+        noise = ready.draw(self.latents.shape) if self.plan.draws_noise(index) else None
+        found = self.plan.step(prediction, self.latents, index, self.history, noise)
+        self.index, self.history = index + 1, found.history
+        self.latents, self.clean = found.latents, found.clean
+        if ready.blend is not None:
+            self.latents = ready.blend.at(self.plan, found.latents, self.index)
+            self.clean = ready.blend.over(ready.blend.image, found.clean)
+        # Where a scheduler names what to decode, the library decodes that, unblended; the kept part is pasted back in pixels.
+        self.decoded = self.latents if found.decoded is None else found.decoded
+
+
+def latent_mask(mask_image: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], scale: int) -> Array:
+    """A mask uint8 (H, W) on the latent grid: float32 (1, 1, h, w), 1 = repaint.
+
+    As the library: threshold at one half, then the first pixel of each cell. Masks come in pooled, so every pixel of a cell agrees.
+    """
+    cells = (mask_image[::scale, ::scale] >= 128).astype(f32)
+    return cells[None, None]

@@ -1,0 +1,263 @@
+"""How to divide a device for one model: streams, threads and rows in a call, measured at warm-up among a few sensible settings.
+
+What is decided here is decided once for a served model: each request then has the same number of threads whatever the load, so
+load never changes a picture's bytes. Another number of threads does change the last bits, so the many-threaded setting is left
+only for a clear gain, and the choice is kept beside the compiled models (`cache_dir`) or can be pinned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from ovserve.device.compiled import Components, Layout, run_decoder, run_encoder, run_unet
+from ovserve.logs import fields
+
+__all__ = ["Tuning", "tune", "warm_up"]
+
+log = logging.getLogger(__name__)
+
+ROW_CHOICES = (2, 4, 8, 16)
+CLEAR_GAIN = 1.15  # single-threaded streams must beat one stream with all threads by this much: noise must not decide
+WORTH_MORE_ROWS = 1.03  # more rows in a call must bring this much: they make everybody's step longer
+LARGE_CALL_S = 0.25  # two rows take longer than this: the model keeps every core busy by itself (measured, SD 1.5)
+LONGEST_CALL_S = 0.5  # a picture that comes in waits for the call under way
+MOST_STREAMS = 8  # each holds its own copy of the weights
+MEASURE_S = 0.2  # for each setting
+WARM_UP_S = 3.0  # for kernels of the numbers of rows to come
+LEAST_CAPACITY = 4  # pictures in flight: a short job shares with a long one and does not wait for it
+MEMORY_SHARE = 0.5  # of what is free, for the rows of one call
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The division of one device for one model.
+
+    Attributes:
+        rows: most rows in one call at the model's native size.
+        splits: the rows of one picture may go into two calls: a lone row has the same bits as one of two.
+        step_s: one step of a lone picture with guidance, measured.
+    """
+
+    layout: Layout
+    rows: int
+    splits: bool = True
+    step_s: float = 0.0
+
+    @property
+    def capacity(self) -> int:
+        """Pictures in flight at once."""
+        return max(LEAST_CAPACITY, self.layout.streams * self.rows // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    layout: Layout
+    rows: int
+    rows_per_s: float
+    step_s: float
+    splits: bool
+
+
+def tune(components: Components, beat: Callable[[str], None]) -> Tuning:
+    """What was pinned, else what was kept from another start, else the best of what is measured now. Raises ModelError."""
+    settings = components.settings
+    plugin: dict[str, Any] = json.loads(settings.plugin_config) if settings.plugin_config else {}
+    streams = settings.streams or int(plugin.get("NUM_STREAMS", 0))
+    threads = settings.threads or int(plugin.get("INFERENCE_NUM_THREADS", 0)) // max(1, streams)
+    rows = 2 * settings.max_batch
+    kept = _Kept(components)
+    if not (streams and threads and rows):
+        found = kept.read()
+        if found is not None:
+            log.info("division of the device is kept from another start", extra=_fields(found))
+            return found
+    measured = _measure_all(components, streams, threads, rows, beat)
+    best = measured[0]
+    for other in measured[1:]:
+        if other.rows_per_s >= CLEAR_GAIN * best.rows_per_s:
+            best = other
+    found = Tuning(best.layout, best.rows, best.splits, best.step_s)
+    log.info("division of the device is measured", extra=_fields(found))
+    kept.write(found)
+    return found
+
+
+def _fields(tuning: Tuning) -> dict[str, dict[str, object]]:
+    return fields(
+        streams=tuning.layout.streams,
+        threads=tuning.layout.threads,
+        rows=tuning.rows,
+        step_ms=round(tuning.step_s * 1000, 1),
+    )
+
+
+def _measure_all(
+    components: Components, streams: int, threads: int, rows: int, beat: Callable[[str], None]
+) -> list[_Measured]:
+    """Each layout worth trying, the one with all threads first."""
+    measured = []
+    for layout in _layouts(components, streams, threads):
+        beat("load")
+        found = _measure(components, layout, rows, beat)
+        measured.append(found)
+        log.debug("measured a division of the device", extra=fields(**asdict(found)))
+        if found.step_s > LARGE_CALL_S:
+            break
+    return measured
+
+
+def _layouts(components: Components, streams: int, threads: int) -> list[Layout]:
+    if components.denoiser_device != "CPU":
+        return [Layout(streams or 1, 0)]
+    cores = components.cpu_threads()
+    if threads:
+        return [Layout(streams or max(1, cores // threads), threads)]
+    if streams:
+        return [Layout(streams, max(1, cores // streams))]
+    choices = [1, 2, 4] if cores >= 8 else [1, 2]
+    most = min(cores, MOST_STREAMS)
+    return [Layout(count, cores // count) for count in sorted({*(c for c in choices if c <= most), most})]
+
+
+def _measure(components: Components, layout: Layout, pinned_rows: int, beat: Callable[[str], None]) -> _Measured:
+    requests = components.compile_unet(layout)
+    beat("warm-up")
+    feeds = components.feeds
+    pair = run_unet(requests[0], feeds.of(2))
+    single = np.concatenate([run_unet(requests[0], feeds.row(place)) for place in range(2)])
+    splits = bool(np.array_equal(pair, single))
+    side = requests[: min(2, layout.streams)] if splits else requests[:1]
+    step_s = 2 / _rows_per_s(side, feeds.of(2 // len(side)), beat)
+    best_rows, best_rate = 2, 0.0
+    for rows in [pinned_rows] if pinned_rows else ROW_CHOICES:
+        if best_rate and rows * len(requests) / best_rate > LONGEST_CALL_S:
+            break
+        if not _fits(components, rows, len(requests)):
+            break
+        together = run_unet(requests[0], feeds.of(rows))
+        if not np.array_equal(together[: min(2, rows)], pair[: min(2, rows)]):
+            log.warning("rows of a call of %d differ from rows alone: calls hold one picture", rows)
+            break
+        rate = _rows_per_s(requests, feeds.of(rows), beat)
+        if rate >= WORTH_MORE_ROWS * best_rate:
+            best_rows, best_rate = rows, rate
+    return _Measured(layout, pinned_rows or best_rows, best_rate, step_s, splits)
+
+
+def _rows_per_s(requests: Sequence[Any], feed: dict[str, NDArray[Any]], beat: Callable[[str], None]) -> float:
+    """Rows a second with a call always under way in each request."""
+    counts = [0] * len(requests)
+    began = [0.0] * len(requests)
+    ended = [0.0] * len(requests)
+    ready = threading.Barrier(len(requests))
+
+    def repeat(place: int) -> None:
+        run_unet(requests[place], feed)  # the first call of a shape makes its kernels
+        ready.wait()
+        began[place] = time.monotonic()
+        while not counts[place] or time.monotonic() - began[place] < MEASURE_S:
+            run_unet(requests[place], feed)
+            counts[place] += 1
+        ended[place] = time.monotonic()
+
+    workers = [threading.Thread(target=repeat, args=(place,)) for place in range(len(requests))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    beat("warm-up")
+    return sum(counts) * len(feed["sample"]) / (max(ended) - min(began))
+
+
+def _fits(components: Components, rows: int, streams: int) -> bool:
+    """Whether rows of this size may be tried: by a generous guess of what a row's activations take."""
+    size = components.profile.native
+    # The widest layers of SD hold 320 channels of floats at 1/64 of the pixels, and tens of them are alive.
+    row_bytes = size.width * size.height * 4 * 640
+    return rows <= 2 or rows * streams * row_bytes < MEMORY_SHARE * _available_bytes()
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None]) -> None:
+    """One call of each kind in each slot, then the numbers of rows that calls will have, for as long as WARM_UP_S.
+
+    The first call of each shape makes its kernels: some tens of milliseconds for a small model, paid here and not by a client.
+    """
+    feeds = components.feeds
+    size, scale = components.profile.native, components.vae.scale
+    latents = np.zeros((1, components.vae.latent_channels, size.height // scale, size.width // scale), np.float32)
+    image = np.zeros((1, 3, size.height, size.width), np.float32)
+    for requests in components.requests:
+        run_decoder(requests.vae_decoder, latents)
+        if requests.vae_encoder is not None:
+            run_encoder(requests.vae_encoder, image)
+        beat("warm-up")
+    until = time.monotonic() + WARM_UP_S
+    for rows in (2, 1, tuning.rows, *range(3, tuning.rows)):
+        for requests in components.requests:
+            run_unet(requests.unet, feeds.of(rows))
+            beat("warm-up")
+        if time.monotonic() > until:
+            return
+
+
+class _Kept:
+    """The file beside the compiled models that holds the choice for this model on this machine."""
+
+    def __init__(self, components: Components) -> None:
+        settings = components.settings
+        graph = components.profile.directory / "unet" / "openvino_model.xml"
+        subject = [
+            hashlib.blake2b(graph.read_bytes()).hexdigest(),
+            ov.get_version(),
+            settings.device,
+            settings.plugin_config,
+            str(components.profile.native),
+            settings.streams,
+            settings.threads,
+            settings.max_batch,
+            components.cpu_threads() if components.denoiser_device == "CPU" else 0,
+        ]
+        key = hashlib.blake2b(json.dumps(subject).encode(), digest_size=16).hexdigest()
+        self._path = settings.cache_dir / f"ovserve-division-{key}.json" if settings.cache_dir else None
+
+    def read(self) -> Tuning | None:
+        """The choice, or None where there is none or it cannot be read."""
+        if self._path is None:
+            return None
+        try:
+            document = json.loads(self._path.read_text("utf-8"))
+            layout = Layout(int(document["layout"]["streams"]), int(document["layout"]["threads"]))
+            return Tuning(layout, int(document["rows"]), bool(document["splits"]), float(document["step_s"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, tuning: Tuning) -> None:
+        """Keep the choice; a directory that cannot be written costs only the next start's measuring."""
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = self._path.with_suffix(".new")
+            fresh.write_text(json.dumps(asdict(tuning)), "utf-8")
+            fresh.replace(self._path)
+        except OSError as error:
+            log.warning("the division of the device was not kept: %s", error)
