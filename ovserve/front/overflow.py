@@ -99,11 +99,11 @@ class Overflow:
         self._wakeup = -1
 
     def offer(self, connection: socket.socket, address: str) -> None:
-        """Take over an accepted connection; it is closed unanswered when too many wait already. Never blocks."""
-        if len(self._offered) >= self._limit:
-            connection.close()
-            return
+        """Take over an accepted connection; the oldest that still waits is closed when there are too many. Never blocks."""
         self._offered.append((connection, address))
+        if len(self._offered) > self._limit:
+            with contextlib.suppress(IndexError):  # the thread was quicker
+                self._offered.popleft()[0].close()
         os.eventfd_write(self._wakeup, 1)
 
     # --- the thread -----------------------------------------------------------------------------------------------------
@@ -128,8 +128,11 @@ class Overflow:
         return max(0.0, next(iter(self._visitors.values())).end - time.monotonic())
 
     def _admit(self) -> None:
-        while self._offered:
-            connection, address = self._offered.popleft()
+        while True:
+            try:
+                connection, address = self._offered.popleft()
+            except IndexError:
+                return  # none left, or the accept thread has closed the last one
             if len(self._visitors) >= self._limit:
                 self._close(next(iter(self._visitors.values())))
             connection.setblocking(False)

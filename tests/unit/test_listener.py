@@ -1,0 +1,214 @@
+"""The listening socket: it takes its port or says why not, gives each connection a place, and ends in order."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from ovserve.config import Settings
+from ovserve.dispatch.spool import Spool
+from ovserve.errors import StartupError
+from ovserve.front.listener import Listener
+from tests.rawclient import RawClient
+from tests.toyapi import ToyApi, serving
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: a.test\r\n\r\n"
+WAIT = b"GET /wait HTTP/1.1\r\nHost: a.test\r\n\r\n"
+
+pytestmark = pytest.mark.usefixtures("leak_guard")
+
+
+@contextmanager
+def listening(folder: Path, settings: Settings) -> Iterator[Listener]:
+    """A listener that is not started."""
+    api, spool = ToyApi(), Spool(folder, 1_000_000)
+    try:
+        listener = Listener(settings, api, spool)
+        try:
+            yield listener
+        finally:
+            listener.stop(0)
+    finally:
+        api.close()
+        spool.close()
+
+
+def test_it_is_the_standard_library_s_threading_server() -> None:
+    assert issubclass(Listener, ThreadingHTTPServer)
+
+
+def test_an_occupied_port_is_named_in_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartupError, match=f"^cannot listen on 127.0.0.1 port {port}: Address already in use$"):
+            listening(tmp_path, Settings(port=port)).__enter__()
+
+
+def test_an_address_of_another_machine_is_named_too(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"^cannot listen on 192.0.2.1 port 0: "):
+        listening(tmp_path, Settings(host="192.0.2.1", port=0)).__enter__()
+
+
+def test_the_port_is_taken_when_it_is_made_and_served_when_it_is_started(tmp_path: Path) -> None:
+    with listening(tmp_path, Settings(port=0)) as listener, RawClient(listener.port) as client:
+        client.send(HEALTH)
+        assert not client.has_answer(0.05)
+        listener.start()
+        assert client.read_response().status == 200
+
+
+def test_it_listens_on_ipv6(tmp_path: Path) -> None:
+    with listening(tmp_path, Settings(host="::1", port=0)) as listener:
+        listener.start()
+        with socket.create_connection(("::1", listener.port), 10) as connection:
+            connection.sendall(HEALTH)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_it_knows_how_much_is_going_on() -> None:
+    with serving() as (listener, api):
+        assert (listener.open_connections, listener.active_exchanges) == (0, 0)
+        with RawClient(listener.port) as idle, RawClient(listener.port) as busy:
+            idle.send(HEALTH).read_response()
+            busy.send(WAIT)
+            while api.seen.get(timeout=10) != "/wait":
+                pass
+            assert (listener.open_connections, listener.active_exchanges) == (2, 1)
+            api.release()
+            busy.read_response()
+        until = time.monotonic() + 10
+        while listener.open_connections:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        assert listener.active_exchanges == 0
+
+
+# --- the end ------------------------------------------------------------------------------------------------------------
+
+
+def test_idle_connections_end_at_once_and_exchanges_in_flight_are_waited_for() -> None:
+    with serving() as (listener, api), RawClient(listener.port) as idle, RawClient(listener.port) as busy:
+        idle.send(HEALTH).read_response()
+        busy.send(WAIT)
+        while api.seen.get(timeout=10) != "/wait":
+            pass
+        stopping = threading.Thread(target=listener.stop, args=(30,))
+        stopping.start()
+        assert idle.read_rest() == b""
+        with pytest.raises(ConnectionError):
+            RawClient(listener.port)
+        assert stopping.is_alive()
+        api.release()
+        response = busy.read_response()
+        assert (response.status, response.fields["connection"]) == (200, "close")
+        assert busy.read_rest() == b""
+        stopping.join(10)
+        assert not stopping.is_alive()
+
+
+def test_what_outlives_the_grace_is_cut() -> None:
+    with serving() as (listener, api):
+        with RawClient(listener.port) as busy, RawClient(listener.port) as sending, RawClient(listener.port) as reading:
+            busy.send(WAIT)
+            sending.send(
+                b"POST /echo HTTP/1.1\r\nHost: a.test\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+            )
+            reading.send(b"GET /large?size=1000000&count=50 HTTP/1.1\r\nHost: a.test\r\n\r\n")
+            assert {api.seen.get(timeout=10) for _ in range(3)} == {"/wait", "/echo", "/large"}
+            started = time.monotonic()
+            listener.stop(0.05)
+            assert time.monotonic() - started < 15
+            assert api.gone.get(timeout=10) == "/wait"
+            assert busy.read_rest() == b""
+            assert sending.read_rest() == b""
+            assert len(reading.read_rest()) < 50_000_000
+        assert listener.open_connections == 0
+
+
+def test_stopping_twice_or_before_the_start_is_no_error(tmp_path: Path) -> None:
+    with listening(tmp_path, Settings(port=0)) as listener:
+        listener.stop(0)
+        listener.stop(0)
+
+
+# --- more connections than places --------------------------------------------------------------------------------------
+
+
+def test_beyond_the_limit_the_answer_is_503_and_health_still_answers() -> None:
+    with serving(max_connections=2) as (listener, api):
+        with RawClient(listener.port) as first, RawClient(listener.port) as second:
+            first.send(WAIT)
+            second.send(WAIT)
+            assert [api.seen.get(timeout=10) for _ in range(2)] == ["/wait", "/wait"]
+            for _ in range(3):
+                with RawClient(listener.port) as third:
+                    response = third.send(WAIT).read_response()
+                    assert (response.status, response.code) == (503, "too_many_connections")
+                    assert (response.fields["retry-after"], response.fields["connection"]) == ("1", "close")
+                    assert third.read_rest() == b""
+                with RawClient(listener.port) as third:
+                    response = third.send(HEALTH, 1).read_response()
+                    assert (response.status, response.json) == (200, {"live": True})
+                    assert third.read_rest() == b""
+            api.release(2)
+            assert first.read_response().status == 200
+            assert second.read_response().status == 200
+        served_again(listener)
+
+
+def served_again(listener: Listener) -> None:
+    """A place is free again."""
+    until = time.monotonic() + 10
+    while True:
+        with RawClient(listener.port) as client:
+            response = client.send(b"GET /describe HTTP/1.1\r\nHost: a.test\r\n\r\n").read_response()
+        if response.status == 200:
+            return
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_accepting_goes_on_when_the_machine_has_no_thread_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as (listener, _):
+        start = threading.Thread.start
+
+        def refuse(thread: threading.Thread) -> None:
+            if thread.name == "connection":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            with RawClient(listener.port) as client:
+                assert client.send(WAIT).read_response().status == 503
+            with RawClient(listener.port) as client:
+                assert client.send(HEALTH).read_response().status == 200
+        served_again(listener)
+
+
+def test_accepting_goes_on_when_descriptors_run_out() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with serving() as (listener, _):
+        waiting = [socket.socket() for _ in range(20)]
+        try:
+            used = max(connection.fileno() for connection in waiting)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + 4, hard))
+            for connection in waiting:
+                connection.settimeout(10)
+                connection.connect(("127.0.0.1", listener.port))
+            # Those that found no descriptor are closed rather than left in the backlog for ever.
+            for connection in waiting[10:]:
+                assert connection.recv(1) == b""
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for connection in waiting:
+                connection.close()
+        served_again(listener)
