@@ -24,7 +24,7 @@ deaf                holds on to its job when cancelled and never answers
 once PATH COMMAND   does COMMAND unless PATH exists, which it makes first; then echoes
 
 `plugin_config` of the model, a JSON object, commands the rest: {"load": COMMAND, "load_s": S, "capacity": N}; load commands:
-fail TEXT (says why, then ends), exit N, segv, hang.
+fail TEXT (says why, then ends), exit N, segv, kill, hang, until PATH COMMAND (does COMMAND unless PATH exists).
 """
 
 from __future__ import annotations
@@ -246,6 +246,9 @@ def worker_main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, set
     end.send(Beat("load"))
     command = str(told.get("load", ""))
     time.sleep(float(told.get("load_s", 0)))
+    if command.startswith("until "):
+        _, path, inner = command.split(" ", 2)
+        command = "" if Path(path).exists() else inner
     if command.startswith("fail "):
         end.send(Failed("", InternalError(command.removeprefix("fail ")).to_wire()))
         os._exit(1)

@@ -473,7 +473,7 @@ class Dispatcher:
             self._lose(worker, str(error))
             return False
         except LinkGarbage as error:
-            log.warning("a worker broke the protocol", extra=fields(worker=worker.link.name, why=error))
+            log.warning("a worker broke the protocol", extra=fields(worker=worker.link.name, why=str(error)))
             self._lose(worker, f"it broke the protocol: {error}", is_broken=True)
             return False
         return True

@@ -461,7 +461,8 @@ class Link:
         if isinstance(message, Beat):
             self.phase, self.allow_s, self.beat_at = message.phase, message.allow_s, time.monotonic()
         elif isinstance(message, Ready):
-            self.ready, self.beat_at = message, time.monotonic()
+            # Loading is over, and with it the long silence allowed for it, whether a beat says so or not.
+            self.ready, self.phase, self.allow_s, self.beat_at = message, "idle", 0.0, time.monotonic()
         elif isinstance(message, Failed) and not message.job:
             self.failure = message
         elif isinstance(message, Done):

@@ -233,7 +233,7 @@ class Supervisor:
         except OSError as error:  # no descriptors, no memory, no process ids: a time to wait, whatever the cause
             place.deaths += 1
             place.restart_at = time.monotonic() + place.delay_s()
-            log.warning("worker cannot be started", extra=fields(model=fleet.name, index=place.index, why=error))
+            log.warning("worker cannot be started", extra=fields(model=fleet.name, index=place.index, why=str(error)))
             return
         place.fill(process, link, time.monotonic())
         processes.prefer_for_oom(place.pid)

@@ -257,8 +257,8 @@ def test_dead_front_end_reads_as_end_of_file_for_the_worker(ends: tuple[Link, Wo
 def test_link_notes_beats_readiness_failure_and_jobs(ends: tuple[Link, WorkerEnd]) -> None:
     link, end = ends
     before = link.beat_at
-    end.send(Beat("denoise", 7.5))
     end.send(Ready(3, "toy", "because"))
+    end.send(Beat("denoise", 7.5))
     end.send(Done("j", 1, 2, 3))
     end.send(Failed("j2", {"message": "of a job"}))
     read_all(link)
@@ -269,6 +269,14 @@ def test_link_notes_beats_readiness_failure_and_jobs(ends: tuple[Link, WorkerEnd
     end.send(Failed("", {"message": "of the worker"}))
     read_all(link)
     assert link.failure == Failed("", {"message": "of the worker"})
+
+
+def test_readiness_ends_the_long_silence_of_loading(ends: tuple[Link, WorkerEnd]) -> None:
+    link, end = ends
+    end.send(Beat("load", 500.0))
+    end.send(Ready(1, "toy"))
+    read_all(link)
+    assert (link.phase, link.allow_s) == ("idle", 0.0)
 
 
 def test_link_is_named_after_its_place_and_incarnation() -> None:

@@ -1,0 +1,146 @@
+"""Dispatcher and supervisor over toy workers: real processes, links and segments, without HTTP and without a model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import select
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ovserve.config import ModelSettings, Settings
+from ovserve.deadline import Deadline
+from ovserve.dispatch.dispatcher import Dispatcher
+from ovserve.dispatch.ipc import ImageRequest
+from ovserve.dispatch.jobs import Job, JobEvent, State
+from ovserve.dispatch.spool import Spool
+from ovserve.dispatch.supervisor import Supervisor
+from ovserve.errors import ApiError
+from tests import toys
+
+PATIENCE_S = 20.0  # a wait that runs into this is a failure
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a job: its last state, its error, its pictures' bytes and what its handler was told."""
+
+    state: State
+    error: ApiError | None
+    pictures: list[bytes]
+    attempts: int
+    events: list[JobEvent]
+
+
+def toy_model(
+    name: str = "toy", replicas: int = 1, queue_limit: int = 64, memory: int = 0, **told: Any
+) -> ModelSettings:
+    """A model of toy workers; `told` commands how they load (tests.toys)."""
+    return ModelSettings(
+        name=name,
+        replicas=replicas,
+        queue_limit=queue_limit,
+        memory_limit_bytes=memory,
+        plugin_config=json.dumps(told),
+    )
+
+
+class ToyHouse:
+    """`with ToyHouse(tmp_path, toy_model()) as house: house.ask("echo hello")`; options are those of Settings."""
+
+    def __init__(self, directory: Path, *models: ModelSettings, wait: bool = True, **options: Any) -> None:
+        quick = {"restart_delay_s": 0.02, "max_restart_delay_s": 1.0, "terminate_timeout_s": 2.0, **options}
+        self.settings = Settings(models=models or (toy_model(),), **quick)
+        self.spool = Spool(directory, 64 << 20)
+        self.dispatcher = Dispatcher(self.spool, self.settings)
+        self.supervisor = Supervisor(self.settings, profiles(self.settings), self.dispatcher, toys.worker_main)
+        self._ids = itertools.count()
+        self.supervisor.start()
+        if wait:
+            assert self.supervisor.wait_ready(Deadline.after(PATIENCE_S))
+            self.until(lambda: all(self.ready(model.name) == model.replicas for model in self.settings.models))
+
+    def job(self, prompt: str, client: str = "c", timeout_s: float = 60.0, model: str = "", **known: Any) -> Job:
+        """An admitted job; the caller closes it."""
+        request = ImageRequest(task="edit", prompt=prompt, **known)
+        name = model or self.settings.models[0].name
+        job = Job(f"job-{next(self._ids)}", name, client, request, Deadline.after(timeout_s))
+        try:
+            self.dispatcher.admit(job)
+        except ApiError:
+            job.close()
+            raise
+        return job
+
+    def ask(self, prompt: str, **known: Any) -> Answer:
+        """Admit a job and wait for its end. Raises what admission raises."""
+        return finish(self.job(prompt, **known))
+
+    def ask_all(self, prompts: Sequence[str], **known: Any) -> list[Answer]:
+        """Several at once."""
+        jobs = [self.job(prompt, **known) for prompt in prompts]
+        return [finish(job) for job in jobs]
+
+    def ready(self, model: str = "toy") -> int:
+        """How many workers of a model are ready."""
+        return self.dispatcher.status(model).workers
+
+    def pids(self, model: str = "toy") -> list[int]:
+        """The living workers of a model."""
+        return [pid for name, pid in self.supervisor.worker_pids().items() if name.startswith(model + "/")]
+
+    def until(self, is_so: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+        """Wait for something that no descriptor tells of."""
+        deadline = Deadline.after(patience_s)
+        pause = threading.Event()
+        while not is_so():
+            assert not deadline.is_expired(), f"did not come about: {self.supervisor.status()}"
+            pause.wait(0.01)
+
+    def reload(self, *models: ModelSettings) -> None:
+        """Bring in other models."""
+        settings = Settings(models=models, restart_delay_s=0.02, max_restart_delay_s=1.0, terminate_timeout_s=2.0)
+        self.supervisor.reload(settings, profiles(settings))
+
+    def stop(self, grace_s: float = 10.0) -> None:
+        """As the server stops."""
+        self.dispatcher.drain()
+        self.supervisor.stop(Deadline.after(grace_s))
+        self.dispatcher.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        left = self.supervisor.worker_pids()
+        used = self.spool.used_bytes
+        self.spool.close()
+        if kind is None:
+            assert left == {}
+            assert used == 0
+
+
+def profiles(settings: Settings) -> dict[str, Any]:
+    """A profile for each model."""
+    return {model.name: toys.toy_profile(model.name) for model in settings.models}
+
+
+def finish(job: Job, patience_s: float = 60.0) -> Answer:
+    """Wait for a job's end as a handler does, then close it."""
+    deadline = Deadline.after(patience_s)
+    told: list[JobEvent] = []
+    while not job.is_settled:
+        assert select.select([job.wakeup], [], [], deadline.remaining())[0], f"{job.id} was never settled"
+        told += job.take_events()
+    told += job.take_events()
+    pictures = [bytes(result.segment.view[: result.size]) for _, result in sorted(job.results.items())]
+    answer = Answer(job.state, job.error, pictures, job.attempts, told)
+    job.close()
+    return answer

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from ovserve.config import ModelSettings, Settings
+from ovserve.dispatch.fleets import Fleet, Place, load_failure, make_fleets
+from ovserve.dispatch.ipc import Beat, Failed, Link, Ready, open_link
+from tests.toys import toy_profile
+
+CONTEXT = multiprocessing.get_context("spawn")
+SETTINGS = Settings(
+    models=(ModelSettings(name="toy", replicas=2),),
+    crash_loop_limit=3,
+    restart_delay_s=1.0,
+    max_restart_delay_s=10.0,
+    failed_retry_s=100.0,
+    load_timeout_s=300.0,
+    hang_limit_s=60.0,
+    idle_hang_limit_s=6.0,
+)
+
+
+@pytest.fixture
+def links() -> Iterator[list[Link]]:
+    made: list[Link] = []
+    yield made
+    for link in made:
+        link.close()
+
+
+@pytest.fixture
+def fleet() -> Fleet:
+    return make_fleets(SETTINGS, {"toy": toy_profile()})["toy"]
+
+
+def new_link(links: list[Link], *, ready: bool = True) -> Link:
+    link, end = open_link(CONTEXT, "toy", 0, 0)
+    end.close()
+    links.append(link)
+    link.ready = Ready(1, "toy") if ready else None
+    return link
+
+
+def die(fleet: Fleet, place: Place, link: Link, *, after_s: float = 0.0, reason: str = "killed") -> None:
+    now = time.monotonic()
+    place.link = link
+    if link.ready:
+        fleet.note_ready(place, now)
+    fleet.note_death(place, link, reason, now + after_s)
+
+
+def test_deaths_in_a_row_without_a_finished_job_are_a_crash_loop(fleet: Fleet, links: list[Link]) -> None:
+    for _ in range(2):
+        die(fleet, fleet.places[0], new_link(links))
+        assert fleet.failure == ""
+    die(fleet, fleet.places[1], new_link(links), reason="killed by signal 11")
+    assert fleet.failure == "3 workers in a row died without finishing a job; the last: killed by signal 11"
+
+
+def test_worker_that_finished_a_job_starts_the_count_anew(fleet: Fleet, links: list[Link]) -> None:
+    for number in range(12):
+        link = new_link(links)
+        link.jobs_done = int(number % 3 == 2)
+        die(fleet, fleet.places[0], link)
+    assert fleet.failure == ""
+
+
+def test_job_finished_by_a_neighbour_starts_the_models_count_anew_and_not_the_places(
+    fleet: Fleet, links: list[Link]
+) -> None:
+    neighbour = fleet.places[1]
+    neighbour.link = new_link(links)
+    for number in range(6):
+        neighbour.link.jobs_done = number
+        die(fleet, fleet.places[0], new_link(links))
+    assert (fleet.deaths, fleet.places[0].deaths) == (1, 6)
+
+
+def test_model_with_a_ready_worker_is_not_failed(fleet: Fleet, links: list[Link]) -> None:
+    neighbour = fleet.places[1]
+    neighbour.link = new_link(links)
+    fleet.note_ready(neighbour, time.monotonic())
+    for _ in range(9):
+        die(fleet, fleet.places[0], new_link(links, ready=False))
+    assert fleet.failure == ""
+    die(fleet, neighbour, neighbour.link)
+    assert fleet.failure != ""
+
+
+def test_long_idle_life_is_no_crash_loop_but_death_under_a_job_is(fleet: Fleet, links: list[Link]) -> None:
+    for _ in range(9):
+        die(fleet, fleet.places[0], new_link(links), after_s=11.0)
+    assert (fleet.failure, fleet.deaths) == ("", 0)
+    for _ in range(3):
+        link = new_link(links)
+        link.jobs_lost = 1
+        die(fleet, fleet.places[0], link, after_s=11.0)
+    assert fleet.failure != ""
+
+
+def test_second_death_under_one_job_is_the_jobs_and_not_the_workers(fleet: Fleet, links: list[Link]) -> None:
+    for number in range(4):
+        link = new_link(links)
+        link.jobs_lost, link.lost_second_try = 1, bool(number % 2)
+        die(fleet, fleet.places[0], link)
+    assert (fleet.failure, fleet.deaths) == ("", 2)
+
+
+def test_worker_that_says_why_it_cannot_load_fails_the_model_at_once(fleet: Fleet, links: list[Link]) -> None:
+    link = new_link(links, ready=False)
+    link.failure = Failed("", {"message": "no such device"})
+    die(fleet, fleet.places[0], link, reason=load_failure(link))
+    assert fleet.failure == "no such device"
+
+
+def test_model_that_has_worked_gets_its_tries_though_a_worker_says_why(fleet: Fleet, links: list[Link]) -> None:
+    die(fleet, fleet.places[0], new_link(links))
+    link = new_link(links, ready=False)
+    link.failure = Failed("", {"message": "device busy"})
+    die(fleet, fleet.places[0], link)
+    assert fleet.failure == ""
+
+
+def test_ready_worker_clears_the_failure_and_lets_the_others_start(fleet: Fleet) -> None:
+    first, second = fleet.places
+    fleet.failure = "reason"
+    assert fleet.may_start(first)
+    assert not fleet.may_start(second)
+    fleet.note_ready(first, time.monotonic())
+    assert fleet.failure == ""
+    assert fleet.may_start(second)
+
+
+def test_back_off_doubles_up_to_its_limit_with_jitter(fleet: Fleet) -> None:
+    place = fleet.places[0]
+    for deaths, middle in ((0, 1), (1, 1), (2, 2), (3, 4), (4, 8), (5, 10), (60, 10), (10**6, 10)):
+        place.deaths = deaths
+        delays = [place.delay_s() for _ in range(50)]
+        assert 0.75 * middle <= min(delays) < max(delays) <= 1.25 * middle
+    fleet.failure = "reason"
+    assert place.delay_s() == 100.0
+
+
+@pytest.mark.parametrize(
+    ("ready", "beat", "limit_s"),
+    [
+        (False, Beat("spawn"), 300),
+        (False, Beat("load", 500.0), 500),
+        (False, Beat("warm-up", 20.0), 300),
+        (True, Beat("idle"), 6),
+        (True, Beat("idle", 7.0), 7),
+        (True, Beat("denoise"), 60),
+        (True, Beat("decode", 90.0), 90),
+        (True, Beat("encode", 1.0), 60),
+    ],
+)
+def test_silence_is_judged_by_the_phase(
+    fleet: Fleet, links: list[Link], ready: bool, beat: Beat, limit_s: float
+) -> None:
+    link = new_link(links, ready=ready)
+    link.phase, link.allow_s = beat.phase, beat.allow_s
+    assert fleet.places[0].silence_limit_s(link) == limit_s

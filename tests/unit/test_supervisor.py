@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import pytest
+
+from ovserve.deadline import Deadline
+from ovserve.dispatch.jobs import State
+from ovserve.errors import ModelFailed, NotReady, WorkerCrashed
+from tests.live import children_of, is_alive
+from tests.toyhouse import PATIENCE_S, ToyHouse, finish, toy_model
+
+pytestmark = pytest.mark.usefixtures("tracker", "leak_guard")
+
+SLACK_S = 2.0  # for a machine with other work
+
+
+@pytest.fixture(scope="session")
+def tracker() -> None:
+    """multiprocessing's own helper process, which every spawn needs once: no leak of ours."""
+    resource_tracker.ensure_running()
+
+
+def test_workers_start_and_serve(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path, toy_model(replicas=2)) as house:
+        answer = house.ask("echo hello", n=2, seed=5)
+        assert answer.state is State.DONE
+        assert answer.pictures == [b"echo hello|5", b"echo hello|6"]
+        assert len(house.pids()) == 2
+        assert sorted(house.supervisor.worker_pids()) == ["toy/0#0", "toy/1#0"]
+        assert set(house.pids()) <= set(children_of(os.getpid()))
+
+
+def test_nothing_is_ready_before_the_warm_up(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path, toy_model(load_s=0.5), wait=False) as house:
+        assert not house.supervisor.wait_ready(Deadline.after(0.05))
+        with pytest.raises(NotReady):
+            house.ask("echo")
+        assert house.supervisor.wait_ready(Deadline.after(PATIENCE_S))
+        assert house.ask("echo").state is State.DONE
+
+
+def test_dead_worker_is_replaced_by_its_next_incarnation(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path) as house:
+        [pid] = house.pids()
+        os.kill(pid, signal.SIGKILL)
+        house.until(lambda: house.supervisor.worker_pids().keys() == {"toy/0#1"} and house.ready() == 1)
+        assert house.ask("echo").state is State.DONE
+        assert not is_alive(pid)
+
+
+def test_model_that_cannot_load_is_failed_at_once_with_the_workers_own_reason(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path, toy_model(load="fail no such device: XPU"), wait=False) as house:
+        assert not house.supervisor.wait_ready(Deadline.after(PATIENCE_S))
+        status = house.supervisor.status()["toy"]
+        assert status.failed
+        assert status.reason == "failed: no such device: XPU"
+        with pytest.raises(ModelFailed, match="XPU"):
+            house.ask("echo")
+
+
+def test_crash_loop_is_a_failed_model_and_the_others_go_on(tmp_path: Path) -> None:
+    models = (toy_model("good"), toy_model("bad", load="segv"))
+    with ToyHouse(tmp_path, *models, wait=False, crash_loop_limit=3) as house:
+        house.until(lambda: house.supervisor.status()["bad"].failed)
+        reason = house.supervisor.status()["bad"].reason
+        assert reason.startswith("failed: 3 workers in a row died")
+        assert "SIGSEGV" in reason
+        house.until(lambda: house.ready("good") == 1)
+        assert house.ask("echo", model="good").state is State.DONE
+
+
+def test_failed_model_is_tried_again_slowly_and_comes_back(tmp_path: Path) -> None:
+    marker = tmp_path / "mended"
+    models = (toy_model(load=f"until {marker} exit 7", replicas=2),)
+    with ToyHouse(tmp_path, *models, wait=False, crash_loop_limit=2, failed_retry_s=1.0) as house:
+        house.until(lambda: house.supervisor.status()["toy"].failed)
+        marker.touch()
+        house.until(lambda: house.ready() == 2)
+        status = house.supervisor.status()["toy"]
+        assert (status.ready, status.failed) == (True, False)
+        assert house.ask("echo").state is State.DONE
+
+
+def test_silent_worker_is_killed_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ToyHouse(tmp_path, hang_limit_s=1.0, idle_hang_limit_s=1.0) as house:
+        [pid] = house.pids()
+        started = time.monotonic()
+        answer = house.ask(f"once {tmp_path / 'hung'} hang")
+        assert (answer.state, answer.attempts) == (State.DONE, 2)
+        assert time.monotonic() - started < 1.0 + 2.0 + SLACK_S
+        assert house.pids() != [pid]
+        assert "hung: no heartbeat" in str([getattr(record, "fields", {}) for record in caplog.records])
+
+
+def test_worker_over_its_memory_limit_is_killed_and_the_job_with_it(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path, toy_model(memory=200 << 20, replicas=2)) as house:
+        started = time.monotonic()
+        answer = house.ask("leak")
+        assert isinstance(answer.error, WorkerCrashed)
+        assert time.monotonic() - started < 10
+        house.until(lambda: house.ready() == 2)
+        assert house.ask("echo").state is State.DONE
+
+
+def test_worker_that_breaks_the_protocol_is_killed(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path) as house:
+        [pid] = house.pids()
+        answer = house.ask(f"once {tmp_path / 'said'} garbage")
+        assert answer.state is State.DONE
+        assert not is_alive(pid)
+
+
+def test_stop_lets_jobs_finish_then_ends_every_process(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path, toy_model(replicas=2)) as house:
+        pids = house.pids()
+        jobs = [house.job("sleep 0.3") for _ in range(4)]
+        house.until(lambda: house.dispatcher.status("toy").running == 4)
+        house.stop()
+        assert [finish(job).state for job in jobs] == [State.DONE] * 4
+        assert not any(is_alive(pid) for pid in pids)
+
+
+def test_stop_kills_what_runs_at_the_deadline(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path) as house:
+        job = house.job("sleep 60")
+        house.until(lambda: house.dispatcher.status("toy").running == 1)
+        started = time.monotonic()
+        house.stop(grace_s=0.3)
+        assert time.monotonic() - started < 3
+        assert finish(job).state is State.FAILED
+
+
+def test_stop_while_loading_does_not_wait_for_the_model(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path, toy_model(load="hang"), wait=False, terminate_timeout_s=0.5) as house:
+        house.until(lambda: len(house.pids()) == 1)
+        started = time.monotonic()
+        house.stop()
+        assert time.monotonic() - started < 4
+
+
+def test_stop_kills_a_stopped_worker(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path) as house:
+        os.kill(house.pids()[0], signal.SIGSTOP)
+        started = time.monotonic()
+        house.stop(grace_s=0.5)
+        assert time.monotonic() - started < 4
+
+
+def test_workers_do_not_hear_the_front_ends_signals(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path) as house:
+        [pid] = house.pids()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(pid, number)
+        assert house.ask("echo").state is State.DONE
+        assert house.pids() == [pid]
+
+
+def test_reload_replaces_every_worker_without_losing_a_job(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path, toy_model(replicas=2)) as house:
+        old = set(house.pids())
+        running = [house.job("sleep 0.5") for _ in range(4)]
+        waiting = [house.job("sleep 0.01") for _ in range(20)]
+        house.reload(toy_model(replicas=2, capacity=5))
+        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert not old & set(house.pids())
+        assert house.dispatcher.status("toy").capacity == 10
+        answers = [finish(job) for job in running + waiting]
+        assert [(answer.state, answer.attempts) for answer in answers] == [(State.DONE, 1)] * 24
+
+
+def test_reload_that_fails_leaves_the_old_workers_serving(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path) as house:
+        old = house.pids()
+        house.reload(toy_model(load="fail broken weights"))
+        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert house.pids() == old
+        assert house.ask("echo").state is State.DONE
+
+
+def test_reload_brings_models_and_takes_models_away(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path, toy_model("a"), toy_model("b")) as house:
+        going = [house.job("sleep 0.2", model="b") for _ in range(5)]
+        house.reload(toy_model("a"), toy_model("c", replicas=2))
+        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        house.until(lambda: house.dispatcher.models() == ["a", "c"] and house.ready("c") == 2)
+        assert [finish(job).state for job in going] == [State.DONE] * 5
+        assert house.ask("echo", model="c").state is State.DONE
+
+
+def test_second_reload_overtakes_the_first(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path) as house:
+        house.reload(toy_model(load="hang"))
+        house.until(lambda: len(house.pids()) == 2)
+        house.reload(toy_model(capacity=7))
+        house.until(lambda: house.dispatcher.status("toy").capacity == 7)
+        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert len(house.pids()) == 1
+
+
+def test_reload_to_fewer_and_to_more_replicas(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path, toy_model(replicas=3)) as house:
+        for replicas in (1, 3):
+            house.reload(toy_model(replicas=replicas))
+            assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+            assert len(house.pids()) == replicas
+
+
+def test_watchdog_is_fed_while_everything_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(PATIENCE_S)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "600000")
+        monkeypatch.delenv("WATCHDOG_PID", raising=False)
+        with ToyHouse(tmp_path / "spool"):
+            assert [manager.recv(100) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+
+
+def test_two_houses_share_a_spool_directory(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path) as one, ToyHouse(tmp_path) as two:
+        assert one.ask("echo").state is State.DONE
+        assert two.ask("echo").state is State.DONE
