@@ -76,7 +76,7 @@ def _parse_field_lines(head: bytes, refuse: Refuse) -> dict[str, tuple[str, int]
             refuse("field name is not a token", at)
         name = raw_name.decode("ascii").lower()
         try:
-            value = raw_value.strip(b" \t").decode("utf-8")
+            value = raw_value.decode("utf-8").strip(" \t")
         except UnicodeDecodeError as error:
             refuse("field line is not UTF-8", at + len(raw_name) + 1 + error.start)
         if name in _KNOWN:

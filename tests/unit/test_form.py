@@ -1,0 +1,233 @@
+"""Multipart forms: which parts are uploads, which are text, what text may be, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ovserve.dispatch.spool import Spool
+from ovserve.errors import (
+    ApiError,
+    BadRequest,
+    ClientGone,
+    ContentTooLarge,
+    InvalidValue,
+    PartTooLarge,
+    SpoolFull,
+    UnsupportedMediaType,
+)
+from ovserve.front.form import read_form
+from ovserve.front.spooled import SpooledForm
+from tests.bodies import MemoryBody, Part, build, settings
+
+MULTIPART = "multipart/form-data; boundary=B0"
+PNG = b"\x89PNG\r\n\x1a\n\0\0"
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    spool = Spool(tmp_path, 64 << 20)
+    yield spool
+    assert spool.used_bytes == 0
+    spool.close()
+
+
+def read(spool: Spool, *parts: Part, content_type: str | None = MULTIPART, **options: Any) -> SpooledForm:
+    return read_form(MemoryBody(build(parts, "B0")), content_type, spool, settings(**options))
+
+
+def told(form: SpooledForm) -> tuple[list[tuple[str, Any]], list[tuple[str, str | None, bytes]]]:
+    """Fields, and uploads with their bytes; the form is released."""
+    uploads = [(upload.name, upload.filename, bytes(upload.view())) for upload in form.uploads]
+    assert all(upload.size == len(data) for upload, (_, _, data) in zip(form.uploads, uploads, strict=True))
+    fields = list(form.fields)
+    form.release()
+    return fields, uploads
+
+
+def test_fields_and_uploads_keep_names_values_and_order(spool: Spool) -> None:
+    fields, uploads = told(
+        read(
+            spool,
+            Part("mask", PNG, "m.png", "image/png"),
+            Part("loras[]", b"one"),
+            Part("image[]", b"1", "a.png", "image/png"),
+            Part("loras[]", b"two"),
+            Part("image[]", b"2", "b.png", "image/png"),
+            Part("lora_alphas[styles/a.safetensors]", b"0.8"),
+            Part("empty", b""),
+            Part("prompt", "kočka\r\nand 🎩".encode()),
+        )
+    )
+    assert fields == [
+        ("loras[]", "one"),
+        ("loras[]", "two"),
+        ("lora_alphas[styles/a.safetensors]", "0.8"),
+        ("empty", ""),
+        ("prompt", "kočka\r\nand 🎩"),
+    ]
+    assert uploads == [("mask", "m.png", PNG), ("image[]", "a.png", b"1"), ("image[]", "b.png", b"2")]
+
+
+@pytest.mark.parametrize("name", ["image", "image[]", "image[0]", "images", "images[]", "images[1]", "mask", "mask[]"])
+@pytest.mark.parametrize(
+    ("filename", "content_type", "is_upload"),
+    [
+        ("cat.png", "image/png", True),
+        ("cat.png", None, True),  # requests sends no type
+        ("cat.txt", "text/plain", True),
+        (None, "image/png", True),  # openai-python: (None, bytes, type)
+        (None, "application/octet-stream", True),
+        (None, None, False),  # a string where a file belongs: the API says so
+        (None, "text/plain; charset=utf-8", False),  # aiohttp's strings
+    ],
+)
+def test_a_picture_is_known_by_its_name(
+    spool: Spool, name: str, filename: str | None, content_type: str | None, is_upload: bool
+) -> None:
+    fields, uploads = told(read(spool, Part(name, b"text", filename, content_type)))
+    assert (fields, uploads) == (([], [(name, filename, b"text")]) if is_upload else ([(name, "text")], []))
+
+
+@pytest.mark.parametrize("name", ["prompt", "imagery", "image2", "unmask", "image[0][1]", "meta"])
+@pytest.mark.parametrize(
+    ("filename", "content_type"),
+    [(None, None), ("prompt.txt", "text/plain"), ("blob", "application/octet-stream"), (None, "application/json")],
+)
+def test_other_names_are_text_however_they_came(
+    spool: Spool, name: str, filename: str | None, content_type: str | None
+) -> None:
+    assert told(read(spool, Part(name, b'{"a":1}', filename, content_type))) == ([(name, '{"a":1}')], [])
+
+
+def test_a_file_that_is_no_text_under_another_name_is_an_upload_for_the_api_to_refuse(spool: Spool) -> None:
+    fields, uploads = told(
+        read(spool, Part("markup", PNG, "m.png"), Part("file", b"x" * 100, "long.txt"), max_text_field_bytes=50)
+    )
+    assert not fields
+    assert uploads == [("markup", "m.png", PNG), ("file", "long.txt", b"x" * 100)]
+
+
+def test_an_empty_file_is_an_upload_of_no_bytes(spool: Spool) -> None:
+    assert told(read(spool, Part("image", b"", "empty.png"))) == ([], [("image", "empty.png", b"")])
+
+
+def test_text_passes_at_its_limit_and_not_beyond(spool: Spool) -> None:
+    assert told(read(spool, Part("prompt", b"x" * 100), max_text_field_bytes=100))[0] == [("prompt", "x" * 100)]
+    with pytest.raises(PartTooLarge) as caught:
+        read(spool, Part("prompt", b"x" * 101), max_text_field_bytes=100)
+    assert (caught.value.status, caught.value.param) == (413, "prompt")
+
+
+def test_long_text_is_refused_before_all_of_it_has_come(spool: Spool) -> None:
+    body = MemoryBody(build([Part("prompt", b"x" * (4 << 20))], "B0"))
+    with pytest.raises(PartTooLarge):
+        read_form(body, MULTIPART, spool, settings(max_text_field_bytes=1000))
+    assert body.given <= 1 << 20
+
+
+def test_text_must_be_utf_8_and_the_error_names_the_field(spool: Spool) -> None:
+    with pytest.raises(InvalidValue, match="'prompt' is not UTF-8") as caught:
+        read(spool, Part("n", b"1"), Part("prompt", b"gr\xfcn"))
+    assert caught.value.param == "prompt"
+    assert "part 2" in caught.value.message
+
+
+@pytest.mark.parametrize("content_type", ["text/plain; charset=UTF-8", 'text/plain;charset="us-ascii"', "text/plain"])
+def test_charsets_within_utf_8_are_taken(spool: Spool, content_type: str) -> None:
+    assert told(read(spool, Part("prompt", b"x", None, content_type)))[0] == [("prompt", "x")]
+
+
+@pytest.mark.parametrize("encoding", ["binary", "8bit", "7BIT"])
+def test_identity_encodings_are_ignored(spool: Spool, encoding: str) -> None:
+    part = Part("image", PNG, "a.png", fields=(f"Content-Transfer-Encoding: {encoding}",))
+    assert told(read(spool, part))[1] == [("image", "a.png", PNG)]
+
+
+def test_base64_parts_are_decoded_in_place(spool: Spool) -> None:
+    data = bytes(range(256)) * 1000
+    line = ("Content-Transfer-Encoding: BASE64",)
+    fields, uploads = told(
+        read(
+            spool,
+            Part("image", base64.encodebytes(data).replace(b"\n", b"\r\n"), "a.png", fields=line),
+            Part("prompt", base64.b64encode("grün".encode()), fields=line),
+            Part("mask", b"", "b.png", fields=line),
+        )
+    )
+    assert fields == [("prompt", "grün")]
+    assert uploads == [("image", "a.png", data), ("mask", "b.png", b"")]
+
+
+@pytest.mark.parametrize(
+    "content_type", ["Multipart/Form-Data; BOUNDARY=B0", "multipart/form-data; boundary=other; boundary=B0"]
+)
+def test_the_last_boundary_counts(spool: Spool, content_type: str) -> None:
+    assert told(read(spool, Part("prompt", b"x"), content_type=content_type))[0] == [("prompt", "x")]
+
+
+@pytest.mark.parametrize("content_type", [None, "", "text/plain", "application/octet-stream", "image/png"])
+def test_other_types_are_answered_415_with_what_is_taken(spool: Spool, content_type: str | None) -> None:
+    body = MemoryBody(b"x")
+    with pytest.raises(UnsupportedMediaType, match="multipart/form-data or application/json") as caught:
+        read_form(body, content_type, spool, settings())
+    assert caught.value.status == 415
+    assert body.given == 0
+
+
+def test_a_body_over_the_limit_is_refused(spool: Spool) -> None:
+    body = MemoryBody(build([Part("image", b"x" * 5000, "a")], "B0"), announced=False)
+    with pytest.raises(ContentTooLarge):
+        read_form(body, MULTIPART, spool, settings(max_body_bytes=4096))
+
+
+class BrokenBody(MemoryBody):
+    """A client that goes away, or a spool that is full, in mid-body."""
+
+    def __init__(self, data: bytes, error: Exception, after: int) -> None:
+        super().__init__(data, [after])
+        self.error = error
+
+    def readinto(self, view: memoryview, /) -> int:
+        if self.given:
+            raise self.error
+        return super().readinto(view)
+
+
+@pytest.mark.parametrize("after", [1, 10, 60, 100, 5000])
+@pytest.mark.parametrize("error", [ClientGone("gone"), SpoolFull("full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("content_type", [MULTIPART, "application/json"])
+def test_a_body_that_breaks_off_leaves_nothing(spool: Spool, error: Exception, after: int, content_type: str) -> None:
+    body = BrokenBody(build([Part("image", b"x" * 9000, "a")], "B0"), error, after)
+    with pytest.raises(type(error)):
+        read_form(body, content_type, spool, settings())
+    assert spool.used_bytes == 0
+    assert [path.name for path in spool.directory.iterdir()] == ["lock"]
+
+
+def test_a_refused_body_leaves_nothing(spool: Spool) -> None:
+    for content_type in (MULTIPART, "application/json"):
+        with pytest.raises(BadRequest):
+            read_form(MemoryBody(b"\xff" * 500_000), content_type, spool, settings())
+        assert spool.used_bytes == 0
+        assert [path.name for path in spool.directory.iterdir()] == ["lock"]
+
+
+def test_errors_of_the_head_come_before_the_body_is_read(spool: Spool) -> None:
+    for content_type in ("multipart/form-data", "multipart/form-data; boundary=", "text/plain", "a;b"):
+        body = MemoryBody(b"x" * 100)
+        with pytest.raises(ApiError):
+            read_form(body, content_type, spool, settings())
+        assert body.given == 0
+
+
+def test_views_that_are_still_held_do_not_keep_a_form_alive(spool: Spool) -> None:
+    form = read(spool, Part("image", PNG, "a.png"))
+    view = form.uploads[0].view()
+    form.release()
+    assert [path.name for path in spool.directory.iterdir()] == ["lock"]
+    view.release()

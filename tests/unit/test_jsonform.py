@@ -1,0 +1,277 @@
+"""JSON bodies: pictures in data URLs become uploads, everything else a field with its JSON type, and text stays small."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as budget
+from hypothesis import strategies as st
+
+from ovserve.dispatch.spool import Spool
+from ovserve.errors import ApiError, BadRequest, InvalidValue, PartTooLarge
+from ovserve.front.form import read_form
+from ovserve.front.jsonform import decode_in_place
+from ovserve.front.spooled import SpooledForm
+from tests.bodies import MemoryBody, settings
+
+PNG = b"\x89PNG\r\n\x1a\n\0\0\xff\xfe"
+URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    spool = Spool(tmp_path, 256 << 20)
+    yield spool
+    assert spool.used_bytes == 0
+    spool.close()
+
+
+def read(spool: Spool, document: Any, **options: Any) -> SpooledForm:
+    data = document if isinstance(document, bytes) else json.dumps(document).encode()
+    return read_form(MemoryBody(data), "application/json; charset=UTF-8", spool, settings(**options))
+
+
+def told(form: SpooledForm) -> tuple[list[tuple[str, Any]], list[tuple[str, bytes]]]:
+    assert form.is_json
+    uploads = [(upload.name, bytes(upload.view())) for upload in form.uploads]
+    assert all(upload.filename is None for upload in form.uploads)
+    fields = list(form.fields)
+    form.release()
+    return fields, uploads
+
+
+def test_fields_keep_their_types_and_order(spool: Spool) -> None:
+    document = {
+        "prompt": "kočka 🎩",
+        "n": 2,
+        "strength": 0.5,
+        "stream": True,
+        "seed": None,
+        "loras": ["a", "b"],
+        "svg": {"reasoning": {"effort": "low"}},
+        "big": 2**70,
+    }
+    fields, uploads = told(read(spool, document))
+    assert fields == list(document.items())
+    assert [type(value) for _, value in fields] == [type(value) for value in document.values()]
+    assert not uploads
+
+
+@pytest.mark.parametrize(
+    ("document", "fields", "uploads"),
+    [
+        ({"images": [{"image_url": URL}, {"image_url": URL}]}, [], ["images[0]", "images[1]"]),
+        ({"images": [URL]}, [], ["images[0]"]),
+        ({"images": {"image_url": URL}}, [], ["images"]),
+        ({"image": URL, "mask": {"image_url": URL}}, [], ["image", "mask"]),
+        ({"image": [URL, URL], "mask": URL}, [], ["image[0]", "image[1]", "mask"]),
+        ({"images": [{"image_url": URL, "file_id": None}]}, [], ["images[0]"]),
+        ({"markup": URL}, [], ["markup"]),
+        ({"images": []}, [("images", [])], []),
+        ({"image": None}, [("image", None)], []),
+        ({"image": "https://example.org/a.png"}, [("image", "https://example.org/a.png")], []),
+        ({"images": [{"file_id": "f"}, {"image_url": URL}]}, [("images[0]", {"file_id": "f"})], ["images[1]"]),
+        (
+            {"images": [{"image_url": {"url": "x"}}, 5]},
+            [("images[0]", {"image_url": {"url": "x"}}), ("images[1]", 5)],
+            [],
+        ),
+        ({"prompt": "data: the android"}, [("prompt", "data: the android")], []),
+        ({"prompt": 'data:"quoted\\"'}, None, None),
+        ({"user": {"a": ["data:x"]}}, [("user", {"a": ["data:x"]})], []),
+        ({"image": "iVBORw0KGgo="}, [("image", "iVBORw0KGgo=")], []),
+    ],
+)
+def test_pictures_become_uploads_and_the_rest_fields(
+    spool: Spool, document: dict[str, Any], fields: list[tuple[str, Any]] | None, uploads: list[str] | None
+) -> None:
+    if fields is None or uploads is None:
+        with pytest.raises(InvalidValue, match="a data URL with a backslash"):
+            read(spool, document)
+        return
+    assert told(read(spool, document)) == (fields, [(name, PNG) for name in uploads])
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "data:image/png;base64,",
+        "DATA:IMAGE/PNG;BASE64,",
+        "data:;base64,",
+        "data:image/png;name=a.png;base64,",
+        "data:image\\/png;base64,",
+    ],
+)
+def test_prefixes_of_data_urls(spool: Spool, prefix: str) -> None:
+    document = b'{"image":"%b%b"}' % (prefix.encode(), base64.b64encode(PNG))
+    assert told(read(spool, document))[1] == [("image", PNG)]
+
+
+def dot_net(text: str) -> str:
+    return text.replace("+", "\\u002B").replace("/", "\\u002f").replace("=", "\\u003D")
+
+
+def php(text: str) -> str:
+    return text.replace("/", "\\/")
+
+
+def lines(text: str) -> str:
+    return "\\r\\n".join(text[at : at + 76] for at in range(0, len(text), 76))
+
+
+def unpadded(text: str) -> str:
+    return text.rstrip("=")
+
+
+@pytest.mark.parametrize("escape", [str, dot_net, php, lines, unpadded], ids=lambda escape: escape.__name__)
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 48 * 1024 - 1, 48 * 1024, 200_003])
+def test_base64_is_decoded_whatever_encoders_do_to_it(spool: Spool, escape: Callable[[str], str], size: int) -> None:
+    data = (b"\xfb\xef\xbe\xff\xff\xff" + bytes(range(256))) * (size // 200 + 1)
+    data = data[:size]
+    text = escape(base64.b64encode(data).decode())
+    document = b'{"image":"data:image/png;base64,%b","n":1}' % text.encode()
+    assert told(read(spool, document)) == ([("n", 1)], [("image", data)])
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(0, 400), max_size=8), st.sampled_from(["\r\n", "\n", " ", "\t"]))
+def test_decoding_in_place_is_decoding(data: bytes, breaks: list[int], blank: str) -> None:
+    text = base64.b64encode(data).decode()
+    for at in sorted(breaks, reverse=True):
+        text = text[:at] + blank + text[at:]
+    buffer = bytearray(b"before" + text.encode() + b"after")
+    with memoryview(buffer) as view:
+        assert decode_in_place(view, 6, len(text), "image") == len(data)
+    assert buffer[: 6 + len(data)] == b"before" + data
+    assert buffer.endswith(b"after")
+
+
+def test_padding_in_the_middle_of_a_long_text_is_refused() -> None:
+    text = bytearray(b"QUJD" * 16_383 + b"QQ==" + b"QUJD" * 100)
+    with memoryview(text) as view, pytest.raises(InvalidValue, match="padding"):
+        decode_in_place(view, 0, len(text), "image")
+
+
+def test_a_large_data_url_is_decoded_without_a_copy_of_it_on_the_heap(spool: Spool) -> None:
+    data = bytes(16 << 20)
+    body = MemoryBody(b'{"images":[{"image_url":"data:image/png;base64,%b"}]}' % base64.b64encode(data))
+    tracemalloc.start()
+    form = read_form(body, "application/json", spool, settings())
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert form.uploads[0].view() == data
+    form.release()
+    assert most < 2 << 20
+
+
+def test_text_passes_at_its_limits_and_not_beyond(spool: Spool) -> None:
+    document = b'{"prompt":"%b"}' % (b"x" * 1500)
+    form = read(spool, document, max_json_text_bytes=len(document), max_text_field_bytes=1500)
+    assert told(form)[0] == [("prompt", "x" * 1500)]
+    for options in ({"max_json_text_bytes": len(document) - 1}, {"max_text_field_bytes": 1499}):
+        with pytest.raises(PartTooLarge) as caught:
+            read(spool, document, **options)
+        assert caught.value.status == 413
+
+
+def test_data_urls_do_not_count_as_text(spool: Spool) -> None:
+    document = {"image": "data:;base64," + "QUJD" * 1000, "prompt": "x"}
+    assert told(read(spool, document, max_json_text_bytes=1024))[1] == [("image", b"ABC" * 1000)]
+
+
+def test_depth_passes_at_its_limit_and_not_beyond(spool: Spool) -> None:
+    def nested(depth: int) -> bytes:
+        return b'{"a":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+
+    read(spool, nested(100)).release()
+    with pytest.raises(BadRequest, match="deeper than 100"):
+        read(spool, nested(101))
+
+
+def test_brackets_inside_strings_do_not_nest(spool: Spool) -> None:
+    document = {"prompt": "[" * 500 + '"' + "{" * 500 + "\\"}
+    assert told(read(spool, document))[0] == list(document.items())
+
+
+def test_an_error_behind_a_data_url_names_its_place_in_the_body(spool: Spool) -> None:
+    document = b'{"image":"%b","prompt":nothing}' % URL.encode()
+    with pytest.raises(BadRequest) as caught:
+        read(spool, document)
+    assert f"byte {document.index(b'nothing')}" in caught.value.message
+
+
+def test_a_placeholder_cannot_be_forged_by_repeating_the_shape_of_one(spool: Spool) -> None:
+    document = {"image": URL, "prompt": "0" * 16 + "0", "user": "f" * 17}
+    assert told(read(spool, document)) == ([("prompt", "0" * 17), ("user", "f" * 17)], [("image", PNG)])
+
+
+# No text that begins with data: and needs an escape, for such strings are pictures or nothing.
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(
+    lambda text: not text.lower().startswith("data:")
+)
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts
+    | st.just("data:x"),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@budget(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(texts.filter(lambda name: name not in ("image", "images", "mask", "markup")), values), st.booleans()
+)
+def test_any_object_is_read_as_the_standard_library_reads_it(
+    spool: Spool, document: dict[str, Any], ascii_only: bool
+) -> None:
+    fields, uploads = told(read(spool, json.dumps(document, ensure_ascii=ascii_only).encode()))
+    assert fields == list(document.items())
+    assert not uploads
+
+
+tokens = st.sampled_from(
+    [b'"', b'"a"', b":", b",", b"{", b"}", b"[", b"]", b"1", b"\\", b'"image"', b'"data:;base64,', b"QUJD", b"=", b" ", b"null", b"-", b"NaN", b"\xff", b"\\u00"]
+)  # fmt: skip
+
+
+@budget(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(tokens | st.binary(max_size=2), max_size=25).map(b"".join))
+@example(b'{"image":"data:;base64,QUJD"')
+@example(b'"\\')
+def test_random_documents_raise_only_documented_errors(spool: Spool, document: bytes) -> None:
+    try:
+        form = read(spool, document, max_json_text_bytes=1024)
+    except ApiError as error:
+        assert error.status in (400, 413)
+        # What is refused is no JSON object with unique keys, or has a picture that is none.
+        with pytest.raises((ValueError, AssertionError)):
+            assert_is_plain_object(document)
+    else:
+        assert isinstance(json.loads(document), dict)
+        form.release()
+
+
+def assert_is_plain_object(document: bytes) -> None:
+    assert isinstance(json.loads(document, object_pairs_hook=unique, parse_constant=refuse), dict)
+    assert b"data:" not in document
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len(dict(pairs)) == len(pairs)
+    assert all(not isinstance(value, float) or math.isfinite(value) for _, value in pairs)
+    return dict(pairs)
+
+
+def refuse(text: str) -> None:
+    raise ValueError(text)

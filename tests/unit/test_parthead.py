@@ -1,0 +1,79 @@
+"""The head of a part: what real clients send is understood, the rest is refused with its place."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import pytest
+
+from ovserve.front.parthead import PartHead, parse_part_head
+
+
+class Refused(Exception):
+    pass
+
+
+def refuse(what: str, at: int) -> NoReturn:
+    raise Refused(what, at)
+
+
+def parse(*lines: str | bytes) -> PartHead:
+    encoded = [line.encode() if isinstance(line, str) else line for line in lines]
+    return parse_part_head(b"".join(line + b"\r\n" for line in encoded) + b"\r\n", refuse)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (['Content-Disposition: form-data; name="image"; filename="cat.png"', "Content-Type: image/png"],
+         PartHead("image", "cat.png", "image/png")),
+        (["content-disposition:form-data;name=prompt"], PartHead("prompt")),
+        (["Content-Type: text/plain; charset=utf-8", 'CONTENT-DISPOSITION: FORM-DATA; NAME="prompt"'],
+         PartHead("prompt", None, "text/plain; charset=utf-8")),
+        (['Content-Disposition: form-data; filename="b"; name="a"', "X-A: 1", "X-A: 2"], PartHead("a", "b")),
+        (['Content-Disposition: form-data; name="a"', "Content-Transfer-Encoding:  BINARY\t", "Content-Length: 007"],
+         PartHead("a", None, None, "binary", 7)),
+        (["Content-Disposition: form-data; name=image; filename=cat.png; filename*=utf-8''k%C3%A4t.png"],
+         PartHead("image", "cat.png")),
+        (["Content-Disposition: form-data; name=image; filename*=UTF-8'en'k%C3%A4t.png"], PartHead("image", "kät.png")),
+        (['Content-Disposition: form-data; name="lora_alphas[styles/a.safetensors]"'],
+         PartHead("lora_alphas[styles/a.safetensors]")),
+        ([r'Content-Disposition: form-data; name="a"; filename="a \"q\" back\\slash.png"'],
+         PartHead("a", r'a "q" back\slash.png')),
+        ([r'Content-Disposition: form-data; name="a"; filename="a %22q%22 back\slash.png"'],
+         PartHead("a", r'a "q" back\slash.png')),
+        (['Content-Disposition: form-data; name="kočka"; filename=""', "Content-Type:"], PartHead("kočka", "")),
+        (['Content-Disposition: form-data; name="../../etc/passwd"'], PartHead("../../etc/passwd")),
+    ],
+)  # fmt: skip
+def test_what_clients_send_is_understood(lines: list[str], expected: PartHead) -> None:
+    assert parse(*lines) == expected
+
+
+DISPOSITION = 'Content-Disposition: form-data; name="a"'
+
+
+@pytest.mark.parametrize(
+    ("lines", "what", "at"),
+    [
+        (["Content-Type: text/plain"], "no Content-Disposition", 0),
+        ([], "no Content-Disposition", 0),
+        ([DISPOSITION, " folded"], "folded field line", 42),
+        ([DISPOSITION, "X-A"], "field line without a colon", 42),
+        ([DISPOSITION, "X-A : 1"], "field name is not a token", 42),
+        ([DISPOSITION, "X-A: 1\n2"], "control character 0x0a in a field line", 48),
+        ([DISPOSITION, "X-A: 1\0"], "control character 0x00 in a field line", 48),
+        ([DISPOSITION, b"X-A: \xff"], "field line is not UTF-8", 47),
+        ([DISPOSITION, b"X-A:  \t\xff"], "field line is not UTF-8", 49),
+        ([DISPOSITION, DISPOSITION.lower()], "content-disposition twice", 42),
+        (["X-A: 1", "Content-Disposition: attachment; name=a"], "Content-Disposition is not form-data", 8),
+        (["X-A: 1", "Content-Disposition: form-data"], "Content-Disposition without a name", 8),
+        ([DISPOSITION, "Content-Length: 1_0"], "Content-Length is not a number", 42),
+        ([DISPOSITION, "Content-Length: ١"], "Content-Length is not a number", 42),
+        ([DISPOSITION, "Content-Length: " + "9" * 19], "Content-Length is not a number", 42),
+    ],
+)
+def test_what_is_malformed_is_refused_with_its_place(lines: list[str | bytes], what: str, at: int) -> None:
+    with pytest.raises(Refused) as caught:
+        parse(*lines)
+    assert caught.value.args == (what, at)
