@@ -45,3 +45,19 @@ set_up() {
     printf '%s' "$wanted" > "$environment/ovserve-stamp$extra"
     say "Set-up done."
 }
+
+# set_up_clients ENVIRONMENT: the other official clients that the tests talk to the server with, inside ENVIRONMENT.
+set_up_clients() {
+    local environment=$1 wanted
+    wanted=$(cat tests/e2e/node/package.json tests/e2e/node/package-lock.json scripts/lib.sh | cksum)
+    [ "$(cat "$environment/clients-stamp" 2>/dev/null)" = "$wanted" ] && return
+    command -v npm >/dev/null || need_packages npm
+    say "Installing the Node clients of tests/e2e/node ..."
+    mkdir -p "$environment/node"
+    cp tests/e2e/node/package.json tests/e2e/node/package-lock.json "$environment/node/"
+    (cd "$environment/node" && npm ci --no-audit --no-fund --loglevel=error >&2)
+    say "Installing the last Python client of the first major version ..."
+    "$environment/bin/uv" venv --quiet --allow-existing "$environment/openai1"
+    "$environment/bin/uv" pip install --quiet --python "$environment/openai1/bin/python" openai==1.109.1 "httpx==0.28.1"
+    printf '%s' "$wanted" > "$environment/clients-stamp"
+}

@@ -15,14 +15,14 @@ from ipaddress import ip_address
 from ovserve import __version__
 from ovserve.api.catalog import Catalog
 from ovserve.api.edits import Images
-from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply
+from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, StreamReply
 from ovserve.api.fields import EDIT, GENERATION, VARIATION
 from ovserve.api.openapi import openapi_document
 from ovserve.api.replies import json_reply, model_object, models_object
 from ovserve.api.store import Store, parse_range
 from ovserve.config import Settings
 from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
-from ovserve.errors import BadRequest, Forbidden, MethodNotAllowed, NotFound, StartupError
+from ovserve.errors import ApiError, BadRequest, Forbidden, MethodNotAllowed, NotFound, StartupError
 from ovserve.metrics import CONTENT_TYPE, Metrics
 
 __all__ = ["ROUTES", "ImagesApi", "Route"]
@@ -72,7 +72,7 @@ class ImagesApi:
             raise NotFound(f"Invalid URL ({exchange.method} {exchange.path[:200]}).")
         for route, params in found:
             if route.method == method:
-                return route.handle(self, exchange, params)
+                return self._counted(route, exchange, params)
         allowed = {route.method for route, _ in found}
         allow = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"}))
         if method == "OPTIONS":
@@ -80,6 +80,18 @@ class ImagesApi:
         raise MethodNotAllowed(
             f"{exchange.path[:200]} does not take {exchange.method}; it takes {allow}.", headers={"allow": allow}
         )
+
+    def _counted(self, route: Route, exchange: Exchange, params: Mapping[str, str]) -> Reply:
+        status = 499  # the client has gone
+        try:
+            reply = route.handle(self, exchange, params)
+            status = 200 if isinstance(reply, StreamReply) else reply.status
+        except ApiError as error:
+            status = error.status
+            raise
+        finally:
+            self.metrics.responses.labels(route.path, str(status)).inc()
+        return reply
 
     def openapi(self) -> bytes:
         """The OpenAPI document of this server, made at the first request for it."""

@@ -1,0 +1,38 @@
+"""The packaged weights do what the model card says: fewer cases than its report, with room for another processor's arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ovserve.profile import builtin_directory
+from scripts.builtin_model import evaluate
+
+CASES = 12
+# The least number of the twelve that must be right, for each test of the report.
+FLOORS = {
+    "round trip": {"colour": 12, "shape": 11, "background": 12},
+    "text to image": {"colour": 12, "shape": 11, "background": 12, "one": 12},
+    "count two": {"count": 8},
+    "count three": {"count": 9},
+    "inpaint one of a pair": {"colour": 11, "shape": 8, "background": 12},
+    "replace in place": {"obeyed": 10},
+    "recolour at 0.7": {"obeyed": 11},
+    "reshape at 0.85": {"obeyed": 10},
+    "background at 0.85": {"obeyed": 10},
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[evaluate.Model]:
+    yield evaluate.Model(builtin_directory(), threads=2, steps=12, guidance_scale=3.0)
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_the_model_obeys(model: evaluate.Model, name: str) -> None:
+    test = evaluate.tests(builtin_directory(), threads=2)[name]
+    tally = evaluate.Tally(name)
+    for case in range(CASES):
+        test(model, case, tally)
+    assert all(tally.right[key] >= least for key, least in FLOORS[name].items()), tally.right
