@@ -6,7 +6,7 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -39,6 +39,14 @@ def listening(folder: Path, settings: Settings) -> Iterator[Listener]:
     finally:
         api.close()
         spool.close()
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    """Wait for what a thread does after its client has its answer."""
+    until = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.005)
 
 
 def test_it_is_the_standard_library_s_threading_server() -> None:
@@ -81,14 +89,10 @@ def test_it_knows_how_much_is_going_on() -> None:
             busy.send(WAIT)
             while api.seen.get(timeout=10) != "/wait":
                 pass
-            assert (listener.open_connections, listener.active_exchanges) == (2, 1)
+            eventually(lambda: (listener.open_connections, listener.active_exchanges) == (2, 1))
             api.release()
             busy.read_response()
-        until = time.monotonic() + 10
-        while listener.open_connections:
-            assert time.monotonic() < until
-            time.sleep(0.005)
-        assert listener.active_exchanges == 0
+        eventually(lambda: (listener.open_connections, listener.active_exchanges) == (0, 0))
 
 
 # --- the end ------------------------------------------------------------------------------------------------------------
@@ -166,14 +170,12 @@ def test_beyond_the_limit_the_answer_is_503_and_health_still_answers() -> None:
 
 def served_again(listener: Listener) -> None:
     """A place is free again."""
-    until = time.monotonic() + 10
-    while True:
+
+    def is_served() -> bool:
         with RawClient(listener.port) as client:
-            response = client.send(b"GET /describe HTTP/1.1\r\nHost: a.test\r\n\r\n").read_response()
-        if response.status == 200:
-            return
-        assert time.monotonic() < until
-        time.sleep(0.005)
+            return client.send(b"GET /describe HTTP/1.1\r\nHost: a.test\r\n\r\n").read_response().status == 200
+
+    eventually(is_served)
 
 
 def test_accepting_goes_on_when_the_machine_has_no_thread_left(monkeypatch: pytest.MonkeyPatch) -> None:
