@@ -61,3 +61,11 @@ set_up_clients() {
     "$environment/bin/uv" pip install --quiet --python "$environment/openai1/bin/python" openai==1.109.1 "httpx==0.28.1"
     printf '%s' "$wanted" > "$environment/clients-stamp"
 }
+
+# set_up_proxies: the proxies that the tests put in front of the server.
+set_up_proxies() {
+    PATH=$PATH:/usr/sbin
+    command -v nginx >/dev/null || need_packages nginx-light
+    command -v haproxy >/dev/null || need_packages haproxy
+    command -v curl >/dev/null || need_packages curl
+}
