@@ -1,0 +1,164 @@
+"""Our parser and the `multipart` package on the same bodies: every way in which they differ is listed, with its reason.
+
+Bodies: the captures, the malformed corpus, forms that Hypothesis builds, and bodies that nearly are forms.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import multipart
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as budget
+from hypothesis import strategies as st
+
+from ovserve.front.headers import parse_options
+from tests.bodies import Part, build, content_of, outcome, pieces_of
+from tests.strategies import almost_forms, boundaries, parts
+
+HERE = Path(__file__).parent
+FEW = 300  # bytes of a head: a limit of ours that bodies of this size can reach
+
+# What we refuse and the package takes: the words of our refusal, and why.
+WE_REFUSE = {
+    "1 to 70 characters": "RFC 2046 section 5.1.1 limits a boundary's length and characters; the package takes any",
+    "folded field line": "obsolete folding is read in three ways by servers; no measured client folds",
+    "control character": "RFC 9110 section 5.5 allows none in a field; the package lets NUL and bare CR through",
+    "field name is not a token": "a blank before the colon (RFC 9112 section 5.1); the package strips it",
+    "twice": "two Content-Dispositions or Content-Types, or one parameter twice, mean two things to two readers",
+    "without a name": "RFC 7578 section 4.2 requires a name; the package makes it empty unless strict",
+    "malformed parameter": "the package skips what it cannot read in a Content-Disposition",
+    "Content-Disposition: malformed filename*": "the package never looks at filename*",
+    "Content-Disposition: filename* is not": "the same",
+    "a delimiter before the blank line": "a head that holds the delimiter is two parts to some; the package reads a field line",
+    "a delimiter follows the head at once": "an empty part to RFC 2046, content to the package: neither reading is taken",
+    "followed by more than blanks": "RFC 2046 allows blanks and a line end behind the close delimiter; the package looks no further",
+    "the body ends inside the line of the close delimiter": "the same, with half a line end",
+    "the head is longer than": "our limit is of a whole head, the package's of one line",
+}  # fmt: skip
+
+# What the package refuses and we take: its words, and why.
+THEY_REFUSE = {
+    "Unexpected byte after first boundary": "transport padding (RFC 2046 section 5.1.1): a capture has it",
+    "Unexpected bytes after boundary": "the same, later",
+    "Unexpected byte in front of first boundary": "the boundary in the middle of a preamble line is preamble",
+    "Invalid segment header name": "any token is a field name (RFC 9110 section 5.1), unknown fields mean nothing",
+    "Invalid segment Content-Length": "leading zeros are digits (RFC 9110 section 8.6)",
+    "Maximum segment header count": "the package takes eight fields in a head; our limit is bytes",
+}  # fmt: skip
+
+
+def theirs(pieces: list[bytes], boundary: str) -> list[Part] | str:
+    found: list[Part] = []
+    data = b""
+    try:
+        with multipart.PushMultipartParser(boundary, max_header_size=FEW) as parser:
+            for piece in pieces:
+                for event in parser.parse(piece):
+                    if isinstance(event, multipart.MultipartSegment):
+                        kind = event.header("Content-Type")
+                        coding = event.header("Content-Transfer-Encoding", "binary")
+                        found.append(Part(event.name, b"", event.filename, kind, coding.strip().lower()))
+                        data = b""
+                    elif event is None:
+                        found[-1] = replace(found[-1], data=data)
+                    else:
+                        data += event
+    except multipart.MultipartError as error:
+        return str(error)
+    return found
+
+
+def normal(part: Part) -> Part:
+    """A part without what the two are known to write in different ways."""
+    # Names: the package cuts Windows paths, and undoes one of the two ways of escaping, we both where both were used.
+    name = part.name.replace("\\", "").replace("%22", '"')
+    filename = None if part.filename is None else part.filename.rpartition("\\")[-1].replace('"', "%22")
+    return replace(part, name=name, filename=filename, content_type=(part.content_type or "").strip(" \t") or None)
+
+
+def reason(pieces: list[bytes], boundary: str) -> str:
+    """How the two compare: `same`, `both refuse`, or the listed reason. Fails for one that is not listed."""
+    ours = outcome(pieces, boundary, max_parts=1000, max_part_head_bytes=FEW)
+    their = theirs(pieces, boundary)
+    if isinstance(ours, tuple):
+        if isinstance(their, str):
+            return "both refuse"
+        words = [words for words in WE_REFUSE if words in ours[1]]
+        assert words, f"we refuse with {ours[1]!r}, the package reads {their}"
+        return f"we: {words[0]}"
+    if isinstance(their, str):
+        words = [words for words in THEY_REFUSE if words in their]
+        assert words, f"the package refuses with {their!r}, we read {ours}"
+        return f"they: {words[0]}"
+    assert [normal(part) for part in ours] == [normal(part) for part in their]
+    return "same"
+
+
+def corpus() -> Iterator[tuple[str, str, bytes]]:
+    for capture in json.loads((HERE / "captures/index.json").read_text("utf-8"))["captures"]:
+        if "boundary" in capture:
+            raw = (HERE / "captures" / capture["file"]).read_bytes()
+            yield capture["file"], capture["boundary"], content_of(raw)
+    for path in sorted((HERE / "corpus/forms").glob("*.body")):
+        content_type = json.loads(path.with_suffix(".json").read_text("utf-8"))["content_type"]
+        try:
+            main, parameters = parse_options(content_type or "")
+        except ValueError:
+            continue
+        if main == "multipart/form-data" and parameters.get("boundary"):
+            yield path.name, parameters["boundary"], path.read_bytes()
+
+
+HEAD = b'Content-Disposition: form-data; name="a"'
+# What neither captures nor the corpus hold.
+FURTHER = {
+    "a token as field name": ("B0", b"--B0\r\n" + HEAD + b"\r\nX!: 1\r\n\r\nx\r\n--B0--"),
+    "leading zeros": ("B0", b"--B0\r\n" + HEAD + b"\r\nContent-Length: 01\r\n\r\nx\r\n--B0--"),
+    "nine fields": ("B0", b"--B0\r\n" + HEAD + b"\r\nX: 1" * 8 + b"\r\n\r\nx\r\n--B0--"),
+    "a long head of short lines": ("B0", b"--B0\r\n" + HEAD + b"\r\nX: %b" % (b"x" * 99) * 3 + b"\r\n\r\nx\r\n--B0--"),
+    "padding": ("B0", b"--B0\r\n" + HEAD + b"\r\n\r\nx\r\n--B0 \r\n" + HEAD + b"\r\n\r\nx\r\n--B0--"),
+    "the boundary in a preamble line": ("B0", b"x--B0y\r\n--B0\r\n" + HEAD + b"\r\n\r\nx\r\n--B0--"),
+    "a long boundary": ("B" * 71, build([Part("a", b"x")], "B" * 71)),
+}
+
+
+def test_every_divergence_on_real_and_malformed_bodies_is_listed_and_every_listed_one_occurs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found: Counter[str] = Counter()
+    bodies = [*corpus(), *((name, *further) for name, further in FURTHER.items())]
+    for _, boundary, body in bodies:
+        for sizes in ([], [7] * len(body)):
+            found[reason(list(pieces_of(body, sizes)), boundary)] += 1
+    with capsys.disabled():
+        print(f"\n{len(bodies)} bodies, whole and in pieces of 7:")
+        for outcome_, count in found.most_common():
+            side, _, words = outcome_.partition(": ")
+            why = {"we": WE_REFUSE, "they": THEY_REFUSE}.get(side, {}).get(words, "")
+            print(f"  {count:4} {outcome_}  {why}")
+    listed = {f"we: {words}" for words in WE_REFUSE} | {f"they: {words}" for words in THEY_REFUSE}
+    assert listed <= set(found), f"listed, and never seen: {sorted(listed - set(found))}"
+
+
+@st.composite
+def forms(draw: st.DrawFn) -> tuple[str, bytes]:
+    boundary = draw(boundaries)
+    return boundary, build(draw(parts(boundary)), boundary)
+
+
+@budget(suppress_health_check=[HealthCheck.too_slow])
+@given(forms(), st.integers(1, 100))
+def test_built_forms_are_read_alike(form: tuple[str, bytes], size: int) -> None:
+    boundary, body = form
+    assert reason(list(pieces_of(body, [size] * len(body))), boundary) == "same" or b"\\" in body
+
+
+@given(almost_forms, st.integers(1, 100))
+def test_bodies_that_nearly_are_forms_differ_in_listed_ways_only(body: bytes, size: int) -> None:
+    assert reason(list(pieces_of(body, [size] * len(body))), "B0")
