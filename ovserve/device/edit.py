@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ovserve import __version__
 from ovserve.config import ModelSettings, Resolution, Settings
-from ovserve.device.engine import Engine, Work, check_schedule
+from ovserve.device.engine import Engine, Work, check_schedule, is_lcm
 from ovserve.device.frames import Fitting, Placement, fit_into, size_of
 from ovserve.device.images import Limits, Pixels, decode_image, encode_image, flatten, has_alpha
 from ovserve.device.masks import check_selects, holes, match_mask, paste_back, pool, read_mask
@@ -302,7 +302,7 @@ def check_steps(request: ImageRequest, mode: str, strength: float, profile: Mode
     if not 0 <= strength <= 1:
         raise InvalidValue("strength: must be within 0..1", param="strength")
     check_schedule(engine.name, profile, request.scheduler, count)
-    if (request.scheduler or profile.scheduling.name) == "LCM":
+    if is_lcm(profile, request.scheduler):
         # LCM takes its steps from the part of a longer schedule that strength leaves.
         longer = profile.scheduling.original_inference_steps
         if steps_run(longer, strength) < count:

@@ -19,7 +19,7 @@ from ovserve.config import ModelSettings
 from ovserve.errors import ApiError, InvalidValue, ModelError
 from ovserve.profile import ModelProfile
 
-__all__ = ["Engine", "Outcome", "Preview", "Work", "check_schedule", "choose_engine", "overruns"]
+__all__ = ["Engine", "Outcome", "Preview", "Work", "check_schedule", "choose_engine", "is_lcm", "overruns"]
 
 Pixels = NDArray[np.uint8]
 
@@ -138,6 +138,11 @@ def choose_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[str, 
     return "genai", "serves every family"
 
 
+def is_lcm(profile: ModelProfile, scheduler: str) -> bool:
+    """Whether a request for `scheduler`, empty for the model's own, runs on LCM's schedule (arXiv:2310.04378)."""
+    return (scheduler or profile.scheduling.name.lower()) == "lcm"
+
+
 def overruns(num_inference_steps: int, num_train_timesteps: int) -> bool:
     """Whether openvino_genai, at `timestep_spacing: trailing`, runs one step too many, at a timestep below zero.
 
@@ -159,7 +164,7 @@ def check_schedule(engine: str, profile: ModelProfile, scheduler: str, num_infer
             f"num_inference_steps: must be at most {train}, the timesteps the model was trained with",
             param="num_inference_steps",
         )
-    if engine != "genai" or scheduling.timestep_spacing != "trailing" or (scheduler or scheduling.name) == "LCM":
+    if engine != "genai" or scheduling.timestep_spacing != "trailing" or is_lcm(profile, scheduler):
         return
     if overruns(num_inference_steps, train):
         near = sorted(

@@ -24,8 +24,9 @@ import openvino as ov
 import openvino_genai as og
 
 from ovserve.config import ModelSettings
-from ovserve.device.engine import Outcome, Work, check_schedule
+from ovserve.device.engine import Outcome, Work, check_schedule, is_lcm
 from ovserve.device.images import Pixels
+from ovserve.device.schedulers import LIBRARY_SCHEDULERS
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.profile import ModelProfile, steps_run
 
@@ -34,10 +35,10 @@ __all__ = ["GenaiEngine"]
 log = logging.getLogger(__name__)
 
 _SCHEDULERS = {
-    "DDIM": og.Scheduler.Type.DDIM,
-    "PNDM": og.Scheduler.Type.PNDM,
-    "EulerDiscrete": og.Scheduler.Type.EULER_DISCRETE,
-    "EulerAncestralDiscrete": og.Scheduler.Type.EULER_ANCESTRAL_DISCRETE,
+    "ddim": og.Scheduler.Type.DDIM,
+    "pndm": og.Scheduler.Type.PNDM,
+    "euler": og.Scheduler.Type.EULER_DISCRETE,
+    "euler_ancestral": og.Scheduler.Type.EULER_ANCESTRAL_DISCRETE,
 }
 _FAMILIES_OF_OTHER_SCHEDULERS = ("stable-diffusion", "sdxl")
 _WITHOUT_GUIDANCE = 1.0
@@ -54,6 +55,7 @@ class GenaiEngine:
         self._profile = profile
         self._settings = settings
         self._pipelines: dict[str, Any] = {}
+        self._own = LIBRARY_SCHEDULERS.get(profile.scheduling.name, "")
         self._scheduler_config = profile.directory / "scheduler" / "scheduler_config.json"
         self._own_scheduler: Any = None
         self._pending: Work | None = None
@@ -111,12 +113,11 @@ class GenaiEngine:
     def _offered_schedulers(self) -> frozenset[str]:
         """The model's own, and those that can be made from its configuration. Never LCM for a model that was not distilled for
         it: the library then writes to an input the UNet does not have, a SIGSEGV."""
-        own = self._profile.scheduling.name
-        offered = {own}
-        if self._profile.family in _FAMILIES_OF_OTHER_SCHEDULERS and own != "LCM":
+        offered = {self._own} - {""}
+        if self._profile.family in _FAMILIES_OF_OTHER_SCHEDULERS and self._own != "lcm":
             config = json.loads(self._scheduler_config.read_text("utf-8"))
             for name in _SCHEDULERS:
-                if name == "PNDM" and config.get("skip_prk_steps") is not True:
+                if name == "pndm" and config.get("skip_prk_steps") is not True:
                     continue  # the library has only the variant without Runge-Kutta steps, and says so when it runs
                 try:
                     self._scheduler(name)
@@ -202,7 +203,7 @@ class GenaiEngine:
         """One picture; None when it was cancelled."""
         self._guard(work)
         pipeline = self._pipelines[work.mode]
-        changed = bool(work.scheduler) and work.scheduler != self._profile.scheduling.name
+        changed = work.scheduler not in ("", self._own)
         if changed:
             pipeline.set_scheduler(self._scheduler(work.scheduler))
         try:
@@ -222,8 +223,7 @@ class GenaiEngine:
             raise InvalidValue("num_inference_steps: must be at least 1", param="num_inference_steps")  # 0: SIGFPE
         if not 0 <= work.strength <= 1:
             raise InvalidValue("strength: must be within 0..1", param="strength")
-        lcm = (work.scheduler or self._profile.scheduling.name) == "LCM"
-        if lcm:  # too few timesteps for the steps: SIGSEGV
+        if is_lcm(self._profile, work.scheduler):  # too few timesteps for the steps: SIGSEGV
             enough = (
                 steps_run(self._profile.scheduling.original_inference_steps, work.strength) >= work.num_inference_steps
             )

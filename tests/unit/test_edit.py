@@ -35,7 +35,7 @@ class WordCounter:
 
     name = "words"
     capacity = 1
-    schedulers = frozenset({"DDIM", "LCM"})
+    schedulers = frozenset({"ddim", "lcm"})
 
     def count_tokens(self, prompt: str) -> int:
         return len(prompt.split()) + 2
@@ -177,8 +177,8 @@ def test_lcm_counts_its_steps_on_a_longer_schedule(blob: Lay) -> None:
 
 
 def test_an_unknown_scheduler_is_refused_with_the_names_there_are() -> None:
-    refused(InvalidValue, "scheduler", "DDIM, LCM", task="generation", scheduler="Heun")
-    assert edit(task="generation", scheduler="DDIM").work("j", 0).scheduler == "DDIM"
+    refused(InvalidValue, "scheduler", "ddim, lcm", task="generation", scheduler="heun")
+    assert edit(task="generation", scheduler="ddim").work("j", 0).scheduler == "ddim"
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

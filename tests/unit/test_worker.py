@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from ovserve.config import ModelSettings, Settings
-from ovserve.device.worker import LOAD_FAILED, create_engine
+from ovserve.device.desk import LOAD_FAILED
+from ovserve.device.worker import create_engine
 from ovserve.dispatch.ipc import Done, Failed, LinkClosed, Need, Picture, Prepared, Progress, Ready, Stop
 from ovserve.errors import ModelError
 from ovserve.profile import builtin_directory, read_profile
@@ -128,7 +129,7 @@ def test_a_chosen_scheduler_holds_for_its_own_job_only(bench: WorkerBench) -> No
     image = bench.image(CIRCLE)
     before, other, after = (
         bench.make(prompt=GREEN, images=(image,), seed=3, scheduler=name, metadata=False)[0]
-        for name in ("", "EulerAncestralDiscrete", "DDIM")
+        for name in ("", "euler_ancestral", "ddim")
     )
     assert before == after
     assert before != other
