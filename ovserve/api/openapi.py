@@ -72,7 +72,7 @@ _ERROR = {
     "description": "What is wrong; `param` names the field.",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
 }
-_STATUSES = ("400", "404", "408", "413", "415", "429", "500", "503", "504")
+_STATUSES = ("400", "404", "408", "411", "413", "414", "415", "417", "429", "500", "503", "504")
 
 
 def _picture_replies() -> dict[str, Any]:
@@ -125,7 +125,9 @@ def openapi_document(routes: Iterable[_Row]) -> dict[str, Any]:
         if endpoint in ENDPOINTS and row.method == "POST":
             operation |= {"requestBody": _body(str(endpoint)), "responses": _picture_replies()}
         else:
-            operation["responses"] |= {"404": _ERROR, "503": {"description": "Not ready."}}
+            operation["responses"] |= {**dict.fromkeys(("400", "404", "414"), _ERROR), "503": {"description": "Not ready."}}
+            if row.path.startswith("/images/files/"):
+                operation["responses"] |= {"206": {"description": "The range."}, "304": {"description": "As it was."}, "416": _ERROR}
         names = re.findall(r"\{(\w+)\}", row.path)
         if names:
             operation["parameters"] = [

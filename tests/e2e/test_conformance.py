@@ -212,6 +212,11 @@ def send(client: httpx.Client, vector: dict[str, Any]) -> httpx.Response:
     )
 
 
+def pictures_made(client: httpx.Client) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("ovserve_pictures_total"))
+
+
 RUN = [v for v in VECTORS["vectors"] if v.get("method") and ((d := difference(v)) is None or d.status is not None)]
 
 
@@ -221,7 +226,10 @@ def test_a_vector(live: LiveServer, vector: dict[str, Any]) -> None:
     differs = difference(vector)
     statuses = [differs.status] if differs else wanted if isinstance(wanted, list) else [wanted]
     with httpx.Client(base_url=live.url) as client:
+        before = pictures_made(client)
         reply = send(client, vector)
+        if reply.status_code >= 400:
+            assert pictures_made(client) == before, "a bad input reached the engine"
     assert reply.status_code in statuses, reply.text[:400]
     if reply.status_code >= 400:
         error = reply.json()["error"]

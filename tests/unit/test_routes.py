@@ -1,0 +1,153 @@
+"""Which row answers which method and path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ovserve.api.exchange import FileReply, JsonReply
+from ovserve.api.routes import ROUTES, ImagesApi
+from ovserve.config import Settings
+from ovserve.dispatch.dispatcher import Dispatcher
+from ovserve.dispatch.spool import Spool
+from ovserve.errors import ApiError, BadRequest, Forbidden, MethodNotAllowed, ModelNotFound, NotFound, SettingsError
+from tests.forms import FakeForm, catalog
+
+
+class FakeExchange:
+    """A request without a socket."""
+
+    id = "r1"
+    client = address = "127.0.0.1"
+    query: Mapping[str, str] = {}
+
+    def __init__(self, method: str, path: str, **headers: str) -> None:
+        self.method, self.path, self.headers = method, path, headers
+
+    def header(self, name: str) -> str | None:
+        return self.headers.get(name.replace("-", "_"))
+
+    def read_form(self) -> FakeForm:
+        return FakeForm([("prompt", "a star")])
+
+    def wait(self, descriptor: int, deadline: object) -> bool:
+        raise AssertionError("nothing to wait for")
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Any:
+    spool = Spool(tmp_path, 10_000_000)
+    dispatcher = Dispatcher(spool, Settings())
+    dispatcher.add_model("m", 4)
+    reloads: list[int] = []
+
+    def reload() -> None:
+        reloads.append(1)
+        if len(reloads) > 1:
+            raise SettingsError("port=x: not a number")
+
+    yield ImagesApi(Settings(store_dir=tmp_path / "kept"), catalog(), dispatcher, reload)
+    dispatcher.close()
+    spool.close()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v3/models",
+        "/v1/models",
+        "/v3/v1/models",
+        "/models",
+        "/v3/models/",
+        "/v3/models/m",
+        "/v2",
+        "/v2/health/live",
+        "/metrics",
+        "/openapi.json",
+        "/v1/config",
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_documents(api: ImagesApi, path: str, method: str) -> None:
+    reply = api.answer(FakeExchange(method, path))
+    assert isinstance(reply, JsonReply | FileReply)
+    assert reply.status == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v3/images/edits",
+        "/images/edits",
+        "/v1/images/generations",
+        "/v3/some/model/images/edits",
+        "/openai/deployments/m/images/edits",
+    ],
+)
+def test_another_method_is_405_with_allow(api: ImagesApi, path: str) -> None:
+    with pytest.raises(MethodNotAllowed) as caught:
+        api.answer(FakeExchange("GET", path))
+    assert caught.value.headers["allow"] == "OPTIONS, POST"
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v3", "/v2/images", "/v1/v3/chat/completions", "/v2/metrics", "/v3/images/edit"]
+)
+def test_an_unknown_path_is_404(api: ImagesApi, path: str) -> None:
+    with pytest.raises(NotFound):
+        api.answer(FakeExchange("GET", path))
+
+
+def test_a_model_that_is_not_ready_is_told(api: ImagesApi) -> None:
+    with pytest.raises(ApiError) as caught:
+        api.answer(FakeExchange("POST", "/v1/images/generations"))
+    assert caught.value.status == 503
+    reply = api.answer(FakeExchange("GET", "/v2/health/ready"))
+    assert isinstance(reply, JsonReply)
+    assert reply.status == 503
+
+
+def test_an_unknown_model_is_404(api: ImagesApi) -> None:
+    with pytest.raises(ModelNotFound):
+        api.answer(FakeExchange("GET", "/v1/models/me/ghost"))
+    with pytest.raises(ModelNotFound):
+        api.answer(FakeExchange("POST", "/v1/ghost/images/generations"))
+
+
+def test_a_drain_is_told_before_the_body_is_read(api: ImagesApi) -> None:
+    api.dispatcher.drain()
+    with pytest.raises(ApiError) as caught:
+        api.answer(FakeExchange("POST", "/v1/images/edits"))
+    assert (caught.value.status, caught.value.code) == (503, "draining")
+    assert caught.value.retry_after_s
+
+
+def test_reload_is_for_the_machine_itself(api: ImagesApi) -> None:
+    stranger = FakeExchange("POST", "/v1/config/reload")
+    stranger.address = "192.0.2.1"
+    with pytest.raises(Forbidden):
+        api.answer(stranger)
+    assert isinstance(api.answer(FakeExchange("POST", "/v1/config/reload")), JsonReply)
+    with pytest.raises(BadRequest, match="port=x"):
+        api.answer(FakeExchange("POST", "/v1/config/reload"))
+
+
+def test_a_preflight_names_the_methods(api: ImagesApi) -> None:
+    reply = api.answer(FakeExchange("OPTIONS", "/v1/images/edits", access_control_request_headers="authorization"))
+    assert reply.headers["access-control-allow-headers"] == "authorization"
+    odd = api.answer(FakeExchange("OPTIONS", "/v1/images/edits", access_control_request_headers="a\r\nb: c"))
+    assert "access-control-allow-headers" not in odd.headers
+
+
+def test_only_health_answers_beyond_the_connections(api: ImagesApi) -> None:
+    assert api.is_health("/v2/health/live")
+    assert not api.is_health("/v1/models")
+
+
+def test_every_row_says_what_it_is() -> None:
+    for row in ROUTES:
+        assert row.text.endswith(".")
+        assert row.path.startswith("/")
