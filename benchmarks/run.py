@@ -1,0 +1,145 @@
+"""Runs commands in turn, each run in a fresh process, and keeps what they measured; or a whole set of benchmarks.
+
+    python -m benchmarks.run --name imports numpy='python -c "import numpy"' pillow='python -c "import PIL.Image"'
+    python -m benchmarks.run quick | full
+
+A run is one fresh process: what one process happens to get (memory layout, page cache, a warm branch predictor) is not the
+figure. The first `--warm_ups` runs of each command are dropped. Commands are interleaved, each round in another order, so that
+drift of the machine meets all of them alike. The value of a run is its wall time, or, when the last line of its output is a
+JSON object {"series": {NAME: {"values": [...], "unit": ..., "better": ...}}}, what stands there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import metadata
+from benchmarks.results import Result
+
+__all__ = ["main", "run_commands"]
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN_TIMEOUT_S = 600.0
+SET_TIMEOUT_S = 2400.0
+SEED = 1
+
+# The modules of each set, with their arguments: all that the repository has, ours against a baseline in the same run.
+SETS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "quick": (("bench_serving", "--set", "quick"),),
+    "full": (("bench_serving", "--set", "full"),),
+}
+
+
+def run_commands(
+    name: str,
+    commands: Mapping[str, Sequence[str]],
+    *,
+    runs: int = 5,
+    warm_ups: int = 1,
+    timeout_s: float = RUN_TIMEOUT_S,
+) -> Result:
+    """Interleaved runs of each command.
+
+    Args:
+        name: of the result.
+        commands: label to argument vector; the label becomes `case["command"]`.
+        runs: of each command that are kept.
+        warm_ups: of each command that are dropped.
+        timeout_s: longest run.
+
+    Raises:
+        RuntimeError: a run failed or took too long; its output is in the message.
+    """
+    result = Result(name, metadata.collect())
+    chance = random.Random(SEED)
+    for turn in range(warm_ups + runs):
+        order = list(commands)
+        chance.shuffle(order)
+        for label in order:
+            series = _run_once(commands[label], timeout_s)
+            if turn >= warm_ups:
+                for figure, told in series.items():
+                    result.add(
+                        figure,
+                        told["values"],
+                        unit=told.get("unit", "s"),
+                        better=told.get("better", "lower"),
+                        case={"command": label},
+                    )
+    return result
+
+
+def _run_once(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
+    began = time.perf_counter()
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{shlex.join(command)}: no end after {timeout_s:g} s") from None
+    wall_s = time.perf_counter() - began
+    if done.returncode:
+        raise RuntimeError(
+            f"{shlex.join(command)}: exit code {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
+        )
+    lines = done.stdout.strip().splitlines()
+    try:
+        told = json.loads(lines[-1]) if lines else None
+    except json.JSONDecodeError:
+        told = None
+    if isinstance(told, dict) and isinstance(told.get("series"), dict):
+        return dict(told["series"])
+    return {"wall time": {"values": [wall_s]}}
+
+
+def run_set(name: str) -> int:
+    """Every benchmark of a set, one after the other; the number of those that failed."""
+    failed = []
+    for module, *arguments in SETS[name]:
+        print(f"== {module} {' '.join(arguments)}", flush=True)
+        done = subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{module}", *arguments], cwd=ROOT, timeout=SET_TIMEOUT_S, check=False
+        )
+        if done.returncode:
+            failed.append(module)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return len(failed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", metavar="SET | LABEL=COMMAND", help=f"one of {', '.join(SETS)}, or commands")
+    parser.add_argument("--name", default="commands", help="of the result file (%(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="of each command that are kept (%(default)s)")
+    parser.add_argument("--warm_ups", type=int, default=1, help="of each command that are dropped (%(default)s)")
+    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/DATE-SHA-NAME.json")
+    options = parser.parse_args(argv)
+    if options.what[0] in SETS:
+        return min(1, run_set(options.what[0]))
+    commands = {}
+    for text in options.what:
+        label, equals, command = text.partition("=")
+        if not equals or not shlex.split(command):
+            parser.error(f"{text!r}: expected LABEL=COMMAND or one of {', '.join(SETS)}")
+        commands[label] = shlex.split(command)
+    try:
+        result = run_commands(options.name, commands, runs=options.runs, warm_ups=options.warm_ups)
+    except (RuntimeError, OSError) as error:
+        print(f"run: {error}", file=sys.stderr)
+        return 2
+    print(result.report())
+    print(result.save(options.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

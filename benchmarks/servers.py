@@ -1,0 +1,214 @@
+"""Servers under measurement, ours and the peers: started in a fresh process, awaited, weighed, ended.
+
+Each peer runs in an environment of its own under `home()`, which benchmarks/peers/install makes; a server whose environment
+or model is missing is skipped by the caller (`Service.missing`), and the result says so by its absence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+__all__ = ["SERVICES", "RunningServer", "Service", "home", "memory_of_tree", "model_path"]
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILTIN = "builtin"
+READY_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 15.0
+POLL_S = 0.02
+
+
+def home() -> Path:
+    """Where environments and large models of the benchmarks lie: OVSERVE_BENCH_HOME, else in the user's cache directory."""
+    named = os.environ.get("OVSERVE_BENCH_HOME")
+    return Path(named) if named else Path.home() / ".cache" / "ovserve-bench"
+
+
+def model_path(model: str, form: str = "openvino") -> Path:
+    """A model's directory. `form`: openvino or diffusers."""
+    return ROOT / "ovserve" / "builtin" if model == BUILTIN else home() / model / form
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """How to start one server.
+
+    Attributes:
+        name: as it stands in results.
+        module: run with `python -m`.
+        environment: folder under `home()`; empty: the environment that runs the benchmark.
+        arguments: further arguments.
+        form: of the model it reads.
+        health: path of its health check.
+        models: that it can serve.
+    """
+
+    name: str
+    module: str
+    environment: str = "peers"
+    arguments: tuple[str, ...] = ()
+    form: str = "openvino"
+    health: str = "/health"
+    models: tuple[str, ...] = (BUILTIN, "sd15")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is ovserve."""
+        return self.module == "ovserve"
+
+    @property
+    def python(self) -> Path:
+        """The interpreter."""
+        return home() / self.environment / "bin" / "python" if self.environment else Path(sys.executable)
+
+    def missing(self, model: str) -> str:
+        """Why it cannot be started; empty when it can."""
+        if model not in self.models:
+            return f"does not read {model}"
+        if not self.python.exists():
+            return f"no environment {self.environment}: run benchmarks/peers/install"
+        if not model_path(model, self.form).exists():
+            return f"no model {model}: run benchmarks/peers/install"
+        return ""
+
+    def command(self, model: str, port: int, extra: Sequence[str] = ()) -> list[str]:
+        """The command line."""
+        start = [str(self.python), "-m", self.module, "--port", str(port), *self.arguments, *extra]
+        if not self.is_ours:
+            return [*start, "--model", str(model_path(model, self.form))]
+        return start if model == BUILTIN else [*start, "--model_name", model, "--model_path", str(model_path(model))]
+
+
+SERVICES = {
+    service.name: service
+    for service in (
+        Service("ovserve", "ovserve", "", ("--engine", "auto"), health="/v2/health/live"),
+        Service("ovserve genai", "ovserve", "", ("--engine", "genai"), health="/v2/health/live"),
+        Service("ovserve stepwise", "ovserve", "", ("--engine", "stepwise"), health="/v2/health/live"),
+        Service("FastAPI", "benchmarks.peers.fastapi_server"),
+        Service("LitServe", "benchmarks.peers.litserve_server"),
+        Service("LitServe 2x1", "benchmarks.peers.litserve_server", arguments=("--workers", "2", "--threads", "1")),
+        Service("mosec", "benchmarks.peers.mosec_server", health="/"),
+        Service(
+            "mosec 2x1", "benchmarks.peers.mosec_server", arguments=("--workers", "2", "--threads", "1"), health="/"
+        ),
+        Service("optimum", "benchmarks.peers.torch_server", "torch", ("--library", "optimum"), models=("sd15",)),
+        Service(
+            "diffusers",
+            "benchmarks.peers.torch_server",
+            "torch",
+            ("--library", "diffusers"),
+            form="diffusers",
+            models=("sd15",),
+        ),
+        Service("sd.cpp", "benchmarks.peers.sdcpp_server", "sdcpp", form="diffusers", models=("sd15",)),
+    )
+}
+
+
+class RunningServer:
+    """`with RunningServer(service, "builtin") as server:`; `server.url`, `server.ready_s`, `server.memory()`."""
+
+    def __init__(self, service: Service, model: str, extra: Sequence[str] = (), module: str = "") -> None:
+        """Start it and wait until its health check answers 200. Raises RuntimeError when it does not."""
+        self.service = service
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = (home() / f"server-{service.name.replace(' ', '-')}.log").open("wb")
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("OVSERVE_")}
+        command = service.command(model, port, extra)
+        if module:
+            command[command.index(service.module)] = module
+        began = time.monotonic()
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            self._await_ready(port)
+        except BaseException:
+            self.stop()
+            raise
+        self.ready_s = time.monotonic() - began
+
+    def _await_ready(self, port: int) -> None:
+        path = "/v2/health/ready" if self.service.is_ours else self.service.health
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                break
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            try:
+                connection.request("GET", path)
+                if connection.getresponse().status == 200:
+                    return
+            except (OSError, http.client.HTTPException):
+                pass
+            finally:
+                connection.close()
+            time.sleep(POLL_S)
+        tail = Path(self._log.name).read_text("utf-8", "replace")[-2000:]
+        raise RuntimeError(f"{self.service.name} did not become ready:\n{tail}")
+
+    def memory(self) -> int:
+        """Bytes of all its processes, shared pages counted once."""
+        return memory_of_tree(self._process.pid)
+
+    @property
+    def pid(self) -> int:
+        """The first process; it leads a process group of its own."""
+        return self._process.pid
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL for its whole process group: some peers leave children behind."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def memory_of_tree(pid: int) -> int:
+    """Proportional set size of a process and all its descendants, in bytes."""
+    total = 0
+    waiting = [pid]
+    while waiting:
+        current = waiting.pop()
+        try:
+            for task in Path(f"/proc/{current}/task").iterdir():
+                waiting += [int(child) for child in (task / "children").read_text("ascii").split()]
+            for line in Path(f"/proc/{current}/smaps_rollup").read_text("ascii").splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1]) * 1024
+        except OSError:
+            continue  # it has ended meanwhile
+    return total
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,33 @@
+"""ovserve with a sleep in its hot path: a deliberate regression, by which a test knows that compare.py would see a real one.
+
+python -m benchmarks.slowed SECONDS [arguments of ovserve]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from ovserve import cli
+from ovserve.dispatch.dispatcher import Dispatcher
+from ovserve.dispatch.jobs import Job
+
+__all__: list[str] = []
+
+_admit = Dispatcher.admit
+
+
+def main() -> None:
+    """Put the delay before the admission of each job, in the thread of its request, and start the server."""
+    delay_s = float(sys.argv.pop(1))
+
+    def admit_late(self: Dispatcher, job: Job) -> None:
+        time.sleep(delay_s)
+        _admit(self, job)
+
+    Dispatcher.admit = admit_late  # type: ignore[method-assign]
+    sys.exit(cli.main())
+
+
+if __name__ == "__main__":
+    main()

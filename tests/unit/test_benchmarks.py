@@ -1,0 +1,335 @@
+from __future__ import annotations
+
+import http.server
+import json
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import compare, metadata, run, stats
+from benchmarks.edits import BOUNDARY, Body, encode_form, parse_kind
+from benchmarks.load import Load, Report, Sample, Target, apply_load
+from benchmarks.load import main as load_main
+from benchmarks.results import Result, read_result
+from ovserve.front.multipart import MultipartParser, PartData
+from tests.live import LiveServer
+
+STEADY = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98, 1.0, 1.01]
+
+
+def result_of(name: str, values: list[float], *, better: str = "lower", unit: str = "s") -> Result:
+    result = Result(name, {"date": "2026-01-02T00:00:00+00:00", "commit": "0123456789", "busy": False})
+    result.add("latency", values, unit=unit, better=better, case={"server": "a"})
+    return result
+
+
+def saved(folder: Path, label: str, result: Result) -> str:
+    return str(result.save(folder / f"{label}.json"))
+
+
+class TestStats:
+    def test_the_interval_holds_the_median_and_narrows_with_more_values(self) -> None:
+        few, many = stats.estimate(STEADY), stats.estimate(STEADY * 20)
+        assert few.low <= few.value <= few.high
+        assert many.high - many.low < few.high - few.low
+
+    def test_the_interval_covers_the_true_median_in_most_samples(self) -> None:
+        import numpy as np
+
+        generator = np.random.default_rng(3)
+        held = 0
+        for _ in range(60):
+            estimate = stats.estimate(list(generator.lognormal(0.0, 0.5, 40)))
+            held += estimate.low <= 1.0 <= estimate.high
+        assert held >= 52  # 95 % of 60 is 57
+
+    def test_few_values_give_their_whole_range(self) -> None:
+        assert stats.estimate([3.0, 1.0, 2.0]) == stats.Estimate(2.0, 1.0, 3.0, 3)
+        ratio = stats.ratio([2.0, 4.0], [1.0, 2.0])
+        assert (ratio.low, ratio.high) == (1.0, 4.0)
+
+    def test_the_same_sample_gives_the_same_interval(self) -> None:
+        assert stats.estimate(STEADY, 90) == stats.estimate(STEADY, 90)
+
+    def test_a_ratio_of_twice_is_two(self) -> None:
+        ratio = stats.ratio([2 * value for value in STEADY], STEADY)
+        assert ratio.value == pytest.approx(2, rel=0.01)
+        assert 1.9 < ratio.low <= ratio.high < 2.1
+
+    @pytest.mark.parametrize(
+        ("values", "said"),
+        [
+            ([1.0], "only 1 value"),
+            ([1.0, 2.0, 3.0, 4.0], "spreads over"),
+            ([1.0] * 9 + [2.0], "one value is 100%"),
+            ([0.0001] * 5, "below 1 ms"),
+        ],
+    )
+    def test_doubtful_samples_are_named(self, values: list[float], said: str) -> None:
+        assert said in " ".join(stats.warnings_of(values, "s"))
+
+    def test_a_steady_sample_has_no_warning(self) -> None:
+        assert stats.warnings_of(STEADY, "s") == []
+
+    def test_an_empty_sample_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="no values"):
+            stats.estimate([])
+
+
+class TestResults:
+    def test_a_file_comes_back_as_it_was_written(self, tmp_path: Path) -> None:
+        written = result_of("r", STEADY)
+        written.add("latency", [5.0], unit="s", case={"server": "b"})
+        read = read_result(written.save(tmp_path / "r.json"))
+        assert read == written
+        assert read.find("latency", server="b").values == (5.0,)
+
+    def test_values_of_the_same_case_are_added_up(self) -> None:
+        result = result_of("r", [1.0])
+        result.add("latency", [2.0], unit="s", case={"server": "a"})
+        assert result.find("latency").values == (1.0, 2.0)
+
+    def test_another_file_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.json"
+        path.write_text('{"schema": 1}')
+        with pytest.raises(ValueError, match="no result file"):
+            read_result(path)
+
+    def test_the_record_of_the_machine_says_what_a_figure_depends_on(self) -> None:
+        record = metadata.collect(Path("ovserve/builtin"))
+        assert re.fullmatch(r"[0-9a-f]{10}(-dirty)?|unknown", record["commit"])
+        assert record["cpu"]
+        assert record["cores"] >= 1
+        assert record["packages"]["openvino"]
+        assert re.fullmatch(r"[0-9a-f]{16}", record["model"]["sha256"])
+
+    def test_a_changed_model_has_another_hash(self, tmp_path: Path) -> None:
+        weights = tmp_path / "unet.bin"
+        weights.write_bytes(b"1")
+        before = metadata.hash_of_model(tmp_path)
+        weights.write_bytes(b"2")
+        assert metadata.hash_of_model(tmp_path) != before
+
+
+class TestCompare:
+    def test_a_slow_down_ends_with_exit_code_1(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        old = saved(tmp_path, "old", result_of("r", STEADY))
+        new = saved(tmp_path, "new", result_of("r", [1.3 * value for value in STEADY]))
+        assert compare.main([old, new]) == 1
+        assert "worse: 1 of 1: latency server=a" in capsys.readouterr().out
+        assert compare.main([new, old]) == 0
+
+    def test_a_lower_throughput_is_a_regression_too(self, tmp_path: Path) -> None:
+        old = saved(tmp_path, "old", result_of("r", STEADY, better="higher", unit="1/s"))
+        new = saved(tmp_path, "new", result_of("r", [0.7 * value for value in STEADY], better="higher", unit="1/s"))
+        assert compare.main([old, new]) == 1
+        assert compare.main([new, old]) == 0
+
+    def test_noise_is_none(self, tmp_path: Path) -> None:
+        noisy = [1.0, 1.6, 0.7, 1.3, 0.9, 1.1, 1.5, 0.8]
+        old = saved(tmp_path, "old", result_of("r", noisy))
+        new = saved(tmp_path, "new", result_of("r", [1.08 * value for value in noisy[::-1]]))
+        assert compare.main([old, new]) == 0
+
+    def test_a_figure_without_direction_is_never_worse(self, tmp_path: Path) -> None:
+        old = saved(tmp_path, "old", result_of("r", STEADY, better="none"))
+        new = saved(tmp_path, "new", result_of("r", [9 * value for value in STEADY], better="none"))
+        assert compare.main([old, new]) == 0
+
+    def test_a_worse_tail_is_seen_behind_an_equal_median(self, tmp_path: Path) -> None:
+        old = saved(tmp_path, "old", result_of("r", STEADY * 100))
+        new = saved(tmp_path, "new", result_of("r", [*(STEADY * 97), *([5.0] * 24)]))
+        assert compare.main([old, new]) == 1
+
+    def test_files_without_a_common_figure_are_an_error(self, tmp_path: Path) -> None:
+        other = Result("r", {"commit": "x"})
+        other.add("memory", [1.0], unit="bytes")
+        assert compare.main([saved(tmp_path, "a", result_of("r", STEADY)), saved(tmp_path, "b", other)]) == 2
+        assert compare.main([str(tmp_path / "none.json"), str(tmp_path / "none.json")]) == 2
+
+    def test_a_sleep_in_a_command_is_caught(self, tmp_path: Path) -> None:
+        work = "import time; a = time.perf_counter(); sum(range(300000)); {sleep}; b = time.perf_counter()"
+        tell = "import json; print(json.dumps({{'series': {{'loop': {{'values': [b - a]}}}}}}))"
+        paths = []
+        for label, sleep in (("old", "pass"), ("new", "time.sleep(0.2)")):
+            code = f"{work}; {tell}".format(sleep=sleep)
+            result = run.run_commands(label, {"toy": [sys.executable, "-c", code]}, runs=3, warm_ups=1)
+            paths.append(saved(tmp_path, label, result))
+        assert compare.main(paths) == 1
+        assert compare.main([paths[0], paths[0]]) == 0
+
+    def test_a_sleep_in_the_hot_path_of_the_server_is_caught(self, tmp_path: Path) -> None:
+        kind = parse_kind("edit:num_inference_steps=2;strength=0.7")
+        paths = []
+        for label, module in (("old", ("ovserve",)), ("new", ("benchmarks.slowed", "0.3"))):
+            with LiveServer(module=module) as server:
+                report = apply_load(
+                    Target(server.url), Load(clients=1, seconds=30, warm_up_s=0.5, requests=20, kinds=[kind])
+                )
+            assert report.outcomes() == {"200": len(report.samples)}
+            paths.append(saved(tmp_path, label, result_of(label, report.latencies())))
+        assert compare.main(paths) == 1
+        assert compare.main([paths[0], paths[0]]) == 0
+
+
+class TestRun:
+    def test_runs_are_interleaved_and_warm_ups_are_dropped(self, tmp_path: Path) -> None:
+        log = tmp_path / "log"
+        code = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
+        commands = {label: [sys.executable, "-c", code, str(log), label] for label in "ab"}
+        result = run.run_commands("toy", commands, runs=2, warm_ups=1)
+        order = log.read_text()
+        assert sorted(order) == ["a", "a", "a", "b", "b", "b"]
+        assert all(sorted(order[turn : turn + 2]) == ["a", "b"] for turn in (0, 2, 4))
+        assert [len(series.values) for series in result.select("wall time")] == [2, 2]
+
+    def test_a_failing_command_is_told_with_its_output(self) -> None:
+        with pytest.raises(RuntimeError, match="no such luck"):
+            run.run_commands(
+                "toy", {"a": [sys.executable, "-c", "raise SystemExit('no such luck')"]}, runs=1, warm_ups=0
+            )
+
+    def test_the_command_line_writes_a_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "out.json"
+        command = f'a={sys.executable} -c "pass"'
+        assert run.main([command, "--runs", "1", "--warm_ups", "0", "--name", "toy", "--out", str(path)]) == 0
+        assert read_result(path).find("wall time", command="a").values[0] > 0
+
+
+class TestEdits:
+    def test_requests_differ_and_repeat(self) -> None:
+        kind = parse_kind("masked")
+        assert kind.body(3) == kind.body(3)
+        assert len({kind.body(index).content for index in range(20)}) == 20
+
+    def test_a_kind_can_send_the_same_request_over_and_over(self) -> None:
+        kind = parse_kind("edit:same=1")
+        assert kind.body(1) == kind.body(2)
+
+    def test_fields_and_weights_are_read(self) -> None:
+        kind = parse_kind("edit*3:num_inference_steps=4;size=64x64", {"model": "m", "size": "8x8"})
+        assert kind.weight == 3
+        assert dict(kind.fields) == {"model": "m", "num_inference_steps": "4", "size": "64x64"}
+
+    def test_generations_go_as_json(self) -> None:
+        body = parse_kind("generate:num_inference_steps=4").body(0)
+        assert isinstance(body, Body)
+        assert (body.task, body.media_type) == ("generations", "application/json")
+        assert json.loads(body.content)["num_inference_steps"] == 4
+
+    @pytest.mark.parametrize("text", ["draw", "edit:steps", "edit*x"])
+    def test_an_unreadable_kind_is_refused(self, text: str) -> None:
+        with pytest.raises(ValueError, match=r".+"):
+            parse_kind(text)
+
+    @pytest.mark.parametrize("wanted", [100_000, 1_000_000])
+    def test_an_upload_has_about_the_size_that_was_asked_for(self, wanted: int) -> None:
+        size = len(parse_kind(f"edit:upload_bytes={wanted}").body(0).content)
+        assert 0.98 * wanted < size < 1.02 * wanted
+
+
+class Toy(http.server.BaseHTTPRequestHandler):
+    """Answers after `delay_s`; one request at a time, as a model would."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and content go out in two writes
+    delay_s = 0.02
+    turn = threading.Lock()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        with self.turn:
+            time.sleep(self.delay_s)
+        self.answer(b'{"data": []}')
+
+    def do_GET(self) -> None:
+        self.answer(b"ok")
+
+    def answer(self, content: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def toy() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Toy)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class TestLoad:
+    def test_a_closed_loop_reaches_the_capacity_of_the_server_and_no_more(self, toy: str) -> None:
+        report = apply_load(Target(toy), Load(clients=4, seconds=1.0, warm_up_s=0.2))
+        assert 10 < report.throughput <= 51
+        assert set(report.outcomes()) == {"200"}
+
+    def test_an_open_loop_sends_at_its_own_rate_and_charges_the_wait(self, toy: str) -> None:
+        report = apply_load(Target(toy), Load(rate=80, seconds=1.0, warm_up_s=0.0, in_flight=16))
+        assert len(report.samples) == 80  # at most 50 a second can be answered: the others wait, and the wait counts
+        assert max(report.latencies()) > 0.3
+        due = [sample.due_s for sample in report.samples]
+        assert due == pytest.approx([index / 80 for index in range(80)])
+
+    def test_the_number_of_requests_is_a_bound(self, toy: str) -> None:
+        report = apply_load(Target(toy), Load(clients=3, seconds=60, warm_up_s=0, requests=7))
+        assert len(report.samples) == 7
+        assert report.throughput > 5
+
+    def test_clients_that_go_away_are_counted_apart(self, toy: str) -> None:
+        load = Load(clients=2, seconds=30, warm_up_s=0, requests=10, abandon=1.0, abandon_after_s=0.001)
+        assert apply_load(Target(toy), load).outcomes() == {"abandoned": 10}
+
+    def test_health_is_probed_all_the_while(self, toy: str) -> None:
+        report = apply_load(Target(toy), Load(clients=1, seconds=0.5, warm_up_s=0, probe="/health", probe_every_s=0.02))
+        assert 5 <= len(report.probes) <= 26
+        assert report.failed_probes == 0
+
+    def test_kinds_are_mixed_by_weight(self, toy: str) -> None:
+        kinds = [parse_kind("edit*3"), parse_kind("generate")]
+        report = apply_load(Target(toy), Load(clients=4, seconds=30, warm_up_s=0, requests=60, kinds=kinds))
+        assert 32 <= len(report.latencies("edit*3")) <= 56
+
+    def test_a_server_that_is_not_there_is_an_outcome(self) -> None:
+        report = apply_load(Target("http://127.0.0.1:1"), Load(clients=1, seconds=5, warm_up_s=0, requests=2))
+        assert report.outcomes() == {"ConnectionRefusedError": 2}
+        assert load_main(["http://127.0.0.1:1", "--requests", "1", "--seconds", "5", "--warm_up_s", "0"]) == 1
+
+    def test_the_command_line_tells_every_sample(self, toy: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert load_main([toy, "--requests", "5", "--seconds", "9", "--warm_up_s", "0", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["outcomes"] == {"200": 5}
+        assert len(told["samples"]) == 5
+
+    @pytest.mark.parametrize(
+        "wrong", [{"seconds": 0.0}, {"clients": 9999}, {"requests": 0}, {"kinds": ()}, {"abandon": 2.0}]
+    )
+    def test_a_load_without_bounds_is_refused(self, wrong: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=r".+"):
+            Load(**wrong)
+
+    def test_latency_counts_from_when_a_request_was_due(self) -> None:
+        sample = Sample("edit", due_s=1.0, sent_s=3.0, done_s=3.5, status=200, bytes=1)
+        assert sample.latency_s == 2.5
+        assert Report(1.0, [sample]).latencies() == [2.5]
+
+
+def test_the_form_is_one_that_the_server_reads() -> None:
+    parser = MultipartParser(BOUNDARY, max_parts=9, max_part_head_bytes=999)
+    events = parser.feed(encode_form({"prompt": "x"}, {"image": b"png"}))
+    parser.finish()
+    assert b"".join(bytes(event.data) for event in events if isinstance(event, PartData)) == b"xpng"
