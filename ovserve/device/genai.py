@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from ovserve.device.schedulers import LIBRARY_SCHEDULERS
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.profile import ModelProfile, steps_run
 
-__all__ = ["GenaiEngine"]
+__all__ = ["GenaiEngine", "generation_options"]
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,15 @@ _SCHEDULERS = {
     "euler": og.Scheduler.Type.EULER_DISCRETE,
     "euler_ancestral": og.Scheduler.Type.EULER_ANCESTRAL_DISCRETE,
 }
+# What a configuration must not ask of a scheduler; the library says so only in the middle of a generation.
+_REFUSES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "ddim": lambda config: config.get("clip_sample", True) or bool(config.get("thresholding")),
+    "pndm": lambda config: not config.get("skip_prk_steps"),
+    "euler": lambda config: bool(config.get("use_karras_sigmas")),
+    "euler_ancestral": lambda config: config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"),
+}
 _FAMILIES_OF_OTHER_SCHEDULERS = ("stable-diffusion", "sdxl")
+_FAMILIES_WITH_T5 = ("sd3", "flux")
 _WITHOUT_GUIDANCE = 1.0
 
 
@@ -117,13 +125,12 @@ class GenaiEngine:
         if self._profile.family in _FAMILIES_OF_OTHER_SCHEDULERS and self._own != "lcm":
             config = json.loads(self._scheduler_config.read_text("utf-8"))
             for name in _SCHEDULERS:
-                if name == "pndm" and config.get("skip_prk_steps") is not True:
-                    continue  # the library has only the variant without Runge-Kutta steps, and says so when it runs
                 try:
                     self._scheduler(name)
                 except RuntimeError:
-                    continue  # a value in the configuration that this scheduler does not know
-                offered.add(name)
+                    continue  # a value that none of the library's schedulers takes
+                if not _REFUSES[name](config):
+                    offered.add(name)
         return frozenset(offered)
 
     def _warm_up(self, beat: Callable[[str], None]) -> None:
@@ -206,8 +213,9 @@ class GenaiEngine:
         changed = work.scheduler not in ("", self._own)
         if changed:
             pipeline.set_scheduler(self._scheduler(work.scheduler))
+        options = generation_options(work, self._profile)
         try:
-            result = pipeline.generate(work.prompt, *_tensors(work), **self._options(work))
+            result = pipeline.generate(work.prompt, *_tensors(work), callback=_callback(work), **options)
         finally:
             if changed:
                 pipeline.set_scheduler(self._own_scheduler)
@@ -240,35 +248,35 @@ class GenaiEngine:
         if work.width < multiple or work.height < multiple or work.width % multiple or work.height % multiple:
             raise InternalError(f"working size {work.width}x{work.height} is no multiple of {multiple}")
 
-    def _options(self, work: Work) -> dict[str, Any]:
-        """Every option by its name in the library, which ignores the ones it does not know, and refuses some with others."""
-        profile = self._profile
-        options: dict[str, Any] = {
-            "width": work.width,  # never left to the library: it takes the model's, the image's or a fixed size, by pipeline
-            "height": work.height,
-            "num_inference_steps": work.num_inference_steps,
-            "guidance_scale": work.guidance_scale,
-            "rng_seed": work.seed % 2**32,  # left out, every call has seed 42
-            "num_images_per_prompt": 1,  # inpainting with more is refused, and picture k must be seed + k alone
-            "callback": _callback(work),
+
+def generation_options(work: Work, profile: ModelProfile) -> dict[str, Any]:
+    """Every option by its name in the library, which ignores the ones it does not know, and refuses some with others."""
+    options: dict[str, Any] = {
+        "width": work.width,  # never left to the library: it takes the model's, the image's or a fixed size, by pipeline
+        "height": work.height,
+        "num_inference_steps": work.num_inference_steps,
+        "guidance_scale": work.guidance_scale,
+        "rng_seed": work.seed % 2**32,  # left out, every call has seed 42
+        "num_images_per_prompt": 1,  # inpainting with more is refused, and picture k must be seed + k alone
+    }
+    if work.mode != "text2image":
+        options["strength"] = work.strength
+    prompts = {"prompt_2": work.prompt_2, "prompt_3": work.prompt_3}
+    if (
+        profile.takes_negative_prompt and work.guidance_scale > _WITHOUT_GUIDANCE
+    ):  # refused without guidance, even when empty
+        prompts |= {
+            "negative_prompt": work.negative_prompt,
+            "negative_prompt_2": work.negative_prompt_2,
+            "negative_prompt_3": work.negative_prompt_3,
         }
-        if work.mode != "text2image":
-            options["strength"] = work.strength
-        guided = profile.takes_negative_prompt and work.guidance_scale > _WITHOUT_GUIDANCE
-        prompts = {"prompt_2": work.prompt_2, "prompt_3": work.prompt_3}
-        if guided:  # refused without guidance, even when empty
-            prompts |= {
-                "negative_prompt": work.negative_prompt,
-                "negative_prompt_2": work.negative_prompt_2,
-                "negative_prompt_3": work.negative_prompt_3,
-            }
-        for name, text in prompts.items():
-            encoder = int(name[-1]) if name[-1].isdigit() else 1
-            if text and encoder <= profile.text_encoders:
-                options[name] = text
-        if work.max_sequence_length and profile.family in ("sd3", "flux"):
-            options["max_sequence_length"] = work.max_sequence_length
-        return options
+    for name, text in prompts.items():
+        encoder = int(name[-1]) if name[-1].isdigit() else 1
+        if text and encoder <= profile.text_encoders:
+            options[name] = text
+    if work.max_sequence_length and profile.family in _FAMILIES_WITH_T5:
+        options["max_sequence_length"] = work.max_sequence_length
+    return options
 
 
 def _tensors(work: Work) -> list[ov.Tensor]:
