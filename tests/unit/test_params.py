@@ -383,3 +383,83 @@ def test_any_json_is_served_or_refused_by_name(fields: dict[str, Any], endpoint:
     except ApiError as error:
         assert error.status in (400, 404)
         assert error.param is not None
+
+
+# Valid values of each field, as a form writes them; the names of one thing (size and width, n and its other name) are left out.
+VALID: dict[str, st.SearchStrategy[str]] = {
+    "n": st.integers(1, 10).map(str),
+    "size": st.sampled_from(["auto", "64x64", "4096x1", "301x77"]),
+    "output_compression": st.integers(0, 100).map(str),
+    "partial_images": st.integers(0, 3).map(str),
+    "num_inference_steps": st.integers(10, 100).map(str),
+    "guidance_scale": st.floats(0, 50).map(str),
+    "strength": st.floats(0.1, 1).map(str),
+    "seed": st.integers(0, 2**64 - 1).map(str),
+    "mask_blur": st.integers(0, 256).map(str),
+    "timeout_s": st.floats(0.01, 86400).map(str),
+    "user": st.text(max_size=20),
+    "safety_identifier": st.text(max_size=20),
+    "negative_prompt": st.text(max_size=20),
+    **{
+        name: st.sampled_from(field.choices)
+        for name, field in FIELDS.items()
+        if field.kind == "choice" and field.served
+    },
+    **{name: st.sampled_from(["true", "False", "1", "0"]) for name, field in FIELDS.items() if field.kind == "boolean"},
+}
+FORBIDDEN = {
+    frozenset(("response_format", "stream")): lambda v: v.get("response_format") == "url" and on(v, "stream"),
+    frozenset(("partial_images", "stream")): lambda v: int(v.get("partial_images", 0)) > 0 and not on(v, "stream"),
+    frozenset(("background", "output_format")): lambda v: (
+        v.get("background") == "transparent" and v.get("output_format") == "jpeg"
+    ),
+    frozenset(("negative_prompt", "guidance_scale")): lambda v: (
+        v.get("negative_prompt", "") not in ("", "null", "None", "undefined") and float(v.get("guidance_scale", 3)) <= 1
+    ),
+}
+
+
+def on(values: dict[str, str], name: str) -> bool:
+    return values.get(name, "0").lower() in ("true", "1")
+
+
+@st.composite
+def combinations(draw: st.DrawFn) -> dict[str, str]:
+    names = draw(st.sets(st.sampled_from(sorted(VALID)), max_size=len(VALID)))
+    return {name: draw(VALID[name]) for name in sorted(names)}
+
+
+def test_the_table_of_valid_values_is_whole() -> None:
+    left_out = {"model", "prompt", "image", "mask", "num_images_per_prompt", "rng_seed", "width", "height"}
+    taken = {
+        name
+        for name, field in FIELDS.items()
+        if field.served and EDIT in field.endpoints and (field.has is None or name == "negative_prompt")
+    }
+    assert taken - left_out == set(VALID)
+
+
+@given(values=combinations())
+def test_any_combination_that_is_allowed_is_served_and_any_other_names_both(values: dict[str, str]) -> None:
+    broken = [names for names, applies in FORBIDDEN.items() if applies(values)]
+    try:
+        edit(*values.items())
+    except InvalidValue as error:
+        assert any(all(name in error.message for name in names) for names in broken), error.message
+    else:
+        assert not broken
+
+
+@given(
+    values=combinations(),
+    name=st.sampled_from(sorted(set(VALID) - {"user", "safety_identifier", "negative_prompt"})),
+    wrong=st.sampled_from(["-1", "\x00", "1e99", "yes", "[]"]),
+)
+def test_any_single_invalid_field_is_named(values: dict[str, str], name: str, wrong: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        edit(*{**values, name: wrong}.items())
+    assert (
+        caught.value.param == name
+        or any(name in names for names in FORBIDDEN)
+        or "cannot go with" in caught.value.message
+    )

@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Write the contact sheets under docs/sheets: what strength, masks, fitting and previews do, on the built-in model.
+
+Starts a server of its own on a free port, asks it as any client would, and lays the pictures out with their labels.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.live import LiveServer  # noqa: E402  the path above makes it importable
+from tests.reader import Figure, draw_scene  # noqa: E402
+
+SHEETS = ROOT / "docs" / "sheets"
+CELL_PX, LABEL_PX = 132, 16
+Row = Sequence[tuple[str, Image.Image]]
+
+
+class Client:
+    """Asks the server for pictures; the seed is fixed, so that a sheet can be made again."""
+
+    def __init__(self, url: str) -> None:
+        self._http = httpx.Client(base_url=url, timeout=120)
+
+    def edit(self, image: Image.Image, prompt: str, mask: Image.Image | None = None, **fields: object) -> Image.Image:
+        """One edited picture."""
+        files = {"image": ("i.png", _png(image)), **({"mask": ("m.png", _png(mask))} if mask else {})}
+        data = {"prompt": prompt, "seed": "7", **{name: str(value) for name, value in fields.items()}}
+        reply = self._http.post("/v3/images/edits", data=data, files=files)
+        reply.raise_for_status()
+        return _picture(reply.json()["data"][0]["b64_json"])
+
+    def previews(self, prompt: str, **fields: object) -> list[Image.Image]:
+        """The previews of a generation, then its picture."""
+        document = {"prompt": prompt, "seed": 7, "stream": True, "partial_images": 3, **fields}
+        reply = self._http.post("/v3/images/generations", json=document)
+        reply.raise_for_status()
+        events = [block for block in reply.text.split("\n\n") if block.startswith("event:")]
+        return [_picture(httpx.Response(200, text=event.partition("data: ")[2]).json()["b64_json"]) for event in events]
+
+
+def _png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _picture(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def _sheet(rows: Iterable[Row]) -> Image.Image:
+    rows = list(rows)
+    width = max(len(row) for row in rows) * CELL_PX
+    sheet = Image.new("RGB", (width, len(rows) * (CELL_PX + LABEL_PX)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for line, row in enumerate(rows):
+        for column, (label, picture) in enumerate(row):
+            x, y = column * CELL_PX, line * (CELL_PX + LABEL_PX)
+            draw.text((x + 4, y + 2), label, fill="black")
+            shown = picture.convert("RGB")
+            shown.thumbnail((CELL_PX - 4, CELL_PX - 4))
+            sheet.paste(shown, (x + 2, y + LABEL_PX))
+    return sheet
+
+
+def _scene(background: str, *figures: tuple[str, str, float, float, float]) -> Image.Image:
+    return Image.fromarray(draw_scene(background, [Figure(*figure) for figure in figures]))
+
+
+def strengths(client: Client) -> list[Row]:
+    """Recolouring and reshaping at strengths from 0.2 to 1.0."""
+    cases = (
+        (_scene("yellow", ("white", "star", 64, 64, 34)), "a green star on a yellow background"),
+        (_scene("black", ("white", "circle", 64, 64, 34)), "a red circle on a black background"),
+        (_scene("blue", ("red", "circle", 64, 64, 34)), "a white cross on a blue background"),
+        (_scene("purple", ("yellow", "square", 64, 64, 30)), "a yellow square on a green background"),
+    )
+    steps = [round(0.2 + 0.1 * k, 1) for k in range(9)]
+    return [
+        [("source", image), *((f"{s}", client.edit(image, prompt, strength=s)) for s in steps)]
+        for image, prompt in cases
+    ]
+
+
+def masks(client: Client) -> list[Row]:
+    """Source, mask, and what comes back; outside the mask nothing changes."""
+    rows: list[Row] = []
+    pair = _scene("green", ("black", "cross", 34, 64, 24), ("yellow", "square", 94, 64, 24))
+    circle = _scene("blue", ("red", "circle", 64, 64, 34))
+    cases = (
+        (pair, (62, 28, 127, 100), "a black cross and a pink circle on a green background", 0),
+        (circle, (24, 24, 104, 104), "a yellow star on a blue background", 0),
+        (circle, (24, 24, 104, 104), "a yellow star on a blue background", 12),
+        (circle, (20, 60, 110, 63), "blue background", 0),
+    )
+    for image, box, prompt, blur in cases:
+        mask = Image.new("L", image.size, 0)
+        mask.paste(255, box)
+        label = "thin mask" if box[3] - box[1] < 8 else f"mask, blur {blur}" if blur else "mask"
+        rows.append([("source", image), (label, mask), ("result", client.edit(image, prompt, mask, mask_blur=blur))])
+    return rows
+
+
+def fittings(client: Client) -> list[Row]:
+    """One wide picture served at other shapes, in each resize_mode."""
+    wide = _scene("purple", ("yellow", "star", 64, 64, 40)).resize((256, 128))
+    prompt = "a yellow star on a purple background"
+    modes = ("crop", "pad", "stretch")
+    sizes = ("128x128", "96x160", "auto")
+    return [
+        [
+            ("source 256x128", wide),
+            *(
+                (f"{mode} {size}", client.edit(wide, prompt, strength=0.4, resize_mode=mode, size=size))
+                for size in sizes
+            ),
+        ]
+        for mode in modes
+    ]
+
+
+def previews(client: Client) -> list[Row]:
+    """The previews that a stream carries, then the picture."""
+    prompts = (
+        "a red heart on a white background",
+        "three white stars on a blue background",
+        "a cyan ring on a red background",
+    )
+    rows: list[Row] = []
+    for prompt in prompts:
+        pictures = client.previews(prompt)
+        labels: list[Any] = [f"preview {k}" for k in range(len(pictures) - 1)]
+        rows.append(list(zip([*labels, "final"], pictures, strict=True)))
+    return rows
+
+
+def main() -> None:
+    """Make every sheet."""
+    SHEETS.mkdir(exist_ok=True)
+    with LiveServer() as live:
+        client = Client(live.url)
+        for make in (strengths, masks, fittings, previews):
+            _sheet(make(client)).save(SHEETS / f"{make.__name__}.png", optimize=True)
+            sys.stdout.write(f"wrote docs/sheets/{make.__name__}.png\n")
+
+
+if __name__ == "__main__":
+    main()
