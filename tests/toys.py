@@ -9,8 +9,10 @@ previews N          a Partial for each of N previews, then the result
 raise               answers the job with a 400
 exit N              ends the process with exit code N
 segv                ends it with a segmentation fault
-kill                ends it with SIGKILL
+dies POINT          ends it with SIGKILL at a point of the job: received, prepared, step, announced, half (of a result's
+                    bytes), filled, told (of one picture, not of the end), done
 hang                stops beating and never answers
+stammer             writes the first half of a message, stops beating and never answers
 leak                takes memory until it is ended
 garbage             writes bytes that are no message
 wrong               answers for a job that it was never given
@@ -90,11 +92,21 @@ class _ToyJob:
         self.end = end
         self.request = ImageRequest.from_json(Path(run.request).read_bytes())
         self.cancelled = threading.Event()
+        self.dies_at = ""
         self.rooms: dict[int, str] = {}
         self.room_came = threading.Condition()
 
+    def pass_point(self, point: str) -> None:
+        if self.dies_at == point:
+            die("kill")
+
     def prepare(self) -> None:
+        self.pass_point("received")
         self.end.send(Prepared(self.id, "image2image", 64, 64, 1, 5, 0, 0))
+        self.pass_point("prepared")
+        if self.dies_at == "step":
+            self.end.send(Progress(self.id, 0, 1, 4))
+            self.pass_point("step")
 
     def sleep(self, seconds: float) -> None:
         if self.cancelled.wait(seconds):
@@ -108,11 +120,17 @@ class _ToyJob:
             path = self.rooms.pop(picture)
         if not path:
             raise _Stopped
+        self.pass_point("announced")
         try:
+            if self.dies_at == "half":
+                fill(path, data[: len(data) // 2])
+                self.pass_point("half")
             fill(path, data)
         except FileNotFoundError:
             raise _Stopped from None
+        self.pass_point("filled")
         self.end.send(Picture(self.id, picture, self.request.seed + picture, len(data), partial))
+        self.pass_point("told")
 
     def finish(self) -> None:
         for picture in range(self.request.n):
@@ -123,6 +141,7 @@ class _ToyJob:
                 data = f"{self.request.prompt}|{self.request.seed + picture}".encode()
             self.deliver(picture, data)
         self.end.send(Done(self.id, 1.0, 2.0, 3.0))
+        self.pass_point("done")
 
 
 class _Toy:
@@ -139,7 +158,11 @@ class _Toy:
             except (LinkClosed, OSError):
                 os._exit(0)
             if isinstance(message, Run):
-                job = self.jobs[message.job] = _ToyJob(self.end, message)
+                try:
+                    job = self.jobs[message.job] = _ToyJob(self.end, message)
+                except FileNotFoundError:
+                    self.end.send(Failed(message.job, InternalError("the exchange has ended").to_wire()))
+                    continue
                 threading.Thread(target=self.serve, args=(job,), daemon=True).start()
             elif isinstance(message, Cancel) and (job := self.jobs.get(message.job)):
                 job.cancelled.set()
@@ -171,11 +194,15 @@ class _Toy:
             raise_error = ImageError("the toy was told to refuse", param="image")
             job.end.send(Failed(job.id, raise_error.to_wire()))
             return
-        elif command in ("exit", "segv", "kill"):
+        elif command == "dies":
+            job.dies_at = rest
+        elif command in ("exit", "segv"):
             job.prepare()
             die(prompt)
-        elif command == "hang":
+        elif command in ("hang", "stammer"):
             self.is_silent = True
+            if command == "stammer":
+                os.write(job.end.reports.fileno(), b'{"kind":"progress","job":"')
             threading.Event().wait()
         elif command == "leak":
             leak()

@@ -127,7 +127,7 @@ class Model:
                 return emptiest, self.queue.pop_given_back()
             open_workers = [worker for worker in open_workers if worker is not emptiest]
         ticket = self.queue.pop() if open_workers else None
-        return None if ticket is None else (min(open_workers, key=lambda worker: len(worker.held)), ticket)
+        return None if ticket is None else (min(open_workers, key=_load), ticket)
 
     def has_place_for(self, client: str) -> bool:
         """Whether this client may add one more job: the limit is for those that no worker has room for."""
@@ -169,6 +169,11 @@ class Model:
             engine=known.engine if known else "",
             engine_reason=known.why if known else "",
         )
+
+
+def _load(worker: Worker) -> tuple[int, float]:
+    """Fewer jobs first; among equals the one heard of last, for a worker that stands still falls silent."""
+    return len(worker.held), -worker.link.beat_at
 
 
 def largest_picture_bytes(settings: Settings, name: str) -> int:

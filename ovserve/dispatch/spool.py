@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ovserve.dispatch.warm import WarmFile, WarmPool, join
 from ovserve.errors import SettingsError, SpoolFull
 from ovserve.logs import fields
 
@@ -59,13 +60,19 @@ class Segment:
     Thread-safe: no; one owner at a time.
     """
 
-    def __init__(self, spool: Spool, folder: Path, ceiling: int) -> None:
+    def __init__(self, spool: Spool, ceiling: int, span: int = 0, file: WarmFile | None = None) -> None:
+        """`span`: above 0 the file is mapped in this size, and kept warm afterwards. `file`: go on in this one."""
         self._spool = spool
         self._ceiling = ceiling
+        self._span = span
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
         self.reserved = 0
-        self.path, self._descriptor = _create(folder)
+        if file is None:
+            self.path, self._descriptor = _create(spool.directory)
+        else:
+            self.path, self._descriptor, self._map, self.reserved = file.path, file.descriptor, file.mapping, file.size
+            self._view = memoryview(file.mapping)
 
     @property
     def view(self) -> memoryview:
@@ -76,13 +83,18 @@ class Segment:
         if self._view is None:
             if self._descriptor < 0:
                 raise ValueError("segment is released")
+            size = self._ceiling
             try:
-                os.ftruncate(self._descriptor, self._ceiling)  # address space for all of it: the mapping never moves
+                os.ftruncate(self._descriptor, size)  # address space for all of it: the mapping never moves
+                if self._span > size:
+                    with contextlib.suppress(OSError):  # what later segments could use is not worth an error now
+                        os.ftruncate(self._descriptor, self._span)
+                        size = self._span
             except OSError as error:
                 if error.errno in _NO_ROOM:
                     raise SpoolFull("files here may not be that large", retry_after_s=_FULL_RETRY_S) from None
                 raise
-            self._map = mmap.mmap(self._descriptor, self._ceiling)
+            self._map = mmap.mmap(self._descriptor, size)
             self._view = memoryview(self._map)
         return self._view
 
@@ -98,7 +110,9 @@ class Segment:
         self._spool.take(upto - self.reserved)
         try:
             if not _allocate(self._descriptor, self.reserved, upto):
-                self._move(upto)
+                self._spool.cool()
+                if not _allocate(self._descriptor, self.reserved, upto):
+                    self._move(upto)
         except BaseException:
             self._spool.give(upto - self.reserved)
             raise
@@ -118,9 +132,22 @@ class Segment:
         """Unlink the file and give its bytes back. Safe to call twice; views handed out before become invalid."""
         if self._descriptor < 0:
             return
-        self._drop_file()
+        if not self._keep_file():
+            self._drop_file()
         self._spool.give(self.reserved)
         self.reserved = 0
+
+    def _keep_file(self) -> bool:
+        if not self._span or self._map is None or self._view is None:
+            return False
+        self._view.release()
+        self._view = None
+        file = WarmFile(self.path, self._descriptor, self._map, len(self._map), self.reserved)
+        is_kept = self._spool.warm.keep(file)
+        self.path = file.path
+        if is_kept:
+            self._descriptor, self._map = -1, None
+        return is_kept
 
     def _move(self, upto: int) -> None:
         """Go on in the fallback directory. Raises SpoolFull when there is none, or no room in it either."""
@@ -144,6 +171,7 @@ class Segment:
         log.warning("segment moved to the fallback directory", extra=fields(bytes=upto))
         self._drop_file()
         self.path, self._descriptor = path, descriptor
+        self._span = 0  # what is kept warm lies in the spool directory
 
     def _drop_file(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -189,15 +217,17 @@ class Spool:
         directory: where the folder is made; a tmpfs, by preference.
         limit_bytes: of all living segments together, those in the fallback too.
         fallback: a directory for what finds no room in the first; None: SpoolFull at once.
+        warm_bytes: of files that are kept for the next uploads; they count towards the limit, and give way to segments.
     """
 
-    def __init__(self, directory: Path, limit_bytes: int, fallback: Path | None = None) -> None:
+    def __init__(self, directory: Path, limit_bytes: int, fallback: Path | None = None, warm_bytes: int = 0) -> None:
         """Raises SettingsError when a directory cannot be used."""
         self._limit = limit_bytes
         self._used = 0
         self._lock = threading.Lock()
         self._guards: list[tuple[Path, int]] = []
         self.directory = self._take_folder("spool_dir", directory)
+        self.warm = WarmPool(self.directory, warm_bytes)
         try:
             self.fallback = None if fallback is None else self._take_folder("spool_fallback_dir", fallback)
         except SettingsError:
@@ -211,13 +241,33 @@ class Spool:
 
     def create(self, ceiling: int, reserve: int = 0) -> Segment:
         """A segment that may grow to `ceiling` bytes, `reserve` of them usable at once. Raises SpoolFull."""
-        segment = Segment(self, self.directory, max(1, ceiling))
+        segment = Segment(self, max(1, ceiling))
         try:
             segment.reserve(reserve)
         except BaseException:
             segment.release()
             raise
         return segment
+
+    def borrow(self, ceiling: int) -> Segment:
+        """A segment for an upload that may grow to `ceiling` bytes, in a warm file where there is one. Raises SpoolFull.
+
+        For bytes that only the front end writes: a warm file still has the bytes of the upload before.
+        """
+        ceiling = max(1, ceiling)
+        file = self.warm.lend(ceiling)
+        if file is None:
+            return Segment(self, ceiling, self.warm.span_for(ceiling))
+        try:
+            self.take(file.size)
+        except SpoolFull:
+            file.close()
+            raise
+        return Segment(self, ceiling, file.span, file)
+
+    def cool(self) -> None:
+        """Give up all warm files."""
+        self.warm.drop(self.warm.size)
 
     def store(self, data: bytes) -> Segment:
         """A segment with exactly these bytes. Raises SpoolFull."""
@@ -226,7 +276,10 @@ class Spool:
         return segment
 
     def take(self, size: int) -> None:
-        """Account for `size` more bytes. Raises SpoolFull at the limit."""
+        """Account for `size` more bytes; warm files give way to them. Raises SpoolFull at the limit."""
+        excess = self._used + self.warm.size + size - self._limit
+        if excess > 0:
+            self.warm.drop(excess)
         with self._lock:
             if self._used + size > self._limit:
                 raise SpoolFull(
@@ -242,6 +295,7 @@ class Spool:
 
     def close(self) -> None:
         """Remove the folders with all that is in them. Safe to call twice."""
+        self.cool()
         while self._guards:
             folder, guard = self._guards.pop()
             shutil.rmtree(folder, ignore_errors=True)
@@ -296,17 +350,17 @@ def open_blob(blob: Blob) -> Iterator[memoryview]:
     """The bytes of a blob, mapped read-only. Runs in: worker. Raises FileNotFoundError when the exchange has ended."""
     descriptor = os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        mapped = mmap.mmap(descriptor, blob.offset + blob.size, prot=mmap.PROT_READ)
+        join(descriptor, blob.path)
+        with mmap.mmap(descriptor, blob.offset + blob.size, prot=mmap.PROT_READ) as mapped:
+            whole = memoryview(mapped)
+            part = whole[blob.offset : blob.offset + blob.size]
+            try:
+                yield part
+            finally:
+                part.release()
+                whole.release()
     finally:
         os.close(descriptor)
-    with mapped:
-        whole = memoryview(mapped)
-        part = whole[blob.offset : blob.offset + blob.size]
-        try:
-            yield part
-        finally:
-            part.release()
-            whole.release()
 
 
 def fill(path: str, data: bytes | memoryview) -> None:

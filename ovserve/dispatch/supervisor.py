@@ -133,6 +133,8 @@ class Supervisor:
 
         A model whose new workers fail keeps its old ones; models that are no longer named finish their queue and go.
         """
+        for model in settings.models:  # known at once: whoever reads the new catalogue may ask for them
+            self._dispatcher.add_model(model.name, model.queue_limit, settings)
         self._order(lambda: self._reload(settings, profiles))
 
     def wait_reloaded(self, deadline: Deadline) -> bool:
@@ -359,8 +361,6 @@ class Supervisor:
         for name in [name for name in self._fleets if name not in names]:
             self._dispatcher.remove_model(name)
             self._leaving.append(self._fleets.pop(name))
-        for model in settings.models:
-            self._dispatcher.add_model(model.name, model.queue_limit, settings)
         for name, fleet in make_fleets(settings, profiles).items():
             (self._incoming if name in self._fleets else self._fleets)[name] = fleet
 

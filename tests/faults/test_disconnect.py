@@ -1,0 +1,95 @@
+"""Clients that go away, at any moment: their work ends, in the queue at once and in the worker at its next step."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faultserver import FaultServer
+from tests.rawclient import RawClient
+
+STEP_S = 0.02
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
+    with FaultServer(tmp_path_factory.mktemp("spool"), "--replicas", "2", "--log_level", "warning") as server:
+        server.until(lambda: server.standing()["workers"] == 2)
+        yield server
+
+
+def request(prompt: str, **fields: object) -> bytes:
+    content = json.dumps({"prompt": prompt, **fields}).encode()
+    head = f"POST /v3/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n"
+    return head.encode() + b"\r\n" + content
+
+
+def until_idle(live: FaultServer) -> float:
+    """Seconds until no job is queued or running."""
+    started = time.monotonic()
+    live.until(lambda: live.standing()["queued"] == live.standing()["running"] == 0)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("leave", ["close", "abandon", "half_close"])
+def test_client_that_leaves_a_running_job_stops_it(live: FaultServer, leave: str, stream: bool) -> None:
+    client = RawClient(live.port).send(request("steps 500 0.02", stream=stream))
+    live.until(lambda: live.standing()["running"] == 1)
+    getattr(client, leave)()
+    assert until_idle(live) < 2.0  # ten seconds of work were left
+    client.close()
+
+
+def test_client_that_leaves_the_queue_frees_its_place_at_once(live: FaultServer) -> None:
+    running = [RawClient(live.port).send(request("steps 40 0.05")) for _ in range(4)]
+    live.until(lambda: live.standing()["running"] == 4)
+    waiting = RawClient(live.port).send(request("echo never"))
+    live.until(lambda: live.standing()["queued"] == 1)
+    waiting.abandon()
+    live.until(lambda: live.standing()["queued"] == 0, patience_s=1.5)
+    assert live.standing()["running"] == 4
+    assert [client.read_response().status for client in running] == [200] * 4
+    for client in running:
+        client.close()
+
+
+def test_five_hundred_departures_under_load_leave_nothing(live: FaultServer) -> None:
+    before = live.holdings()
+    chance = random.Random(20)
+    moments = [chance.random() * 0.12 for _ in range(500)]
+    lock = threading.Lock()
+    answered: list[int] = []
+
+    def come_and_go() -> None:
+        while True:
+            with lock:
+                if not moments:
+                    return
+                moment = moments.pop()
+            client = RawClient(live.port).send(request("steps 4 0.02", stream=moment > 0.06, partial_images=0))
+            time.sleep(moment)  # the moment is the test: nothing is awaited
+            client.abandon() if int(moment * 1e6) % 2 else client.close()
+
+    def stay() -> None:
+        while moments:
+            with RawClient(live.port) as client:
+                answered.append(client.send(request("steps 2 0.02")).read_response().status)
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(16)] + [threading.Thread(target=stay)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert until_idle(live) < 2.0
+    live.until_settled(before)
+    assert live.segments() == []
+    assert set(answered) <= {200, 429}
+    assert 200 in answered
+    assert not live.logged("Traceback")
+    assert not live.logged("worker died")

@@ -1,0 +1,169 @@
+"""SIGKILL to a worker at every point of a job and of its own life: the client's answer, and what is left afterwards."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.faultserver import TINY_PNG, FaultServer, gone, picture_of
+
+POINTS = ["received", "prepared", "step", "announced", "half", "filled", "told", "done"]
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
+    with FaultServer(tmp_path_factory.mktemp("spool"), "--replicas", "2") as server:
+        server.until(lambda: server.standing()["workers"] == 2)
+        yield server
+        assert server.stop() == 0
+        assert not server.logged("Traceback")
+        assert not server.logged("turn failed")
+
+
+@pytest.fixture
+def client(live: FaultServer) -> Iterator[httpx.Client]:
+    """Both workers are ready, and everything that the test takes is given back."""
+    live.until(lambda: live.standing()["workers"] == 2)
+    before = live.holdings()
+    with live.client() as made:
+        yield made
+    live.until(lambda: live.standing()["workers"] == 2)
+    live.until_settled(before)
+    assert live.segments() == []
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_job_is_answered_though_its_worker_is_killed_once(
+    live: FaultServer, client: httpx.Client, tmp_path: Path, point: str
+) -> None:
+    reply = live.generate(client, f"once {tmp_path / 'died'} dies {point}", n=2, seed=11)
+    assert picture_of(reply, 1) == f"once {tmp_path / 'died'} dies {point}|12".encode()
+    assert (tmp_path / "died").exists()
+
+
+@pytest.mark.parametrize("point", [point for point in POINTS if point != "done"])
+def test_job_that_kills_two_workers_is_the_clients_to_hear_of(
+    live: FaultServer, client: httpx.Client, point: str
+) -> None:
+    reply = live.edit(client, f"dies {point}")
+    assert reply.status_code == 500
+    assert reply.json()["error"]["code"] == "worker_crashed"
+    assert reply.headers["x-should-retry"] == "false"
+    assert picture_of(live.edit(client, "echo afterwards")) == TINY_PNG
+
+
+def test_stream_goes_on_with_another_worker_and_tells_each_picture_once(
+    live: FaultServer, client: httpx.Client, tmp_path: Path
+) -> None:
+    fields = {"stream": True, "partial_images": 2}
+    with client.stream(
+        "POST", "/v3/images/generations", json={"prompt": f"once {tmp_path / 'died'} dies told", **fields}
+    ) as reply:
+        assert reply.status_code == 200
+        text = reply.read().decode()
+    assert text.count("event: image_generation.completed") == 1
+    assert "error" not in text
+
+
+def test_stream_whose_job_kills_two_workers_ends_with_an_error_event(live: FaultServer, client: httpx.Client) -> None:
+    with client.stream("POST", "/v3/images/generations", json={"prompt": "dies step", "stream": True}) as reply:
+        text = reply.read().decode()
+    assert "worker_crashed" in text
+    assert "completed" not in text
+
+
+def test_neighbours_of_a_poison_job_are_answered(live: FaultServer, client: httpx.Client) -> None:
+    answers: list[int] = []
+
+    def ask(prompt: str) -> None:
+        answers.append(live.generate(client, prompt).status_code)
+
+    threads = [threading.Thread(target=ask, args=("sleep 0.3",)) for _ in range(6)]
+    threads.append(threading.Thread(target=ask, args=("dies step",)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # A neighbour may lose its first worker to the poison job, never its second: both run alone by then.
+    assert sorted(answers) == [200] * 6 + [500]
+
+
+def test_killed_while_idle_the_next_request_works(live: FaultServer, client: httpx.Client) -> None:
+    pids = live.workers()
+    for pid in pids:
+        live.kill_worker(pid)
+    assert picture_of(live.edit(client, "echo next")) == TINY_PNG
+    assert not set(pids) & set(live.workers())
+
+
+def test_killed_while_a_request_is_received(live: FaultServer, client: httpx.Client) -> None:
+    def body() -> Iterator[bytes]:
+        yield b'{"prompt": "echo '
+        for pid in live.workers():
+            live.kill_worker(pid)
+        yield b'received"}'
+
+    reply = client.post("/v3/images/generations", content=body(), headers={"content-type": "application/json"})
+    assert picture_of(reply).startswith(b"echo received|")
+
+
+def test_death_is_told_in_an_operators_words(live: FaultServer, client: httpx.Client) -> None:
+    pid = live.kill_worker()
+    live.until(lambda: bool(live.logged("worker died", f"pid={pid}", "killed by signal 9 (SIGKILL): out of memory?")))
+
+
+def test_killed_while_loading(tmp_path: Path) -> None:
+    with FaultServer(tmp_path, told={"load_s": 0.5}, wait_ready=False) as server:
+        server.until(lambda: len(server.workers()) == 1)
+        first = server.kill_worker()
+        server.await_ready()
+        assert gone(first)
+        with server.client() as client:
+            assert server.generate(client, "echo x").status_code == 200
+
+
+def test_killed_while_draining(tmp_path: Path) -> None:
+    with FaultServer(tmp_path) as server, server.client() as client:
+        replies: list[httpx.Response] = []
+        asking = threading.Thread(target=lambda: replies.append(server.generate(client, "sleep 0.5")))
+        asking.start()
+        server.until(lambda: server.standing()["running"] == 1)
+        server.signal(signal.SIGTERM)
+        server.until(lambda: bool(server.logged("draining")))
+        server.kill_worker()
+        asking.join()
+        assert picture_of(replies[0]).startswith(b"sleep 0.5|")
+        assert server.wait() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_crash_loop_is_told_with_its_reason_and_the_server_does_not_start(tmp_path: Path) -> None:
+    with FaultServer(tmp_path, "--crash_loop_limit", "3", told={"load": "segv"}, wait_ready=False) as server:
+        assert server.wait() == 2
+    assert server.logged("3 workers in a row died", "SIGSEGV")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_crash_loop_of_a_running_model_is_told_and_ends(tmp_path: Path) -> None:
+    marker = tmp_path / "broken"
+    told = {"load": f"until {marker} none"}
+    marker.touch()
+    arguments = ("--crash_loop_limit", "3", "--failed_retry_s", "1")
+    with FaultServer(tmp_path / "spool", *arguments, told=told) as server, server.client() as client:
+        marker.unlink()
+        server.kill_worker()
+        server.until(lambda: server.standing()["reason"].startswith("failed: "))
+        status, document = server.fetch("/v2/health/ready")
+        assert status == 503
+        assert "workers in a row died" in document["models"]["ovserve-builtin"]["reason"]
+        reply = server.generate(client, "echo x")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_failed")
+        assert 1 <= int(reply.headers["retry-after"]) <= 60
+        marker.touch()
+        server.until(lambda: server.standing()["ready"])
+        assert server.generate(client, "echo x").status_code == 200

@@ -1,0 +1,119 @@
+"""Limits that a running server meets: deadlines, a full spool, a worker that takes too much memory, a reload under load."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.faultserver import FaultServer, gone, picture_of
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 2 MiB."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tiny", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs a privilege that this user lacks")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_deadline_in_the_queue_and_on_the_device(tmp_path: Path) -> None:
+    with FaultServer(tmp_path) as server, server.client() as client:
+        started = time.monotonic()
+        running = server.generate(client, "sleep 30", timeout_s=0.3)
+        assert (running.status_code, running.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert running.headers["x-should-retry"] == "false"
+        assert time.monotonic() - started < 2
+        holders = [threading.Thread(target=server.generate, args=(client, "sleep 1.0")) for _ in range(2)]
+        for thread in holders:
+            thread.start()
+        server.until(lambda: server.standing()["running"] == 2)
+        waiting = server.generate(client, "echo", timeout_s=0.2)
+        assert waiting.status_code == 504
+        assert "queue" in waiting.json()["error"]["message"]
+        for thread in holders:
+            thread.join()
+        assert server.generate(client, "echo").status_code == 200
+        assert server.segments() == []
+
+
+def test_full_tmpfs_is_503_and_the_next_request_works(tiny: Path) -> None:
+    with FaultServer(tiny) as server, server.client() as client:
+        hog = tiny / "somebody-elses"
+        hog.write_bytes(b"x" * (1536 << 10))
+        files = {"image": ("a.png", b"\x89PNG\r\n\x1a\n" + b"y" * (1 << 20))}
+        reply = client.post("/v3/images/edits", data={"prompt": "echo"}, files=files)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "spool_full")
+        assert 1 <= int(reply.headers["retry-after"]) <= 60
+        hog.unlink()
+        assert server.generate(client, "echo").status_code == 200
+        assert len(server.workers()) == 1
+        assert not server.logged("worker died")
+
+
+def test_reload_under_load_loses_no_request(tmp_path: Path) -> None:
+    with FaultServer(tmp_path, "--replicas", "2") as server:
+        server.until(lambda: server.standing()["workers"] == 2)
+        old = server.workers()
+        statuses: list[int] = []
+        over = threading.Event()
+
+        def keep_asking() -> None:
+            with server.client() as client:
+                while not over.is_set():
+                    statuses.append(server.generate(client, "sleep 0.05").status_code)
+
+        threads = [threading.Thread(target=keep_asking) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        server.until(lambda: len(statuses) > 10)
+        server.signal(signal.SIGHUP)
+        server.until(lambda: all(gone(pid) for pid in old) and server.standing()["workers"] == 2)
+        over.set()
+        for thread in threads:
+            thread.join()
+        assert set(statuses) == {200}
+        assert not server.logged("died with a job")
+
+
+def test_worker_that_takes_too_much_memory_costs_one_job(tmp_path: Path) -> None:
+    limit = str(300 << 20)
+    with FaultServer(tmp_path, "--memory_limit_bytes", limit, "--replicas", "2") as server, server.client() as client:
+        server.until(lambda: server.standing()["workers"] == 2)
+        replies: list[httpx.Response] = []
+        leak = threading.Thread(target=lambda: replies.append(server.generate(client, "leak")))
+        leak.start()
+        while leak.is_alive():
+            assert server.generate(client, "echo").status_code == 200
+        assert replies[0].json()["error"]["code"] == "worker_crashed"
+        assert server.logged("worker killed", "memory:", "300 MiB allowed")
+
+
+def test_worker_goes_before_the_front_end_when_memory_runs_out(tmp_path: Path) -> None:
+    with FaultServer(tmp_path) as server:
+        ranks = [
+            int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (server.process.pid, server.workers()[0])
+        ]
+        assert ranks[1] >= min(1000, ranks[0] + 500)
+
+
+def test_descriptors_do_not_grow_over_many_deaths(tmp_path: Path) -> None:
+    with FaultServer(tmp_path) as server, server.client() as client:
+        picture_of(server.generate(client, "echo"))
+        before = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+        for _ in range(5):
+            pid = server.kill_worker()
+            assert server.generate(client, "echo").status_code == 200
+            assert gone(pid)
+        server.until(lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) <= before)

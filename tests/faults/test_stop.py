@@ -1,0 +1,139 @@
+"""The ends of the front end: SIGTERM under load loses nothing, SIGKILL leaves nothing that the next start does not sweep."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.faultserver import FaultServer, gone
+from tests.live import is_alive
+from tests.rawclient import RawClient
+
+
+def under_load(server: FaultServer, moment_s: float, number: int) -> list[int | str]:
+    """Send `number` to the front end at `moment_s` of a steady load; every client's outcome."""
+    outcomes: list[int | str] = []
+    content = b'{"prompt": "sleep 0.1"}'
+    head = f"POST /v3/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+
+    def come() -> None:
+        while "refused" not in outcomes:
+            try:
+                with RawClient(server.port) as client:
+                    outcomes.append(client.send(head.encode() + b"\r\n\r\n" + content).read_response().status)
+            except ConnectionRefusedError:
+                outcomes.append("refused")
+            except ConnectionError:
+                outcomes.append("reset")
+
+    threads = [threading.Thread(target=come) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    server.until(lambda: 200 in outcomes)
+    time.sleep(moment_s)  # the moment is the test: nothing is awaited
+    server.signal(number)
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+@pytest.mark.parametrize("round_number", range(4))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_no_accepted_request_is_lost_at_a_stop(tmp_path: Path, number: int, round_number: int) -> None:
+    with FaultServer(tmp_path) as server:
+        workers = server.workers()
+        outcomes = under_load(server, random.Random(round_number).random() * 0.3, number)
+        assert server.wait() == 0
+    # 503: told that the server is going down. Refused: it no longer listens. Reset: still with the kernel when it stopped to
+    # listen; whatever was accepted is in the log, and has been answered.
+    assert set(outcomes) <= {200, 503, "refused", "reset"}, outcomes
+    statuses = [line.split("POST /v3/images/generations ")[1].split()[0] for line in server.logged("POST /v3/")]
+    assert sorted(statuses) == sorted(str(outcome) for outcome in outcomes if isinstance(outcome, int))
+    assert all(gone(pid) for pid in workers)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_draining_is_told_and_ends_at_the_grace_period(tmp_path: Path) -> None:
+    with FaultServer(tmp_path, "--grace_period_s", "0.5") as server, server.client() as client:
+        outcome: list[object] = []
+
+        def ask() -> None:
+            try:
+                outcome.append(server.generate(client, "sleep 60").status_code)
+            except httpx.TransportError as error:
+                outcome.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        server.until(lambda: server.standing()["running"] == 1)
+        started = time.monotonic()
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert time.monotonic() - started < 20
+        asking.join()
+        assert len(outcome) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_second_signal_ends_it_now(tmp_path: Path) -> None:
+    with FaultServer(tmp_path) as server, server.client() as client:
+        workers = server.workers()
+
+        def ask() -> None:
+            with pytest.raises(httpx.TransportError):
+                server.generate(client, "sleep 60")
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        server.until(lambda: server.standing()["running"] == 1)
+        server.signal(signal.SIGTERM)
+        server.until(lambda: bool(server.logged("draining")))
+        server.signal(signal.SIGTERM)
+        assert server.wait(15) == 1
+        asking.join()
+        server.until(lambda: not any(is_alive(pid) for pid in workers))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_front_end_leaves_no_worker_and_the_next_start_sweeps_its_segments(tmp_path: Path) -> None:
+    with FaultServer(tmp_path, "--replicas", "2") as server:
+        server.until(lambda: server.standing()["workers"] == 2)
+        workers = server.workers()
+        clients = [threading.Thread(target=_ask_in_vain, args=(server,)) for _ in range(4)]
+        for thread in clients:
+            thread.start()
+        server.until(lambda: server.standing()["running"] == 4)
+        assert server.segments()
+        server.signal(signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+        for thread in clients:
+            thread.join()
+        server.until(lambda: not any(is_alive(pid) for pid in workers), patience_s=5)
+    assert len(list(tmp_path.iterdir())) == 1
+    with FaultServer(tmp_path) as server:
+        assert server.segments() == []
+        assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def _ask_in_vain(server: FaultServer) -> None:
+    with server.client() as client, pytest.raises(httpx.TransportError):
+        server.generate(client, "sleep 60")
+
+
+def test_killed_front_end_takes_a_stopped_and_a_loading_worker_along(tmp_path: Path) -> None:
+    with FaultServer(tmp_path, "--replicas", "2", told={"load_s": 0.3}) as server:
+        server.until(lambda: server.standing()["workers"] == 2)
+        server.kill_worker(server.workers()[1])
+        server.until(lambda: len(server.workers()) == 2)
+        workers = server.workers()
+        server.kill_worker(workers[0], signal.SIGSTOP)
+        server.signal(signal.SIGKILL)
+        server.wait()
+        server.until(lambda: not any(is_alive(pid) for pid in workers), patience_s=5)

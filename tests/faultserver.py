@@ -1,0 +1,121 @@
+"""A live server for the fault tests, what it holds at a moment, and requests that command its toy workers."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.live import LiveServer, is_alive
+
+PATIENCE_S = 30.0
+TINY_PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGP8z4APMOGVHbHSAEEsAQ+yM8CbAAAAAElFTkSuQmCC"
+)
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What a front end holds: threads, descriptors, living children, segments in its spool."""
+
+    threads: int
+    descriptors: int
+    workers: int
+    segments: int
+
+
+class FaultServer(LiveServer):
+    """A live server with toy workers, or with `real=True` the real ones, and quick restarts."""
+
+    def __init__(
+        self, spool: Path, *arguments: str, real: bool = False, told: dict[str, Any] | None = None, **known: Any
+    ):
+        quick = ["--restart_delay_s", "0.02", "--max_restart_delay_s", "1", "--terminate_timeout_s", "2"]
+        toys = [] if real else ["--plugin_config", json.dumps(told or {})]
+        module = ("ovserve",) if real else ("tests.toyserver",)
+        self.spool = spool
+        super().__init__(*quick, *toys, *arguments, spool=spool, module=module, **known)
+
+    @contextmanager
+    def client(self, timeout_s: float = 60.0) -> Iterator[httpx.Client]:
+        """A client with room for many requests at once."""
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        with httpx.Client(base_url=self.url, timeout=timeout_s, limits=limits) as client:
+            yield client
+
+    def edit(self, client: httpx.Client, prompt: str, **fields: Any) -> httpx.Response:
+        """One edit; the toy obeys the prompt."""
+        return client.post("/v3/images/edits", data={"prompt": prompt, **fields}, files={"image": ("a.png", TINY_PNG)})
+
+    def generate(self, client: httpx.Client, prompt: str, **fields: Any) -> httpx.Response:
+        """One generation, without an upload."""
+        return client.post("/v3/images/generations", json={"prompt": prompt, **fields})
+
+    def standing(self) -> dict[str, Any]:
+        """The only model's ready, reason, queued, running, ..."""
+        document: dict[str, Any] = self.fetch("/v3/models")[1]["data"][0]
+        return document
+
+    def holdings(self) -> Holdings:
+        """What it holds now."""
+        pid = self.process.pid
+        return Holdings(
+            threads=len(os.listdir(f"/proc/{pid}/task")),
+            descriptors=len(os.listdir(f"/proc/{pid}/fd")),
+            workers=len(self.workers()),
+            segments=len(self.segments()),
+        )
+
+    def segments(self) -> list[str]:
+        """Segments in the spool."""
+        return [path.name for path in self.spool.rglob("*") if path.is_file() and path.name != "lock"]
+
+    def until(self, is_so: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+        """Wait for something in another process that no descriptor tells of."""
+        end = time.monotonic() + patience_s
+        while not is_so():
+            assert time.monotonic() < end, "did not come about:\n" + "\n".join(self.log[-40:])
+            time.sleep(0.01)
+
+    def until_settled(self, before: Holdings) -> None:
+        """Wait until it holds no more than before."""
+        self.until(lambda: _fits(self.holdings(), before))
+
+    def kill_worker(self, pid: int | None = None, number: int = signal.SIGKILL) -> int:
+        """Signal a worker, the first unless told; its pid."""
+        pid = pid or self.workers()[0]
+        os.kill(pid, number)
+        return pid
+
+    def logged(self, *words: str) -> list[str]:
+        """The log lines with all these words."""
+        return [line for line in list(self.log) if all(word in line for word in words)]
+
+
+def _fits(now: Holdings, before: Holdings) -> bool:
+    return (
+        now.threads <= before.threads
+        and now.descriptors <= before.descriptors
+        and now.workers == before.workers
+        and now.segments <= before.segments
+    )
+
+
+def picture_of(reply: httpx.Response, number: int = 0) -> bytes:
+    """The bytes of one picture of a reply."""
+    assert reply.status_code == 200, reply.text
+    return base64.b64decode(reply.json()["data"][number]["b64_json"])
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended."""
+    return not is_alive(pid)
