@@ -156,5 +156,7 @@ class RawClient:
     def _more(self) -> None:
         data = self._socket.recv(65536)
         if not data:
-            raise ConnectionError(f"the connection ended; left over: {self._received!r}")
+            raise ConnectionError(
+                f"the connection ended; {len(self._received)} bytes left over: {bytes(self._received[:200])!r}"
+            )
         self._received += data

@@ -59,7 +59,22 @@ class ToyApi:
             raise NotFound(f"no {exchange.path}")
         return route(exchange)
 
-    def _health(self, _: Exchange) -> Reply:
+    def _health(self, exchange: Exchange) -> Reply:
+        match exchange.query.get("do"):
+            case "bug":
+                raise KeyError("bug in a health check")
+            case "error":
+                raise InvalidValue("no", param="do")
+            case "form":
+                exchange.read_form()
+            case "wait":
+                exchange.wait(self._wakeup, Deadline.after(WAIT_S))
+            case "stream":
+                return self._stream(exchange)
+            case "file":
+                return FileReply(b"ok", "text/plain")
+            case "large":
+                return JsonReply([b"x" * 1_000_000] * 10)
         return _json({"live": True})
 
     def _describe(self, exchange: Exchange) -> Reply:

@@ -68,7 +68,8 @@ class Listener(ThreadingHTTPServer):
         self._connections: dict[Connection, threading.Thread] = {}
         self._ended = threading.Condition()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._reserve = -1
+        self._take_reserve()
         self._thread = threading.Thread(target=self.serve_forever, name="accept", daemon=True)
         self._is_stopping = False
         self._is_stopped = False
@@ -105,6 +106,8 @@ class Listener(ThreadingHTTPServer):
         poller.register(self._wakeup, select.POLLIN)
         while not self._is_stopping:
             poller.poll()
+            if self._reserve < 0:
+                self._take_reserve()
             if not self._accept_all():
                 self._make_room(poller)
 
@@ -126,7 +129,11 @@ class Listener(ThreadingHTTPServer):
                 if error.errno in _EXHAUSTED:
                     return False
                 continue  # that one client has gone again: accept(2) tells so with many numbers
-            self.process_request(connection, address)
+            try:
+                self.process_request(connection, address)
+            except Exception:
+                log.exception("a connection could not be served")
+                connection.close()
         return True
 
     def _make_room(self, poller: select.poll) -> None:
@@ -138,12 +145,18 @@ class Listener(ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             connection, _ = self.socket.accept()
             connection.close()
-        try:
-            self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+        if not self._take_reserve():
             poller.unregister(self.socket)
             poller.poll(EXHAUSTED_PAUSE_S * 1000)
             poller.register(self.socket, select.POLLIN)
+
+    def _take_reserve(self) -> bool:
+        """Keep a descriptor for the day when there is none left; False on that day."""
+        try:
+            self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        return True
 
     def process_request(self, request: socket.socket, client_address: tuple[str, int]) -> None:  # type: ignore[override]
         """Give the connection a thread, or let the overflow answer it. Runs in: the accept thread."""

@@ -200,15 +200,13 @@ class Overflow:
         return [top] if head.method == "HEAD" else [top, *chunks]
 
     def _write(self, visitor: _Visitor) -> None:
-        answer = visitor.answer or memoryview(b"")
-        try:
-            visitor.answer = answer[visitor.socket.send(answer) :]
-        except BlockingIOError:
-            self._poll.modify(visitor.socket, select.EPOLLOUT)
-            raise
-        if not visitor.answer:
+        rest = visitor.answer or memoryview(b"")
+        with contextlib.suppress(BlockingIOError):
+            rest = rest[visitor.socket.send(rest) :]
+        visitor.answer = rest
+        if not rest:
             visitor.socket.shutdown(socket.SHUT_WR)
-            self._poll.modify(visitor.socket, select.EPOLLIN)
+        self._poll.modify(visitor.socket, select.EPOLLOUT if rest else select.EPOLLIN)
 
     def _drop(self, visitor: _Visitor) -> None:
         """What still comes is read and dropped, so that closing does not reset the connection before the answer is read."""

@@ -214,3 +214,18 @@ def test_accepting_goes_on_when_descriptors_run_out() -> None:
             for connection in waiting:
                 connection.close()
         served_again(listener)
+
+
+def test_accepting_goes_on_when_not_even_the_reserve_can_be_had_again() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with serving() as (listener, _), socket.socket() as waiting:
+        waiting.settimeout(10)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            waiting.connect(("127.0.0.1", listener.port))
+            waiting.sendall(HEALTH)
+            time.sleep(0.2)  # nothing can be seen while nothing can be opened
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert waiting.recv(100).startswith(b"HTTP/1.1 200 OK")
+        served_again(listener)

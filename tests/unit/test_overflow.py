@@ -77,3 +77,31 @@ def test_a_client_that_goes_leaves_nothing_behind(full: Listener) -> None:
                 getattr(client, leave)()
     with RawClient(full.port) as client:
         assert client.send(HEALTH).read_response().status == 200
+
+
+def test_a_health_check_has_no_form_and_no_time_to_wait(full: Listener) -> None:
+    expected = {"form": 503, "wait": 503, "stream": 503, "bug": 500, "error": 400, "file": 200}
+    for what, status in expected.items():
+        with RawClient(full.port) as client:
+            response = client.send(
+                b"GET /health?do=%b HTTP/1.1\r\nHost: a.test\r\n\r\n" % what.encode()
+            ).read_response()
+            assert response.status == status
+            if status == 200:
+                assert (response.content, response.fields["content-type"]) == (b"ok", "text/plain")
+            else:
+                assert response.code
+            assert client.read_rest() == b""
+
+
+def test_a_long_answer_is_written_as_it_is_read() -> None:
+    with serving(max_connections=1, overflow_timeout_s=20) as (listener, api), RawClient(listener.port) as first:
+        first.send(b"GET /wait HTTP/1.1\r\nHost: a.test\r\n\r\n")
+        assert api.seen.get(timeout=10) == "/wait"
+        with RawClient(listener.port) as client:
+            client.send(b"GET /health?do=large HTTP/1.1\r\nHost: a.test\r\n\r\n")
+            with RawClient(listener.port) as other:
+                assert other.send(HEALTH).read_response().status == 200
+            assert len(client.read_response().content) == 10_000_000
+        api.release()
+        assert first.read_response().status == 200
