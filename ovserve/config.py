@@ -311,6 +311,14 @@ class Settings:
         high=1024 * 1024 * MIB,
         unit="bytes",
     )
+    spool_warm_bytes: int = _option(
+        64 * MIB,
+        "Most bytes of used spool files that are kept for the next uploads; 0: none.",
+        low=0,
+        high=1024 * 1024 * MIB,
+        unit="bytes",
+        reason="one large upload or many small ones; receiving into fresh memory takes several times as long",
+    )
     spool_fallback_dir: Path | None = _option(None, "Directory used when the first has no room; none: 503 at once.")
 
     # Pictures kept for `response_format=url`.

@@ -13,7 +13,7 @@ from ovserve.errors import BadRequest, InvalidValue, PartTooLarge, UnsupportedMe
 from ovserve.front.headers import parse_options
 from ovserve.front.jsonform import decode_in_place, read_json
 from ovserve.front.multipart import MultipartParser, PartBegin, PartEnd
-from ovserve.front.spooled import Body, SpooledForm, SpooledUpload, create_segment, receive
+from ovserve.front.spooled import Body, SpooledForm, SpooledUpload, receive
 
 __all__ = ["read_form"]
 
@@ -48,11 +48,10 @@ def read_form(body: Body, content_type: str | None, spool: Spool, settings: Sett
     else:
         raise UnsupportedMediaType(f"Content-Type {main}: expected {_TAKEN}")
     try:
-        segment = form.own(create_segment(body, spool, settings.max_body_bytes))
         if parser:
-            _read_multipart(body, parser, form, segment, settings)
+            _read_multipart(body, parser, form, spool, settings)
         else:
-            read_json(body, form, segment, settings)
+            read_json(body, form, spool, settings)
     except BaseException:
         form.release()
         raise
@@ -68,13 +67,11 @@ def _parse_content_type(content_type: str | None) -> tuple[str, dict[str, str]]:
         raise BadRequest(f"Content-Type: {error}") from None
 
 
-def _read_multipart(
-    body: Body, parser: MultipartParser, form: SpooledForm, segment: Segment, settings: Settings
-) -> None:
+def _read_multipart(body: Body, parser: MultipartParser, form: SpooledForm, spool: Spool, settings: Settings) -> None:
     """Receive and parse; a part lies in the segment where it lay in the body."""
     part: PartBegin | None = None
     limit = settings.max_text_field_bytes
-    for begin, end in receive(body, segment, settings.max_body_bytes):
+    for segment, begin, end in receive(body, form, spool, settings.max_body_bytes):
         with segment.view[begin:end] as piece:
             events = parser.feed(piece)
         for event in events:

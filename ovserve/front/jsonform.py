@@ -16,7 +16,7 @@ import secrets
 from typing import Any, NamedTuple, NoReturn
 
 from ovserve.config import Settings
-from ovserve.dispatch.spool import Segment
+from ovserve.dispatch.spool import Segment, Spool
 from ovserve.errors import BadRequest, InvalidValue, PartTooLarge, UnknownParameter
 from ovserve.front.spooled import Body, SpooledForm, SpooledUpload, receive
 
@@ -52,14 +52,16 @@ class _Cut(NamedTuple):
     end: int
 
 
-def read_json(body: Body, form: SpooledForm, segment: Segment, settings: Settings) -> None:
-    """Receive a JSON object into the segment and put its members into the form.
+def read_json(body: Body, form: SpooledForm, spool: Spool, settings: Settings) -> None:
+    """Receive a JSON object into a segment and put its members into the form.
 
     Raises BadRequest and its kinds, ContentTooLarge, SpoolFull, and what `body.readinto` raises.
     """
-    size = 0
-    for _, end in receive(body, segment, settings.max_body_bytes):
-        size = end
+    segment, size = None, 0
+    for piece in receive(body, form, spool, settings.max_body_bytes):
+        segment, _, size = piece
+    if segment is None:
+        raise BadRequest("JSON body: empty (byte 0)")
     with segment.view[:size] as document:
         scan = _Scan(document, settings.max_json_text_bytes)
         scan.run()

@@ -17,6 +17,7 @@ from ovserve.errors import ContentTooLarge
 __all__ = ["Body", "SpooledForm", "SpooledUpload", "receive"]
 
 RECEIVE_BYTES = 256 * 1024  # received and parsed at once, while the bytes are still in the cache
+FIRST_BYTES = 16 * 1024  # on the heap: what a client may keep us waiting for before it costs room in the spool
 GROWTH_BYTES = (
     256 * 1024
 )  # how far a segment is reserved ahead of what has come in; zeroed pages are still in the cache, too
@@ -81,26 +82,30 @@ class SpooledForm:
             self._segments.pop().release()
 
 
-def create_segment(body: Body, spool: Spool, limit: int) -> Segment:
-    """An empty segment that can grow to hold the body, within `limit` bytes. Reserves nothing. Raises SpoolFull."""
-    return spool.create(limit if body.expected is None else min(body.expected, limit))
+def receive(body: Body, form: SpooledForm, spool: Spool, limit: int) -> Iterator[tuple[Segment, int, int]]:
+    """Receive the body into one segment of the form; yields the segment, and begin and end of each piece in it.
 
-
-def receive(body: Body, segment: Segment, limit: int) -> Iterator[tuple[int, int]]:
-    """Receive the body into its segment; yields begin and end of each piece.
+    A head alone reserves nothing: there is a segment when the first bytes have come, and it grows with those that follow.
 
     Raises ContentTooLarge beyond `limit` bytes, SpoolFull, and what `body.readinto` raises.
     """
     ceiling = limit if body.expected is None else min(body.expected, limit)
-    filled = 0
+    first = memoryview(bytearray(min(FIRST_BYTES, ceiling)))
+    filled = body.readinto(first) if ceiling else 0
+    if not filled:
+        return
+    segment = form.own(spool.borrow(ceiling))
+    segment.reserve(min(ceiling, GROWTH_BYTES))
+    segment.view[:filled] = first[:filled]
+    yield segment, 0, filled
     while filled < ceiling:
-        if filled == segment.reserved:
+        if filled >= segment.reserved:
             segment.reserve(min(ceiling, filled + GROWTH_BYTES))
-        with segment.view[filled : min(segment.reserved, filled + RECEIVE_BYTES)] as free:
+        with segment.view[filled : min(segment.reserved, ceiling, filled + RECEIVE_BYTES)] as free:
             count = body.readinto(free)
         if not count:
             return
-        yield filled, filled + count
+        yield segment, filled, filled + count
         filled += count
     if body.readinto(memoryview(bytearray(1))):
         raise ContentTooLarge(f"the body is larger than {ceiling} bytes")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ovserve.dispatch.spool import Spool, open_blob
-from ovserve.errors import ContentTooLarge, SpoolFull
-from ovserve.front.spooled import SpooledForm, SpooledUpload, create_segment, receive
+from ovserve.errors import ContentTooLarge, RequestTimeout, SpoolFull
+from ovserve.front.spooled import SpooledForm, SpooledUpload, receive
 from tests.bodies import MemoryBody
 
 MIB = 1 << 20
@@ -22,51 +22,66 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
     spool.close()
 
 
+@pytest.fixture
+def form() -> Iterator[SpooledForm]:
+    form = SpooledForm(is_json=False)
+    yield form
+    form.release()
+
+
 @pytest.mark.parametrize("announced", [True, False])
-@pytest.mark.parametrize("size", [0, 1, 4096, 256 * 1024, 256 * 1024 + 1, 3 * MIB])
-def test_all_of_a_body_is_received_in_order(spool: Spool, size: int, announced: bool) -> None:
+@pytest.mark.parametrize("size", [0, 1, 4096, 16 * 1024, 16 * 1024 + 1, 256 * 1024, 256 * 1024 + 1, 3 * MIB])
+def test_all_of_a_body_is_received_in_order(spool: Spool, form: SpooledForm, size: int, announced: bool) -> None:
     data = bytes(k % 251 for k in range(size))
-    body = MemoryBody(data, announced=announced)
-    segment = create_segment(body, spool, 4 * MIB)
-    pieces = list(receive(body, segment, 4 * MIB))
-    assert bytes(segment.view[:size]) == data
-    assert [begin for begin, _ in pieces] == [0, *(end for _, end in pieces[:-1])][: len(pieces)]
-    assert not pieces or pieces[-1][1] == size
-    segment.release()
+    pieces = list(receive(MemoryBody(data, announced=announced), form, spool, 4 * MIB))
+    assert b"".join(segment.view[begin:end] for segment, begin, end in pieces) == data
+    assert [begin for _, begin, _ in pieces] == [0, *(end for _, _, end in pieces)][: len(pieces)]
+    assert len({segment.path for segment, _, _ in pieces}) <= 1
 
 
-def test_a_segment_grows_with_what_has_come_not_with_what_is_promised(spool: Spool) -> None:
-    body = MemoryBody(b"x" * (7 * MIB), [1000] * 8000)
-    segment = create_segment(body, spool, 8 * MIB)
+class Waiting(MemoryBody):
+    """A client of whose body nothing has come, or nothing more."""
+
+    def readinto(self, view: memoryview, /) -> int:
+        if self.given:
+            raise RequestTimeout("too slow")
+        return super().readinto(view)
+
+
+def test_a_head_alone_reserves_nothing(spool: Spool, form: SpooledForm) -> None:
+    body = Waiting(b"x" * 7 * MIB)
+    body.given = 1
+    with pytest.raises(RequestTimeout):
+        list(receive(body, form, spool, 8 * MIB))
     assert spool.used_bytes == 0
+    assert [path.name for path in spool.directory.iterdir()] == ["lock"]
+
+
+def test_a_segment_grows_with_what_has_come_not_with_what_is_promised(spool: Spool, form: SpooledForm) -> None:
+    body = MemoryBody(b"x" * (7 * MIB), [1000] * 8000)
     most_ahead = 0
-    for _, end in receive(body, segment, 8 * MIB):
+    for _, _, end in receive(body, form, spool, 8 * MIB):
         most_ahead = max(most_ahead, spool.used_bytes - end)
     assert most_ahead <= 256 * 1024
     assert spool.used_bytes == 7 * MIB
-    segment.release()
+    form.release()
     assert spool.used_bytes == 0
 
 
-def test_a_body_at_its_limit_passes_and_one_byte_more_does_not(spool: Spool) -> None:
-    for size, fits in ((1000, True), (1001, False)):
-        body = MemoryBody(b"x" * size, announced=False)
-        segment = create_segment(body, spool, 1000)
-        if fits:
-            assert sum(end - begin for begin, end in receive(body, segment, 1000)) == size
-        else:
-            with pytest.raises(ContentTooLarge, match="1000 bytes"):
-                list(receive(body, segment, 1000))
-        segment.release()
+def test_a_body_at_its_limit_passes_and_one_byte_more_does_not(spool: Spool, form: SpooledForm) -> None:
+    for limit in (1000, 16 * 1024, 300_000):
+        pieces = list(receive(MemoryBody(b"x" * limit, announced=False), form, spool, limit))
+        assert pieces[-1][2] == limit
+        with pytest.raises(ContentTooLarge, match=f"larger than {limit} bytes"):
+            list(receive(MemoryBody(b"x" * (limit + 1), announced=False), form, spool, limit))
 
 
-def test_a_full_spool_is_an_error_that_can_be_answered(spool: Spool) -> None:
+def test_a_full_spool_is_an_error_that_can_be_answered(spool: Spool, form: SpooledForm) -> None:
     body = MemoryBody(b"x" * (9 * MIB))
-    segment = create_segment(body, spool, 16 * MIB)
     with pytest.raises(SpoolFull):
-        list(receive(body, segment, 16 * MIB))
+        list(receive(body, form, spool, 16 * MIB))
     assert body.given <= 8 * MIB
-    segment.release()
+    form.release()
     assert spool.used_bytes == 0
 
 
