@@ -286,6 +286,16 @@ def test_least_loaded_worker_is_filled_first(house: House) -> None:
         worker.expect_silence()
 
 
+def test_among_equals_the_worker_heard_of_last_is_taken(house: House) -> None:
+    first, second = house.worker(), house.worker()
+    heard_at = first.link.beat_at
+    first.say(Beat("idle"))
+    house.until(lambda: first.link.beat_at > heard_at)
+    house.admit()
+    first.expect(Run)
+    second.expect_silence()
+
+
 def test_clients_take_turns(house: House) -> None:
     house.dispatcher.add_model("toy", 100)
     worker = house.worker()
@@ -665,8 +675,8 @@ def test_batch_neighbours_of_a_poison_job_survive_it(house: House) -> None:
 
 
 def test_lone_job_waits_for_an_empty_worker_which_is_kept_free_for_it(house: House) -> None:
-    busy, doomed = house.worker(capacity=2), house.worker(capacity=1)
-    held = house.admit()
+    doomed, busy = house.worker(capacity=1), house.worker(capacity=2)
+    held = house.admit()  # to the one heard of last
     busy.expect(Run)
     lone = house.admit()
     doomed.expect(Run)
@@ -793,7 +803,7 @@ def test_garbage_costs_the_worker_its_link(house: House, data: bytes) -> None:
 
 
 def test_other_workers_go_on_while_one_lies(house: House) -> None:
-    honest, liar = house.worker(), house.worker()
+    liar, honest = house.worker(), house.worker()
     job = house.admit()
     honest.expect(Run)
     liar.say(Stop())
