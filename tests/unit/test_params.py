@@ -393,7 +393,7 @@ VALID: dict[str, st.SearchStrategy[str]] = {
     "partial_images": st.integers(0, 3).map(str),
     "num_inference_steps": st.integers(10, 100).map(str),
     "guidance_scale": st.floats(0, 50).map(str),
-    "strength": st.floats(0.1, 1).map(str),
+    "strength": st.floats(0.3, 1).map(str),  # a step to run even with the four steps of low quality
     "seed": st.integers(0, 2**64 - 1).map(str),
     "mask_blur": st.integers(0, 256).map(str),
     "timeout_s": st.floats(0.01, 86400).map(str),
@@ -458,8 +458,4 @@ def test_any_combination_that_is_allowed_is_served_and_any_other_names_both(valu
 def test_any_single_invalid_field_is_named(values: dict[str, str], name: str, wrong: str) -> None:
     with pytest.raises(BadRequest) as caught:
         edit(*{**values, name: wrong}.items())
-    assert (
-        caught.value.param == name
-        or any(name in names for names in FORBIDDEN)
-        or "cannot go with" in caught.value.message
-    )
+    assert caught.value.param == name
