@@ -125,9 +125,16 @@ def openapi_document(routes: Iterable[_Row]) -> dict[str, Any]:
         if endpoint in ENDPOINTS and row.method == "POST":
             operation |= {"requestBody": _body(str(endpoint)), "responses": _picture_replies()}
         else:
-            operation["responses"] |= {**dict.fromkeys(("400", "404", "414"), _ERROR), "503": {"description": "Not ready."}}
+            operation["responses"] |= {
+                **dict.fromkeys(("400", "404", "414"), _ERROR),
+                "503": {"description": "Not ready."},
+            }
             if row.path.startswith("/images/files/"):
-                operation["responses"] |= {"206": {"description": "The range."}, "304": {"description": "As it was."}, "416": _ERROR}
+                operation["responses"] |= {
+                    "206": {"description": "The range."},
+                    "304": {"description": "As it was."},
+                    "416": _ERROR,
+                }
         names = re.findall(r"\{(\w+)\}", row.path)
         if names:
             operation["parameters"] = [

@@ -8,7 +8,6 @@ Whatever is wrong is told by the field's name, with the bound it broke.
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import secrets
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from ovserve.api.catalog import Catalog, ServedModel
 from ovserve.api.exchange import Form, Upload
 from ovserve.api.fields import EDIT, EXCLUSIONS, FIELDS, GENERATION, SPELLINGS, VARIATION, Field, field_named
 from ovserve.api.imagehead import ImageHead, read_head
+from ovserve.api.values import check_range, expected, parse_value
 from ovserve.config import Resolution, Settings
 from ovserve.dispatch.ipc import ImageRequest
 from ovserve.errors import (
@@ -35,10 +35,7 @@ __all__ = ["Parameters", "parse_parameters"]
 
 SEEDS = 2**32  # the library takes seeds modulo this
 
-_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,39})")
-_NUMBER = re.compile(r"-?(?:[0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,4})?")
 _NAME = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
-_TRUE, _FALSE = frozenset(("true", "1")), frozenset(("false", "0"))
 _EMPTY = frozenset(("", "null", "None", "undefined"))
 
 
@@ -109,7 +106,7 @@ def _gather(form: Form, endpoint: str) -> _Gathered:
         _check_taken(known, upload.name, endpoint)
         if known.kind not in ("file", "files"):
             raise InvalidType(
-                f"Invalid type for '{upload.name}': expected {_expected(known)}, but got a file.", param=upload.name
+                f"Invalid type for '{upload.name}': expected {expected(known)}, but got a file.", param=upload.name
             )
         gathered.uploads.setdefault(known.name, []).append(upload)
     return gathered
@@ -129,128 +126,6 @@ def _check_taken(known: Field, spelled: str, endpoint: str) -> None:
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-def _expected(known: Field) -> str:
-    words = {"text": "a string", "integer": "a whole number", "number": "a number", "boolean": "true or false",
-             "choice": "a string", "size": "a string", "file": "a file", "files": "a file", "object": "an object"}  # fmt: skip
-    return words[known.kind]
-
-
-def _wrong_type(known: Field, spelled: str, value: Any) -> InvalidType:
-    names = {
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        list: "an array",
-        dict: "an object",
-    }
-    got = names.get(type(value), "null")
-    return InvalidType(f"Invalid type for '{spelled}': expected {_expected(known)}, but got {got}.", param=spelled)
-
-
-def _not_a(known: Field, spelled: str, value: str) -> InvalidValue:
-    return InvalidValue(
-        f"Invalid value for '{spelled}': expected {_expected(known)}, but got '{value[:100]}'.", param=spelled
-    )
-
-
-def _integer(known: Field, spelled: str, value: Any, is_json: bool) -> int:
-    if is_json:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise _wrong_type(known, spelled, value)
-        return value
-    if not _INTEGER.fullmatch(value):
-        raise _not_a(known, spelled, value)
-    return int(value)
-
-
-def _number(known: Field, spelled: str, value: Any, is_json: bool) -> float:
-    if is_json:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _wrong_type(known, spelled, value)
-    elif not _NUMBER.fullmatch(value):
-        raise _not_a(known, spelled, value)
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise InvalidValue(f"Invalid value for '{spelled}': expected a finite number.", param=spelled)
-    return number
-
-
-def _boolean(known: Field, spelled: str, value: Any, is_json: bool) -> bool:
-    if isinstance(value, bool):
-        return value
-    if is_json:
-        raise _wrong_type(known, spelled, value)
-    word = value.lower()
-    if word not in _TRUE | _FALSE:
-        raise _not_a(known, spelled, value)
-    return word in _TRUE
-
-
-def _text(known: Field, spelled: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise _wrong_type(known, spelled, value)
-    # Browser-made forms turn every line break into CR LF; the prompt means the same.
-    return value.replace("\r\n", "\n")
-
-
-def _choice(known: Field, spelled: str, value: Any) -> str:
-    word = _text(known, spelled, value)
-    if word == "jpg" and "jpeg" in known.choices:
-        return "jpeg"
-    if word not in known.choices:
-        listed = ", ".join(f"'{choice}'" for choice in known.choices)
-        raise InvalidValue(
-            f"Invalid value for '{spelled}': '{word[:100]}'. Supported values are: {listed}.", param=spelled
-        )
-    return word
-
-
-def _size(known: Field, spelled: str, value: Any) -> Resolution | None:
-    word = _text(known, spelled, value)
-    if word == "auto":
-        return None
-    try:
-        return Resolution.parse(word)
-    except ValueError as error:
-        raise InvalidValue(
-            f"Invalid value for '{spelled}': '{word[:100]}': {error}, or 'auto'.", param=spelled
-        ) from None
-
-
-def _value(known: Field, spelled: str, value: Any, is_json: bool) -> Any:
-    """One value by its field's kind, within the field's own bounds."""
-    match known.kind:
-        case "integer":
-            parsed: Any = _integer(known, spelled, value, is_json)
-        case "number":
-            parsed = _number(known, spelled, value, is_json)
-        case "boolean":
-            return _boolean(known, spelled, value, is_json)
-        case "choice":
-            return _choice(known, spelled, value)
-        case "size":
-            return _size(known, spelled, value)
-        case _:
-            return _text(known, spelled, value)
-    _check_range(spelled, parsed, known.low, known.high)
-    return parsed
-
-
-def _check_range(spelled: str, value: float, low: float | None, high: float | None) -> None:
-    if low is not None and value < low:
-        told = "higher than 0" if low == 1 else f"at least {low:g}"
-        raise InvalidValue(f"Invalid value for '{spelled}': {value:g} must be {told}.", param=spelled)
-    if high is not None and value > high:
-        bound = str(high) if isinstance(high, int) else f"{high:g}"
-        raise InvalidValue(
-            f"Invalid value for '{spelled}': {value:g} is more than the maximum of {bound}.", param=spelled
-        )
-
-
 def _values(gathered: _Gathered, is_json: bool) -> tuple[dict[str, Any], dict[str, str]]:
     """Every given value by its field's first name, and how the client spelled it.
 
@@ -266,9 +141,9 @@ def _values(gathered: _Gathered, is_json: bool) -> tuple[dict[str, Any], dict[st
         for spelled, raw in entries:
             if spelled != name and SPELLINGS.get(spelled) != name:
                 raise InvalidType(
-                    f"Invalid type for '{spelled}': '{name}' takes {_expected(known)}, not a list.", param=spelled
+                    f"Invalid type for '{spelled}': '{name}' takes {expected(known)}, not a list.", param=spelled
                 )
-            value = _value(known, spelled, raw, is_json)
+            value = parse_value(known, spelled, raw, is_json)
             if first in values and values[first] != value:
                 other = spellings[first]
                 told = (
@@ -444,7 +319,7 @@ def _check_limits(values: Mapping[str, Any], spelled: Mapping[str, str], model: 
     )
     for name, low, high in bounds:
         if name in values:
-            _check_range(spelled[name], values[name], low, high)
+            check_range(spelled[name], values[name], low, high)
     size = values.get("size")
     if size:
         for side, limit in ((size.width, limits.max_resolution.width), (size.height, limits.max_resolution.height)):
