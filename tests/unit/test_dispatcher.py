@@ -708,6 +708,7 @@ def test_detached_worker_that_hangs_gives_its_jobs_back(house: House) -> None:
     worker.expect(Run)
     house.dispatcher.detach(worker.link, "hung")
     house.dispatcher.detach(worker.link, "a second time")
+    house.until(lambda: bool(worker.link.lost))
     assert house.worker().serve() == job.id
     assert worker.link.lost == "hung"
 
