@@ -244,7 +244,7 @@ class _Reader:
         """Decode a data URL where it lies (RFC 2397; its media type says nothing that the bytes do not say better)."""
         prefix = bytes(self._scan.document[cut.begin : min(cut.end, cut.begin + PREFIX_BYTES)])
         head, comma, _ = prefix.partition(b",")
-        if not comma or not head.lower().endswith(b";base64"):
+        if not comma or not self._text_of(cut.begin, head).lower().endswith(";base64"):
             raise InvalidValue(
                 f"{name}: expected data:image/png;base64, and base64 text (byte {cut.begin})", param=name
             )
@@ -281,10 +281,14 @@ class _Reader:
         """The text of a string that only looked like a picture, such as a prompt that begins with `data:`."""
         if cut.end - cut.begin > self._limit:
             raise PartTooLarge(f"{name}: longer than {self._limit} bytes (byte {cut.begin})", param=name)
+        return self._text_of(cut.begin, bytes(self._scan.document[cut.begin : cut.end]))
+
+    def _text_of(self, begin: int, quoted: bytes) -> str:
+        """What stands between quotation marks, unescaped."""
         try:
-            return str(json.loads(b'"%b"' % bytes(self._scan.document[cut.begin : cut.end])))
+            return str(json.loads(b'"%b"' % quoted))
         except ValueError:
-            raise BadRequest(f"JSON body: the string that begins at byte {cut.begin} does not parse") from None
+            raise BadRequest(f"JSON body: the string that begins at byte {begin} does not parse") from None
 
 
 def decode_in_place(view: memoryview, offset: int, size: int, name: str, *, in_json: bool = False) -> int:

@@ -1,6 +1,6 @@
 """Our parser and the `multipart` package on the same bodies: every way in which they differ is listed, with its reason.
 
-Bodies: the captures, the malformed corpus, forms that Hypothesis builds, and bodies that nearly are forms.
+The package gets each body whole: what it makes of a preamble depends on how the body is split. Bodies: the captures, the malformed corpus, forms that Hypothesis builds, and bodies that nearly are forms.
 """
 
 from __future__ import annotations
@@ -53,22 +53,21 @@ THEY_REFUSE = {
 }  # fmt: skip
 
 
-def theirs(pieces: list[bytes], boundary: str) -> list[Part] | str:
+def theirs(body: bytes, boundary: str) -> list[Part] | str:
     found: list[Part] = []
     data = b""
     try:
         with multipart.PushMultipartParser(boundary, max_header_size=FEW) as parser:
-            for piece in pieces:
-                for event in parser.parse(piece):
-                    if isinstance(event, multipart.MultipartSegment):
-                        kind = event.header("Content-Type")
-                        coding = event.header("Content-Transfer-Encoding", "binary")
-                        found.append(Part(event.name, b"", event.filename, kind, coding.strip().lower()))
-                        data = b""
-                    elif event is None:
-                        found[-1] = replace(found[-1], data=data)
-                    else:
-                        data += event
+            for event in parser.parse(body):
+                if isinstance(event, multipart.MultipartSegment):
+                    kind = event.header("Content-Type")
+                    coding = event.header("Content-Transfer-Encoding", "binary")
+                    found.append(Part(event.name, b"", event.filename, kind, coding.strip().lower()))
+                    data = b""
+                elif event is None:
+                    found[-1] = replace(found[-1], data=data)
+                else:
+                    data += event
     except multipart.MultipartError as error:
         return str(error)
     return found
@@ -85,7 +84,7 @@ def normal(part: Part) -> Part:
 def reason(pieces: list[bytes], boundary: str) -> str:
     """How the two compare: `same`, `both refuse`, or the listed reason. Fails for one that is not listed."""
     ours = outcome(pieces, boundary, max_parts=1000, max_part_head_bytes=FEW)
-    their = theirs(pieces, boundary)
+    their = theirs(b"".join(pieces), boundary)
     if isinstance(ours, tuple):
         if isinstance(their, str):
             return "both refuse"
@@ -156,7 +155,7 @@ def forms(draw: st.DrawFn) -> tuple[str, bytes]:
 @given(forms(), st.integers(1, 100))
 def test_built_forms_are_read_alike(form: tuple[str, bytes], size: int) -> None:
     boundary, body = form
-    assert reason(list(pieces_of(body, [size] * len(body))), boundary) == "same" or b"\\" in body
+    assert reason(list(pieces_of(body, [size] * len(body))), boundary) == "same"
 
 
 @given(almost_forms, st.integers(1, 100))
