@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import metadata, stats
 
-__all__ = ["DIRECTORY", "Result", "Series", "read_result"]
+__all__ = ["DIRECTORY", "Case", "Result", "Series", "read_result"]
 
 DIRECTORY = Path(__file__).resolve().parent / "results"
 SCHEMA = 1

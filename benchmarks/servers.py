@@ -120,45 +120,53 @@ SERVICES = {
 class RunningServer:
     """`with RunningServer(service, "builtin") as server:`; `server.url`, `server.ready_s`, `server.memory()`."""
 
-    def __init__(self, service: Service, model: str, extra: Sequence[str] = (), module: str = "") -> None:
-        """Start it and wait until its health check answers 200. Raises RuntimeError when it does not."""
+    def __init__(self, service: Service, model: str, extra: Sequence[str] = (), *, plain: bool = False) -> None:
+        """Start it and wait until its health check answers 200; `plain`: without the service's own arguments.
+
+        Raises:
+            RuntimeError: it did not become ready; the end of its log is in the message.
+        """
         self.service = service
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._log = (home() / f"server-{service.name.replace(' ', '-')}.log").open("wb")
         environment = {key: value for key, value in os.environ.items() if not key.startswith("OVSERVE_")}
         command = service.command(model, port, extra)
-        if module:
-            command[command.index(service.module)] = module
+        if plain:
+            command = [argument for argument in command if argument not in service.arguments]
         began = time.monotonic()
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            self._await_ready(port)
+            self._await_ready()
         except BaseException:
             self.stop()
             raise
         self.ready_s = time.monotonic() - began
 
-    def _await_ready(self, port: int) -> None:
+    def _await_ready(self) -> None:
         path = "/v2/health/ready" if self.service.is_ours else self.service.health
         deadline = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 break
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            try:
-                connection.request("GET", path)
-                if connection.getresponse().status == 200:
-                    return
-            except (OSError, http.client.HTTPException):
-                pass
-            finally:
-                connection.close()
+            if self.answers(path):
+                return
             time.sleep(POLL_S)
         tail = Path(self._log.name).read_text("utf-8", "replace")[-2000:]
         raise RuntimeError(f"{self.service.name} did not become ready:\n{tail}")
+
+    def answers(self, path: str) -> bool:
+        """Whether a GET is answered with 200."""
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=5)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
 
     def memory(self) -> int:
         """Bytes of all its processes, shared pages counted once."""

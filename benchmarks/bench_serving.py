@@ -1,0 +1,447 @@
+"""Edits through whole servers, ours and the peers, on the same model, machine and run: latency, throughput, memory, start-up.
+
+    python -m benchmarks.bench_serving --set quick          some minutes, built-in model
+    python -m benchmarks.bench_serving --set full           half an hour, with the full-size model where it has been made
+
+Each round starts each server anew, in another order, applies every load to it and ends it. Sections can be chosen by name
+(`--only closed --only open`). The result is written after each section, so that a run cut short leaves what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks import metadata
+from benchmarks.edits import parse_kind
+from benchmarks.load import Load, Report, Target, apply_load
+from benchmarks.results import Case, Result
+from benchmarks.servers import SERVICES, RunningServer, home, model_path
+
+__all__ = ["main"]
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILTIN, FULL_SIZE = "builtin", "sd15"
+OURS = "ovserve"
+# The built-in model's own defaults, sent in full so that every server does the same work.
+USUAL = {"num_inference_steps": "12", "guidance_scale": "3.0", "strength": "0.7", "size": "128x128"}
+CAPACITY_CLIENTS = 8
+LOAD_PERCENT = (50, 80, 95, 120)
+SEED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        rounds: fresh starts of each server.
+        seconds: window of one load.
+        clients: of the closed loops.
+        servers: on the built-in model.
+        few: the servers that take part in the longer comparisons.
+        sections: in order.
+        full_size: servers on the full-size model, with one, two and four clients; `single` with one only.
+    """
+
+    rounds: int
+    seconds: float
+    clients: tuple[int, ...]
+    servers: tuple[str, ...]
+    few: tuple[str, ...]
+    sections: tuple[str, ...]
+    full_size: tuple[str, ...] = ()
+    single: tuple[str, ...] = ()
+
+
+PEERS = ("FastAPI", "LitServe", "mosec")
+PLANS = {
+    "smoke": Plan(1, 1.0, (1, 2), (OURS, "FastAPI"), (OURS,), ("closed", "open", "mixed", "gone", "shapes", "starts")),
+    "quick": Plan(
+        rounds=2,
+        seconds=3.0,
+        clients=(1, 8),
+        servers=(OURS, "ovserve genai", *PEERS),
+        few=(OURS, "FastAPI"),
+        sections=("closed", "open", "mixed", "gone", "shapes", "starts"),
+    ),
+    "full": Plan(
+        rounds=3,
+        seconds=5.0,
+        clients=(1, 2, 4, 8, 16),
+        servers=(OURS, "ovserve genai", *PEERS, "LitServe 2x1", "mosec 2x1"),
+        few=(OURS, *PEERS),
+        sections=("closed", "open", "mixed", "gone", "shapes", "starts", "full_size"),
+        full_size=(OURS, "ovserve genai", "FastAPI", "mosec"),
+        single=("optimum", "diffusers", "sd.cpp"),
+    ),
+}
+
+
+@dataclass(slots=True)
+class Bench:
+    """One run: the plan, what it has found so far, and where it is written."""
+
+    plan: Plan
+    result: Result
+    out: Path | None
+    skipped: dict[str, str] = field(default_factory=dict)
+    chance: random.Random = field(default_factory=lambda: random.Random(SEED))
+
+    def servers(self, names: Sequence[str], model: str = BUILTIN) -> list[str]:
+        """Those of `names` that can be started here, in another order each time."""
+        found = []
+        for name in names:
+            if reason := SERVICES[name].missing(model):
+                self.skipped[f"{name}, {model}"] = reason
+            else:
+                found.append(name)
+        self.chance.shuffle(found)
+        return found
+
+    def start(self, name: str, model: str = BUILTIN, extra: Sequence[str] = ()) -> RunningServer:
+        """A server that has answered one edit; how long that took goes into the result."""
+        server = RunningServer(SERVICES[name], model, extra)
+        began = time.monotonic()
+        report = edit_once(server, model)
+        case: Case | None = None if extra else {"model": model, "server": name, "cache": "none"}
+        if case is not None:
+            self.result.add("start to ready", [server.ready_s], case=case)
+            self.result.add("start to first answer", [server.ready_s + time.monotonic() - began], case=case)
+        if not report.answered:
+            server.stop()
+            raise RuntimeError(f"{name} does not answer an edit: {report.outcomes()}")
+        return server
+
+    def note(self, report: Report, case: Case, *, paced: bool = False) -> None:
+        """Throughput, latencies, probes and failures of one load."""
+        self.result.add("latency", report.latencies(), case=case)
+        if not paced:
+            self.result.add("throughput", [report.throughput], unit="1/s", better="higher", case=case)
+        if report.probes:
+            self.result.add("health check", report.probes, case=case)
+        refused = len(report.samples) - len(report.answered)
+        if refused or report.failed_probes:
+            self.result.add("not answered", [refused], unit="requests", case=case)
+            self.result.add("health checks failed", [report.failed_probes], unit="requests", case=case)
+            print(f"  ! {case}: {report.outcomes()}, {report.failed_probes} health checks failed", flush=True)
+
+    def save(self) -> Path:
+        """Write what there is."""
+        self.result.metadata["skipped"] = self.skipped
+        self.result.metadata["load_1min_at_the_end"] = metadata.load_average()
+        return self.result.save(self.out)
+
+
+def edit_once(server: RunningServer, model: str) -> Report:
+    """One edit, and its report."""
+    fields = USUAL if model == BUILTIN else full_size_fields(256, 1)
+    kind = parse_kind(f"edit:picture_px={fields['size'].partition('x')[0]}", fields)
+    return apply_load(
+        Target(server.url), Load(clients=1, seconds=300, warm_up_s=0, requests=1, timeout_s=300, kinds=[kind])
+    )
+
+
+def usual(server: RunningServer, plan: Plan, *kinds: str, **chosen: float | str) -> Report:
+    """A load of usual edits, or of other kinds, with health checks beside it."""
+    values = {
+        "seconds": plan.seconds,
+        "warm_up_s": min(1.0, plan.seconds / 3),
+        "probe": server.service.health,
+        **chosen,
+    }
+    load = Load(kinds=[parse_kind(text, USUAL) for text in kinds or ("edit",)], **values)  # type: ignore[arg-type]
+    return apply_load(Target(server.url), load)
+
+
+def bare_loop(bench: Bench, model: str, fields: dict[str, str], seconds: float, least: int, case: Case) -> None:
+    """The floor: the pipeline in a loop in one process."""
+    service = SERVICES["FastAPI"]
+    if service.missing(model):
+        return
+    side = fields["size"].partition("x")[0]
+    kind = f"edit:picture_px={side};" + ";".join(f"{key}={value}" for key, value in fields.items())
+    bounds = ["--seconds", str(seconds), "--least", str(least)]
+    done = subprocess.run(
+        [
+            str(service.python),
+            "-m",
+            "benchmarks.peers.bare_loop",
+            "--model",
+            str(model_path(model)),
+            "--kind",
+            kind,
+            *bounds,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    told = json.loads(done.stdout.splitlines()[-1])
+    bench.result.add("bare generate", told["generate_s"], case=case)
+    bench.result.add("bare edit", told["whole_s"], case=case)
+    bench.result.add(
+        "bare throughput", [len(told["generate_s"]) / sum(told["generate_s"])], unit="1/s", better="higher", case=case
+    )
+
+
+# --- sections ---
+
+
+def closed(bench: Bench) -> None:
+    """Closed loops: k clients, each sends when it has its answer."""
+    plan = bench.plan
+    for turn in range(plan.rounds):
+        bare_loop(bench, BUILTIN, USUAL, plan.seconds, 3, {"model": BUILTIN})
+        for name in bench.servers(plan.servers):
+            print(f"  round {turn + 1}: {name}", flush=True)
+            with bench.start(name) as server:
+                for clients in plan.clients:
+                    case: Case = {"model": BUILTIN, "server": name, "workload": "closed", "clients": clients}
+                    bench.note(usual(server, plan, clients=clients), case)
+                    bench.result.add("memory", [server.memory()], unit="bytes", case=case)
+
+
+def open_loop(bench: Bench) -> None:
+    """Open loops at parts of each server's own capacity, which is measured first, on the same start."""
+    plan = bench.plan
+    for name in bench.servers(plan.few):
+        print(f"  {name}", flush=True)
+        with bench.start(name) as server:
+            capacity = usual(server, plan, clients=CAPACITY_CLIENTS).throughput
+            for percent in LOAD_PERCENT:
+                rate = round(capacity * percent / 100, 2)
+                case: Case = {"model": BUILTIN, "server": name, "workload": "open", "percent": percent}
+                bench.note(usual(server, plan, rate=rate, poisson=True), case, paced=True)
+                bench.result.add("arrival rate", [rate], unit="1/s", better="none", case=case)
+
+
+def mixed(bench: Bench) -> None:
+    """A short job beside a long one, and edits with masks, abandoned requests and previews of other sizes mixed."""
+    plan = bench.plan
+    short, long = "edit:num_inference_steps=4;strength=1.0", "edit:num_inference_steps=50;strength=1.0"
+    for name in bench.servers(plan.few):
+        print(f"  {name}", flush=True)
+        with bench.start(name) as server:
+            alone = usual(server, plan, short, clients=1)
+            bench.note(alone, {"model": BUILTIN, "server": name, "workload": "short alone"})
+            longest = Load(clients=1, seconds=2 * plan.seconds + 2, warm_up_s=0, kinds=[parse_kind(long, USUAL)])
+            with ThreadPoolExecutor(1) as pool:
+                running = pool.submit(apply_load, Target(server.url), longest)
+                together = usual(server, plan, short, clients=1, seconds=2 * plan.seconds)
+                beside = running.result()
+            bench.note(together, {"model": BUILTIN, "server": name, "workload": "short beside long"})
+            bench.note(beside, {"model": BUILTIN, "server": name, "workload": "long beside short"})
+            masks = usual(server, plan, "edit", "masked", clients=CAPACITY_CLIENTS)
+            bench.note(
+                masks, {"model": BUILTIN, "server": name, "workload": "half with masks", "clients": CAPACITY_CLIENTS}
+            )
+
+
+def gone(bench: Bench) -> None:
+    """What a client pays for others that went away: a one-step edit right after an abandoned one of 100 steps."""
+    plan = bench.plan
+    quick, slow = "edit:num_inference_steps=1;strength=1.0", "edit:num_inference_steps=100;strength=1.0"
+    for name in bench.servers(plan.few):
+        with bench.start(name) as server:
+            for _ in range(3 * plan.rounds):
+                alone = usual(server, plan, quick, clients=1, requests=1, warm_up_s=0, probe="")
+                leaver = Load(
+                    clients=1,
+                    requests=1,
+                    warm_up_s=0,
+                    abandon=1.0,
+                    abandon_after_s=0.3,
+                    kinds=[parse_kind(slow, USUAL)],
+                )
+                apply_load(Target(server.url), leaver)
+                after = usual(server, plan, quick, clients=1, requests=1, warm_up_s=0, probe="", seconds=60)
+                for workload, report in (("one step alone", alone), ("one step after a client has gone", after)):
+                    bench.note(report, {"model": BUILTIN, "server": name, "workload": workload}, paced=True)
+
+
+def shapes(bench: Bench) -> None:
+    """Cost curves of single requests: n, steps, upload size, queue length, size of the result."""
+    plan = bench.plan
+    curves: list[tuple[str, Sequence[int], str]] = [
+        ("n", (1, 2, 4, 8), "edit:n={}"),
+        ("steps", (1, 2, 4, 8, 16, 32, 64), "edit:num_inference_steps={};strength=1.0"),
+        ("upload_bytes", (100_000, 1_000_000, 10_000_000), "edit:num_inference_steps=2;upload_bytes={}"),
+        ("side_px", (128, 256, 512, 1024), "edit:num_inference_steps=2;picture_px={0};size={0}x{0}"),
+    ]
+    for name in bench.servers(plan.few):
+        print(f"  {name}", flush=True)
+        with bench.start(name) as server:
+            for label, values, text in curves:
+                if label == "side_px" and not SERVICES[name].is_ours:
+                    continue  # a peer denoises at that size, ours at 128: not the same work
+                for value in values:
+                    report = usual(server, plan, text.format(value), clients=1, seconds=plan.seconds / 2, requests=200)
+                    if not report.answered:  # one answer takes longer than the window
+                        report = usual(server, plan, text.format(value), clients=1, seconds=60, warm_up_s=0, requests=2)
+                    case: Case = {"model": BUILTIN, "server": name, "curve": label, label: value}
+                    bench.note(report, case, paced=True)
+                    bench.result.add("memory", [server.memory()], unit="bytes", case=case)
+            for length in (1, 4, 16, 64):
+                report = usual(server, plan, clients=length, requests=length, seconds=120, warm_up_s=0, probe="")
+                case = {"model": BUILTIN, "server": name, "curve": "queue length", "queue length": length}
+                bench.note(report, case, paced=True)
+                bench.result.add("memory", [server.memory()], unit="bytes", case=case)
+
+
+def starts(bench: Bench) -> None:
+    """Start-up without and with a cache of compiled models; resident models and replicas."""
+    for _ in range(bench.plan.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for cache in ("cold", "warm"):
+                _timed_start(bench, BUILTIN, cache, ("--cache_dir", folder))
+    for replicas in (1, 2):
+        with bench.start(OURS, extra=("--replicas", str(replicas))) as server:
+            usual(server, bench.plan, clients=2 * replicas)
+            case: Case = {"model": BUILTIN, "server": OURS, "curve": "replicas", "replicas": replicas}
+            bench.result.add("memory", [server.memory()], unit="bytes", case=case)
+    for models in (1, 2, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            config = Path(folder) / "models.toml"
+            tables = [f'[[model]]\nname = "m{index}"\n' for index in range(models)]
+            config.write_text('default_model = "m0"\n' + "".join(tables), "utf-8")
+            service = SERVICES[OURS]
+            with RunningServer(service, BUILTIN, ("--config", str(config)), plain=True) as server:
+                for index in range(models):
+                    await_model(server, f"m{index}")
+                    usual(server, bench.plan, f"edit:model=m{index}", clients=1, requests=3, warm_up_s=0, seconds=60)
+                case = {"model": BUILTIN, "server": OURS, "curve": "resident models", "resident models": models}
+                bench.result.add("memory", [server.memory()], unit="bytes", case=case)
+
+
+def await_model(server: RunningServer, name: str) -> None:
+    """Wait for one of several models. Raises RuntimeError after a minute."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if server.answers(f"/v2/models/{name}/ready"):
+            return
+        time.sleep(0.05)
+    raise RuntimeError(f"model {name} did not become ready")
+
+
+def _timed_start(bench: Bench, model: str, cache: str, extra: Sequence[str]) -> None:
+    began = time.monotonic()
+    with RunningServer(SERVICES[OURS], model, extra) as server:
+        edit_once(server, model)
+        case: Case = {"model": model, "server": OURS, "cache": cache}
+        bench.result.add("start to ready", [server.ready_s], case=case)
+        bench.result.add("start to first answer", [time.monotonic() - began], case=case)
+
+
+def full_size_fields(side_px: int, steps: int) -> dict[str, str]:
+    """Strength 1: every step runs."""
+    size = f"{side_px}x{side_px}"
+    return {"num_inference_steps": str(steps), "guidance_scale": "7.5", "strength": "1.0", "size": size}
+
+
+def full_size(bench: Bench) -> None:
+    """Stable Diffusion 1.5 with random weights: compute-bound, so the server may add nothing."""
+    plan = bench.plan
+    fields = full_size_fields(256, 4)
+    for side, steps, least in ((256, 4, 4), (512, 2, 2)):
+        case: Case = {"model": FULL_SIZE, "side_px": side, "steps": steps}
+        bare_loop(bench, FULL_SIZE, full_size_fields(side, steps), 1, least, case)
+    for name in bench.servers((*plan.full_size, *plan.single), FULL_SIZE):
+        print(f"  {name}", flush=True)
+        try:
+            with bench.start(name, FULL_SIZE) as server:
+                for clients in (1, 2, 4) if name in plan.full_size else (1,):
+                    _full_size_load(bench, server, name, fields, clients, requests=max(4, 2 * clients))
+                if name == OURS:
+                    for side in (256, 384, 512):
+                        one_step = full_size_fields(side, 1)
+                        _full_size_load(bench, server, name, one_step, 1, requests=2)
+                    for quality in ("medium", "low"):
+                        twenty = {**full_size_fields(256, 8), "quality": quality}
+                        _full_size_load(bench, server, name, twenty, 1, requests=2)
+                    _full_size_load(bench, server, name, full_size_fields(256, 8), 1, requests=2)
+                if name in plan.full_size[:3]:
+                    _full_size_load(bench, server, name, full_size_fields(512, 2), 1, requests=2)
+        except (RuntimeError, OSError) as error:
+            bench.skipped[f"{name}, {FULL_SIZE}"] = str(error)[:300]
+            print(f"  ! {name}: {error}", flush=True)
+
+
+def _full_size_load(
+    bench: Bench, server: RunningServer, name: str, fields: dict[str, str], clients: int, requests: int
+) -> None:
+    side = int(fields["size"].partition("x")[0])
+    kind = parse_kind(f"edit:picture_px={side}", fields)
+    load = Load(
+        clients=clients,
+        requests=requests,
+        seconds=600,
+        warm_up_s=0,
+        timeout_s=600,
+        kinds=[kind],
+        probe=server.service.health,
+    )
+    case: Case = {
+        "model": FULL_SIZE,
+        "server": name,
+        "clients": clients,
+        "side_px": side,
+        "steps": int(fields["num_inference_steps"]),
+        "quality": fields.get("quality", "high"),
+    }
+    bench.note(apply_load(Target(server.url), load), case)
+    bench.result.add("memory", [server.memory()], unit="bytes", case=case)
+
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "closed": closed,
+    "open": open_loop,
+    "mixed": mixed,
+    "gone": gone,
+    "shapes": shapes,
+    "starts": starts,
+    "full_size": full_size,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 1 when a section failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", choices=tuple(PLANS), default="quick", help="how much is measured (%(default)s)")
+    parser.add_argument("--only", action="append", choices=tuple(SECTIONS), help="this section; may be repeated")
+    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/DATE-SHA-serving.json")
+    options = parser.parse_args(argv)
+    home().mkdir(parents=True, exist_ok=True)
+    plan = PLANS[options.set]
+    result = Result("serving", metadata.collect(model_path(BUILTIN)) | {"set": options.set})
+    bench = Bench(plan, result, options.out)
+    failed = 0
+    path = None
+    for name in options.only or plan.sections:
+        began = time.monotonic()
+        print(f"{name} ...", flush=True)
+        try:
+            SECTIONS[name](bench)
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            failed += 1
+            print(f"! {name}: {error}", file=sys.stderr, flush=True)
+        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+        path = bench.save()
+    print(result.report())
+    print(path)
+    return min(1, failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
