@@ -55,7 +55,7 @@ class ModelProfile:
         side_multiple_px: both working sides are multiples of this.
         native: working size when nothing else decides, in pixels.
         min_side_px, max_side_px: the sides it was made to work at.
-        prompt_tokens: the text encoder's window, special tokens included.
+        prompt_tokens: the window of the text encoder that reads most of the prompt, special tokens included.
         text_encoders: how many prompts it reads (prompt_2, prompt_3).
         takes_negative_prompt: whether a negative prompt has any effect (classifier-free guidance).
         presets: `quality` name to the fields it sets.
@@ -101,6 +101,11 @@ _FAMILIES: dict[str, tuple[str, Defaults]] = {
     "LatentConsistencyModel": ("lcm", Defaults(4, 8.5, 0.8, 1.0, 0.6)),
     "Flux": ("flux", Defaults(28, 3.5, 0.6, 0.6, 0.6)),
 }
+
+
+# Families whose last text encoder is a T5, which reads the whole prompt (the CLIP encoders beside it read the beginning), and
+# the tokens the library gives it.
+_T5: dict[str, tuple[str, int]] = {"sd3": ("text_encoder_3", 256), "flux": ("text_encoder_2", 512)}
 
 
 def builtin_directory() -> Path:
@@ -215,6 +220,9 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
         strength_inpainting=float(_number(own, "strength_inpainting", defaults.strength_inpainting)),
         strength_variation=float(_number(own, "strength_variation", defaults.strength_variation)),
     )
+    t5_encoder, t5_tokens = _T5.get(family, ("", 0))
+    if not t5_encoder or not (directory / t5_encoder).is_dir():
+        t5_tokens = 0
     profile = ModelProfile(
         name=settings.name,
         directory=directory,
@@ -225,7 +233,7 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
         native=native,
         min_side_px=int(_number(sizes, "min_side_px", max(multiple, side // 2))),
         max_side_px=int(_number(sizes, "max_side_px", max(side * 2, multiple))),
-        prompt_tokens=int(_number(text_config, "max_position_embeddings", 77)),
+        prompt_tokens=t5_tokens or int(_number(text_config, "max_position_embeddings", 77)),
         text_encoders=sum((directory / part).is_dir() for part in ("text_encoder", "text_encoder_2", "text_encoder_3")),
         takes_negative_prompt=family in ("stable-diffusion", "sdxl", "sd3") and not lcm_scheduler,
         scheduling=scheduling,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ovserve import __version__
 from ovserve.config import ModelSettings, Resolution, Settings
-from ovserve.device.engine import Engine, Work, check_schedule, is_lcm
+from ovserve.device.engine import Engine, Work, check_served, is_lcm
 from ovserve.device.frames import Fitting, Placement, fit_into, size_of
 from ovserve.device.images import Limits, Pixels, decode_image, encode_image, flatten, has_alpha
 from ovserve.device.masks import check_selects, holes, match_mask, paste_back, pool, read_mask
@@ -232,7 +232,7 @@ def _read_prompt(request: ImageRequest, profile: ModelProfile, engine: Engine) -
         if count > profile.prompt_tokens:
             advice = "; truncate_prompt=true cuts it" if name == "prompt" else ""
             raise PromptTooLong(
-                f"{name}: {count} tokens, and the model reads {profile.prompt_tokens} (two of them mark its begin and end){advice}",
+                f"{name}: {count} tokens, and the model reads {profile.prompt_tokens} (marks of its begin and end included){advice}",
                 param=name,
             )
     return prompt, tokens
@@ -297,11 +297,9 @@ def _strength(request: ImageRequest, mode: str, profile: ModelProfile) -> float:
 def check_steps(request: ImageRequest, mode: str, strength: float, profile: ModelProfile, engine: Engine) -> int:
     """How many steps will run. Raises InvalidValue for counts that cannot be run."""
     count = request.num_inference_steps
-    if count < 1:
-        raise InvalidValue("num_inference_steps: must be at least 1", param="num_inference_steps")
+    check_served(engine.name, profile, request)
     if not 0 <= strength <= 1:
         raise InvalidValue("strength: must be within 0..1", param="strength")
-    check_schedule(engine.name, profile, request.scheduler, count)
     if is_lcm(profile, request.scheduler):
         # LCM takes its steps from the part of a longer schedule that strength leaves.
         longer = profile.scheduling.original_inference_steps

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovserve.config import ModelSettings
+from ovserve.dispatch.ipc import ImageRequest
 from ovserve.errors import ApiError, InvalidValue, ModelError
 from ovserve.profile import ModelProfile
 
-__all__ = ["Engine", "Outcome", "Preview", "Work", "check_schedule", "choose_engine", "is_lcm", "overruns"]
+__all__ = ["Engine", "Outcome", "Preview", "Work", "check_served", "choose_engine", "is_lcm", "overruns"]
 
 Pixels = NDArray[np.uint8]
 
@@ -155,24 +156,40 @@ def overruns(num_inference_steps: int, num_train_timesteps: int) -> bool:
     return bool(rest > 0)
 
 
-def check_schedule(engine: str, profile: ModelProfile, scheduler: str, num_inference_steps: int) -> None:
-    """Raise InvalidValue for a number of steps that this engine cannot run with this scheduler."""
+def check_served(engine: str, profile: ModelProfile, asked: Work | ImageRequest) -> None:
+    """Raise InvalidValue for a number of steps, or a choice, that this engine cannot run for this model."""
     scheduling = profile.scheduling
-    train = scheduling.num_train_timesteps
-    if num_inference_steps > train:
+    steps, train = asked.num_inference_steps, scheduling.num_train_timesteps
+    if steps < 1:
+        raise InvalidValue("num_inference_steps: must be at least 1", param="num_inference_steps")
+    if steps > train:
         raise InvalidValue(
             f"num_inference_steps: must be at most {train}, the timesteps the model was trained with",
             param="num_inference_steps",
         )
-    if engine != "genai" or scheduling.timestep_spacing != "trailing" or is_lcm(profile, scheduler):
+    if engine != "genai":
         return
-    if overruns(num_inference_steps, train):
+    if scheduling.timestep_spacing == "trailing" and not is_lcm(profile, asked.scheduler) and overruns(steps, train):
         near = sorted(
-            (n for n in range(1, 2 * num_inference_steps + 2) if not overruns(n, train)),
-            key=lambda n: abs(n - num_inference_steps),
-        )[:2]
+            (count for count in range(1, 2 * steps + 2) if not overruns(count, train)),
+            key=lambda count: abs(count - steps),
+        )
         raise InvalidValue(
-            f"num_inference_steps: this model's timestep spacing cannot be run in {num_inference_steps} steps; "
-            f"use {' or '.join(str(n) for n in sorted(near))}",
+            f"num_inference_steps: this model's timestep spacing cannot be run in {steps} steps; "
+            f"use {' or '.join(str(count) for count in sorted(near[:2]))}",
             param="num_inference_steps",
         )
+    _check_frozen(profile, asked)
+
+
+def _check_frozen(profile: ModelProfile, asked: Work | ImageRequest) -> None:
+    """What the library fixes with the first picture it makes, which is the warm-up's, by the model's defaults."""
+    if profile.family in ("sd3", "flux") and asked.max_sequence_length not in (0, profile.prompt_tokens):
+        raise InvalidValue(
+            f"max_sequence_length: this model's text encoder was prepared for {profile.prompt_tokens} tokens",
+            param="max_sequence_length",
+        )
+    guided = profile.defaults.guidance_scale > 1
+    if profile.family == "sd3" and (asked.guidance_scale > 1) != guided:
+        side = "above 1: it was prepared with guidance" if guided else "at most 1: it was prepared without guidance"
+        raise InvalidValue(f"guidance_scale: for this model it must be {side}", param="guidance_scale")

@@ -24,7 +24,7 @@ import openvino as ov
 import openvino_genai as og
 
 from ovserve.config import ModelSettings
-from ovserve.device.engine import Outcome, Work, check_schedule, is_lcm
+from ovserve.device.engine import Outcome, Work, check_served, is_lcm
 from ovserve.device.images import Pixels
 from ovserve.device.schedulers import LIBRARY_SCHEDULERS
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
@@ -48,7 +48,7 @@ _REFUSES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "euler_ancestral": lambda config: config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"),
 }
 _FAMILIES_OF_OTHER_SCHEDULERS = ("stable-diffusion", "sdxl")
-_FAMILIES_WITH_T5 = ("sd3", "flux")
+_TOKENIZERS_OF_T5 = {"sd3": "tokenizer_3", "flux": "tokenizer_2"}  # of the encoder that reads the whole prompt
 _WITHOUT_GUIDANCE = 1.0
 
 
@@ -67,7 +67,10 @@ class GenaiEngine:
         self._scheduler_config = profile.directory / "scheduler" / "scheduler_config.json"
         self._own_scheduler: Any = None
         self._pending: Work | None = None
-        self._tokenizer = _Tokenizer(profile.directory / "tokenizer", profile.prompt_tokens)
+        whole = profile.directory / _TOKENIZERS_OF_T5.get(profile.family, "tokenizer")
+        self._tokenizer = _Tokenizer(
+            whole if whole.is_dir() else profile.directory / "tokenizer", profile.prompt_tokens
+        )
 
     # --- loading ---
 
@@ -227,8 +230,7 @@ class GenaiEngine:
 
     def _guard(self, work: Work) -> None:
         """What must never reach the library, whoever let it come this far. Raises InvalidValue."""
-        if work.num_inference_steps < 1:
-            raise InvalidValue("num_inference_steps: must be at least 1", param="num_inference_steps")  # 0: SIGFPE
+        check_served(self.name, self._profile, work)  # no steps: SIGFPE
         if not 0 <= work.strength <= 1:
             raise InvalidValue("strength: must be within 0..1", param="strength")
         if is_lcm(self._profile, work.scheduler):  # too few timesteps for the steps: SIGSEGV
@@ -241,7 +243,6 @@ class GenaiEngine:
             raise InvalidValue(f"strength: {work.strength:g} leaves no step to run", param="strength")
         if work.scheduler and work.scheduler not in self.schedulers:
             raise InvalidValue(f"scheduler: {work.scheduler!r} is not served by this model", param="scheduler")
-        check_schedule(self.name, self._profile, work.scheduler, work.num_inference_steps)
         if work.mode not in self._pipelines:
             raise InvalidValue(f"this model does not serve {work.mode}", param="model")
         multiple = self._profile.side_multiple_px
@@ -250,7 +251,10 @@ class GenaiEngine:
 
 
 def generation_options(work: Work, profile: ModelProfile) -> dict[str, Any]:
-    """Every option by its name in the library, which ignores the ones it does not know, and refuses some with others."""
+    """Every option by its name in the library, which ignores the ones it does not know, and refuses some with others.
+
+    Never max_sequence_length: the first call freezes it, and every family's default is its text encoder's window.
+    """
     options: dict[str, Any] = {
         "width": work.width,  # never left to the library: it takes the model's, the image's or a fixed size, by pipeline
         "height": work.height,
@@ -274,8 +278,6 @@ def generation_options(work: Work, profile: ModelProfile) -> dict[str, Any]:
         encoder = int(name[-1]) if name[-1].isdigit() else 1
         if text and encoder <= profile.text_encoders:
             options[name] = text
-    if work.max_sequence_length and profile.family in _FAMILIES_WITH_T5:
-        options["max_sequence_length"] = work.max_sequence_length
     return options
 
 
@@ -314,6 +316,7 @@ class _Tokenizer:
 
     def load(self) -> None:
         self._tokenizer = og.Tokenizer(str(self._directory))
+        self.count("the first call is slow")
 
     def count(self, prompt: str) -> int:
         try:

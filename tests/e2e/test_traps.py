@@ -346,7 +346,7 @@ def test_the_counts_that_run_beyond_the_end_are_known() -> None:
 
 def test_every_option_is_one_the_library_knows(library: dict[str, Any]) -> None:
     assert library["text2image"].generate("a", guidance=9, nonsense=1, **SETTINGS).shape  # ignored without a word
-    full = work(mode="inpainting", negative_prompt="a", prompt_2="b", prompt_3="c", max_sequence_length=64)
+    full = work(mode="inpainting", negative_prompt="a", prompt_2="b", prompt_3="c")
     full = dataclasses.replace(full, negative_prompt_2="d", negative_prompt_3="e")
     for profile in (read_profile(MODEL), dataclasses.replace(read_profile(MODEL), family="sd3", text_encoders=3)):
         assert generation_options(full, profile).keys() <= set(dir(og.ImageGenerationConfig))
