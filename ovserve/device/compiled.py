@@ -126,6 +126,7 @@ class Components:
     vae: VaeConfig = VaeConfig(4, np.float32(1), np.float32(0), 8)
     requests: list[Requests] = field(default_factory=list)
     feeds: Feeds = field(init=False)
+    _unets: dict[Layout, list[Any]] = field(default_factory=dict)
 
     def read(self) -> None:
         """Read every model and check that the loop can drive it. Raises ModelError."""
@@ -239,16 +240,22 @@ class Components:
     # --- compiling ---
 
     def compile_unet(self, layout: Layout) -> list[Any]:
-        """The UNet alone, an infer request for each slot: for measuring."""
-        return [self._compile("unet", layout).create_infer_request() for _ in range(layout.streams)]
+        """The UNet alone, an infer request for each slot: for measuring. `compile` takes them over if it is for the same layout."""
+        self._unets = {layout: [self._compile("unet", layout).create_infer_request() for _ in range(layout.streams)]}
+        return self._unets[layout]
 
     def compile(self, layout: Layout, beat: Callable[[str], None]) -> None:
         """Compile everything for this layout; `requests` then has one entry for each slot. Raises ModelError."""
         self.requests = []
-        for _ in range(layout.streams):
+        unets = self._unets.get(layout, [])
+        self._unets = {}
+        for slot in range(layout.streams):
             made = {}
             for name in self._models:
-                made[name] = self._compile(name, layout).create_infer_request()
+                if name == "unet" and unets:
+                    made[name] = unets[slot]
+                else:
+                    made[name] = self._compile(name, layout).create_infer_request()
                 beat("load")
             self.requests.append(
                 Requests(

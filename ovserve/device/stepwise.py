@@ -33,9 +33,10 @@ from numpy.typing import NDArray
 from ovserve.config import ModelSettings
 from ovserve.device.compiled import Components, Requests, run_decoder, run_unet
 from ovserve.device.encoding import Encoding
-from ovserve.device.engine import Outcome, Pixels, Work
+from ovserve.device.engine import STEPWISE_FAMILIES, Outcome, Pixels, Work
 from ovserve.device.noise import Array, read_scheduler_config
 from ovserve.device.picture import Picture, Start
+from ovserve.device.previews import Previews, choose_shrink
 from ovserve.device.prompts import TextSide
 from ovserve.device.schedulers import SCHEDULERS, Plan, Scheduler, scheduler_name
 from ovserve.device.slots import Finished, Slots
@@ -99,7 +100,7 @@ class StepwiseEngine:
         self._decodes: deque[Picture] = deque()
         self._in_flight: Counter[str] = Counter()  # calls under way, by kind
         self._denoising = 0  # rows of all pictures that are ready or in a denoising call
-        self._dropped: list[Outcome] = []
+        self._ended: list[Outcome] = []
         self._side_s = 0.0  # encoding and decoding since the last denoising call began
         self._call_s = 0.0  # how long the last denoising call took
 
@@ -129,7 +130,7 @@ class StepwiseEngine:
 
     def _load(self, beat: Callable[[str], None]) -> None:
         profile = self._profile
-        if profile.family not in ("stable-diffusion", "lcm", "sdxl"):
+        if profile.family not in STEPWISE_FAMILIES:
             raise ModelError(f"model {profile.name}: the stepwise engine has no loop for family {profile.family}")
         self._components.read()
         beat("load")
@@ -147,7 +148,9 @@ class StepwiseEngine:
         self._slots: Slots[Call] = Slots(self._components.requests)
         self.capacity = self._tuning.capacity
         self._call_s = self._tuning.step_s
-        warm_up(self._components, self._tuning, beat)
+        decode_s = warm_up(self._components, self._tuning, beat)
+        spare = self._components.requests[-1].vae_decoder.get_compiled_model().create_infer_request()
+        self._previews = Previews(spare, choose_shrink(decode_s, self._tuning.step_s))
         self._make_one(beat)
 
     def _make_one(self, beat: Callable[[str], None]) -> None:
@@ -194,7 +197,7 @@ class StepwiseEngine:
         try:
             plan = self._plan(work)
         except ApiError as error:
-            self._dropped.append(Outcome(work, error=error))
+            self._ended.append(Outcome(work, error=error))
             return
         self._encodes.append(Picture(work, plan, is_solo=work.alone))
         self._fill()
@@ -212,7 +215,7 @@ class StepwiseEngine:
 
     def phase(self) -> str:
         """What the next turn waits for: idle, encode, denoise or decode."""
-        if self._dropped or self._denoising:
+        if self._ended or self._denoising:
             return "denoise"
         if self._in_flight["decode"] or self._decodes:
             return "decode"
@@ -221,16 +224,17 @@ class StepwiseEngine:
     def turn(self) -> Sequence[Outcome]:
         """Wait for one call to end, and give out the pictures that ended with it."""
         self._fill()
-        if self._slots.busy and not self._dropped:
+        if self._slots.busy and not self._ended:
             for finished in self._slots.wait():
                 self._take(finished)
             self._fill()
-        outcomes, self._dropped = self._dropped, []
+        outcomes, self._ended = self._ended, []
         return outcomes
 
     def close(self) -> None:
         """Release the device."""
         self._slots.close()
+        self._previews.close()
 
     # --- forming calls ---
 
@@ -252,7 +256,7 @@ class StepwiseEngine:
                 queue.remove(picture)
                 if queue is self._ready:
                     self._denoising -= picture.rows
-                self._dropped.append(Outcome(picture.work))
+                self._end(Outcome(picture.work))
 
     def _start_side(self, side: deque[Picture]) -> None:
         picture = side.popleft()
@@ -359,6 +363,8 @@ class StepwiseEngine:
             work = picture.work
             if work.on_step is not None:
                 work.on_step(picture.index, picture.steps)
+            if picture.index in work.previews and picture.clean is not None and not picture.is_done:
+                self._previews.ask(work, picture.index, picture.clean)
             if picture.is_done:
                 self._denoising -= picture.rows
                 self._decodes.append(picture)
@@ -367,7 +373,12 @@ class StepwiseEngine:
 
     def _give_out(self, picture: Picture, pixels: Pixels) -> None:
         wanted = not picture.work.cancelled.is_set()
-        self._dropped.append(Outcome(picture.work, pixels=pixels if wanted else None))
+        self._end(Outcome(picture.work, pixels=pixels if wanted else None))
+
+    def _end(self, outcome: Outcome) -> None:
+        if outcome.work.previews:
+            self._previews.forget(outcome.work)
+        self._ended.append(outcome)
 
     def _fail(self, call: Call, error: Exception) -> None:
         """What shared a call that failed is tried again alone, so that nobody falls with a neighbour; alone, it has failed."""
@@ -383,7 +394,7 @@ class StepwiseEngine:
                 if call.kind == "denoise":
                     self._denoising -= picture.rows
                 told = error if isinstance(error, ApiError) else InternalError(f"the engine failed: {error}")
-                self._dropped.append(Outcome(picture.work, error=told))
+                self._end(Outcome(picture.work, error=told))
 
 
 def _whole(kind: str, picture: Picture) -> Call:

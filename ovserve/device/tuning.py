@@ -35,7 +35,7 @@ LARGE_CALL_S = 0.25  # two rows take longer than this: the model keeps every cor
 LONGEST_CALL_S = 0.5  # a picture that comes in waits for the call under way
 MOST_STREAMS = 8  # each holds its own copy of the weights
 MEASURE_S = 0.2  # for each setting
-WARM_UP_S = 3.0  # for kernels of the numbers of rows to come
+WARM_UP_S = 2.0  # for kernels of the numbers of rows to come
 LEAST_CAPACITY = 4  # pictures in flight: a short job shares with a long one and does not wait for it
 MEMORY_SHARE = 0.5  # of what is free, for the rows of one call
 
@@ -78,11 +78,10 @@ def tune(components: Components, beat: Callable[[str], None]) -> Tuning:
     threads = settings.threads or int(plugin.get("INFERENCE_NUM_THREADS", 0)) // max(1, streams)
     rows = 2 * settings.max_batch
     kept = _Kept(components)
-    if not (streams and threads and rows):
-        found = kept.read()
-        if found is not None:
-            log.info("division of the device is kept from another start", extra=_fields(found))
-            return found
+    found = kept.read()
+    if found is not None:
+        log.info("division of the device is kept from another start", extra=_fields(found))
+        return found
     measured = _measure_all(components, streams, threads, rows, beat)
     best = measured[0]
     for other in measured[1:]:
@@ -196,27 +195,35 @@ def _available_bytes() -> int:
     return 0
 
 
-def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None]) -> None:
+def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None]) -> float:
     """One call of each kind in each slot, then the numbers of rows that calls will have, for as long as WARM_UP_S.
 
     The first call of each shape makes its kernels: some tens of milliseconds for a small model, paid here and not by a client.
+
+    Returns:
+        seconds of one decoding, once warm.
     """
-    feeds = components.feeds
     size, scale = components.profile.native, components.vae.scale
     latents = np.zeros((1, components.vae.latent_channels, size.height // scale, size.width // scale), np.float32)
     image = np.zeros((1, 3, size.height, size.width), np.float32)
+    decode_s = 0.0
     for requests in components.requests:
         run_decoder(requests.vae_decoder, latents)
         if requests.vae_encoder is not None:
             run_encoder(requests.vae_encoder, image)
         beat("warm-up")
+        started = time.monotonic()
+        run_decoder(requests.vae_decoder, latents)
+        decode_s = time.monotonic() - started
+        beat("warm-up")
     until = time.monotonic() + WARM_UP_S
-    for rows in (2, 1, tuning.rows, *range(3, tuning.rows)):
+    for rows in (2, 1, *range(4, tuning.rows + 1, 2)):
         for requests in components.requests:
-            run_unet(requests.unet, feeds.of(rows))
+            run_unet(requests.unet, components.feeds.of(rows))
             beat("warm-up")
         if time.monotonic() > until:
-            return
+            break
+    return decode_s
 
 
 class _Kept:
