@@ -1,0 +1,199 @@
+"""What a message and a segment cost between two processes, against pickle through a multiprocessing.Queue.
+
+    python benchmarks/bench_ipc.py
+    python benchmarks/bench_ipc.py --rounds 5 --save
+
+Each way has a child process of its own, in a fresh start for each round, that answers what it is sent: a message with a message,
+bytes with their length after it has read every page of them. The ways take turns within each round. Figures are round trips.
+
+link      a JSON line through a private pipe (ovserve.dispatch.ipc); bytes in a spool segment (ovserve.dispatch.spool)
+queue     multiprocessing.Queue, its feeder thread and pickle, for messages and bytes alike
+pipe      multiprocessing.Pipe and pickle: the least that the standard library can do
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import select
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: the package is found beside it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ovserve.dispatch.ipc import Done, LinkClosed, Message, Need, Run, WorkerEnd, open_link
+from ovserve.dispatch.spool import Blob, Spool, default_directory, open_blob
+
+MESSAGE = Run("job_0123456789abcdef0123456789abcdef", "/dev/shm/ovserve-spool-abcdefgh/0123456789abcdef01234567", 599.5)
+ANSWER = Done("job_0123456789abcdef0123456789abcdef", 1.5, 120.25, 3.75)
+SIZES = (1_000, 64 * 1024, 1 << 20, 10 << 20)
+PAGE = os.sysconf("SC_PAGE_SIZE")
+REPEATS = {0: 2000, 1_000: 1000, 64 * 1024: 500, 1 << 20: 100, 10 << 20: 20}
+WARM_UP = 0.1
+CONTEXT = multiprocessing.get_context("spawn")
+
+
+def read_pages(data: bytes | memoryview) -> int:
+    """Touch every page, as a decoder would; the length."""
+    return len(data) + 0 * sum(data[::PAGE])
+
+
+# --- the children -----------------------------------------------------------------------------------------------------
+
+
+def answer_link(end: WorkerEnd) -> None:
+    """A message with a message; a message that names a segment with the segment's length, once it is read."""
+    try:
+        while True:
+            message = end.receive()
+            if not isinstance(message, Run):
+                return
+            if message.timeout_s > 0:
+                end.send(ANSWER)
+                continue
+            with open_blob(Blob(message.request, 0, int(-message.timeout_s))) as view:
+                end.send(Need(message.job, 0, read_pages(view)))
+    except LinkClosed:
+        return
+
+
+def answer_queue(commands: Queue[Any], reports: Queue[Any]) -> None:
+    """The same over two queues."""
+    while (message := commands.get()) is not None:
+        reports.put(ANSWER if isinstance(message, Run) else Need("", 0, read_pages(message)))
+
+
+def answer_pipe(commands: Connection, reports: Connection) -> None:
+    """The same over two pipes."""
+    while (message := commands.recv()) is not None:
+        reports.send(ANSWER if isinstance(message, Run) else Need("", 0, read_pages(message)))
+
+
+# --- the ways: each yields a function that makes one round trip of a message (size 0) or of bytes ------------------------
+
+
+@contextmanager
+def over_link() -> Iterator[Callable[[bytes], None]]:
+    """Our own."""
+    link, end = open_link(CONTEXT, "bench", 0, 0)
+    child = CONTEXT.Process(target=answer_link, args=(end,))
+    child.start()
+    end.close()
+    with tempfile.TemporaryDirectory(dir=default_directory()) as directory:
+        spool = Spool(Path(directory), 1 << 30)
+
+        def receive() -> Message:
+            while True:
+                select.select([link.fileno()], [], [])
+                if found := link.receive():
+                    return found[0]
+
+        def round_trip(data: bytes) -> None:
+            if not data:
+                link.send(MESSAGE)
+                receive()
+                return
+            segment = spool.store(data)
+            link.send(Run(MESSAGE.job, segment.path, -float(len(data))))
+            answer = receive()
+            segment.release()
+            if not isinstance(answer, Need) or answer.size != len(data):
+                raise RuntimeError(f"wrong answer: {answer}")
+
+        yield round_trip
+        link.close()
+        child.join()
+        spool.close()
+
+
+@contextmanager
+def over_queue() -> Iterator[Callable[[bytes], None]]:
+    """What the standard library offers first."""
+    commands: Queue[Any] = CONTEXT.Queue()
+    reports: Queue[Any] = CONTEXT.Queue()
+    child = CONTEXT.Process(target=answer_queue, args=(commands, reports))
+    child.start()
+
+    def round_trip(data: bytes) -> None:
+        commands.put(data or MESSAGE)
+        answer = reports.get()
+        if data and answer.size != len(data):
+            raise RuntimeError(f"wrong answer: {answer}")
+
+    yield round_trip
+    commands.put(None)
+    child.join()
+
+
+@contextmanager
+def over_pipe() -> Iterator[Callable[[bytes], None]]:
+    """The least that the standard library can do."""
+    (theirs, commands), (reports, back) = CONTEXT.Pipe(duplex=False), CONTEXT.Pipe(duplex=False)
+    child = CONTEXT.Process(target=answer_pipe, args=(theirs, back))
+    child.start()
+    theirs.close()
+    back.close()
+
+    def round_trip(data: bytes) -> None:
+        commands.send(data or MESSAGE)
+        answer = reports.recv()
+        if data and answer.size != len(data):
+            raise RuntimeError(f"wrong answer: {answer}")
+
+    yield round_trip
+    commands.send(None)
+    child.join()
+
+
+WAYS = {"link": over_link, "queue": over_queue, "pipe": over_pipe}
+
+
+def measure(way: str, size: int) -> list[float]:
+    """Seconds of each round trip, in a fresh child."""
+    data = os.urandom(size)
+    times = []
+    with WAYS[way]() as round_trip:
+        count = REPEATS[size]
+        for number in range(-int(count * WARM_UP) - 1, count):
+            started = time.perf_counter()
+            round_trip(data)
+            if number >= 0:
+                times.append(time.perf_counter() - started)
+    return times
+
+
+def main() -> None:
+    """Measure, print, and save when asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--save", action="store_true", help="write a result file")
+    options = parser.parse_args()
+    from benchmarks.results import Result
+    from benchmarks.stats import ratio
+
+    result = Result("ipc")
+    for _ in range(options.rounds):
+        for size in (0, *SIZES):
+            for way in WAYS:
+                result.add("round trip", measure(way, size), case={"way": way, "bytes": size})
+    print(result.report())
+    for size in (0, *SIZES):
+        ours = result.find("round trip", way="link", bytes=size).values
+        for way in ("queue", "pipe"):
+            theirs = result.find("round trip", way=way, bytes=size).values
+            print(f"round trip link / {way}, {size or 'message'}: {ratio(ours, theirs)}")
+    if options.save:
+        print(result.save())
+
+
+if __name__ == "__main__":
+    main()

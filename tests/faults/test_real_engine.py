@@ -1,0 +1,138 @@
+"""The faults that matter most, once more with the real engine on the built-in model."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.chaos import run_chaos
+from tests.faultserver import FaultServer, gone, picture_of
+from tests.live import is_alive
+from tests.rawclient import RawClient
+
+PROMPT = "a green circle on a blue background"
+LONG = "100"  # steps: the limit; seconds of work for the built-in model
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
+    arguments = ("--replicas", "2", "--hang_limit_s", "4", "--idle_hang_limit_s", "4")
+    with FaultServer(tmp_path_factory.mktemp("spool"), *arguments, real=True) as server:
+        yield server
+        assert server.stop() == 0
+        assert not server.logged("Traceback")
+
+
+@pytest.fixture
+def client(live: FaultServer) -> Iterator[httpx.Client]:
+    live.until(lambda: live.standing()["workers"] == 2, patience_s=60)
+    before = live.holdings()
+    with live.client(timeout_s=120) as made:
+        yield made
+    live.until(lambda: live.standing()["workers"] == 2, patience_s=60)
+    live.until_settled(before)
+    assert live.segments() == []
+
+
+def edit(client: httpx.Client, data: Path, seed: int = 1, **fields: str) -> httpx.Response:
+    with (data / "red_circle.png").open("rb") as image:
+        known = {"prompt": PROMPT, "strength": "0.7", "seed": str(seed), **fields}
+        return client.post("/v3/images/edits", data=known, files={"image": image})
+
+
+def edit_in_a_thread(
+    client: httpx.Client, data: Path, replies: list[httpx.Response], **fields: str
+) -> threading.Thread:
+    thread = threading.Thread(target=lambda: replies.append(edit(client, data, **fields)))
+    thread.start()
+    return thread
+
+
+def test_killed_in_mid_job_the_client_gets_the_very_picture(
+    live: FaultServer, client: httpx.Client, data: Path
+) -> None:
+    undisturbed = picture_of(edit(client, data, num_inference_steps=LONG))
+    replies: list[httpx.Response] = []
+    asking = edit_in_a_thread(client, data, replies, num_inference_steps=LONG)
+    live.until(lambda: live.standing()["running"] == 1)
+    before = len(live.logged("worker died with a job, once more"))
+    while asking.is_alive() and len(live.logged("worker died with a job, once more")) == before:
+        live.until(lambda: len(live.workers()) == 2)
+        live.kill_worker(live.workers()[0])  # the one that has the job is among them, sooner or later
+        asking.join(0.1)
+    asking.join()
+    assert picture_of(replies[0]) == undisturbed
+
+
+def test_stopped_in_mid_job_it_is_replaced_and_the_job_answered(
+    live: FaultServer, client: httpx.Client, data: Path
+) -> None:
+    stopped = live.workers()
+    replies: list[httpx.Response] = []
+    asking = edit_in_a_thread(client, data, replies, num_inference_steps=LONG)
+    live.until(lambda: live.standing()["running"] == 1)
+    for pid in stopped:
+        live.kill_worker(pid, signal.SIGSTOP)
+    asking.join()
+    assert replies[0].status_code == 200
+    live.until(lambda: all(gone(pid) for pid in stopped))
+
+
+def test_clients_that_leave_free_the_device(live: FaultServer, client: httpx.Client, data: Path) -> None:
+    started = time.monotonic()
+    edit(client, data, num_inference_steps=LONG)
+    alone_s = time.monotonic() - started
+    content = (data / "red_circle.png").read_bytes()
+    boundary = b"fault"
+    fields = {"prompt": PROMPT, "strength": "0.9", "num_inference_steps": LONG, "n": "4"}
+    parts = b"".join(
+        b'--fault\r\ncontent-disposition: form-data; name="%s"\r\n\r\n%s\r\n' % (name.encode(), value.encode())
+        for name, value in fields.items()
+    )
+    body = parts + b'--fault\r\ncontent-disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + content
+    body += b"\r\n--fault--\r\n"
+    head = b"POST /v3/images/edits HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=" + boundary
+    request = head + b"\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    for number in range(40):
+        leaving = RawClient(live.port).send(request)
+        time.sleep(0.002 * (number % 20))  # the moment is the test: nothing is awaited
+        leaving.abandon()
+    left_at = time.monotonic()
+    live.until(lambda: live.standing()["queued"] == live.standing()["running"] == 0)
+    # Forty times four pictures were asked for; what is left after the last departure is a few steps, not even one job.
+    assert time.monotonic() - left_at < max(2.0, 2 * alone_s)
+    assert edit(client, data).status_code == 200
+
+
+def test_short_chaos(live: FaultServer, client: httpx.Client, data: Path) -> None:
+    found = run_chaos(live, data / "red_circle.png", clients=4, seconds=9, every_s=1.5, seed=7)
+    found.check()
+    assert found.kills >= 1
+    assert found.statuses[200] >= 1
+
+
+def test_killed_while_loading_and_stopped_under_load(tmp_path: Path, data: Path) -> None:
+    with FaultServer(tmp_path, real=True, wait_ready=False) as server:
+        server.until(lambda: len(server.workers()) == 1)
+        first = server.kill_worker()
+        server.until(lambda: bool(server.logged("worker started", "#1")))
+        server.await_ready()
+        assert gone(first)
+        with server.client(timeout_s=120) as client:
+            replies: list[httpx.Response] = []
+            threads = [edit_in_a_thread(client, data, replies) for _ in range(5)]
+            server.until(lambda: server.standing()["running"] >= 2)
+            [worker] = server.workers()
+            server.signal(signal.SIGTERM)
+            for thread in threads:
+                thread.join()
+            assert server.wait() == 0
+        assert [reply.status_code for reply in replies] == [200] * 5
+        assert not is_alive(worker)
+    assert list(tmp_path.iterdir()) == []
