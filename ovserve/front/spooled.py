@@ -16,11 +16,9 @@ from ovserve.errors import ContentTooLarge
 
 __all__ = ["Body", "SpooledForm", "SpooledUpload", "receive"]
 
-RECEIVE_BYTES = 256 * 1024  # received and parsed at once, while the bytes are still in the cache
+RECEIVE_BYTES = 1024 * 1024  # received and parsed at once: few waits, and the bytes are still in a cache near by
 FIRST_BYTES = 16 * 1024  # on the heap: what a client may keep us waiting for before it costs room in the spool
-GROWTH_BYTES = (
-    256 * 1024
-)  # how far a segment is reserved ahead of what has come in; zeroed pages are still in the cache, too
+GROWTH_BYTES = (256 * 1024, 1024 * 1024)  # how far a segment is reserved ahead of what has come in: at first, at most
 
 
 class Body(Protocol):
@@ -95,12 +93,12 @@ def receive(body: Body, form: SpooledForm, spool: Spool, limit: int) -> Iterator
     if not filled:
         return
     segment = form.own(spool.borrow(ceiling))
-    segment.reserve(min(ceiling, GROWTH_BYTES))
+    segment.reserve(min(ceiling, GROWTH_BYTES[0]))
     segment.view[:filled] = first[:filled]
     yield segment, 0, filled
     while filled < ceiling:
         if filled >= segment.reserved:
-            segment.reserve(min(ceiling, filled + GROWTH_BYTES))
+            segment.reserve(min(ceiling, filled + min(filled, GROWTH_BYTES[1])))
         with segment.view[filled : min(segment.reserved, ceiling, filled + RECEIVE_BYTES)] as free:
             count = body.readinto(free)
         if not count:
