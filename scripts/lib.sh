@@ -5,7 +5,7 @@ say() { printf '%s\n' "$*" >&2; }
 
 find_python() {
     local name
-    for name in "${OVSERVE_PYTHON:-}" python3 python3.13 python3.12 python3.11; do
+    for name in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
         if [ -n "$name" ] && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$name"
             return
@@ -34,7 +34,7 @@ set_up() {
         [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
     done
     find_python >/dev/null || need_packages python3
-    python=$(find_python) || { say "Python 3.11 or later is needed; OVSERVE_PYTHON may name one."; exit 1; }
+    python=$(find_python) || { say "Python 3.11 or later is needed; PYTHON may name one."; exit 1; }
     "$python" -c 'import ensurepip, venv' 2>/dev/null || need_packages python3-venv
     say "Making the virtual environment $environment with $("$python" --version) ..."
     [ -x "$environment/bin/python" ] || "$python" -m venv "$environment"

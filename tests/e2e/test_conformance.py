@@ -1,6 +1,6 @@
 """The reference server's vectors against ours: each passes, or is listed with the rule on which ours differs on purpose.
 
-The list is a page, docs/conformance.md, made by this test: run it with OVSERVE_WRITE_PAGES=1 to write the page anew.
+The list is a page, docs/conformance.md, made by this test: run it with WRITE_PAGES=1 to write the page anew.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ def page() -> str:
         "# Conformance with the reference server",
         "",
         "Made by `tests/e2e/test_conformance.py` from vectors that describe OpenVINO Model Server's image endpoint; each is sent to a live",
-        "server with the built-in model. `OVSERVE_WRITE_PAGES=1 scripts/test tests/e2e/test_conformance.py` writes this page.",
+        "server with the built-in model. `WRITE_PAGES=1 scripts/test tests/e2e/test_conformance.py` writes this page.",
         "",
         f"{len(passes)} vectors pass as they stand, {len(differs)} differ on purpose, {len(later)} have nothing here to run against.",
         "",
@@ -306,6 +306,6 @@ def page() -> str:
 
 
 def test_the_page_is_what_this_test_says() -> None:
-    if os.environ.get("OVSERVE_WRITE_PAGES"):
+    if os.environ.get("WRITE_PAGES"):
         PAGE.write_text(page(), "utf-8")
     assert PAGE.read_text("utf-8") == page()

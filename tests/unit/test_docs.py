@@ -46,7 +46,7 @@ def test_options_named_in_prose_exist(page: Path) -> None:
     for name in re.findall(r"`--([a-z_-]+)", page.read_text("utf-8")):
         assert name.replace("-", "_") in known, f"{page.name}: --{name}"
     for name in re.findall(r"OVSERVE_([A-Z_]+)", page.read_text("utf-8")):
-        assert name.lower() in known | {"name", "python"}, f"{page.name}: OVSERVE_{name}"
+        assert name.lower() in known | {"name"}, f"{page.name}: OVSERVE_{name}"
 
 
 def test_the_scripts_the_readme_names_exist() -> None:
