@@ -92,7 +92,7 @@ class Job:
         client: whom fairness counts it for: an API key's fingerprint, else an address.
         attempts: how many workers have had it.
         results: by picture number, filled as they come.
-        wakeup: a descriptor (eventfd) that becomes readable with each event and when the job settles.
+        wakeup: a descriptor (eventfd) that becomes readable when the job settles, and for a request with `progress` with each event.
     """
 
     id: str
@@ -136,7 +136,10 @@ class Job:
             return True
 
     def post(self, event: JobEvent) -> None:
-        """Hand an event to the waiting handler. A Progress that nobody has read yet is replaced, so the list stays short."""
+        """Hand an event to the handler. A Progress that nobody has read yet is replaced, so the list stays short.
+
+        Only a handler that streams (`request.progress`) is woken for it: the others wait for the end, and would wake for nothing.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -145,7 +148,8 @@ class Job:
             if isinstance(event, Progress) and self._events and isinstance(self._events[-1], Progress):
                 self._events.pop()
             self._events.append(event)
-            self._wake()
+            if self.request.progress:
+                self._wake()
 
     def take_events(self) -> list[JobEvent]:
         """What has happened since the last call; clears `wakeup`. Runs in: the handler thread."""

@@ -142,7 +142,7 @@ class House:
     def job(
         self, client: str = "c", timeout_s: float = 60.0, model: str = "toy", n: int = 1, partial_images: int = 0
     ) -> Job:
-        request = ImageRequest(task="edit", prompt="x", n=n, partial_images=partial_images)
+        request = ImageRequest(task="edit", prompt="x", n=n, partial_images=partial_images, progress=True)
         job = Job(f"job-{next(self._ids)}", model, client, request, Deadline.after(timeout_s))
         self.jobs.append(job)
         return job

@@ -19,8 +19,8 @@ PREPARED = Prepared("id", "image2image", 64, 64, 4, 5, 0, 0)
 SETTLED = [State.DONE, State.FAILED, State.CANCELLED, State.EXPIRED]
 
 
-def make_job() -> Job:
-    return Job("id", "toy", "client", ImageRequest(task="edit", prompt="x"), Deadline.after(60))
+def make_job(progress: bool = True) -> Job:
+    return Job("id", "toy", "client", ImageRequest(task="edit", prompt="x", progress=progress), Deadline.after(60))
 
 
 def is_awake(job: Job) -> bool:
@@ -122,6 +122,18 @@ def test_events_and_settlement_wake_the_handler(job: Job) -> None:
     job.settle(State.CANCELLED)
     assert is_awake(job)
     assert job.take_events() == []
+
+
+def test_handler_that_does_not_stream_is_woken_for_the_end_only() -> None:
+    job = make_job(progress=False)
+    job.post(PREPARED)
+    assert not is_awake(job)
+    job.move(State.RUNNING)
+    job.settle(State.DONE)
+    assert is_awake(job)
+    assert job.take_events() == [PREPARED]
+    assert job.prepared is PREPARED
+    job.close()
 
 
 def test_unread_progress_is_replaced_so_that_the_list_stays_short(job: Job) -> None:
