@@ -6,6 +6,7 @@ The package gets each body whole: what it makes of a preamble depends on how the
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -74,11 +75,20 @@ def theirs(body: bytes, boundary: str) -> list[Part] | str:
 
 
 def normal(part: Part) -> Part:
-    """A part without what the two are known to write in different ways."""
-    # Names: the package cuts Windows paths, and undoes one of the two ways of escaping, we both where both were used.
-    name = part.name.replace("\\", "").replace("%22", '"')
-    filename = None if part.filename is None else part.filename.rpartition("\\")[-1].replace('"', "%22")
+    """A part without what the two are known to write in different ways.
+
+    In names the package cuts Windows paths, knows %0D and %0A in capitals only, and undoes one of two ways of escaping where both
+    were used.
+    """
+    name = unescaped(part.name).replace("\\", "")
+    filename = None if part.filename is None else unescaped(part.filename).rpartition("\\")[-1]
     return replace(part, name=name, filename=filename, content_type=(part.content_type or "").strip(" \t") or None)
+
+
+def unescaped(name: str) -> str:
+    for escape, meant in (("%22", '"'), ("%0[Dd]", "\r"), ("%0[Aa]", "\n")):
+        name = re.sub(escape, meant, name)
+    return name
 
 
 def reason(pieces: list[bytes], boundary: str) -> str:

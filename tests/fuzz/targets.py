@@ -1,0 +1,177 @@
+"""What must hold of the parsers for any bytes: one function for each target, used by the fuzzers and by the replay of their corpus."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ovserve.dispatch.spool import Spool
+from ovserve.errors import (
+    ApiError,
+    BadRequest,
+    ContentTooLarge,
+    ExpectationFailed,
+    FieldsTooLarge,
+    HttpVersionNotSupported,
+    MalformedRequest,
+    NotImplementedMethod,
+    TargetTooLong,
+    TooManyParts,
+)
+from ovserve.front.chunks import ChunkDecoder
+from ovserve.front.form import read_form
+from ovserve.front.head import Head, HeadParser
+from ovserve.front.multipart import MultipartParser
+from tests.bodies import MemoryBody, Part, parts_of, settings
+
+__all__ = ["TARGETS"]
+
+OPTIONS = settings(
+    max_head_bytes=512,
+    max_request_line_bytes=128,
+    max_field_line_bytes=128,
+    max_fields=8,
+    max_body_bytes=4096,
+    max_framing_overhead_bytes=1024,
+    max_json_text_bytes=1024,
+    max_text_field_bytes=512,
+)
+HEAD_BYTES = 128
+
+
+def cut(data: bytes) -> Iterator[list[bytes]]:
+    """The bytes whole, one by one, and in pieces of a size that they choose themselves."""
+    size = data[0] % 23 + 2 if data else 2
+    body = data[1:]
+    yield [body]
+    yield [body[at : at + 1] for at in range(len(body))]
+    yield [body[at : at + size] for at in range(0, len(body), size)]
+
+
+def multipart(data: bytes) -> None:
+    """Any split gives the same parts or the same documented error, and little is held."""
+    outcomes = [_parse_multipart(pieces) for pieces in cut(data)]
+    assert outcomes[0] == outcomes[1] == outcomes[2], outcomes
+
+
+def _parse_multipart(pieces: list[bytes]) -> list[Part] | str:
+    parser = MultipartParser("B0", max_parts=4, max_part_head_bytes=HEAD_BYTES)
+    events = []
+    try:
+        for piece in pieces:
+            events += parser.feed(piece)
+            assert parser.held_bytes <= HEAD_BYTES
+        parser.finish()
+    except (MalformedRequest, TooManyParts) as error:
+        return f"{type(error).__name__}: {error.message}"
+    return parts_of(events, b"".join(pieces))
+
+
+def framing(data: bytes) -> None:
+    """Any split gives the same head, the same content and the same end of it, or the same documented error."""
+    outcomes = [_read_request(pieces) for pieces in cut(data)]
+    assert outcomes[0] == outcomes[1] == outcomes[2], outcomes
+
+
+def _read_request(pieces: list[bytes]) -> tuple[Any, ...]:
+    parser = HeadParser(OPTIONS)
+    received, head, used = b"", None, 0
+    try:
+        for used, piece in enumerate(pieces, 1):  # noqa: B007 - the pieces that are left are the body's
+            received += piece
+            head = parser.parse(received)
+            if head:
+                break
+        if not head:
+            return ("a head that is not whole",)
+        assert head.size <= OPTIONS.max_head_bytes
+        rest = [received[head.size :], *pieces[used:]]
+        # The target as it came is for the log alone: an empty query may be left out of it.
+        try:
+            return (head._replace(target=""), *_read_content(head, rest))
+        except (MalformedRequest, FieldsTooLarge, ContentTooLarge):
+            return (
+                head._replace(target=""),
+                "refused",
+            )  # of two faults in one chunk line, which is named depends on the pieces
+    except (
+        MalformedRequest,
+        TargetTooLong,
+        FieldsTooLarge,
+        ContentTooLarge,
+        ExpectationFailed,
+        NotImplementedMethod,
+        HttpVersionNotSupported,
+    ) as error:
+        return type(error).__name__, error.message
+
+
+def _read_content(head: Head, pieces: list[bytes]) -> tuple[bytes, bytes | None]:
+    """The content, and what follows it on the connection; None while the content is not whole."""
+    if not head.is_chunked:
+        everything, length = b"".join(pieces), head.content_length or 0
+        return everything[:length], everything[length:] if len(everything) >= length else None
+    decoder = ChunkDecoder(OPTIONS)
+    content, left = b"", b""
+    for piece in pieces:
+        at = 0
+        while at < len(piece) and not decoder.is_done:
+            if decoder.remaining:
+                taken = piece[at : at + decoder.remaining]
+                content += taken
+                decoder.take(len(taken))
+                at += len(taken)
+            else:
+                at = decoder.feed(piece, at)
+        left += piece[at:]
+    assert len(content) <= OPTIONS.max_body_bytes
+    return content, left if decoder.is_done else None
+
+
+class _Spool:
+    """One spool for all runs of a process, so that a run costs microseconds and leaks add up."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self.spool = Spool(Path(self._folder.name), 1 << 20)
+
+
+def json_form(data: bytes) -> None:
+    """A document is read as the standard library reads it, pictures aside, or refused with a documented error."""
+    spool = _spools[0] if _spools else _new_spool()
+    body = data[1:]
+    sizes = [data[0] % 23 + 1] * len(body) if data else []
+    try:
+        form = read_form(MemoryBody(body, sizes), "application/json", spool, OPTIONS)
+    except ApiError as error:
+        assert isinstance(error, BadRequest | ContentTooLarge)
+        assert spool.used_bytes == 0
+        return
+    document = json.loads(body)
+    names = {name.partition("[")[0] for name, _ in form.fields} | {
+        upload.name.partition("[")[0] for upload in form.uploads
+    }
+    assert names == {name.partition("[")[0] for name in document}
+    plain = {name: value for name, value in form.fields if name in document}
+    assert all(document[name] == value for name, value in plain.items())
+    for upload in form.uploads:
+        with upload.view() as view:
+            assert len(view) == upload.size <= len(body)
+    form.release()
+    assert spool.used_bytes == 0
+
+
+_spools: list[Spool] = []
+_keep: list[_Spool] = []
+
+
+def _new_spool() -> Spool:
+    _keep.append(_Spool())
+    _spools.append(_keep[0].spool)
+    return _spools[0]
+
+
+TARGETS = {"multipart": multipart, "framing": framing, "json": json_form}

@@ -1,0 +1,43 @@
+"""The fuzzers: their committed corpus is replayed, then each of them runs for a bounded time on top of it.
+
+For longer: `python -m tests.fuzz.fuzz multipart -max_total_time=3600 FOLDER tests/fuzz/corpus/multipart`. What it finds stays in
+FOLDER; an input that failed belongs into the corpus of the rule that it broke, with its mending.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.targets import TARGETS
+
+ROOT = Path(__file__).resolve().parents[2]
+CORPUS = Path(__file__).parent / "corpus"
+SECONDS = 10
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_corpus_holds(target: str) -> None:
+    files = sorted((CORPUS / target).iterdir())
+    assert len(files) > 50
+    for file in files:
+        TARGETS[target](file.read_bytes())
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="atheris has no build for this Python yet")
+@pytest.mark.parametrize("target", TARGETS)
+def test_fuzzing_finds_nothing_new(target: str, tmp_path: Path) -> None:
+    found = tmp_path / "found"
+    found.mkdir()
+    limits = [f"-max_total_time={SECONDS}", "-timeout=20", "-max_len=2048", "-rss_limit_mb=1024"]
+    command = [sys.executable, "-m", "tests.fuzz.fuzz", target, *limits, f"-artifact_prefix={tmp_path}/"]
+    done = subprocess.run(
+        [*command, str(found), str(CORPUS / target)], cwd=ROOT, capture_output=True, timeout=SECONDS * 20, check=False
+    )
+    report = done.stderr.decode(errors="replace")
+    failures = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert done.returncode == 0, f"{failures}\n{report[-4000:]}"
+    assert "Done " in report, report[-4000:]
