@@ -5,6 +5,7 @@ tests/e2e/test_traps.py names them. Its laws for us:
 - One thread. Pipelines derived from one another share infer requests: two threads in them are a SIGSEGV.
 - Inpainting is built first and the others are derived from it: the other way round its mask processors are null (SIGSEGV).
 - A callback runs in a native thread: an exception, or a result that is no bool, ends the process (std::terminate).
+- A failure inside a network can stay in its infer request for good: after an unforeseen error the pipelines have to prove themselves.
 - A result is a view of the decoder's buffer, which the next call overwrites: copy it at once.
 - `decode` shares the decoder's infer request with `generate`, so there are no previews: nothing is decoded beside a generation.
 """
@@ -28,6 +29,7 @@ from ovserve.device.engine import Outcome, Work, check_served, is_lcm
 from ovserve.device.images import Pixels
 from ovserve.device.schedulers import LIBRARY_SCHEDULERS
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
+from ovserve.logs import fields
 from ovserve.profile import ModelProfile, steps_run
 
 __all__ = ["GenaiEngine", "generation_options"]
@@ -50,6 +52,7 @@ _REFUSES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 _FAMILIES_OF_OTHER_SCHEDULERS = ("stable-diffusion", "sdxl")
 _TOKENIZERS_OF_T5 = {"sd3": "tokenizer_3", "flux": "tokenizer_2"}  # of the encoder that reads the whole prompt
 _WITHOUT_GUIDANCE = 1.0
+_UNWORKABLE_KEPT = 64  # sizes; a client who tries them all costs a rebuild for each
 
 
 class GenaiEngine:
@@ -67,6 +70,8 @@ class GenaiEngine:
         self._scheduler_config = profile.directory / "scheduler" / "scheduler_config.json"
         self._own_scheduler: Any = None
         self._pending: Work | None = None
+        self._unworkable: list[tuple[int, int]] = []  # sizes at which a network has failed
+        self._beat: Callable[[str], None] = lambda _phase: None
         whole = profile.directory / _TOKENIZERS_OF_T5.get(profile.family, "tokenizer")
         self._tokenizer = _Tokenizer(
             whole if whole.is_dir() else profile.directory / "tokenizer", profile.prompt_tokens
@@ -76,6 +81,7 @@ class GenaiEngine:
 
     def load(self, beat: Callable[[str], None]) -> None:
         """Read and compile the model, then make one real picture. Raises ModelError."""
+        self._beat = beat
         beat("load")
         try:
             self._tokenizer.load()
@@ -196,10 +202,30 @@ class GenaiEngine:
         except MemoryError:
             return (Outcome(work, error=InternalError("not enough memory for this picture")),)
         except RuntimeError as error:
-            # The library's own refusals leave the pipeline usable (measured); what could be foreseen was refused before.
             log.exception("generation failed")
+            self._recover(work)
             return (Outcome(work, error=InternalError(f"the engine failed: {_first_line(error)}")),)
         return (Outcome(work, pixels=pixels),)
+
+    def _recover(self, work: Work) -> None:
+        """Make sure that the failure stays with this picture.
+
+        The library's own refusals leave a pipeline usable. A failure inside a network does not: an infer request that has met a
+        shape its graph cannot take fails at the shape that worked before it, for good (measured). A pass at the native size
+        shows it, or ends it, if the shape that worked was another.
+
+        Raises:
+            RuntimeError: the pipelines cannot be built again either: the worker has to end.
+        """
+        try:
+            self._warm_up(self._beat)
+        except (RuntimeError, ModelError):
+            log.warning("the pipelines did not recover: building them anew", extra=fields(model=self._profile.name))
+            self._pipelines.clear()
+            self._build(self._beat)
+            self._warm_up(self._beat)
+            if (work.width, work.height) != (self._profile.native.width, self._profile.native.height):
+                self._unworkable = [*self._unworkable[1 - _UNWORKABLE_KEPT :], (work.width, work.height)]
 
     def phase(self) -> str:
         """idle, or encode: the turn begins with the text encoder; the steps report themselves."""
@@ -248,6 +274,8 @@ class GenaiEngine:
         multiple = self._profile.side_multiple_px
         if work.width < multiple or work.height < multiple or work.width % multiple or work.height % multiple:
             raise InternalError(f"working size {work.width}x{work.height} is no multiple of {multiple}")
+        if (work.width, work.height) in self._unworkable:
+            raise InvalidValue(f"size: this model cannot work at {work.width}x{work.height}", param="size")
 
 
 def generation_options(work: Work, profile: ModelProfile) -> dict[str, Any]:

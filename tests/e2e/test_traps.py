@@ -184,6 +184,23 @@ def test_lcm_on_a_model_that_was_not_distilled_for_it_writes_to_an_input_it_lack
     assert refusal(engine, work(scheduler="lcm")).param == "scheduler"
 
 
+def fixture(kind: str) -> ModelSettings:
+    """A small random model of another family."""
+    return ModelSettings(name=kind, engine="genai", path=Path(__file__).parent.parent / "fixtures" / "models" / kind)
+
+
+def test_an_lcm_without_a_timestep_to_run(tmp_path: Path) -> None:
+    settings = fixture("lcm")
+    assert settings.path is not None
+    died = bare('image2image.generate("a", image, strength=0.0, **options)', settings.path)
+    assert died.returncode == -signal.SIGSEGV
+    engine = loaded(read_profile(settings), settings)
+    for strength in (0.0, 0.05):  # the second: two timesteps of fifty for four steps
+        edit = work(mode="image2image", initial_image=CIRCLE, strength=strength, num_inference_steps=4)
+        assert refusal(engine, edit).param == "strength"
+    assert made(engine, work(mode="image2image", initial_image=CIRCLE, strength=0.08, num_inference_steps=4)).any()
+
+
 def test_two_threads_in_pipelines_of_one_model_collide(worker: WorkerBench) -> None:
     collided = bare(
         """
@@ -310,6 +327,20 @@ def test_a_scheduler_the_configuration_does_not_suit(
     assert scheduler not in engine.schedulers
     for name in sorted(engine.schedulers):
         assert made(engine, work(scheduler=name)).shape == (128, 128, 3)
+
+
+def test_a_failure_inside_a_network_stays_in_it() -> None:
+    settings = fixture("sd")
+    pipeline = og.Text2ImagePipeline(str(settings.path))
+    pipeline.compile("CPU")
+    own, odd = ({**SETTINGS, "width": width, "height": height} for width, height in ((64, 64), (72, 56)))
+    assert pipeline.generate("a", **own).shape
+    for options in (odd, own, own):  # what has just worked works no more
+        with pytest.raises(RuntimeError, match="Shape inference"):
+            pipeline.generate("a", **options)
+    engine = loaded(read_profile(settings), settings)
+    assert refusal(engine, work(width=72, height=56)).status == 500
+    assert made(engine, work(width=64, height=64)).shape == (64, 64, 3)
 
 
 # --- calls that quietly do something else -----------------------------------------------------------------------------

@@ -1,0 +1,108 @@
+"""Which engine a model gets, and what an engine cannot be asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from ovserve.config import ModelSettings
+from ovserve.device.engine import check_served, choose_engine, is_lcm, overruns
+from ovserve.dispatch.ipc import ImageRequest
+from ovserve.errors import InvalidValue, ModelError
+from ovserve.profile import ModelProfile, read_profile
+
+PROFILE = read_profile(ModelSettings(name="shapes"))
+
+
+def profile(family: str = "stable-diffusion", **scheduling: Any) -> ModelProfile:
+    found = dataclasses.replace(PROFILE.scheduling, **scheduling)
+    return dataclasses.replace(PROFILE, family=family, scheduling=found)
+
+
+def request(**values: Any) -> ImageRequest:
+    return ImageRequest(
+        **{"task": "generation", "prompt": "", "num_inference_steps": 10, "guidance_scale": 3.0, **values}
+    )
+
+
+def refusal(engine: str, model: ModelProfile, **values: Any) -> InvalidValue:
+    with pytest.raises(InvalidValue) as caught:
+        check_served(engine, model, request(**values))
+    return caught.value
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion", "lcm", "sdxl"])
+@pytest.mark.parametrize("name", ["genai", "stepwise"])
+def test_the_configured_engine_is_taken(family: str, name: str) -> None:
+    assert choose_engine(profile(family), ModelSettings(engine=name)) == (name, "configured")
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_transformer_is_served_by_genai_alone(family: str) -> None:
+    assert choose_engine(profile(family), ModelSettings(engine="genai"))[0] == "genai"
+    assert choose_engine(profile(family), ModelSettings(engine="auto"))[0] == "genai"
+    with pytest.raises(ModelError, match=family):
+        choose_engine(profile(family), ModelSettings(engine="stepwise"))
+
+
+@pytest.mark.parametrize("engine", ["genai", "stepwise"])
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_steps_have_bounds(engine: str, steps: int) -> None:
+    assert refusal(engine, PROFILE, num_inference_steps=steps).param == "num_inference_steps"
+
+
+@pytest.mark.parametrize("steps", [1, 1000])
+def test_the_bounds_themselves_are_served(steps: int) -> None:
+    check_served("genai", PROFILE, request(num_inference_steps=steps))
+
+
+def test_trailing_spacing_refuses_the_counts_that_overrun_and_names_the_nearest_others() -> None:
+    model = profile(timestep_spacing="trailing")
+    for steps in range(1, 101):
+        if overruns(steps, 1000):
+            message = refusal("genai", model, num_inference_steps=steps).message
+            for named in message.rpartition("use ")[2].split(" or "):
+                check_served("genai", model, request(num_inference_steps=int(named)))
+        else:
+            check_served("genai", model, request(num_inference_steps=steps))
+
+
+@pytest.mark.parametrize(
+    ("spacing", "name", "engine"),
+    [("leading", "DDIM", "genai"), ("trailing", "LCM", "genai"), ("trailing", "DDIM", "stepwise")],
+)
+def test_counts_that_do_not_overrun_elsewhere_are_served(spacing: str, name: str, engine: str) -> None:
+    check_served(engine, profile(timestep_spacing=spacing, name=name), request(num_inference_steps=12))
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_the_length_of_a_sequence_is_frozen_by_the_first(family: str) -> None:
+    model = dataclasses.replace(profile(family), prompt_tokens=256)
+    for served in (0, 256):
+        check_served("genai", model, request(max_sequence_length=served))
+    assert refusal("genai", model, max_sequence_length=64).param == "max_sequence_length"
+
+
+def test_guidance_is_frozen_on_one_side_by_the_first_picture_of_an_sd3() -> None:
+    with_guidance = profile("sd3")
+    check_served("genai", with_guidance, request(guidance_scale=1.5))
+    for scale in (0.0, 1.0):
+        assert refusal("genai", with_guidance, guidance_scale=scale).param == "guidance_scale"
+    turbo = dataclasses.replace(with_guidance, defaults=dataclasses.replace(PROFILE.defaults, guidance_scale=1.0))
+    check_served("genai", turbo, request(guidance_scale=0.0))
+    assert refusal("genai", turbo, guidance_scale=1.5).param == "guidance_scale"
+
+
+def test_guidance_is_free_elsewhere() -> None:
+    for family in ("stable-diffusion", "flux", "lcm", "sdxl"):
+        for scale in (0.0, 1.0, 7.0):
+            check_served("genai", profile(family), request(guidance_scale=scale))
+
+
+def test_lcm_is_known_by_the_models_scheduler_or_the_requests() -> None:
+    assert is_lcm(profile(name="LCM"), "")
+    assert is_lcm(PROFILE, "lcm")
+    assert not is_lcm(PROFILE, "")
+    assert not is_lcm(profile(name="LCM"), "ddim")

@@ -1,0 +1,253 @@
+"""The engine over the library's pipelines, on small random models of each UNet family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ovserve.config import ModelSettings
+from ovserve.device.engine import Work
+from ovserve.device.genai import GenaiEngine, generation_options
+from ovserve.errors import InternalError, InvalidValue, ModelError
+from ovserve.profile import ModelProfile, read_profile
+
+MODELS = Path(__file__).parent.parent / "fixtures" / "models"
+NOISE: NDArray[np.uint8] = np.random.default_rng(2).integers(0, 256, (64, 64, 3), np.uint8)
+HALF = np.zeros((64, 64), np.uint8)
+HALF[:, 32:] = 255
+
+
+def settings_of(kind: str, **values: Any) -> ModelSettings:
+    return ModelSettings(name=kind, path=MODELS / kind, engine="genai", **values)
+
+
+def work(mode: str, **values: Any) -> Work:
+    standard: dict[str, Any] = {
+        "job": "a",
+        "picture": 0,
+        "mode": mode,
+        "prompt": "a red cat",
+        "negative_prompt": "",
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+        "strength": 1.0,
+        "seed": 1,
+        "initial_image": None if mode == "text2image" else NOISE,
+        "mask_image": HALF if mode == "inpainting" else None,
+    }
+    return Work(**{**standard, **values})
+
+
+class Loaded:
+    """One family's engine, loaded."""
+
+    def __init__(self, kind: str) -> None:
+        self.beats: list[str] = []
+        self.profile: ModelProfile = read_profile(settings_of(kind))
+        self.engine = GenaiEngine(self.profile, settings_of(kind))
+        self.engine.load(self.beats.append)
+
+    def make(self, mode: str, **values: Any) -> NDArray[np.uint8]:
+        piece = work(mode, **values)
+        self.engine.admit(piece)
+        assert self.engine.phase() == "encode"
+        [outcome] = self.engine.turn()
+        assert outcome.work is piece
+        assert outcome.error is None, outcome.error
+        assert outcome.pixels is not None
+        assert outcome.pixels.dtype == np.uint8
+        assert self.engine.phase() == "idle"
+        return outcome.pixels
+
+    def refuse(self, mode: str, **values: Any) -> str | None:
+        self.engine.admit(work(mode, **values))
+        [outcome] = self.engine.turn()
+        assert outcome.pixels is None
+        assert isinstance(outcome.error, InvalidValue)
+        return outcome.error.param
+
+
+@pytest.fixture(scope="module", params=["sd", "lcm", "sdxl", "inpaint"])
+def loaded(request: pytest.FixtureRequest) -> Iterator[Loaded]:
+    found = Loaded(request.param)
+    yield found
+    found.engine.close()
+
+
+@pytest.fixture(scope="module")
+def sd() -> Iterator[Loaded]:
+    found = Loaded("sd")
+    yield found
+    found.engine.close()
+
+
+def modes(loaded: Loaded) -> list[str]:
+    return sorted(loaded.profile.tasks)
+
+
+def test_it_beats_while_loading_and_through_the_warm_up(loaded: Loaded) -> None:
+    assert loaded.beats.count("load") >= 3
+    assert loaded.beats[-1] == "warm-up"
+    assert loaded.engine.capacity == 1
+    assert loaded.engine.name == "genai"
+
+
+def test_every_mode_gives_a_picture_of_the_size_asked_for(loaded: Loaded) -> None:
+    for mode in modes(loaded):
+        assert loaded.make(mode).shape == (64, 64, 3)
+        tall: dict[str, Any] = {"width": 48, "height": 80}
+        if mode != "text2image":
+            tall["initial_image"] = np.zeros((80, 48, 3), np.uint8)
+        if mode == "inpainting":
+            tall["mask_image"] = np.full((80, 48), 255, np.uint8)
+        assert loaded.make(mode, **tall).shape == (80, 48, 3)
+
+
+def test_seed_prompt_and_strength_all_matter_and_nothing_else_moves(loaded: Loaded) -> None:
+    for mode in modes(loaded):
+        first = loaded.make(mode)
+        assert np.array_equal(loaded.make(mode), first)
+        assert not np.array_equal(loaded.make(mode, seed=2), first)
+        assert not np.array_equal(loaded.make(mode, prompt="a blue house"), first)
+        if mode != "text2image":
+            assert not np.array_equal(loaded.make(mode, strength=0.7), first)
+
+
+def test_calls_without_guidance_or_with_every_prompt_pass(loaded: Loaded) -> None:
+    texts = {
+        "negative_prompt": "dog",
+        "negative_prompt_2": "tree",
+        "negative_prompt_3": "star",
+        "prompt_2": "on",
+        "prompt_3": "in",
+    }
+    for mode in modes(loaded):
+        for scale in (0.0, 1.0, 7.0):
+            assert loaded.make(mode, guidance_scale=scale, **texts).shape == (64, 64, 3)
+
+
+def test_a_negative_prompt_counts_where_there_is_guidance(loaded: Loaded) -> None:
+    mode = modes(loaded)[0]
+    same = np.array_equal(loaded.make(mode), loaded.make(mode, negative_prompt="dog"))
+    assert same != loaded.profile.takes_negative_prompt
+
+
+def test_every_offered_scheduler_works_and_leaves_the_models_own_as_it_was(loaded: Loaded) -> None:
+    mode = modes(loaded)[0]
+    before = loaded.make(mode)
+    assert loaded.engine.schedulers
+    for name in sorted(loaded.engine.schedulers):
+        assert loaded.make(mode, scheduler=name).shape == (64, 64, 3)
+        assert np.array_equal(loaded.make(mode), before)
+
+
+def test_an_lcm_keeps_to_its_own_scheduler() -> None:
+    assert Loaded("lcm").engine.schedulers == {"lcm"}
+
+
+def test_what_must_not_reach_the_library_is_refused(loaded: Loaded) -> None:
+    mode = modes(loaded)[0]
+    assert loaded.refuse(mode, num_inference_steps=0) == "num_inference_steps"
+    assert loaded.refuse(mode, num_inference_steps=1001) == "num_inference_steps"
+    assert loaded.refuse(mode, strength=0.0) == "strength"
+    assert loaded.refuse(mode, strength=1.5) == "strength"
+    assert loaded.refuse(mode, strength=float("nan")) == "strength"
+    assert loaded.refuse(mode, scheduler="heun") == "scheduler"
+    for missing in {"text2image", "image2image", "inpainting"} - loaded.profile.tasks:
+        assert loaded.refuse(missing) == "model"
+    assert loaded.make(mode).shape == (64, 64, 3)
+
+
+def test_a_working_size_the_library_would_refuse_is_our_fault_not_the_clients(sd: Loaded) -> None:
+    sd.engine.admit(work("text2image", width=60))
+    [outcome] = sd.engine.turn()
+    assert isinstance(outcome.error, InternalError)
+
+
+def test_a_shape_that_breaks_a_network_does_not_break_the_pictures_after_it(loaded: Loaded) -> None:
+    mode = modes(loaded)[0]
+    before = loaded.make(mode)
+    odd: dict[str, Any] = {"width": 56, "height": 72}  # these networks were traced at multiples of 16
+    if mode != "text2image":
+        odd["initial_image"] = np.zeros((72, 56, 3), np.uint8)
+    if mode == "inpainting":
+        odd["mask_image"] = np.full((72, 56), 255, np.uint8)
+    loaded.engine.admit(work(mode, **odd))
+    [outcome] = loaded.engine.turn()
+    assert isinstance(outcome.error, InternalError)
+    assert np.array_equal(loaded.make(mode), before)
+    assert loaded.refuse(mode, **odd) == "size"  # once is enough
+    assert loaded.beats[-1] == "warm-up"
+
+
+def test_what_the_library_refuses_ends_that_picture_only(sd: Loaded) -> None:
+    sd.engine.admit(work("image2image", initial_image=np.zeros((64, 64, 4), np.uint8)))
+    [outcome] = sd.engine.turn()
+    assert isinstance(outcome.error, InternalError)
+    assert sd.make("image2image").shape == (64, 64, 3)
+
+
+def test_only_one_picture_is_held_at_a_time(sd: Loaded) -> None:
+    sd.engine.admit(work("text2image"))
+    with pytest.raises(InternalError):
+        sd.engine.admit(work("text2image"))
+    sd.engine.turn()
+    assert sd.engine.turn() == ()
+
+
+def test_a_cancelled_picture_costs_nothing(sd: Loaded) -> None:
+    piece = work("text2image", on_step=lambda step, steps: pytest.fail("it ran"))
+    piece.cancelled.set()
+    sd.engine.admit(piece)
+    [outcome] = sd.engine.turn()
+    assert (outcome.pixels, outcome.error) == (None, None)
+
+
+def test_tokens_are_counted_whole_and_prompts_cut_between_words(sd: Loaded) -> None:
+    assert sd.engine.count_tokens("") == 2
+    assert sd.engine.count_tokens("a red cat") == 5
+    assert sd.engine.count_tokens("cat " * 300) == 302
+    cut = sd.engine.cut_prompt("cat\n " * 300)
+    assert cut.split() == ["cat"] * 75
+    assert sd.engine.count_tokens(cut) == 77
+    assert sd.engine.cut_prompt("x" * 1000) == ""
+
+
+def test_options_leave_out_what_a_model_does_not_take() -> None:
+    sd, lcm = (read_profile(settings_of(kind)) for kind in ("sd", "lcm"))
+    full = work("text2image", negative_prompt="n", prompt_2="p2", negative_prompt_2="n2", prompt_3="p3")
+    assert generation_options(full, sd)["negative_prompt"] == "n"
+    assert "prompt_2" not in generation_options(full, sd)
+    assert "negative_prompt" not in generation_options(full, lcm)
+    assert "strength" not in generation_options(full, sd)
+    assert generation_options(full, sd)["rng_seed"] == 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"device": "TPU"}, {"device": "CPU CPU TPU"}, {"plugin_config": '{"NO_SUCH_PROPERTY": 1}'}],
+    ids=["device", "one of three devices", "property"],
+)
+def test_what_cannot_be_loaded_is_told(values: dict[str, Any]) -> None:
+    settings = settings_of("sd", **values)
+    with pytest.raises(ModelError, match="model sd: "):
+        GenaiEngine(read_profile(settings), settings).load(lambda phase: None)
+
+
+def test_three_devices_threads_properties_and_a_cache_are_passed_on(tmp_path: Path) -> None:
+    values = {
+        "device": "CPU CPU CPU",
+        "threads": 1,
+        "plugin_config": '{"NUM_STREAMS": 1}',
+        "cache_dir": tmp_path / "cache",
+    }
+    settings = settings_of("sd", **values)
+    GenaiEngine(read_profile(settings), settings).load(lambda phase: None)
+    assert any((tmp_path / "cache").iterdir())
