@@ -11,7 +11,8 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from ovserve.deadline import Deadline
 from ovserve.errors import ClientGone
@@ -20,6 +21,9 @@ __all__ = ["Transport"]
 
 RECEIVE_BYTES = 16 * 1024  # a head, and what comes with it; content beyond goes straight to where it belongs
 IOV_LIMIT = 512  # buffers for one sendmsg; Linux takes 1024
+# The kernel's limit on one wait. Longer waits are made of several; a limit that stays the same is one system call less for each.
+TICK_S = 5.0
+_T = TypeVar("_T")
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
@@ -63,26 +67,14 @@ class Transport:
 
     def receive(self, timeout_s: float) -> bytes:
         """The next bytes from the socket, empty at its end. Nothing may be pending. Raises TimeoutError and ClientGone."""
-        self._limit_wait(timeout_s)
-        try:
-            return self._socket.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            raise TimeoutError from None
-        except OSError as error:
-            raise ClientGone(error.strerror or "connection lost") from None
+        return self._within(timeout_s, self._socket.recv, RECEIVE_BYTES)
 
     def fill(self, view: memoryview, timeout_s: float) -> int:
-        """Receive into `view` until it is full, the peer has no more, or the time is over; bytes received, 0 at the end.
+        """Receive into `view` until it is full, the peer has no more, or the time (or a tick of it) is over.
 
-        Raises TimeoutError when the time passed without a byte, and ClientGone.
+        Returns bytes received, 0 at the end. Raises TimeoutError when the time passed without a byte, and ClientGone.
         """
-        self._limit_wait(timeout_s)
-        try:
-            return self._socket.recv_into(view, 0, socket.MSG_WAITALL)
-        except BlockingIOError:
-            raise TimeoutError from None
-        except OSError as error:
-            raise ClientGone(error.strerror or "connection lost") from None
+        return self._within(timeout_s, self._socket.recv_into, view, 0, socket.MSG_WAITALL)
 
     def receive_beyond(self, view: memoryview, timeout_s: float) -> int:
         """Receive into `view`, and in the same call what comes after it into the pending bytes; bytes put into `view`.
@@ -92,13 +84,7 @@ class Transport:
         overflow = self._overflow
         if overflow is None:
             overflow = self._overflow = memoryview(bytearray(RECEIVE_BYTES))
-        self._limit_wait(timeout_s)
-        try:
-            count = self._socket.recvmsg_into([view, overflow])[0]
-        except BlockingIOError:
-            raise TimeoutError from None
-        except OSError as error:
-            raise ClientGone(error.strerror or "connection lost") from None
+        count = self._within(timeout_s, self._socket.recvmsg_into, [view, overflow])[0]
         if count <= len(view):
             return count
         self._data, self._position = bytes(overflow[: count - len(view)]), 0
@@ -158,12 +144,24 @@ class Transport:
                     return
                 limit_bytes -= dropped
 
+    def _within(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:
+        """Call `receive` until it gives something or the time is over. Raises TimeoutError and ClientGone."""
+        while True:
+            if timeout_s < TICK_S or self._timeout != TICK_S:
+                self._limit_wait(timeout_s)
+            try:
+                return receive(*arguments)
+            except BlockingIOError:
+                timeout_s -= self._timeout
+            except OSError as error:
+                raise ClientGone(error.strerror or "connection lost") from None
+
     def _limit_wait(self, timeout_s: float) -> None:
-        if timeout_s != self._timeout:
-            if timeout_s <= 0:
-                raise TimeoutError
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_s))
-            self._timeout = timeout_s
+        """Have the kernel end the next wait in time. Raises TimeoutError when no time is left."""
+        if timeout_s <= 0:
+            raise TimeoutError
+        self._timeout = min(timeout_s, TICK_S)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(self._timeout))
 
 
 def _timeval(seconds: float) -> bytes:

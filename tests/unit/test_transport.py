@@ -179,3 +179,17 @@ def test_linger_reads_until_the_client_closes_or_a_limit_is_reached() -> None:
         started = time.monotonic()
         Transport(theirs, 5).linger(10_000, 0.05)
         assert time.monotonic() - started < 10
+
+
+def test_a_wait_longer_than_a_tick_is_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ovserve.front.transport.TICK_S", 0.03)
+    with connected_pair() as (ours, theirs):
+        transport = Transport(theirs, 5)
+        later = threading.Timer(0.15, ours.sendall, (b"late",))
+        later.start()
+        assert transport.receive(10) == b"late"
+        later.join()
+        started = time.monotonic()
+        with pytest.raises(TimeoutError):
+            transport.receive(0.1)
+        assert 0.05 < time.monotonic() - started < 5
