@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,31 @@ def test_other_types_are_answered_415_with_what_is_taken(spool: Spool, content_t
         read_form(body, content_type, spool, settings())
     assert caught.value.status == 415
     assert body.given == 0
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (Part("image", b"x", "a", "multipart/mixed; boundary=x"), "nested multipart/mixed"),
+        (Part("image", b"x", "a", "image"), None),
+        (Part("image", b"x", "a", "image/"), "Content-Type"),
+        (Part("prompt", b"x", None, "text/plain; charset=latin1"), "charset 'latin1': send UTF-8"),
+        (Part("prompt", b"x", fields=("Content-Transfer-Encoding: quoted-printable",)), "'quoted-printable'"),
+        (Part("image", b"!", "a", fields=("Content-Transfer-Encoding: base64",)), "no base64 text"),
+    ],
+)
+def test_what_a_parts_head_announces_must_be_readable(spool: Spool, part: Part, words: str | None) -> None:
+    if words is None:
+        read(spool, part).release()
+        return
+    with pytest.raises(InvalidValue, match=re.escape(words)) as caught:
+        read(spool, part)
+    assert caught.value.param == part.name
+
+
+def test_json_is_utf_8(spool: Spool) -> None:
+    with pytest.raises(UnsupportedMediaType, match="JSON is UTF-8"):
+        read(spool, content_type="application/json; charset=utf-16")
 
 
 def test_a_body_over_the_limit_is_refused(spool: Spool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from ovserve.dispatch.spool import Spool
-from ovserve.errors import ApiError, BadRequest, InvalidValue, PartTooLarge
+from ovserve.errors import ApiError, BadRequest, InvalidValue, PartTooLarge, UnknownParameter
 from ovserve.front.form import read_form
 from ovserve.front.jsonform import decode_in_place
 from ovserve.front.spooled import SpooledForm
@@ -193,6 +194,51 @@ def test_depth_passes_at_its_limit_and_not_beyond(spool: Spool) -> None:
     read(spool, nested(100)).release()
     with pytest.raises(BadRequest, match="deeper than 100"):
         read(spool, nested(101))
+
+
+@pytest.mark.parametrize(
+    ("document", "error", "words"),
+    [
+        (b"", BadRequest, "empty (byte 0)"),
+        (b"[]", BadRequest, "expected an object"),
+        (b'{"prompt":"x', BadRequest, "the string that begins at byte 10 has no end"),
+        (b'{"prompt":"\xff"}', BadRequest, "not UTF-8 (byte 11)"),
+        (b'{"n":1,"n":1}', BadRequest, "the key 'n' stands twice"),
+        (b'{"n":1,"x":{"a":1,"b":2,"a":3}}', BadRequest, "the key 'a' stands twice"),
+        (b'{"n":NaN}', BadRequest, "NaN is no JSON value"),
+        (b'{"n":1e400}', BadRequest, "the number 1e400 is too large"),
+        (b'{"n":' + b"9" * 5000 + b"}", BadRequest, "too many digits"),
+        (b'{"n":1 1}', BadRequest, "(byte 7)"),
+        (b'{"n":"\\ud800"}', InvalidValue, "n: half of a surrogate pair"),
+        (b'{"data:x":1}', BadRequest, "a key that begins with data: (byte 2)"),
+        (b'{"user":{"data:x":1}}', BadRequest, "a key that begins with data: (byte 10)"),
+        (b'{"user":"data:\\x"}', BadRequest, "the string that begins at byte 9 does not parse"),
+        (b'{"user":"data:' + b"x" * 600 + b'"}', PartTooLarge, "user: longer than 500 bytes (byte 9)"),
+        (b'{"user":["' + b"x" * 501 + b'"]}', PartTooLarge, "user: longer than 500 bytes"),
+        (b'{"image":"data:image/png,abc"}', InvalidValue, "image: expected data:image/png;base64,"),
+        (b'{"image":"data:;base64,A"}', InvalidValue, "image: no base64 text"),
+        (
+            b'{"image":{"image_url":"data:;base64,AAAA","detail":"low"}}',
+            UnknownParameter,
+            "image: 'detail' beside image_url",
+        ),
+        (b'{"user":' + b" " * 9000 + b"1}", PartTooLarge, "more than 8192 bytes of text beside its data URLs"),
+        (b'{"user":"' + b"\\\\" * 5000 + b'"}', PartTooLarge, "more than 8192 bytes of text beside its data URLs"),
+    ],
+)
+def test_what_is_malformed_is_refused_with_its_place(
+    spool: Spool, document: bytes, error: type[ApiError], words: str
+) -> None:
+    with pytest.raises(error, match=re.escape(words)):
+        read(spool, document, max_json_text_bytes=8192, max_text_field_bytes=500)
+
+
+def test_an_escape_at_the_end_of_a_piece_is_not_torn(spool: Spool) -> None:
+    for lead in range(64 * 1024 - 12, 64 * 1024 + 4):
+        text = "A" * (lead // 4 * 4) + "\\r\\n" * (lead % 4) + dot_net("+///") * 4
+        document = b'{"image":"data:;base64,%b"}' % text.encode()
+        data = base64.b64decode("A" * (lead // 4 * 4) + "+///" * 4)
+        assert told(read(spool, document))[1] == [("image", data)]
 
 
 def test_brackets_inside_strings_do_not_nest(spool: Spool) -> None:

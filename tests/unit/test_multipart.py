@@ -139,6 +139,35 @@ def test_an_error_says_what_and_where() -> None:
     )
 
 
+REST = HEAD + b"x\r\n--B0--"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"--B0 x\r\n" + REST, "a delimiter line goes on after its padding (byte 5)"),
+        (b"--B0\n" + REST, "neither a line end nor two dashes (byte 4)"),
+        (b"--B0\r\n--B0\r\n" + REST, "a delimiter before the blank line that ends the head (part 1, byte 6)"),
+        (b"--B0\r\nX: 1\r\n--B0\r\n" + REST, "a delimiter before the blank line that ends the head (part 1, byte 6)"),
+        (b"--B0\r\n" + HEAD + b"--B0--", f"a delimiter follows the head at once (part 1, byte {6 + len(HEAD)})"),
+        (
+            b"--B0\r\n" + REST + b"x",
+            f"the close delimiter is followed by more than blanks (part 1, byte {6 + len(REST)})",
+        ),
+        (b"--B0\r\nX: " + b"x" * 1100 + b"\r\n\r\n", "the head is longer than 1024 bytes (part 1, byte 6)"),
+        (b"--B0\r\n" + HEAD.replace(b"C", b"c") + b"x\r\n--B0", "the body ends inside a delimiter line (part 1"),
+        (b"--B0\r\n" + HEAD + b"x", "the body ends inside the content of a part: no close delimiter was found (part 1"),
+        (form(*[b"x"] * 9), "more than 8 parts (byte"),
+    ],
+)
+def test_what_is_malformed_is_refused_whole_and_in_single_bytes(body: bytes, words: str) -> None:
+    limits = {"max_parts": 8, "max_part_head_bytes": 1024}
+    whole = outcome([body], "B0", **limits)
+    assert isinstance(whole, tuple)
+    assert words in whole[1]
+    assert outcome(list(pieces_of(body, [1] * len(body))), "B0", **limits) == whole
+
+
 def test_a_parts_own_length_must_be_true() -> None:
     body = form(b"four").replace(b"\r\n\r\n", b"\r\nContent-Length: 4\r\n\r\n", 1)
     assert only_part(body).data == b"four"

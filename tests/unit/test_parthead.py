@@ -68,6 +68,7 @@ DISPOSITION = 'Content-Disposition: form-data; name="a"'
         ([DISPOSITION, DISPOSITION.lower()], "content-disposition twice", 42),
         (["X-A: 1", "Content-Disposition: attachment; name=a"], "Content-Disposition is not form-data", 8),
         (["X-A: 1", "Content-Disposition: form-data"], "Content-Disposition without a name", 8),
+        (["X-A: 1", "Content-Disposition: form-data; name"], "Content-Disposition: malformed parameter at offset 9", 8),
         ([DISPOSITION, "Content-Length: 1_0"], "Content-Length is not a number", 42),
         ([DISPOSITION, "Content-Length: ١"], "Content-Length is not a number", 42),
         ([DISPOSITION, "Content-Length: " + "9" * 19], "Content-Length is not a number", 42),
