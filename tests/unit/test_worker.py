@@ -16,6 +16,7 @@ from ovserve.config import ModelSettings, Settings
 from ovserve.device.desk import LOAD_FAILED
 from ovserve.device.worker import create_engine
 from ovserve.dispatch.ipc import Done, Failed, LinkClosed, Need, Picture, Prepared, Progress, Ready, Stop
+from ovserve.dispatch.processes import resident_bytes
 from ovserve.errors import ModelError
 from ovserve.profile import builtin_directory, read_profile
 from tests.reader import Figure, draw_scene, read_picture
@@ -260,6 +261,26 @@ def test_jobs_side_by_side_are_all_answered(bench: WorkerBench) -> None:
     jobs = [bench.start(prompt=GREEN, images=(image,), seed=seed, alone=seed == 1) for seed in range(3)]
     ends = [bench.end(job) for job in jobs]
     assert all(isinstance(end, Done) for end in ends)
+
+
+def test_two_hundred_edits_leave_memory_flat(own: WorkerBench) -> None:
+    image, mask = own.image(CIRCLE), own.image(MIDDLE)
+    large = own.image(np.kron(CIRCLE, np.ones((6, 8, 1), np.uint8)))
+    resident = {}
+    for count in range(1, 201):
+        values = {"num_inference_steps": 2, "strength": 1.0, "seed": count}
+        kinds = {
+            0: {"images": (image,)},
+            1: {"images": (image,), "mask": mask},
+            2: {"images": (large,)},
+            3: {"task": "generation"},
+        }
+        own.make(**kinds[count % 4], **values)
+        own.log.clear()
+        own.pictures.clear()
+        if count in (60, 200):
+            resident[count] = resident_bytes(own.process.pid or 0)
+    assert resident[200] - resident[60] < 8 << 20, resident
 
 
 # --- its end ----------------------------------------------------------------------------------------------------------
