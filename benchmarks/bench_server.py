@@ -1,0 +1,334 @@
+"""Requests a second and latency of the HTTP front end alone, against FastAPI + uvicorn and a bare standard-library server.
+
+    python benchmarks/bench_server.py
+    python benchmarks/bench_server.py --clients 1 8 64 --rounds 5 --save
+
+Each server does the same work in a process of its own: a POST of a multipart edit with a 64 kB image on a persistent connection,
+the image's CRC-32 (the toy engine), a JSON reply of 1.4 kB. Every reply is checked. The servers take turns in short slices, and
+throughputs are compared slice by slice, so that what disturbs the machine disturbs all of them; besides the clock, the CPU time
+of the server process is counted, which other work on the machine moves less.
+
+The baselines are at their best: uvicorn with uvloop and httptools and an async route; the standard library with buffered writes,
+and without most of what makes a server safe. All of them log each request, to nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import itertools
+import os
+import random
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+if __package__ in (None, ""):  # run as a file: the package is found beside it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.results import Result
+from benchmarks.stats import estimate, ratio
+
+PATH = "/v1/images/edits"
+IMAGE_BYTES = 64 * 1024
+PICTURE = base64.b64encode(bytes(range(256)) * 4).decode()
+BOUNDARY = "4f1c7d2e9a6b48d3b0c5e8f7a1d2c3b4"
+STOP_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 30.0
+WARM_UP_S = 0.5
+
+
+def reply_of(image: bytes | memoryview, prompt: str) -> dict[str, Any]:
+    """The toy engine: what is computed from the picture, and a reply of an ordinary shape."""
+    return {"created": 1713833628, "crc": zlib.crc32(image), "prompt": prompt, "data": [{"b64_json": PICTURE}]}
+
+
+def announce(port: int) -> None:
+    """Tell the port, then send everything else that is printed nowhere: nobody reads it, and uvicorn logs there."""
+    print(port, flush=True)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+
+
+# --- the servers, each in a process of its own ---------------------------------------------------------------------------
+
+
+def serve_ovserve() -> None:
+    """The front end of this project, with every check on."""
+    import json
+
+    from ovserve.api.exchange import Exchange, JsonReply, Reply
+    from ovserve.config import Settings
+    from ovserve.dispatch.spool import Spool, default_directory
+    from ovserve.errors import NotFound
+    from ovserve.front.listener import Listener
+    from ovserve.logs import configure_logs
+
+    class Toy:
+        def is_health(self, path: str) -> bool:
+            return False
+
+        def answer(self, exchange: Exchange) -> Reply:
+            if exchange.path != PATH or exchange.method != "POST":
+                raise NotFound("no such path")
+            form = exchange.read_form()
+            with form.uploads[0].view() as image:
+                return JsonReply([json.dumps(reply_of(image, dict(form.fields)["prompt"])).encode()])
+
+    configure_logs("info", "text")
+    with tempfile.TemporaryDirectory(dir=default_directory()) as folder:
+        settings = Settings(port=0)
+        spool = Spool(Path(folder), settings.spool_bytes, None, settings.spool_warm_bytes)
+        listener = Listener(settings, Toy(), spool)
+        listener.start()
+        announce(listener.port)
+        sys.stdin.read()
+        listener.stop(0)
+
+
+def serve_fastapi() -> None:
+    """FastAPI on uvicorn, with uvloop and httptools."""
+    import uvicorn
+    from fastapi import FastAPI, File, Form, UploadFile
+
+    app = FastAPI()
+
+    async def edit(image, prompt, n=1, size="auto"):  # type: ignore[no-untyped-def]
+        return reply_of(await image.read(), prompt)
+
+    # FastAPI looks the types up among a module's globals; given as objects they need not be there.
+    edit.__annotations__ = {
+        "image": Annotated[UploadFile, File()],
+        "prompt": Annotated[str, Form()],
+        "n": Annotated[int, Form()],
+        "size": Annotated[str, Form()],
+    }
+    app.post(PATH)(edit)
+    listening = socket.create_server(("127.0.0.1", 0), backlog=512)
+    announce(listening.getsockname()[1])
+    config = uvicorn.Config(app, loop="uvloop", http="httptools", lifespan="off")
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def serve_stdlib() -> None:
+    """http.server as it comes, with a reader of forms that takes everything for granted."""
+    import json
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = 65536
+        disable_nagle_algorithm = True
+
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["content-length"]))
+            boundary = self.headers["content-type"].partition("boundary=")[2].encode()
+            parts = {}
+            for part in content.split(b"--" + boundary)[1:-1]:
+                head, _, value = part.partition(b"\r\n\r\n")
+                parts[head.partition(b'name="')[2].partition(b'"')[0]] = value[:-2]
+            body = json.dumps(reply_of(parts[b"image"], parts[b"prompt"].decode())).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            self.wfile.flush()
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 512
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        announce(server.server_port)
+        server.serve_forever()
+
+
+SERVERS: dict[str, Callable[[], None]] = {"ovserve": serve_ovserve, "fastapi": serve_fastapi, "stdlib": serve_stdlib}
+
+
+@contextlib.contextmanager
+def running(name: str) -> Iterator[tuple[int, int]]:
+    """A server in a fresh process: its port and its process id."""
+    command = [sys.executable, __file__, "--serve", name]
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert server.stdout
+        yield int(server.stdout.readline()), server.pid
+    finally:
+        server.terminate()
+        server.communicate(timeout=STOP_TIMEOUT_S)
+
+
+# --- the load -------------------------------------------------------------------------------------------------------------
+
+
+def request_bytes(image: bytes) -> bytes:
+    """One edit as the official Python client sends it."""
+    fields = {"prompt": "a red cube on a table", "n": "1", "size": "256x256"}
+    body = b"".join(
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+        for name, value in fields.items()
+    )
+    body += f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="cat.png"\r\n'.encode()
+    body += b"Content-Type: image/png\r\n\r\n" + image + f"\r\n--{BOUNDARY}--\r\n".encode()
+    head = (
+        f"POST {PATH} HTTP/1.1\r\nHost: 127.0.0.1:8000\r\nAccept-Encoding: gzip, deflate\r\nConnection: keep-alive\r\n"
+        "Accept: application/json\r\nContent-Type: multipart/form-data; boundary=" + BOUNDARY + "\r\n"
+        "User-Agent: OpenAI/Python 3.54.0\r\nX-Stainless-Lang: python\r\nX-Stainless-Package-Version: 3.54.0\r\n"
+        "X-Stainless-OS: Linux\r\nX-Stainless-Arch: x64\r\nX-Stainless-Runtime: CPython\r\n"
+        "X-Stainless-Runtime-Version: 3.11.7\r\nAuthorization: Bearer sk-benchmark\r\nX-Stainless-Async: false\r\n"
+        f"x-stainless-retry-count: 0\r\nx-stainless-read-timeout: 600\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+class Client:
+    """One connection of a closed loop: it sends when it has its answer."""
+
+    def __init__(self, port: int, request: bytes, expected: bytes) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), ANSWER_TIMEOUT_S)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        self._request = request
+        self._expected = expected
+        self._rest = memoryview(b"")
+        self._answer = b""
+        self.started = 0.0
+
+    def begin(self) -> bool:
+        """Send the next request; whether all of it was taken."""
+        self.started = time.perf_counter()
+        self._rest = memoryview(self._request)
+        self._answer = b""
+        return self.go_on()
+
+    def go_on(self) -> bool:
+        """Send what is left."""
+        try:
+            while self._rest:
+                self._rest = self._rest[self.socket.send(self._rest) :]
+        except BlockingIOError:
+            return False
+        return True
+
+    def has_answer(self) -> bool:
+        """Receive; whether the answer is whole. Raises RuntimeError for a wrong one."""
+        self._answer += self.socket.recv(65536)
+        head, found, content = self._answer.partition(b"\r\n\r\n")
+        if not found:
+            return False
+        length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
+        if len(content) < length:
+            return False
+        if not head.startswith(b"HTTP/1.1 200") or self._expected not in content:
+            raise RuntimeError(f"wrong answer: {self._answer[:500]!r}")
+        return True
+
+
+def load(port: int, clients: int, seconds: float) -> list[float]:
+    """The latency in seconds of each request of a closed loop with so many clients, that was answered in the given time."""
+    image = random.Random(1).randbytes(IMAGE_BYTES)
+    request, crc = request_bytes(image), str(zlib.crc32(image)).encode()
+    connections = {client.socket.fileno(): client for client in (Client(port, request, crc) for _ in range(clients))}
+    poll = select.epoll()
+    end = time.perf_counter() + seconds
+    for client in connections.values():
+        poll.register(client.socket, select.EPOLLIN if client.begin() else select.EPOLLOUT)
+    latencies: list[float] = []
+    while time.perf_counter() < end:
+        found = poll.poll(ANSWER_TIMEOUT_S)
+        if not found:
+            raise RuntimeError(f"no answer within {ANSWER_TIMEOUT_S:g} s")
+        for descriptor, mask in found:
+            client = connections[descriptor]
+            if mask & select.EPOLLOUT:
+                if client.go_on():
+                    poll.modify(descriptor, select.EPOLLIN)
+            elif client.has_answer():
+                now = time.perf_counter()
+                if now < end:
+                    latencies.append(now - client.started)
+                if not client.begin():
+                    poll.modify(descriptor, select.EPOLLOUT)
+    poll.close()
+    for client in connections.values():
+        client.socket.close()
+    return latencies
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure_round(result: Result, servers: Sequence[str], clients: Sequence[int], slices: int, seconds: float) -> None:
+    """Fresh processes of all servers, and slices of load on one after the other, so that neighbours saw the same machine."""
+    requests: Counter[tuple[str, int]] = Counter()
+    cpu: Counter[tuple[str, int]] = Counter()
+    with contextlib.ExitStack() as stack:
+        started = {server: stack.enter_context(running(server)) for server in servers}
+        for port, _ in started.values():
+            load(port, 8, WARM_UP_S)
+        for number, _ in itertools.product(clients, range(slices)):
+            for server, (port, pid) in started.items():
+                before = cpu_seconds(pid)
+                latencies = load(port, number, seconds)
+                cpu[server, number] += cpu_seconds(pid) - before
+                requests[server, number] += len(latencies)
+                case = {"server": server, "clients": number}
+                result.add("throughput", [len(latencies) / seconds], unit="1/s", better="higher", case=case)
+                result.add("latency", latencies, case=case)
+    for (server, number), count in requests.items():
+        result.add("cpu", [cpu[server, number] / max(1, count)], case={"server": server, "clients": number})
+
+
+def compare(result: Result, servers: Sequence[str], clients: Sequence[int]) -> str:
+    """Throughput of the first server over each other's, slice by slice, and the CPU time of its requests over theirs."""
+    lines = []
+    for number, server in itertools.product(clients, servers[1:]):
+        ours, theirs = (result.find("throughput", server=name, clients=number).values for name in (servers[0], server))
+        pairs = [one / other for one, other in zip(ours, theirs, strict=True) if other]
+        ours, theirs = (result.find("cpu", server=name, clients=number).values for name in (servers[0], server))
+        lines.append(
+            f"{servers[0]} / {server}, {number} clients: throughput {estimate(pairs)}, CPU of a request {ratio(ours, theirs)}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print, and save when asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serve", choices=SERVERS, help=argparse.SUPPRESS)
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
+    parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--seconds", type=float, default=0.5, help="of one slice of load")
+    parser.add_argument("--slices", type=int, default=8, help="of each server and number of clients, in one round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--save", action="store_true", help="write a result file")
+    options = parser.parse_args()
+    if options.serve:
+        SERVERS[options.serve]()
+        return
+    result = Result("server")
+    for _ in range(options.rounds):
+        measure_round(result, options.servers, options.clients, options.slices, options.seconds)
+    print(result.report())
+    print(compare(result, options.servers, options.clients))
+    if options.save:
+        print(result.save())
+
+
+if __name__ == "__main__":
+    main()
