@@ -143,6 +143,7 @@ class Images:
     ) -> Generator[ServerEvent, None, None]:
         backstop = Deadline(job.deadline.at + OVERRUN_S)
         try:
+            yield ServerEvent("", b"accepted")  # the head goes out with it, not with the first step
             pending = early
             while True:
                 settled = job.is_settled  # read before the events: what was posted first is then among them
