@@ -25,13 +25,14 @@ from benchmarks import metadata
 from benchmarks.edits import parse_kind
 from benchmarks.load import Load, Report, Target, apply_load
 from benchmarks.results import Case, Result
+from benchmarks.run import RUN_TIMEOUT_S, run_once
 from benchmarks.servers import SERVICES, RunningServer, home, model_path
 
 __all__ = ["main"]
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILTIN, FULL_SIZE = "builtin", "sd15"
-OURS = "ovserve"
+OURS = "ovserve stepwise"
 # The built-in model's own defaults, sent in full so that every server does the same work.
 USUAL = {"num_inference_steps": "12", "guidance_scale": "3.0", "strength": "0.7", "size": "128x128"}
 CAPACITY_CLIENTS = 8
@@ -65,14 +66,16 @@ class Plan:
 
 PEERS = ("FastAPI", "LitServe", "mosec")
 PLANS = {
-    "smoke": Plan(1, 1.0, (1, 2), (OURS, "FastAPI"), (OURS,), ("closed", "open", "mixed", "gone", "shapes", "starts")),
+    "smoke": Plan(
+        1, 1.0, (1, 2), (OURS, "FastAPI"), (OURS,), ("closed", "added", "open", "mixed", "gone", "shapes", "starts")
+    ),
     "quick": Plan(
         rounds=2,
         seconds=3.0,
         clients=(1, 8),
         servers=(OURS, "ovserve genai", *PEERS),
         few=(OURS, "FastAPI"),
-        sections=("closed", "open", "mixed", "gone", "shapes", "starts"),
+        sections=("closed", "added", "open", "mixed", "gone", "shapes", "starts"),
     ),
     "full": Plan(
         rounds=3,
@@ -80,7 +83,7 @@ PLANS = {
         clients=(1, 2, 4, 8, 16),
         servers=(OURS, "ovserve genai", *PEERS, "LitServe 2x1", "mosec 2x1"),
         few=(OURS, *PEERS),
-        sections=("closed", "open", "mixed", "gone", "shapes", "starts", "full_size"),
+        sections=("closed", "added", "open", "mixed", "gone", "shapes", "starts", "full_size"),
         full_size=(OURS, "ovserve genai", "FastAPI", "mosec"),
         single=("optimum", "diffusers", "sd.cpp"),
     ),
@@ -211,6 +214,24 @@ def closed(bench: Bench) -> None:
                     case: Case = {"model": BUILTIN, "server": name, "workload": "closed", "clients": clients}
                     bench.note(usual(server, plan, clients=clients), case)
                     bench.result.add("memory", [server.memory()], unit="bytes", case=case)
+
+
+def added(bench: Bench) -> None:
+    """What the server adds to an edit of 512x512 pixels: the same work in one process, and through the server, in turns."""
+    edits = max(5, round(10 * bench.plan.seconds))
+    side = {"picture_px": 512, "size": "512x512"}
+    kind = "edit:" + ";".join(f"{key}={value}" for key, value in side.items())
+    for _ in range(bench.plan.rounds):
+        for engine in ("genai", "stepwise"):
+            command = [sys.executable, "-m", "benchmarks.in_process", "--engine", engine, "--edits", str(edits)]
+            alone = run_once(command, RUN_TIMEOUT_S)
+            case: Case = {"model": BUILTIN, "engine": engine, "side_px": 512}
+            for figure, told in alone.items():
+                bench.result.add(figure, told["values"], case=case)
+            with RunningServer(SERVICES[f"ovserve {engine}"], BUILTIN) as server:
+                usual(server, bench.plan, kind, clients=1, requests=2, warm_up_s=0, probe="")
+                report = usual(server, bench.plan, kind, clients=1, requests=edits, warm_up_s=0, seconds=120, probe="")
+            bench.result.add("through the server", report.latencies(), case=case)
 
 
 def open_loop(bench: Bench) -> None:
@@ -406,6 +427,7 @@ def _full_size_load(
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "closed": closed,
+    "added": added,
     "open": open_loop,
     "mixed": mixed,
     "gone": gone,

@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks import metadata
 from benchmarks.results import Result
 
-__all__ = ["main", "run_commands"]
+__all__ = ["RUN_TIMEOUT_S", "main", "run_commands", "run_once"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_TIMEOUT_S = 600.0
@@ -34,8 +34,19 @@ SEED = 1
 
 # The modules of each set, with their arguments: all that the repository has, ours against a baseline in the same run.
 SETS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "quick": (("bench_serving", "--set", "quick"),),
-    "full": (("bench_serving", "--set", "full"),),
+    "quick": (
+        ("bench_serving", "--set", "quick"),
+        ("bench_multipart", "--rounds", "1", "--repetitions", "2", "--sizes", "1", "10", "--save"),
+        ("bench_server", "--rounds", "1", "--seconds", "1", "--save"),
+        ("bench_ipc", "--rounds", "1", "--save"),
+    ),
+    "full": (
+        ("bench_serving", "--set", "full"),
+        ("bench_multipart", "--rounds", "3", "--save"),
+        ("bench_server", "--save"),
+        ("bench_ipc", "--save"),
+        ("bench_recovery", "--save"),
+    ),
 }
 
 
@@ -65,7 +76,7 @@ def run_commands(
         order = list(commands)
         chance.shuffle(order)
         for label in order:
-            series = _run_once(commands[label], timeout_s)
+            series = run_once(commands[label], timeout_s)
             if turn >= warm_ups:
                 for figure, told in series.items():
                     result.add(
@@ -78,7 +89,8 @@ def run_commands(
     return result
 
 
-def _run_once(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
+def run_once(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
+    """One run: its figures, each {"values": [...]} with unit and better where they are not seconds. Raises RuntimeError."""
     began = time.perf_counter()
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)

@@ -24,7 +24,7 @@ __all__ = ["SERVICES", "RunningServer", "Service", "home", "memory_of_tree", "mo
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILTIN = "builtin"
-READY_TIMEOUT_S = 180.0
+READY_TIMEOUT_S = 400.0  # a full-size model on a slow machine
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.02
 

@@ -9,14 +9,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
 from benchmarks import compare, metadata, run, stats
+from benchmarks.aims import Aim
 from benchmarks.edits import BOUNDARY, Body, encode_form, parse_kind
 from benchmarks.load import Load, Report, Sample, Target, apply_load
 from benchmarks.load import main as load_main
-from benchmarks.results import Result, read_result
+from benchmarks.plot import Point, line_chart
+from benchmarks.render import NOTES, PAGE, PLOTS, newest, render
+from benchmarks.results import DIRECTORY, Result, read_result
 from ovserve.front.multipart import MultipartParser, PartData
 from tests.live import LiveServer
 
@@ -333,3 +337,48 @@ def test_the_form_is_one_that_the_server_reads() -> None:
     events = parser.feed(encode_form({"prompt": "x"}, {"image": b"png"}))
     parser.finish()
     assert b"".join(bytes(event.data) for event in events if isinstance(event, PartData)) == b"xpng"
+
+
+class TestPage:
+    def test_the_page_says_what_the_results_say(self) -> None:
+        page, plots = render(newest(), NOTES.read_text("utf-8"))
+        assert PAGE.read_text("utf-8") == page, "run python -m benchmarks.render"
+        assert {path.name: path.read_text("utf-8") for path in PLOTS.glob("*.svg")} == plots
+
+    def test_every_committed_result_can_be_read(self) -> None:
+        for path in DIRECTORY.glob("*.json"):
+            result = read_result(path)
+            assert path.name == f"{result.metadata['date'][:10]}-{result.metadata['commit']}-{result.name}.json"
+
+    def test_the_newest_file_of_each_benchmark_counts(self, tmp_path: Path) -> None:
+        old, new = result_of("r", [1.0]), result_of("r", [2.0])
+        new.metadata["date"] = "2026-01-03T00:00:00+00:00"
+        new.save(tmp_path / "a.json")
+        old.save(tmp_path / "b.json")
+        assert newest(tmp_path)["r"][1] == new
+
+    def test_an_aim_is_judged_by_its_bound_and_its_interval(self) -> None:
+        sure, close = stats.Ratio(2.5, 2.4, 2.6), stats.Ratio(2.1, 1.9, 2.2)
+        assert Aim("a", 2.0, sure).verdict == "met"
+        assert Aim("a", 2.0, sure, most=True).verdict == "**missed**"
+        assert Aim("a", 2.0, close).verdict == "met, within noise"
+        assert Aim("a", 2.0, None).verdict == ""
+
+    def test_remarks_stand_below_the_table_they_are_named_for(self, tmp_path: Path) -> None:
+        path = result_of("toy", STEADY).save(tmp_path / "toy.json")
+        page, _ = render(newest(tmp_path), "\n## Benchmark: toy\n\nSlow because of the sleep.\n")
+        assert page.index("| latency | a |") < page.index("Slow because of the sleep.")
+        assert path.name in page
+
+    def test_a_chart_is_an_svg_with_a_mark_for_each_point(self) -> None:
+        points = [Point(1, 2, 1, 3), Point(10, 4, 3, 5)]
+        drawn = line_chart("a < b", "x", "y", {"one": points, "two": points}, log_x=True, log_y=True)
+        assert drawn == line_chart("a < b", "x", "y", {"one": points, "two": points}, log_x=True, log_y=True)
+        root = ET.fromstring(drawn)
+        assert len(root.findall("{http://www.w3.org/2000/svg}circle")) == 4
+
+    def test_nothing_to_draw_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="nothing"):
+            line_chart("t", "x", "y", {})
+        with pytest.raises(ValueError, match="above zero"):
+            line_chart("t", "x", "y", {"one": [Point(0, 1, 1, 1)]}, log_x=True)

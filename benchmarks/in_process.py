@@ -1,0 +1,94 @@
+"""An edit's whole work in one process, by the package's own device code and without server, link or spool: what a server adds to.
+
+    python -m benchmarks.in_process --engine genai --side_px 512 --edits 30
+
+Prints a JSON object for benchmarks/run.py: seconds for each edit from encoded upload to base64 text, and what of them was encoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.edits import picture, prompt
+from ovserve.config import ModelSettings, Settings
+from ovserve.device.edit import prepare
+from ovserve.device.engine import Engine, choose_engine
+from ovserve.dispatch.ipc import ImageRequest
+from ovserve.dispatch.spool import Blob
+from ovserve.profile import ModelProfile, read_profile
+
+
+def make_engine(profile: ModelProfile, model: ModelSettings) -> Engine:
+    """The engine that a worker would take, loaded."""
+    name, _ = choose_engine(profile, model)
+    engine: Engine
+    if name == "stepwise":
+        from ovserve.device.stepwise import StepwiseEngine
+
+        engine = StepwiseEngine(profile, model)
+    else:
+        from ovserve.device.genai import GenaiEngine
+
+        engine = GenaiEngine(profile, model)
+    engine.load(lambda _phase: None)
+    return engine
+
+
+def main() -> None:
+    """Load, then one edit after the other; the first two are dropped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("auto", "genai", "stepwise"), default="auto")
+    parser.add_argument("--side_px", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--edits", type=int, default=30)
+    options = parser.parse_args()
+    model = ModelSettings(name="builtin", engine=options.engine)
+    profile, settings = read_profile(model), Settings(models=(model,))
+    engine = make_engine(profile, model)
+    whole, encoding = [], []
+    with tempfile.NamedTemporaryFile(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as upload:
+        for index in range(options.edits + 2):
+            data = picture(options.side_px, 0, index)
+            upload.seek(0)
+            upload.truncate()
+            upload.write(data)
+            upload.flush()
+            request = ImageRequest(
+                task="edit",
+                prompt=prompt(index),
+                images=(Blob(upload.name, 0, len(data)),),
+                width=options.side_px,
+                height=options.side_px,
+                seed=index,
+                num_inference_steps=options.steps,
+                guidance_scale=3.0,
+                strength=0.7,
+            )
+            began = time.perf_counter()
+            edit = prepare(request, profile, model, settings, engine)
+            engine.admit(edit.work("job", 0))
+            outcomes = engine.turn()
+            while not outcomes:
+                outcomes = engine.turn()
+            pixels = outcomes[0].pixels
+            if pixels is None:
+                raise SystemExit(f"no picture: {outcomes[0].error}")
+            result = edit.assemble(pixels)
+            before = time.perf_counter()
+            encoded = edit.encode(result, 0)
+            base64.b64encode(encoded)
+            done = time.perf_counter()
+            if index >= 2:
+                whole.append(done - began)
+                encoding.append(done - before)
+    engine.close()
+    print(json.dumps({"series": {"in process": {"values": whole}, "in process, encoding": {"values": encoding}}}))
+
+
+if __name__ == "__main__":
+    main()
