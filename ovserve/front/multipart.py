@@ -28,9 +28,7 @@ from ovserve.front.parthead import parse_part_head
 
 __all__ = ["Event", "MultipartParser", "PartBegin", "PartData", "PartEnd", "check_boundary"]
 
-WINDOW_BYTES = (
-    64 * 1024
-)  # searched at once: fits the second-level cache, and long enough for the linear-time search of bytes.find
+WINDOW_BYTES = 64 * 1024  # searched at once: fits the cache, and is long enough for bytes.find to take linear time
 SMALL_BYTES = 2048  # below 2500 bytes bytes.find has no table to set up first
 VIEW_BYTES = 1024  # content shorter than this is cheaper to copy than to wrap in a memoryview
 
@@ -148,6 +146,8 @@ class MultipartParser:
         self._events = events
         window = data
         if self._held:
+            if len(data) > WINDOW_BYTES:
+                return self._feed_view(data)
             self._held += data
             if self._state is State.HEAD and not self._is_head_whole():
                 return events
@@ -168,7 +168,7 @@ class MultipartParser:
             return
         self._refuse(f"the body ends inside {self._state.value}", self.offset)
 
-    def _feed_view(self, data: bytearray | memoryview) -> list[Event]:
+    def _feed_view(self, data: bytes | bytearray | memoryview) -> list[Event]:
         """Feed copies that fit the cache: bytes.find is several times faster than any search of a memoryview."""
         events: list[Event] = []
         with memoryview(data) as view:
