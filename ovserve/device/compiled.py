@@ -312,9 +312,15 @@ def _reason(error: RuntimeError) -> str:
 
 
 def run_unet(request: Any, feed: Mapping[str, NDArray[Any]]) -> Array:
-    """One UNet call: float32 (rows, C, H/8, W/8), a copy."""
+    """One UNet call: float32 (rows, C, H/8, W/8), a copy. Raises RuntimeError."""
     request.infer(dict(feed), share_inputs=True)
-    return np.array(request.get_output_tensor(0).data)
+    found = np.array(request.get_output_tensor(0).data)
+    rows, _, height, width = feed["sample"].shape
+    if (len(found), *found.shape[2:]) != (rows, height, width):
+        # Sides that the UNet cannot halve as often as it wants to: the plugin then keeps the output of the call before, and
+        # does not say so.
+        raise RuntimeError(f"the UNet cannot work on {height} x {width} latents")
+    return found
 
 
 def run_decoder(request: Any, latents: Array) -> NDArray[np.uint8]:

@@ -5,9 +5,10 @@ Thread-safe; `conditions` runs in a slot, the rest in any thread.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,17 @@ from ovserve.device.noise import Array, f32
 from ovserve.profile import ModelProfile
 
 __all__ = ["Conditions", "TextSide", "guidance_embedding"]
+
+
+def _single(name: str) -> Callable[[float], float]:
+    """A function of the C library that takes and gives a float."""
+    function = getattr(ctypes.CDLL(None), name)
+    function.argtypes, function.restype = [ctypes.c_float], ctypes.c_float
+    found: Callable[[float], float] = function
+    return found
+
+
+_EXP, _SIN, _COS = _single("expf"), _single("sinf"), _single("cosf")
 
 CACHE_BYTES = 64 * 1024 * 1024  # some hundred prompts of SDXL (77 x 2048 floats), thousands of smaller models
 
@@ -144,11 +156,12 @@ class TextSide:
 def guidance_embedding(guidance_scale: float, length: int) -> Array:
     """LCM's sinusoidal embedding of the guidance scale: float32 (1, length); arXiv:2310.04378, section 4.2.
 
-    The library's float32 steps; sine and cosine in double and rounded, which is what its C library returns.
+    With the C library's own functions of single precision, as the library has it: rounding the double ones differs in a hundredth
+    of the values.
     """
     scaled = f32(f32(f32(guidance_scale) - f32(1)) * f32(1000))
     half = length // 2
     rate = f32(math.log(10000) / (half - 1))
-    angles = [float(f32(f32(math.exp(float(f32(f32(i) * -rate)))) * scaled)) for i in range(half)]
-    values = [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles] + [0.0] * (length % 2)
+    angles = [float(f32(f32(_EXP(float(f32(f32(i) * -rate)))) * scaled)) for i in range(half)]
+    values = [*map(_SIN, angles), *map(_COS, angles), *[0.0] * (length % 2)]
     return np.array([values], f32)

@@ -402,7 +402,8 @@ class Scheduler:
         self.alphas = alphas_cumprod(self.config, endpoint=name == "lcm" or name in SOLVERS)
         if self.config.rescale_betas_zero_snr and name != "ddim":
             self.alphas[-1] = f32(2.0**-24)  # sigma must stay finite; diffusers' own value
-        self._sigmas = sigmas_of(self.alphas)
+        # DDIM, PNDM and LCM need none; with zero terminal SNR, DDIM's last would be infinite.
+        self._sigmas = self.alphas if name in ("ddim", "pndm", "lcm") else sigmas_of(self.alphas)
 
     def plan(self, num_inference_steps: int, strength: float) -> Plan:
         """The walk of one picture.

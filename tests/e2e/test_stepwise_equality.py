@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ovserve.config import Resolution
+from ovserve.device.engine import Work
+from ovserve.device.noise import read_scheduler_config
+from ovserve.device.slots import Finished
+from ovserve.device.stepwise import Call, StepwiseEngine
+from ovserve.profile import ModelProfile, read_profile
+from tests.pictures import (
+    TYPES,
+    Library,
+    directory_of,
+    drive,
+    load_stepwise,
+    pixels_of,
+    settings_of,
+    with_scheduler,
+    work_of,
+)
+
+# Steps, strength and guidance that differ within one batch: rows at many timesteps, one row or two for a picture.
+WALKS = ((5, 1.0, 3.0), (9, 0.6, 1.0), (4, 1.0, 1.0), (7, 0.85, 6.5), (2, 0.99, 3.0), (1, 1.0, 2.0))
+
+
+class Bench:
+    """An engine and the library over the same model."""
+
+    def __init__(self, directory: Path, precision: str) -> None:
+        self.calls: list[Finished[Call]] = []
+        self.profile: ModelProfile = read_profile(settings_of(directory))
+        self.engine: StepwiseEngine = load_stepwise(directory, precision, self.calls.append)
+        self.library = Library(directory, precision)
+
+    def check(self, works: list[Work]) -> None:
+        """Every picture has the library's bytes."""
+        self.calls.clear()
+        for work, pixels in zip(works, pixels_of(drive(self.engine, works)), strict=True):
+            told = (work.mode, work.scheduler, work.num_inference_steps, work.strength, work.guidance_scale)
+            assert pixels.std() > 5, told
+            np.testing.assert_array_equal(pixels, self.library.picture(work), err_msg=str(told))
+
+    @property
+    def modes(self) -> list[str]:
+        return sorted(self.profile.tasks)
+
+    @property
+    def schedulers(self) -> list[str]:
+        """Those the library runs: LCM with a v-prediction model ends the process there."""
+        document = read_scheduler_config(self.profile.directory)
+        crashing = {"lcm"} if document["prediction_type"] == "v_prediction" else set()
+        return ["", *sorted((self.engine.schedulers & set(TYPES)) - crashing)]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("sd", "f32"), ("sd", "bf16"), ("lcm", "f32"), ("sdxl", "f32"), ("inpaint", "f32"), ("builtin", "bf16")],
+    ids="-".join,
+)
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    model, precision = request.param
+    made = Bench(directory_of(model), precision)
+    yield made
+    made.engine.close()
+
+
+def walks(bench: Bench, mode: str, scheduler: str, start: int = 0) -> list[Work]:
+    is_lcm = bench.profile.family == "lcm"
+    made = []
+    for place, (steps, strength, guidance_scale) in enumerate(WALKS):
+        made.append(
+            work_of(
+                bench.profile,
+                mode,
+                start + place,
+                scheduler=scheduler,
+                num_inference_steps=steps,
+                strength=1.0 if mode == "text2image" else strength,
+                guidance_scale=guidance_scale + 2.5 * is_lcm,
+            )
+        )
+    return made
+
+
+def test_pictures_of_a_mixed_batch_have_the_library_s_bytes(bench: Bench) -> None:
+    columns = [
+        walks(bench, mode, scheduler, place) for place, scheduler in enumerate(bench.schedulers) for mode in bench.modes
+    ]
+    bench.check([work for row in zip(*columns, strict=True) for work in row])
+    denoising = [call.subject for call in bench.calls if call.subject.kind == "denoise"]
+    assert any(len({row.index for row in call.rows}) > 1 and len(call.pictures) > 2 for call in denoising)
+
+
+def test_pictures_made_one_at_a_time_have_the_library_s_bytes(bench: Bench) -> None:
+    for place, scheduler in enumerate(bench.schedulers):
+        for mode in bench.modes:
+            bench.check([walks(bench, mode, scheduler, place)[place % len(WALKS)]])
+
+
+def test_several_pictures_of_one_masked_edit_are_those_of_single_calls(bench: Bench) -> None:
+    # The library refuses more than one for most models; picture k is seed + k alone.
+    first = work_of(bench.profile, "inpainting", 3, guidance_scale=4.0)
+    bench.check([replace(first, picture=k, seed=first.seed + k) for k in range(4)])
+
+
+def test_sizes_share_the_engine_and_not_their_calls(bench: Bench) -> None:
+    native = bench.profile.native
+    wide, tall = Resolution(native.width, native.height // 2), Resolution(native.width // 2, native.height + 32)
+    mode = bench.modes[0]
+    works = [work_of(bench.profile, mode, place, size=(native, wide, tall)[place % 3]) for place in range(9)]
+    bench.check(works)
+    for call in bench.calls:
+        assert len({(picture.work.width, picture.work.height) for picture in call.subject.pictures}) == 1
+
+
+def test_a_seed_is_taken_modulo_two_to_the_thirty_second(bench: Bench) -> None:
+    mode = bench.modes[0]
+    works = [work_of(bench.profile, mode, 1, seed=seed) for seed in (7, 2**32 + 7)]
+    first, second = pixels_of(drive(bench.engine, works))
+    np.testing.assert_array_equal(first, second)
+
+
+VARIANTS = {
+    "v-prediction": {"prediction_type": "v_prediction"},
+    "zero-snr": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    "trailing": {"timestep_spacing": "trailing"},
+    "linspace": {"timestep_spacing": "linspace"},
+    "linear": {"beta_schedule": "linear", "set_alpha_to_one": True, "steps_offset": 0},
+    "sigma-min": {"final_sigmas_type": "sigma_min", "beta_start": 0.0001, "beta_end": 0.02},
+    "clipped": {
+        "_class_name": "LCMScheduler",
+        "original_inference_steps": 40,
+        "clip_sample": True,
+        "timestep_scaling": 5.0,
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_configurations_have_the_library_s_bytes(variant: str, tmp_path: Path) -> None:
+    changes = VARIANTS[variant]
+    directory = with_scheduler("sd", tmp_path, **changes)
+    made = Bench(directory, "f32")
+    schedulers = {"lcm"} if variant == "clipped" else {"ddim", "pndm", "euler", "euler_ancestral"}
+    works = []
+    for place, scheduler in enumerate(sorted(schedulers)):
+        for mode in made.modes:
+            walk = walks(made, mode, scheduler, place)
+            works += [work for work in walk if variant != "trailing" or work.num_inference_steps != 9]
+    made.check(works)
+    made.engine.close()
+
+
+def test_a_step_count_that_the_library_overruns_is_served(tmp_path: Path) -> None:
+    # With trailing spacing the library takes a thirteenth step at timestep -1, and the picture is noise.
+    engine = load_stepwise(with_scheduler("builtin", tmp_path, timestep_spacing="trailing"), "bf16")
+    steps: list[tuple[int, int]] = []
+    profile = read_profile(settings_of(tmp_path))
+    work = work_of(profile, "text2image", num_inference_steps=12, on_step=lambda *step: steps.append(step))
+    near = work_of(profile, "text2image", num_inference_steps=13)
+    served, neighbour = pixels_of(drive(engine, [work, near]))
+    engine.close()
+    assert steps == [(step, 12) for step in range(1, 13)]
+    assert np.abs(served.astype(int) - neighbour).mean() < 8
+
+
+def test_sdxl_reads_its_second_prompts() -> None:
+    made = Bench(directory_of("sdxl"), "f32")
+    first = work_of(made.profile, "text2image", 1)
+    works = [
+        first,
+        replace(first, prompt_2="photo of a house"),
+        replace(first, negative_prompt_2="a dog"),
+        replace(first, negative_prompt="", prompt_2="a dog"),
+    ]
+    made.check(works)
+    pictures = pixels_of(drive(made.engine, works))
+    made.engine.close()
+    assert len({picture.tobytes() for picture in pictures}) == 4
