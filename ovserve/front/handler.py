@@ -16,7 +16,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Protocol
 
-from ovserve.api.exchange import Api, JsonReply, Reply, ServerEvent, StreamReply
+from ovserve.api.exchange import Api, FileReply, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.config import Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.spool import Spool
@@ -32,7 +32,7 @@ from ovserve.errors import (
 from ovserve.front.body import Body
 from ovserve.front.events import encode_event
 from ovserve.front.form import read_form
-from ovserve.front.head import Head, HeadParser
+from ovserve.front.head import METHODS, Head, HeadParser
 from ovserve.front.request import Request, new_request_id
 from ovserve.front.response import CONTINUE, JSON_TYPE, NO_CONTENT, Responses, error_content, error_fields
 from ovserve.front.spooled import SpooledForm
@@ -44,6 +44,8 @@ __all__ = ["Connection", "Host"]
 DRAIN_BYTES = 64 * 1024  # of an unread body: less is cheaper to receive than a new connection is to make
 CLIENT_GONE = 499  # for the log: nothing was answered
 LAST_CHUNK = b"0\r\n\r\n"
+# The answer to OPTIONS *, which asks about the server and not about a resource: RFC 9110 section 9.3.7.
+SERVER_OPTIONS = FileReply(b"", "", 204, {"Allow": ", ".join(sorted(METHODS))})
 EVENTS_TYPE = "text/event-stream"
 # Proxies hold events back unless told not to: X-Accel-Buffering is nginx's switch.
 STREAM_FIELDS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -238,7 +240,7 @@ class Connection:
                 exchange.body = Body(
                     self.transport, head, self.settings, self._send_continue if head.expects_continue else None
                 )
-            return self._write(exchange, self._host.api.answer(exchange))
+            return self._write(exchange, SERVER_OPTIONS if head.path == "*" else self._host.api.answer(exchange))
         except ApiError as error:
             if error.status >= 500:
                 log.warning("%s", error.message, extra=fields(id=exchange.id, code=error.code))

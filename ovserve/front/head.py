@@ -26,7 +26,7 @@ from ovserve.errors import (
 )
 from ovserve.front.headers import TOKEN, list_members
 
-__all__ = ["Head", "HeadParser"]
+__all__ = ["METHODS", "Head", "HeadParser"]
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # Fields of which a second line would leave the choice between two meanings to whoever reads it.

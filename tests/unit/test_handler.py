@@ -99,6 +99,11 @@ def test_an_empty_answer_has_no_framing(client: RawClient) -> None:
     assert client.send(request("/health")).read_response().status == 200
 
 
+def test_the_server_as_a_whole_has_options_too(client: RawClient) -> None:
+    response = client.send(request("*", method="OPTIONS")).read_response()
+    assert (response.status, response.fields["allow"]) == (204, "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT")
+
+
 def test_a_file_has_its_own_type_and_fields(client: RawClient) -> None:
     response = client.send(request("/file")).read_response()
     assert (response.content, response.fields["content-type"]) == (b"\x89PNG", "image/png")
