@@ -307,17 +307,29 @@ class Desk:
 
     def _device_thread(self) -> None:
         try:
-            self._engine, why = self._create_engine(self._profile, self._model)
-            self._loop = DeviceLoop(
-                self._engine, self._beat, self._deliver, self._is_wanted, self._settings.hang_limit_s
-            )
-            self._loop.load()
+            engine, why = self._create_engine(self._profile, self._model)
+            try:
+                loop = self._load(engine)
+            except ModelError as error:
+                if self._model.engine != "auto" or engine.name == "genai":
+                    raise
+                # What our own loop cannot read, the library may: an export of another layout, a device it knows better.
+                log.warning("engine %s cannot load this model, genai is tried: %s", engine.name, error)
+                why = f"{engine.name} cannot load this model: {error}"
+                engine, _ = self._create_engine(self._profile, dataclasses.replace(self._model, engine="genai"))
+                loop = self._load(engine)
         except Exception as error:  # noqa: BLE001 - whatever keeps a model from loading is told to the operator
             self._give_up(error)
-        self._send(Ready(self._engine.capacity + _SPARE_JOBS, self._engine.name, why))
-        self._loop.run()
-        self._engine.close()
+        self._engine, self._loop = engine, loop
+        self._send(Ready(engine.capacity + _SPARE_JOBS, engine.name, why[:_SHORT_TEXT_CHARS]))
+        loop.run()
+        engine.close()
         _exit(0)
+
+    def _load(self, engine: Engine) -> DeviceLoop:
+        loop = DeviceLoop(engine, self._beat, self._deliver, self._is_wanted, self._settings.hang_limit_s)
+        loop.load()
+        return loop
 
     def _give_up(self, error: Exception) -> NoReturn:
         """Tell why the model cannot be loaded, then end."""

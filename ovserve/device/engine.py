@@ -136,7 +136,11 @@ def choose_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[str, 
         return "stepwise", "configured"
     if settings.engine == "genai":
         return "genai", "configured"
-    return "genai", "serves every family"
+    if profile.family not in STEPWISE_FAMILIES:
+        return "genai", f"stepwise has no loop for family {profile.family}"
+    if "NPU" in settings.device:
+        return "genai", "NPUs want one static shape"
+    return "stepwise", "proven bit-equal for this family, and pictures share its calls"
 
 
 def is_lcm(profile: ModelProfile, scheduler: str) -> bool:

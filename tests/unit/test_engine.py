@@ -39,6 +39,12 @@ def test_the_configured_engine_is_taken(family: str, name: str) -> None:
     assert choose_engine(profile(family), ModelSettings(engine=name)) == (name, "configured")
 
 
+@pytest.mark.parametrize("family", ["stable-diffusion", "lcm", "sdxl"])
+def test_auto_takes_our_own_loop_for_unets_but_not_on_an_npu(family: str) -> None:
+    assert choose_engine(profile(family), ModelSettings())[0] == "stepwise"
+    assert choose_engine(profile(family), ModelSettings(device="CPU NPU CPU"))[0] == "genai"
+
+
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_a_transformer_is_served_by_genai_alone(family: str) -> None:
     assert choose_engine(profile(family), ModelSettings(engine="genai"))[0] == "genai"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -356,6 +357,26 @@ def test_stepwise_refuses_what_it_cannot_drive() -> None:
     model = ModelSettings(name="shapes", engine="stepwise")
     with pytest.raises(ModelError, match="flux"):
         create_engine(dataclasses.replace(read_profile(model), family="flux"), model)
+
+
+def test_what_stepwise_cannot_load_is_given_to_genai_and_told(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(builtin_directory(), model)
+    path = model / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    # Our own loop refuses an interpolation it does not compute; the library does not look at it.
+    path.write_text(json.dumps({**config, "_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"}))
+    with WorkerBench(tmp_path / "spool", ModelSettings(name="shapes", engine="auto", path=model)) as worker:
+        ready = worker.ready()
+        assert ready.engine == "genai"
+        assert "stepwise" in ready.why
+        assert worker.make(task="generation")
+
+
+def test_auto_takes_stepwise_where_it_is_proven(tmp_path: Path) -> None:
+    with WorkerBench(tmp_path / "spool", ModelSettings(name="shapes", engine="auto", threads=1, streams=2)) as worker:
+        assert worker.ready().engine == "stepwise"
+        assert worker.make(task="generation")
 
 
 def test_threads_are_set_as_configured(tmp_path: Path) -> None:
