@@ -205,6 +205,7 @@ def bare_loop(bench: Bench, model: str, fields: dict[str, str], seconds: float, 
     told = json.loads(done.stdout.splitlines()[-1])
     bench.result.add("bare generate", told["generate_s"], case=case)
     bench.result.add("bare edit", told["whole_s"], case=case)
+    bench.result.add("bare cpu", [told["cpu_s"]], case=case)
     bench.result.add(
         "bare throughput", [len(told["generate_s"]) / sum(told["generate_s"])], unit="1/s", better="higher", case=case
     )
@@ -223,7 +224,10 @@ def closed(bench: Bench) -> None:
             with bench.start(name) as server:
                 for clients in plan.clients:
                     case: Case = {"model": BUILTIN, "server": name, "workload": "closed", "clients": clients}
-                    bench.note(usual(server, plan, clients=clients), case)
+                    before = server.cpu_s()
+                    report = usual(server, plan, clients=clients)
+                    bench.note(report, case)
+                    bench.result.add("cpu", [(server.cpu_s() - before) / max(1, report.answered_in_all)], case=case)
                     bench.result.add("memory", [server.memory()], unit="bytes", case=case)
 
 
@@ -391,12 +395,14 @@ def full_size(bench: Bench) -> None:
     for side, steps, least in ((256, 4, 4), (512, 2, 2)):
         case: Case = {"model": FULL_SIZE, "side_px": side, "steps": steps}
         bare_loop(bench, FULL_SIZE, full_size_fields(side, steps), 1, least, case)
-    for name in bench.servers((*plan.full_size, *plan.single), FULL_SIZE):
+    for name in (*bench.servers(plan.full_size, FULL_SIZE), *bench.servers(plan.single, FULL_SIZE)):
         print(f"  {name}", flush=True)
         try:
             with bench.start(name, FULL_SIZE) as server:
                 for clients in (1, 2, 4) if name in plan.full_size else (1,):
-                    _full_size_load(bench, server, name, fields, clients, requests=max(3, clients))
+                    _full_size_load(
+                        bench, server, name, fields, clients, max(3, clients) if name in plan.full_size else 2
+                    )
                 if name == OURS:
                     for side in (256, 384, 512):
                         one_step = full_size_fields(side, 1)

@@ -138,13 +138,14 @@ class Sample:
 
 @dataclass(slots=True)
 class Report:
-    """What came of a load. Times in seconds; samples within the window only."""
+    """What came of a load. Times in seconds; samples within the window only, but `answered_in_all` with the warm-up."""
 
     seconds: float
     samples: list[Sample] = field(default_factory=list)
     probes: list[float] = field(default_factory=list)
     failed_probes: int = 0
     late: int = 0
+    answered_in_all: int = 0
 
     @property
     def answered(self) -> list[Sample]:
@@ -259,6 +260,7 @@ class _Run:
             samples=inside,
             probes=[latency for due, latency in self._probes if due >= begin],
             failed_probes=self._failed_probes,
+            answered_in_all=sum(sample.status == 200 for sample in samples),
             late=sum(sample.sent_s - sample.due_s > LATE_S for sample in inside) if load.rate else 0,
         )
 

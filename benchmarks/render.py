@@ -158,6 +158,7 @@ def closed(result: Result, plots: Plots) -> list[str]:
         ("Latency, median", "latency", 50.0),
         ("Latency, p99", "latency", 99.0),
         ("Health check, p99", "health check", 99.0),
+        ("CPU time of all processes for one edit", "cpu", 50.0),
         ("Memory of all processes", "memory", 50.0),
     ):
         rows = [

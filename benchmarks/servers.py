@@ -172,6 +172,15 @@ class RunningServer:
         """Bytes of all its processes, shared pages counted once."""
         return memory_of_tree(self._process.pid)
 
+    def cpu_s(self) -> float:
+        """CPU seconds that its living processes have used."""
+        ticks = 0
+        for process in tree(self._process.pid):
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{process}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])  # utime and stime, proc(5)
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     @property
     def pid(self) -> int:
         """The first process; it leads a process group of its own."""
@@ -199,20 +208,26 @@ class RunningServer:
         self.stop()
 
 
+def tree(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    found = []
+    waiting = [pid]
+    while waiting:
+        found.append(current := waiting.pop())
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            for task in Path(f"/proc/{current}/task").iterdir():
+                waiting += [int(child) for child in (task / "children").read_text("ascii").split()]
+    return found
+
+
 def memory_of_tree(pid: int) -> int:
     """Proportional set size of a process and all its descendants, in bytes."""
     total = 0
-    waiting = [pid]
-    while waiting:
-        current = waiting.pop()
-        try:
-            for task in Path(f"/proc/{current}/task").iterdir():
-                waiting += [int(child) for child in (task / "children").read_text("ascii").split()]
-            for line in Path(f"/proc/{current}/smaps_rollup").read_text("ascii").splitlines():
+    for process in tree(pid):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process}/smaps_rollup").read_text("ascii").splitlines():
                 if line.startswith("Pss:"):
                     total += int(line.split()[1]) * 1024
-        except OSError:
-            continue  # it has ended meanwhile
     return total
 
 

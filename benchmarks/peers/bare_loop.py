@@ -46,11 +46,13 @@ def main() -> None:
         if index == 0:  # the first inference repacks weights
             end = done + options.seconds
             first = done - began
+            cpu_before = time.process_time()
         else:
             generate_s.append(after - before)
             whole_s.append(done - start)
         index += 1
-    told = {"load_s": loaded - began, "first_s": first, "generate_s": generate_s, "whole_s": whole_s}
+    cpu_s = (time.process_time() - cpu_before) / len(whole_s)
+    told = {"load_s": loaded - began, "first_s": first, "cpu_s": cpu_s, "generate_s": generate_s, "whole_s": whole_s}
     print(json.dumps(told))
 
 
