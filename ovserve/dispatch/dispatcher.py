@@ -49,6 +49,7 @@ from ovserve.logs import fields
 __all__ = ["Dispatcher", "ModelStatus"]
 
 _TURN_S = 1.0  # the loop turns at least this often, so that `turned_at` tells a living dispatcher
+_END_TIMEOUT_S = 10.0  # for the thread to settle what is left; it takes milliseconds
 _NOT_READY_RETRY_S = 5  # a small model loads within seconds, a large one within a few tries
 
 log = logging.getLogger(__name__)
@@ -213,7 +214,9 @@ class Dispatcher:
         self.drain()
         self._is_closing = True
         self._wake()
-        self._thread.join()
+        self._thread.join(_END_TIMEOUT_S)
+        if self._thread.is_alive():
+            log.error("the dispatcher's thread does not end")
 
     # --- under the lock -----------------------------------------------------------------------------------------------
 

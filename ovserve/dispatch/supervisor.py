@@ -16,6 +16,7 @@ Laws of this file:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -152,6 +153,11 @@ class Supervisor:
         self._wake()
         if self._thread.is_alive():
             self._thread.join(deadline.remaining() + 2 * self._settings.terminate_timeout_s)
+        for name, pid in self.worker_pids().items():
+            # The thread did not manage. Left alive, they would keep multiprocessing from letting the interpreter end.
+            log.error("worker left over", extra=fields(worker=name, pid=pid))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     # --- the supervisor thread ----------------------------------------------------------------------------------------
 

@@ -57,6 +57,26 @@ def test_job_that_kills_two_workers_is_the_clients_to_hear_of(
     assert picture_of(live.edit(client, "echo afterwards")) == TINY_PNG
 
 
+LIES = ["garbage", "wrong", "too large", "absurd", "unannounced", "unasked", "short"]
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_worker_that_breaks_the_protocol_costs_nobody_an_answer(
+    live: FaultServer, client: httpx.Client, tmp_path: Path, lie: str
+) -> None:
+    before = set(live.workers())
+    reply = live.generate(client, f"once {tmp_path / 'lied'} {lie}", seed=1)
+    assert picture_of(reply) == f"once {tmp_path / 'lied'} {lie}|1".encode()
+    live.until(lambda: len(before & set(live.workers())) == 1)
+    assert live.logged("worker killed", "it broke the protocol")
+
+
+def test_worker_that_answers_twice_is_believed_once_and_replaced(live: FaultServer, client: httpx.Client) -> None:
+    before = set(live.workers())
+    assert picture_of(live.generate(client, "twice", seed=1)) == b"twice|1"
+    live.until(lambda: len(before & set(live.workers())) == 1)
+
+
 def test_stream_goes_on_with_another_worker_and_tells_each_picture_once(
     live: FaultServer, client: httpx.Client, tmp_path: Path
 ) -> None:

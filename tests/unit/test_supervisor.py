@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -226,3 +228,31 @@ def test_two_houses_share_a_spool_directory(tmp_path: Path) -> None:
     with ToyHouse(tmp_path) as one, ToyHouse(tmp_path) as two:
         assert one.ask("echo").state is State.DONE
         assert two.ask("echo").state is State.DONE
+
+
+def test_watchdog_goes_hungry_when_the_dispatcher_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "300000")
+        monkeypatch.delenv("WATCHDOG_PID", raising=False)
+        go_on = threading.Event()
+        with ToyHouse(tmp_path / "spool") as house:
+            wake = house.dispatcher.on_change
+            house.dispatcher.on_change = lambda: assert_called(go_on.wait(PATIENCE_S))
+            os.kill(house.pids()[0], signal.SIGKILL)
+            manager.settimeout(2.0)
+            fed_s, started = 0.0, time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                while fed_s < PATIENCE_S:
+                    manager.recv(100)
+                    fed_s = time.monotonic() - started
+            assert 3.0 < fed_s < PATIENCE_S  # a dispatcher may be late; then nothing comes for six intervals and more
+            house.dispatcher.on_change = wake
+            go_on.set()
+            manager.settimeout(PATIENCE_S)
+            assert manager.recv(100) == b"WATCHDOG=1"
+
+
+def assert_called(value: bool) -> None:
+    assert value

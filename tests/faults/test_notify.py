@@ -1,0 +1,63 @@
+"""What systemd is told by the whole server, over a real notify socket."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faultserver import PATIENCE_S, FaultServer
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        listener.settimeout(PATIENCE_S)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        yield listener
+
+
+def heard(manager: socket.socket) -> dict[str, str]:
+    """The next datagram that is not the watchdog's."""
+    while True:
+        told = dict(line.split("=", 1) for line in manager.recv(65536).decode().split("\n"))
+        if "WATCHDOG" not in told:
+            return told
+
+
+def test_service_tells_its_life(tmp_path: Path, manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "900000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    with FaultServer(tmp_path / "spool", told={"load_s": 0.5}) as server:
+        told = heard(manager)
+        assert told["READY"] == "1"
+        assert "ovserve-builtin" in told["STATUS"]
+        assert server.logged("worker ready")
+        fed = 0
+        until = time.monotonic() + PATIENCE_S
+        while fed < 3:
+            fed += manager.recv(65536) == b"WATCHDOG=1"
+            assert time.monotonic() < until
+        server.signal(signal.SIGHUP)
+        told = heard(manager)
+        assert told["RELOADING"] == "1"
+        assert int(told["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+        assert heard(manager)["READY"] == "1"
+        server.signal(signal.SIGTERM)
+        assert heard(manager)["STOPPING"] == "1"
+        assert server.wait() == 0
+
+
+def test_service_that_cannot_load_its_model_is_never_ready(tmp_path: Path, manager: socket.socket) -> None:
+    with FaultServer(tmp_path / "spool", told={"load": "fail no such device"}, wait_ready=False) as server:
+        assert server.wait() == 2
+    manager.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while told := manager.recv(65536):
+            assert b"READY" not in told
