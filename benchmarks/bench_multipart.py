@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -193,34 +194,39 @@ def receive_memory(receiver: Receiver, _: Any) -> None:
 
 
 def receive_segment(receiver: Receiver, spool: Any) -> None:
-    """Into a segment that grows as `read_form` makes it grow, unparsed."""
+    """Into a segment that grows as `read_form` makes it grow, unparsed and unchecked."""
     segment = spool.borrow(receiver.size)
     filled = 0
     while filled < receiver.size:
         if filled >= segment.reserved:
-            segment.reserve(min(receiver.size, filled + 256 * 1024))
-        stop = min(segment.reserved, receiver.size, filled + 256 * 1024)
-        filled += receiver.connection.recv_into(segment.view[filled:stop])
+            segment.reserve(min(receiver.size, filled + min(max(filled, 256 * 1024), MIB)))
+        stop = min(segment.reserved, receiver.size, filled + MIB)
+        filled += receiver.connection.recv_into(segment.view[filled:stop], 0, socket.MSG_WAITALL)
     segment.release()
 
 
 def receive_ovserve(receiver: Receiver, spool: Any) -> None:
     """The server's own way, from its transport to a form with an upload."""
-    from ovserve.config import Settings
     from ovserve.front.body import Body
     from ovserve.front.form import read_form
-    from ovserve.front.head import HeadParser
     from ovserve.front.transport import Transport
 
-    settings = Settings()
-    head = HeadParser(settings).parse(
-        f"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {receiver.size}\r\n\r\n".encode()
-    )
-    assert head
+    settings, head = announced(receiver.size)
     body = Body(Transport(receiver.connection, settings.write_timeout_s), head, settings)
     form = read_form(body, CONTENT_TYPE, spool, settings)
     assert form.uploads[0].size >= receiver.size - 1000
     form.release()
+
+
+@functools.cache
+def announced(size: int) -> tuple[Any, Any]:
+    """Settings, and the head of a request with a body of this size."""
+    from ovserve.config import Settings
+    from ovserve.front.head import HeadParser
+
+    settings = Settings()
+    text = f"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {size}\r\n\r\n"
+    return settings, HeadParser(settings).parse(text.encode())
 
 
 def receive_multipart_push(receiver: Receiver, _: Any) -> None:

@@ -219,27 +219,29 @@ class MultipartParser:
         many small fields is parsed in a third of the time.
         """
         delimiter, append, base = self._delimiter, self._events.append, self._base
-        while self._number < self._max_parts:
+        number, most, length = self._number, self._max_parts, len(self._delimiter)
+        while number < most:
             match = _USUAL_HEAD.match(window, position)
             if not match or match.end() - position - 2 > self._max_head:
                 break
-            self._number += 1
+            number += 1
             position = match.end()
+            begun_at = base + position
             name, filename, kind = match.groups()
-            head = (
-                name.decode(),
-                filename if filename is None else filename.decode(),
-                kind if kind is None else kind.decode(),
-            )
-            append(_new(PartBegin, (self._number, base + position, *head, "binary")))
+            if filename is not None:
+                filename = filename.decode()
+            if kind is not None:
+                kind = kind.decode()
+            append(_new(PartBegin, (number, begun_at, name.decode(), filename, kind, "binary")))
             end = window.find(delimiter, position, position + SMALL_BYTES)
             if end < 0:
-                self._open_part(base + position, None)
+                self._open_part(begun_at, None)
                 break
             if end > position:
-                append(_new(PartData, (base + position, window[position:end])))
-            append(_new(PartEnd, (self._number, base + end, end - position)))
-            position = end + len(delimiter)
+                append(_new(PartData, (begun_at, window[position:end])))
+            append(_new(PartEnd, (number, base + end, end - position)))
+            position = end + length
+        self._number = number
         return position
 
     def _skip_padding(self, window: bytes, position: int) -> int:
