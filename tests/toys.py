@@ -22,6 +22,7 @@ absurd              announces more bytes than any picture has
 unannounced         claims a picture that it never announced
 unasked             announces a picture number that was not asked for
 short               says done without a picture
+unprepared          says done without ever having said that the job is prepared
 deaf                holds on to its job when cancelled and never answers
 once PATH COMMAND   does COMMAND unless PATH exists, which it makes first; then echoes
 
@@ -246,7 +247,10 @@ def misbehave(job: _ToyJob, command: str) -> bool:
         os.write(job.end.reports.fileno(), b"\x80\x04 no message of ours\n")
     elif command == "wrong":
         send(Done("a-job-of-somebody-else", 0, 0, 0))
+    elif command == "unprepared":
+        job.finish()
     elif command == "twice":
+        job.prepare()
         job.finish()
         send(Done(job.id, 0, 0, 0))
     elif command == "too large":

@@ -135,8 +135,10 @@ class Reports:
             error = from_wire(message.error)
             self._settle(job, State.EXPIRED if isinstance(error, DeadlineExceeded) else State.FAILED, error)
             return
-        if not job.is_settled and len(job.results) < job.request.n:
-            raise LinkGarbage(f"done with {len(job.results)} of {job.request.n} pictures")
+        if not job.is_settled and (job.prepared is None or len(job.results) < job.request.n):
+            raise LinkGarbage(
+                f"done with {len(job.results)} of {job.request.n} pictures, prepared: {job.prepared is not None}"
+            )
         worker.release(job.id, has_failed=False)
         timings = job.timings
         timings.prepare_ms, timings.denoise_ms = message.prepare_ms, message.denoise_ms

@@ -57,7 +57,7 @@ def test_job_that_kills_two_workers_is_the_clients_to_hear_of(
     assert picture_of(live.edit(client, "echo afterwards")) == TINY_PNG
 
 
-LIES = ["garbage", "wrong", "too large", "absurd", "unannounced", "unasked", "short"]
+LIES = ["garbage", "wrong", "too large", "absurd", "unannounced", "unasked", "short", "unprepared"]
 
 
 @pytest.mark.parametrize("lie", LIES)

@@ -90,7 +90,7 @@ class FakeWorker:
             assert isinstance(message, Message)
 
     def deliver(self, job: str, picture: int = 0, data: bytes = b"picture", partial: int = -1) -> None:
-        self.say(Need(job, picture, len(data), partial))
+        self.say(Prepared(job, "image2image", 8, 8, 1, 1, 1, 1), Need(job, picture, len(data), partial))
         room = self.expect(Room)
         fill(room.path, data)
         self.say(Picture(job, picture, 40 + picture, len(data), partial))
@@ -898,7 +898,7 @@ def test_many_threads_admit_and_cancel_without_losing_a_job(house: House) -> Non
             except queue.Empty:
                 continue
             if isinstance(message, Run):
-                worker.say(Need(message.job, 0, 3))
+                worker.say(Prepared(message.job, "image2image", 8, 8, 1, 1, 1, 1), Need(message.job, 0, 3))
             elif isinstance(message, Room) and message.path:
                 try:
                     fill(message.path, b"abc")
