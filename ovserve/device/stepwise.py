@@ -78,6 +78,7 @@ class StepwiseEngine:
     Args:
         profile, settings: the model, and how the operator wants it run.
         trace: called with each call that has ended, for tests and benchmarks: what shared a call, when, and where.
+        components: the models; left out, those of the profile's directory.
     """
 
     name = "stepwise"
@@ -87,13 +88,14 @@ class StepwiseEngine:
         profile: ModelProfile,
         settings: ModelSettings,
         trace: Callable[[Finished[Call]], None] | None = None,
+        components: Components | None = None,
     ) -> None:
         self.capacity = 1
         self.schedulers: frozenset[str] = frozenset()
         self._profile = profile
         self._settings = settings
         self._trace = trace
-        self._components = Components(profile, settings)
+        self._components = components or Components(profile, settings)
         self._schedulers: dict[str, Scheduler] = {}
         self._encodes: deque[Picture] = deque()
         self._ready: deque[Picture] = deque()
