@@ -108,7 +108,7 @@ def test_curl_with_a_body_that_it_announces_first(server: LiveServer, data: Path
 
 
 def test_a_full_queue_is_429_and_the_client_waits_as_told(tmp_path: Path) -> None:
-    with LiveServer("--queue_limit", "1", spool=tmp_path) as live:
+    with LiveServer("--queue_limit", "1", "--engine", "genai", spool=tmp_path) as live:
         slow = {"num_inference_steps": 40}
         outcomes: list[str] = []
         waits: list[str] = []

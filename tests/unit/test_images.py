@@ -313,3 +313,13 @@ def test_flatten_leaves_opaque_pixels_alone_and_shows_clear_ones_white() -> None
 def test_flatten_mixes_by_alpha() -> None:
     pixels = np.array([[[0, 100, 255, 128]]], np.uint8)
     assert flatten(pixels)[0, 0].tolist() == [127, 177, 255]
+
+
+def test_a_png_whose_pixels_were_overwritten_is_refused(data: Path) -> None:
+    whole = (data / "red_circle.png").read_bytes()
+    with pytest.raises(ImageError, match="image"):
+        decode_image(whole[:200] + bytes(400), "image", Limits(10**6, 10**4))
+    damaged = bytearray(whole)
+    damaged[600] ^= 1
+    with pytest.raises(ImageError, match="image"):
+        decode_image(bytes(damaged), "image", Limits(10**6, 10**4))
