@@ -57,7 +57,12 @@ class Server:
         resource_tracker.ensure_running()  # its start unblocks SIGINT and SIGTERM in this thread: before ours, not after
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         catalog = read_catalog(settings)
-        self._spool = Spool(settings.spool_dir or default_directory(), settings.spool_bytes)
+        self._spool = Spool(
+            settings.spool_dir or default_directory(),
+            settings.spool_bytes,
+            settings.spool_fallback_dir,
+            settings.spool_warm_bytes,
+        )
         try:
             self._dispatcher = Dispatcher(self._spool, settings)
             self._supervisor = Supervisor(settings, _profiles(catalog), self._dispatcher, worker.main)
