@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from tests.live import LiveServer, is_alive
+from tests.live import LiveServer, command_of, is_alive
 
 PATIENCE_S = 30.0
 TINY_PNG = base64.b64decode(
@@ -90,6 +91,10 @@ class FaultServer(LiveServer):
         """Wait until it holds no more than before."""
         self.until(lambda: _fits(self.holdings(), before))
 
+    def workers(self) -> list[int]:
+        """Process ids of the workers. From every process's parent: the kernel's lists of children skip some while others end."""
+        return [pid for pid in _children(self.process.pid) if "spawn_main" in command_of(pid)]
+
     def kill_worker(self, pid: int | None = None, number: int = signal.SIGKILL) -> int:
         """Signal a worker, the first unless told; its pid."""
         pid = pid or self.workers()[0]
@@ -99,6 +104,15 @@ class FaultServer(LiveServer):
     def logged(self, *words: str) -> list[str]:
         """The log lines with all these words."""
         return [line for line in list(self.log) if all(word in line for word in words)]
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(path.parent.name))
+    return sorted(found)
 
 
 def _fits(now: Holdings, before: Holdings) -> bool:
