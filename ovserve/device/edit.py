@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from ovserve import __version__
 from ovserve.config import ModelSettings, Resolution, Settings
 from ovserve.device.engine import Engine, Work, check_served, is_lcm
@@ -22,7 +24,7 @@ from ovserve.dispatch.spool import Blob, open_blob
 from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.profile import ModelProfile, least_strength, steps_run
 
-__all__ = ["Edit", "prepare", "seed_of"]
+__all__ = ["Edit", "check_steps", "prepare", "seed_of"]
 
 SEED_RANGE = 2**32  # the library takes seeds modulo this
 PREVIEW_SIDE_PX = 512  # a preview is looked at for a second: no need for every pixel
@@ -317,4 +319,10 @@ def check_steps(request: ImageRequest, mode: str, strength: float, profile: Mode
             f"the smallest strength that works is {least_strength(count):g}",
             param="strength",
         )
-    return steps
+    if mode != "text2image" and profile.family in ("sd3", "flux"):
+        # Flow matching counts the steps that are left out, and cuts those: what is run is rounded up.
+        return count - int(np.float32(count) - np.float32(count) * np.float32(strength))
+    is_pndm = (request.scheduler or profile.scheduling.name.lower()) == "pndm"
+    return (
+        steps + 1 if is_pndm and count > 1 else steps
+    )  # its second step is taken twice (arXiv:2202.09778, as diffusers has it)

@@ -201,6 +201,23 @@ def test_an_lcm_without_a_timestep_to_run(tmp_path: Path) -> None:
     assert made(engine, work(mode="image2image", initial_image=CIRCLE, strength=0.08, num_inference_steps=4)).any()
 
 
+SMALL = "options.update(width=64, height=64)\nimage = ov.Tensor(np.zeros((1, 64, 64, 3), np.uint8))\n"
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize(
+    "call", ['text2image.generate("a", **options)', 'image2image.generate("a", image, strength=1.0, **options)']
+)
+def test_a_derived_transformer_pipeline_has_no_scheduler(kind: str, call: str) -> None:
+    settings = fixture(kind)
+    died = bare(SMALL + call, settings.path)
+    assert died.returncode == -signal.SIGSEGV
+    engine = loaded(read_profile(settings), settings)
+    gray = np.full((64, 64, 3), 127, np.uint8)
+    for mode, image in (("text2image", None), ("image2image", gray)):
+        assert made(engine, work(mode=mode, initial_image=image, width=64, height=64)).shape == (64, 64, 3)
+
+
 def test_two_threads_in_pipelines_of_one_model_collide(worker: WorkerBench) -> None:
     collided = bare(
         """
@@ -341,6 +358,35 @@ def test_a_failure_inside_a_network_stays_in_it() -> None:
     engine = loaded(read_profile(settings), settings)
     assert refusal(engine, work(width=72, height=56)).status == 500
     assert made(engine, work(width=64, height=64)).shape == (64, 64, 3)
+
+
+def bare_sd3() -> Any:
+    pipeline = og.Text2ImagePipeline(str(fixture("sd3").path))
+    pipeline.compile("CPU")
+    return pipeline
+
+
+SD3: dict[str, Any] = {**SETTINGS, "width": 64, "height": 64, "num_inference_steps": 2}
+
+
+def test_guidance_of_an_sd3_is_frozen_by_its_first_picture() -> None:
+    pipeline = bare_sd3()
+    assert pipeline.generate("a", **SD3).shape
+    with pytest.raises(RuntimeError, match="must be the same"):
+        pipeline.generate("a", **{**SD3, "guidance_scale": 1.0})
+    settings = fixture("sd3")
+    engine = loaded(read_profile(settings), settings)
+    assert refusal(engine, work(width=64, height=64, guidance_scale=1.0)).param == "guidance_scale"
+
+
+def test_the_sequence_length_of_a_t5_is_frozen_by_its_first_picture() -> None:
+    pipeline = bare_sd3()
+    assert pipeline.generate("a", **SD3).shape
+    with pytest.raises(RuntimeError, match="max_sequence_length"):
+        pipeline.generate("a", max_sequence_length=64, **SD3)
+    settings = fixture("sd3")
+    engine = loaded(read_profile(settings), settings)
+    assert refusal(engine, work(width=64, height=64, max_sequence_length=64)).param == "max_sequence_length"
 
 
 # --- calls that quietly do something else -----------------------------------------------------------------------------

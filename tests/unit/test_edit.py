@@ -176,6 +176,22 @@ def test_lcm_counts_its_steps_on_a_longer_schedule(blob: Lay) -> None:
     refused(InvalidValue, "strength", "0.08", profile=lcm, images=image, num_inference_steps=4, strength=0.0)
 
 
+def test_pndm_takes_one_step_more(blob: Lay) -> None:
+    pndm = dataclasses.replace(WIDE, scheduling=dataclasses.replace(PROFILE.scheduling, name="PNDM"))
+    image = (blob(png(noise(64, 64))),)
+    assert edit(pndm, task="generation", num_inference_steps=4).steps == 5
+    assert edit(pndm, images=image, num_inference_steps=4, strength=0.6).steps == 3
+    assert edit(pndm, task="generation", num_inference_steps=1).steps == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "run"), [(5, 0.5, 3), (4, 0.6, 3), (10, 0.1, 1), (10, 0.7, 7), (4, 1.0, 4)]
+)
+def test_flow_matching_rounds_up(blob: Lay, steps: int, strength: float, run: int) -> None:
+    flux = dataclasses.replace(WIDE, family="flux")
+    assert edit(flux, images=(blob(png(noise(64, 64))),), num_inference_steps=steps, strength=strength).steps == run
+
+
 def test_an_unknown_scheduler_is_refused_with_the_names_there_are() -> None:
     refused(InvalidValue, "scheduler", "ddim, lcm", task="generation", scheduler="heun")
     assert edit(task="generation", scheduler="ddim").work("j", 0).scheduler == "ddim"
