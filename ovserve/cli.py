@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ovserve import __version__
-from ovserve.config import ENVIRONMENT_PREFIX, ModelSettings, Option, Settings, load_settings, options_of
+from ovserve.config import ModelSettings, Option, Settings, options_of
 from ovserve.errors import StartupError
 from ovserve.logs import configure_logs
+from ovserve.options import ENVIRONMENT_PREFIX, load_settings
 from ovserve.server import Server
 
 __all__ = ["EXIT_OK", "EXIT_STARTUP", "main", "parse_arguments"]

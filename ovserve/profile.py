@@ -108,6 +108,10 @@ _FAMILIES: dict[str, tuple[str, Defaults]] = {
 _T5: dict[str, tuple[str, int]] = {"sd3": ("text_encoder_3", 256), "flux": ("text_encoder_2", 512)}
 
 
+INPAINTING_CHANNELS = 9  # latents, mask, and the masked image's latents
+_FLOW_MATCHING = Scheduling("FlowMatchEulerDiscrete", 1000, "linspace", 50)
+
+
 def builtin_directory() -> Path:
     """Where the built-in model lies inside the installed package."""
     return Path(str(files("ovserve") / "builtin"))
@@ -173,75 +177,75 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
         raise ModelError(f"{directory}: no such directory")
     index = _read_json(directory / "model_index.json", "the model index")
     family, defaults = _family(str(index.get("_class_name", "")), directory)
-    denoiser = "transformer" if (directory / "transformer").is_dir() else "unet"
-    denoiser_config = _read_json(_check_component(directory, denoiser) / "config.json", "the denoiser's configuration")
-    vae_config = _read_json(_check_component(directory, "vae_decoder") / "config.json", "the VAE's configuration")
-    text_config = _read_json(
-        _check_component(directory, "text_encoder") / "config.json", "the text encoder's configuration"
-    )
+    is_transformer = (directory / "transformer").is_dir()
+    denoiser = _component_config(directory, "transformer" if is_transformer else "unet", "the denoiser's configuration")
+    vae = _component_config(directory, "vae_decoder", "the VAE's configuration")
+    text = _component_config(directory, "text_encoder", "the text encoder's configuration")
     _check_component(directory, "tokenizer", "openvino_tokenizer")
-    has_encoder = (directory / "vae_encoder").is_dir()
-    if has_encoder:
-        _check_component(directory, "vae_encoder")
+    inpainting_unet = not is_transformer and int(_number(denoiser, "in_channels", 4)) == INPAINTING_CHANNELS
     declared = _read_json(directory / "ovserve.json", "") if (directory / "ovserve.json").is_file() else {}
 
-    channels = int(_number(denoiser_config, "in_channels", 4))
-    inpainting_unet = denoiser == "unet" and channels == 9
-    tasks = (
-        {"inpainting"}
-        if inpainting_unet
-        else {"text2image", "image2image", "inpainting"}
-        if has_encoder
-        else {"text2image"}
-    )
-    blocks = vae_config.get("block_out_channels")
+    blocks = vae.get("block_out_channels")
     vae_scale = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
-    multiple = vae_scale * (2 if denoiser == "transformer" else 1)
-    sample = int(_number(denoiser_config, "sample_size", 128 if denoiser == "transformer" else 64))
-    side = sample * vae_scale
+    multiple = vae_scale * (2 if is_transformer else 1)  # transformers take latents in patches of two
+    side = int(_number(denoiser, "sample_size", 128 if is_transformer else 64)) * vae_scale
     sizes = declared.get("sizes", {})
-    native = Resolution.parse(sizes["native"]) if "native" in sizes else Resolution(side, side)
-    lcm_scheduler = family == "lcm"
-    scheduling = (
-        _scheduling(directory, index)
-        if denoiser == "unet"
-        else Scheduling("FlowMatchEulerDiscrete", 1000, "linspace", 50)
-    )
-    own = declared.get("defaults", {})
-    defaults = Defaults(
-        num_inference_steps=settings.default_num_inference_steps
-        or int(_number(own, "num_inference_steps", defaults.num_inference_steps)),
-        guidance_scale=settings.default_guidance_scale
-        if settings.default_guidance_scale is not None
-        else float(_number(own, "guidance_scale", defaults.guidance_scale)),
-        strength=settings.default_strength
-        if settings.default_strength is not None
-        else float(_number(own, "strength", defaults.strength)),
-        strength_inpainting=float(_number(own, "strength_inpainting", defaults.strength_inpainting)),
-        strength_variation=float(_number(own, "strength_variation", defaults.strength_variation)),
-    )
-    t5_encoder, t5_tokens = _T5.get(family, ("", 0))
-    if not t5_encoder or not (directory / t5_encoder).is_dir():
-        t5_tokens = 0
     profile = ModelProfile(
         name=settings.name,
         directory=directory,
         family=family,
-        tasks=frozenset(tasks),
+        tasks=_tasks(directory, inpainting_unet=inpainting_unet),
         inpainting_unet=inpainting_unet,
         side_multiple_px=multiple,
-        native=native,
+        native=Resolution.parse(sizes["native"]) if "native" in sizes else Resolution(side, side),
         min_side_px=int(_number(sizes, "min_side_px", max(multiple, side // 2))),
         max_side_px=int(_number(sizes, "max_side_px", max(side * 2, multiple))),
-        prompt_tokens=t5_tokens or int(_number(text_config, "max_position_embeddings", 77)),
+        prompt_tokens=_prompt_tokens(directory, family, text),
         text_encoders=sum((directory / part).is_dir() for part in ("text_encoder", "text_encoder_2", "text_encoder_3")),
-        takes_negative_prompt=family in ("stable-diffusion", "sdxl", "sd3") and not lcm_scheduler,
-        scheduling=scheduling,
-        defaults=defaults,
+        takes_negative_prompt=family in ("stable-diffusion", "sdxl", "sd3"),
+        scheduling=_FLOW_MATCHING if is_transformer else _scheduling(directory, index),
+        defaults=_defaults(defaults, declared.get("defaults", {}), settings),
         presets=declared.get("presets", {}),
     )
     _check_defaults(profile, settings)
     return profile
+
+
+def _component_config(directory: Path, name: str, what: str) -> dict[str, Any]:
+    return _read_json(_check_component(directory, name) / "config.json", what)
+
+
+def _tasks(directory: Path, *, inpainting_unet: bool) -> frozenset[str]:
+    """What the components can do together. Raises ModelError for a VAE encoder without its weights."""
+    has_encoder = (directory / "vae_encoder").is_dir()
+    if has_encoder:
+        _check_component(directory, "vae_encoder")
+    if inpainting_unet:
+        return frozenset(("inpainting",))
+    return frozenset(("text2image", "image2image", "inpainting") if has_encoder else ("text2image",))
+
+
+def _prompt_tokens(directory: Path, family: str, text: dict[str, Any]) -> int:
+    """The window of the encoder that reads the whole prompt: T5 where the family and the directory have one."""
+    t5_encoder, t5_tokens = _T5.get(family, ("", 0))
+    if t5_encoder and (directory / t5_encoder).is_dir():
+        return t5_tokens
+    return int(_number(text, "max_position_embeddings", 77))
+
+
+def _defaults(known: Defaults, declared: dict[str, Any], settings: ModelSettings) -> Defaults:
+    """The operator's, else the directory's own, else the family's."""
+
+    def chosen(operator: float | None, name: str) -> float:
+        return operator if operator is not None else float(_number(declared, name, getattr(known, name)))
+
+    return Defaults(
+        num_inference_steps=int(chosen(settings.default_num_inference_steps, "num_inference_steps")),
+        guidance_scale=chosen(settings.default_guidance_scale, "guidance_scale"),
+        strength=chosen(settings.default_strength, "strength"),
+        strength_inpainting=chosen(None, "strength_inpainting"),
+        strength_variation=chosen(None, "strength_variation"),
+    )
 
 
 def _check_defaults(profile: ModelProfile, settings: ModelSettings) -> None:

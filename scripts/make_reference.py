@@ -13,9 +13,10 @@ from typing import Any
 
 from ovserve.api.fields import EXCLUSIONS, FIELDS
 from ovserve.api.routes import ROUTES
-from ovserve.config import ENVIRONMENT_PREFIX, ModelSettings, Settings, options_of
+from ovserve.config import ModelSettings, Settings, options_of
 from ovserve.errors import ApiError
 from ovserve.metrics import Metrics
+from ovserve.options import ENVIRONMENT_PREFIX
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 

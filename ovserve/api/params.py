@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -244,8 +244,26 @@ def parse_parameters(
             f"Model '{model.name}' is an inpainting model: it cannot make a picture from a prompt alone.", param="model"
         )
     strength = _strength(endpoint, resolved, spelled, model, mask)
+    request = _request(endpoint, resolved, strength, images, mask)
+    return Parameters(
+        request=request,
+        model=model,
+        stream=resolved["stream"],
+        partial_images=resolved["partial_images"],
+        response_format=resolved["response_format"],
+        quality=resolved["quality"],
+        timeout_s=min(resolved["timeout_s"], settings.max_timeout_s),
+        safety_identifier=resolved["safety_identifier"] or resolved["user"],
+        moderation=bool(resolved["moderation"]),
+    )
+
+
+def _request(
+    endpoint: str, resolved: Mapping[str, Any], strength: float | None, images: Sequence[Upload], mask: Upload | None
+) -> ImageRequest:
+    """The record for the worker, from every field's value."""
     size = resolved["size"] or Resolution(0, 0)
-    request = ImageRequest(
+    return ImageRequest(
         task=endpoint,
         prompt=resolved["prompt"],
         negative_prompt=resolved["negative_prompt"],
@@ -275,17 +293,6 @@ def parse_parameters(
         partial_images=resolved["partial_images"],
         progress=resolved["stream"],
         shortcuts=resolved["shortcuts"],
-    )
-    return Parameters(
-        request=request,
-        model=model,
-        stream=resolved["stream"],
-        partial_images=resolved["partial_images"],
-        response_format=resolved["response_format"],
-        quality=resolved["quality"],
-        timeout_s=min(resolved["timeout_s"], settings.max_timeout_s),
-        safety_identifier=resolved["safety_identifier"] or resolved["user"],
-        moderation=bool(resolved["moderation"]),
     )
 
 

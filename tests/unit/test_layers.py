@@ -17,7 +17,8 @@ HALL = {"errors", "deadline", "logs", "metrics", "systemd", "config", "profile"}
 # What each place may import of ovserve, beside the hall and its own room.
 MAY: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "cli": {"server"},
+    "cli": {"server", "options"},
+    "options": set(),
     "server": {"front", "api", "dispatch", "device.worker"},
     "front": {"api", "dispatch.spool"},
     "api": {"dispatch"},

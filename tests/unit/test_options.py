@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.config import ModelSettings, Resolution, Settings, load_settings, options_of
+from ovserve.config import ModelSettings, Resolution, Settings, options_of
 from ovserve.errors import SettingsError
+from ovserve.options import load_settings
 
 
 def test_defaults_serve_the_builtin_model_on_loopback() -> None:
