@@ -15,6 +15,7 @@ from ovserve.device.engine import Work
 from ovserve.device.noise import Array, f32
 from ovserve.device.prompts import Conditions
 from ovserve.device.schedulers import History, Plan
+from ovserve.device.shortcuts import EXACT, Shortcuts
 
 __all__ = ["Blend", "Draw", "Picture", "Start", "latent_mask"]
 
@@ -67,7 +68,8 @@ class Picture:
 
     Attributes:
         index: steps done.
-        predictions: of the rows of the step in flight, in order, as they come in.
+        predictions: of the rows of the step in flight, by place, as they come in.
+        difference: what the prompt made of the prediction when both rows were last computed.
         is_solo: it shares no call.
         is_ended: it failed; what is still under way for it is dropped.
     """
@@ -81,6 +83,8 @@ class Picture:
     clean: Array | None = None
     history: History = ()
     predictions: dict[int, Array] = field(default_factory=dict)
+    difference: Array | None = None
+    shortcuts: Shortcuts = EXACT
     is_solo: bool = False
     is_ended: bool = False
 
@@ -95,9 +99,16 @@ class Picture:
         return self.index == self.steps
 
     @property
+    def places(self) -> tuple[int, ...]:
+        """Which rows of the conditions the next step needs: without and with the prompt, or with it alone."""
+        if self.ready.conditions.rows == 1:
+            return (0,)
+        return (0, 1) if self.shortcuts.needs_both_rows(self.index, self.steps) else (1,)
+
+    @property
     def rows(self) -> int:
-        """Rows in each UNet call: 2 with guidance."""
-        return self.ready.conditions.rows
+        """Rows in the next UNet call."""
+        return len(self.places)
 
     @property
     def ready(self) -> Start:
@@ -124,10 +135,7 @@ class Picture:
     def advance(self) -> None:
         """One step with the predictions of all rows."""
         ready, index = self.ready, self.index
-        prediction = self.predictions[0]
-        if self.rows == 2:
-            # arXiv:2207.12598, equation 6, in the form u + g (c - u).
-            prediction = prediction + f32(self.work.guidance_scale) * (self.predictions[1] - prediction)
+        prediction = self._guided()
         self.predictions = {}
         noise = ready.draw(self.latents.shape) if self.plan.draws_noise(index) else None
         found = self.plan.step(prediction, self.latents, index, self.history, noise)
@@ -138,6 +146,19 @@ class Picture:
             self.clean = ready.blend.over(ready.blend.image, found.clean)
         # Where a scheduler names what to decode, the library decodes that, unblended; the kept part is pasted back in pixels.
         self.decoded = self.latents if found.decoded is None else found.decoded
+
+    def _guided(self) -> Array:
+        """The prediction that the scheduler steps with: arXiv:2207.12598, equation 6, in the form u + g (c - u)."""
+        rows, scale = self.predictions, f32(self.work.guidance_scale)
+        if len(rows) == 2:
+            self.difference = rows[1] - rows[0]
+            guided: Array = rows[0] + scale * self.difference
+            return guided
+        (prediction,) = rows.values()
+        if self.difference is not None and self.shortcuts.is_guided(self.index, self.steps):
+            # The same with an earlier difference: u = c - (c - u).
+            return prediction + (scale - f32(1)) * self.difference
+        return prediction
 
 
 def latent_mask(mask_image: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], scale: int) -> Array:

@@ -39,6 +39,7 @@ from ovserve.device.picture import Picture, Start
 from ovserve.device.previews import Previews, choose_shrink
 from ovserve.device.prompts import TextSide
 from ovserve.device.schedulers import SCHEDULERS, Plan, Scheduler, scheduler_name
+from ovserve.device.shortcuts import parse_shortcuts
 from ovserve.device.slots import Finished, Slots
 from ovserve.device.tuning import tune, warm_up
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
@@ -101,7 +102,7 @@ class StepwiseEngine:
         self._ready: deque[Picture] = deque()
         self._decodes: deque[Picture] = deque()
         self._in_flight: Counter[str] = Counter()  # calls under way, by kind
-        self._denoising = 0  # rows of all pictures that are ready or in a denoising call
+        self._rows_in_flight = 0  # of denoising calls
         self._ended: list[Outcome] = []
         self._side_s = 0.0  # encoding and decoding since the last denoising call began
         self._call_s = 0.0  # how long the last denoising call took
@@ -136,6 +137,7 @@ class StepwiseEngine:
             raise ModelError(f"model {profile.name}: the stepwise engine has no loop for family {profile.family}")
         self._components.read()
         beat("load")
+        _check_presets(profile)
         document = read_scheduler_config(profile.directory)
         own = scheduler_name(document, profile.scheduling.name)
         self._schedulers = _offered(own, document, is_lcm=bool(self._components.time_cond_dim))
@@ -197,11 +199,14 @@ class StepwiseEngine:
     def admit(self, work: Work) -> None:
         """Let a picture join: it is encoded at once where a slot is free, and steps with the next call that is formed."""
         try:
-            plan = self._plan(work)
+            picture = Picture(work, self._plan(work), is_solo=work.alone, shortcuts=parse_shortcuts(work.shortcuts))
         except ApiError as error:
             self._ended.append(Outcome(work, error=error))
             return
-        self._encodes.append(Picture(work, plan, is_solo=work.alone))
+        except ValueError as error:
+            self._ended.append(Outcome(work, error=InternalError(f"shortcuts {work.shortcuts!r}: {error}")))
+            return
+        self._encodes.append(picture)
         self._fill()
 
     def _plan(self, work: Work) -> Plan:
@@ -217,7 +222,7 @@ class StepwiseEngine:
 
     def phase(self) -> str:
         """What the next turn waits for: idle, encode, denoise or decode."""
-        if self._ended or self._denoising:
+        if self._ended or self._ready or self._in_flight["denoise"]:
             return "denoise"
         if self._in_flight["decode"] or self._decodes:
             return "decode"
@@ -256,8 +261,6 @@ class StepwiseEngine:
         for queue in (self._encodes, self._ready, self._decodes):
             for picture in [picture for picture in queue if picture.work.cancelled.is_set()]:
                 queue.remove(picture)
-                if queue is self._ready:
-                    self._denoising -= picture.rows
                 self._end(Outcome(picture.work))
 
     def _start_side(self, side: deque[Picture]) -> None:
@@ -271,22 +274,25 @@ class StepwiseEngine:
     def _start_denoising(self) -> None:
         self._side_s = 0.0
         head = self._ready[0]
-        if self._tuning.splits and self._denoising <= self._slots.count and 1 < head.rows <= self._slots.free:
+        if self._tuning.splits and self._rows <= self._slots.count and 1 < head.rows <= self._slots.free:
             # Slots to spare: each row of the picture on one of its own.
             self._ready.popleft()
-            for place in range(head.rows):
+            for place in head.places:
                 self._start_rows([Row(head, place, head.index)])
             return
-        self._start_rows(
-            [Row(picture, place, picture.index) for picture in self._group() for place in range(picture.rows)]
-        )
+        self._start_rows([Row(picture, place, picture.index) for picture in self._group() for place in picture.places])
+
+    @property
+    def _rows(self) -> int:
+        """Rows of all pictures that are ready or in a denoising call."""
+        return self._rows_in_flight + sum(picture.rows for picture in self._ready)
 
     def _group(self) -> list[Picture]:
         """The pictures of the next call, taken from the queue: its head, and others that can share a call with it, in order."""
         head = self._ready.popleft()
         group, rows = [head], head.rows
         most = self._most_rows(head)
-        share = min(most, math.ceil(self._denoising / self._slots.count))
+        share = min(most, math.ceil((self._rows + head.rows) / self._slots.count))
         for picture in list(self._ready):
             if rows >= share:
                 break
@@ -309,6 +315,7 @@ class StepwiseEngine:
 
     def _start_rows(self, rows: list[Row]) -> None:
         feed = self._feed(rows)
+        self._rows_in_flight += len(rows)
         self._start(Call("denoise", tuple(rows)), lambda requests: run_unet(requests.unet, feed))
 
     def _feed(self, rows: list[Row]) -> dict[str, NDArray[Any]]:
@@ -335,6 +342,7 @@ class StepwiseEngine:
         call, seconds = finished.subject, finished.ended_at - finished.started_at
         self._in_flight[call.kind] -= 1
         if call.kind == "denoise":
+            self._rows_in_flight -= len(call.rows)
             self._call_s = seconds
         else:
             self._side_s += seconds
@@ -351,7 +359,6 @@ class StepwiseEngine:
 
     def _begin(self, picture: Picture, start: Start) -> None:
         picture.begin(start)
-        self._denoising += picture.rows
         self._ready.append(picture)
 
     def _step(self, call: Call, predictions: Array) -> None:
@@ -367,11 +374,7 @@ class StepwiseEngine:
                 work.on_step(picture.index, picture.steps)
             if picture.index in work.previews and picture.clean is not None and not picture.is_done:
                 self._previews.ask(work, picture.index, picture.clean)
-            if picture.is_done:
-                self._denoising -= picture.rows
-                self._decodes.append(picture)
-            else:
-                self._ready.append(picture)
+            (self._decodes if picture.is_done else self._ready).append(picture)
 
     def _give_out(self, picture: Picture, pixels: Pixels) -> None:
         wanted = not picture.work.cancelled.is_set()
@@ -393,8 +396,6 @@ class StepwiseEngine:
                 self._ready.append(picture)
             elif not picture.is_ended:  # the other row's call may have failed before
                 picture.is_ended = True
-                if call.kind == "denoise":
-                    self._denoising -= picture.rows
                 told = error if isinstance(error, ApiError) else InternalError(f"the engine failed: {error}")
                 self._end(Outcome(picture.work, error=told))
 
@@ -412,6 +413,15 @@ def _offered(own: str, document: Mapping[str, Any], *, is_lcm: bool) -> dict[str
         except ModelError as error:
             log.debug("scheduler %s is not offered: %s", name, error)
     return offered
+
+
+def _check_presets(profile: ModelProfile) -> None:
+    """A preset's shortcuts are the operator's words: wrong ones are told when the model is loaded. Raises ModelError."""
+    for quality, preset in profile.presets.items():
+        try:
+            parse_shortcuts(str(preset.get("shortcuts", "")))
+        except ValueError as error:
+            raise ModelError(f"model {profile.name}: preset {quality}: {error}") from None
 
 
 def _forces_zeros(profile: ModelProfile) -> bool:
