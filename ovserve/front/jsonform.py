@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from ovserve.config import Settings
 from ovserve.dispatch.spool import Segment, Spool
-from ovserve.errors import BadRequest, InvalidValue, PartTooLarge, UnknownParameter
+from ovserve.errors import BadRequest, InvalidValue, PartTooLarge, TooManyParts, UnknownParameter
 from ovserve.front.spooled import Body, SpooledForm, SpooledUpload, receive
 
 __all__ = ["decode_in_place", "read_json"]
@@ -27,7 +27,10 @@ PIECE_BYTES = 64 * 1024  # searched or decoded at once: fits the cache, and othe
 PREFIX_BYTES = 256  # within which a data URL must come to its comma
 PICTURES = ("image", "images", "mask", "markup")  # the members in which the API takes pictures
 
-_BRACKET = re.compile(rb"[\[\]{}]")
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_TOKEN = re.compile(rb'[\[\]{}]|"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+# Everything up to the next string that may be a data URL, or has no end.
+_ORDINARY = re.compile(rb'(?:[^"]*+"(?!(?i:data:))(?:[^"\\]++|\\.)*+")*+[^"]*+', re.DOTALL)
 _BLANKS = b"\r\n\t "
 # What encoders make of base64 text inside a JSON string: PHP escapes the slash, .NET the plus sign, Gson the equals sign, and
 # some break the text into lines. A backslash that is left after these is another escape, for which base64 has no use.
@@ -63,7 +66,7 @@ def read_json(body: Body, form: SpooledForm, spool: Spool, settings: Settings) -
     if segment is None:
         raise BadRequest("JSON body: empty (byte 0)")
     with segment.view[:size] as document:
-        scan = _Scan(document, settings.max_json_text_bytes)
+        scan = _Scan(document, settings.max_json_text_bytes, settings.max_parts)
         scan.run()
         members = _parse(scan)
         reader = _Reader(form, segment, scan, settings.max_text_field_bytes)
@@ -72,15 +75,18 @@ def read_json(body: Body, form: SpooledForm, spool: Spool, settings: Settings) -
 
 
 class _Scan:
-    """Finds the strings of a document, cuts out the data URLs and keeps the rest, at most `limit` bytes of it."""
+    """Cuts the data URLs out of a document and keeps the rest, at most `limit` bytes of it."""
 
-    def __init__(self, document: memoryview, limit: int) -> None:
+    def __init__(self, document: memoryview, limit: int, most_cuts: int) -> None:
         self.document = document
         self.cuts: list[_Cut] = []
         self._limit = limit
+        self._room = limit  # what is left of it
+        self._most_cuts = most_cuts
         self._mark = secrets.token_hex(8)  # so that nobody can send a placeholder of ours
         self._kept = bytearray()
         self._places: list[tuple[int, int]] = []  # (offset in the kept text, offset in the document) of each piece
+        self._depth = 0
 
     @property
     def text(self) -> bytes:
@@ -88,16 +94,13 @@ class _Scan:
         return bytes(self._kept)
 
     def run(self) -> None:
-        """Walk from string to string. Raises BadRequest: a string without an end, too deep, or too much text."""
-        depth = position = 0
+        """Walk from data URL to data URL. Raises BadRequest: a string without an end, too deep, or too much of something."""
+        position = 0
         while position < len(self.document):
-            quote = self._find_quote(position)
-            begin, outside = position, self._keep(position, quote)
-            for bracket in _BRACKET.finditer(outside):
-                depth += 1 if bracket[0] in b"[{" else -1
-                if depth > MAX_DEPTH:
-                    raise BadRequest(f"JSON body: nested deeper than {MAX_DEPTH} (byte {begin + bracket.start()})")
-            position = self._take_string(quote) if quote < len(self.document) else quote
+            position = self._keep(position, _ORDINARY)
+            if position < len(self.document):
+                end = self._find_end_of_url(position)
+                position = self._cut(position, end) if end else self._keep(position, _STRING)
 
     def cut_of(self, value: object) -> _Cut | None:
         """The data URL that a value stands for; None when it is an ordinary value."""
@@ -111,60 +114,61 @@ class _Scan:
         start, begin = self._places[index] if index >= 0 else (0, 0)
         return begin + kept_offset - start
 
-    def _take_string(self, quote: int) -> int:
-        """Keep or cut the string that begins with the quotation mark at `quote`; the offset after it."""
-        is_url = bytes(self.document[quote + 1 : quote + 6]).lower() == b"data:"
-        end = position = quote + 1
-        while True:
-            end = self._find_quote(position, bounded=not is_url)
-            if end >= len(self.document):
-                raise BadRequest(f"JSON body: the string that begins at byte {quote} has no end")
-            before = bytes(self.document[position:end]) if not is_url else bytes(self.document[end - 1 : end])
-            if (len(before) - len(before.rstrip(b"\\"))) % 2 == 0:
-                break
-            if is_url:
-                raise InvalidValue(f"JSON body: a data URL with a backslash before a quotation mark (byte {end})")
-            position = end + 1
-        if is_url:
-            self._append(b'"%s%d"' % (self._mark.encode(), len(self.cuts)), quote)
-            self.cuts.append(_Cut(quote + 1, end))
-        else:
-            self._keep(quote, end + 1)
-        return end + 1
-
-    def _keep(self, begin: int, end: int) -> bytes:
-        if end - begin > self._limit - len(self._kept):
-            self._refuse_size(begin)
+    def _keep(self, begin: int, pattern: re.Pattern[bytes]) -> int:
+        """Keep what the pattern matches at `begin`; the offset after it."""
+        room, ahead = self._room, len(self.document) - begin
+        match = pattern.match(self.document, begin, begin + room + 1)
+        end = match.end() if match else begin
+        size = end - begin
+        goes_on = size <= room < ahead  # in a string of which no end comes within the limit, or in a data URL
+        if size > room or (goes_on and not (pattern is _ORDINARY and self._is_url(end))):
+            raise PartTooLarge(
+                f"JSON body: more than {self._limit} bytes of text beside its data URLs (byte {begin}); pictures are sent as"
+                ' "data:image/png;base64,..."'
+            )
+        if pattern is _STRING and not size:
+            raise BadRequest(f"JSON body: the string that begins at byte {begin} has no end")
         piece = bytes(self.document[begin:end])
+        self._check_depth(piece, begin)
+        self._room -= size
         self._append(piece, begin)
-        return piece
+        return end
+
+    def _is_url(self, quote: int) -> bool:
+        return bytes(self.document[quote : quote + 6]).lower() == b'"data:'
+
+    def _check_depth(self, piece: bytes, place: int) -> None:
+        for token in _TOKEN.finditer(piece):
+            if token[0] in (b"[", b"{"):
+                self._depth += 1
+                if self._depth > MAX_DEPTH:
+                    raise BadRequest(f"JSON body: nested deeper than {MAX_DEPTH} (byte {place + token.start()})")
+            elif token[0] in (b"]", b"}"):
+                self._depth -= 1
+
+    def _find_end_of_url(self, quote: int) -> int:
+        """The closing quotation mark of the data URL whose opening one is at `quote`; 0 when it is an ordinary string."""
+        if not self._is_url(quote):
+            return 0
+        begin, size = quote + 6, PREFIX_BYTES  # a text that only looks like a data URL is short
+        while begin < len(self.document):
+            at = bytes(self.document[begin : begin + size]).find(b'"')
+            if at >= 0:
+                # No base64 text ends in a backslash: what looks like it is a text with an escaped quotation mark.
+                return 0 if self.document[begin + at - 1] == ord("\\") else begin + at
+            begin, size = begin + size, PIECE_BYTES
+        raise BadRequest(f"JSON body: the string that begins at byte {quote} has no end")
+
+    def _cut(self, quote: int, end: int) -> int:
+        if len(self.cuts) == self._most_cuts:
+            raise TooManyParts(f"JSON body: more than {self._most_cuts} data URLs (byte {quote})")
+        self._append(b'"%s%d"' % (self._mark.encode(), len(self.cuts)), quote)
+        self.cuts.append(_Cut(quote + 1, end))
+        return end + 1
 
     def _append(self, piece: bytes, place: int) -> None:
         self._places.append((len(self._kept), place))
         self._kept += piece
-
-    def _find_quote(self, begin: int, *, bounded: bool = True) -> int:
-        """The next quotation mark, or the document's end. Bounded: gives up where the limit of kept text is passed."""
-        stop = len(self.document)
-        if bounded:
-            stop = min(stop, begin + self._limit - len(self._kept) + 1)
-        position, step = begin, PREFIX_BYTES  # most strings are short
-        while position < stop:
-            piece = bytes(self.document[position : min(stop, position + step)])
-            at = piece.find(b'"')
-            if at >= 0:
-                return position + at
-            position += len(piece)
-            step = PIECE_BYTES
-        if stop < len(self.document):
-            self._refuse_size(begin)
-        return stop
-
-    def _refuse_size(self, place: int) -> NoReturn:
-        raise PartTooLarge(
-            f"JSON body: more than {self._limit} bytes of text beside its data URLs (byte {place}); pictures are sent as"
-            ' "data:image/png;base64,..."'
-        )
 
 
 def _parse(scan: _Scan) -> dict[str, Any]:
@@ -232,6 +236,8 @@ class _Reader:
             url = item.get("image_url") if isinstance(item, dict) else item
             cut = self._scan.cut_of(url)
             if cut is None:
+                if isinstance(url, str) and url[:5].lower() == "data:":
+                    raise InvalidValue(f"{label}: a data URL without escapes is expected", param=label)
                 self._form.fields.append((label, self._restore(item, label)))
                 continue
             if isinstance(item, dict):
@@ -258,9 +264,11 @@ class _Reader:
             cut = self._scan.cut_of(value)
             if cut is not None:
                 value = self._restore_cut(cut, name)
-            if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-                raise InvalidValue(f"{name}: half of a surrogate pair is no text", param=name)
-            if len(value) > self._limit or len(value.encode()) > self._limit:
+            try:
+                size = len(value.encode())
+            except UnicodeEncodeError:
+                raise InvalidValue(f"{name}: half of a surrogate pair is no text", param=name) from None
+            if size > self._limit:
                 raise PartTooLarge(f"{name}: longer than {self._limit} bytes", param=name)
             return value
         if isinstance(value, list):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 import re
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from ovserve.dispatch.spool import Spool
-from ovserve.errors import ApiError, BadRequest, InvalidValue, PartTooLarge, UnknownParameter
+from ovserve.errors import ApiError, BadRequest, InvalidValue, PartTooLarge, TooManyParts, UnknownParameter
 from ovserve.front.form import read_form
 from ovserve.front.jsonform import decode_in_place
 from ovserve.front.spooled import SpooledForm
@@ -86,18 +88,15 @@ def test_fields_keep_their_types_and_order(spool: Spool) -> None:
             [],
         ),
         ({"prompt": "data: the android"}, [("prompt", "data: the android")], []),
-        ({"prompt": 'data:"quoted\\"'}, None, None),
+        ({"prompt": 'data:"quoted\\" and more'}, [("prompt", 'data:"quoted\\" and more')], []),
+        ({"prompt": "data:\\"}, [("prompt", "data:\\")], []),
         ({"user": {"a": ["data:x"]}}, [("user", {"a": ["data:x"]})], []),
         ({"image": "iVBORw0KGgo="}, [("image", "iVBORw0KGgo=")], []),
     ],
 )
 def test_pictures_become_uploads_and_the_rest_fields(
-    spool: Spool, document: dict[str, Any], fields: list[tuple[str, Any]] | None, uploads: list[str] | None
+    spool: Spool, document: dict[str, Any], fields: list[tuple[str, Any]], uploads: list[str]
 ) -> None:
-    if fields is None or uploads is None:
-        with pytest.raises(InvalidValue, match="a data URL with a backslash"):
-            read(spool, document)
-        return
     assert told(read(spool, document)) == (fields, [(name, PNG) for name in uploads])
 
 
@@ -182,9 +181,58 @@ def test_text_passes_at_its_limits_and_not_beyond(spool: Spool) -> None:
         assert caught.value.status == 413
 
 
+def test_a_string_that_only_begins_like_a_data_url_is_text_with_its_limit(spool: Spool) -> None:
+    prompt = "data:" + "x" * 1500 + '"'
+    document = json.dumps({"prompt": prompt}).encode()
+    assert told(read(spool, document, max_json_text_bytes=len(document)))[0] == [("prompt", prompt)]
+    with pytest.raises(PartTooLarge, match="bytes of text beside"):
+        read(spool, document, max_json_text_bytes=len(document) - 1)
+
+
+@pytest.mark.parametrize("behind", [b"", b" " * 3, b" " * 30])
+def test_the_limit_of_text_holds_at_n_and_not_beyond_around_a_data_url(spool: Spool, behind: bytes) -> None:
+    before = b'{"a":"%b","image":' % (b"x" * 1500)
+    document = before + b'"%b"' % URL.encode() + behind + b"}"
+    text = len(before) + len(behind) + 1
+    assert told(read(spool, document, max_json_text_bytes=text))[1] == [("image", PNG)]
+    for limit in (text - 1, len(before) - 1):
+        with pytest.raises(PartTooLarge, match=f"more than {limit} bytes of text"):
+            read(spool, document, max_json_text_bytes=limit)
+
+
 def test_data_urls_do_not_count_as_text(spool: Spool) -> None:
     document = {"image": "data:;base64," + "QUJD" * 1000, "prompt": "x"}
     assert told(read(spool, document, max_json_text_bytes=1024))[1] == [("image", b"ABC" * 1000)]
+
+
+def test_the_number_of_data_urls_has_the_limit_of_parts(spool: Spool) -> None:
+    def urls(count: int) -> dict[str, Any]:
+        return {"images": [URL] * count}
+
+    assert len(told(read(spool, urls(5), max_parts=5))[1]) == 5
+    with pytest.raises(TooManyParts, match="more than 5 data URLs"):
+        read(spool, urls(6), max_parts=5)
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [b'"",', b'"\\"",', b"[],", b'"data",', b'{"a":"b"},', b'"\\\\",', b'"data:\\"",', b"\\", b'"', b" "],
+    ids=repr,
+)
+def test_four_times_the_text_takes_about_four_times_as_long(spool: Spool, unit: bytes) -> None:
+    def seconds(size: int) -> float:
+        document = b'{"a":[' + unit * (size // len(unit)) + b"1]}"
+        begun = time.thread_time()
+        with contextlib.suppress(BadRequest):
+            read(spool, document, max_json_text_bytes=8 << 20, max_text_field_bytes=8 << 20).release()
+        return time.thread_time() - begun
+
+    for attempt in range(3):  # the machine may be busy; quadratic time would take 16 times as long every time
+        short = min(seconds(50_000 << attempt) for _ in range(3))
+        long = min(seconds(200_000 << attempt) for _ in range(3))
+        if long <= 9 * short:
+            return
+    pytest.fail(f"{short * 1e3:.1f} ms, and {long * 1e3:.1f} ms for four times as much")
 
 
 def test_depth_passes_at_its_limit_and_not_beyond(spool: Spool) -> None:
@@ -216,6 +264,10 @@ def test_depth_passes_at_its_limit_and_not_beyond(spool: Spool) -> None:
         (b'{"user":"data:' + b"x" * 600 + b'"}', PartTooLarge, "user: longer than 500 bytes (byte 9)"),
         (b'{"user":["' + b"x" * 501 + b'"]}', PartTooLarge, "user: longer than 500 bytes"),
         (b'{"image":"data:image/png,abc"}', InvalidValue, "image: expected data:image/png;base64,"),
+        (b'{"image":"\\u0064ata:;base64,AAAA"}', InvalidValue, "image: a data URL without escapes"),
+        (b'{"image":"data:;base64,AA\\"AA"}', InvalidValue, "image: a data URL without escapes"),
+        (b'{"image":"data:;base64,AAAA', BadRequest, "the string that begins at byte 9 has no end"),
+        (b'{"prompt":"data:\\"', BadRequest, "the string that begins at byte 10 has no end"),
         (b'{"image":"data:;base64,A"}', InvalidValue, "image: no base64 text"),
         (
             b'{"image":{"image_url":"data:;base64,AAAA","detail":"low"}}',
