@@ -187,9 +187,10 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
 
     blocks = vae.get("block_out_channels")
     vae_scale = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
-    multiple = vae_scale * (2 if is_transformer else 1)  # transformers take latents in patches of two
     side = int(_number(denoiser, "sample_size", 128 if is_transformer else 64)) * vae_scale
     sizes = declared.get("sizes", {})
+    # Transformers take latents in patches of two; some exports of UNets want coarser sizes, and say so in ovserve.json.
+    multiple = int(_number(sizes, "side_multiple_px", vae_scale * (2 if is_transformer else 1)))
     profile = ModelProfile(
         name=settings.name,
         directory=directory,

@@ -86,6 +86,12 @@ def _boolean(known: Field, spelled: str, value: Any, is_json: bool) -> bool:
 def _text(known: Field, spelled: str, value: Any) -> str:
     if not isinstance(value, str):
         raise _wrong_type(known, spelled, value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which is no character (RFC 8259 section 8.2)
+        raise InvalidValue(
+            f"Invalid value for '{spelled}': it holds half of a surrogate pair.", param=spelled
+        ) from None
     # Browser-made forms turn every line break into CR LF; the prompt means the same.
     return value.replace("\r\n", "\n")
 

@@ -153,6 +153,13 @@ def test_json_values_keep_their_types(name: str, value: Any) -> None:
     assert caught.value.param == name
 
 
+@pytest.mark.parametrize("name", ["prompt", "user", "quality", "model"])
+def test_half_a_surrogate_pair_is_refused(name: str) -> None:
+    with pytest.raises(InvalidValue, match="surrogate") as caught:
+        as_json(GENERATION, **{name: "a\ud800b"})
+    assert caught.value.param == name
+
+
 def test_json_null_is_absent() -> None:
     as_json(GENERATION, n=None, size=None, quality=None)
 

@@ -98,6 +98,14 @@ def test_nine_channels_mean_inpainting_only(directory: Path) -> None:
     assert profile.tasks == {"inpainting"}
 
 
+def test_a_directory_may_declare_its_sizes(directory: Path) -> None:
+    sizes = {"native": "128x64", "min_side_px": 64, "max_side_px": 256, "side_multiple_px": 32}
+    (directory / "ovserve.json").write_text(json.dumps({"sizes": sizes}))
+    profile = read_profile(ModelSettings(name="m", path=directory))
+    assert (profile.native, profile.side_multiple_px) == (Resolution(128, 64), 32)
+    assert profile.working_size(100, 70) == Resolution(128, 96)
+
+
 def test_the_operators_defaults_win(directory: Path) -> None:
     settings = ModelSettings(
         name="m", path=directory, default_num_inference_steps=7, default_guidance_scale=1.5, default_strength=0.4
