@@ -51,6 +51,7 @@ def render(files: dict[str, tuple[Path, Result]], notes: str) -> tuple[str, dict
         "(for fewer than six values, the whole range).",
         "",
         *_machine(files),
+        *_busy(files),
         *remarks.get("summary", []),
     ]
     if "serving" in files:
@@ -103,6 +104,19 @@ def _machine(files: dict[str, tuple[Path, Result]]) -> list[str]:
         f"Machine: {processor}; {versions}.",
         "",
         *table(["benchmark", "file", "date (UTC)", "commit", "load average before"], rows),
+    ]
+
+
+def _busy(files: dict[str, tuple[Path, Result]]) -> list[str]:
+    """The warning that other work ran during a measurement."""
+    names = [name for name, (_, result) in sorted(files.items()) if result.metadata.get("busy")]
+    if not names:
+        return []
+    return [
+        f"**The machine was not idle** when {', '.join(names)} ran: other work took part of both cores. Times are longer than they",
+        "would be, intervals wider, and ratios doubtful where the table says so. Workers of ovserve run at a lower priority than",
+        "ordinary processes, as the peers do not, so that other work takes more from ovserve than from them.",
+        "",
     ]
 
 
