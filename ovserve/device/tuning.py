@@ -28,11 +28,12 @@ __all__ = ["Tuning", "tune", "warm_up"]
 
 log = logging.getLogger(__name__)
 
-ROW_CHOICES = (2, 4, 8, 16)
+ROW_CHOICES = (4, 8, 16)  # beside the two of one picture
 CLEAR_GAIN = 1.15  # single-threaded streams must beat one stream with all threads by this much: noise must not decide
 WORTH_MORE_ROWS = 1.03  # more rows in a call must bring this much: they make everybody's step longer
 LARGE_CALL_S = 0.25  # two rows take longer than this: the model keeps every core busy by itself (measured, SD 1.5)
 LONGEST_CALL_S = 0.5  # a picture that comes in waits for the call under way
+SLOW_CALL_S = 1.0  # one call this slow is measure enough
 MOST_STREAMS = 8  # each holds its own copy of the weights
 MEASURE_S = 0.2  # for each setting
 WARM_UP_S = 2.0  # for kernels of the numbers of rows to come
@@ -135,19 +136,21 @@ def _measure(components: Components, layout: Layout, pinned_rows: int, beat: Cal
     beat("warm-up")
     feeds = components.feeds
     pair = run_unet(requests[0], feeds.of(2))
+    beat("warm-up")
     single = np.concatenate([run_unet(requests[0], feeds.row(place)) for place in range(2)])
     splits = bool(np.array_equal(pair, single))
-    side = requests[: min(2, layout.streams)] if splits else requests[:1]
-    step_s = 2 / _rows_per_s(side, feeds.of(2 // len(side)), beat)
-    best_rows, best_rate = 2, 0.0
+    beat("warm-up")
+    best_rows, best_rate = 2, _rows_per_s(requests, feeds.of(2), beat)
+    # A lone picture's rows go side by side where there are slots for them.
+    side_by_side = splits and layout.streams > 1
+    step_s = 2 / (_rows_per_s(requests[:2], feeds.of(1), beat) if side_by_side else best_rate / layout.streams)
     for rows in [pinned_rows] if pinned_rows else ROW_CHOICES:
-        if best_rate and rows * len(requests) / best_rate > LONGEST_CALL_S:
-            break
-        if not _fits(components, rows, len(requests)):
+        if rows * len(requests) / best_rate > LONGEST_CALL_S or not _fits(components, rows, len(requests)):
             break
         together = run_unet(requests[0], feeds.of(rows))
-        if not np.array_equal(together[: min(2, rows)], pair[: min(2, rows)]):
+        if not np.array_equal(together[:2], pair):
             log.warning("rows of a call of %d differ from rows alone: calls hold one picture", rows)
+            pinned_rows = 0
             break
         rate = _rows_per_s(requests, feeds.of(rows), beat)
         if rate >= WORTH_MORE_ROWS * best_rate:
@@ -163,8 +166,14 @@ def _rows_per_s(requests: Sequence[Any], feed: dict[str, NDArray[Any]], beat: Ca
     ready = threading.Barrier(len(requests))
 
     def repeat(place: int) -> None:
-        run_unet(requests[place], feed)  # the first call of a shape makes its kernels
         ready.wait()
+        began[place] = time.monotonic()
+        run_unet(requests[place], feed)
+        ended[place] = time.monotonic()
+        if ended[place] - began[place] > SLOW_CALL_S:
+            counts[place] = 1
+            return
+        # The first call of a shape makes its kernels, which a quick call must not be charged with.
         began[place] = time.monotonic()
         while not counts[place] or time.monotonic() - began[place] < MEASURE_S:
             run_unet(requests[place], feed)
@@ -208,14 +217,18 @@ def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None])
     image = np.zeros((1, 3, size.height, size.width), np.float32)
     decode_s = 0.0
     for requests in components.requests:
-        run_decoder(requests.vae_decoder, latents)
         if requests.vae_encoder is not None:
             run_encoder(requests.vae_encoder, image)
         beat("warm-up")
-        started = time.monotonic()
-        run_decoder(requests.vae_decoder, latents)
-        decode_s = time.monotonic() - started
-        beat("warm-up")
+        for _ in range(2):
+            started = time.monotonic()
+            run_decoder(requests.vae_decoder, latents)
+            decode_s = time.monotonic() - started
+            beat("warm-up")
+            if decode_s > SLOW_CALL_S:
+                break
+    if tuning.step_s > LARGE_CALL_S:
+        return decode_s  # kernels are nothing beside such steps
     until = time.monotonic() + WARM_UP_S
     for rows in (2, 1, *range(4, tuning.rows + 1, 2)):
         for requests in components.requests:

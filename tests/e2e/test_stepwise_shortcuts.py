@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import pytest
+
+from ovserve.device.engine import Pixels, Work
+from ovserve.device.slots import Finished
+from ovserve.device.stepwise import Call, StepwiseEngine
+from ovserve.errors import InternalError, ModelError
+from ovserve.profile import read_profile
+from tests.pictures import directory_of, drive, load_stepwise, pixels_of, settings_of, with_scheduler, work_of
+
+BUILTIN = directory_of("builtin")
+PROFILE = read_profile(settings_of(BUILTIN))
+PROMPTS = (
+    "a red circle on a white background",
+    "a blue star on a yellow background",
+    "a green heart on a black background",
+)
+
+
+@pytest.fixture(scope="module")
+def calls() -> list[Finished[Call]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def engine(calls: list[Finished[Call]]) -> Iterator[StepwiseEngine]:
+    made = load_stepwise(BUILTIN, "bf16", calls.append)
+    yield made
+    made.close()
+
+
+def works(shortcuts: str = "") -> list[Work]:
+    return [
+        work_of(
+            PROFILE,
+            "text2image",
+            place,
+            prompt=prompt,
+            negative_prompt="",
+            num_inference_steps=12,
+            shortcuts=shortcuts,
+        )
+        for place, prompt in enumerate(PROMPTS)
+    ]
+
+
+def rows_of(calls: list[Finished[Call]]) -> int:
+    return sum(len(call.subject.rows) for call in calls if call.subject.kind == "denoise")
+
+
+def decibels(first: Pixels, second: Pixels) -> float:
+    error = np.mean((first.astype(float) - second) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+@pytest.mark.parametrize(
+    ("shortcuts", "rows", "least_db"),
+    [
+        ("guidance_every=2", 18, 30),
+        ("guidance_until=0.5", 18, 28),
+        ("guidance_every=2,guidance_until=0.7", 17, 28),
+    ],
+)
+def test_shortcuts_cost_fewer_rows_and_stay_near_the_exact_picture(
+    engine: StepwiseEngine, calls: list[Finished[Call]], shortcuts: str, rows: int, least_db: float
+) -> None:
+    calls.clear()
+    exact = pixels_of(drive(engine, works()))
+    assert rows_of(calls) == 24 * len(PROMPTS)
+    calls.clear()
+    near = pixels_of(drive(engine, works(shortcuts)))
+    assert rows_of(calls) == rows * len(PROMPTS)
+    assert np.mean([decibels(first, second) for first, second in zip(exact, near, strict=True)]) > least_db
+    assert not np.array_equal(exact, near)
+
+
+def test_shortcuts_of_one_picture_do_not_touch_its_neighbours(engine: StepwiseEngine) -> None:
+    exact = pixels_of(drive(engine, works()))
+    short = pixels_of(drive(engine, works("guidance_every=3")))
+    mixed = [
+        replace(work, cancelled=Event(), shortcuts="guidance_every=3" * (place == 1))
+        for place, work in enumerate(works())
+    ]
+    found = pixels_of(drive(engine, mixed))
+    for place, expected in enumerate((exact, short, exact)):
+        np.testing.assert_array_equal(found[place], expected[place])
+
+
+def test_a_picture_without_guidance_has_nothing_to_leave_out(engine: StepwiseEngine) -> None:
+    plain, short = (
+        pixels_of(drive(engine, [replace(works(text)[0], guidance_scale=1.0)]))[0] for text in ("", "guidance_every=2")
+    )
+    np.testing.assert_array_equal(plain, short)
+
+
+def test_no_guidance_at_all_is_a_guidance_scale_of_one(engine: StepwiseEngine) -> None:
+    without = pixels_of(drive(engine, [works("guidance_until=0")[0]]))[0]
+    np.testing.assert_array_equal(without, pixels_of(drive(engine, [replace(works()[0], guidance_scale=1.0)]))[0])
+
+
+def test_shortcuts_that_are_none_end_the_work_with_an_error(engine: StepwiseEngine) -> None:
+    (outcome,) = drive(engine, [works("faster=please")[0]])
+    assert isinstance(outcome.error, InternalError)
+
+
+def test_a_preset_with_shortcuts_that_are_none_is_told_when_the_model_is_loaded(tmp_path: Path) -> None:
+    directory = with_scheduler("sd", tmp_path)
+    (directory / "ovserve.json").write_text(json.dumps({"presets": {"low": {"shortcuts": "faster=please"}}}))
+    settings = settings_of(directory)
+    with pytest.raises(ModelError, match="preset low"):
+        StepwiseEngine(read_profile(settings), settings).load(lambda _phase: None)
