@@ -19,6 +19,7 @@ import httpx
 from tests.live import LiveServer, command_of, is_alive
 
 PATIENCE_S = 30.0
+WARM = "warm-"  # how the names of warm files begin (ovserve.dispatch.warm)
 TINY_PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGP8z4APMOGVHbHSAEEsAQ+yM8CbAAAAAElFTkSuQmCC"
 )
@@ -71,14 +72,15 @@ class FaultServer(LiveServer):
         pid = self.process.pid
         return Holdings(
             threads=len(os.listdir(f"/proc/{pid}/task")),
-            descriptors=len(os.listdir(f"/proc/{pid}/fd")),
+            descriptors=len(descriptors_of(pid)),
             workers=len(self.workers()),
             segments=len(self.segments()),
         )
 
     def segments(self) -> list[str]:
-        """Segments in the spool."""
-        return [path.name for path in self.spool.rglob("*") if path.is_file() and path.name != "lock"]
+        """Segments in the spool; files that are kept warm for the next uploads are none."""
+        names = [path.name for path in self.spool.rglob("*") if path.is_file()]
+        return [name for name in names if name != "lock" and not name.startswith(WARM)]
 
     def until(self, is_so: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
         """Wait for something in another process that no descriptor tells of."""
@@ -104,6 +106,15 @@ class FaultServer(LiveServer):
     def logged(self, *words: str) -> list[str]:
         """The log lines with all these words."""
         return [line for line in list(self.log) if all(word in line for word in words)]
+
+
+def descriptors_of(pid: int) -> list[str]:
+    """What a process has open, warm files of the spool aside."""
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(path))
+    return [target for target in found if WARM not in target]
 
 
 def _children(parent: int) -> list[int]:

@@ -205,8 +205,9 @@ class Supervisor:
     def _wait(self) -> None:
         living = [p.process.sentinel for f in self._all_fleets() for p in f.places if p.process and not p.exit_reason]
         before = time.monotonic()
-        due = min((p.restart_at for f in self._all_fleets() for p in f.places if not p.process), default=float("inf"))
-        timeout_s = max(0.0, min(_TICK_S, due - before)) if due > before else _TICK_S
+        waiting = [p for f in self._all_fleets() for p in f.places if not p.process and f.may_start(p)]
+        due = min((place.restart_at for place in waiting), default=float("inf"))
+        timeout_s = max(0.0, min(_TICK_S, due - before))
         if self._wakeup in wait([self._wakeup, *living], timeout=timeout_s):
             os.eventfd_read(self._wakeup)
         self.turned_at = time.monotonic()

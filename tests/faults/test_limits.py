@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.faultserver import FaultServer, gone, picture_of
+from tests.faultserver import FaultServer, descriptors_of, gone, picture_of
 
 
 @pytest.fixture
@@ -111,9 +110,9 @@ def test_worker_goes_before_the_front_end_when_memory_runs_out(tmp_path: Path) -
 def test_descriptors_do_not_grow_over_many_deaths(tmp_path: Path) -> None:
     with FaultServer(tmp_path) as server, server.client() as client:
         picture_of(server.generate(client, "echo"))
-        before = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+        before = len(descriptors_of(server.process.pid))
         for _ in range(5):
             pid = server.kill_worker()
             assert server.generate(client, "echo").status_code == 200
             assert gone(pid)
-        server.until(lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) <= before)
+        server.until(lambda: len(descriptors_of(server.process.pid)) <= before)
