@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ovserve.config import Settings, load_settings
+from ovserve.config import Settings
 from ovserve.errors import ApiError
 from ovserve.front.chunks import ChunkDecoder
 from ovserve.front.multipart import Event, MultipartParser, PartBegin, PartData, PartEnd
+from ovserve.options import load_settings
 
 __all__ = [
     "MemoryBody",
