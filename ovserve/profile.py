@@ -173,6 +173,17 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
         SettingsError: a default lies outside the operator's own limits.
     """
     directory = (settings.path or builtin_directory()).resolve()
+    try:
+        profile = _read_directory(directory, settings)
+    except OSError as error:
+        raise ModelError(f"{directory}: cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, AttributeError) as error:  # a JSON value of another type than its name promises
+        raise ModelError(f"{directory}: a configuration file holds a wrong value: {error}") from None
+    _check_defaults(profile, settings)
+    return profile
+
+
+def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
     if not directory.is_dir():
         raise ModelError(f"{directory}: no such directory")
     index = _read_json(directory / "model_index.json", "the model index")
@@ -191,7 +202,7 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
     sizes = declared.get("sizes", {})
     # Transformers take latents in patches of two; some exports of UNets want coarser sizes, and say so in ovserve.json.
     multiple = int(_number(sizes, "side_multiple_px", vae_scale * (2 if is_transformer else 1)))
-    profile = ModelProfile(
+    return ModelProfile(
         name=settings.name,
         directory=directory,
         family=family,
@@ -206,10 +217,27 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
         takes_negative_prompt=family in ("stable-diffusion", "sdxl", "sd3"),
         scheduling=_FLOW_MATCHING if is_transformer else _scheduling(directory, index),
         defaults=_defaults(defaults, declared.get("defaults", {}), settings),
-        presets=declared.get("presets", {}),
+        presets=_presets(declared.get("presets", {}), settings),
     )
-    _check_defaults(profile, settings)
-    return profile
+
+
+def _presets(declared: dict[str, dict[str, Any]], settings: ModelSettings) -> dict[str, dict[str, Any]]:
+    """The directory's presets within the operator's limits; where the operator sets a default, `high` is that default."""
+    presets = {}
+    for name, fields in declared.items():
+        preset = dict(fields)
+        if name == "high" and settings.default_num_inference_steps is not None:
+            preset.pop("num_inference_steps", None)
+        if name == "high" and settings.default_guidance_scale is not None:
+            preset.pop("guidance_scale", None)
+        for field_name, most in (
+            ("num_inference_steps", settings.max_num_inference_steps),
+            ("guidance_scale", settings.max_guidance_scale),
+        ):
+            if field_name in preset:
+                preset[field_name] = min(preset[field_name], most)
+        presets[name] = preset
+    return presets
 
 
 def _component_config(directory: Path, name: str, what: str) -> dict[str, Any]:
@@ -240,12 +268,15 @@ def _defaults(known: Defaults, declared: dict[str, Any], settings: ModelSettings
     def chosen(operator: float | None, name: str) -> float:
         return operator if operator is not None else float(_number(declared, name, getattr(known, name)))
 
+    def within(strength: float) -> float:  # the operator sets no default for these, only the limits
+        return min(max(strength, settings.min_strength), settings.max_strength)
+
     return Defaults(
         num_inference_steps=int(chosen(settings.default_num_inference_steps, "num_inference_steps")),
         guidance_scale=chosen(settings.default_guidance_scale, "guidance_scale"),
         strength=chosen(settings.default_strength, "strength"),
-        strength_inpainting=chosen(None, "strength_inpainting"),
-        strength_variation=chosen(None, "strength_variation"),
+        strength_inpainting=within(chosen(None, "strength_inpainting")),
+        strength_variation=within(chosen(None, "strength_variation")),
     )
 
 
@@ -256,7 +287,6 @@ def _check_defaults(profile: ModelProfile, settings: ModelSettings) -> None:
         ("num_inference_steps", defaults.num_inference_steps, 1, settings.max_num_inference_steps),
         ("guidance_scale", defaults.guidance_scale, 0, settings.max_guidance_scale),
         ("strength", defaults.strength, settings.min_strength, settings.max_strength),
-        ("strength_inpainting", defaults.strength_inpainting, settings.min_strength, settings.max_strength),
     )
     for name, value, low, high in checks:
         if not low <= value <= high:

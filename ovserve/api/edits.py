@@ -7,7 +7,7 @@ from collections.abc import Generator
 from ovserve.api.catalog import Catalog
 from ovserve.api.exchange import Exchange, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.api.params import Parameters, parse_parameters
-from ovserve.api.replies import completed_event, images_reply, partial_event, progress_comment, timing_headers
+from ovserve.api.replies import completed_event, images_reply, partial_event, progress_comment
 from ovserve.api.store import Store
 from ovserve.config import Settings
 from ovserve.deadline import Deadline
@@ -48,9 +48,13 @@ class Images:
             request=parameters.request,
             deadline=Deadline.after(self._timeout_s(exchange, parameters)),
         )
-        handed_over = False
         try:
             self._dispatcher.admit(job)
+        except BaseException:
+            job.close()
+            raise
+        handed_over = False
+        try:
             if parameters.stream:
                 reply: Reply = self._stream_reply(exchange, job, parameters)
                 handed_over = True
@@ -134,9 +138,7 @@ class Images:
             early += job.take_events()
         if job.is_settled:
             _finished(job)
-        return StreamReply(
-            self._events(exchange, job, parameters, early), {**timing_headers(job)} if job.is_settled else {}
-        )
+        return StreamReply(self._events(exchange, job, parameters, early))
 
     def _events(
         self, exchange: Exchange, job: Job, parameters: Parameters, early: list[JobEvent]

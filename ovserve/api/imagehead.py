@@ -101,6 +101,7 @@ def read_head(data: memoryview, param: str, settings: Settings) -> ImageHead:
     """
     if not data:
         raise ImageError(f"Invalid image file in '{param}': the file is empty.", param=param)
+    _check_webp(data, param, settings)
     with _View(data) as stream:
         try:
             with Image.open(cast("IO[bytes]", stream), formats=FORMATS) as image:
@@ -114,18 +115,38 @@ def read_head(data: memoryview, param: str, settings: Settings) -> ImageHead:
             raise ImageError(
                 f"Invalid image file in '{param}': its header cannot be read ({told}).", param=param
             ) from None
-    if (
-        max(head.width, head.height) > settings.max_image_side_px
-        or head.width * head.height > settings.max_image_pixels
-    ):
-        raise ImageError(
-            f"Image '{param}' is {head.width}x{head.height}; at most {settings.max_image_pixels} pixels and "
-            f"{settings.max_image_side_px} on a side are taken.",
-            param=param,
-        )
+    _check_size(head.width, head.height, param, settings)
     if min(head.width, head.height) < 1:
         raise ImageError(f"Image '{param}' is {head.width}x{head.height}: it has no pixels.", param=param)
     return head
+
+
+def _check_size(width: int, height: int, param: str, settings: Settings) -> None:
+    if max(width, height) > settings.max_image_side_px or width * height > settings.max_image_pixels:
+        raise ImageError(
+            f"Image '{param}' is {width}x{height}; at most {settings.max_image_pixels} pixels and "
+            f"{settings.max_image_side_px} on a side are taken.",
+            param=param,
+        )
+
+
+def _check_webp(data: memoryview, param: str, settings: Settings) -> None:
+    """Refuse a WebP by the canvas its first bytes declare: Pillow makes room for all of it before it tells its size.
+
+    The three forms of RFC 9649: extended (section 2.7), lossy (RFC 6386 section 9.1), lossless (section 3.4).
+    """
+    head = bytes(data[:30])
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return
+    width = height = 0
+    if head[12:16] == b"VP8X":
+        width, height = (int.from_bytes(head[at : at + 3], "little") + 1 for at in (24, 27))
+    elif head[12:16] == b"VP8 ":
+        width, height = (int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    elif head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    _check_size(width, height, param, settings)
 
 
 def _name(data: memoryview) -> str:

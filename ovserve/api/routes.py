@@ -22,12 +22,22 @@ from ovserve.api.replies import json_reply, model_object, models_object
 from ovserve.api.store import Store, parse_range
 from ovserve.config import Settings
 from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
-from ovserve.errors import ApiError, BadRequest, Forbidden, MethodNotAllowed, NotFound, StartupError
+from ovserve.errors import (
+    ApiError,
+    BadRequest,
+    ClientGone,
+    Draining,
+    Forbidden,
+    MethodNotAllowed,
+    NotFound,
+    StartupError,
+)
 from ovserve.metrics import CONTENT_TYPE, Metrics
 
 __all__ = ["ROUTES", "ImagesApi", "Route"]
 
 Handler = Callable[["ImagesApi", Exchange, Mapping[str, str]], Reply]
+_HEALTH = re.compile(r"/v2/health/.*|/v2/models/.+/ready")
 _PREFIX = re.compile(r"/(?:v3/v1|v3|v1)(?=/)")
 
 
@@ -69,6 +79,7 @@ class ImagesApi:
         method = "GET" if exchange.method == "HEAD" else exchange.method
         found = list(_matches(exchange.path))
         if not found:
+            self.metrics.responses.labels("unmatched", "404").inc()
             raise NotFound(f"Invalid URL ({exchange.method} {exchange.path[:200]}).")
         for route, params in found:
             if route.method == method:
@@ -77,17 +88,21 @@ class ImagesApi:
         allow = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"}))
         if method == "OPTIONS":
             return FileReply(b"", "", 204, _preflight(exchange, allow))
+        self.metrics.responses.labels(found[0][0].path, "405").inc()
         raise MethodNotAllowed(
             f"{exchange.path[:200]} does not take {exchange.method}; it takes {allow}.", headers={"allow": allow}
         )
 
     def _counted(self, route: Route, exchange: Exchange, params: Mapping[str, str]) -> Reply:
-        status = 499  # the client has gone
+        status = 500  # what nobody foresaw
         try:
             reply = route.handle(self, exchange, params)
             status = 200 if isinstance(reply, StreamReply) else reply.status
         except ApiError as error:
             status = error.status
+            raise
+        except ClientGone:
+            status = 499
             raise
         finally:
             self.metrics.responses.labels(route.path, str(status)).inc()
@@ -100,7 +115,7 @@ class ImagesApi:
         return self._openapi
 
     def _statuses(self) -> list[ModelStatus]:
-        return [self.dispatcher.status(name) for name in self.dispatcher.models()]
+        return self.dispatcher.statuses()
 
     def _queued(self) -> list[tuple[list[str], float]]:
         return [([status.name], status.queued) for status in self._statuses()]
@@ -113,7 +128,7 @@ class ImagesApi:
 
     def is_health(self, path: str) -> bool:
         """Whether this path answers even when every connection place is taken."""
-        return path.startswith("/v2/health/")
+        return _HEALTH.fullmatch(path) is not None
 
 
 def _matches(path: str) -> Iterator[tuple[Route, Mapping[str, str]]]:
@@ -201,9 +216,19 @@ def _config(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     return json_reply(document)
 
 
+def _is_from_here(exchange: Exchange) -> bool:
+    """Whether a program of this machine asks: not a page in its browser, nor somebody behind a proxy on it."""
+    foreign = ("origin", "sec-fetch-site", "forwarded", "x-forwarded-for", "x-real-ip", "via")
+    address = ip_address(exchange.address)
+    mapped = getattr(address, "ipv4_mapped", None)  # how a socket on `::` tells an IPv4 peer
+    return (mapped or address).is_loopback and not any(exchange.header(name) for name in foreign)
+
+
 def _reload(api: ImagesApi, exchange: Exchange, __: Mapping[str, str]) -> Reply:
-    if not ip_address(exchange.address).is_loopback:
+    if not _is_from_here(exchange):
         raise Forbidden("The configuration is reloaded from the machine itself only.")
+    if api.dispatcher.is_draining:
+        raise Draining("The server is going down.")
     try:
         api.reload()
     except StartupError as error:

@@ -19,6 +19,7 @@ __all__ = ["MEDIA_TYPES", "Store", "StoredPicture", "default_store", "parse_rang
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 _NAME = re.compile(r"[A-Za-z0-9_-]{32}\.(png|jpeg|webp)")
+_UNFINISHED = ".ovserve-new-"
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
@@ -66,7 +67,7 @@ class Store:
         with self._lock:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._sweep(len(data))
-            descriptor, temporary = tempfile.mkstemp(dir=self._directory, prefix=".new-")
+            descriptor, temporary = tempfile.mkstemp(dir=self._directory, prefix=_UNFINISHED)
             try:
                 with os.fdopen(descriptor, "wb") as stream:
                     stream.write(data)
@@ -93,6 +94,8 @@ class Store:
         kept: list[tuple[float, int, Path]] = []
         now = time.time()
         for path in self._directory.iterdir():
+            if not _NAME.fullmatch(path.name) and not path.name.startswith(_UNFINISHED):
+                continue  # not ours: the operator may have named a directory with other files in it
             with contextlib.suppress(OSError):
                 about = path.stat()
                 if about.st_mtime + self._ttl_s <= now:

@@ -18,6 +18,7 @@ __all__ = ["check_range", "expected", "parse_value"]
 
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,39})")
 _NUMBER = re.compile(r"-?(?:[0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,4})?")
+_LARGEST = 10**40
 _TRUE, _FALSE = frozenset(("true", "1")), frozenset(("false", "0"))
 
 
@@ -51,6 +52,8 @@ def _integer(known: Field, spelled: str, value: Any, is_json: bool) -> int:
     if is_json:
         if isinstance(value, bool) or not isinstance(value, int):
             raise _wrong_type(known, spelled, value)
+        if abs(value) >= _LARGEST:  # as many digits as a form may have; JSON has no end of them
+            raise InvalidValue(f"Invalid value for '{spelled}': a number of more than 40 digits.", param=spelled)
         return value
     if not _INTEGER.fullmatch(value):
         raise _not_a(known, spelled, value)

@@ -140,6 +140,11 @@ class Dispatcher:
                 raise ModelNotFound(f"no model {model!r}", param="model")
             return found.status(is_draining=self._is_draining)
 
+    def statuses(self) -> list[ModelStatus]:
+        """How every model stands at one moment, in the order they were added."""
+        with self._lock:
+            return [model.status(is_draining=self._is_draining) for model in self._models.values()]
+
     @property
     def is_draining(self) -> bool:
         """Whether no new jobs are taken any more."""
@@ -161,6 +166,8 @@ class Dispatcher:
             if model is None:
                 self._models[name] = Model(name, FairQueue(queue_limit), largest)
             else:
+                # Pictures admitted under the old limits are still to come.
+                largest = max(largest, model.largest_picture_bytes)
                 model.queue.limit, model.largest_picture_bytes, model.is_leaving = queue_limit, largest, False
 
     def remove_model(self, name: str) -> None:

@@ -111,11 +111,16 @@ class Overflow:
     def _run(self) -> None:
         while not self._stopping:
             for descriptor, _ in self._poll.poll(self._time_left()):
-                if descriptor == self._wakeup:
-                    os.eventfd_read(self._wakeup)
-                    self._admit()
-                elif visitor := self._visitors.get(descriptor):
-                    self._step(visitor)
+                try:
+                    if descriptor == self._wakeup:
+                        os.eventfd_read(self._wakeup)
+                        self._admit()
+                    elif visitor := self._visitors.get(descriptor):
+                        self._step(visitor)
+                except Exception:  # one visitor's trouble: this thread is all that answers health when places are taken
+                    log.exception("a connection beyond the limit was dropped")
+                    if visitor := self._visitors.get(descriptor):
+                        self._close(visitor)
             now = time.monotonic()
             while self._visitors and (oldest := next(iter(self._visitors.values()))).end <= now:
                 self._close(oldest)

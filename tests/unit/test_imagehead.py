@@ -49,6 +49,17 @@ def test_a_bomb_is_refused_without_decoding_it() -> None:
         read_head(memoryview(data), "image[1]", SETTINGS)
 
 
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("extended", [False, True])
+def test_a_webp_is_refused_by_its_first_bytes(lossless: bool, extended: bool) -> None:
+    stream = io.BytesIO()
+    Image.new("RGBA" if extended else "RGB", (300, 200), (9, 9, 9, 9)).save(stream, "WEBP", lossless=lossless)
+    small = Settings(max_image_pixels=300 * 200 - 1)
+    with pytest.raises(ImageError, match="300x200"):
+        read_head(memoryview(stream.getvalue())[:30], "image", small)  # no more than these: Pillow could not open it
+    assert read_head(memoryview(stream.getvalue()), "image", SETTINGS).width == 300
+
+
 @pytest.mark.parametrize(
     ("start", "name"), [(b"\x00\x00\x00\x20ftypavif", "AVIF"), (b"%PDF-1.7", "PDF"), (b"<svg xmlns", "SVG")]
 )

@@ -128,3 +128,10 @@ def test_settings_cannot_be_changed() -> None:
     settings = load_settings({}, {})
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.port = 1  # type: ignore[misc]
+
+
+def test_a_file_in_another_encoding_is_told(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_bytes("# für\n".encode("latin-1"))
+    with pytest.raises(SettingsError, match=r"c\.toml"):
+        load_settings({}, {}, config)

@@ -466,3 +466,13 @@ def test_any_single_invalid_field_is_named(values: dict[str, str], name: str, wr
     with pytest.raises(BadRequest) as caught:
         edit(*{**values, name: wrong}.items())
     assert caught.value.param == name
+
+
+def test_a_number_without_end_is_refused() -> None:
+    with pytest.raises(InvalidValue, match="40 digits") as caught:
+        as_json(GENERATION, seed=10**400)
+    assert caught.value.param == "seed"
+
+
+def test_the_operators_default_steps_are_what_a_plain_request_runs() -> None:
+    assert edit(default_num_inference_steps=5, max_num_inference_steps=6).request.num_inference_steps == 5

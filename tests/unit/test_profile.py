@@ -138,3 +138,24 @@ def test_steps_run_agrees_with_float32(steps: int, strength: float) -> None:
 @given(steps=st.integers(1, 1000))
 def test_the_least_strength_runs_a_step(steps: int) -> None:
     assert steps_run(steps, least_strength(steps)) >= 1
+
+
+def test_the_operators_default_wins_over_the_directorys_preset() -> None:
+    settings = ModelSettings(name="b", default_num_inference_steps=5, max_num_inference_steps=6)
+    presets = read_profile(settings).presets
+    assert "num_inference_steps" not in presets["high"]
+    assert all(preset.get("num_inference_steps", 0) <= 6 for preset in presets.values())
+
+
+def test_strengths_without_an_option_stay_within_the_limits() -> None:
+    defaults = read_profile(ModelSettings(name="b", max_strength=0.75)).defaults
+    assert (defaults.strength, defaults.strength_inpainting) == (0.7, 0.75)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"sizes": {"native": "128"}}', '{"sizes": []}', '{"defaults": 1}', '{"presets": {"low": 1}}']
+)
+def test_a_wrong_value_in_ovserve_json_is_told(directory: Path, text: str) -> None:
+    (directory / "ovserve.json").write_text(text)
+    with pytest.raises(ModelError, match="wrong value"):
+        read_profile(ModelSettings(name="m", path=directory))

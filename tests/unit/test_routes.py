@@ -130,7 +130,12 @@ def test_reload_is_for_the_machine_itself(api: ImagesApi) -> None:
     stranger.address = "192.0.2.1"
     with pytest.raises(Forbidden):
         api.answer(stranger)
-    assert isinstance(api.answer(FakeExchange("POST", "/v1/config/reload")), JsonReply)
+    for field in ("origin", "x_forwarded_for", "sec_fetch_site"):
+        with pytest.raises(Forbidden):
+            api.answer(FakeExchange("POST", "/v1/config/reload", **{field: "x"}))
+    mapped = FakeExchange("POST", "/v1/config/reload")
+    mapped.address = "::ffff:127.0.0.1"
+    assert isinstance(api.answer(mapped), JsonReply)
     with pytest.raises(BadRequest, match="port=x"):
         api.answer(FakeExchange("POST", "/v1/config/reload"))
 
@@ -144,6 +149,7 @@ def test_a_preflight_names_the_methods(api: ImagesApi) -> None:
 
 def test_only_health_answers_beyond_the_connections(api: ImagesApi) -> None:
     assert api.is_health("/v2/health/live")
+    assert api.is_health("/v2/models/me/shapes/ready")
     assert not api.is_health("/v1/models")
 
 

@@ -99,3 +99,13 @@ def test_any_range_is_inside_or_refused(value: str, size: int) -> None:
     except RangeNotSatisfiable:
         return
     assert part is None or 0 <= part[0] < part[1] <= size
+
+
+def test_files_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
+    holiday = tmp_path / "holiday.jpg"
+    holiday.write_bytes(bytes(900_000))
+    os.utime(holiday, (0, 0))
+    kept = store(tmp_path, store_bytes=MIB)
+    for _ in range(5):
+        kept.keep(memoryview(bytes(300_000)), "png")
+    assert holiday.exists()
