@@ -287,7 +287,8 @@ def worker_main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, set
         threading.Event().wait()
     if command:
         die(command)
-    end.send(Ready(int(told.get("capacity", 2)), "toy", "told so"))
+    tuned = {"threads": model.threads or os.getpid() % 200 + 1, "streams": model.streams or 1}
+    end.send(Ready(int(told.get("capacity", 2)), "toy", f"threads={tuned['threads']}", tuned))
     while not (toy.stopping.is_set() and not toy.jobs):
         if not toy.is_silent:
             end.send(Beat("denoise" if toy.jobs else "idle"))

@@ -5,10 +5,12 @@ Runs in: the supervisor thread. No processes are touched here; that is the super
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.context import SpawnProcess
+from typing import Any
 
 from ovserve.config import ModelSettings, Settings
 from ovserve.dispatch.ipc import Link
@@ -18,6 +20,8 @@ __all__ = ["Fleet", "Place", "load_failure", "make_fleets"]
 
 _LOADING = frozenset({"spawn", "load", "warm-up"})
 _JITTER = (0.75, 1.25)  # replicas that died together do not start in step
+_TUNABLE = ("threads", "streams", "max_batch")  # options whose 0 means: chosen at warm-up
+_MOST_TUNED = 256  # the least upper bound of these options
 _DOUBLINGS = 32  # beyond any largest delay; keeps the power finite
 
 
@@ -113,12 +117,17 @@ class Fleet:
         return [place for place in self.places if place.is_ready]
 
     def may_start(self, place: Place) -> bool:
-        """One place tries a failed model again; the others follow when it has worked."""
-        return not self.failure or place is self.places[0]
+        """One place tries a model that has not worked yet, or has failed; the others follow when it has worked.
 
-    def note_ready(self, place: Place, now: float) -> None:
-        """A worker has passed its warm-up."""
+        They find its compiled model in the cache, and its division of the device in the settings.
+        """
+        return (self.was_ready and not self.failure) or place is self.places[0]
+
+    def note_ready(self, place: Place, link: Link, now: float) -> None:
+        """A worker has passed its warm-up. What the first one measured and chose holds for all that follow."""
         place.ready_at, self.was_ready, self.failure = now, True, ""
+        if link.ready is not None:
+            self.model = _tuned(self.model, link.ready.tuned)
 
     def note_death(self, place: Place, link: Link, reason: str, now: float) -> None:
         """Count a death, and declare the model failed where that is due (`failure` is set).
@@ -154,6 +163,16 @@ def make_fleets(settings: Settings, profiles: Mapping[str, ModelProfile]) -> dic
     for fleet in fleets.values():
         fleet.places = [Place(fleet, index) for index in range(fleet.model.replicas)]
     return fleets
+
+
+def _tuned(model: ModelSettings, tuned: Mapping[str, object]) -> ModelSettings:
+    """The settings with what a worker chose, where the operator left it open."""
+    chosen: dict[str, Any] = {}
+    for name in _TUNABLE:
+        value = tuned.get(name)
+        if type(value) is int and 1 <= value <= _MOST_TUNED and not getattr(model, name):
+            chosen[name] = value
+    return dataclasses.replace(model, **chosen)
 
 
 def load_failure(link: Link) -> str:

@@ -169,11 +169,16 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """From the worker: a real pass has worked. `capacity`: jobs it takes at once; `engine`: which one and why."""
+    """From the worker: a real pass has worked. `capacity`: jobs it takes at once; `engine`: which one and why.
+
+    `tuned`: what it measured and chose where the settings left the choice open, by option (threads, streams, max_batch; 0 is no
+    choice). The supervisor gives the same to every later incarnation: another division of the device moves the last bits.
+    """
 
     capacity: int
     engine: str
     why: str = ""
+    tuned: dict[str, Any] = field(default_factory=dict)
 
     kind: ClassVar[str] = "ready"
 

@@ -115,13 +115,7 @@ class Supervisor:
 
     def status(self) -> dict[str, ModelStatus]:
         """How each model stands, by name."""
-        found = {}
-        for name in self._dispatcher.models():
-            try:
-                found[name] = self._dispatcher.status(name)
-            except ModelNotFound:
-                continue  # removed between the two calls
-        return found
+        return {status.name: status for status in self._dispatcher.statuses()}
 
     def worker_pids(self) -> dict[str, int]:
         """The process id of each living worker, by its name `model/index#incarnation`."""
@@ -293,7 +287,7 @@ class Supervisor:
         fleet, link = place.fleet, place.link
         if link is None or link.ready is None:
             return
-        fleet.note_ready(place, now)
+        fleet.note_ready(place, link, now)
         self._dispatcher.clear_failure(fleet.name)
         took_s = round(now - place.started_at, 2)
         found = link.ready

@@ -22,8 +22,10 @@ LONG = "100"  # steps: the limit; seconds of work for the built-in model
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
-    arguments = ("--replicas", "2", "--hang_limit_s", "4", "--idle_hang_limit_s", "4")
-    with FaultServer(tmp_path_factory.mktemp("spool"), *arguments, real=True) as server:
+    limits = ("--hang_limit_s", "4", "--idle_hang_limit_s", "4")
+    # One division of the device for every incarnation, so that the same seed has the same bits; and quick starts.
+    division = ("--replicas", "2", "--threads", "1", "--streams", "2", "--max_batch", "4")
+    with FaultServer(tmp_path_factory.mktemp("spool"), *limits, *division, real=True) as server:
         yield server
         assert server.stop() == 0
         assert not server.logged("Traceback")

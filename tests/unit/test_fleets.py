@@ -49,7 +49,7 @@ def die(fleet: Fleet, place: Place, link: Link, *, after_s: float = 0.0, reason:
     now = time.monotonic()
     place.link = link
     if link.ready:
-        fleet.note_ready(place, now)
+        fleet.note_ready(place, link, now)
     fleet.note_death(place, link, reason, now + after_s)
 
 
@@ -83,7 +83,7 @@ def test_job_finished_by_a_neighbour_starts_the_models_count_anew_and_not_the_pl
 def test_model_with_a_ready_worker_is_not_failed(fleet: Fleet, links: list[Link]) -> None:
     neighbour = fleet.places[1]
     neighbour.link = new_link(links)
-    fleet.note_ready(neighbour, time.monotonic())
+    fleet.note_ready(neighbour, neighbour.link, time.monotonic())
     for _ in range(9):
         die(fleet, fleet.places[0], new_link(links, ready=False))
     assert fleet.failure == ""
@@ -125,14 +125,35 @@ def test_model_that_has_worked_gets_its_tries_though_a_worker_says_why(fleet: Fl
     assert fleet.failure == ""
 
 
-def test_ready_worker_clears_the_failure_and_lets_the_others_start(fleet: Fleet) -> None:
+def test_one_worker_tries_a_model_first_and_the_others_follow(fleet: Fleet, links: list[Link]) -> None:
     first, second = fleet.places
+    assert fleet.may_start(first)
+    assert not fleet.may_start(second)
+    fleet.note_ready(first, new_link(links), time.monotonic())
+    assert fleet.may_start(second)
+
+
+def test_ready_worker_clears_the_failure_and_lets_the_others_start(fleet: Fleet, links: list[Link]) -> None:
+    first, second = fleet.places
+    fleet.note_ready(first, new_link(links), time.monotonic())
     fleet.failure = "reason"
     assert fleet.may_start(first)
     assert not fleet.may_start(second)
-    fleet.note_ready(first, time.monotonic())
+    fleet.note_ready(first, new_link(links), time.monotonic())
     assert fleet.failure == ""
     assert fleet.may_start(second)
+
+
+def test_what_the_first_worker_chose_holds_for_all_that_follow(fleet: Fleet, links: list[Link]) -> None:
+    first, second = fleet.places
+    link = new_link(links)
+    link.ready = Ready(1, "toy", "", {"threads": 1, "streams": 2, "max_batch": 0, "path": "/nowhere", "replicas": 9})
+    fleet.note_ready(first, link, time.monotonic())
+    later = new_link(links)
+    later.ready = Ready(1, "toy", "", {"threads": 7, "streams": -1, "max_batch": True})
+    fleet.note_ready(second, later, time.monotonic())
+    chosen = fleet.model
+    assert (chosen.threads, chosen.streams, chosen.path, chosen.replicas) == (1, 2, None, 2)
 
 
 def test_back_off_doubles_up_to_its_limit_with_jitter(fleet: Fleet) -> None:

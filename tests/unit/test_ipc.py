@@ -48,7 +48,7 @@ messages = st.one_of(
     st.builds(Cancel, short),
     st.builds(Room, short, whole, short),
     st.builds(Stop),
-    st.builds(Ready, whole, short, short),
+    st.builds(Ready, whole, short, short, st.dictionaries(short, whole, max_size=3)),
     st.builds(Beat, short, seconds),
     st.builds(Prepared, short, short, whole, whole, whole, whole, whole, whole, short),
     st.builds(Progress, short, whole, whole, whole),

@@ -38,6 +38,16 @@ def test_workers_start_and_serve(tmp_path: Path) -> None:
         assert set(house.pids()) <= set(children_of(os.getpid()))
 
 
+def test_every_incarnation_gets_what_the_first_one_chose(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path, toy_model(replicas=3)) as house:
+        chosen = house.dispatcher.status("toy").engine_reason
+        for pid in house.pids():
+            os.kill(pid, signal.SIGKILL)
+        house.until(lambda: len({*house.supervisor.worker_pids()} & {"toy/0#1", "toy/1#1", "toy/2#1"}) == 3)
+        house.until(lambda: house.ready() == 3)
+        assert house.dispatcher.status("toy").engine_reason == chosen
+
+
 def test_nothing_is_ready_before_the_warm_up(tmp_path: Path) -> None:
     with ToyHouse(tmp_path, toy_model(load_s=0.5), wait=False) as house:
         assert not house.supervisor.wait_ready(Deadline.after(0.05))
