@@ -241,7 +241,12 @@ class Components:
 
     def compile_unet(self, layout: Layout) -> list[Any]:
         """The UNet alone, an infer request for each slot: for measuring. `compile` takes them over if it is for the same layout."""
-        self._unets = {layout: [self._compile("unet", layout).create_infer_request() for _ in range(layout.streams)]}
+        self._unets[layout] = [self._compile("unet", layout).create_infer_request() for _ in range(layout.streams)]
+        return self._unets[layout]
+
+    def measured_unets(self, layout: Layout) -> list[Any]:
+        """Those again, and all others are let go."""
+        self._unets = {layout: self._unets[layout]}
         return self._unets[layout]
 
     def compile(self, layout: Layout, beat: Callable[[str], None]) -> None:

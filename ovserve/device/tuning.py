@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,13 @@ __all__ = ["Tuning", "tune", "warm_up"]
 log = logging.getLogger(__name__)
 
 ROW_CHOICES = (4, 8, 16)  # beside the two of one picture
+COMPARED_ROWS = 4  # in a call, when layouts are compared
 CLEAR_GAIN = 1.15  # single-threaded streams must beat one stream with all threads by this much: noise must not decide
 WORTH_MORE_ROWS = 1.03  # more rows in a call must bring this much: they make everybody's step longer
+NOT_WORSE = (
+    0.95  # where calls are short anyway, more rows need not bring anything: the room for more pictures is worth it
+)
+SHORT_CALL_S = 0.05
 LARGE_CALL_S = 0.25  # two rows take longer than this: the model keeps every core busy by itself (measured, SD 1.5)
 LONGEST_CALL_S = 0.5  # a picture that comes in waits for the call under way
 SLOW_CALL_S = 1.0  # one call this slow is measure enough
@@ -63,9 +68,17 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True)
+class _Rate:
+    """Rows a second: as the clock saw it, and as it would be with the cores to ourselves (by CPU time, which other work does
+    not stretch)."""
+
+    by_clock: float
+    by_cpu: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Measured:
     layout: Layout
-    rows: int
     rows_per_s: float
     step_s: float
     splits: bool
@@ -83,12 +96,7 @@ def tune(components: Components, beat: Callable[[str], None]) -> Tuning:
     if found is not None:
         log.info("division of the device is kept from another start", extra=_fields(found))
         return found
-    measured = _measure_all(components, streams, threads, rows, beat)
-    best = measured[0]
-    for other in measured[1:]:
-        if other.rows_per_s >= CLEAR_GAIN * best.rows_per_s:
-            best = other
-    found = Tuning(best.layout, best.rows, best.splits, best.step_s)
+    found = _measure_all(components, streams, threads, rows, beat)
     log.info("division of the device is measured", extra=_fields(found))
     kept.write(found)
     return found
@@ -103,19 +111,22 @@ def _fields(tuning: Tuning) -> dict[str, dict[str, object]]:
     )
 
 
-def _measure_all(
-    components: Components, streams: int, threads: int, rows: int, beat: Callable[[str], None]
-) -> list[_Measured]:
-    """Each layout worth trying, the one with all threads first."""
-    measured = []
+def _measure_all(components: Components, streams: int, threads: int, rows: int, beat: Callable[[str], None]) -> Tuning:
+    """The best of the layouts worth trying, the one with all threads first, and the rows that suit it."""
+    best: _Measured | None = None
     for layout in _layouts(components, streams, threads):
         beat("load")
-        found = _measure(components, layout, rows, beat)
-        measured.append(found)
-        log.debug("measured a division of the device", extra=fields(**asdict(found)))
+        found = _measure(components, layout, beat)
+        log.debug(
+            "measured a layout", extra=fields(layout=layout, rate=round(found.rows_per_s, 1), step_s=found.step_s)
+        )
+        if best is None or found.rows_per_s >= CLEAR_GAIN * best.rows_per_s:
+            best = found
         if found.step_s > LARGE_CALL_S:
             break
-    return measured
+    if best is None:
+        raise ValueError("no layout to measure")
+    return Tuning(best.layout, rows or _choose_rows(components, best, beat), best.splits, best.step_s)
 
 
 def _layouts(components: Components, streams: int, threads: int) -> list[Layout]:
@@ -131,7 +142,7 @@ def _layouts(components: Components, streams: int, threads: int) -> list[Layout]
     return [Layout(count, cores // count) for count in sorted({*(c for c in choices if c <= most), most})]
 
 
-def _measure(components: Components, layout: Layout, pinned_rows: int, beat: Callable[[str], None]) -> _Measured:
+def _measure(components: Components, layout: Layout, beat: Callable[[str], None]) -> _Measured:
     requests = components.compile_unet(layout)
     beat("warm-up")
     feeds = components.feeds
@@ -139,54 +150,56 @@ def _measure(components: Components, layout: Layout, pinned_rows: int, beat: Cal
     beat("warm-up")
     single = np.concatenate([run_unet(requests[0], feeds.row(place)) for place in range(2)])
     splits = bool(np.array_equal(pair, single))
+    if not splits:
+        log.warning("the rows of a picture differ when they are computed apart: they stay together")
     beat("warm-up")
-    best_rows, best_rate = 2, _rows_per_s(requests, feeds.of(2), beat)
     # A lone picture's rows go side by side where there are slots for them.
-    side_by_side = splits and layout.streams > 1
-    step_s = 2 / (_rows_per_s(requests[:2], feeds.of(1), beat) if side_by_side else best_rate / layout.streams)
-    for rows in [pinned_rows] if pinned_rows else ROW_CHOICES:
-        if rows * len(requests) / best_rate > LONGEST_CALL_S or not _fits(components, rows, len(requests)):
-            break
-        together = run_unet(requests[0], feeds.of(rows))
-        if not np.array_equal(together[:2], pair):
-            log.warning("rows of a call of %d differ from rows alone: calls hold one picture", rows)
-            pinned_rows = 0
-            break
-        rate = _rows_per_s(requests, feeds.of(rows), beat)
-        if rate >= WORTH_MORE_ROWS * best_rate:
-            best_rows, best_rate = rows, rate
-    return _Measured(layout, pinned_rows or best_rows, best_rate, step_s, splits)
+    lone = _rate(requests[:2], feeds.of(1), layout, beat) if splits and layout.streams > 1 else None
+    rate = _rate(requests, feeds.of(COMPARED_ROWS if lone else 2), layout, beat)
+    return _Measured(layout, rate.by_cpu, 2 / (lone or rate).by_clock, splits)
 
 
-def _rows_per_s(requests: Sequence[Any], feed: dict[str, NDArray[Any]], beat: Callable[[str], None]) -> float:
+def _choose_rows(components: Components, best: _Measured, beat: Callable[[str], None]) -> int:
+    """The fewest rows in a call beyond which more of them bring little."""
+    requests = components.measured_unets(best.layout)
+    feeds = components.feeds
+    pair = run_unet(requests[0], feeds.of(2))
+    most, most_rate = 2, _rate(requests, feeds.of(2), best.layout, beat)
+    for rows in ROW_CHOICES:
+        if rows * len(requests) / most_rate.by_clock > LONGEST_CALL_S or not _fits(components, rows, len(requests)):
+            break
+        if not np.array_equal(run_unet(requests[0], feeds.of(rows))[:2], pair):
+            log.warning("rows of a call of %d differ from those of a call of 2: calls hold %d rows", rows, most)
+            break
+        rate = _rate(requests, feeds.of(rows), best.layout, beat)
+        is_short = rows * len(requests) / rate.by_cpu < SHORT_CALL_S
+        if rate.by_cpu >= (NOT_WORSE if is_short else WORTH_MORE_ROWS) * most_rate.by_cpu:
+            most, most_rate = rows, rate
+    return most
+
+
+def _rate(requests: Sequence[Any], feed: dict[str, NDArray[Any]], layout: Layout, beat: Callable[[str], None]) -> _Rate:
     """Rows a second with a call always under way in each request."""
-    counts = [0] * len(requests)
-    began = [0.0] * len(requests)
-    ended = [0.0] * len(requests)
-    ready = threading.Barrier(len(requests))
 
-    def repeat(place: int) -> None:
-        ready.wait()
-        began[place] = time.monotonic()
-        run_unet(requests[place], feed)
-        ended[place] = time.monotonic()
-        if ended[place] - began[place] > SLOW_CALL_S:
-            counts[place] = 1
-            return
+    def repeat(request: Any, until: float) -> int:
+        count = 0
+        while not count or time.monotonic() < until:
+            run_unet(request, feed)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(len(requests)) as pool:
         # The first call of a shape makes its kernels, which a quick call must not be charged with.
-        began[place] = time.monotonic()
-        while not counts[place] or time.monotonic() - began[place] < MEASURE_S:
-            run_unet(requests[place], feed)
-            counts[place] += 1
-        ended[place] = time.monotonic()
-
-    workers = [threading.Thread(target=repeat, args=(place,)) for place in range(len(requests))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    beat("warm-up")
-    return sum(counts) * len(feed["sample"]) / (max(ended) - min(began))
+        for duration_s in (0.0, MEASURE_S):
+            began, began_cpu = time.monotonic(), time.process_time()
+            calls = sum(pool.map(repeat, requests, [began + duration_s] * len(requests)))
+            clock_s, cpu_s = time.monotonic() - began, time.process_time() - began_cpu
+            beat("warm-up")
+            if clock_s > SLOW_CALL_S:
+                break
+    rows = calls * len(feed["sample"])
+    busy_s = cpu_s / (layout.threads * len(requests)) if layout.threads else clock_s
+    return _Rate(by_clock=rows / clock_s, by_cpu=rows / max(busy_s, 1e-6))
 
 
 def _fits(components: Components, rows: int, streams: int) -> bool:
