@@ -7,6 +7,7 @@ somebody's critical section; processes that the supervisor spawns inherit the ma
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -33,6 +34,7 @@ __all__ = ["Server"]
 
 SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 POLL_S = 0.1  # how often the main thread looks up between signals while something is under way
+LAST_ANSWERS_S = 1.0  # for answers to jobs that the grace did not suffice for
 STOP_TIMEOUT_S = 10.0  # for processes to end once nothing is in flight
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Server:
         self._settings = settings
         self._reread = reread
         self._reloading = threading.Lock()
+        self._is_announced = False
         resource_tracker.ensure_running()  # its start unblocks SIGINT and SIGTERM in this thread: before ours, not after
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         catalog = read_catalog(settings)
@@ -79,8 +82,10 @@ class Server:
         try:
             if not self._await_ready():
                 return 0
-            print(f"ready http://{self._listener.host}:{self._listener.port}", flush=True)
-            systemd.notify_ready("serving " + ", ".join(self._api.catalog.models))
+            host = f"[{self._listener.host}]" if ":" in self._listener.host else self._listener.host
+            print(f"ready http://{host}:{self._listener.port}", flush=True)
+            self._is_announced = True
+            self._announce()
             self._await_end()
             self._drain()
         finally:
@@ -109,23 +114,35 @@ class Server:
                 self.reload()
             except StartupError as error:
                 log.error("not reloaded: %s", error)  # noqa: TRY400 - the message says all there is
+            except Exception:  # a bug in reading the configuration must not end a server that runs
+                log.exception("not reloaded")
 
     def reload(self) -> None:
         """Read the configuration again; new workers take over when they are ready. Thread-safe: yes, one at a time.
+
+        Models and what bounds a request take effect; what was fixed when the server started is named in the log.
 
         Raises:
             StartupError: the new configuration is wrong, and nothing was changed.
         """
         with self._reloading:
-            systemd.notify_reloading()
+            if self._is_announced:
+                systemd.notify_reloading()
             try:
                 settings = self._reread()
                 catalog = read_catalog(settings)
                 self._supervisor.reload(settings, _profiles(catalog))
-                self._api.catalog = catalog
+                self._api.take(settings, catalog)
                 log.info("reloaded", extra=fields(models=", ".join(catalog.models)))
+                if fixed := _fixed(self._settings, settings):
+                    log.warning("takes effect at the next start: %s", ", ".join(fixed))
             finally:
-                systemd.notify_ready("serving " + ", ".join(self._api.catalog.models))
+                self._announce()
+
+    def _announce(self) -> None:
+        """Tell systemd that the service answers; not before a model has worked, and not while it goes down."""
+        if self._is_announced and not self._dispatcher.is_draining:
+            systemd.notify_ready("serving " + ", ".join(self._api.catalog.models))
 
     def _drain(self) -> None:
         """Take no new jobs, and let those in flight finish within the grace period. A second signal ends the process now."""
@@ -135,18 +152,35 @@ class Server:
         while self._listener.active_exchanges and not grace.is_expired():
             if _next_signal(POLL_S) in (signal.SIGTERM, signal.SIGINT):
                 log.warning("second signal: ending now", extra=fields(in_flight=self._listener.active_exchanges))
-                self._stop()
+                self._supervisor.stop(Deadline.after(0))
+                self._spool.close()
                 os._exit(1)
 
     def _stop(self) -> None:
-        self._listener.stop(0)
-        self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S))
+        """End everything. Jobs that the grace did not suffice for are answered before their connections are cut."""
+        self._dispatcher.drain()
+        self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S if not self._listener.active_exchanges else 0))
         self._dispatcher.close()
+        self._listener.stop(LAST_ANSWERS_S if self._listener.active_exchanges else 0)
         self._spool.close()
         sys.stdout.flush()
         left = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
         if left:
             log.debug("threads left: %s", ", ".join(left))
+
+
+# Options that are read at each request, or by workers and dispatch from what a reload hands them; all others are fixed at start.
+RELOADED = frozenset((
+    "models", "default_model", "max_images", "max_image_pixels", "max_image_side_px", "default_timeout_s", "max_timeout_s", "public_url",
+    "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s", "restart_delay_s", "max_restart_delay_s",
+    "crash_loop_limit", "failed_retry_s",
+))  # fmt: skip
+
+
+def _fixed(old: Settings, new: Settings) -> list[str]:
+    """Options that changed and that only a start can bring in."""
+    names = (entry.name for entry in dataclasses.fields(Settings) if entry.name not in RELOADED)
+    return [name for name in names if getattr(old, name) != getattr(new, name)]
 
 
 def _profiles(catalog: Catalog) -> dict[str, ModelProfile]:

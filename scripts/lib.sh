@@ -37,7 +37,8 @@ set_up() {
     python=$(find_python) || { say "Python 3.11 or later is needed; PYTHON may name one."; exit 1; }
     "$python" -c 'import ensurepip, venv' 2>/dev/null || need_packages python3-venv
     say "Making the virtual environment $environment with $("$python" --version) ..."
-    [ -x "$environment/bin/python" ] || "$python" -m venv "$environment"
+    # An interrupted run may have left an environment without pip: it is made anew.
+    "$environment/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$environment"
     # pip's resolver can backtrack for minutes on this set of packages; uv takes seconds.
     "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
     say "Installing ovserve$extra and its packages at the versions of constraints.txt ..."

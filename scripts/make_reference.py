@@ -98,7 +98,8 @@ def _metrics() -> Iterator[str]:
     for name, family in sorted(vars(metrics).items()):
         if name != "registry":
             described = family.describe()[0]
-            yield f"| `{described.name}` | {', '.join(family._labelnames)} | {_cell(described.documentation)} |"
+            suffix = "_total" if described.type == "counter" else ""
+            yield f"| `{described.name}{suffix}` | {', '.join(family._labelnames)} | {_cell(described.documentation)} |"
     for name, text in (
         ("queued_jobs", "Jobs that wait."),
         ("running_jobs", "Jobs that workers hold."),

@@ -29,7 +29,7 @@ class Images:
     """The way of one request. Runs in: handler threads; thread-safe, for it holds nothing of any request."""
 
     def __init__(self, settings: Settings, dispatcher: Dispatcher, store: Store, metrics: Metrics) -> None:
-        self._settings = settings
+        self.settings = settings  # replaced as a whole by a reload
         self._dispatcher = dispatcher
         self._store = store
         self._metrics = metrics
@@ -40,7 +40,7 @@ class Images:
             self._dispatcher.is_draining
         ):  # before the body is read: a client that waits for 100-continue hears it at once
             raise Draining("The server is going down and takes no new jobs.", retry_after_s=DRAINING_RETRY_S)
-        parameters = parse_parameters(exchange.read_form(), endpoint, path_model, catalog, self._settings)
+        parameters = parse_parameters(exchange.read_form(), endpoint, path_model, catalog, self.settings)
         job = Job(
             id=exchange.id,
             model=parameters.model.name,
@@ -78,7 +78,7 @@ class Images:
                 f"Invalid value for 'x-timeout-s': expected seconds above 0, but got '{asked[:40]}'.",
                 param="x-timeout-s",
             )
-        return min(timeout_s, self._settings.max_timeout_s)
+        return min(timeout_s, self.settings.max_timeout_s)
 
     def _end(self, job: Job) -> None:
         """End the exchange: a job that nobody waits for any more is cancelled, and its segments go."""
@@ -115,7 +115,7 @@ class Images:
 
     def _keep(self, exchange: Exchange, job: Job, parameters: Parameters) -> dict[int, str]:
         """Keep every picture of a job; the address of each."""
-        base = self._settings.public_url.rstrip("/") or f"http://{exchange.header('host')}"
+        base = self.settings.public_url.rstrip("/") or f"http://{exchange.header('host')}"
         urls = {}
         for number, result in job.results.items():
             with result.segment.view[: result.size] as picture:

@@ -57,7 +57,7 @@ class Route:
 
 
 class ImagesApi:
-    """The API of one server. Thread-safe: `catalog` is replaced as a whole by a reload; nothing else changes."""
+    """The API of one server. Thread-safe: settings and catalog are replaced as a whole by a reload."""
 
     def __init__(
         self, settings: Settings, catalog: Catalog, dispatcher: Dispatcher, reload: Callable[[], None]
@@ -73,6 +73,12 @@ class ImagesApi:
         self.metrics.watch("ovserve_running_jobs", "Jobs that workers hold, by model.", ["model"], self._running)
         self.metrics.watch("ovserve_ready_workers", "Workers that take jobs, by model.", ["model"], self._workers)
         self._openapi: bytes | None = None
+
+    def take(self, settings: Settings, catalog: Catalog) -> None:
+        """Serve by these from the next request on."""
+        self.settings = settings
+        self.images.settings = settings
+        self.catalog = catalog
 
     def answer(self, exchange: Exchange) -> Reply:
         """Serve one request; HEAD is answered as GET. Raises ApiError and ClientGone."""

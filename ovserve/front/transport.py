@@ -20,6 +20,7 @@ from ovserve.errors import ClientGone
 __all__ = ["Transport"]
 
 RECEIVE_BYTES = 16 * 1024  # a head, and what comes with it; content beyond goes straight to where it belongs
+SLOWEST_READER = 1024  # bytes per second of an answer, beside the write timeout: less is somebody who holds a thread
 IOV_LIMIT = 512  # buffers for one sendmsg; Linux takes 1024
 # The kernel's limit on one wait. Longer waits are made of several; a limit that stays the same is one system call less for each.
 TICK_S = 5.0
@@ -37,6 +38,7 @@ class Transport:
         self._position = 0
         self._overflow: memoryview | None = None
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._write_timeout_s = write_timeout_s
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(write_timeout_s))
 
     @property
@@ -93,22 +95,29 @@ class Transport:
     def send(self, buffers: Sequence[bytes | memoryview]) -> int:
         """Write all of the buffers, in as few calls as the socket allows; bytes written.
 
-        Raises ClientGone when the peer has closed, or has taken nothing for the write timeout.
+        Raises ClientGone when the peer has closed, has taken nothing for the write timeout, or reads slower than SLOWEST_READER.
         """
         rest: list[bytes | memoryview] = list(buffers)
         total = 0
+        started = time.monotonic()
         try:
-            while rest:
+            while rest and time.monotonic() - started <= self._write_timeout_s + total / SLOWEST_READER:
                 sent = self._socket.sendmsg(rest if len(rest) <= IOV_LIMIT else rest[:IOV_LIMIT])
                 total += sent
                 rest = _behind(rest, sent)
         except BlockingIOError:
-            # Closed as usual, the kernel would hold what is unread for minutes: reset the connection instead.
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+            self._reset()
             raise ClientGone("the client has stopped reading") from None
         except OSError as error:
             raise ClientGone(error.strerror or "connection lost") from None
+        if rest:
+            self._reset()
+            raise ClientGone(f"the client reads fewer than {SLOWEST_READER} bytes a second")
         return total
+
+    def _reset(self) -> None:
+        """Have the close reset the connection: as usual, the kernel would hold what is unread for minutes."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
 
     def wait(self, descriptor: int, deadline: Deadline) -> bool:
         """Wait until `descriptor` is readable; False at the deadline. Raises ClientGone when the peer closes, or has closed.

@@ -12,6 +12,7 @@ import pytest
 
 from ovserve.deadline import Deadline
 from ovserve.errors import ClientGone
+from ovserve.front import transport as transport_module
 from ovserve.front.transport import Transport
 from tests.sockets import connected_pair, sending
 
@@ -193,3 +194,22 @@ def test_a_wait_longer_than_a_tick_is_one_wait(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(TimeoutError):
             transport.receive(0.1)
         assert 0.05 < time.monotonic() - started < 5
+
+
+def test_a_client_that_takes_a_few_bytes_now_and_then_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport_module, "SLOWEST_READER", 10**8)  # so that what the kernel buffers buys no time
+    ended = threading.Event()
+    with connected_pair() as (ours, theirs):
+
+        def read() -> None:  # always before the write timeout, so that no single wait is too long
+            while not ended.wait(0.01):
+                ours.recv(20_000)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            with pytest.raises(ClientGone, match="fewer than"):
+                Transport(theirs, 0.3).send([bytes(64 * 1024 * 1024)])
+        finally:
+            ended.set()
+            reader.join()
