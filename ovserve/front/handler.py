@@ -240,7 +240,10 @@ class Connection:
                 exchange.body = Body(
                     self.transport, head, self.settings, self._send_continue if head.expects_continue else None
                 )
-            return self._write(exchange, SERVER_OPTIONS if head.path == "*" else self._host.api.answer(exchange))
+            reply = SERVER_OPTIONS if head.path == "*" else self._host.api.answer(exchange)
+            if not isinstance(reply, StreamReply):
+                exchange.release()  # a client that reads slowly holds no upload in the spool
+            return self._write(exchange, reply)
         except ApiError as error:
             if error.status >= 500:
                 log.warning("%s", error.message, extra=fields(id=exchange.id, code=error.code))
