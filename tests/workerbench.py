@@ -35,6 +35,7 @@ from ovserve.dispatch.ipc import (
     open_link,
 )
 from ovserve.dispatch.spool import Blob, Segment, Spool
+from ovserve.dispatch.supervisor import WorkerMain
 from ovserve.profile import read_profile
 
 PATIENCE_S = 60.0
@@ -43,12 +44,18 @@ PATIENCE_S = 60.0
 class WorkerBench:
     """One worker process with its link. Grants room for every picture unless told not to."""
 
-    def __init__(self, spool: Path, model: ModelSettings | None = None, settings: Settings | None = None) -> None:
+    def __init__(
+        self,
+        spool: Path,
+        model: ModelSettings | None = None,
+        settings: Settings | None = None,
+        main: WorkerMain = worker.main,
+    ) -> None:
         self.model = model or ModelSettings(name="shapes", engine="genai")
         self.settings = settings or Settings(models=(self.model,))
         self.profile = read_profile(self.model)
         self.spool = Spool(spool, 1 << 30)
-        self.grants_room = True
+        self.grants_room = self.grants_previews = True
         self.log: list[Message] = []
         self.beats: list[Beat] = []
         self.pictures: dict[tuple[str, int, int], bytes] = {}
@@ -56,9 +63,7 @@ class WorkerBench:
         self._jobs = 0
         context = multiprocessing.get_context("spawn")
         self.link, end = open_link(context, self.model.name, 0, 0)
-        self.process = context.Process(
-            target=worker.main, args=(end, self.profile, self.model, self.settings), daemon=True
-        )
+        self.process = context.Process(target=main, args=(end, self.profile, self.model, self.settings), daemon=True)
         self.process.start()
         end.close()
 
@@ -92,7 +97,7 @@ class WorkerBench:
         self.log.append(message)
         if isinstance(message, Need):
             path = ""
-            if self.grants_room:
+            if self.grants_room and (self.grants_previews or message.partial < 0):
                 room = self.spool.create(message.size, reserve=message.size)
                 self._rooms[message.job, message.picture, message.partial] = room
                 path = room.path
@@ -101,6 +106,15 @@ class WorkerBench:
             room = self._rooms.pop((message.job, message.picture, message.partial))
             self.pictures[message.job, message.picture, message.partial] = bytes(room.view[: message.size])
             room.release()
+
+    def answer(self, need: Need) -> None:
+        """Give the room that was asked for, or tell that there is none."""
+        path = ""
+        if self.grants_room:
+            room = self.spool.create(need.size, reserve=need.size)
+            self._rooms[need.job, need.picture, need.partial] = room
+            path = room.path
+        self.link.send(Room(need.job, need.picture, path))
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Read until the condition holds."""

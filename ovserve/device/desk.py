@@ -34,6 +34,7 @@ from ovserve.device.edit import Edit, prepare, seed_of
 from ovserve.device.engine import Engine, Outcome, Preview, Work
 from ovserve.device.loop import DeviceLoop
 from ovserve.dispatch.ipc import (
+    MAX_CAPACITY,
     Beat,
     Cancel,
     Done,
@@ -321,7 +322,8 @@ class Desk:
         except Exception as error:  # noqa: BLE001 - whatever keeps a model from loading is told to the operator
             self._give_up(error)
         self._engine, self._loop = engine, loop
-        self._send(Ready(engine.capacity + _SPARE_JOBS, engine.name, why[:_SHORT_TEXT_CHARS]))
+        capacity = min(engine.capacity + _SPARE_JOBS, MAX_CAPACITY)
+        self._send(Ready(capacity, engine.name, why[:_SHORT_TEXT_CHARS]))
         loop.run()
         engine.close()
         _exit(0)
@@ -383,7 +385,7 @@ class Desk:
             if isinstance(item, Room):
                 self._fill(held, item)
             elif isinstance(item, _Estimate):
-                self._finish_preview(held, item)
+                self._try_preview(held, item)
             else:
                 self._finish_outcome(held, item)
         except ApiError as error:
@@ -415,14 +417,21 @@ class Desk:
         held.finish_ms += (time.monotonic() - started) * 1000
         self._ask_room(held, picture, data, -1)
 
+    def _try_preview(self, held: _Held, item: _Estimate) -> None:
+        try:
+            self._finish_preview(held, item)
+        except Exception:  # a preview is a courtesy: the picture does not depend on it
+            log.exception("preview failed", extra=fields(job=held.job))
+
     def _finish_preview(self, held: _Held, item: _Estimate) -> None:
         if held.edit is None or held.stopped.is_set():
             return
         picture = item.work.picture
         index = held.partials.get(picture, 0)
         if index < held.edit.request.partial_images:
-            held.partials[picture] = index + 1
-            self._ask_room(held, picture, held.edit.encode_preview(item.preview.pixels), index)
+            data = held.edit.encode_preview(item.preview.pixels)
+            held.partials[picture] = index + 1  # one that cannot be encoded leaves its number to the next
+            self._ask_room(held, picture, data, index)
 
     def _ask_room(self, held: _Held, picture: int, data: bytes, partial: int) -> None:
         waiting = self._waiting.setdefault((held.job, picture), deque())
@@ -430,13 +439,15 @@ class Desk:
         self._send(Need(held.job, picture, len(data), partial))
 
     def _fill(self, held: _Held, room: Room) -> None:
-        """The dispatcher answers each Need with one Room, in order."""
+        """The dispatcher answers each Need with one Room, in order; a preview without room is left out."""
         waiting = self._waiting.get((held.job, room.picture))
         if not waiting:
             return
         encoded = waiting.popleft()
         if not waiting:
             del self._waiting[held.job, room.picture]
+        if not room.path and encoded.partial >= 0:
+            return
         if not room.path:
             raise SpoolFull("there is no room for the result", retry_after_s=2)
         fill(room.path, encoded.data)

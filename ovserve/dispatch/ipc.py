@@ -31,6 +31,7 @@ from ovserve.dispatch.spool import Blob
 from ovserve.errors import OvserveError
 
 __all__ = [
+    "MAX_CAPACITY",
     "MESSAGE_BYTES",
     "Beat",
     "Cancel",
@@ -54,6 +55,7 @@ __all__ = [
 ]
 
 MESSAGE_BYTES = 4096  # PIPE_BUF on Linux: a write up to this size is atomic
+MAX_CAPACITY = 1024  # jobs one worker may ask for; more is a worker that counts wrongly
 _OUTBOX_LIMIT = 4096  # messages waiting for a worker that does not read; a worker holds far fewer jobs than this
 
 
@@ -470,6 +472,8 @@ class Link:
         if isinstance(message, Beat):
             self.phase, self.allow_s, self.beat_at = message.phase, message.allow_s, time.monotonic()
         elif isinstance(message, Ready):
+            if not 1 <= message.capacity <= MAX_CAPACITY:
+                raise LinkGarbage(f"a capacity of {message.capacity}")
             # Loading is over, and with it the long silence allowed for it, whether a beat says so or not.
             self.ready, self.phase, self.allow_s, self.beat_at = message, "idle", 0.0, time.monotonic()
         elif isinstance(message, Failed) and not message.job:

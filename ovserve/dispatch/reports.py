@@ -27,7 +27,7 @@ from ovserve.dispatch.ipc import (
 )
 from ovserve.dispatch.jobs import Job, Partial, Result, State
 from ovserve.dispatch.queues import Ticket
-from ovserve.dispatch.roster import MAX_CAPACITY, Worker
+from ovserve.dispatch.roster import Worker
 from ovserve.dispatch.spool import Spool
 from ovserve.errors import ApiError, DeadlineExceeded, SpoolFull, from_wire
 
@@ -67,8 +67,6 @@ class Reports:
         if isinstance(message, Beat):
             return  # noted on the link
         if isinstance(message, Ready):
-            if not 1 <= message.capacity <= MAX_CAPACITY:
-                raise LinkGarbage(f"a capacity of {message.capacity}")
             self._on_ready(worker)
             return
         if not isinstance(message, Prepared | Progress | Need | Picture | Done | Failed):

@@ -13,9 +13,8 @@ from ovserve.deadline import Deadline
 from ovserve.dispatch.ipc import Done, Failed, Link, Need, Picture, Prepared, Progress
 from ovserve.dispatch.queues import FairQueue, Ticket
 
-__all__ = ["MAX_CAPACITY", "Model", "ModelStatus", "Worker", "largest_picture_bytes"]
+__all__ = ["Model", "ModelStatus", "Worker", "largest_picture_bytes"]
 
-MAX_CAPACITY = 1024  # jobs one worker may ask for; more is a worker that counts wrongly
 _ENDED_KEPT = 64  # ids of ended jobs kept for each worker, to tell a late report from a made-up job
 _MEAN_WEIGHT = 0.1  # of the newest job in the mean time in a worker: ten jobs make a new mean
 _FIRST_GUESS_S = 1.0  # of a job's time in a worker, before one was measured

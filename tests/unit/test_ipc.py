@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ovserve.dispatch import ipc
 from ovserve.dispatch.ipc import (
+    MAX_CAPACITY,
     MESSAGE_BYTES,
     Beat,
     Cancel,
@@ -277,6 +278,18 @@ def test_readiness_ends_the_long_silence_of_loading(ends: tuple[Link, WorkerEnd]
     end.send(Ready(1, "toy"))
     read_all(link)
     assert (link.phase, link.allow_s) == ("idle", 0.0)
+
+
+@pytest.mark.parametrize("capacity", [0, -1, MAX_CAPACITY + 1])
+def test_capacity_that_no_worker_has_is_garbage_and_not_noted(ends: tuple[Link, WorkerEnd], capacity: int) -> None:
+    link, end = ends
+    end.send(Ready(capacity, "toy"))
+    with pytest.raises(LinkGarbage, match="capacity"):
+        read_all(link)
+    assert link.ready is None
+    end.send(Ready(MAX_CAPACITY, "toy"))
+    read_all(link)
+    assert link.ready == Ready(MAX_CAPACITY, "toy")
 
 
 def test_link_is_named_after_its_place_and_incarnation() -> None:

@@ -1,0 +1,62 @@
+"""An engine that paints one grey, to ask of the desk what no model can be made to do: absurd capacities and broken previews."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import numpy as np
+
+from ovserve.config import ModelSettings, Settings
+from ovserve.device.desk import Desk
+from ovserve.device.engine import Outcome, Preview, Work
+from ovserve.dispatch.ipc import WorkerEnd
+from ovserve.profile import ModelProfile
+
+BROKEN = "the first preview is broken"  # a prompt
+
+
+class FlatEngine:
+    """Capacity without end; each piece of work gives its previews and its picture in one turn."""
+
+    name = "flat"
+    capacity = 100_000
+    schedulers: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self._works: deque[Work] = deque()
+
+    def load(self, beat: Callable[[str], None]) -> None:
+        beat("warm-up")
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(prompt.split())
+
+    def cut_prompt(self, prompt: str) -> str:
+        return prompt
+
+    def admit(self, work: Work) -> None:
+        self._works.append(work)
+
+    def turn(self) -> Sequence[Outcome]:
+        if not self._works:
+            return []
+        work = self._works.popleft()
+        pixels = np.full((work.height, work.width, 3), 128, np.uint8)
+        for number, step in enumerate(sorted(work.previews)):
+            is_broken = work.prompt == BROKEN and number == 0
+            if work.on_preview:
+                work.on_preview(Preview(step, np.zeros(3, np.uint8) if is_broken else pixels))
+        return [Outcome(work, pixels)]
+
+    def phase(self) -> str:
+        return "denoise" if self._works else "idle"
+
+    def close(self) -> None:
+        self._works.clear()
+
+
+def main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: Settings) -> NoReturn:
+    """The spawn target."""
+    Desk(end, profile, model, settings, lambda _profile, _model: (FlatEngine(), "for a test")).run()
