@@ -17,6 +17,7 @@ Laws of this file:
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import queue
@@ -65,7 +66,6 @@ BROKEN = 4  # exit code: a thread of the worker has failed, or the link carries 
 _SPARE_JOBS = 2  # beside those in the engine: one prepared and one being finished, so that the device never waits
 _FINISH_LIMIT = 4  # outcomes waiting to be encoded; then the device waits
 _PREVIEW_LIMIT = 8  # previews waiting to be encoded; further ones are dropped
-_ROOM_TIMEOUT_S = 30.0  # from Need to Room: the dispatcher answers within milliseconds, or is not there
 _TICK_S = 1.0
 _SHORT_TEXT_CHARS = 300  # of a message that does not fit a link: at most 12 bytes for each character in JSON
 
@@ -119,11 +119,10 @@ class _Estimate:
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """A picture that waits for the segment it goes into."""
+    """A picture that waits for the segment it goes into: until the front end gives one, cancels the job, or is gone."""
 
     data: bytes
     partial: int
-    deadline: Deadline
 
 
 class Desk:
@@ -308,17 +307,7 @@ class Desk:
 
     def _device_thread(self) -> None:
         try:
-            engine, why = self._create_engine(self._profile, self._model)
-            try:
-                loop = self._load(engine)
-            except ModelError as error:
-                if self._model.engine != "auto" or engine.name == "genai":
-                    raise
-                # What our own loop cannot read, the library may: an export of another layout, a device it knows better.
-                log.warning("engine %s cannot load this model, genai is tried: %s", engine.name, error)
-                why = f"{engine.name} cannot load this model: {error}"
-                engine, _ = self._create_engine(self._profile, dataclasses.replace(self._model, engine="genai"))
-                loop = self._load(engine)
+            engine, loop, why = self._load_any()
         except Exception as error:  # noqa: BLE001 - whatever keeps a model from loading is told to the operator
             self._give_up(error)
         self._engine, self._loop = engine, loop
@@ -328,6 +317,28 @@ class Desk:
         engine.close()
         _exit(0)
 
+    def _load_any(self) -> tuple[Engine, DeviceLoop, str]:
+        """A loaded engine, its loop, and why it is this one: `auto` gives to genai what our own loop cannot load."""
+        engine, why = self._create_engine(self._profile, self._model)
+        if self._model.engine != "auto" or engine.name == "genai":
+            return engine, self._load(engine), why
+        try:
+            return engine, self._load(engine), why
+        except Exception as error:  # an unfamiliar export shows itself by whatever it lacks; the library may read it
+            log.warning(
+                "engine %s cannot load this model, genai is tried: %s",
+                engine.name,
+                error,
+                exc_info=None if isinstance(error, ModelError) else error,
+            )
+            why = f"{engine.name} cannot load this model: {_reason_of(error)}"
+        # Only here: within the block above the traceback would keep the first engine's models in memory beside the second's.
+        engine.close()
+        del engine
+        gc.collect()
+        engine, _ = self._create_engine(self._profile, dataclasses.replace(self._model, engine="genai"))
+        return engine, self._load(engine), why
+
     def _load(self, engine: Engine) -> DeviceLoop:
         loop = DeviceLoop(engine, self._beat, self._deliver, self._is_wanted, self._settings.hang_limit_s)
         loop.load()
@@ -335,12 +346,11 @@ class Desk:
 
     def _give_up(self, error: Exception) -> NoReturn:
         """Tell why the model cannot be loaded, then end."""
-        if isinstance(error, ModelError):
-            told: ApiError = InternalError(str(error))
-        else:
+        reason = _reason_of(error)
+        if not isinstance(error, ModelError):
             log.error("loading failed", exc_info=error)
-            told = InternalError(f"model {self._profile.name}: {type(error).__name__}: {error}")
-        self._send_failed("", told)
+            reason = f"model {self._profile.name}: {reason}"
+        self._send_failed("", InternalError(reason))
         _exit(LOAD_FAILED)
 
     def _beat(self, phase: str, allow_s: float) -> None:
@@ -362,11 +372,7 @@ class Desk:
 
     def _finish_loop(self) -> None:
         while True:
-            self._drop_roomless()
-            try:
-                item = self._to_finish.get(timeout=_TICK_S)
-            except queue.Empty:
-                continue
+            item = self._to_finish.get()
             self._busy_since["finish"] = time.monotonic()
             self._finish(item)
             self._busy_since.pop("finish", None)
@@ -435,7 +441,7 @@ class Desk:
 
     def _ask_room(self, held: _Held, picture: int, data: bytes, partial: int) -> None:
         waiting = self._waiting.setdefault((held.job, picture), deque())
-        waiting.append(_Encoded(data, partial, Deadline.after(_ROOM_TIMEOUT_S)))
+        waiting.append(_Encoded(data, partial))
         self._send(Need(held.job, picture, len(data), partial))
 
     def _fill(self, held: _Held, room: Room) -> None:
@@ -455,15 +461,6 @@ class Desk:
         self._send(Picture(held.job, room.picture, seed, len(encoded.data), encoded.partial))
         if encoded.partial < 0:
             held.filled += 1
-
-    def _drop_roomless(self) -> None:
-        late = {job for (job, _), waiting in self._waiting.items() if waiting[0].deadline.is_expired()}
-        for job in late:
-            self._waiting = {key: value for key, value in self._waiting.items() if key[0] != job}
-            with self._lock:
-                held = self._held.get(job)
-            if held is not None:
-                self._fail(held, InternalError(f"no room was given for the result within {_ROOM_TIMEOUT_S:g} s"))
 
     # --- reports ------------------------------------------------------------------------------------------------------
 
@@ -497,6 +494,10 @@ class Desk:
             self._send(message)
         except ValueError:
             self._send(dataclasses.replace(message, revised_prompt=edit.revised_prompt[:_SHORT_TEXT_CHARS]))
+
+
+def _reason_of(error: Exception) -> str:
+    return str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
 
 
 def _job_of(item: _Finished | _Estimate | Room) -> str:

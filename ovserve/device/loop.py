@@ -22,7 +22,7 @@ __all__ = ["DeviceLoop"]
 
 IDLE_BEAT_S = 1.0
 BUSY_BEAT_S = 0.25  # beats within one phase are no closer than this: a small model makes a hundred steps a second
-ALLOWANCE = 20  # times the slowest seen of a phase: another size, another batch, a busier machine
+ALLOWANCE = 20  # times the slowest seen of a phase of late: another size, another batch, a busier machine
 
 
 @dataclass(slots=True)
@@ -175,7 +175,7 @@ class DeviceLoop:
 
 
 class _Pace:
-    """How long each phase takes at its slowest, and beats that ask for a multiple of it. Thread-safe: steps report from others."""
+    """How long each phase takes at its slowest of late, and beats that ask for a multiple of it. Thread-safe: steps report from others."""
 
     def __init__(self, send_beat: Callable[[str, float], None], hang_limit_s: float) -> None:
         self.unseen_s = 0.0  # what a phase is taken to need before it has been seen
@@ -191,7 +191,8 @@ class _Pace:
         now = time.monotonic()
         with self._lock:
             if self._phase not in ("", "idle"):
-                self._slowest_s[self._phase] = max(now - self._since, self._slowest_s.get(self._phase, 0.0))
+                # Half the old: one long pause, of the whole machine perhaps, must not allow long silences for good.
+                self._slowest_s[self._phase] = max(now - self._since, self._slowest_s.get(self._phase, 0.0) / 2)
             is_due = phase != self._phase or now - self._beat_at >= BUSY_BEAT_S
             self._phase, self._since = phase, now
             if not is_due:

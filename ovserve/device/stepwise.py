@@ -24,6 +24,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,7 @@ class StepwiseEngine:
         self._ended: list[Outcome] = []
         self._side_s = 0.0  # encoding and decoding since the last denoising call began
         self._call_s = 0.0  # how long the last denoising call took
+        self._closing = ExitStack()  # what `load` has started, however far it came
 
     # --- loading ---
 
@@ -150,11 +152,13 @@ class StepwiseEngine:
         self._components.release_sources()
         self._encoding = Encoding(self._components, self._text)
         self._slots: Slots[Call] = Slots(self._components.requests)
+        self._closing.callback(self._slots.close)
         self.capacity = self._tuning.capacity
         self._call_s = self._tuning.step_s
         decode_s = warm_up(self._components, self._tuning, beat)
         spare = self._components.requests[-1].vae_decoder.get_compiled_model().create_infer_request()
         self._previews = Previews(spare, choose_shrink(decode_s, self._tuning.step_s))
+        self._closing.callback(self._previews.close)
         self._make_one(beat)
 
     def _make_one(self, beat: Callable[[str], None]) -> None:
@@ -239,9 +243,8 @@ class StepwiseEngine:
         return outcomes
 
     def close(self) -> None:
-        """Release the device."""
-        self._slots.close()
-        self._previews.close()
+        """Release the device, after the calls under way. Also after a `load` that failed."""
+        self._closing.close()
 
     # --- forming calls ---
 

@@ -297,6 +297,19 @@ def test_a_picture_whose_own_calls_fail_ends_with_an_error(watched: tuple[Stepwi
     pixels_of(drive(engine, works))
 
 
+def test_an_engine_that_failed_to_load_leaves_no_threads_behind() -> None:
+    def fail(_call: Finished[Call]) -> None:
+        raise KeyError("half loaded")
+
+    before = set(threading.enumerate())
+    engine = StepwiseEngine(PROFILE, settings_of(SD), trace=fail)
+    engine.close()
+    with pytest.raises(KeyError):
+        engine.load(lambda _phase: None)
+    engine.close()
+    assert not set(threading.enumerate()) - before
+
+
 def test_prompts_and_images_are_encoded_once(watched: tuple[StepwiseEngine, Watched]) -> None:
     engine, components = watched
     counts = {"text_encoder": 0, "vae_encoder": 0, "unet": 0, "vae_decoder": 0}

@@ -281,6 +281,22 @@ def test_a_slow_phase_is_allowed_twenty_times_its_slowest() -> None:
     assert all(allow_s == 0.0 for phase, allow_s in bench.beats if phase == "idle")
 
 
+def test_one_long_pause_is_forgotten_after_a_few_turns() -> None:
+    engine = CountingEngine(turn_s=0.3)
+    with running(engine, hang_limit_s=1.0) as bench:
+        bench.thread.start()
+        bench.loop.add([work("slow")])
+        bench.wait_outcomes(1)
+        engine.turn_s = 0.0
+        for k in range(10):
+            bench.loop.add([work(f"fast{k}")])
+            bench.wait_outcomes(2 + k)
+            bench.wait(lambda: bench.beats[-1][0] == "idle")
+    allowed = [allow_s for phase, allow_s in bench.beats if phase == "denoise"]
+    assert max(allowed) >= 3.0
+    assert allowed[-1] == 0.0
+
+
 def test_a_fast_phase_leaves_it_to_the_configured_limit() -> None:
     with running(CountingEngine(turns=3), hang_limit_s=60.0) as bench:
         bench.thread.start()

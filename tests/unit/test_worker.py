@@ -7,19 +7,24 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ovserve.config import ModelSettings, Settings
-from ovserve.device.desk import LOAD_FAILED
+from ovserve.device.desk import LOAD_FAILED, Desk
+from ovserve.device.engine import Engine
+from ovserve.device.genai import GenaiEngine
 from ovserve.device.worker import create_engine
+from ovserve.device.worker import main as worker_main
 from ovserve.dispatch.ipc import Done, Failed, LinkClosed, Need, Picture, Prepared, Progress, Ready, Stop
 from ovserve.dispatch.processes import resident_bytes
 from ovserve.errors import ModelError
-from ovserve.profile import builtin_directory, read_profile
+from ovserve.profile import ModelProfile, builtin_directory, read_profile
 from tests.reader import Figure, draw_scene, read_picture
 from tests.workerbench import WorkerBench, pixels_of, png
 
@@ -284,6 +289,27 @@ def test_two_hundred_edits_leave_memory_flat(own: WorkerBench) -> None:
     assert resident[200] - resident[60] < 8 << 20, resident
 
 
+def main_with_a_clock_set_forward(end: Any, profile: ModelProfile, model: ModelSettings, settings: Settings) -> None:
+    """An hour passes at once when a file appears in the directory for compiled models."""
+    monotonic, path = time.monotonic, Path(str(model.cache_dir)) / "an-hour-later"
+    time.monotonic = lambda: monotonic() + (3600.0 if path.exists() else 0.0)
+    worker_main(end, profile, model, settings)
+
+
+def test_a_front_end_that_was_frozen_still_gets_its_pictures(tmp_path: Path) -> None:
+    model = ModelSettings(name="shapes", engine="genai", cache_dir=tmp_path)
+    with WorkerBench(tmp_path / "spool", model, main=main_with_a_clock_set_forward) as worker:
+        worker.ready()
+        worker.answers_needs = False
+        job = worker.start(task="generation", timeout_s=1e6)
+        worker.until(lambda: bool(worker.of(job, Need)))
+        before = len(worker.beats)
+        (tmp_path / "an-hour-later").touch()
+        worker.until(lambda: len(worker.beats) > before + 2)  # a second apart: whoever looks at the clock has looked
+        worker.answer(worker.of(job, Need)[0])
+        assert isinstance(worker.end(job), Done)
+
+
 # --- its end ----------------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +396,40 @@ def test_what_stepwise_cannot_load_is_given_to_genai_and_told(tmp_path: Path) ->
         ready = worker.ready()
         assert ready.engine == "genai"
         assert "stepwise" in ready.why
+        assert worker.make(task="generation")
+
+
+class Unfamiliar(GenaiEngine):
+    """Fails to load in a way nobody foresaw, with all it needs already in memory."""
+
+    name = "stepwise"
+
+    def load(self, beat: Callable[[str], None]) -> None:
+        beat("load")
+        raise KeyError("an input of another name")
+
+
+def main_of_an_unfamiliar_export(end: Any, profile: ModelProfile, model: ModelSettings, settings: Settings) -> None:
+    first: list[weakref.ref[Engine]] = []
+
+    def create(profile: ModelProfile, settings: ModelSettings) -> tuple[Engine, str]:
+        if settings.engine == "genai":
+            if first[0]() is not None:
+                raise ModelError("the engine that failed is still in memory")
+            return create_engine(profile, settings)
+        engine = Unfamiliar(profile, settings)
+        first.append(weakref.ref(engine))
+        return engine, "proven"
+
+    Desk(end, profile, model, settings, create).run()
+
+
+def test_what_fails_in_any_way_in_stepwise_is_given_to_genai_which_then_has_the_memory_alone(tmp_path: Path) -> None:
+    auto = ModelSettings(name="shapes", engine="auto")
+    with WorkerBench(tmp_path, auto, main=main_of_an_unfamiliar_export) as worker:
+        ready = worker.ready()
+        assert ready.engine == "genai"
+        assert "KeyError: 'an input of another name'" in ready.why
         assert worker.make(task="generation")
 
 
