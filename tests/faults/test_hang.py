@@ -31,7 +31,7 @@ def client(live: FaultServer) -> Iterator[httpx.Client]:
     with live.client() as made:
         yield made
     live.until(lambda: live.standing()["workers"] == 2)
-    assert live.segments() == []
+    live.until(lambda: live.segments() == [])
 
 
 @pytest.mark.parametrize("command", ["hang", "stammer"])

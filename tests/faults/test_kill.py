@@ -34,7 +34,7 @@ def client(live: FaultServer) -> Iterator[httpx.Client]:
         yield made
     live.until(lambda: live.standing()["workers"] == 2)
     live.until_settled(before)
-    assert live.segments() == []
+    live.until(lambda: live.segments() == [])
 
 
 @pytest.mark.parametrize("point", POINTS)

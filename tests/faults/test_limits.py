@@ -44,7 +44,7 @@ def test_deadline_in_the_queue_and_on_the_device(tmp_path: Path) -> None:
         for thread in holders:
             thread.join()
         assert server.generate(client, "echo").status_code == 200
-        assert server.segments() == []
+        server.until(lambda: server.segments() == [])
 
 
 def test_full_tmpfs_is_503_and_the_next_request_works(tiny: Path) -> None:
