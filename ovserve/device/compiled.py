@@ -245,8 +245,7 @@ class Components:
         return self._unets[layout]
 
     def measured_unets(self, layout: Layout) -> list[Any]:
-        """Those again, and all others are let go."""
-        self._unets = {layout: self._unets[layout]}
+        """Those that were compiled for measuring."""
         return self._unets[layout]
 
     def compile(self, layout: Layout, beat: Callable[[str], None]) -> None:
