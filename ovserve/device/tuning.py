@@ -31,14 +31,12 @@ log = logging.getLogger(__name__)
 
 ROW_CHOICES = (4, 8, 16)  # beside the two of one picture
 COMPARED_ROWS = 4  # in a call, when layouts are compared
-CLEAR_GAIN = (
-    1.15  # by this much must fewer streams with more threads beat single-threaded ones (those were 1.6 to 2.4 times as
-)
-# quick for the built-in model)
+# By this much must fewer slots with more threads beat single-threaded ones, which were 1.6 to 2.4 times as quick for the
+# built-in model.
+CLEAR_GAIN = 1.15
 WORTH_MORE_ROWS = 1.03  # more rows in a call must bring this much: they make everybody's step longer
-NOT_WORSE = (
-    0.95  # where calls are short anyway, more rows need not bring anything: the room for more pictures is worth it
-)
+# Where calls are short anyway, more rows need not bring anything: the room for more pictures is worth it.
+NOT_WORSE = 0.95
 SHORT_CALL_S = 0.05
 LARGE_CALL_S = 0.25  # two rows take longer than this: the model keeps every core busy by itself (measured, SD 1.5)
 LONGEST_CALL_S = 0.5  # a picture that comes in waits for the call under way
