@@ -16,6 +16,7 @@ from typing import Any, Self
 
 __all__ = ["LiveServer", "children_of", "is_alive", "resident_bytes"]
 
+PINNED = ["--streams", "2", "--threads", "1", "--max_batch", "8"]
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 
@@ -27,6 +28,8 @@ class LiveServer:
         self, *arguments: str, spool: Path | None = None, wait_ready: bool = True, module: Sequence[str] = ("ovserve",)
     ) -> None:
         own = ["--port", "0"] if "--port" not in arguments else []
+        if "--config" not in arguments and "--engine" not in arguments:
+            own += PINNED  # measuring the best division of the device takes seconds at each start
         environment = {key: value for key, value in os.environ.items() if not key.startswith("OVSERVE_")}
         if spool:
             own += ["--spool_dir", str(spool)]

@@ -167,7 +167,8 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("conformance")
     tables = ['default_model = "default"']
     for name, limits in LIMITS.items():
-        lines = [f"{key} = {json.dumps(value)}" for key, value in limits.items()]
+        pinned = {"streams": 2, "threads": 1, "max_batch": 8}
+        lines = [f"{key} = {json.dumps(value)}" for key, value in {**limits, **pinned}.items()]
         tables.append("\n".join(["[[model]]", f'name = "{name}"', *lines]))
     (folder / "c.toml").write_text("\n".join(tables))
     with (
