@@ -30,8 +30,8 @@ POLL_S = 0.02
 
 
 def home() -> Path:
-    """Where environments and large models of the benchmarks lie: OVSERVE_BENCH_HOME, else in the user's cache directory."""
-    named = os.environ.get("OVSERVE_BENCH_HOME")
+    """Where environments and large models of the benchmarks lie: BENCH_HOME, else in the user's cache directory."""
+    named = os.environ.get("BENCH_HOME")
     return Path(named) if named else Path.home() / ".cache" / "ovserve-bench"
 
 
