@@ -295,8 +295,7 @@ class Dispatcher:
                 self._read(worker)
             elif worker := self._writers.get(descriptor):
                 self._flush(worker)
-        while self._inbox:
-            self._inbox.popleft()()
+        self._take_calls()
         self.turned_at = time.monotonic()
         if self._next_deadline.at <= self.turned_at:
             self._expire()
@@ -307,9 +306,16 @@ class Dispatcher:
             if len(model.queue):
                 self._fill(model)
 
-    def _finish(self) -> None:
+    def _take_calls(self) -> None:
         while self._inbox:
-            self._inbox.popleft()()
+            call = self._inbox.popleft()
+            try:
+                call()
+            except Exception:
+                log.exception("dispatcher: a call failed")  # a bug; the calls behind it are others'
+
+    def _finish(self) -> None:
+        self._take_calls()
         with self._lock:
             for job in list(self._in_flight):
                 error = Draining("the server went down before the job was done", retry_after_s=_NOT_READY_RETRY_S)
@@ -322,12 +328,18 @@ class Dispatcher:
     # --- workers come and go ------------------------------------------------------------------------------------------
 
     def _attach(self, link: Link) -> None:
+        descriptor = link.fileno()
         with self._lock:
-            model = self._models[link.model]
-            worker = Worker(link, model)
-            model.workers.append(worker)
-        self._workers[link.fileno()] = worker
-        self._poll.register(link.fileno(), select.POLLIN)
+            if model := self._models.get(link.model):
+                self._workers[descriptor] = worker = Worker(link, model)
+                model.workers.append(worker)
+        if model is not None:
+            self._poll.register(descriptor, select.POLLIN)
+            return
+        link.lost = "its model was removed"
+        link.close()
+        if self.on_change:
+            self.on_change()
 
     def _find(self, link: Link) -> Worker | None:
         return None if link.lost else self._workers.get(link.fileno())
@@ -485,6 +497,11 @@ class Dispatcher:
         except LinkGarbage as error:
             log.warning("a worker broke the protocol", extra=fields(worker=worker.link.name, why=str(error)))
             self._lose(worker, f"it broke the protocol: {error}", is_broken=True)
+            return False
+        except Exception:
+            # A bug, or a system that refuses. The reports behind this one are lost: so its jobs have to go to others.
+            log.exception("a report could not be applied", extra=fields(worker=worker.link.name))
+            self._lose(worker, "what it reported could not be applied", is_broken=True)
             return False
         return True
 

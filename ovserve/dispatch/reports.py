@@ -8,6 +8,7 @@ Runs in: the dispatcher thread.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -27,11 +28,17 @@ from ovserve.dispatch.ipc import (
 )
 from ovserve.dispatch.jobs import Job, Partial, Result, State
 from ovserve.dispatch.queues import Ticket
-from ovserve.dispatch.roster import Worker
+from ovserve.dispatch.roster import Model, Worker
 from ovserve.dispatch.spool import Spool
-from ovserve.errors import ApiError, DeadlineExceeded, SpoolFull, from_wire
+from ovserve.errors import ApiError, DeadlineExceeded, InternalError, SpoolFull, from_wire
+from ovserve.logs import fields
 
 __all__ = ["Reports", "Settle"]
+
+_ABSURD_FACTOR = 4  # of the largest picture: up to here a worker may have misjudged one, beyond it counts wrongly
+_RETRY_S = 2  # segments and descriptors live for as long as one exchange
+
+log = logging.getLogger(__name__)
 
 
 class Settle(Protocol):
@@ -92,21 +99,33 @@ class Reports:
         _check_asked_for(ticket, message)
         if key in ticket.announced:
             raise LinkGarbage(f"picture {message.picture} announced twice")
-        if not 1 <= message.size <= worker.model.largest_picture_bytes:
+        if not 1 <= message.size <= _ABSURD_FACTOR * worker.model.largest_picture_bytes:
             raise LinkGarbage(f"a picture of {message.size} bytes")
-        path = ""
-        if not job.is_settled:
-            try:
-                segment = self._spool.create(message.size, reserve=message.size)
-            except SpoolFull as error:
-                self._settle(job, State.FAILED, error)
-            else:
-                if job.own(segment):
-                    ticket.announced[key] = segment
-                    path = segment.path
-        if not path and not ticket.cancelled_at:
+        path = "" if job.is_settled else self._lay_out(worker.model, ticket, message)
+        if not path and message.partial < 0 and not ticket.cancelled_at:
             ticket.cancelled_at = time.monotonic()  # the empty path tells the worker as much as a Cancel
         self._send(worker, Room(job.id, message.picture, path))
+
+    def _lay_out(self, model: Model, ticket: Ticket, message: Need) -> str:
+        """The path of a segment; empty where there is none, which ends the job. A preview is only left out."""
+        job, failure = ticket.job, None
+        try:
+            if message.size > model.largest_picture_bytes:
+                raise InternalError(f"the result takes {message.size} bytes, more than any picture of this model")
+            segment = self._spool.create(message.size, reserve=message.size)
+        except ApiError as error:
+            failure = error
+        except OSError as error:  # this job's trouble: the reports of others wait in the same read
+            log.exception("no segment for a result", extra=fields(job=job.id))
+            failure = SpoolFull(f"no room for the result: {error.strerror}", retry_after_s=_RETRY_S)
+        if failure is None:
+            if not job.own(segment):
+                return ""
+            ticket.announced[message.picture, message.partial] = segment
+            return segment.path
+        if message.partial < 0:
+            self._settle(job, State.FAILED, failure)
+        return ""
 
     def _take_picture(self, ticket: Ticket, message: Picture) -> None:
         job, key = ticket.job, (message.picture, message.partial)

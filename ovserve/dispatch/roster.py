@@ -18,6 +18,8 @@ __all__ = ["Model", "ModelStatus", "Worker", "largest_picture_bytes"]
 _ENDED_KEPT = 64  # ids of ended jobs kept for each worker, to tell a late report from a made-up job
 _MEAN_WEIGHT = 0.1  # of the newest job in the mean time in a worker: ten jobs make a new mean
 _FIRST_GUESS_S = 1.0  # of a job's time in a worker, before one was measured
+# Metadata of a result: a prompt and a negative prompt of 256 KiB each, in UTF-16 in a WebP, and escaped in between.
+_METADATA_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,9 @@ def _load(worker: Worker) -> tuple[int, float]:
 
 
 def largest_picture_bytes(settings: Settings, name: str) -> int:
-    """Bytes that no encoded result passes: RGBA at the model's largest size, and what PNG adds to pixels it cannot compress."""
+    """Bytes that no encoded result passes: RGBA at the model's largest size, what PNG adds to pixels it cannot compress,
+    and the metadata, which for a small picture is the larger part.
+    """
     model = next((model for model in settings.models if model.name == name), ModelSettings())
     pixels = model.max_resolution.width * model.max_resolution.height
-    return pixels * 4 + pixels // 16 + 1024 * 1024
+    return pixels * 4 + pixels // 16 + _METADATA_BYTES

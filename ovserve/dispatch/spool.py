@@ -33,6 +33,7 @@ __all__ = ["Blob", "Segment", "Spool", "default_directory", "fill", "open_blob"]
 
 PREFIX = "ovserve-spool-"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # each segment holds one, until its exchange ends
 _FULL_RETRY_S = 2  # segments live for as long as one exchange
 _UNBORN_S = 60.0  # from a folder to its lock, many times over
 
@@ -194,7 +195,7 @@ def _create(folder: Path) -> tuple[str, int]:
     try:
         return path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in _NO_ROOM or error.errno in _NO_DESCRIPTORS:
             raise SpoolFull("the spool directory has no room for one more file", retry_after_s=_FULL_RETRY_S) from None
         raise
 

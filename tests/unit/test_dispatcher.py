@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import queue
 import select
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,12 +35,13 @@ from ovserve.dispatch.ipc import (
     Stop,
     open_link,
 )
-from ovserve.dispatch.jobs import Job, Partial, Result, State
+from ovserve.dispatch.jobs import Job, JobEvent, Partial, Result, State
 from ovserve.dispatch.spool import Spool, fill
 from ovserve.errors import (
     DeadlineExceeded,
     Draining,
     ImageError,
+    InternalError,
     ModelFailed,
     ModelNotFound,
     NotReady,
@@ -602,6 +604,55 @@ def test_no_room_for_the_result_is_spool_full_and_the_worker_is_told(house: Hous
     assert house.admit().id == worker.serve()
 
 
+def test_file_that_cannot_be_made_costs_its_own_job_only(house: House) -> None:
+    worker = house.worker(capacity=2)
+    job, other = house.admit(), house.admit()
+    worker.expect(Run)
+    worker.expect(Run)
+    worker.deliver(other.id)
+    shutil.rmtree(house.spool.directory)
+    worker.say(Need(job.id, 0, 7), Done(other.id, 0, 0, 0))
+    assert worker.expect(Room) == Room(job.id, 0, "")
+    assert house.settled(job) is State.FAILED
+    assert isinstance(job.error, SpoolFull)
+    assert house.settled(other) is State.DONE
+    assert not worker.link.lost
+
+
+def test_result_larger_than_any_picture_fails_its_job_and_not_the_worker(house: House) -> None:
+    worker = house.worker()
+    job = house.admit()
+    worker.expect(Run)
+    worker.say(Need(job.id, 0, 512 * 512 * 5 + (4 << 20)))
+    assert worker.expect(Room) == Room(job.id, 0, "")
+    assert house.settled(job) is State.FAILED
+    assert isinstance(job.error, InternalError)
+    worker.say(Failed(job.id, SpoolFull("no room").to_wire()))
+    assert house.admit().id == worker.serve()
+
+
+def test_small_picture_with_the_longest_prompts_has_room(house: House) -> None:
+    worker = house.worker()
+    job = house.admit()
+    worker.expect(Run)
+    worker.say(Need(job.id, 0, 512 * 512 * 4 + 2 * 2 * 2 * 256 * 1024))
+    assert worker.expect(Room).path
+
+
+def test_preview_without_room_is_left_out_and_its_picture_is_made(house: House) -> None:
+    worker = house.worker()
+    job = house.admit(partial_images=1)
+    worker.expect(Run)
+    hog = house.spool.create(16 << 20, reserve=(16 << 20) - house.spool.used_bytes - 3)
+    worker.say(Need(job.id, 0, 7, 0))
+    assert worker.expect(Room) == Room(job.id, 0, "")
+    assert not job.is_settled
+    hog.release()
+    worker.deliver(job.id)
+    worker.say(Done(job.id, 0, 0, 0))
+    assert house.settled(job) is State.DONE
+
+
 # --- death --------------------------------------------------------------------------------------------------------------
 
 
@@ -757,7 +808,6 @@ def test_cancelled_job_is_not_given_back(house: House) -> None:
         lambda job: [Need(job, 0, 10, -2)],
         lambda job: [Need(job, 0, 0)],
         lambda job: [Need(job, 0, -5)],
-        lambda job: [Need(job, 0, 512 * 512 * 5 + (1 << 20))],
         lambda job: [Need(job, 0, 1 << 45)],
         lambda job: [Run(job, "/etc/passwd", 1.0)],
         lambda job: [Cancel(job)],
@@ -827,6 +877,32 @@ def test_worker_that_does_not_read_stops_nobody_else(house: House) -> None:
     house.until(lambda: not stopped.link.has_backlog)
 
 
+class OddJob(Job):
+    """A job that the first of what is told about it breaks."""
+
+    def post(self, event: JobEvent) -> None:
+        if self.attempts == 1:
+            raise RuntimeError("a bug")
+        Job.post(self, event)
+
+
+def test_report_that_cannot_be_applied_sends_the_workers_jobs_to_another(house: House) -> None:
+    worker = house.worker(capacity=2)
+    plain = house.job()
+    odd = OddJob("odd", "toy", "c", plain.request, Deadline.after(60))
+    house.jobs.append(odd)
+    house.dispatcher.admit(odd)
+    house.dispatcher.admit(plain)
+    worker.expect(Run)
+    worker.expect(Run)
+    worker.say(*(Prepared(job.id, "image2image", 8, 8, 1, 1, 1, 1) for job in (odd, plain)))
+    worker.expect_closed()
+    assert worker.link.is_broken
+    second = house.worker()
+    assert {second.serve(), second.serve()} == {odd.id, plain.id}
+    assert [house.settled(odd), house.settled(plain)] == [State.DONE, State.DONE]
+
+
 # --- workers come and go ------------------------------------------------------------------------------------------------
 
 
@@ -844,6 +920,19 @@ def test_retired_worker_finishes_what_it_holds(house: House) -> None:
     old.say(Done(job.id, 0, 0, 0))
     assert house.settled(job) is State.DONE
     old.expect_silence()
+
+
+def test_worker_of_a_model_that_is_gone_is_sent_home(house: House) -> None:
+    house.dispatcher.add_model("other", 1)
+    house.dispatcher.remove_model("other")
+    late = house.worker(model="other", ready=False)
+    late.expect_closed()
+    assert "removed" in late.link.lost
+    house.dispatcher.retire(late.link)
+    house.dispatcher.detach(late.link, "gone")
+    worker = house.worker()
+    job = house.admit()
+    assert worker.serve() == job.id
 
 
 def test_status_tells_how_a_model_stands(house: House) -> None:
@@ -868,6 +957,20 @@ def test_close_answers_what_is_left(tmp_path: Path) -> None:
     assert isinstance(waiting.error, Draining)
     worker.expect_closed()
     assert not house.dispatcher.cancel(running)
+    house.close()
+
+
+def test_close_answers_what_is_left_though_calls_fail(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    house.worker().expect_silence()
+    job = house.admit()
+    unusable = [FakeWorker(), FakeWorker()]
+    house.workers += unusable
+    for worker in unusable:
+        worker.link.close()
+        house.dispatcher.attach(worker.link)
+    house.dispatcher.close()
+    assert isinstance(job.error, Draining)
     house.close()
 
 

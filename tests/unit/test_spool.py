@@ -45,6 +45,17 @@ def small_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.fixture
+def no_descriptors() -> Iterator[None]:
+    """This process may open no more files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    probe = os.open(os.devnull, os.O_RDONLY)
+    os.close(probe)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (probe, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def files(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.rglob("*") if path.is_file() and path.name != "lock")
 
@@ -55,6 +66,13 @@ def test_stored_bytes_are_read_by_another_hand(spool: Spool) -> None:
         assert bytes(view) == b"spool"
     assert Path(segment.path).read_bytes() == b"hello spool"
     assert bytes(segment.view) == b"hello spool"
+
+
+@pytest.mark.usefixtures("spool", "no_descriptors")
+def test_no_descriptor_for_one_more_file_is_spool_full(spool: Spool) -> None:
+    with pytest.raises(SpoolFull):
+        spool.create(10, reserve=10)
+    assert spool.used_bytes == 0
 
 
 def test_filled_segment_shows_in_the_view(spool: Spool) -> None:
