@@ -54,11 +54,14 @@ def explain_exit(exitcode: int | None) -> str:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of a process; 0 when it is gone."""
+    """Resident memory of a process without the pages it maps from files, which the kernel takes back when it needs them (weights
+    that are mapped are no leak); 0 when it is gone.
+    """
     try:
         with open(f"/proc/{pid}/statm", "rb") as stream:
-            return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError, ValueError):
+            _, resident, shared, *_ = stream.read().split()  # proc(5): pages
+            return max(0, int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
         return 0
 
 

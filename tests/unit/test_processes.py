@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -35,6 +36,15 @@ def test_resident_memory_is_what_the_kernel_counts() -> None:
     held = bytearray(os.urandom(32 * MIB))
     assert 24 * MIB < resident_bytes(os.getpid()) - before < 64 * MIB
     del held
+
+
+def test_pages_mapped_from_a_file_are_not_counted(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(os.urandom(32 * MIB))
+    before = resident_bytes(os.getpid())
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert len(set(mapped[:: mmap.PAGESIZE])) > 1  # touches every page
+        assert resident_bytes(os.getpid()) - before < 8 * MIB
 
 
 def test_resident_memory_of_nobody_is_nothing() -> None:
