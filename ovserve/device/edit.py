@@ -18,7 +18,7 @@ from ovserve.config import ModelSettings, Resolution, Settings
 from ovserve.device.engine import Engine, Work, check_served, is_lcm
 from ovserve.device.frames import Fitting, Placement, fit_into, size_of
 from ovserve.device.images import Limits, Pixels, decode_image, encode_image, flatten, has_alpha
-from ovserve.device.masks import check_selects, holes, match_mask, paste_back, pool, read_mask
+from ovserve.device.masks import Seam, check_selects, holes, match_mask, pool, read_mask
 from ovserve.dispatch.ipc import ImageRequest
 from ovserve.dispatch.spool import Blob, open_blob
 from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
@@ -36,6 +36,34 @@ def seed_of(request: ImageRequest, picture: int) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Backdrop:
+    """What a painted frame is put into.
+
+    Attributes:
+        original: what the caller sent, in the frame, RGB or RGBA; None where the result shows nothing of it.
+        seam: where the painted frame shows; None where it shows everywhere.
+        keeps_alpha: the result has the original's alpha (background=transparent).
+        is_opaque: the result has none (background=opaque).
+    """
+
+    original: Pixels | None
+    seam: Seam | None
+    keeps_alpha: bool
+    is_opaque: bool
+
+    def behind(self, painted: Pixels) -> Pixels:
+        """The result: the caller's own pixels outside the mask, alpha as asked for."""
+        if self.original is None:
+            return painted
+        result = self.seam.paste(self.original, painted) if self.seam is not None else painted
+        if self.keeps_alpha:
+            return _with_alpha(result, self.original)
+        if has_alpha(result) and (self.is_opaque or result[..., 3].min() == 255):
+            return flatten(result)
+        return result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Edit:
     """A request that can be served, with its pixels ready.
 
@@ -43,10 +71,10 @@ class Edit:
         mode: text2image, image2image, inpainting.
         steps: denoising steps that will run for each picture.
         frame: size of the result.
-        original: what the caller sent, in the frame, RGB or RGBA; None where the result shows nothing of it.
+        backdrop: what a result is put into.
+        preview_frame, preview_backdrop: the size of previews, and what they are put into.
         mask: uint8 (H, W), 255 = repaint, in the frame; None unless inpainting.
-        initial_image, mask_image: the same on the canvas, RGB, and pooled to the latent grid.
-        keeps_alpha: the result has the original's alpha (background=transparent).
+        initial_image, mask_image: the original and the mask on the canvas, RGB, and pooled to the latent grid.
         text_tokens, image_tokens, output_tokens: for `usage`; pictures count one token for each cell of side_multiple_px.
         revised_prompt: what is used in place of a prompt that was cut; else empty.
     """
@@ -59,11 +87,12 @@ class Edit:
     steps: int
     frame: Resolution
     placement: Placement
-    original: Pixels | None
+    backdrop: Backdrop
+    preview_frame: Resolution
+    preview_backdrop: Backdrop
     mask: Pixels | None
     initial_image: Pixels | None
     mask_image: Pixels | None
-    keeps_alpha: bool
     prompt: str
     negative_prompt: str
     text_tokens: int
@@ -106,17 +135,7 @@ class Edit:
 
     def assemble(self, painted: Pixels) -> Pixels:
         """The result: the painted canvas in its frame, the caller's own pixels outside the mask, alpha as asked for."""
-        painted = self.placement.back(painted)
-        if self.original is None:
-            return painted
-        result = painted
-        if self.mask is not None:
-            result = paste_back(self.original, painted, self.mask, self.request.mask_blur)
-        if self.keeps_alpha:
-            result = _with_alpha(result, self.original)
-        elif has_alpha(result) and (self.request.background == "opaque" or result[..., 3].min() == 255):
-            result = flatten(result)
-        return result
+        return self.backdrop.behind(self.placement.back(painted))
 
     def encode(self, pixels: Pixels, picture: int) -> bytes:
         """A result as a file of the format asked for."""
@@ -126,9 +145,7 @@ class Edit:
 
     def encode_preview(self, pixels: Pixels) -> bytes:
         """An estimate of the whole canvas, at any size, as a small file of the format asked for, without metadata."""
-        canvas = Fitting.plan(size_of(pixels), self.placement.canvas, "stretch").image(pixels)
-        small = fit_into(self.frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
-        shown = Fitting.plan(self.frame, small, "stretch").image(self.assemble(canvas))
+        shown = self.preview_backdrop.behind(self.placement.glimpse(pixels, self.preview_frame))
         return encode_image(shown, self.request.output_format, self.request.output_compression)
 
     def _parameters(self, picture: int) -> str:
@@ -195,6 +212,9 @@ def prepare(
             mask_image = pool(placement.mask(mask), profile.side_multiple_px)
         elif not keeps_alpha:
             original = None
+    seam = None if mask is None else Seam.plan(mask, request.mask_blur)
+    backdrop = Backdrop(original, seam, keeps_alpha, request.background == "opaque")
+    preview_frame = fit_into(frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
     cells = math.prod((placement.canvas.width, placement.canvas.height)) // profile.side_multiple_px**2
     return Edit(
         request=request,
@@ -205,11 +225,12 @@ def prepare(
         steps=steps,
         frame=frame,
         placement=placement,
-        original=original,
+        backdrop=backdrop,
+        preview_frame=preview_frame,
+        preview_backdrop=_small_backdrop(backdrop, mask, request, frame, preview_frame),
         mask=mask,
         initial_image=initial_image,
         mask_image=mask_image,
-        keeps_alpha=keeps_alpha,
         prompt=prompt,
         # Without classifier-free guidance a negative prompt has no effect, and the library refuses it.
         negative_prompt=request.negative_prompt if profile.takes_negative_prompt and request.guidance_scale > 1 else "",
@@ -218,6 +239,19 @@ def prepare(
         output_tokens=cells * request.n,
         revised_prompt=prompt if prompt != request.prompt else "",
     )
+
+
+def _small_backdrop(
+    backdrop: Backdrop, mask: Pixels | None, request: ImageRequest, frame: Resolution, size: Resolution
+) -> Backdrop:
+    """The same at the size of a preview, whose seam would take as long as the result's at the result's size."""
+    if not request.partial_images or size == frame:
+        return backdrop
+    fitting = Fitting.plan(frame, size, "stretch")
+    original = None if backdrop.original is None else fitting.image(backdrop.original)
+    blur_px = round(request.mask_blur * size.width / frame.width)
+    seam = None if mask is None else Seam.plan(fitting.mask(mask), blur_px)
+    return Backdrop(original, seam, backdrop.keeps_alpha, backdrop.is_opaque)
 
 
 def _read_prompt(request: ImageRequest, profile: ModelProfile, engine: Engine) -> tuple[str, int]:

@@ -148,6 +148,12 @@ class Placement:
             return pixels[top : top + height, left : left + width]
         return _resize(pixels, self.frame, (left, top, left + width, top + height))
 
+    def glimpse(self, pixels: Pixels, size: Resolution) -> Pixels:
+        """The frame at `size`, out of a canvas that was painted at any size."""
+        across, down = pixels.shape[1] / self.canvas.width, pixels.shape[0] / self.canvas.height
+        left, top, width, height = self.inner
+        return _resize(pixels, size, (left * across, top * down, (left + width) * across, (top + height) * down))
+
 
 def _surround(pixels: Pixels, inner: tuple[int, int, int, int], size: Resolution) -> Pixels:
     left, top, width, height = inner

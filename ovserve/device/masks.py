@@ -5,6 +5,8 @@ A mask here is `uint8 (H, W)`: 255 = repaint, 0 = keep, nothing between.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,7 +15,9 @@ from ovserve.device.frames import scale_mask, size_of
 from ovserve.device.images import Pixels, flatten, has_alpha
 from ovserve.errors import InvalidValue
 
-__all__ = ["check_selects", "feather", "holes", "match_mask", "paste_back", "pool", "read_mask"]
+__all__ = ["Seam", "check_selects", "feather", "holes", "match_mask", "pool", "read_mask"]
+
+STRIP_ROWS = 256  # of a picture are blended at a time: its working numbers take many times its bytes
 
 
 def read_mask(pixels: Pixels, mask_mode: str) -> Pixels:
@@ -103,24 +107,52 @@ def _erode(inside: NDArray[np.bool_], *, diagonals: bool) -> NDArray[np.bool_]:
     return tall[:, :-2] & tall[:, 1:-1] & tall[:, 2:]
 
 
-def paste_back(original: Pixels, painted: Pixels, mask: Pixels, blur_px: int) -> Pixels:
-    """The painted picture where the mask says repaint, and the original, bit for bit, everywhere else.
+@dataclass(frozen=True, slots=True, eq=False)
+class Seam:
+    """How repainted pictures go into the caller's: worked out once for a mask, used for each of its pictures. Never changed.
 
-    Args:
-        original: uint8 (H, W, 3 or 4); its alpha holds outside the mask, and what is repainted is opaque.
-        painted: uint8 (H, W, 3).
-        blur_px: width of the seam inside the mask; 0 for a hard one.
+    Attributes:
+        rows, columns: the part of the picture that holds everything to repaint.
+        weight: of the repainted picture there, as `feather` gives it.
     """
-    result = original.copy()
-    inside = mask > 0
-    if blur_px:
-        weight = feather(mask, blur_px)[inside][:, None].astype(np.uint32)
-        whole = int(weight.max(initial=1))
-        # What shows under a seam is what was to be seen there, not the stored colour of a transparent pixel.
-        blend = flatten(original)[inside] * (whole - weight) + painted[inside] * weight
-        result[inside, :3] = (blend + whole // 2) // whole
-    else:
-        result[inside, :3] = painted[inside]
-    if has_alpha(result):
-        result[inside, 3] = 255
-    return result
+
+    rows: slice
+    columns: slice
+    weight: NDArray[np.uint16]
+
+    @classmethod
+    def plan(cls, mask: Pixels, blur_px: int) -> Seam:
+        """Args: blur_px: width of the seam inside the mask; 0 for a hard one."""
+        rows, columns = _span(np.flatnonzero(mask.any(1))), _span(np.flatnonzero(mask.any(0)))
+        return cls(rows, columns, feather(mask[rows, columns], blur_px))
+
+    def paste(self, original: Pixels, painted: Pixels) -> Pixels:
+        """The painted picture where the mask says repaint, and the original, bit for bit, everywhere else.
+
+        Args:
+            original: uint8 (H, W, 3 or 4); its alpha holds outside the mask, and what is repainted is opaque.
+            painted: uint8 (H, W, 3).
+        """
+        result = original.copy()
+        part, fresh = result[self.rows, self.columns], painted[self.rows, self.columns]
+        whole = int(self.weight.max(initial=1))
+        for top in range(0, len(part), STRIP_ROWS):
+            strip = slice(top, top + STRIP_ROWS)
+            _blend(part[strip], fresh[strip], self.weight[strip], whole)
+        return result
+
+
+def _span(places: NDArray[np.intp]) -> slice:
+    """From the first to the last of these, and one beside each: at the end of the array there is no seam."""
+    return slice(max(0, int(places[0]) - 1), int(places[-1]) + 2) if places.size else slice(0, 0)
+
+
+def _blend(shown: Pixels, painted: Pixels, weight: NDArray[np.uint16], whole: int) -> None:
+    """Put `painted` into `shown` by weights up to `whole`, in place."""
+    inside = weight > 0
+    share = weight[inside][:, None].astype(np.uint32)
+    # What shows under a seam is what was to be seen there, not the stored colour of a transparent pixel.
+    blend = flatten(shown)[inside] * (whole - share) + painted[inside] * share
+    shown[inside, :3] = (blend + whole // 2) // whole
+    if has_alpha(shown):
+        shown[inside, 3] = 255

@@ -14,9 +14,12 @@ from PIL import Image
 
 from ovserve import __version__
 from ovserve.config import ModelSettings, Resolution, Settings
+from ovserve.device import masks
 from ovserve.device.edit import Edit, prepare, seed_of
 from ovserve.device.engine import Engine
+from ovserve.device.frames import size_of
 from ovserve.device.images import Pixels
+from ovserve.device.masks import feather
 from ovserve.dispatch.ipc import ImageRequest
 from ovserve.dispatch.spool import Blob, Spool
 from ovserve.errors import ApiError, ImageError, InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
@@ -429,3 +432,27 @@ def test_a_preview_of_a_large_picture_is_small(blob: Lay) -> None:
     found = edit(images=(blob(png(noise(1500, 1000))),))
     with Image.open(io.BytesIO(found.encode_preview(noise(32, 24)))) as image:
         assert image.size == (512, 341)
+
+
+def test_the_seam_is_worked_out_once_and_not_for_each_picture(blob: Lay, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.zeros((300, 1200), np.uint8)
+    mask[:, 600:] = 255
+    planned: list[tuple[Resolution, int]] = []
+
+    def counted(mask: Pixels, blur_px: int) -> Any:
+        planned.append((size_of(mask), blur_px))
+        return feather(mask, blur_px)
+
+    monkeypatch.setattr(masks, "feather", counted)
+    pixels = np.zeros((300, 1200, 3), np.uint8)
+    found = edit(images=(blob(png(pixels)),), mask=blob(png(mask)), mask_blur=75, partial_images=2, n=3)
+    for _ in range(3):
+        found.assemble(noise(256, 64))
+        data = found.encode_preview(np.full((64, 256, 3), 200, np.uint8))
+    # The large one at the result's size and only where it repaints, the small one at the previews'.
+    assert planned == [(Resolution(601, 300), 75), (Resolution(257, 128), 32)]
+    with Image.open(io.BytesIO(data)) as image:
+        row = np.asarray(image)[64, :, 0].astype(int)
+    assert not row[:256].any()
+    assert (row[290:] == 200).all()
+    assert 0 < row[256] < row[270] < row[286] < 200

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ovserve.config import Resolution
 from ovserve.device.images import Pixels
-from ovserve.device.masks import check_selects, feather, holes, match_mask, paste_back, pool, read_mask
+from ovserve.device.masks import Seam, check_selects, feather, holes, match_mask, pool, read_mask
 from ovserve.errors import InvalidValue
 
 NOISE = np.random.default_rng(11)
@@ -25,6 +25,10 @@ def rgb(*colour: int) -> Pixels:
 
 def random_mask(width: int = 48, height: int = 40, share: float = 0.3) -> Pixels:
     return np.where(NOISE.random((height, width)) < share, 255, 0).astype(np.uint8)
+
+
+def paste_back(original: Pixels, painted: Pixels, mask: Pixels, blur_px: int) -> Pixels:
+    return Seam.plan(mask, blur_px).paste(original, painted)
 
 
 # --- what a mask means ------------------------------------------------------------------------------------------------
@@ -206,3 +210,26 @@ def test_a_seam_over_transparent_pixels_mixes_with_what_was_to_be_seen() -> None
     result = paste_back(original, np.zeros((1, 8, 3), np.uint8), mask, 1)
     assert result[0, 4].tolist() == [128, 128, 128, 255]
     assert result[0, 5].tolist() == [0, 0, 0, 255]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 6), st.tuples(*[st.integers(0, 15)] * 4))
+def test_a_seam_is_that_of_the_whole_picture_and_covers_only_what_is_repainted(
+    seed: int, blur: int, corners: tuple[int, int, int, int]
+) -> None:
+    top, bottom, left, right = *sorted(corners[:2]), *sorted(corners[2:])
+    mask = np.zeros((16, 16), np.uint8)
+    mask[top : bottom + 1, left : right + 1] = 255
+    mask[np.random.default_rng(seed).random((16, 16)) < 0.1] = 0
+    seam = Seam.plan(mask, blur)
+    whole = np.zeros((16, 16), np.uint16)
+    whole[seam.rows, seam.columns] = seam.weight
+    assert np.array_equal(whole, feather(mask, blur))
+    assert seam.weight.shape <= (bottom - top + 3, right - left + 3)
+
+
+def test_a_picture_of_many_strips_is_blended_like_one() -> None:
+    mask = np.zeros((700, 8), np.uint8)
+    mask[20:680, 2:7] = 255
+    original, painted = np.zeros((700, 8, 3), np.uint8), np.full((700, 8, 3), 90, np.uint8)
+    result = paste_back(original, painted, mask, 2)
+    assert [column.tolist() for column in result[100:600, :, 0]] == [[0, 0, 30, 60, 90, 60, 30, 0]] * 500
