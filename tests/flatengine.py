@@ -25,6 +25,7 @@ class FlatEngine:
     schedulers: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
+        self.tuned: dict[str, int] = {}
         self._works: deque[Work] = deque()
 
     def load(self, beat: Callable[[str], None]) -> None:

@@ -312,7 +312,7 @@ class Desk:
             self._give_up(error)
         self._engine, self._loop = engine, loop
         capacity = min(engine.capacity + _SPARE_JOBS, MAX_CAPACITY)
-        self._send(Ready(capacity, engine.name, why[:_SHORT_TEXT_CHARS]))
+        self._send(Ready(capacity, engine.name, why[:_SHORT_TEXT_CHARS], dict(engine.tuned)))
         loop.run()
         engine.close()
         _exit(0)

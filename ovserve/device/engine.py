@@ -95,6 +95,7 @@ class Engine(Protocol):
     name: str  # genai or stepwise
     capacity: int  # pictures in flight at once; known after `load`
     schedulers: frozenset[str]  # names a request may choose from
+    tuned: dict[str, int]  # what `load` measured and chose, by option: the next incarnation is to have the same
 
     def load(self, beat: Callable[[str], None]) -> None:
         """Read and compile the model, then make one real picture. `beat(phase)` is called as often as possible."""

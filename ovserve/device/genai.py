@@ -63,6 +63,7 @@ class GenaiEngine:
 
     def __init__(self, profile: ModelProfile, settings: ModelSettings) -> None:
         self.schedulers: frozenset[str] = frozenset()
+        self.tuned: dict[str, int] = {}
         self._profile = profile
         self._settings = settings
         self._pipelines: dict[str, Any] = {}

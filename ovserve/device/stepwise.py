@@ -94,6 +94,7 @@ class StepwiseEngine:
     ) -> None:
         self.capacity = 1
         self.schedulers: frozenset[str] = frozenset()
+        self.tuned: dict[str, int] = {}
         self._profile = profile
         self._settings = settings
         self._trace = trace
@@ -154,6 +155,8 @@ class StepwiseEngine:
         self._slots: Slots[Call] = Slots(self._components.requests)
         self._closing.callback(self._slots.close)
         self.capacity = self._tuning.capacity
+        layout = self._tuning.layout
+        self.tuned = {"streams": layout.streams, "threads": layout.threads, "max_batch": self._tuning.rows // 2}
         self._call_s = self._tuning.step_s
         decode_s = warm_up(self._components, self._tuning, beat)
         spare = self._components.requests[-1].vae_decoder.get_compiled_model().create_infer_request()

@@ -40,6 +40,7 @@ class CountingEngine:
     schedulers: frozenset[str] = frozenset()
 
     def __init__(self, capacity: int = 1, turns: int = 1, turn_s: float = 0.0) -> None:
+        self.tuned: dict[str, int] = {}
         self.capacity = capacity
         self.turns = turns
         self.turn_s = turn_s

@@ -435,7 +435,10 @@ def test_what_fails_in_any_way_in_stepwise_is_given_to_genai_which_then_has_the_
 
 def test_auto_takes_stepwise_where_it_is_proven(tmp_path: Path) -> None:
     with WorkerBench(tmp_path / "spool", ModelSettings(name="shapes", engine="auto", threads=1, streams=2)) as worker:
-        assert worker.ready().engine == "stepwise"
+        ready = worker.ready()
+        assert ready.engine == "stepwise"
+        assert (ready.tuned["threads"], ready.tuned["streams"]) == (1, 2)
+        assert ready.tuned["max_batch"] >= 1
         assert worker.make(task="generation")
 
 
