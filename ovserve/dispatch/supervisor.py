@@ -346,7 +346,7 @@ class Supervisor:
         )
         if fleet.failure != failed_before:
             log.error("model failed", extra=fields(model=fleet.name, why=fleet.failure))
-            if self._fleets.get(fleet.name) is fleet:
+            if self._fleets.get(fleet.name, fleet) is fleet:  # or one that is leaving
                 self._dispatcher.fail_model(fleet.name, fleet.failure)
 
     # --- reload and stop ----------------------------------------------------------------------------------------------
@@ -359,6 +359,8 @@ class Supervisor:
         self._incoming.clear()
         self._settings = settings
         names = {model.name for model in settings.models}
+        for model in settings.models:  # again: a removal of the same name may have come in between
+            self._dispatcher.add_model(model.name, model.queue_limit, settings)
         for name in [name for name in self._fleets if name not in names]:
             self._dispatcher.remove_model(name)
             self._leaving.append(self._fleets.pop(name))
@@ -383,9 +385,13 @@ class Supervisor:
                 self._dismiss(old)
                 self._fleets[name] = fleet
         for fleet in list(self._leaving):
-            if self._queued(fleet.name) == 0:
+            successor = self._fleets.get(fleet.name)  # the model was removed, and named again since
+            is_replaced = successor is not None and bool(successor.ready_places or successor.failure)
+            if is_replaced or fleet.failure or self._queued(fleet.name) == 0:
                 self._leaving.remove(fleet)
                 self._dismiss(fleet)
+                if successor is None:  # again: with nothing waiting and no worker left, nobody else may forget it
+                    self._dispatcher.remove_model(fleet.name)
         self._outgoing = [fleet for fleet in self._outgoing if fleet.places]
 
     def _dismiss(self, fleet: Fleet) -> None:

@@ -205,6 +205,50 @@ def test_reload_brings_models_and_takes_models_away(tmp_path: Path) -> None:
         assert house.ask("echo", model="c").state is State.DONE
 
 
+def test_removed_model_that_no_longer_loads_answers_its_queue(tmp_path: Path) -> None:
+    loads = tmp_path / "loads"
+    loads.touch()
+    models = (toy_model("a"), toy_model("b", load=f"until {loads} exit 7"))
+    with ToyHouse(tmp_path, *models, crash_loop_limit=2) as house:
+        jobs = [house.job("sleep 60", model="b") for _ in range(4)]
+        house.until(lambda: house.dispatcher.status("b").running == 2)
+        loads.unlink()
+        house.reload(toy_model("a"))
+        house.until(lambda: house.dispatcher.status("b").reason == "unloading")
+        os.kill(house.pids("b")[0], signal.SIGKILL)
+        assert [type(finish(job, PATIENCE_S).error) for job in jobs] == [ModelFailed] * 4
+        house.until(lambda: house.dispatcher.models() == ["a"])
+        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+
+
+def test_removed_model_is_forgotten_though_its_last_job_is_cancelled_while_no_worker_lives(tmp_path: Path) -> None:
+    slow = {"restart_delay_s": 60.0, "max_restart_delay_s": 60.0}
+    with ToyHouse(tmp_path, toy_model("a"), toy_model("b"), **slow) as house:
+        os.kill(house.pids("b")[0], signal.SIGKILL)
+        house.until(lambda: house.dispatcher.status("b").reason == "restarting")
+        job = house.job("echo", model="b")
+        house.reload(toy_model("a"))
+        house.until(lambda: house.dispatcher.status("b").reason == "unloading")
+        house.dispatcher.cancel(job)
+        job.close()
+        house.until(lambda: house.dispatcher.models() == ["a"])
+
+
+def test_model_removed_and_named_again_under_load_gets_its_new_workers_only(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path, toy_model("a"), toy_model("b", capacity=1)) as house:
+        jobs = [house.job("sleep 60", model="b") for _ in range(4)]
+        house.reload(toy_model("a"))
+        house.reload(toy_model("a"), toy_model("b", capacity=1))
+        house.until(lambda: house.dispatcher.status("b").running == 2)
+        house.until(lambda: house.ready("b") == 1)
+        assert house.dispatcher.status("b").queued == 2
+        for job in jobs:
+            house.dispatcher.cancel(job)
+            job.close()
+        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert house.ask("echo", model="b").state is State.DONE
+
+
 def test_second_reload_overtakes_the_first(tmp_path: Path) -> None:
     with ToyHouse(tmp_path) as house:
         house.reload(toy_model(load="hang"))
