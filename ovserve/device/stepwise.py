@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovserve.config import ModelSettings
-from ovserve.device.compiled import Components, Requests, run_decoder, run_unet
+from ovserve.device.compiled import Components, Requests, run_decoder, run_encoder, run_unet
 from ovserve.device.encoding import Encoding
 from ovserve.device.engine import STEPWISE_FAMILIES, Outcome, Pixels, Work
 from ovserve.device.noise import Array, read_scheduler_config
@@ -356,6 +356,8 @@ class StepwiseEngine:
             self._trace(finished)
         if finished.error is not None:
             self._fail(call, finished.error)
+            if len(call.pictures) == 1 and isinstance(finished.error, RuntimeError):
+                self._prove(finished.slot)
         elif call.kind == "encode":
             self._begin(call.pictures[0], finished.result)
         elif call.kind == "decode":
@@ -404,6 +406,19 @@ class StepwiseEngine:
                 picture.is_ended = True
                 told = error if isinstance(error, ApiError) else InternalError(f"the engine failed: {error}")
                 self._end(Outcome(picture.work, error=told))
+
+    def _prove(self, slot: int) -> None:
+        """A pass at the native size in a slot that is free, whose last call has failed: was it the picture, or the device?
+
+        Raises:
+            RuntimeError: the device: the worker has to end, and its jobs are made elsewhere.
+        """
+        requests, vae, size = self._components.requests[slot], self._components.vae, self._profile.native
+        latents = np.zeros((1, vae.latent_channels, size.height // vae.scale, size.width // vae.scale), np.float32)
+        if requests.vae_encoder is not None:
+            run_encoder(requests.vae_encoder, np.zeros((1, 3, size.height, size.width), np.float32))
+        run_unet(requests.unet, self._components.feeds.of(2))
+        run_decoder(requests.vae_decoder, latents)
 
 
 def _whole(kind: str, picture: Picture) -> Call:
