@@ -32,16 +32,13 @@ from ovserve.dispatch.ipc import Cancel, Link, LinkClosed, LinkGarbage, Message,
 from ovserve.dispatch.jobs import Job, State
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.dispatch.reports import Reports
-from ovserve.dispatch.roster import Model, ModelStatus, Worker, largest_picture_bytes
+from ovserve.dispatch.roster import NOT_READY_RETRY_S, Model, ModelStatus, Worker, largest_picture_bytes
 from ovserve.dispatch.spool import Spool
 from ovserve.errors import (
     ApiError,
     DeadlineExceeded,
     Draining,
-    ModelFailed,
     ModelNotFound,
-    NotReady,
-    QueueFull,
     WorkerCrashed,
 )
 from ovserve.logs import fields
@@ -50,7 +47,6 @@ __all__ = ["Dispatcher", "ModelStatus"]
 
 _TURN_S = 1.0  # the loop turns at least this often, so that `turned_at` tells a living dispatcher
 _END_TIMEOUT_S = 10.0  # for the thread to settle what is left; it takes milliseconds
-_NOT_READY_RETRY_S = 5  # a small model loads within seconds, a large one within a few tries
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +194,7 @@ class Dispatcher:
             model.failure = reason
             for ticket in list(model.queue):
                 model.queue.remove(ticket.job)
-                self._settle_locked(ticket.job, State.FAILED, self._failed_error(model))
+                self._settle_locked(ticket.job, State.FAILED, model.failed_error(self._settings.failed_retry_s))
 
     def clear_failure(self, name: str) -> None:
         """The model works again."""
@@ -232,23 +228,9 @@ class Dispatcher:
         if model is None:
             raise ModelNotFound(f"no model {job.model!r}", param="model")
         if self._is_draining:
-            raise Draining("the server is going down and takes no new jobs", retry_after_s=_NOT_READY_RETRY_S)
-        if model.is_leaving:
-            raise NotReady(f"model {job.model!r} is being unloaded", retry_after_s=_NOT_READY_RETRY_S)
-        if model.failure:
-            raise self._failed_error(model)
-        if not model.was_ready:
-            raise NotReady(f"model {job.model!r} is loading", retry_after_s=_NOT_READY_RETRY_S)
-        if not model.has_place_for(job.client):
-            waiting = len(model.queue)
-            raise QueueFull(
-                f"{waiting} jobs wait for model {job.model!r} already; its limit is {model.queue.limit}",
-                retry_after_s=model.expected_wait_s(),
-            )
+            raise Draining("the server is going down and takes no new jobs", retry_after_s=NOT_READY_RETRY_S)
+        model.check_admission(job.client, self._settings.failed_retry_s)
         return model
-
-    def _failed_error(self, model: Model) -> ModelFailed:
-        return ModelFailed(f"model {model.name!r} failed: {model.failure}", retry_after_s=self._settings.failed_retry_s)
 
     def _settle(self, job: Job, state: State, error: ApiError | None = None) -> bool:
         with self._lock:
@@ -318,7 +300,7 @@ class Dispatcher:
         self._take_calls()
         with self._lock:
             for job in list(self._in_flight):
-                error = Draining("the server went down before the job was done", retry_after_s=_NOT_READY_RETRY_S)
+                error = Draining("the server went down before the job was done", retry_after_s=NOT_READY_RETRY_S)
                 self._settle_locked(job, State.FAILED, error)
         for worker in list(self._workers.values()):
             worker.link.lost = worker.link.lost or "the server goes down"

@@ -12,9 +12,11 @@ from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.ipc import Done, Failed, Link, Need, Picture, Prepared, Progress
 from ovserve.dispatch.queues import FairQueue, Ticket
+from ovserve.errors import ModelFailed, NotReady, QueueFull
 
-__all__ = ["Model", "ModelStatus", "Worker", "largest_picture_bytes"]
+__all__ = ["NOT_READY_RETRY_S", "Model", "ModelStatus", "Worker", "largest_picture_bytes"]
 
+NOT_READY_RETRY_S = 5  # a small model loads within seconds, a large one within a few tries
 _ENDED_KEPT = 64  # ids of ended jobs kept for each worker, to tell a late report from a made-up job
 _MEAN_WEIGHT = 0.1  # of the newest job in the mean time in a worker: ten jobs make a new mean
 _FIRST_GUESS_S = 1.0  # of a job's time in a worker, before one was measured
@@ -129,6 +131,24 @@ class Model:
             open_workers = [worker for worker in open_workers if worker is not emptiest]
         ticket = self.queue.pop() if open_workers else None
         return None if ticket is None else (min(open_workers, key=_load), ticket)
+
+    def check_admission(self, client: str, failed_retry_s: float) -> None:
+        """Whether this client may add one more job now. Raises NotReady, ModelFailed or QueueFull."""
+        if self.is_leaving:
+            raise NotReady(f"model {self.name!r} is being unloaded", retry_after_s=NOT_READY_RETRY_S)
+        if self.failure:
+            raise self.failed_error(failed_retry_s)
+        if not self.was_ready:
+            raise NotReady(f"model {self.name!r} is loading", retry_after_s=NOT_READY_RETRY_S)
+        if not self.has_place_for(client):
+            raise QueueFull(
+                f"{len(self.queue)} jobs wait for model {self.name!r} already; its limit is {self.queue.limit}",
+                retry_after_s=self.expected_wait_s(),
+            )
+
+    def failed_error(self, retry_s: float) -> ModelFailed:
+        """What a job of a model that was declared failed is answered."""
+        return ModelFailed(f"model {self.name!r} failed: {self.failure}", retry_after_s=retry_s)
 
     def has_place_for(self, client: str) -> bool:
         """Whether this client may add one more job: the limit is for those that no worker has room for."""
