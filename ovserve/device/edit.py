@@ -262,8 +262,13 @@ def _read_prompt(request: ImageRequest, profile: ModelProfile, engine: Engine) -
         prompt = engine.cut_prompt(prompt)
         tokens = engine.count_tokens(prompt)
     checks = [("prompt", tokens)]
-    if request.negative_prompt:
-        checks.append(("negative_prompt", engine.count_tokens(request.negative_prompt)))
+    others = ["negative_prompt"]
+    for encoder in range(2, profile.text_encoders + 1):
+        others += [f"prompt_{encoder}", f"negative_prompt_{encoder}"]
+    for name in others:
+        text = str(getattr(request, name, ""))
+        if text:
+            checks.append((name, engine.count_tokens(text)))
     for name, count in checks:
         if count > profile.prompt_tokens:
             advice = "; truncate_prompt=true cuts it" if name == "prompt" else ""

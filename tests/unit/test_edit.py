@@ -208,6 +208,14 @@ def test_a_prompt_over_the_window_is_refused_with_its_tokens() -> None:
     refused(PromptTooLong, "negative_prompt", "42 tokens", task="generation", negative_prompt="word " * 40)
 
 
+@pytest.mark.parametrize("name", ["prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"])
+def test_a_prompt_of_another_encoder_is_counted_where_there_is_one(name: str) -> None:
+    three = dataclasses.replace(WIDE, text_encoders=3)
+    refused(PromptTooLong, name, f"{name}: 42 tokens", profile=three, task="generation", **{name: "word " * 40})
+    assert edit(three, task="generation", **{name: "word"})
+    assert edit(WIDE, task="generation", **{name: "word " * 40})
+
+
 def test_a_prompt_is_cut_when_that_was_asked_for() -> None:
     found = edit(task="generation", prompt="word " * 40, truncate_prompt=True)
     assert found.prompt == found.revised_prompt == " ".join(["word"] * 30)
