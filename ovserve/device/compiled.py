@@ -286,7 +286,7 @@ class Components:
         properties: dict[str, Any] = json.loads(self.settings.plugin_config) if self.settings.plugin_config else {}
         if self.settings.cache_dir:
             properties["CACHE_DIR"] = str(self.settings.cache_dir)
-        if device == "CPU":
+        if device.startswith("CPU"):
             properties["NUM_STREAMS"] = 1
             if layout.threads:
                 properties["INFERENCE_NUM_THREADS"] = layout.threads

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ovserve.device.compiled import Components, Layout, run_decoder, run_encoder, run_unet
 from ovserve.logs import fields
 
-__all__ = ["Tuning", "tune", "warm_up"]
+__all__ = ["Tuning", "available_bytes", "tune", "warm_up"]
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def _best(components: Components, tried: list[_Measured], beat: Callable[[str], 
 
 
 def _layouts(components: Components, streams: int, threads: int) -> list[Layout]:
-    if components.denoiser_device != "CPU":
+    if not components.denoiser_device.startswith("CPU"):
         return [Layout(streams or 1, 0)]
     cores = components.cpu_threads()
     if threads:
@@ -228,14 +228,44 @@ def _fits(components: Components, rows: int, streams: int) -> bool:
     size = components.profile.native
     # The widest layers of SD hold 320 channels of floats at 1/64 of the pixels, and tens of them are alive.
     row_bytes = size.width * size.height * 4 * 640
-    return rows <= 2 or rows * streams * row_bytes < MEMORY_SHARE * _available_bytes()
+    return rows <= 2 or rows * streams * row_bytes < MEMORY_SHARE * available_bytes()
 
 
-def _available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text("ascii").splitlines():
-        if line.startswith("MemAvailable:"):
+def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory this process may still take: what the host has free, or what its container's limit leaves, if that is less.
+
+    Args:
+        proc, cgroups: where procfs and the unified hierarchy (cgroup v2) are mounted.
+    """
+    free = _field(proc / "meminfo", "MemAvailable:")
+    resident = _field(proc / "self" / "status", "VmRSS:")
+    return max(0, min([free, *(limit - resident for limit in _limits(proc / "self" / "cgroup", cgroups))]))
+
+
+def _field(path: Path, name: str) -> int:
+    """A field of procfs in bytes, which it gives in KiB; 0 where it is not there."""
+    for line in path.read_text("ascii", "replace").splitlines():
+        if line.startswith(name):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def _limits(own: Path, cgroups: Path) -> list[int]:
+    """The limits of the control group that `own` names and of those around it, as far as they can be seen."""
+    found = []
+    try:
+        group = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    place = cgroups / group.lstrip("/")
+    for directory in (place, *place.parents):
+        if not directory.is_relative_to(cgroups):
+            break
+        try:
+            found.append(int((directory / "memory.max").read_text()))
+        except (OSError, ValueError):
+            continue  # no such file at the root; "max" where there is no limit
+    return found
 
 
 def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None]) -> float:
@@ -288,7 +318,7 @@ class _Kept:
             settings.streams,
             settings.threads,
             settings.max_batch,
-            components.cpu_threads() if components.denoiser_device == "CPU" else 0,
+            components.cpu_threads() if components.denoiser_device.startswith("CPU") else 0,
         ]
         key = hashlib.blake2b(json.dumps(subject).encode(), digest_size=16).hexdigest()
         self._path = settings.cache_dir / f"ovserve-division-{key}.json" if settings.cache_dir else None
