@@ -126,7 +126,10 @@ class ModelSettings:
     min_strength: float = _option(0.0, "Smallest strength.", low=0, high=1)
     max_strength: float = _option(1.0, "Largest strength.", low=0, high=1)
     memory_limit_bytes: int = _option(
-        0, "Resident memory at which a worker is ended; 0: three quarters of the machine's.", low=0, unit="bytes"
+        0,
+        "Resident memory, mapped files aside, at which a worker is ended; 0: three quarters of the machine's.",
+        low=0,
+        unit="bytes",
     )
 
 
