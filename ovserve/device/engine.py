@@ -7,6 +7,7 @@ what was cancelled. Work is one picture: a request for n pictures is n pieces of
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,17 @@ from ovserve.dispatch.ipc import ImageRequest
 from ovserve.errors import ApiError, InvalidValue, ModelError
 from ovserve.profile import ModelProfile
 
-__all__ = ["Engine", "Outcome", "Preview", "Work", "check_served", "choose_engine", "is_lcm", "overruns"]
+__all__ = [
+    "Engine",
+    "Outcome",
+    "Preview",
+    "Work",
+    "check_served",
+    "choose_engine",
+    "is_lcm",
+    "longest_fitting",
+    "overruns",
+]
 
 Pixels = NDArray[np.uint8]
 
@@ -198,3 +209,16 @@ def _check_frozen(profile: ModelProfile, asked: Work | ImageRequest) -> None:
     if profile.family == "sd3" and (asked.guidance_scale > 1) != guided:
         side = "above 1: it was prepared with guidance" if guided else "at most 1: it was prepared without guidance"
         raise InvalidValue(f"guidance_scale: for this model it must be {side}", param="guidance_scale")
+
+
+def longest_fitting(prompt: str, count_tokens: Callable[[str], int], window: int) -> str:
+    """The longest beginning of a prompt, at a word boundary, of at most `window` tokens."""
+    ends = [match.end() for match in re.finditer(r"\S+", prompt)]
+    low, high = 0, len(ends)
+    while low < high:  # the most words that fit; more words are never fewer tokens
+        middle = (low + high + 1) // 2
+        if count_tokens(prompt[: ends[middle - 1]]) <= window:
+            low = middle
+        else:
+            high = middle - 1
+    return prompt[: ends[low - 1]] if low else ""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import openvino as ov
 import openvino_genai as og
 
 from ovserve.config import ModelSettings
-from ovserve.device.engine import Outcome, Work, check_served, is_lcm
+from ovserve.device.engine import Outcome, Work, check_served, is_lcm, longest_fitting
 from ovserve.device.images import Pixels
 from ovserve.device.schedulers import LIBRARY_SCHEDULERS
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
@@ -357,15 +356,7 @@ class _Tokenizer:
         return int(self._tokenizer.encode(prompt).input_ids.shape[1])
 
     def cut(self, prompt: str) -> str:
-        ends = [match.end() for match in re.finditer(r"\S+", prompt)]
-        low, high = 0, len(ends)
-        while low < high:  # the most words that fit; more words are never fewer tokens
-            middle = (low + high + 1) // 2
-            if self.count(prompt[: ends[middle - 1]]) <= self._window:
-                low = middle
-            else:
-                high = middle - 1
-        return prompt[: ends[low - 1]] if low else ""
+        return longest_fitting(prompt, self.count, self._window)
 
 
 def _first_line(error: BaseException) -> str:

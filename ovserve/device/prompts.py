@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from ovserve.device.cache import ArrayCache
 from ovserve.device.compiled import component_config
-from ovserve.device.engine import Work
+from ovserve.device.engine import Work, longest_fitting
 from ovserve.device.noise import Array, f32
 from ovserve.profile import ModelProfile
 
@@ -90,15 +89,7 @@ class TextSide:
 
     def cut_prompt(self, prompt: str) -> str:
         """The longest beginning of a prompt, at a word boundary, that fits the window."""
-        ends = [match.end() for match in re.finditer(r"\S+", prompt)]
-        low, high = 0, len(ends)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.count_tokens(prompt[: ends[middle - 1]]) <= self._encoders[0].window:
-                low = middle
-            else:
-                high = middle - 1
-        return prompt[: ends[low - 1]] if low else ""
+        return longest_fitting(prompt, self.count_tokens, self._encoders[0].window)
 
     def is_guided(self, work: Work) -> bool:
         """Whether a picture takes two rows. A guidance embedding takes the place of the second (arXiv:2310.04378)."""

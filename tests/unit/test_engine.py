@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ovserve.config import ModelSettings
-from ovserve.device.engine import check_served, choose_engine, is_lcm, overruns
+from ovserve.device.engine import check_served, choose_engine, is_lcm, longest_fitting, overruns
 from ovserve.dispatch.ipc import ImageRequest
 from ovserve.errors import InvalidValue, ModelError
 from ovserve.profile import ModelProfile, read_profile
@@ -112,3 +112,8 @@ def test_lcm_is_known_by_the_models_scheduler_or_the_requests() -> None:
     assert is_lcm(PROFILE, "lcm")
     assert not is_lcm(PROFILE, "")
     assert not is_lcm(profile(name="LCM"), "ddim")
+
+
+@pytest.mark.parametrize(("window", "cut"), [(0, ""), (1, "a"), (2, "a  b"), (3, "a  b\tc"), (9, "a  b\tc")])
+def test_a_prompt_is_cut_behind_the_last_word_that_fits(window: int, cut: str) -> None:
+    assert longest_fitting("a  b\tc ", lambda text: len(text.split()), window) == cut
