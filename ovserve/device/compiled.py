@@ -73,17 +73,20 @@ class Feeds:
         self._shapes = shapes
         self.types = types
 
-    def of(self, rows: int) -> dict[str, NDArray[Any]]:
-        """Inputs of `rows` rows; their first rows are those of fewer."""
-        return {name: np.concatenate([self._one(name, place) for place in range(rows)]) for name in self._shapes}
+    def of(self, rows: int, *, timestep_per_row: bool = True) -> dict[str, NDArray[Any]]:
+        """Inputs of `rows` rows, each at a timestep of its own, or all at the first one's; their first rows are those of fewer."""
+        feed = {name: np.concatenate([self._one(name, place) for place in range(rows)]) for name in self._shapes}
+        return feed if timestep_per_row else feed | {"timestep": self._one("timestep", 0)}
 
-    def row(self, place: int) -> dict[str, NDArray[Any]]:
-        """Inputs of row `place` alone."""
-        return {name: self._one(name, place) for name in self._shapes}
+    def second(self, *, timestep_per_row: bool = True) -> dict[str, NDArray[Any]]:
+        """The second row of `of(2)` alone."""
+        feed = {name: self._one(name, 1) for name in self._shapes}
+        return feed if timestep_per_row else feed | {"timestep": self._one("timestep", 0)}
 
     def _one(self, name: str, place: int) -> NDArray[Any]:
         if name == "timestep":
-            return np.array([500], self.types[name])
+            # Rows at timesteps of their own: whether the graph takes them is seen from rows that come out otherwise than alone.
+            return np.array([(500 + 137 * place) % 1000], self.types[name])
         noise: Array = np.random.default_rng((place, len(name))).standard_normal((1, *self._shapes[name]), np.float32)
         return noise.astype(self.types[name])
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,14 @@ class Tuning:
         rows: most rows in one call at the model's native size.
         splits: the rows of one picture may go into two calls: a lone row has the same bits as one of two.
         step_s: one step of a lone picture with guidance, measured.
+        timestep_per_row: rows at different timesteps may share a call.
     """
 
     layout: Layout
     rows: int
     splits: bool = True
     step_s: float = 0.0
+    timestep_per_row: bool = True
 
     @property
     def capacity(self) -> int:
@@ -82,6 +85,7 @@ class _Measured:
     layout: Layout
     step_s: float
     splits: bool
+    per_row: bool
 
 
 def tune(components: Components, beat: Callable[[str], None]) -> Tuning:
@@ -95,6 +99,7 @@ def tune(components: Components, beat: Callable[[str], None]) -> Tuning:
     found = kept.read()
     if found is not None:
         log.info("division of the device is kept from another start", extra=_fields(found))
+        components.timestep_per_row = found.timestep_per_row
         return found
     found = _measure_all(components, streams, threads, rows, beat)
     log.info("division of the device is measured", extra=_fields(found))
@@ -120,7 +125,8 @@ def _measure_all(components: Components, streams: int, threads: int, rows: int, 
         if tried[-1].step_s > LARGE_CALL_S:
             break
     best = _best(components, tried, beat) if len(tried) > 1 else tried[0]
-    return Tuning(best.layout, rows or _choose_rows(components, best, beat), best.splits, best.step_s)
+    components.timestep_per_row = best.per_row
+    return Tuning(best.layout, rows or _choose_rows(components, best, beat), best.splits, best.step_s, best.per_row)
 
 
 def _best(components: Components, tried: list[_Measured], beat: Callable[[str], None]) -> _Measured:
@@ -132,7 +138,7 @@ def _best(components: Components, tried: list[_Measured], beat: Callable[[str], 
     for _ in range(2):
         for place, each in enumerate(tried):
             requests = components.measured_unets(each.layout)
-            rate = _rate(requests, components.feeds.of(COMPARED_ROWS), each.layout, beat)
+            rate = _rate(requests, components.feeds.of(COMPARED_ROWS, timestep_per_row=each.per_row), each.layout, beat)
             rates[place] = max(rates[place], rate.by_clock)
     log.debug(
         "layouts were compared",
@@ -159,23 +165,29 @@ def _layouts(components: Components, streams: int, threads: int) -> list[Layout]
 
 
 def _try(components: Components, layout: Layout, beat: Callable[[str], None]) -> _Measured:
-    requests = components.compile_unet(layout)
+    request = components.compile_unet(layout)[0]
     beat("warm-up")
-    feeds = components.feeds
-    pair = run_unet(requests[0], feeds.of(2))
+    feeds, per_row = components.feeds, components.timestep_per_row
+    pair = run_unet(request, feeds.of(2, timestep_per_row=per_row))
     beat("warm-up")
-    single, row_s = [], 0.0
-    for place in range(2):
+    row_s = 0.0
+    for _ in range(2):
         began = time.monotonic()
-        single.append(run_unet(requests[0], feeds.row(place)))
-        row_s = time.monotonic() - began  # of the second, which finds its kernels made
+        second = run_unet(request, feeds.second(timestep_per_row=per_row))
+        row_s = time.monotonic() - began  # of the second call, which finds its kernels made
         beat("warm-up")
-    splits = bool(np.array_equal(pair, np.concatenate(single)))
-    if not splits:
-        log.warning("the rows of a picture differ when they are computed apart: they stay together")
+    splits = bool(np.array_equal(pair[1:], second))
+    if per_row and not splits:
+        pair = run_unet(request, feeds.of(2, timestep_per_row=False))
+        second = run_unet(request, feeds.second(timestep_per_row=False))
+        per_row = not np.array_equal(pair[1:], second)
+        splits = not per_row
+    if not (splits and per_row):
+        told = "the rows of a picture stay together" if per_row else "only rows at the same timestep share a call"
+        log.warning("a row comes out otherwise beside another one: %s", told)
     # A lone picture's rows go side by side where there are slots for them.
     step_s = row_s if splits and layout.streams > 1 else 2 * row_s
-    return _Measured(layout, step_s, splits)
+    return _Measured(layout, step_s, splits, per_row)
 
 
 def _choose_rows(components: Components, best: _Measured, beat: Callable[[str], None]) -> int:
@@ -184,15 +196,16 @@ def _choose_rows(components: Components, best: _Measured, beat: Callable[[str], 
     if best.step_s > LONGEST_CALL_S:
         return 2
     feeds = components.feeds
-    pair = run_unet(requests[0], feeds.of(2))
-    most, most_rate = 2, _rate(requests, feeds.of(2), best.layout, beat)
+    make = partial(feeds.of, timestep_per_row=best.per_row)
+    pair = run_unet(requests[0], make(2))
+    most, most_rate = 2, _rate(requests, make(2), best.layout, beat)
     for rows in ROW_CHOICES:
         if rows * len(requests) / most_rate.by_clock > LONGEST_CALL_S or not _fits(components, rows, len(requests)):
             break
-        if not np.array_equal(run_unet(requests[0], feeds.of(rows))[:2], pair):
+        if not np.array_equal(run_unet(requests[0], make(rows))[:2], pair):
             log.warning("rows of a call of %d differ from those of a call of 2: calls hold %d rows", rows, most)
             break
-        rate = _rate(requests, feeds.of(rows), best.layout, beat)
+        rate = _rate(requests, make(rows), best.layout, beat)
         is_short = rows * len(requests) / rate.by_cpu < SHORT_CALL_S
         if rate.by_cpu >= (NOT_WORSE if is_short else WORTH_MORE_ROWS) * most_rate.by_cpu:
             most, most_rate = rows, rate
@@ -296,7 +309,7 @@ def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None])
     until = time.monotonic() + WARM_UP_S
     for rows in (2, 1, *range(4, tuning.rows + 1, 2)):
         for requests in components.requests:
-            run_unet(requests.unet, components.feeds.of(rows))
+            run_unet(requests.unet, components.feeds.of(rows, timestep_per_row=tuning.timestep_per_row))
             beat("warm-up")
         if time.monotonic() > until:
             break
@@ -330,7 +343,13 @@ class _Kept:
         try:
             document = json.loads(self._path.read_text("utf-8"))
             layout = Layout(int(document["layout"]["streams"]), int(document["layout"]["threads"]))
-            return Tuning(layout, int(document["rows"]), bool(document["splits"]), float(document["step_s"]))
+            return Tuning(
+                layout,
+                int(document["rows"]),
+                bool(document["splits"]),
+                float(document["step_s"]),
+                bool(document["timestep_per_row"]),
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

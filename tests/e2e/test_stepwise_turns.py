@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
+from openvino import opset13 as ops
 
 from ovserve.config import ModelSettings, Resolution
 from ovserve.device.compiled import Components, Layout, Requests
@@ -487,3 +489,63 @@ def test_a_model_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         StepwiseEngine(read_profile(settings), settings).load(lambda _phase: None)
     assert "unet" in str(caught.value)
+
+
+def with_unet(tmp_path: Path, change: Callable[[Any], Any]) -> Path:
+    directory = with_scheduler("sd", tmp_path)
+    (directory / "unet").unlink()
+    (directory / "unet").mkdir()
+    (directory / "unet" / "config.json").write_bytes((SD / "unet" / "config.json").read_bytes())
+    model = change(ov.Core().read_model(SD / "unet" / "openvino_model.xml"))
+    ov.save_model(model, directory / "unet" / "openvino_model.xml", compress_to_fp16=True)
+    return directory
+
+
+def one_timestep(model: Any) -> Any:
+    model.reshape({"timestep": ov.PartialShape([1])})
+    return model
+
+
+def first_timestep_only(model: Any) -> Any:
+    # A graph that takes a vector and reads its first value, for all rows.
+    parameter = next(node for node in model.get_parameters() if "timestep" in node.output(0).get_names())
+    readers = list(parameter.output(0).get_target_inputs())
+    first = ops.gather(parameter, ops.constant(np.array([0], np.int64)), ops.constant(np.array(0, np.int64)))
+    for reader in readers:
+        reader.replace_source_output(first.output(0))
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+@pytest.mark.parametrize("change", [one_timestep, first_timestep_only])
+def test_an_export_with_one_timestep_for_all_rows_makes_the_same_pictures(
+    traced: Traced, tmp_path: Path, change: Callable[[Any], Any]
+) -> None:
+    calls: list[Finished[Call]] = []
+    engine = load_stepwise(with_unet(tmp_path, change), trace=calls.append)
+    works = [text(k, num_inference_steps=3 + 2 * k) for k in range(4)]
+    expected = pixels_of(traced.drive(works))
+    calls.clear()
+    for first, second in zip(expected, pixels_of(drive(engine, works)), strict=True):
+        np.testing.assert_array_equal(first, second)
+    engine.close()
+    if change is first_timestep_only:
+        for call in calls:
+            if call.subject.kind == "denoise":
+                assert len({row.picture.plan.timesteps[row.index] for row in call.subject.rows}) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: (
+            model.reshape({"sample": [2, 4, 8, 8], "timestep": [2], "encoder_hidden_states": [2, 77, 16]}) or model
+        ),
+        lambda model: model.input("encoder_hidden_states").get_tensor().set_names({"context"}) or model,
+    ],
+    ids=["static rows", "unknown input"],
+)
+def test_a_unet_that_it_cannot_drive_is_refused(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    settings = settings_of(with_unet(tmp_path, change))
+    with pytest.raises(ModelError, match="unet"):
+        StepwiseEngine(read_profile(settings), settings).load(lambda _phase: None)
