@@ -136,9 +136,9 @@ class House:
         self.workers.append(worker)
         self.dispatcher.attach(worker.link)
         if ready:
-            known = self.dispatcher.status(model).workers
             worker.say(Ready(capacity, "fake"))
-            self.until(lambda: self.dispatcher.status(model).workers > known)
+            # Not by counting: a worker that has just died may still be among the known ones.
+            self.until(lambda: worker.link.ready is not None)
         return worker
 
     def job(
