@@ -6,13 +6,14 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["ArrayCache", "digest"]
 
-Arrays = tuple[NDArray[np.float32], ...]
+Arrays = tuple[NDArray[Any], ...]
 
 
 def digest(pixels: NDArray[np.uint8]) -> bytes:

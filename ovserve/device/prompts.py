@@ -35,6 +35,7 @@ def _single(name: str) -> Callable[[float], float]:
 
 _EXP, _SIN, _COS = _single("expf"), _single("sinf"), _single("cosf")
 
+TOKEN_CACHE_BYTES = 1024 * 1024  # thousands of prompts of ordinary length
 CACHE_BYTES = 64 * 1024 * 1024  # some hundred prompts of SDXL (77 x 2048 floats), thousands of smaller models
 
 
@@ -57,16 +58,25 @@ class _Encoder:
     def __init__(self, directory: Path, index: int, window: int) -> None:
         suffix = "" if index == 0 else f"_{index + 1}"
         config = component_config(directory / f"text_encoder{suffix}")
-        self.tokenizer = og.Tokenizer(str(directory / f"tokenizer{suffix}"))
+        self._tokenizer = og.Tokenizer(str(directory / f"tokenizer{suffix}"))
         self.window = int(config.get("max_position_embeddings") or window)
         # SDXL reads the last hidden state but one: outputs are the last, the pooled one, then hidden states 0..layers.
         self.penultimate = int(config.get("num_hidden_layers") or 0) + 1
-        self.padding = self.tokenizer.get_pad_token_id()
+        self._padding = self._tokenizer.get_pad_token_id()
+        self._cache = ArrayCache(TOKEN_CACHE_BYTES)
+
+    def tokens(self, prompt: str) -> NDArray[np.int64]:
+        """All tokens of a prompt; counted before the queue for the device, they are there when the prompt is encoded."""
+        found = self._cache.find(prompt)
+        if found is None:
+            found = (np.array(self._tokenizer.encode(prompt).input_ids.data, np.int64).ravel(),)
+            self._cache.put(prompt, found)
+        return found[0]
 
     def ids(self, prompt: str) -> NDArray[np.int64]:
         """Tokens cut and padded to the window, as the library does: nothing is forced to the end of a prompt that was cut."""
-        padded = np.full(self.window, self.padding, np.int64)
-        found = np.asarray(self.tokenizer.encode(prompt).input_ids.data).ravel()[: self.window]
+        padded = np.full(self.window, self._padding, np.int64)
+        found = self.tokens(prompt)[: self.window]
         padded[: found.size] = found
         return padded
 
@@ -85,7 +95,7 @@ class TextSide:
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt, special tokens included, not truncated."""
-        return int(self._encoders[0].tokenizer.encode(prompt).input_ids.shape[1])
+        return len(self._encoders[0].tokens(prompt))
 
     def cut_prompt(self, prompt: str) -> str:
         """The longest beginning of a prompt, at a word boundary, that fits the window."""

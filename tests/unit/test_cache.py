@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ovserve.device.cache import ArrayCache, digest
+
+
+def floats(count: int, value: float = 0.0) -> np.ndarray:
+    return np.full(count, value, np.float32)
+
+
+def test_what_was_put_is_found_and_cannot_be_changed() -> None:
+    cache = ArrayCache(1000)
+    cache.put("key", (floats(3, 1.0), floats(2, 2.0)))
+    first, second = cache.find("key") or ()
+    assert first.tolist() == [1.0, 1.0, 1.0]
+    assert second.tolist() == [2.0, 2.0]
+    with pytest.raises(ValueError, match="read-only"):
+        first[0] = 5.0
+    assert cache.find("other") is None
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    cache = ArrayCache(3 * 40)
+    for key in "abc":
+        cache.put(key, (floats(10),))
+    cache.find("a")
+    cache.put("d", (floats(10),))
+    assert [key for key in "abcd" if cache.find(key) is not None] == ["a", "c", "d"]
+
+
+def test_what_is_larger_than_the_limit_is_not_held() -> None:
+    cache = ArrayCache(100)
+    cache.put("large", (floats(26),))
+    assert cache.find("large") is None
+    assert cache.held_bytes == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 40)), max_size=60))
+def test_never_more_than_the_limit_is_held(puts: list[tuple[int, int]]) -> None:
+    cache = ArrayCache(200)
+    last: dict[int, int] = {}
+    for key, count in puts:
+        cache.put(key, (floats(count),))
+        last[key] = count
+        assert cache.held_bytes <= 200
+        held = {known: found for known in last if (found := cache.find(known)) is not None}
+        assert cache.held_bytes == sum(found[0].nbytes for found in held.values())
+        assert all(len(found[0]) == last[known] for known, found in held.items())
+
+
+def test_threads_may_share_a_cache() -> None:
+    cache = ArrayCache(4000)
+    failures: list[BaseException] = []
+
+    def use(seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        try:
+            for _ in range(300):
+                key = int(generator.integers(0, 30))
+                found = cache.find(key)
+                assert found is None or found[0][0] == key
+                cache.put(key, (floats(50, key),))
+        except BaseException as error:  # noqa: BLE001 - told by the main thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=use, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert cache.held_bytes <= 4000
+
+
+def test_a_digest_tells_content_and_shape_apart() -> None:
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    assert digest(image) == digest(image.copy())
+    assert digest(image) == digest(np.asfortranarray(image))
+    assert digest(image) != digest(image.reshape(2, 8, 3))
+    changed = image.copy()
+    changed[3, 3, 2] ^= 1
+    assert digest(image) != digest(changed)

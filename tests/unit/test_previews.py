@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ovserve.device.engine import Preview, Work
+from ovserve.device.previews import WAITING_LIMIT, Previews, choose_shrink, shrunk
+
+WAIT_S = 10.0
+
+
+class ToyDecoder:
+    """An infer request whose pixels are the first latent channel; waits for `may_run`."""
+
+    def __init__(self) -> None:
+        self.may_run = threading.Event()
+        self.may_run.set()
+        self.calls = 0
+        self._latents = np.zeros((1, 1, 1, 1), np.float32)
+
+    def infer(self, inputs: dict[int, Any], **_options: Any) -> None:
+        assert self.may_run.wait(WAIT_S)
+        self.calls += 1
+        self._latents = inputs[0]
+        if self._latents.max() > 200:
+            raise RuntimeError("too bright")
+
+    def get_output_tensor(self, _index: int) -> Any:
+        pixels = np.repeat(self._latents[:, 0, :, :, None], 3, axis=3).astype(np.uint8)
+        return SimpleNamespace(data=pixels)
+
+
+def work(got: list[Preview], arrived: threading.Semaphore) -> Work:
+    def on_preview(preview: Preview) -> None:
+        got.append(preview)
+        arrived.release()
+
+    return Work("job", 0, "text2image", "", "", 64, 64, 4, 1.0, 1.0, 0, on_preview=on_preview)
+
+
+def latents(value: float) -> np.ndarray:
+    return np.full((1, 4, 8, 8), value, np.float32)
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_previews_are_decoded_smaller_and_in_order() -> None:
+    previews, got, arrived = Previews(ToyDecoder(), 2), list[Preview](), threading.Semaphore(0)
+    wanted = work(got, arrived)
+    for step in (1, 2, 3):
+        previews.ask(wanted, step, latents(10.0 * step))
+    for _ in range(3):
+        assert arrived.acquire(timeout=WAIT_S)
+    previews.close()
+    assert [(preview.step, preview.pixels.shape, preview.pixels.max()) for preview in got] == [
+        (1, (4, 4, 3), 10),
+        (2, (4, 4, 3), 20),
+        (3, (4, 4, 3), 30),
+    ]
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_forgotten_work_gets_no_preview_any_more() -> None:
+    decoder, got, arrived = ToyDecoder(), list[Preview](), threading.Semaphore(0)
+    previews = Previews(decoder, 1)
+    decoder.may_run.clear()
+    first, second = work(got, arrived), work([], arrived)
+    previews.ask(first, 1, latents(1.0))
+    previews.ask(first, 2, latents(2.0))
+    previews.ask(second, 1, latents(3.0))
+    previews.forget(first)
+    decoder.may_run.set()
+    assert arrived.acquire(timeout=WAIT_S)  # of the second: the first's were passed by
+    previews.close()
+    assert got == []
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_a_preview_that_fails_is_passed_by(caplog: pytest.LogCaptureFixture) -> None:
+    previews, got, arrived = Previews(ToyDecoder(), 1), list[Preview](), threading.Semaphore(0)
+    wanted = work(got, arrived)
+    previews.ask(wanted, 1, latents(255.0))
+    previews.ask(wanted, 2, latents(100.0))
+    assert arrived.acquire(timeout=WAIT_S)
+    previews.close()
+    assert [preview.step for preview in got] == [2]
+    assert "a preview failed" in caplog.text
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_asking_never_waits() -> None:
+    decoder, got, arrived = ToyDecoder(), list[Preview](), threading.Semaphore(0)
+    previews = Previews(decoder, 1)
+    decoder.may_run.clear()
+    wanted = work(got, arrived)
+    for step in range(3 * WAITING_LIMIT):
+        previews.ask(wanted, step, latents(1.0))
+    decoder.may_run.set()
+    assert arrived.acquire(timeout=WAIT_S)
+    previews.forget(wanted)
+    previews.close()
+    assert decoder.calls <= WAITING_LIMIT + 1
+
+
+def test_latents_are_averaged_over_whole_cells() -> None:
+    ramp = np.arange(2 * 7 * 6, dtype=np.float32).reshape(1, 2, 7, 6)
+    small = shrunk(ramp, 2)
+    assert small.shape == (1, 2, 3, 3)
+    assert small[0, 0, 0, 0] == ramp[0, 0, :2, :2].mean()
+    assert small[0, 1, 2, 2] == ramp[0, 1, 4:6, 4:6].mean()
+    np.testing.assert_array_equal(shrunk(ramp, 1), ramp)
+    assert shrunk(ramp, 8).shape == (1, 2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("decode_s", "step_s", "shrink"), [(0.001, 0.01, 1), (0.01, 0.01, 2), (3.0, 1.3, 4), (100.0, 0.1, 8)]
+)
+def test_a_preview_costs_at_most_half_a_step(decode_s: float, step_s: float, shrink: int) -> None:
+    assert choose_shrink(decode_s, step_s) == shrink

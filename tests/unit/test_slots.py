@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from ovserve.device.slots import Slots
+
+WAIT_S = 10.0
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_calls_run_side_by_side_each_with_its_own_requests() -> None:
+    slots: Slots[str] = Slots(["requests 0", "requests 1"])
+    meeting = threading.Barrier(2)
+    assert (slots.count, slots.free, slots.busy) == (2, 2, 0)
+
+    def run(requests: str) -> str:
+        meeting.wait(WAIT_S)
+        return requests
+
+    slots.start("first", run)
+    slots.start("second", run)
+    assert (slots.free, slots.busy) == (0, 2)
+    ended = []
+    while slots.busy:
+        ended += slots.wait()
+    assert {call.subject for call in ended} == {"first", "second"}
+    assert {call.result for call in ended} == {"requests 0", "requests 1"}
+    assert {call.slot for call in ended} == {0, 1}
+    assert all(call.error is None and call.started_at <= call.ended_at for call in ended)
+    slots.close()
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_an_exception_comes_back_and_the_slot_goes_on() -> None:
+    slots: Slots[str] = Slots(["only"])
+
+    def fail(_requests: str) -> None:
+        raise RuntimeError("out of memory")
+
+    slots.start("bad", fail)
+    (bad,) = slots.wait()
+    assert isinstance(bad.error, RuntimeError)
+    assert bad.result is None
+    slots.start("good", str.upper)
+    (good,) = slots.wait()
+    assert (good.result, good.error) == ("ONLY", None)
+    slots.close()
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_closing_waits_for_the_call_under_way() -> None:
+    slots: Slots[str] = Slots(["only"])
+    may_end, ended = threading.Event(), threading.Event()
+
+    def run(_requests: str) -> None:
+        may_end.wait(WAIT_S)
+        ended.set()
+
+    slots.start("slow", run)
+    may_end.set()
+    slots.close()
+    assert ended.is_set()
