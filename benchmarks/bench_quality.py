@@ -66,9 +66,16 @@ WAYS = (
     Way(0.42, "dpmpp_2m"),
     Way(0.42, "dpmpp_2m", "guidance_until=0.6"),
     Way(0.42, "dpmpp_2m", "guidance_every=2,guidance_until=0.7"),
+    Way(0.33, "dpmpp_2m"),
+    Way(0.33, "dpmpp_2m", "guidance_until=0.6"),
 )
 # What the presets medium and low may well be; for large models, where every way would take an hour.
-FEW = (Way(0.75, "dpmpp_2m", "guidance_every=2"), Way(0.42, "dpmpp_2m", "guidance_until=0.6"))
+FEW = (
+    Way(0.75, "dpmpp_2m", "guidance_every=2"),
+    Way(0.67, "dpmpp_2m", "guidance_every=2,guidance_until=0.7"),
+    Way(0.42, "dpmpp_2m", "guidance_until=0.6"),
+    Way(0.33, "dpmpp_2m", "guidance_until=0.6"),
+)
 
 
 def make_works(profile: ModelProfile, options: argparse.Namespace) -> list[Work]:
@@ -168,7 +175,7 @@ def main() -> None:
     parser.add_argument("--works", type=int, default=48)
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--side_px", type=int, default=0)
-    parser.add_argument("--few", action="store_true", help="only two ways beside the exact one")
+    parser.add_argument("--few", action="store_true", help="only a few ways beside the exact one")
     parser.add_argument("--save", action="store_true", help="write a result file")
     options = parser.parse_args()
     result = Result("quality", metadata.collect(options.model))
