@@ -80,7 +80,7 @@ class Load:
         clients: of the closed loop.
         seconds: length of the measured window.
         warm_up_s: the load runs this long before the window begins; what falls into it is dropped.
-        requests: most requests in all.
+        requests: most requests after the warm-up.
         in_flight: most requests at once in an open loop.
         timeout_s: longest wait for one answer.
         abandon: part of the requests (0..1) whose client goes away after `abandon_after_s`.
@@ -211,6 +211,7 @@ class _Run:
         self._target, self._load = target, load
         self._lock = threading.Lock()
         self._taken = 0
+        self._counted = 0  # of those, due after the warm-up
         self._samples: list[Sample] = []
         self._probes: list[tuple[float, float]] = []  # due, latency
         self._failed_probes = 0
@@ -253,7 +254,7 @@ class _Run:
         else:  # all that was answered in the window
             inside = [sample for sample in samples if begin <= sample.done_s < end]
             seconds = load.seconds
-            if self._taken >= load.requests:
+            if self._counted >= load.requests:
                 seconds = max((sample.done_s for sample in inside), default=end) - begin
         return Report(
             seconds=seconds,
@@ -272,10 +273,12 @@ class _Run:
         load = self._load
         with self._lock:
             due = self._next_due if load.rate else self._now()
-            if self._taken >= load.requests or due >= load.warm_up_s + load.seconds:
+            spent = self._counted >= load.requests or self._taken >= MOST_REQUESTS
+            if spent or due >= load.warm_up_s + load.seconds:
                 return None
             index = self._taken
             self._taken += 1
+            self._counted += due >= load.warm_up_s
             if load.poisson:
                 self._next_due += self._chance.expovariate(load.rate)
             elif load.rate:

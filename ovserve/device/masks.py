@@ -90,9 +90,9 @@ def feather(mask: Pixels, blur_px: int) -> NDArray[np.uint16]:
     inside = mask > 0
     weight = inside.astype(np.uint16)
     for ring in range(blur_px):
-        inside = _erode(inside, diagonals=bool(ring % 2))
         if not inside.any():
             break
+        inside = _erode(inside, diagonals=bool(ring % 2))
         weight += inside
     return weight
 

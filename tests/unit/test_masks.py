@@ -227,6 +227,12 @@ def test_a_seam_is_that_of_the_whole_picture_and_covers_only_what_is_repainted(
     assert seam.weight.shape <= (bottom - top + 3, right - left + 3)
 
 
+def test_a_mask_that_selects_nothing_has_no_seam() -> None:
+    empty = np.zeros((8, 8), np.uint8)
+    original = np.full((8, 8, 3), 7, np.uint8)
+    assert np.array_equal(Seam.plan(empty, 3).paste(original, 255 - original), original)
+
+
 def test_a_picture_of_many_strips_is_blended_like_one() -> None:
     mask = np.zeros((700, 8), np.uint8)
     mask[20:680, 2:7] = 255
