@@ -77,7 +77,7 @@ def parse_find(pieces: list[Any]) -> int:
 
 def parse_ovserve(pieces: list[Any]) -> int:
     """This project's parser."""
-    from ovserve.front.multipart import MultipartParser
+    from ovserve.front.forms.multipart import MultipartParser
 
     parser = MultipartParser(BOUNDARY, max_parts=10 * SMALL_FIELDS, max_part_head_bytes=8192)
     count = 0
@@ -208,7 +208,7 @@ def receive_segment(receiver: Receiver, spool: Any) -> None:
 def receive_ovserve(receiver: Receiver, spool: Any) -> None:
     """The server's own way, from its transport to a form with an upload."""
     from ovserve.front.body import Body
-    from ovserve.front.form import read_form
+    from ovserve.front.forms.form import read_form
     from ovserve.front.transport import Transport
 
     settings, head = announced(receiver.size)
@@ -222,7 +222,7 @@ def receive_ovserve(receiver: Receiver, spool: Any) -> None:
 def announced(size: int) -> tuple[Any, Any]:
     """Settings, and the head of a request with a body of this size."""
     from ovserve.config import Settings
-    from ovserve.front.head import HeadParser
+    from ovserve.front.http1.head import HeadParser
 
     settings = Settings()
     text = f"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {size}\r\n\r\n"

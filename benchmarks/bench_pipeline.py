@@ -31,8 +31,8 @@ from benchmarks.results import Result
 from benchmarks.traces import chrome_trace, svg
 from ovserve.config import ModelSettings, Resolution
 from ovserve.device.engine import Pixels, Work
-from ovserve.device.slots import Finished
-from ovserve.device.stepwise import Call, StepwiseEngine
+from ovserve.device.stepwise.engine import Call, StepwiseEngine
+from ovserve.device.stepwise.slots import Finished
 from ovserve.profile import ModelProfile, read_profile
 
 SHAPES = ("red circle", "blue star on green", "two yellow squares", "gray heart", "orange triangle and white moon")

@@ -24,8 +24,8 @@ from benchmarks import metadata
 from benchmarks.results import Result
 from ovserve.config import ModelSettings, Resolution
 from ovserve.device.engine import Pixels, Work
-from ovserve.device.slots import Finished
-from ovserve.device.stepwise import Call, StepwiseEngine
+from ovserve.device.stepwise.engine import Call, StepwiseEngine
+from ovserve.device.stepwise.slots import Finished
 from ovserve.profile import ModelProfile, read_profile
 from tests.reader import COLOURS, SHAPES, Figure, draw_scene, read_picture
 

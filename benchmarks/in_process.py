@@ -16,8 +16,8 @@ from pathlib import Path
 
 from benchmarks.edits import picture, prompt
 from ovserve.config import ModelSettings, Settings
-from ovserve.device.edit import prepare
 from ovserve.device.engine import Engine, choose_engine
+from ovserve.device.pixels.edit import prepare
 from ovserve.dispatch.ipc import ImageRequest
 from ovserve.dispatch.spool import Blob
 from ovserve.profile import ModelProfile, read_profile
@@ -28,7 +28,7 @@ def make_engine(profile: ModelProfile, model: ModelSettings) -> Engine:
     name, _ = choose_engine(profile, model)
     engine: Engine
     if name == "stepwise":
-        from ovserve.device.stepwise import StepwiseEngine
+        from ovserve.device.stepwise.engine import StepwiseEngine
 
         engine = StepwiseEngine(profile, model)
     else:

@@ -8,8 +8,8 @@ from typing import Any
 
 from ovserve.config import Settings
 from ovserve.errors import ApiError
-from ovserve.front.chunks import ChunkDecoder
-from ovserve.front.multipart import Event, MultipartParser, PartBegin, PartData, PartEnd
+from ovserve.front.forms.multipart import Event, MultipartParser, PartBegin, PartData, PartEnd
+from ovserve.front.http1.chunks import ChunkDecoder
 from ovserve.options import load_settings
 
 __all__ = [

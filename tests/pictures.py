@@ -13,8 +13,8 @@ import openvino_genai as og
 
 from ovserve.config import ModelSettings
 from ovserve.device.engine import Engine, Outcome, Pixels, Work
-from ovserve.device.slots import Finished
-from ovserve.device.stepwise import Call, StepwiseEngine
+from ovserve.device.stepwise.engine import Call, StepwiseEngine
+from ovserve.device.stepwise.slots import Finished
 from ovserve.profile import ModelProfile, builtin_directory, read_profile
 
 MODELS = Path(__file__).parent / "fixtures" / "models"

@@ -31,9 +31,9 @@ from typing import NoReturn
 
 from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
-from ovserve.device.edit import Edit, prepare, seed_of
 from ovserve.device.engine import Engine, Outcome, Preview, Work
 from ovserve.device.loop import DeviceLoop
+from ovserve.device.pixels.edit import Edit, prepare, seed_of
 from ovserve.dispatch.ipc import (
     MAX_CAPACITY,
     Beat,

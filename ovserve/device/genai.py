@@ -24,9 +24,9 @@ import openvino as ov
 import openvino_genai as og
 
 from ovserve.config import ModelSettings
+from ovserve.device.denoising.schedulers import LIBRARY_SCHEDULERS
 from ovserve.device.engine import Outcome, Work, check_served, is_lcm, longest_fitting
-from ovserve.device.images import Pixels
-from ovserve.device.schedulers import LIBRARY_SCHEDULERS
+from ovserve.device.pixels.images import Pixels
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.profile import ModelProfile, steps_run

@@ -53,7 +53,7 @@ def create_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[Engin
 
     name, why = choose_engine(profile, settings)
     if name == "stepwise":
-        from ovserve.device.stepwise import StepwiseEngine  # noqa: PLC0415
+        from ovserve.device.stepwise.engine import StepwiseEngine  # noqa: PLC0415
 
         return StepwiseEngine(profile, settings), why
     from ovserve.device.genai import GenaiEngine  # noqa: PLC0415

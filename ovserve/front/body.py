@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from ovserve.config import Settings
 from ovserve.errors import ClientGone, ContentTooLarge, RequestTimeout
-from ovserve.front.chunks import ChunkDecoder
-from ovserve.front.head import Head
+from ovserve.front.http1.chunks import ChunkDecoder
+from ovserve.front.http1.head import Head
 from ovserve.front.transport import Transport
 
 __all__ = ["Body"]

@@ -30,12 +30,12 @@ from ovserve.errors import (
     UnsupportedMediaType,
 )
 from ovserve.front.body import Body
-from ovserve.front.events import encode_event
-from ovserve.front.form import read_form
-from ovserve.front.head import METHODS, Head, HeadParser
+from ovserve.front.forms.form import read_form
+from ovserve.front.forms.spooled import SpooledForm
+from ovserve.front.http1.events import encode_event
+from ovserve.front.http1.head import METHODS, Head, HeadParser
+from ovserve.front.http1.response import CONTINUE, JSON_TYPE, NO_CONTENT, Responses, error_content, error_fields
 from ovserve.front.request import Request, new_request_id
-from ovserve.front.response import CONTINUE, JSON_TYPE, NO_CONTENT, Responses, error_content, error_fields
-from ovserve.front.spooled import SpooledForm
 from ovserve.front.transport import Transport
 from ovserve.logs import fields
 

@@ -22,8 +22,8 @@ from ovserve.config import Settings
 from ovserve.dispatch.spool import Spool
 from ovserve.errors import StartupError
 from ovserve.front.handler import Connection
+from ovserve.front.http1.response import Responses
 from ovserve.front.overflow import Overflow
-from ovserve.front.response import Responses
 from ovserve.logs import fields
 
 __all__ = ["Listener"]

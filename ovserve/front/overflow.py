@@ -23,9 +23,9 @@ from ovserve.api.exchange import Form, JsonReply, StreamReply
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError, ClientGone, InternalError, TooManyConnections
 from ovserve.front.handler import Host
-from ovserve.front.head import Head, HeadParser
+from ovserve.front.http1.head import Head, HeadParser
+from ovserve.front.http1.response import JSON_TYPE
 from ovserve.front.request import Request, new_request_id
-from ovserve.front.response import JSON_TYPE
 from ovserve.logs import fields
 
 __all__ = ["Overflow", "too_many"]

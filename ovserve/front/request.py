@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from urllib.parse import parse_qsl
 
-from ovserve.front.head import Head
+from ovserve.front.http1.head import Head
 
 __all__ = ["Request", "new_request_id"]
 

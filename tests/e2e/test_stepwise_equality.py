@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from ovserve.config import Resolution
+from ovserve.device.denoising.noise import read_scheduler_config
 from ovserve.device.engine import Work
-from ovserve.device.noise import read_scheduler_config
-from ovserve.device.slots import Finished
-from ovserve.device.stepwise import Call, StepwiseEngine
+from ovserve.device.stepwise.engine import Call, StepwiseEngine
+from ovserve.device.stepwise.slots import Finished
 from ovserve.profile import ModelProfile, read_profile
 from tests.pictures import (
     TYPES,

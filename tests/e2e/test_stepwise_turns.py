@@ -13,10 +13,10 @@ import pytest
 from openvino import opset13 as ops
 
 from ovserve.config import ModelSettings, Resolution
-from ovserve.device.compiled import Components, Layout, Requests
 from ovserve.device.engine import Outcome, Preview, Work
-from ovserve.device.slots import Finished
-from ovserve.device.stepwise import Call, StepwiseEngine
+from ovserve.device.stepwise.compiled import Components, Layout, Requests
+from ovserve.device.stepwise.engine import Call, StepwiseEngine
+from ovserve.device.stepwise.slots import Finished
 from ovserve.errors import InternalError, InvalidValue, ModelError
 from ovserve.profile import ModelProfile, read_profile
 from tests.pictures import (

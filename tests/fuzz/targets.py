@@ -21,10 +21,10 @@ from ovserve.errors import (
     TargetTooLong,
     TooManyParts,
 )
-from ovserve.front.chunks import ChunkDecoder
-from ovserve.front.form import read_form
-from ovserve.front.head import Head, HeadParser
-from ovserve.front.multipart import MultipartParser
+from ovserve.front.forms.form import read_form
+from ovserve.front.forms.multipart import MultipartParser
+from ovserve.front.http1.chunks import ChunkDecoder
+from ovserve.front.http1.head import Head, HeadParser
 from tests.bodies import MemoryBody, Part, parts_of, settings
 
 __all__ = ["TARGETS"]

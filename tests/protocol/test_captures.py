@@ -14,9 +14,9 @@ import pytest
 
 from ovserve.dispatch.spool import Spool
 from ovserve.errors import ApiError
-from ovserve.front.form import read_form
-from ovserve.front.headers import parse_options
-from ovserve.front.spooled import SpooledForm
+from ovserve.front.forms.form import read_form
+from ovserve.front.forms.spooled import SpooledForm
+from ovserve.front.http1.headers import parse_options
 from tests.bodies import MemoryBody, Part, content_of, head_and_rest, outcome, pieces_of, settings
 
 FOLDER = Path(__file__).parent / "captures"

@@ -23,8 +23,8 @@ from typing import Any
 import pytest
 
 from ovserve.config import Settings
-from ovserve.front.chunks import ChunkDecoder
-from ovserve.front.head import Head, HeadParser
+from ovserve.front.http1.chunks import ChunkDecoder
+from ovserve.front.http1.head import Head, HeadParser
 from ovserve.front.listener import Listener
 from tests.rawclient import RawClient
 from tests.toyapi import ToyApi, serving

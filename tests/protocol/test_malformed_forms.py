@@ -13,7 +13,7 @@ import pytest
 
 from ovserve.dispatch.spool import Spool
 from ovserve.errors import ApiError
-from ovserve.front.form import read_form
+from ovserve.front.forms.form import read_form
 from tests.bodies import MemoryBody, settings
 
 FOLDER = Path(__file__).parent / "corpus" / "forms"

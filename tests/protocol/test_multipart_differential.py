@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from ovserve.front.headers import parse_options
+from ovserve.front.http1.headers import parse_options
 from tests.bodies import Part, build, content_of, outcome, pieces_of
 from tests.strategies import almost_forms, boundaries, parts
 

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ovserve.errors import MalformedRequest, TooManyParts
-from ovserve.front.multipart import MultipartParser
+from ovserve.front.forms.multipart import MultipartParser
 from tests.bodies import Part, build, outcome, parse, parts_of, pieces_of
 from tests.strategies import almost_forms, boundaries, cuts, parts
 

@@ -21,7 +21,7 @@ from benchmarks.load import main as load_main
 from benchmarks.plot import Point, line_chart
 from benchmarks.render import NOTES, PAGE, PLOTS, newest, render
 from benchmarks.results import DIRECTORY, Result, read_result
-from ovserve.front.multipart import MultipartParser, PartData
+from ovserve.front.forms.multipart import MultipartParser, PartData
 from tests.live import LiveServer
 
 STEADY = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98, 1.0, 1.01]

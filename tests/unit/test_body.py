@@ -14,7 +14,7 @@ import pytest
 from ovserve.config import Settings
 from ovserve.errors import ApiError, ClientGone, ContentTooLarge, MalformedRequest, RequestTimeout
 from ovserve.front.body import Body
-from ovserve.front.head import Head, HeadParser
+from ovserve.front.http1.head import Head, HeadParser
 from ovserve.front.transport import Transport
 from tests.sockets import connected_pair, sending
 

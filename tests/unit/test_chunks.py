@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ovserve.config import Settings
 from ovserve.errors import ApiError, ContentTooLarge, FieldsTooLarge, MalformedRequest
-from ovserve.front.chunks import ChunkDecoder
+from ovserve.front.http1.chunks import ChunkDecoder
 
 DOCUMENTED = (MalformedRequest, ContentTooLarge, FieldsTooLarge)
 SMALL = Settings(

@@ -14,12 +14,12 @@ from PIL import Image
 
 from ovserve import __version__
 from ovserve.config import ModelSettings, Resolution, Settings
-from ovserve.device import masks
-from ovserve.device.edit import Edit, prepare, seed_of
 from ovserve.device.engine import Engine
-from ovserve.device.frames import size_of
-from ovserve.device.images import Pixels
-from ovserve.device.masks import feather
+from ovserve.device.pixels import masks
+from ovserve.device.pixels.edit import Edit, prepare, seed_of
+from ovserve.device.pixels.frames import size_of
+from ovserve.device.pixels.images import Pixels
+from ovserve.device.pixels.masks import feather
 from ovserve.dispatch.ipc import ImageRequest
 from ovserve.dispatch.spool import Blob, Spool
 from ovserve.errors import ApiError, ImageError, InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovserve.front.events import comment, encode_event, event
+from ovserve.front.http1.events import comment, encode_event, event
 
 
 def test_an_event_is_its_kind_and_its_data() -> None:

@@ -21,8 +21,8 @@ from ovserve.errors import (
     SpoolFull,
     UnsupportedMediaType,
 )
-from ovserve.front.form import read_form
-from ovserve.front.spooled import SpooledForm
+from ovserve.front.forms.form import read_form
+from ovserve.front.forms.spooled import SpooledForm
 from tests.bodies import MemoryBody, Part, build, settings
 
 MULTIPART = "multipart/form-data; boundary=B0"

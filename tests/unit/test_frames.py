@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovserve.config import Resolution
-from ovserve.device.frames import Fitting, Placement, fit_into, scale_mask, size_of
-from ovserve.device.images import Pixels
+from ovserve.device.pixels.frames import Fitting, Placement, fit_into, scale_mask, size_of
+from ovserve.device.pixels.images import Pixels
 
 SIDES = st.integers(1, 60)
 SIZES = st.builds(Resolution, SIDES, SIDES)

@@ -20,7 +20,7 @@ from ovserve.errors import (
     NotImplementedMethod,
     TargetTooLong,
 )
-from ovserve.front.head import Head, HeadParser
+from ovserve.front.http1.head import Head, HeadParser
 
 DOCUMENTED = (
     MalformedRequest,

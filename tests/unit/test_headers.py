@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovserve.front.headers import Disposition, is_token, list_members, parse_disposition, parse_options
+from ovserve.front.http1.headers import Disposition, is_token, list_members, parse_disposition, parse_options
 
 OPTIONS = {
     "multipart/form-data; boundary=0f9a3c52-8d6d": ("multipart/form-data", {"boundary": "0f9a3c52-8d6d"}),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ovserve.device.images import FORMATS, Limits, Pixels, decode_image, encode_image, flatten, has_alpha
+from ovserve.device.pixels.images import FORMATS, Limits, Pixels, decode_image, encode_image, flatten, has_alpha
 from ovserve.errors import ImageError
 
 LIMITS = Limits(pixels=1_000_000, side_px=2_000)

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from ovserve.dispatch.spool import Spool
 from ovserve.errors import ApiError, BadRequest, InvalidValue, PartTooLarge, TooManyParts, UnknownParameter
-from ovserve.front.form import read_form
-from ovserve.front.jsonform import decode_in_place
-from ovserve.front.spooled import SpooledForm
+from ovserve.front.forms.form import read_form
+from ovserve.front.forms.jsonform import decode_in_place
+from ovserve.front.forms.spooled import SpooledForm
 from tests.bodies import MemoryBody, settings
 
 PNG = b"\x89PNG\r\n\x1a\n\0\0\xff\xfe"

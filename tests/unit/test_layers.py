@@ -25,6 +25,14 @@ MAY: dict[str, set[str]] = {
     "dispatch": set(),
     "device": {"dispatch.ipc", "dispatch.spool"},
 }
+# What a folder inside a room may import of that room, beside itself.
+INSIDE: dict[str, set[str]] = {
+    "front.http1": set(),
+    "front.forms": {"front.http1"},
+    "device.denoising": set(),
+    "device.pixels": {"device.engine"},
+    "device.stepwise": {"device.engine", "device.denoising"},
+}
 HALL_MAY = {"errors": set(), "deadline": set(), "logs": set(), "metrics": {"errors"}, "systemd": {"errors"}, "config": {"errors"}, "profile": {"config", "errors"}}  # fmt: skip
 
 
@@ -75,6 +83,17 @@ def test_imports_run_down_only(name: str) -> None:
             continue  # `from ovserve.device import worker` also names the package, which holds nothing
         allowed = target_room in HALL or target_room == room or target in MAY[room] or target_room in MAY[room]
         assert allowed, f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("folder", INSIDE)
+def test_a_folder_inside_a_room_imports_what_lies_below_it_only(folder: str) -> None:
+    room = folder.partition(".")[0]
+    allowed = {folder, *INSIDE[folder]}
+    for name in MODULES:
+        if name.startswith(f"{folder}."):
+            for target in own(MODULES[name]):
+                inside = any(target == place or target.startswith(f"{place}.") for place in allowed)
+                assert inside or not target.startswith(f"{room}."), f"{name} imports {target}"
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovserve.config import Resolution
-from ovserve.device.images import Pixels
-from ovserve.device.masks import Seam, check_selects, feather, holes, match_mask, pool, read_mask
+from ovserve.device.pixels.images import Pixels
+from ovserve.device.pixels.masks import Seam, check_selects, feather, holes, match_mask, pool, read_mask
 from ovserve.errors import InvalidValue
 
 NOISE = np.random.default_rng(11)

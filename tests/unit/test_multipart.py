@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ovserve.errors import BadRequest, MalformedRequest
-from ovserve.front.multipart import MultipartParser, PartBegin, PartData, PartEnd, check_boundary
+from ovserve.front.forms.multipart import MultipartParser, PartBegin, PartData, PartEnd, check_boundary
 from tests.bodies import Part, build, outcome, parse, parts_of, pieces_of
 
 HEAD = b'Content-Disposition: form-data; name="prompt"\r\n\r\n'

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import pytest
 
-from ovserve.front.parthead import PartHead, parse_part_head
+from ovserve.front.forms.parthead import PartHead, parse_part_head
 
 
 class Refused(Exception):

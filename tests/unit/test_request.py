@@ -7,7 +7,7 @@ import re
 import pytest
 
 from ovserve.config import Settings
-from ovserve.front.head import HeadParser
+from ovserve.front.http1.head import HeadParser
 from ovserve.front.request import Request, new_request_id
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from ovserve.config import Settings
 from ovserve.errors import InvalidValue, MethodNotAllowed, QueueFull, Unauthorized, WorkerCrashed
-from ovserve.front.response import Responses, error_content, error_fields
+from ovserve.front.http1.response import Responses, error_content, error_fields
 
 
 def lines(head: bytes) -> list[str]:

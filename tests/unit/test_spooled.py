@@ -9,7 +9,7 @@ import pytest
 
 from ovserve.dispatch.spool import Spool, open_blob
 from ovserve.errors import ContentTooLarge, RequestTimeout, SpoolFull
-from ovserve.front.spooled import SpooledForm, SpooledUpload, receive
+from ovserve.front.forms.spooled import SpooledForm, SpooledUpload, receive
 from tests.bodies import MemoryBody
 
 MIB = 1 << 20

@@ -14,7 +14,7 @@ import re
 
 from ovserve.config import Settings
 from ovserve.errors import ContentTooLarge, FieldsTooLarge, MalformedRequest
-from ovserve.front.headers import TOKEN
+from ovserve.front.http1.headers import TOKEN
 
 __all__ = ["ChunkDecoder"]
 

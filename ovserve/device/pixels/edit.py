@@ -16,9 +16,9 @@ import numpy as np
 from ovserve import __version__
 from ovserve.config import ModelSettings, Resolution, Settings
 from ovserve.device.engine import Engine, Work, check_served, is_lcm
-from ovserve.device.frames import Fitting, Placement, fit_into, size_of
-from ovserve.device.images import Limits, Pixels, decode_image, encode_image, flatten, has_alpha
-from ovserve.device.masks import Seam, check_selects, holes, match_mask, pool, read_mask
+from ovserve.device.pixels.frames import Fitting, Placement, fit_into, size_of
+from ovserve.device.pixels.images import Limits, Pixels, decode_image, encode_image, flatten, has_alpha
+from ovserve.device.pixels.masks import Seam, check_selects, holes, match_mask, pool, read_mask
 from ovserve.dispatch.ipc import ImageRequest
 from ovserve.dispatch.spool import Blob, open_blob
 from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
 from ovserve.errors import MalformedRequest, TooManyParts
-from ovserve.front.parthead import parse_part_head
+from ovserve.front.forms.parthead import parse_part_head
 
 __all__ = ["Event", "MultipartParser", "PartBegin", "PartData", "PartEnd", "check_boundary"]
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ovserve.config import Resolution
-from ovserve.device.images import Pixels
+from ovserve.device.pixels.images import Pixels
 
 __all__ = ["Fitting", "Placement", "fit_into", "scale_mask", "size_of"]
 

@@ -24,7 +24,7 @@ from ovserve.errors import (
     NotImplementedMethod,
     TargetTooLong,
 )
-from ovserve.front.headers import TOKEN, list_members
+from ovserve.front.http1.headers import TOKEN, list_members
 
 __all__ = ["METHODS", "Head", "HeadParser"]
 

@@ -10,10 +10,10 @@ import re
 from ovserve.config import Settings
 from ovserve.dispatch.spool import Segment, Spool
 from ovserve.errors import BadRequest, InvalidValue, PartTooLarge, UnsupportedMediaType
-from ovserve.front.headers import parse_options
-from ovserve.front.jsonform import decode_in_place, read_json
-from ovserve.front.multipart import MultipartParser, PartBegin, PartEnd
-from ovserve.front.spooled import Body, SpooledForm, SpooledUpload, receive
+from ovserve.front.forms.jsonform import decode_in_place, read_json
+from ovserve.front.forms.multipart import MultipartParser, PartBegin, PartEnd
+from ovserve.front.forms.spooled import Body, SpooledForm, SpooledUpload, receive
+from ovserve.front.http1.headers import parse_options
 
 __all__ = ["read_form"]
 

@@ -32,17 +32,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovserve.config import ModelSettings
-from ovserve.device.compiled import Components, Requests, run_decoder, run_encoder, run_unet
-from ovserve.device.encoding import Encoding
+from ovserve.device.denoising.noise import Array, read_scheduler_config
+from ovserve.device.denoising.schedulers import SCHEDULERS, Plan, Scheduler, scheduler_name
+from ovserve.device.denoising.shortcuts import parse_shortcuts
 from ovserve.device.engine import STEPWISE_FAMILIES, Outcome, Pixels, Work
-from ovserve.device.noise import Array, read_scheduler_config
-from ovserve.device.picture import Picture, Start
-from ovserve.device.previews import Previews, choose_shrink
-from ovserve.device.prompts import TextSide
-from ovserve.device.schedulers import SCHEDULERS, Plan, Scheduler, scheduler_name
-from ovserve.device.shortcuts import parse_shortcuts
-from ovserve.device.slots import Finished, Slots
-from ovserve.device.tuning import tune, warm_up
+from ovserve.device.stepwise.compiled import Components, Requests, run_decoder, run_encoder, run_unet
+from ovserve.device.stepwise.encoding import Encoding
+from ovserve.device.stepwise.picture import Picture, Start
+from ovserve.device.stepwise.previews import Previews, choose_shrink
+from ovserve.device.stepwise.prompts import TextSide
+from ovserve.device.stepwise.slots import Finished, Slots
+from ovserve.device.stepwise.tuning import tune, warm_up
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.profile import ModelProfile

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ovserve.device.denoising.noise import Array, f32
+from ovserve.device.denoising.schedulers import History, Plan
+from ovserve.device.denoising.shortcuts import EXACT, Shortcuts
 from ovserve.device.engine import Work
-from ovserve.device.noise import Array, f32
-from ovserve.device.prompts import Conditions
-from ovserve.device.schedulers import History, Plan
-from ovserve.device.shortcuts import EXACT, Shortcuts
+from ovserve.device.stepwise.prompts import Conditions
 
 __all__ = ["Blend", "Draw", "Picture", "Start", "latent_mask"]
 

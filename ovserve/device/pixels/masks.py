@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovserve.config import Resolution
-from ovserve.device.frames import scale_mask, size_of
-from ovserve.device.images import Pixels, flatten, has_alpha
+from ovserve.device.pixels.frames import scale_mask, size_of
+from ovserve.device.pixels.images import Pixels, flatten, has_alpha
 from ovserve.errors import InvalidValue
 
 __all__ = ["Seam", "check_selects", "feather", "holes", "match_mask", "pool", "read_mask"]

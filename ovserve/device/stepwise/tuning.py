@@ -23,7 +23,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from ovserve.device.compiled import Components, Layout, run_decoder, run_encoder, run_unet
+from ovserve.device.stepwise.compiled import Components, Layout, run_decoder, run_encoder, run_unet
 from ovserve.logs import fields
 
 __all__ = ["Tuning", "available_bytes", "tune", "warm_up"]

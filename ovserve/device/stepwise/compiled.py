@@ -26,7 +26,7 @@ from openvino import opset13 as ops
 from openvino.preprocess import PrePostProcessor
 
 from ovserve.config import ModelSettings
-from ovserve.device.noise import Array
+from ovserve.device.denoising.noise import Array
 from ovserve.errors import ModelError
 from ovserve.profile import ModelProfile
 

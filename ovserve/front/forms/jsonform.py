@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 from ovserve.config import Settings
 from ovserve.dispatch.spool import Segment, Spool
 from ovserve.errors import BadRequest, InvalidValue, PartTooLarge, TooManyParts, UnknownParameter
-from ovserve.front.spooled import Body, SpooledForm, SpooledUpload, receive
+from ovserve.front.forms.spooled import Body, SpooledForm, SpooledUpload, receive
 
 __all__ = ["decode_in_place", "read_json"]
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from ovserve.device.noise import (
+from ovserve.device.denoising.noise import (
     Array,
     SchedulerConfig,
     alphas_cumprod,

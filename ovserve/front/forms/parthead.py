@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
-from ovserve.front.headers import TOKEN, parse_disposition
+from ovserve.front.http1.headers import TOKEN, parse_disposition
 
 __all__ = ["PartHead", "parse_part_head"]
 

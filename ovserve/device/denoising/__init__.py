@@ -1,0 +1,1 @@
+"""The mathematics of diffusion as pure array functions: noise schedules and schedulers."""

@@ -1,0 +1,1 @@
+"""The engine of our own loop: pictures join and leave between steps."""

@@ -1,0 +1,1 @@
+"""Request bodies to named fields and spooled uploads."""
