@@ -37,6 +37,7 @@ from ovserve.front.http1.head import METHODS, Head, HeadParser
 from ovserve.front.http1.response import CONTINUE, JSON_TYPE, NO_CONTENT, Responses, error_content, error_fields
 from ovserve.front.request import Request, new_request_id
 from ovserve.front.transport import Transport
+from ovserve.front.turns import Turn, Turns
 from ovserve.logs import fields
 
 __all__ = ["Connection", "Host"]
@@ -71,6 +72,10 @@ class Host(Protocol):
     @property
     def responses(self) -> Responses:
         """Who makes response heads."""
+
+    @property
+    def turns(self) -> Turns:
+        """By which its threads take turns."""
 
     @property
     def is_draining(self) -> bool:
@@ -143,7 +148,8 @@ class Connection:
         self._responses = host.responses
         self.settings = host.settings
         self.spool = host.spool
-        self.transport = Transport(connection, host.settings.write_timeout_s)
+        self._turn = Turn(host.turns)
+        self.transport = Transport(connection, host.settings.write_timeout_s, self._turn)
         self._parser = HeadParser(host.settings)
         self._is_fresh = True
         self.is_idle = True
@@ -151,6 +157,7 @@ class Connection:
 
     def serve(self) -> None:
         """Serve exchanges until the connection ends. Raises nothing that a client can cause."""
+        self._turn.take()
         try:
             while self._serve_one():
                 pass
@@ -158,6 +165,7 @@ class Connection:
             log.debug("connection lost", extra=fields(address=self._address, why=str(gone)))
         finally:
             self.is_idle = False
+            self._turn.give()
 
     def close_idle(self) -> None:
         """End the wait for another request. Thread-safe: yes."""
@@ -203,6 +211,7 @@ class Connection:
 
     def _read_head(self) -> Head | None:
         """The next head; None when the connection ends between requests. Raises ApiError and ClientGone."""
+        self._turn.pass_on()  # or a client that always has its next request ready would keep the others out
         transport, settings = self.transport, self.settings
         data = transport.take_pending()
         if not data:

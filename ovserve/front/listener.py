@@ -24,6 +24,7 @@ from ovserve.errors import StartupError
 from ovserve.front.handler import Connection
 from ovserve.front.http1.response import Responses
 from ovserve.front.overflow import Overflow
+from ovserve.front.turns import Turns
 from ovserve.logs import fields
 
 __all__ = ["Listener"]
@@ -39,7 +40,7 @@ class Listener(ThreadingHTTPServer):
     """The HTTP server. Thread-safe: the properties and `stop`.
 
     Attributes:
-        settings, api, spool, responses: what its connections work with.
+        settings, api, spool, responses, turns: what its connections work with.
         host, port: where it listens, the port that was taken when any free one was asked for.
         is_draining: connections end with their exchange.
     """
@@ -53,6 +54,7 @@ class Listener(ThreadingHTTPServer):
         self.api = api
         self.spool = spool
         self.responses = Responses(settings)
+        self.turns = Turns()
         self.is_draining = False
         self.request_queue_size = settings.backlog
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET

@@ -1,7 +1,7 @@
 """Bytes in and out of one connection's socket, each wait with a time limit.
 
-The socket blocks, and the kernel keeps the time (SO_RCVTIMEO, SO_SNDTIMEO): one system call for a read that must wait, where
-Python's own timeouts poll first. Each such call gives the interpreter lock away once, which is what counts with many threads.
+What can be had at once is had at once, while the thread keeps its turn. Where it has to wait it gives the turn away, the socket
+blocks, and the kernel keeps the time (SO_RCVTIMEO, SO_SNDTIMEO): one system call, where Python's own timeouts poll first.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from ovserve.deadline import Deadline
 from ovserve.errors import ClientGone
+from ovserve.front.turns import Turn, Turns
 
 __all__ = ["Transport"]
 
@@ -31,8 +32,10 @@ _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 class Transport:
     """One connection's socket, and the bytes received from it that nobody has taken yet. Thread-safe: no."""
 
-    def __init__(self, connection: socket.socket, write_timeout_s: float) -> None:
+    def __init__(self, connection: socket.socket, write_timeout_s: float, turn: Turn | None = None) -> None:
+        """Args: turn: given away during each wait; without one the thread takes turns with nobody."""
         self._socket = connection
+        self._turn = turn or Turn(Turns())
         self._timeout = 0.0
         self._data = b""
         self._position = 0
@@ -76,7 +79,16 @@ class Transport:
 
         Returns bytes received, 0 at the end. Raises TimeoutError when the time passed without a byte, and ClientGone.
         """
-        return self._within(timeout_s, self._socket.recv_into, view, 0, socket.MSG_WAITALL)
+        count = self._within(timeout_s, self._socket.recv_into, view, 0)
+        if not 0 < count < len(view):
+            return count
+        self._turn.give()
+        try:
+            return count + self._wait_for(timeout_s, self._socket.recv_into, view[count:], 0, socket.MSG_WAITALL)
+        except TimeoutError:
+            return count
+        finally:
+            self._turn.take()
 
     def receive_beyond(self, view: memoryview, timeout_s: float) -> int:
         """Receive into `view`, and in the same call what comes after it into the pending bytes; bytes put into `view`.
@@ -86,7 +98,7 @@ class Transport:
         overflow = self._overflow
         if overflow is None:
             overflow = self._overflow = memoryview(bytearray(RECEIVE_BYTES))
-        count = self._within(timeout_s, self._socket.recvmsg_into, [view, overflow])[0]
+        count = self._within(timeout_s, self._socket.recvmsg_into, [view, overflow], 0)[0]
         if count <= len(view):
             return count
         self._data, self._position = bytes(overflow[: count - len(view)]), 0
@@ -97,14 +109,34 @@ class Transport:
 
         Raises ClientGone when the peer has closed, has taken nothing for the write timeout, or reads slower than SLOWEST_READER.
         """
-        rest: list[bytes | memoryview] = list(buffers)
-        total = 0
+        total = sum(map(len, buffers))
+        try:
+            rest = self._send_some(buffers, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            rest = list(buffers)
+        except OSError as error:
+            raise ClientGone(error.strerror or "connection lost") from None
+        if rest:
+            self._turn.give()
+            try:
+                self._send_rest(rest)
+            finally:
+                self._turn.take()
+        return total
+
+    def _send_some(self, buffers: Sequence[bytes | memoryview], flags: int = 0) -> list[bytes | memoryview]:
+        """One call to the kernel; what is left."""
+        sent = self._socket.sendmsg(buffers if len(buffers) <= IOV_LIMIT else buffers[:IOV_LIMIT], [], flags)
+        return _behind(buffers, sent)
+
+    def _send_rest(self, rest: list[bytes | memoryview]) -> None:
+        """Write what the socket did not take at once. Raises ClientGone."""
+        total, taken = sum(map(len, rest)), 0
         started = time.monotonic()
         try:
-            while rest and time.monotonic() - started <= self._write_timeout_s + total / SLOWEST_READER:
-                sent = self._socket.sendmsg(rest if len(rest) <= IOV_LIMIT else rest[:IOV_LIMIT])
-                total += sent
-                rest = _behind(rest, sent)
+            while rest and time.monotonic() - started <= self._write_timeout_s + taken / SLOWEST_READER:
+                rest = self._send_some(rest)
+                taken = total - sum(map(len, rest))
         except BlockingIOError:
             self._reset()
             raise ClientGone("the client has stopped reading") from None
@@ -113,7 +145,6 @@ class Transport:
         if rest:
             self._reset()
             raise ClientGone(f"the client reads fewer than {SLOWEST_READER} bytes a second")
-        return total
 
     def _reset(self) -> None:
         """Have the close reset the connection: as usual, the kernel would hold what is unread for minutes."""
@@ -127,6 +158,13 @@ class Transport:
         poller = select.poll()
         poller.register(descriptor, select.POLLIN)
         poller.register(self._socket, select.POLLRDHUP)
+        self._turn.give()
+        try:
+            return self._poll(poller, descriptor, deadline)
+        finally:
+            self._turn.take()
+
+    def _poll(self, poller: select.poll, descriptor: int, deadline: Deadline) -> bool:
         while True:
             found = dict(poller.poll(deadline.remaining() * 1000 + 1))
             if found.get(self._socket.fileno(), 0) & _GONE:
@@ -154,6 +192,22 @@ class Transport:
                 limit_bytes -= dropped
 
     def _within(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:
+        """What `receive` gives at once, or within the time. Raises TimeoutError and ClientGone."""
+        if timeout_s <= 0:
+            raise TimeoutError
+        try:
+            return receive(*arguments, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise ClientGone(error.strerror or "connection lost") from None
+        self._turn.give()
+        try:
+            return self._wait_for(timeout_s, receive, *arguments, 0)
+        finally:
+            self._turn.take()
+
+    def _wait_for(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:
         """Call `receive` until it gives something or the time is over. Raises TimeoutError and ClientGone."""
         while True:
             if timeout_s < TICK_S or self._timeout != TICK_S:
@@ -179,12 +233,12 @@ def _timeval(seconds: float) -> bytes:
     return struct.pack("@ll", whole, microseconds)
 
 
-def _behind(buffers: list[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
+def _behind(buffers: Sequence[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
     """What is left of the buffers after `sent` bytes."""
     for index, buffer in enumerate(buffers):
         size = len(buffer)
         if sent < size:
-            rest = buffers[index:]
+            rest = list(buffers[index:])
             if sent:
                 rest[0] = memoryview(buffer)[sent:]
             return rest

@@ -203,7 +203,7 @@ def test_a_client_that_takes_a_few_bytes_now_and_then_is_cut_off(monkeypatch: py
 
         def read() -> None:  # always before the write timeout, so that no single wait is too long
             while not ended.wait(0.01):
-                ours.recv(20_000)
+                ours.recv(200_000)
 
         reader = threading.Thread(target=read)
         reader.start()
