@@ -17,9 +17,9 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 
 from ovserve import systemd
-from ovserve.api.catalog import Catalog, read_catalog
+from ovserve.api.catalog import Catalog, ServedModel, read_catalog
 from ovserve.api.routes import ImagesApi
-from ovserve.config import Settings
+from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
 from ovserve.device import worker
 from ovserve.dispatch.dispatcher import Dispatcher
@@ -56,6 +56,7 @@ class Server:
         self._settings = settings
         self._reread = reread
         self._reloading = threading.Lock()
+        self._serving = threading.Lock()  # over the API's settings and catalogue, which two threads replace
         self._is_announced = False
         resource_tracker.ensure_running()  # its start unblocks SIGINT and SIGTERM in this thread: before ours, not after
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -68,7 +69,9 @@ class Server:
         )
         try:
             self._dispatcher = Dispatcher(self._spool, settings)
-            self._supervisor = Supervisor(settings, _profiles(catalog), self._dispatcher, worker.main)
+            self._supervisor = Supervisor(
+                settings, _profiles(catalog), self._dispatcher, worker.main, self._note_serving
+            )
             self._api = ImagesApi(settings, catalog, self._dispatcher, self.reload)
             self._listener = Listener(settings, self._api, self._spool)
         except BaseException:
@@ -120,7 +123,8 @@ class Server:
     def reload(self) -> None:
         """Read the configuration again; new workers take over when they are ready. Thread-safe: yes, one at a time.
 
-        Models and what bounds a request take effect; what was fixed when the server started is named in the log.
+        What bounds every request takes effect at once, what belongs to a model when its new workers take over, and never
+        when they fail. What was fixed when the server started is named in the log.
 
         Raises:
             StartupError: the new configuration is wrong, and nothing was changed.
@@ -132,12 +136,18 @@ class Server:
                 settings = self._reread()
                 catalog = read_catalog(settings)
                 self._supervisor.reload(settings, _profiles(catalog))
-                self._api.take(settings, catalog)
+                with self._serving:
+                    self._api.take(settings, self._api.catalog.announcing(catalog))
                 log.info("reloaded", extra=fields(models=", ".join(catalog.models)))
                 if fixed := _fixed(self._settings, settings):
                     log.warning("takes effect at the next start: %s", ", ".join(fixed))
             finally:
                 self._announce()
+
+    def _note_serving(self, profile: ModelProfile, model: ModelSettings) -> None:
+        """A model's new workers have taken over. Runs in: the supervisor thread."""
+        with self._serving:
+            self._api.take(self._api.settings, self._api.catalog.with_serving(ServedModel(profile, model)))
 
     def _announce(self) -> None:
         """Tell systemd that the service answers; not before a model has worked, and not while it goes down."""

@@ -42,7 +42,7 @@ class FaultServer(LiveServer):
         self, spool: Path, *arguments: str, real: bool = False, told: dict[str, Any] | None = None, **known: Any
     ):
         quick = ["--restart_delay_s", "0.02", "--max_restart_delay_s", "1", "--terminate_timeout_s", "2"]
-        toys = [] if real else ["--plugin_config", json.dumps(told or {})]
+        toys = [] if real or "--config" in arguments else ["--plugin_config", json.dumps(told or {})]
         module = ("ovserve",) if real else ("tests.toyserver",)
         self.spool = spool
         super().__init__(*quick, *toys, *arguments, spool=spool, module=module, **known)

@@ -20,6 +20,7 @@ from ovserve.dispatch.jobs import Job, JobEvent, State
 from ovserve.dispatch.spool import Spool
 from ovserve.dispatch.supervisor import Supervisor
 from ovserve.errors import ApiError
+from ovserve.profile import ModelProfile
 from tests import toys
 
 PATIENCE_S = 20.0  # a wait that runs into this is a failure
@@ -57,7 +58,10 @@ class ToyHouse:
         self.settings = Settings(models=models or (toy_model(),), **quick)
         self.spool = Spool(directory, 64 << 20)
         self.dispatcher = Dispatcher(self.spool, self.settings)
-        self.supervisor = Supervisor(self.settings, profiles(self.settings), self.dispatcher, toys.worker_main)
+        self.serving: list[ModelSettings] = []  # which workers have taken over, in order
+        self.supervisor = Supervisor(
+            self.settings, profiles(self.settings), self.dispatcher, toys.worker_main, self._note_serving
+        )
         self._ids = itertools.count()
         self.supervisor.start()
         if wait:
@@ -105,6 +109,9 @@ class ToyHouse:
         """Bring in other models."""
         settings = Settings(models=models, restart_delay_s=0.02, max_restart_delay_s=1.0, terminate_timeout_s=2.0)
         self.supervisor.reload(settings, profiles(settings))
+
+    def _note_serving(self, _: ModelProfile, model: ModelSettings) -> None:
+        self.serving.append(model)
 
     def stop(self, grace_s: float = 10.0) -> None:
         """As the server stops."""

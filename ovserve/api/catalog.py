@@ -1,10 +1,10 @@
-"""The models that are served: name to profile and limits, exchanged as a whole when the configuration is reloaded."""
+"""The models that are served: name to profile and limits. A reload changes each when its new workers take over, not before."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ovserve.config import ModelSettings, Settings
 from ovserve.errors import ModelNotFound
@@ -28,7 +28,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """Every served model. Immutable: a reload makes a new one."""
+    """Every served model. Immutable: what changes makes a new one."""
 
     models: Mapping[str, ServedModel]
     default: str  # empty: a request must name one, unless there is only one
@@ -46,6 +46,20 @@ class Catalog:
             told = f"The model '{name[:200]}' does not exist. Served: {_listed(self.models)}."
             raise ModelNotFound(told, param="model")
         return found
+
+    def announcing(self, new: Catalog) -> Catalog:
+        """The catalogue while the workers of `new` are on their way.
+
+        Its names, and the default among them, hold at once. Models that are served already stay as they are: requests are
+        checked by what the workers know that will run them.
+        """
+        return replace(new, models={name: self.models.get(name, model) for name, model in new.models.items()})
+
+    def with_serving(self, model: ServedModel) -> Catalog:
+        """The same with one model as its workers serve it now. One that is not in the catalogue any more does not come back."""
+        if model.name not in self.models:
+            return self
+        return replace(self, models={**self.models, model.name: model})
 
 
 def _listed(names: Iterable[str]) -> str:

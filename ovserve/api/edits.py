@@ -28,19 +28,23 @@ OVERRUN_S = 30.0  # how long after its deadline a job may stay unsettled before 
 class Images:
     """The way of one request. Runs in: handler threads; thread-safe, for it holds nothing of any request."""
 
-    def __init__(self, settings: Settings, dispatcher: Dispatcher, store: Store, metrics: Metrics) -> None:
-        self.settings = settings  # replaced as a whole by a reload
+    def __init__(
+        self, settings: Settings, catalog: Catalog, dispatcher: Dispatcher, store: Store, metrics: Metrics
+    ) -> None:
+        self.settings = settings  # both are replaced as a whole by a reload
+        self.catalog = catalog
         self._dispatcher = dispatcher
         self._store = store
         self._metrics = metrics
 
-    def make(self, exchange: Exchange, endpoint: str, path_model: str | None, catalog: Catalog) -> Reply:
+    def make(self, exchange: Exchange, endpoint: str, path_model: str | None) -> Reply:
         """Serve one edit, generation or variation. Raises ApiError and ClientGone."""
         if (
             self._dispatcher.is_draining
         ):  # before the body is read: a client that waits for 100-continue hears it at once
             raise Draining("The server is going down and takes no new jobs.", retry_after_s=DRAINING_RETRY_S)
-        parameters = parse_parameters(exchange.read_form(), endpoint, path_model, catalog, self.settings)
+        form = exchange.read_form()  # may take minutes: what it is checked by is looked up behind it
+        parameters = parse_parameters(form, endpoint, path_model, self.catalog, self.settings)
         job = Job(
             id=exchange.id,
             model=parameters.model.name,

@@ -68,7 +68,7 @@ class ImagesApi:
         self.dispatcher = dispatcher
         self.store = Store(settings)
         self.metrics = Metrics()
-        self.images = Images(settings, dispatcher, self.store, self.metrics)
+        self.images = Images(settings, catalog, dispatcher, self.store, self.metrics)
         self.metrics.watch("ovserve_queued_jobs", "Jobs that wait, by model.", ["model"], self._queued)
         self.metrics.watch("ovserve_running_jobs", "Jobs that workers hold, by model.", ["model"], self._running)
         self.metrics.watch("ovserve_ready_workers", "Workers that take jobs, by model.", ["model"], self._workers)
@@ -76,9 +76,8 @@ class ImagesApi:
 
     def take(self, settings: Settings, catalog: Catalog) -> None:
         """Serve by these from the next request on."""
-        self.settings = settings
-        self.images.settings = settings
-        self.catalog = catalog
+        self.settings = self.images.settings = settings
+        self.catalog = self.images.catalog = catalog
 
     def answer(self, exchange: Exchange) -> Reply:
         """Serve one request; HEAD is answered as GET. Raises ApiError and ClientGone."""
@@ -159,15 +158,15 @@ def _preflight(exchange: Exchange, allow: str) -> dict[str, str]:
 
 
 def _edits(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
-    return api.images.make(exchange, EDIT, params.get("model"), api.catalog)
+    return api.images.make(exchange, EDIT, params.get("model"))
 
 
 def _generations(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
-    return api.images.make(exchange, GENERATION, params.get("model"), api.catalog)
+    return api.images.make(exchange, GENERATION, params.get("model"))
 
 
 def _variations(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
-    return api.images.make(exchange, VARIATION, params.get("model"), api.catalog)
+    return api.images.make(exchange, VARIATION, params.get("model"))
 
 
 def _about(api: ImagesApi, name: str) -> dict[str, object]:

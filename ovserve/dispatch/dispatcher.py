@@ -178,7 +178,11 @@ class Dispatcher:
         self._call(lambda: self._attach(link))
 
     def retire(self, link: Link) -> None:
-        """Give this worker no more jobs and tell it to end when it has finished those it holds."""
+        """Give this worker no more jobs, not one from now on, and tell it to end when it has finished those it holds."""
+        with self._lock:  # jobs are given out under it
+            if link.is_retired:
+                return
+            link.is_retired = True
         self._call(lambda: self._retire(link))
 
     def detach(self, link: Link, why: str) -> None:
@@ -327,11 +331,8 @@ class Dispatcher:
         return None if link.lost else self._workers.get(link.fileno())
 
     def _retire(self, link: Link) -> None:
-        worker = self._find(link)
-        if worker is None or worker.is_retired:
-            return
-        worker.is_retired = True
-        self._send(worker, Stop())
+        if worker := self._find(link):
+            self._send(worker, Stop())
 
     def _detach(self, link: Link, why: str) -> None:
         worker = self._find(link)

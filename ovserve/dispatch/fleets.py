@@ -116,12 +116,22 @@ class Fleet:
         """Those that take jobs."""
         return [place for place in self.places if place.is_ready]
 
+    @property
+    def staying_places(self) -> list[Place]:
+        """Those that have not been told to end."""
+        return [place for place in self.places if not place.is_retired]
+
+    def restore(self) -> None:
+        """Make places anew for those that have been told to end: their successors did not come."""
+        taken = {place.index for place in self.staying_places}
+        self.places += [Place(self, index) for index in range(self.model.replicas) if index not in taken]
+
     def may_start(self, place: Place) -> bool:
         """One place tries a model that has not worked yet, or has failed; the others follow when it has worked.
 
         They find its compiled model in the cache, and its division of the device in the settings.
         """
-        return (self.was_ready and not self.failure) or place is self.places[0]
+        return (self.was_ready and not self.failure) or place is next(iter(self.staying_places), None)
 
     def note_ready(self, place: Place, link: Link, now: float) -> None:
         """A worker has passed its warm-up. What the first one measured and chose holds for all that follow."""

@@ -403,6 +403,7 @@ class Link:
         self.ready: Ready | None = None
         self.failure: Failed | None = None  # a Failed without a job: why the worker gives up
         self.lost = ""  # why the dispatcher has let go of it; its process has to end
+        self.is_retired = False  # it gets no more jobs
         self.is_broken = False  # let go of for what it said, not because it was gone
         self.jobs_lost = 0  # jobs it held then that nobody had settled
         self.lost_second_try = False  # one of those had cost a worker before

@@ -60,13 +60,12 @@ class Worker:
     model: Model
     held: dict[str, Ticket] = field(default_factory=dict)
     ended: dict[str, bool] = field(default_factory=dict)  # newest last; whether each has failed
-    is_retired: bool = False
     watches_writes: bool = False
 
     @property
     def capacity(self) -> int:
         """Jobs it takes at once, 0 before it is ready and after it was retired."""
-        return 0 if self.link.ready is None or self.is_retired else self.link.ready.capacity
+        return 0 if self.link.ready is None or self.link.is_retired else self.link.ready.capacity
 
     @property
     def has_room(self) -> bool:

@@ -45,6 +45,7 @@ from ovserve.profile import ModelProfile
 __all__ = ["Supervisor", "WorkerMain"]
 
 WorkerMain = Callable[[WorkerEnd, ModelProfile, ModelSettings, Settings], None]
+OnServing = Callable[[ModelProfile, ModelSettings], None]
 
 _TICK_S = 0.25  # between looks at beats and memory: a hang limit is kept to this, a leak of 4 GB/s seen within 1 GB
 _LATE_S = 1.0  # a tick this late means that the front end itself stood still: silence heard then is its own
@@ -61,6 +62,8 @@ class Supervisor:
         profiles: each model's profile, by name.
         dispatcher: told of models, links and failures.
         worker_main: the spawn target, importable by name: `worker_main(end, profile, model_settings, settings)`.
+        on_serving: told in the supervisor thread that workers of this profile and settings have taken over from others, the
+            last of which gets no more jobs.
     """
 
     def __init__(
@@ -69,9 +72,11 @@ class Supervisor:
         profiles: Mapping[str, ModelProfile],
         dispatcher: Dispatcher,
         worker_main: WorkerMain,
+        on_serving: OnServing | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._worker_main = worker_main
+        self._on_serving = on_serving
         self._context = multiprocessing.get_context("spawn")
         self._settings = settings
         self._incoming: dict[str, Fleet] = {}  # those of a reload that are to take over
@@ -126,11 +131,18 @@ class Supervisor:
     def reload(self, settings: Settings, profiles: Mapping[str, ModelProfile]) -> None:
         """Bring in new settings: new workers start beside the old, take over when ready, then the old ones finish and end.
 
-        A model whose new workers fail keeps its old ones; models that are no longer named finish their queue and go.
+        Of a model's own settings none holds before its new workers have taken over. A model whose new workers fail keeps its
+        old ones; models that are no longer named finish their queue and go.
         """
-        for model in settings.models:  # known at once: whoever reads the new catalogue may ask for them
-            self._dispatcher.add_model(model.name, model.queue_limit, settings)
+        self._announce(settings)  # at once: whoever reads the new catalogue may ask for them
         self._order(lambda: self._reload(settings, profiles))
+
+    def _announce(self, settings: Settings) -> None:
+        """Have the dispatcher know every model, with the queue limit of the workers that serve it."""
+        for model in settings.models:
+            serving = self._fleets.get(model.name)
+            limit = serving.model.queue_limit if serving else model.queue_limit
+            self._dispatcher.add_model(model.name, limit, settings)
 
     def wait_reloaded(self, deadline: Deadline) -> bool:
         """Wait until no new workers are on their way in and no old ones on their way out; False at the deadline."""
@@ -346,7 +358,9 @@ class Supervisor:
         )
         if fleet.failure != failed_before:
             log.error("model failed", extra=fields(model=fleet.name, why=fleet.failure))
-            if self._fleets.get(fleet.name, fleet) is fleet:  # or one that is leaving
+            successor = self._incoming.get(fleet.name)
+            is_alone = successor is None or not successor.ready_places
+            if self._fleets.get(fleet.name, fleet) is fleet and is_alone:  # the one that serves, or one that is leaving
                 self._dispatcher.fail_model(fleet.name, fleet.failure)
 
     # --- reload and stop ----------------------------------------------------------------------------------------------
@@ -354,13 +368,11 @@ class Supervisor:
     def _reload(self, settings: Settings, profiles: Mapping[str, ModelProfile]) -> None:
         if self._stop_by is not None:
             return
-        for fleet in self._incoming.values():
-            self._dismiss(fleet)
-        self._incoming.clear()
+        for fleet in list(self._incoming.values()):
+            self._turn_away(fleet)
         self._settings = settings
         names = {model.name for model in settings.models}
-        for model in settings.models:  # again: a removal of the same name may have come in between
-            self._dispatcher.add_model(model.name, model.queue_limit, settings)
+        self._announce(settings)  # again: a removal of the same name may have come in between
         for name in [name for name in self._fleets if name not in names]:
             self._dispatcher.remove_model(name)
             self._leaving.append(self._fleets.pop(name))
@@ -370,20 +382,17 @@ class Supervisor:
     def _change_over(self) -> None:
         """Let ready new workers take the places of old ones, and let go of fleets that are done."""
         for name, fleet in list(self._incoming.items()):
-            old = self._fleets[name]
             if fleet.failure:
                 log.error("reload failed, the old workers stay", extra=fields(model=name, why=fleet.failure))
-                del self._incoming[name]
-                self._dismiss(fleet)
+                self._turn_away(fleet)
                 continue
-            ready = len(fleet.ready_places)
-            staying = [place for place in old.places if not place.is_retired]
-            for place in staying[: max(0, ready - (len(old.places) - len(staying)))]:
+            old, ready = self._fleets[name], len(fleet.ready_places)
+            staying = old.staying_places
+            to_stay = 0 if ready == fleet.model.replicas else max(0, old.model.replicas - ready)
+            for place in staying[: max(0, len(staying) - to_stay)]:
                 self._retire(place, self._longest_end())
-            if ready == fleet.model.replicas:
-                del self._incoming[name]
-                self._dismiss(old)
-                self._fleets[name] = fleet
+            if not to_stay:
+                self._take_over(fleet)
         for fleet in list(self._leaving):
             successor = self._fleets.get(fleet.name)  # the model was removed, and named again since
             is_replaced = successor is not None and bool(successor.ready_places or successor.failure)
@@ -393,6 +402,26 @@ class Supervisor:
                 if successor is None:  # again: with nothing waiting and no worker left, nobody else may forget it
                     self._dispatcher.remove_model(fleet.name)
         self._outgoing = [fleet for fleet in self._outgoing if fleet.places]
+
+    def _take_over(self, fleet: Fleet) -> None:
+        """No old worker gets a job any more: from here on requests are meant for the new ones."""
+        name = fleet.name
+        del self._incoming[name]
+        self._dismiss(self._fleets[name])
+        self._fleets[name] = fleet
+        self._dispatcher.add_model(name, fleet.model.queue_limit)
+        log.info("new workers have taken over", extra=fields(model=name))
+        if self._on_serving:
+            self._on_serving(fleet.profile, fleet.model)
+
+    def _turn_away(self, fleet: Fleet) -> None:
+        """New workers have failed, or were overtaken by yet newer ones: the old fleet is whole again."""
+        del self._incoming[fleet.name]
+        self._dismiss(fleet)
+        old = self._fleets[fleet.name]
+        old.restore()
+        if old.failure and not old.ready_places:
+            self._dispatcher.fail_model(old.name, old.failure)
 
     def _dismiss(self, fleet: Fleet) -> None:
         for place in fleet.places:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import threading
@@ -84,6 +85,39 @@ def test_reload_under_load_loses_no_request(tmp_path: Path) -> None:
             thread.join()
         assert set(statuses) == {200}
         assert not server.logged("died with a job")
+
+
+def test_reload_changes_what_a_model_takes_when_its_new_workers_serve_and_never_when_they_fail(tmp_path: Path) -> None:
+    config, loads = tmp_path / "config.toml", tmp_path / "loads"
+
+    def write(max_steps: int, **told: object) -> None:
+        table = {"max_num_inference_steps": max_steps, "plugin_config": json.dumps(told)}
+        lines = ["[[model]]", *(f"{name} = {json.dumps(value)}" for name, value in table.items())]
+        config.write_text("\n".join(lines))
+
+    def steps_taken() -> list[int]:
+        return [steps for steps in (12, 20, 30) if live.generate(client, "echo", num_inference_steps=steps).is_success]
+
+    def reload(max_steps: int, **told: object) -> None:
+        write(max_steps, **told)
+        live.signal(signal.SIGHUP)
+
+    write(15)
+    with FaultServer(tmp_path / "spool", "--config", str(config)) as live, live.client() as client:
+        assert steps_taken() == [12]
+        reload(25, load=f"until {loads} hang")
+        live.until(lambda: len(live.workers()) == 2)
+        assert steps_taken() == [12]
+        loads.touch()
+        reload(25, load=f"until {loads} hang")
+        live.until(lambda: len(live.logged("new workers have taken over")) == 1)
+        assert steps_taken() == [12, 20]
+        reload(35, load="fail broken weights")
+        live.until(lambda: bool(live.logged("reload failed, the old workers stay", "broken weights")))
+        assert steps_taken() == [12, 20]
+        reload(12)
+        live.until(lambda: len(live.logged("new workers have taken over")) == 2)
+        assert steps_taken() == [12]
 
 
 def test_worker_that_takes_too_much_memory_costs_one_job(tmp_path: Path) -> None:

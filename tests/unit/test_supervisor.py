@@ -259,12 +259,61 @@ def test_second_reload_overtakes_the_first(tmp_path: Path) -> None:
         assert len(house.pids()) == 1
 
 
+def test_old_workers_are_meant_until_the_new_take_over_and_none_gets_a_job_after(tmp_path: Path) -> None:
+    loads = tmp_path / "loads"
+    with ToyHouse(tmp_path / "spool", toy_model(queue_limit=8)) as house:
+        house.reload(toy_model(load=f"until {loads} hang", queue_limit=1))
+        house.until(lambda: len(house.pids()) == 2)
+        held = [house.job("sleep 0.3") for _ in range(2)]
+        waiting = [house.job("sleep 0.01") for _ in range(6)]  # beyond the new limit, within the one that holds
+        assert house.serving == []
+        for job in held + waiting:
+            assert finish(job).state is State.DONE
+        house.reload(toy_model(load="fail broken weights", queue_limit=1))
+        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert house.serving == []
+        house.reload(toy_model(queue_limit=7, capacity=3))
+        house.until(lambda: bool(house.serving))
+        assert [model.queue_limit for model in house.serving] == [7]
+        assert house.dispatcher.status("toy").capacity == 3  # the old one's are not among them
+
+
+def test_old_workers_make_way_for_as_many_as_are_ready_and_not_for_more(tmp_path: Path) -> None:
+    loads = tmp_path / "loads"
+    loads.touch()
+    with ToyHouse(tmp_path / "spool", toy_model(replicas=3)) as house:
+        house.reload(toy_model(replicas=3, load_s=0.5, load=f"until {loads} hang"))
+        house.until(lambda: house.supervisor.worker_pids().keys() > {"toy/1#1"})
+        loads.unlink()  # the first has come, the others have not
+        house.until(lambda: "toy/0#0" not in house.supervisor.worker_pids())
+        pids = house.pids()
+        house.ask_all(["sleep 0.1"] * 6)
+        assert house.pids() == pids
+        assert house.ready() == 3
+        assert house.serving == []
+
+
+def test_reload_that_fails_after_an_old_worker_has_gone_brings_another(tmp_path: Path) -> None:
+    loads = tmp_path / "loads"
+    loads.touch()
+    with ToyHouse(tmp_path / "spool", toy_model(replicas=2), crash_loop_limit=2) as house:
+        house.reload(toy_model(replicas=2, load_s=0.5, load=f"until {loads} exit 7", capacity=9))
+        house.until(lambda: house.supervisor.worker_pids().keys() > {"toy/1#1"})
+        loads.unlink()
+        house.until(lambda: "toy/0#0" not in house.supervisor.worker_pids())
+        os.kill(house.supervisor.worker_pids()["toy/0#1"], signal.SIGKILL)
+        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        house.until(lambda: house.dispatcher.status("toy").capacity == 4)
+        assert house.ask("echo").state is State.DONE
+        assert house.serving == []
+
+
 def test_reload_to_fewer_and_to_more_replicas(tmp_path: Path) -> None:
     with ToyHouse(tmp_path, toy_model(replicas=3)) as house:
         for replicas in (1, 3):
             house.reload(toy_model(replicas=replicas))
             assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
-            assert len(house.pids()) == replicas
+            house.until(lambda: len(house.pids()) == replicas)  # noqa: B023 - awaited here
 
 
 def test_watchdog_is_fed_while_everything_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
