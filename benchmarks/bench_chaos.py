@@ -32,6 +32,7 @@ if __package__ in (None, ""):  # run as a file: the package is found beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.metadata import collect
+from benchmarks.probe import Prober
 from benchmarks.results import Result
 from ovserve.profile import builtin_directory
 from tests.chaos import run_chaos
@@ -41,6 +42,7 @@ from tests.live import resident_bytes
 IMAGE = Path(__file__).resolve().parents[1] / "tests" / "data" / "red_circle.png"
 FIELDS = {"prompt": "a green circle on a blue background", "strength": "0.7"}
 READY_S = 180.0
+HEALTH = "/v2/health/live"
 QUEUE = 8
 STEADY_S = 30.0  # of overload before memory is looked at, or a third of the run where that is less
 
@@ -72,16 +74,6 @@ def chaos(result: Result, seconds: float) -> None:
     result.add("recovery", found.recoveries_s, case={"run": "chaos"})
 
 
-def probe(client: httpx.Client, until: float) -> list[float]:
-    """Seconds of each health check until an instant, ten a second."""
-    times = []
-    while (now := time.monotonic()) < until:
-        client.get("/v2/health/live").raise_for_status()
-        times.append(time.monotonic() - now)
-        time.sleep(max(0.0, 0.1 - times[-1]))
-    return times
-
-
 def overload(result: Result, seconds: float) -> None:
     """Ten times the capacity. Raises AssertionError for any answer but 200 and 429."""
     statuses: collections.Counter[int] = collections.Counter()
@@ -90,10 +82,11 @@ def overload(result: Result, seconds: float) -> None:
         tempfile.TemporaryDirectory() as spool,
         FaultServer(Path(spool), "--queue_limit", str(QUEUE), "--log_level", "warning", real=True) as server,
         server.client(READY_S) as client,
-        server.client(READY_S) as prober,
     ):
         content = IMAGE.read_bytes()
-        result.add("health", probe(prober, time.monotonic() + min(10.0, seconds)), case={"load": "none"})
+        with Prober(server.url, HEALTH) as prober:
+            time.sleep(min(10.0, seconds))
+        result.add("health", [one.latency_s for one in prober.probes], case={"load": "none"})
         until = time.monotonic() + seconds
 
         def flood() -> None:
@@ -107,20 +100,23 @@ def overload(result: Result, seconds: float) -> None:
 
         clients = 10 * (QUEUE + 3)
         threads = [threading.Thread(target=flood) for _ in range(clients)]
-        for thread in threads:
-            thread.start()
-        early = probe(prober, time.monotonic() + min(STEADY_S, seconds / 3))
-        first = resident_bytes(server.process.pid)
-        late = probe(prober, until)
-        grown = resident_bytes(server.process.pid) - first
+        with Prober(server.url, HEALTH) as prober:
+            for thread in threads:
+                thread.start()
+            time.sleep(min(STEADY_S, seconds / 3))
+            first = resident_bytes(server.process.pid)
+            time.sleep(max(0.0, until - time.monotonic()))
+            grown = resident_bytes(server.process.pid) - first
         for thread in threads:
             thread.join()
+    if not all(one.is_healthy for one in prober.probes):
+        raise AssertionError("a health check failed")
     if set(statuses) != {200, 429}:
         raise AssertionError(f"answers: {dict(statuses)}")
     for status, count in sorted(statuses.items()):
         result.add("count", [count], unit="", better="none", case={"run": "overload", "of": f"answered {status}"})
     result.add("queue wait", waits, case={"run": "overload", "queue": QUEUE})
-    result.add("health", early + late, case={"load": f"{clients} clients"})
+    result.add("health", [one.latency_s for one in prober.probes], case={"load": f"{clients} clients"})
     result.add("memory growth", [grown], unit="bytes", case={"run": "overload"})
 
 

@@ -11,6 +11,7 @@ that shows capacity, and flatters the tail. Everything is bounded: time, request
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -31,6 +32,7 @@ if __package__ in (None, ""):  # run as a file: the package is found beside it
 
 from benchmarks import stats
 from benchmarks.edits import Kind, parse_kind
+from benchmarks.probe import Probe, Prober
 
 __all__ = ["Load", "Report", "Sample", "Target", "apply_load"]
 
@@ -213,9 +215,7 @@ class _Run:
         self._taken = 0
         self._counted = 0  # of those, due after the warm-up
         self._samples: list[Sample] = []
-        self._probes: list[tuple[float, float]] = []  # due, latency
-        self._failed_probes = 0
-        self._over = threading.Event()
+        self._probes: list[Probe] = []
         self._chance = random.Random(load.seed)
         self._next_due = 0.0
         self._choices = [kind for kind in load.kinds for _ in range(kind.weight)]
@@ -228,18 +228,18 @@ class _Run:
         load = self._load
         count = load.in_flight if load.rate else load.clients
         threads = [threading.Thread(target=self._client, daemon=True) for _ in range(count)]
-        prober = threading.Thread(target=self._probe, daemon=True)
-        self._started = time.monotonic()
-        for thread in threads:
-            thread.start()
-        if load.probe:
-            prober.start()
-        deadline = self._started + load.warm_up_s + load.seconds + load.timeout_s
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        self._over.set()
-        if load.probe:
-            prober.join(load.timeout_s)
+        prober = Prober(self._target.url, load.probe, load.probe_every_s) if load.probe else None
+        with prober or contextlib.nullcontext():
+            self._started = time.monotonic()
+            for thread in threads:
+                thread.start()
+            deadline = self._started + load.warm_up_s + load.seconds + load.timeout_s
+            for thread in threads:
+                thread.join(max(0.0, deadline - time.monotonic()))
+            end = min(time.monotonic(), self._started + load.warm_up_s + load.seconds)
+        if prober:
+            begin = self._started + load.warm_up_s
+            self._probes = [one for one in prober.probes if begin <= one.due < end]
         return self._report()
 
     def _report(self) -> Report:
@@ -259,8 +259,8 @@ class _Run:
         return Report(
             seconds=seconds,
             samples=inside,
-            probes=[latency for due, latency in self._probes if due >= begin],
-            failed_probes=self._failed_probes,
+            probes=[one.latency_s for one in self._probes if one.is_healthy],
+            failed_probes=sum(not one.is_healthy for one in self._probes),
             answered_in_all=sum(sample.status == 200 for sample in samples),
             late=sum(sample.sent_s - sample.due_s > LATE_S for sample in inside) if load.rate else 0,
         )
@@ -337,29 +337,6 @@ class _Run:
             return False
         connection.close()
         return True
-
-    def _probe(self) -> None:
-        """Fetch the health check at fixed times; latency counts from when it was due."""
-        load = self._load
-        connection = self._target.connect(load.timeout_s)
-        due = 0.0
-        while not self._over.is_set() and due < load.warm_up_s + load.seconds:
-            if (wait := due - self._now()) > 0:
-                self._over.wait(wait)
-            try:
-                connection.request("GET", load.probe)
-                with connection.getresponse() as answer:
-                    answer.read()
-                    healthy = answer.status == 200
-            except (OSError, http.client.HTTPException):
-                connection.close()
-                healthy = False
-            if healthy:
-                self._probes.append((due, self._now() - due))
-            else:
-                self._failed_probes += 1
-            due += load.probe_every_s
-        connection.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

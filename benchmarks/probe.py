@@ -1,0 +1,96 @@
+"""A health check fetched at fixed times, from a process of its own: threads of a load generator would be measured with it.
+
+with Prober("http://127.0.0.1:8000", "/v2/health/live") as prober:
+    ...                       # the load
+prober.probes                 # when each was due, and what it took
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import select
+import subprocess
+import sys
+import time
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+__all__ = ["Probe", "Prober"]
+
+ANSWER_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 60.0
+MOST_PROBES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One health check: when it was due (`time.monotonic`), seconds from then to its answer, whether that was a 200."""
+
+    due: float
+    latency_s: float
+    is_healthy: bool
+
+
+class Prober:
+    """Probes as long as the `with` lasts.
+
+    Attributes:
+        probes: in order of time; there when the `with` has ended.
+    """
+
+    def __init__(self, url: str, path: str, every_s: float = 0.05) -> None:
+        self._command = [sys.executable, "-m", "benchmarks.probe", url, path, str(every_s)]
+        self.probes: list[Probe] = []
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).resolve().parents[1],
+        )
+        assert self._process.stdout
+        self._process.stdout.readline()  # its first probe has been answered, or has failed
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            output, _error = self._process.communicate(timeout=STOP_TIMEOUT_S)
+        finally:
+            self._process.kill()
+        self.probes = [Probe(*row) for row in json.loads(output)]
+
+
+def probe(url: str, path: str, every_s: float) -> list[Probe]:
+    """Fetch until standard input ends."""
+    parts = urllib.parse.urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=ANSWER_TIMEOUT_S)
+    probes: list[Probe] = []
+    due = time.monotonic()
+    while len(probes) < MOST_PROBES:
+        try:
+            connection.request("GET", path)
+            with connection.getresponse() as answer:
+                answer.read()
+                is_healthy = answer.status == 200
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            is_healthy = False
+        probes.append(Probe(due, time.monotonic() - due, is_healthy))
+        if len(probes) == 1:
+            print(flush=True)
+        due += every_s
+        if select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
+            break
+    connection.close()
+    return probes
+
+
+if __name__ == "__main__":
+    _, where, what, every = sys.argv
+    print(json.dumps([[one.due, one.latency_s, one.is_healthy] for one in probe(where, what, float(every))]))
