@@ -31,6 +31,7 @@ __all__ = [
     "is_lcm",
     "longest_fitting",
     "overruns",
+    "warm_up_work",
 ]
 
 Pixels = NDArray[np.uint8]
@@ -153,6 +154,27 @@ def choose_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[str, 
     if "NPU" in settings.device:
         return "genai", "NPUs want one static shape"
     return "stepwise", "proven bit-equal for this family, and pictures share its calls"
+
+
+def warm_up_work(profile: ModelProfile, *, num_inference_steps: int) -> Work:
+    """One real picture of the native size, as a client would have it, in the most demanding mode of the model: ready means that it
+    has worked. The first inference also repacks the weights and takes the memory that a job will take."""
+    size, with_mask = profile.native, "inpainting" in profile.tasks
+    return Work(
+        job="",
+        picture=0,
+        mode="inpainting" if with_mask else "text2image",
+        prompt="a picture",
+        negative_prompt="",
+        width=size.width,
+        height=size.height,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=profile.defaults.guidance_scale,
+        strength=1.0,
+        seed=0,
+        initial_image=np.full((size.height, size.width, 3), 127, np.uint8) if with_mask else None,
+        mask_image=np.full((size.height, size.width), 255, np.uint8) if with_mask else None,
+    )
 
 
 def is_lcm(profile: ModelProfile, scheduler: str) -> bool:

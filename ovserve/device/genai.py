@@ -25,7 +25,7 @@ import openvino_genai as og
 
 from ovserve.config import ModelSettings
 from ovserve.device.denoising.schedulers import LIBRARY_SCHEDULERS
-from ovserve.device.engine import Outcome, Work, check_served, is_lcm, longest_fitting
+from ovserve.device.engine import Outcome, Work, check_served, is_lcm, longest_fitting, warm_up_work
 from ovserve.device.pixels.images import Pixels
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
@@ -143,31 +143,14 @@ class GenaiEngine:
         return frozenset(offered)
 
     def _warm_up(self, beat: Callable[[str], None]) -> None:
-        """The first inference repacks the weights and takes the memory a job will take: pay before reporting ready."""
-        profile = self._profile
-        width, height = profile.native.width, profile.native.height
-        gray = np.full((height, width, 3), 127, np.uint8)
-        with_mask = "inpainting" in self._pipelines
-        work = Work(
-            job="",
-            picture=0,
-            mode="inpainting" if with_mask else "text2image",
-            prompt="a picture",
-            negative_prompt="",
-            width=width,
-            height=height,
-            num_inference_steps=2,
-            guidance_scale=profile.defaults.guidance_scale,
-            strength=1.0,
-            seed=0,
-            initial_image=gray if with_mask else None,
-            mask_image=np.full((height, width), 255, np.uint8) if with_mask else None,
-            on_step=lambda _step, _steps: beat("warm-up"),
-        )
+        """Pay for the first inference before reporting ready."""
+        size = self._profile.native
+        work = warm_up_work(self._profile, num_inference_steps=2)
+        work.on_step = lambda _step, _steps: beat("warm-up")
         started = time.monotonic()
         pixels = self._generate(work)
-        if pixels is None or pixels.shape != (height, width, 3):
-            raise ModelError(f"model {profile.name}: the warm-up pass gave no picture")
+        if pixels is None or pixels.shape != (size.height, size.width, 3):
+            raise ModelError(f"model {self._profile.name}: the warm-up pass gave no picture")
         log.debug("warm-up pass took %.2f s", time.monotonic() - started)
 
     # --- prompts ---

@@ -35,14 +35,14 @@ from ovserve.config import ModelSettings
 from ovserve.device.denoising.noise import Array, read_scheduler_config
 from ovserve.device.denoising.schedulers import SCHEDULERS, Plan, Scheduler, scheduler_name
 from ovserve.device.denoising.shortcuts import parse_shortcuts
-from ovserve.device.engine import STEPWISE_FAMILIES, Outcome, Pixels, Work
+from ovserve.device.engine import STEPWISE_FAMILIES, Outcome, Pixels, Work, warm_up_work
 from ovserve.device.stepwise.compiled import Components, Requests, run_decoder, run_encoder, run_unet
 from ovserve.device.stepwise.encoding import Encoding
 from ovserve.device.stepwise.picture import Picture, Start
 from ovserve.device.stepwise.previews import Previews, choose_shrink
 from ovserve.device.stepwise.prompts import TextSide
 from ovserve.device.stepwise.slots import Finished, Slots
-from ovserve.device.stepwise.tuning import tune, warm_up
+from ovserve.device.stepwise.tuning import LARGE_CALL_S, tune, warm_up
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.profile import ModelProfile
@@ -158,31 +158,16 @@ class StepwiseEngine:
         layout = self._tuning.layout
         self.tuned = {"streams": layout.streams, "threads": layout.threads, "max_batch": self._tuning.rows // 2}
         self._call_s = self._tuning.step_s
-        decode_s = warm_up(self._components, self._tuning, beat)
-        spare = self._components.requests[-1].vae_decoder.get_compiled_model().create_infer_request()
-        self._previews = Previews(spare, choose_shrink(decode_s, self._tuning.step_s))
-        self._closing.callback(self._previews.close)
+        warm_up(self._components, self._tuning, beat)
         self._make_one(beat)
+        spare = self._components.requests[-1].vae_decoder.get_compiled_model().create_infer_request()
+        self._previews = Previews(spare, choose_shrink(self._measure_decoding(spare), self._tuning.step_s))
+        self._closing.callback(self._previews.close)
 
     def _make_one(self, beat: Callable[[str], None]) -> None:
         """One real picture, as a client would have it: ready means it has worked."""
-        profile, size = self._profile, self._profile.native
-        with_mask = "inpainting" in profile.tasks
-        work = Work(
-            job="",
-            picture=0,
-            mode="inpainting" if with_mask else "text2image",
-            prompt="a picture",
-            negative_prompt="",
-            width=size.width,
-            height=size.height,
-            num_inference_steps=2,
-            guidance_scale=profile.defaults.guidance_scale,
-            strength=1.0,
-            seed=0,
-            initial_image=np.full((size.height, size.width, 3), 127, np.uint8) if with_mask else None,
-            mask_image=np.full((size.height, size.width), 255, np.uint8) if with_mask else None,
-        )
+        # Where steps are long one has to do: a second would show no more.
+        work = warm_up_work(self._profile, num_inference_steps=1 if self._tuning.step_s > LARGE_CALL_S else 2)
         self.admit(work)
         outcomes: list[Outcome] = []
         while not outcomes:
@@ -190,6 +175,16 @@ class StepwiseEngine:
             outcomes.extend(self.turn())
         if outcomes[0].error is not None:
             raise outcomes[0].error
+
+    def _measure_decoding(self, request: Any) -> float:
+        """Seconds of decoding one picture of the native size, by a call of a quarter of it where a whole one takes long."""
+        vae, size = self._components.vae, self._profile.native
+        side = 2 if self._tuning.step_s > LARGE_CALL_S else 1
+        cells = (size.height // vae.scale // side, size.width // vae.scale // side)
+        latents = np.zeros((1, vae.latent_channels, *cells), np.float32)
+        started = time.monotonic()
+        run_decoder(request, latents)
+        return (time.monotonic() - started) * side**2
 
     # --- prompts ---
 

@@ -4,6 +4,10 @@ What is decided here is decided once for a served model: each request then has t
 load never changes a picture's bytes. Another number of threads can change the last bits, so noise must not decide: small models
 get single-threaded streams unless more threads win clearly, large ones all threads, and the choice is kept beside the compiled
 models (`cache_dir`) or can be pinned.
+
+Measuring costs what it can win. The setting with all threads comes first, and one call of it tells a large model, which keeps every
+core busy by itself: nothing else is compiled for that. For a small one single-threaded streams follow, and what lies between
+them only where those did not win clearly. After BUDGET_S nothing more is measured.
 """
 
 from __future__ import annotations
@@ -23,10 +27,11 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
+from ovserve.deadline import Deadline
 from ovserve.device.stepwise.compiled import Components, Layout, run_decoder, run_encoder, run_unet
 from ovserve.logs import fields
 
-__all__ = ["Tuning", "available_bytes", "tune", "warm_up"]
+__all__ = ["LARGE_CALL_S", "Tuning", "available_bytes", "tune", "warm_up"]
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +45,13 @@ WORTH_MORE_ROWS = 1.03  # more rows in a call must bring this much: they make ev
 NOT_WORSE = 0.95
 SHORT_CALL_S = 0.05
 LARGE_CALL_S = 0.25  # two rows take longer than this: the model keeps every core busy by itself (measured, SD 1.5)
+# Small models need 2 s on two idle cores. On a busy machine measuring takes longer and tells less, and somebody waits for the start.
+BUDGET_S = 6.0
 LONGEST_CALL_S = 0.5  # a picture that comes in waits for the call under way
-SLOW_CALL_S = 1.0  # one call this slow is measure enough
+HEAVY_UNET_BYTES = (
+    256 * 1024 * 1024
+)  # so many weights are known by a quarter of the area: calls take from half a second on
+SLOW_CALL_S = 1.0  # one round of calls this slow is measure enough
 MOST_STREAMS = 8  # each holds its own copy of the weights
 MEASURE_S = 0.12  # for each setting
 WARM_UP_S = 2.0  # for kernels of the numbers of rows to come
@@ -82,8 +92,11 @@ class _Rate:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
+    """What a few calls told of a layout; `row_s` is a row's time without what other work on the machine took of it."""
+
     layout: Layout
     step_s: float
+    row_s: float
     splits: bool
     per_row: bool
 
@@ -101,54 +114,73 @@ def tune(components: Components, beat: Callable[[str], None]) -> Tuning:
         log.info("division of the device is kept from another start", extra=_fields(found))
         components.timestep_per_row = found.timestep_per_row
         return found
-    found = _measure_all(components, streams, threads, rows, beat)
-    log.info("division of the device is measured", extra=_fields(found))
+    started = time.monotonic()
+    found = _measure_all(components, _layouts(components, streams, threads), rows, beat)
+    log.info("division of the device is measured", extra=_fields(found, seconds=round(time.monotonic() - started, 2)))
     kept.write(found)
     return found
 
 
-def _fields(tuning: Tuning) -> dict[str, dict[str, object]]:
+def _fields(tuning: Tuning, **more: object) -> dict[str, dict[str, object]]:
     return fields(
         streams=tuning.layout.streams,
         threads=tuning.layout.threads,
         rows=tuning.rows,
         step_ms=round(tuning.step_s * 1000, 1),
+        **more,
     )
 
 
-def _measure_all(components: Components, streams: int, threads: int, rows: int, beat: Callable[[str], None]) -> Tuning:
-    """The best of the layouts worth trying, the one with all threads first, and the rows that suit it."""
-    tried: list[_Measured] = []
-    for layout in _layouts(components, streams, threads):
-        beat("load")
-        tried.append(_try(components, layout, beat))
-        if tried[-1].step_s > LARGE_CALL_S:
-            break
-    best = _best(components, tried, beat) if len(tried) > 1 else tried[0]
+def _measure_all(components: Components, layouts: list[Layout], rows: int, beat: Callable[[str], None]) -> Tuning:
+    """The best of the layouts worth trying, and the rows that suit it."""
+    deadline = Deadline.after(BUDGET_S)
+    beat("load")
+    best = _try(components, layouts[0], beat)
+    if len(layouts) > 1 and 2 * best.row_s <= LARGE_CALL_S:
+        best = _best(components, best, layouts[1:], beat, deadline)
     components.timestep_per_row = best.per_row
-    return Tuning(best.layout, rows or _choose_rows(components, best, beat), best.splits, best.step_s, best.per_row)
+    rows = rows or _choose_rows(components, best, beat, deadline)
+    return Tuning(best.layout, rows, best.splits, best.step_s, best.per_row)
 
 
-def _best(components: Components, tried: list[_Measured], beat: Callable[[str], None]) -> _Measured:
+def _best(
+    components: Components, whole: _Measured, others: list[Layout], beat: Callable[[str], None], deadline: Deadline
+) -> _Measured:
     """The layout with the most rows a second by the clock: other work on the machine is met in turns, and the better one counts.
 
     CPU time would favour many threads: those that wait for one another cost none.
+
+    Args:
+        whole: the layout with all threads in one stream.
+        others: the rest, from few streams to many.
     """
-    rates = [0.0] * len(tried)
-    for _ in range(2):
+    between, most = others[:-1], others[-1]
+    beat("load")
+    tried = [whole, _try(components, most, beat)]
+    rates = [0.0, 0.0]
+    for is_second in (False, True):
+        if deadline.is_expired():
+            break
         for place, each in enumerate(tried):
-            requests = components.measured_unets(each.layout)
-            rate = _rate(requests, components.feeds.of(COMPARED_ROWS, timestep_per_row=each.per_row), each.layout, beat)
+            rate = _rate(
+                components.measured_unets(each.layout),
+                components.feeds.of(COMPARED_ROWS, timestep_per_row=each.per_row),
+                each.layout,
+                beat,
+            )
             rates[place] = max(rates[place], rate.by_clock)
+        if is_second or rates[1] >= CLEAR_GAIN * rates[0]:
+            break  # where all threads lose clearly, half as many in twice the streams will not win clearly
+        for layout in between:
+            beat("load")
+            tried.append(_try(components, layout, beat))
+            rates.append(0.0)
     log.debug(
         "layouts were compared",
         extra=fields(**{str(each.layout): rate for each, rate in zip(tried, rates, strict=True)}),
     )
-    best = len(tried) - 1
-    for place in reversed(range(best)):
-        if rates[place] >= CLEAR_GAIN * rates[best]:
-            best = place
-    return tried[best]
+    leader = rates.index(max(rates))
+    return tried[leader] if rates[leader] >= CLEAR_GAIN * rates[1] > 0 else tried[1]
 
 
 def _layouts(components: Components, streams: int, threads: int) -> list[Layout]:
@@ -168,14 +200,20 @@ def _try(components: Components, layout: Layout, beat: Callable[[str], None]) ->
     request = components.compile_unet(layout)[0]
     beat("warm-up")
     feeds, per_row = components.feeds, components.timestep_per_row
+    times = 1
+    if components.unet_bytes > HEAVY_UNET_BYTES:
+        feeds, times = feeds.quarter()
     pair = run_unet(request, feeds.of(2, timestep_per_row=per_row))
     beat("warm-up")
-    row_s = 0.0
+    clock_s = cpu_s = 0.0
     for _ in range(2):
-        began = time.monotonic()
+        began, began_cpu = time.monotonic(), time.process_time()
         second = run_unet(request, feeds.second(timestep_per_row=per_row))
-        row_s = time.monotonic() - began  # of the second call, which finds its kernels made
+        # Of the second call, which finds its kernels made; beside long calls those are nothing.
+        clock_s, cpu_s = time.monotonic() - began, time.process_time() - began_cpu
         beat("warm-up")
+        if clock_s > LARGE_CALL_S:
+            break
     splits = bool(np.array_equal(pair[1:], second))
     if per_row and not splits:
         pair = run_unet(request, feeds.of(2, timestep_per_row=False))
@@ -185,26 +223,35 @@ def _try(components: Components, layout: Layout, beat: Callable[[str], None]) ->
     if not (splits and per_row):
         told = "the rows of a picture stay together" if per_row else "only rows at the same timestep share a call"
         log.warning("a row comes out otherwise beside another one: %s", told)
+    clock_s, cpu_s = times * clock_s, times * cpu_s
     # A lone picture's rows go side by side where there are slots for them.
-    step_s = row_s if splits and layout.streams > 1 else 2 * row_s
-    return _Measured(layout, step_s, splits, per_row)
+    step_s = clock_s if splits and layout.streams > 1 else 2 * clock_s
+    row_s = min(clock_s, cpu_s / layout.threads) if layout.threads else clock_s
+    return _Measured(layout, step_s, row_s, splits, per_row)
 
 
-def _choose_rows(components: Components, best: _Measured, beat: Callable[[str], None]) -> int:
-    """The fewest rows in a call beyond which more of them bring little."""
+def _choose_rows(components: Components, best: _Measured, beat: Callable[[str], None], deadline: Deadline) -> int:
+    """The fewest rows in a call beyond which more of them bring little; when time is up, as many as make a short call."""
     requests = components.measured_unets(best.layout)
     if best.step_s > LONGEST_CALL_S:
         return 2
     feeds = components.feeds
     make = partial(feeds.of, timestep_per_row=best.per_row)
     pair = run_unet(requests[0], make(2))
-    most, most_rate = 2, _rate(requests, make(2), best.layout, beat)
+    most, most_rate = 2, _Rate(1 / best.row_s, 1 / best.row_s)
+    if not deadline.is_expired():
+        most_rate = _rate(requests, make(2), best.layout, beat)
     for rows in ROW_CHOICES:
         if rows * len(requests) / most_rate.by_clock > LONGEST_CALL_S or not _fits(components, rows, len(requests)):
+            break
+        if deadline.is_expired() and rows * best.row_s > SHORT_CALL_S:
             break
         if not np.array_equal(run_unet(requests[0], make(rows))[:2], pair):
             log.warning("rows of a call of %d differ from those of a call of 2: calls hold %d rows", rows, most)
             break
+        if deadline.is_expired():
+            most = rows
+            continue
         rate = _rate(requests, make(rows), best.layout, beat)
         is_short = rows * len(requests) / rate.by_cpu < SHORT_CALL_S
         if rate.by_cpu >= (NOT_WORSE if is_short else WORTH_MORE_ROWS) * most_rate.by_cpu:
@@ -281,39 +328,32 @@ def _limits(own: Path, cgroups: Path) -> list[int]:
     return found
 
 
-def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None]) -> float:
+def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None]) -> None:
     """One call of each kind in each slot, then the numbers of rows that calls will have, for as long as WARM_UP_S.
 
     The first call of each shape makes its kernels: some tens of milliseconds for a small model, paid here and not by a client.
-
-    Returns:
-        seconds of one decoding, once warm.
+    A large model in one slot needs none of this: the picture that is made before the engine is ready warms that slot.
     """
+    is_large = tuning.step_s > LARGE_CALL_S
+    if is_large and len(components.requests) == 1:
+        return
     size, scale = components.profile.native, components.vae.scale
     latents = np.zeros((1, components.vae.latent_channels, size.height // scale, size.width // scale), np.float32)
     image = np.zeros((1, 3, size.height, size.width), np.float32)
-    decode_s = 0.0
     for requests in components.requests:
         if requests.vae_encoder is not None:
             run_encoder(requests.vae_encoder, image)
         beat("warm-up")
-        for _ in range(2):
-            started = time.monotonic()
-            run_decoder(requests.vae_decoder, latents)
-            decode_s = time.monotonic() - started
-            beat("warm-up")
-            if decode_s > SLOW_CALL_S:
-                break
-    if tuning.step_s > LARGE_CALL_S:
-        return decode_s  # kernels are nothing beside such steps
+        run_decoder(requests.vae_decoder, latents)
+        beat("warm-up")
     until = time.monotonic() + WARM_UP_S
-    for rows in (2, 1, *range(4, tuning.rows + 1, 2)):
+    # Kernels for other numbers of rows are nothing beside the steps of a large model.
+    for rows in (2,) if is_large else (2, 1, *range(4, tuning.rows + 1, 2)):
         for requests in components.requests:
             run_unet(requests.unet, components.feeds.of(rows, timestep_per_row=tuning.timestep_per_row))
             beat("warm-up")
         if time.monotonic() > until:
             break
-    return decode_s
 
 
 class _Kept:

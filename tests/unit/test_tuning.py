@@ -1,0 +1,101 @@
+"""What measuring at warm-up costs, and what it chooses."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from ovserve.device.stepwise import compiled, tuning
+from ovserve.device.stepwise.compiled import Components, Layout, run_unet
+from ovserve.device.stepwise.tuning import Tuning, tune
+from ovserve.profile import read_profile
+from tests.pictures import directory_of, settings_of
+
+SD = directory_of("sd")
+
+
+class Counted(Components):
+    """Components on a CPU of four cores that tell which layouts the UNet was compiled for."""
+
+    def cpu_threads(self) -> int:
+        return 4
+
+    def compile_unet(self, layout: Layout) -> list[object]:
+        self.layouts = [*getattr(self, "layouts", []), layout]
+        return super().compile_unet(layout)
+
+
+def read_components(**options: int) -> Counted:
+    settings = settings_of(SD, **({"streams": 0, "threads": 0, "max_batch": 0} | options))
+    components = Counted(read_profile(settings), settings)
+    components.read()
+    return components
+
+
+def tuned(components: Components) -> Tuning:
+    return tune(components, lambda _phase: None)
+
+
+def test_a_large_model_is_compiled_once_and_gets_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "LARGE_CALL_S", 0.0)
+    components = read_components()
+    assert tuned(components).layout == Layout(1, 4)
+    components.compile(Layout(1, 4), lambda _phase: None)
+    assert components.layouts == [Layout(1, 4)]
+
+
+def test_what_lies_between_is_not_tried_where_single_threads_win_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "CLEAR_GAIN", 1e-9)
+    components = read_components()
+    tuned(components)
+    assert components.layouts == [Layout(1, 4), Layout(4, 1)]
+
+
+def test_every_layout_is_tried_where_nothing_wins_clearly_and_single_threads_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tuning, "CLEAR_GAIN", 1e9)
+    components = read_components()
+    assert tuned(components).layout == Layout(4, 1)
+    assert components.layouts == [Layout(1, 4), Layout(4, 1), Layout(2, 2)]
+
+
+def test_when_time_is_up_a_small_model_gets_single_threads_and_short_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "BUDGET_S", 0.0)
+    monkeypatch.setattr(tuning, "MEASURE_S", 60.0)  # which a measurement would take
+    started = time.monotonic()
+    found = tuned(read_components())
+    assert time.monotonic() - started < tuning.MEASURE_S
+    assert found.layout == Layout(4, 1)
+    assert found.rows in tuning.ROW_CHOICES
+
+
+def test_what_is_pinned_is_not_measured_against_anything() -> None:
+    components = read_components(streams=3, threads=1, max_batch=2)
+    found = tuned(components)
+    assert (found.layout, found.rows) == (Layout(3, 1), 4)
+    assert components.layouts == [Layout(3, 1)]
+
+
+def test_a_heavy_unet_is_tried_on_a_quarter_of_the_area(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "HEAVY_UNET_BYTES", 0)
+    monkeypatch.setattr(tuning, "LARGE_CALL_S", 0.0)
+    components = read_components()
+    small, times = components.feeds.quarter()
+    assert times * small.of(1)["sample"].size == components.feeds.of(1)["sample"].size or times == 1
+    found = tuned(components)
+    assert found.splits
+    assert found.timestep_per_row
+
+
+@pytest.mark.parametrize("limit", [0, compiled.EXPORT_LIMIT_BYTES])
+def test_every_slot_computes_the_same_bits(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(compiled, "EXPORT_LIMIT_BYTES", limit)
+    components = read_components()
+    first, *others = components.compile_unet(Layout(3, 1))
+    feed = components.feeds.of(4)
+    expected = run_unet(first, feed)
+    for other in others:
+        np.testing.assert_array_equal(run_unet(other, feed), expected)
