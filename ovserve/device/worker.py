@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelProfile", "create_engine", "main"]
 
-_NICENESS = 5  # the front end answers health checks while the device computes
+_NICENESS = 10  # the front end answers health checks while the device computes
 
 
 def main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: Settings) -> NoReturn:

@@ -193,6 +193,7 @@ class Connection:
         if head is None:
             return False
         self._is_fresh = False
+        self._turn.is_urgent = self._host.api.is_health(head.path)  # whoever asks for it once will ask for it again
         self.in_flight = True
         started = time.perf_counter()
         exchange = HttpExchange(self, head, self._address)

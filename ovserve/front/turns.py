@@ -2,7 +2,7 @@
 
 The interpreter gives its lock away at each system call. With several threads ready, each such call then costs two switches of
 thread, five to ten times in a request. A thread that holds the turn makes its calls undisturbed, and gives the turn away where
-it may have to wait. Whoever came first is next. Taking turns is a courtesy and excludes nobody: a holder that takes too long is
+it may have to wait. Whoever came first is next, but for the urgent: they go first. Taking turns is a courtesy and excludes nobody: a holder that takes too long is
 no longer waited for, so no order of locks and no slow holder can stop the others.
 """
 
@@ -35,7 +35,10 @@ class Turns:
             if self._holder is None:
                 self._holder = turn
                 return True
-            self._waiting.append(turn)
+            if turn.is_urgent:
+                self._waiting.appendleft(turn)
+            else:
+                self._waiting.append(turn)
             return False
 
     def depose(self, turn: Turn) -> bool:
@@ -66,12 +69,14 @@ class Turn:
 
     Attributes:
         gate: locked, but for the moment in which it has become this one's turn.
+        is_urgent: goes to the head of the line; for what is short and has to be prompt.
     """
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
         self.gate = threading.Lock()
         self.gate.acquire()
+        self.is_urgent = False
         self._since = 0.0
 
     def take(self) -> None:

@@ -89,13 +89,15 @@ def test_who_always_has_more_to_do_lets_the_others_in_after_its_slice() -> None:
     assert had.is_set()
 
 
-def test_turns_come_in_the_order_of_asking() -> None:
+@pytest.mark.parametrize(("urgent", "expected"), [(None, [0, 1, 2, 3]), (3, [3, 0, 1, 2])])
+def test_turns_come_in_the_order_of_asking_but_for_the_urgent(urgent: int | None, expected: list[int]) -> None:
     turns, order = Turns(), list[int]()
     first = Turn(turns)
     first.take()
 
     def work(number: int, waiting: threading.Barrier) -> None:
         turn = Turn(turns)
+        turn.is_urgent = number == urgent
         waiting.wait(20)
         turn.take()
         order.append(number)
@@ -112,7 +114,7 @@ def test_turns_come_in_the_order_of_asking() -> None:
     first.give()
     for thread in threads:
         thread.join(20)
-    assert order == [0, 1, 2, 3]
+    assert order == expected
 
 
 def wait_for_a_descriptor(transport: Transport) -> None:
