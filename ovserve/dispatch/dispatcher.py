@@ -12,7 +12,8 @@ Laws of this file:
 - A job moves only through Job.move and Job.settle. `_settle` does the second and counts it, exactly once for each job.
 - What a worker says is checked against what it holds. A worker that answers for a job it does not hold, fills more than it
   announced or sends what is no message is let go of like a dead one; ending its process is the supervisor's work.
-- A job whose worker died goes to another one once, and runs alone there. The second death is its end.
+- A job whose worker died goes to another one once, and runs alone there. The second death is its end. A worker that had not
+  read the job yet died of something else.
 """
 
 from __future__ import annotations
@@ -34,13 +35,7 @@ from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.dispatch.reports import Reports
 from ovserve.dispatch.roster import NOT_READY_RETRY_S, Model, ModelStatus, Worker, largest_picture_bytes
 from ovserve.dispatch.spool import Spool
-from ovserve.errors import (
-    ApiError,
-    DeadlineExceeded,
-    Draining,
-    ModelNotFound,
-    WorkerCrashed,
-)
+from ovserve.errors import ApiError, DeadlineExceeded, Draining, ModelNotFound, WorkerCrashed
 from ovserve.logs import fields
 
 __all__ = ["Dispatcher", "ModelStatus"]
@@ -352,9 +347,11 @@ class Dispatcher:
         with self._lock:
             worker.model.workers.remove(worker)
         lost = [ticket for ticket in worker.held.values() if not ticket.job.is_settled]
-        link.jobs_lost, link.lost_second_try = len(lost), any(ticket.is_alone for ticket in lost)
+        read_bytes = link.read_bytes
+        was_read = [ticket for ticket in lost if ticket.given_at < read_bytes]
+        link.jobs_lost, link.lost_second_try = len(was_read), any(ticket.is_alone for ticket in was_read)
         for ticket in lost:
-            self._give_back(worker, ticket, why)
+            self._give_back(worker, ticket, why, was_read=ticket in was_read)
         worker.held.clear()
         with self._lock:
             self._forget_locked(worker.model)
@@ -363,23 +360,24 @@ class Dispatcher:
         if self.on_change:
             self.on_change()
 
-    def _give_back(self, worker: Worker, ticket: Ticket, why: str) -> None:
+    def _give_back(self, worker: Worker, ticket: Ticket, why: str, *, was_read: bool) -> None:
+        """Let another worker have the job. One that was not even read has no part in the death."""
         job, link = ticket.job, worker.link
-        ticket.deaths += 1
+        ticket.deaths += was_read
         ticket.announced.clear()
-        if ticket.deaths > 1:
+        if was_read and ticket.deaths > 1:
             log.error("second worker died with a job", extra=fields(job=job.id, worker=link.name, why=why))
             error = WorkerCrashed("two workers died with this request; it is not tried again")
             self._settle(job, State.FAILED, error)
             return
-        log.warning("worker died with a job, once more", extra=fields(job=job.id, worker=link.name, why=why))
+        if was_read:
+            log.warning("worker died with a job, once more", extra=fields(job=job.id, worker=link.name, why=why))
         job.drop_results()
         with self._lock:
-            failure = worker.model.failure
-            if job.move(State.QUEUED):
+            if worker.model.failure:
+                self._settle_locked(job, State.FAILED, worker.model.failed_error(self._settings.failed_retry_s))
+            elif job.move(State.QUEUED):
                 worker.model.queue.push_front(ticket)
-        if failure:
-            self.fail_model(worker.model.name, failure)
 
     def _send(self, worker: Worker, message: Message) -> None:
         try:
@@ -424,6 +422,7 @@ class Dispatcher:
                 worker.held[job.id] = ticket
             job.attempts += 1
             job.timings.dispatched_at = time.monotonic()
+            ticket.given_at = worker.link.given_bytes
             self._send(worker, Run(job.id, ticket.request, job.deadline.remaining(), alone=ticket.is_alone))
 
     def _expire(self) -> None:
@@ -462,10 +461,12 @@ class Dispatcher:
             self._send(worker, Cancel(ticket.job.id))
 
     def _drop_stuck(self) -> None:
-        """Let go of workers that keep a place taken with jobs that nobody wants."""
+        """Let go of workers that keep a place taken with jobs that nobody wants, or hear nothing."""
         for worker in list(self._workers.values()):
             if worker.is_stuck(self._settings.hang_limit_s):
                 self._lose(worker, "it holds on to cancelled jobs", is_broken=True)
+            elif worker.link.is_clogged:
+                self._lose(worker, "it does not read its commands", is_broken=True)
 
     # --- reports from workers -----------------------------------------------------------------------------------------
 

@@ -16,8 +16,11 @@ Laws of this file:
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
+import sys
+import termios
 import threading
 import time
 from collections import deque
@@ -31,28 +34,10 @@ from ovserve.dispatch.spool import Blob
 from ovserve.errors import OvserveError
 
 __all__ = [
-    "MAX_CAPACITY",
-    "MESSAGE_BYTES",
-    "Beat",
-    "Cancel",
-    "Done",
-    "Failed",
-    "ImageRequest",
-    "Link",
-    "LinkClosed",
-    "LinkGarbage",
-    "Message",
-    "Need",
-    "Picture",
-    "Prepared",
-    "Progress",
-    "Ready",
-    "Room",
-    "Run",
-    "Stop",
-    "WorkerEnd",
+    "MAX_CAPACITY", "MESSAGE_BYTES", "Beat", "Cancel", "Done", "Failed", "ImageRequest", "Link", "LinkClosed",
+    "LinkGarbage", "Message", "Need", "Picture", "Prepared", "Progress", "Ready", "Room", "Run", "Stop", "WorkerEnd",
     "open_link",
-]
+]  # fmt: skip
 
 MESSAGE_BYTES = 4096  # PIPE_BUF on Linux: a write up to this size is atomic
 MAX_CAPACITY = 1024  # jobs one worker may ask for; more is a worker that counts wrongly
@@ -405,7 +390,7 @@ class Link:
         self.lost = ""  # why the dispatcher has let go of it; its process has to end
         self.is_retired = False  # it gets no more jobs
         self.is_broken = False  # let go of for what it said, not because it was gone
-        self.jobs_lost = 0  # jobs it held then that nobody had settled
+        self.jobs_lost = 0  # jobs it had read then that nobody had settled
         self.lost_second_try = False  # one of those had cost a worker before
         self.phase = "spawn"
         self.beat_at = time.monotonic()
@@ -415,6 +400,7 @@ class Link:
         self._reports = reports
         self._lines = _Lines()
         self._outbox: deque[bytes] = deque()
+        self.given_bytes = 0  # of commands, those in the outbox included
         os.set_blocking(commands.fileno(), False)
         os.set_blocking(reports.fileno(), False)
 
@@ -436,11 +422,24 @@ class Link:
         """Whether commands wait for the worker to read."""
         return bool(self._outbox)
 
+    @property
+    def is_clogged(self) -> bool:
+        """Whether so many commands wait that no more are taken: the worker has not read for far too long."""
+        return len(self._outbox) >= _OUTBOX_LIMIT
+
+    @property
+    def read_bytes(self) -> int:
+        """How many of `given_bytes` the worker has taken; a pipe tells (pipe(7), FIONREAD) after the reader's death too."""
+        left = fcntl.ioctl(self._commands.fileno(), termios.FIONREAD, bytes(4))
+        return self.given_bytes - sum(map(len, self._outbox)) - int.from_bytes(left, sys.byteorder)
+
     def send(self, message: Message) -> None:
         """Give the worker a command, now or as soon as it reads. Raises LinkClosed."""
-        if len(self._outbox) >= _OUTBOX_LIMIT:
+        if self.is_clogged:
             raise LinkClosed("the worker has not read its commands for too long")
-        self._outbox.append(encode(message))
+        line = encode(message)
+        self._outbox.append(line)
+        self.given_bytes += len(line)
         self.flush()
 
     def flush(self) -> None:

@@ -30,7 +30,8 @@ class Ticket:
 
     Attributes:
         request: path of the segment with the ImageRequest.
-        deaths: workers that died with it.
+        deaths: workers that died with it, having read it.
+        given_at: where its Run begins among the bytes given to the worker that has it now.
         announced: the segments made for the worker that has it now, by (picture, partial).
         posted: which (picture, partial) the handler has been told of, over all workers: each is told once.
         cancelled_at: when its worker was told to stop it, a monotonic instant; 0: it was not.
@@ -39,6 +40,7 @@ class Ticket:
     job: Job
     request: str
     deaths: int = 0
+    given_at: int = 0
     announced: dict[tuple[int, int], Segment] = field(default_factory=dict)
     posted: set[tuple[int, int]] = field(default_factory=set)
     cancelled_at: float = 0.0

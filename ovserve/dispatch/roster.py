@@ -122,7 +122,10 @@ class Model:
         open_workers = [worker for worker in self.workers if worker.has_room]
         if not open_workers:
             return None
-        if self.queue.first_given_back() is not None:
+        first = self.queue.first_given_back()
+        if first is not None and not first.is_alone:
+            return min(open_workers, key=_load), self.queue.pop_given_back()
+        if first is not None:
             able = [worker for worker in self.workers if worker.capacity]
             emptiest = min(able, key=lambda worker: len(worker.held))
             if not emptiest.held:

@@ -111,12 +111,12 @@ class Supervisor:
         """Wait until a model has a worker that has worked; False when every model has failed, or at the deadline."""
 
         def is_decided() -> bool:
-            fleets = self._fleets.values()
+            fleets = list(self._fleets.values())  # a reload may come in between
             return any(fleet.ready_places for fleet in fleets) or all(fleet.failure for fleet in fleets)
 
         with self._changed:
             self._changed.wait_for(is_decided, timeout=deadline.remaining())
-            return any(fleet.ready_places for fleet in self._fleets.values())
+            return any(fleet.ready_places for fleet in list(self._fleets.values()))
 
     def status(self) -> dict[str, ModelStatus]:
         """How each model stands, by name."""
