@@ -4,7 +4,9 @@
     python benchmarks/bench_server.py --clients 1 8 64 --rounds 5 --save
 
 Each server does the same work in a process of its own: a POST of a multipart edit with a 64 kB image on a persistent connection,
-the image's CRC-32 (the toy engine), a JSON reply of 1.4 kB. Every reply is checked. The servers take turns in short slices, and
+the image's CRC-32 (the toy engine), a JSON reply of 1.4 kB. Every reply is checked. `ovserve+worker` is the whole server: routes,
+validation, dispatcher, and a worker process in which the toy engine runs; the others compute in the thread or task of the
+request. The servers take turns in short slices, and
 throughputs are compared slice by slice, so that what disturbs the machine disturbs all of them; besides the clock, the CPU time
 of the server process is counted, which other work on the machine moves less.
 
@@ -42,7 +44,9 @@ PATH = "/v1/images/edits"
 IMAGE_BYTES = 64 * 1024
 PICTURE = base64.b64encode(bytes(range(256)) * 4).decode()
 BOUNDARY = "4f1c7d2e9a6b48d3b0c5e8f7a1d2c3b4"
-STOP_TIMEOUT_S = 10.0
+# What a server reads of a picture before a worker does: 64 by 64 pixels.
+PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0@\0\0\0@\x08\2\0\0\0%\x0b\xe6\x89\0\0\xff\0IDAT"
+STOP_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 30.0
 WARM_UP_S = 0.5
 
@@ -153,18 +157,29 @@ def serve_stdlib() -> None:
 
 
 SERVERS: dict[str, Callable[[], None]] = {"ovserve": serve_ovserve, "fastapi": serve_fastapi, "stdlib": serve_stdlib}
+# The whole server, with a toy in the place of the model; the toy takes any number of jobs at once.
+WHOLE = "ovserve+worker"
+WHOLE_COMMAND = [sys.executable, "-m", "tests.toyserver", "--port", "0", "--plugin_config", '{"capacity": 64}']
+
+
+NAMES = ["ovserve", WHOLE, "fastapi", "stdlib"]
 
 
 @contextlib.contextmanager
 def running(name: str) -> Iterator[tuple[int, int]]:
     """A server in a fresh process: its port and its process id."""
-    command = [sys.executable, __file__, "--serve", name]
+    command = WHOLE_COMMAND if name == WHOLE else [sys.executable, __file__, "--serve", name]
     server = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=Path(__file__).resolve().parents[1],
     )
     try:
         assert server.stdout
-        yield int(server.stdout.readline()), server.pid
+        yield int(server.stdout.readline().rpartition(":")[2]), server.pid
     finally:
         server.terminate()
         server.communicate(timeout=STOP_TIMEOUT_S)
@@ -175,7 +190,7 @@ def running(name: str) -> Iterator[tuple[int, int]]:
 
 def request_bytes(image: bytes) -> bytes:
     """One edit as the official Python client sends it."""
-    fields = {"prompt": "a red cube on a table", "n": "1", "size": "256x256"}
+    fields = {"prompt": "crc", "n": "1", "size": "256x256"}
     body = b"".join(
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
         for name, value in fields.items()
@@ -196,7 +211,7 @@ def request_bytes(image: bytes) -> bytes:
 class Client:
     """One connection of a closed loop: it sends when it has its answer."""
 
-    def __init__(self, port: int, request: bytes, expected: bytes) -> None:
+    def __init__(self, port: int, request: bytes, expected: Sequence[bytes]) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), ANSWER_TIMEOUT_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
@@ -231,16 +246,18 @@ class Client:
         length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
         if len(content) < length:
             return False
-        if not head.startswith(b"HTTP/1.1 200") or self._expected not in content:
+        if not head.startswith(b"HTTP/1.1 200") or not any(known in content for known in self._expected):
             raise RuntimeError(f"wrong answer: {self._answer[:500]!r}")
         return True
 
 
 def load(port: int, clients: int, seconds: float) -> list[float]:
     """The latency in seconds of each request of a closed loop with so many clients, that was answered in the given time."""
-    image = random.Random(1).randbytes(IMAGE_BYTES)
-    request, crc = request_bytes(image), str(zlib.crc32(image)).encode()
-    connections = {client.socket.fileno(): client for client in (Client(port, request, crc) for _ in range(clients))}
+    image = PNG_HEAD + random.Random(1).randbytes(IMAGE_BYTES - len(PNG_HEAD))
+    request, crc = request_bytes(image), zlib.crc32(image)
+    # As a number, or as the last bytes of the picture that the toy worker makes.
+    expected = [b"%d," % crc, base64.b64encode(crc.to_bytes(4, "big"))]
+    connections = {one.socket.fileno(): one for one in (Client(port, request, expected) for _ in range(clients))}
     poll = select.epoll()
     end = time.perf_counter() + seconds
     for client in connections.values():
@@ -295,14 +312,16 @@ def measure_round(result: Result, servers: Sequence[str], clients: Sequence[int]
 
 
 def compare(result: Result, servers: Sequence[str], clients: Sequence[int]) -> str:
-    """Throughput of the first server over each other's, slice by slice, and the CPU time of its requests over theirs."""
+    """Throughput of ours over each other's, slice by slice, and the CPU time of the front end's process over theirs."""
     lines = []
-    for number, server in itertools.product(clients, servers[1:]):
-        ours, theirs = (result.find("throughput", server=name, clients=number).values for name in (servers[0], server))
-        pairs = [one / other for one, other in zip(ours, theirs, strict=True) if other]
-        ours, theirs = (result.find("cpu", server=name, clients=number).values for name in (servers[0], server))
+    for number, server, other in itertools.product(clients, servers, servers):
+        if not server.startswith("ovserve") or other.startswith("ovserve"):
+            continue
+        ours, theirs = (result.find("throughput", server=name, clients=number).values for name in (server, other))
+        pairs = [one / two for one, two in zip(ours, theirs, strict=True) if two]
+        ours, theirs = (result.find("cpu", server=name, clients=number).values for name in (server, other))
         lines.append(
-            f"{servers[0]} / {server}, {number} clients: throughput {estimate(pairs)}, CPU of a request {ratio(ours, theirs)}"
+            f"{server} / {other}, {number} clients: throughput {estimate(pairs)}, CPU of a request {ratio(ours, theirs)}"
         )
     return "\n".join(lines)
 
@@ -311,7 +330,7 @@ def main() -> None:
     """Measure, print, and save when asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", choices=SERVERS, help=argparse.SUPPRESS)
-    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
+    parser.add_argument("--servers", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=0.5, help="of one slice of load")
     parser.add_argument("--slices", type=int, default=8, help="of each server and number of clients, in one round")

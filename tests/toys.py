@@ -3,6 +3,7 @@
 prompt              what the worker does
 ------------------  ------------------------------------------------------------------------------------------------------
 echo TEXT           gives each picture the bytes `echo TEXT|seed`, or the first image's bytes where there is one
+crc                 gives a picture of 1024 bytes, the last four of them the CRC-32 of the first image
 sleep S             the same after S seconds, stopping when cancelled
 steps N S           the same after N steps of S seconds with a Progress for each, stopping when cancelled
 previews N          a Partial for each of N previews, then the result
@@ -38,6 +39,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from zlib import crc32
 
 from ovserve.config import ModelSettings, Resolution, Settings
 from ovserve.dispatch.ipc import (
@@ -137,7 +139,7 @@ class _ToyJob:
         for picture in range(self.request.n):
             if self.request.images:
                 with open_blob(self.request.images[0]) as view:
-                    data = bytes(view)
+                    data = bytes(1020) + crc32(view).to_bytes(4, "big") if self.request.prompt == "crc" else bytes(view)
             else:
                 data = f"{self.request.prompt}|{self.request.seed + picture}".encode()
             self.deliver(picture, data)
