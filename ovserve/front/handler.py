@@ -35,7 +35,7 @@ from ovserve.front.forms.spooled import SpooledForm
 from ovserve.front.http1.events import encode_event
 from ovserve.front.http1.head import METHODS, Head, HeadParser
 from ovserve.front.http1.response import CONTINUE, JSON_TYPE, NO_CONTENT, Responses, error_content, error_fields
-from ovserve.front.request import Request, new_request_id
+from ovserve.front.request import Request, failed, new_request_id
 from ovserve.front.transport import Transport
 from ovserve.front.turns import Turn, Turns
 from ovserve.logs import fields
@@ -399,7 +399,7 @@ def _error_event(error: ApiError) -> bytes:
 def _unexpected(exchange: HttpExchange, error: Exception) -> InternalError:
     """Put a bug's traceback into the log; what the client is told of it."""
     log.error("unexpected error", extra=fields(id=exchange.id), exc_info=error)
-    return InternalError(f"The server failed on this request. Its log tells why, under {exchange.id}.")
+    return failed(exchange.id)
 
 
 def _log_access(exchange: HttpExchange, sent: int, started: float) -> None:

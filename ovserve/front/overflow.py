@@ -21,11 +21,11 @@ from typing import NoReturn
 
 from ovserve.api.exchange import Form, JsonReply, StreamReply
 from ovserve.deadline import Deadline
-from ovserve.errors import ApiError, ClientGone, InternalError, TooManyConnections
+from ovserve.errors import ApiError, ClientGone, TooManyConnections
 from ovserve.front.handler import Host
 from ovserve.front.http1.head import Head, HeadParser
 from ovserve.front.http1.response import JSON_TYPE
-from ovserve.front.request import Request, new_request_id
+from ovserve.front.request import Request, failed, new_request_id
 from ovserve.logs import fields
 
 __all__ = ["Overflow", "too_many"]
@@ -186,9 +186,7 @@ class Overflow:
             raise
         except Exception as error:
             log.exception("unexpected error", extra=fields(id=exchange.id))
-            raise InternalError(
-                f"The server failed on this request. Its log tells why, under {exchange.id}."
-            ) from error
+            raise failed(exchange.id) from error
         if isinstance(reply, StreamReply):
             reply.events.close()
             raise too_many()

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from functools import cached_property
 from urllib.parse import parse_qsl
 
+from ovserve.errors import InternalError
 from ovserve.front.http1.head import Head
 
-__all__ = ["Request", "new_request_id"]
+__all__ = ["Request", "failed", "new_request_id"]
 
 FINGERPRINT_CHARS = 16
 _short_printable = re.compile(r"[!-~]{1,64}")
@@ -65,3 +66,8 @@ class Request:
     def header(self, name: str) -> str | None:
         """A request field by its lower-case name."""
         return self.head.fields.get(name)
+
+
+def failed(request_id: str) -> InternalError:
+    """What a client is told of a bug, whose traceback stands in the log."""
+    return InternalError(f"The server failed on this request. Its log tells why, under {request_id}.")

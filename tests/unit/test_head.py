@@ -258,3 +258,12 @@ def test_hostile_heads_by_the_byte_take_linear_time(data: bytes) -> None:
     started = time.process_time()
     outcome(data, list(range(0, len(data), 16)), limits)
     assert time.process_time() - started < 5.0  # a quadratic reading takes minutes
+
+
+@pytest.mark.parametrize("target", ["/", "/x", "/x?", "/x?a=b", "/x?a?b", "/%41?%42"])
+def test_the_target_stays_as_it_came(target: str) -> None:
+    data = f"GET {target} HTTP/1.1\r\nHost: a.test\r\n".encode()
+    for end in (b"\r\n", b"X: 1 \r\n\r\n"):  # the quick way, and the careful one
+        head = HeadParser(Settings()).parse(data + end)
+        assert head is not None
+        assert head.target == target

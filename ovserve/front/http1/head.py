@@ -133,7 +133,7 @@ class HeadParser:
         if len(fields) != len(found):
             return None
         method, path, query, minor = line.groups("")
-        target = f"{path}?{query}" if query else path
+        target = text[line.start(2) : line.end() - len(" HTTP/1.1\r\n")]
         return _conclude((method, target, path, query, minor), fields, len(text) + 2)
 
     def _read_lines(self, data: bytes) -> Head | None:
