@@ -34,7 +34,8 @@ __all__ = ["Server"]
 
 SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 POLL_S = 0.1  # how often the main thread looks up between signals while something is under way
-LAST_ANSWERS_S = 1.0  # for answers to jobs that the grace did not suffice for
+REFUSING_POLL_S = 0.01  # once no job is left: between two refusals of a busy server the moment to end is short
+LAST_ANSWERS_S = 1.0  # for answers that are on their way when the server stops to listen
 STOP_TIMEOUT_S = 10.0  # for processes to end once nothing is in flight
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,10 @@ class Server:
             statuses = self._supervisor.status().values()
             if statuses and all(status.failed for status in statuses):
                 raise ModelError("; ".join(f"model {status.name}: {status.reason}" for status in statuses))
-            if _next_signal(POLL_S) in (signal.SIGTERM, signal.SIGINT):
+            number = _next_signal(POLL_S)
+            if number == signal.SIGHUP:
+                self._obey_reload()
+            elif number:
                 return False
         return True
 
@@ -113,12 +117,16 @@ class Server:
                     "draining", extra=fields(signal=signal.Signals(number).name, grace_s=self._settings.grace_period_s)
                 )
                 return
-            try:
-                self.reload()
-            except StartupError as error:
-                log.error("not reloaded: %s", error)  # noqa: TRY400 - the message says all there is
-            except Exception:  # a bug in reading the configuration must not end a server that runs
-                log.exception("not reloaded")
+            self._obey_reload()
+
+    def _obey_reload(self) -> None:
+        """Reload as told by a signal: nobody is there to hear of a failure but the log."""
+        try:
+            self.reload()
+        except StartupError as error:
+            log.error("not reloaded: %s", error)  # noqa: TRY400 - the message says all there is
+        except Exception:  # a bug in reading the configuration must not end a server that runs
+            log.exception("not reloaded")
 
     def reload(self) -> None:
         """Read the configuration again; new workers take over when they are ready. Thread-safe: yes, one at a time.
@@ -160,7 +168,8 @@ class Server:
         self._dispatcher.drain()
         grace = Deadline.after(self._settings.grace_period_s)
         while self._listener.active_exchanges and not grace.is_expired():
-            if _next_signal(POLL_S) in (signal.SIGTERM, signal.SIGINT):
+            poll_s = POLL_S if self._dispatcher.in_flight() else REFUSING_POLL_S
+            if _next_signal(poll_s) in (signal.SIGTERM, signal.SIGINT):
                 log.warning("second signal: ending now", extra=fields(in_flight=self._listener.active_exchanges))
                 self._supervisor.stop(Deadline.after(0))
                 self._spool.close()
@@ -171,7 +180,7 @@ class Server:
         self._dispatcher.drain()
         self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S if not self._listener.active_exchanges else 0))
         self._dispatcher.close()
-        self._listener.stop(LAST_ANSWERS_S if self._listener.active_exchanges else 0)
+        self._listener.stop(LAST_ANSWERS_S)  # also for requests that came after the last look at what is active
         self._spool.close()
         sys.stdout.flush()
         left = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]

@@ -71,8 +71,11 @@ class Reports:
 
     def apply(self, worker: Worker, message: Message) -> None:
         """One report. Raises LinkGarbage when it does not fit what the worker holds."""
-        if isinstance(message, Beat):
-            return  # noted on the link
+        if isinstance(message, Beat):  # noted on the link
+            if worker.link.ready is None and message.phase != worker.told_phase:
+                worker.told_phase = message.phase
+                log.debug("worker on its way", extra=fields(worker=worker.link.name, phase=message.phase))
+            return
         if isinstance(message, Ready):
             self._on_ready(worker)
             return

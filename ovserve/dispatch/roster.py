@@ -61,6 +61,7 @@ class Worker:
     held: dict[str, Ticket] = field(default_factory=dict)
     ended: dict[str, bool] = field(default_factory=dict)  # newest last; whether each has failed
     watches_writes: bool = False
+    told_phase: str = ""  # the last one in the log
 
     @property
     def capacity(self) -> int:

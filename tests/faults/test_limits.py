@@ -120,6 +120,17 @@ def test_reload_changes_what_a_model_takes_when_its_new_workers_serve_and_never_
         assert steps_taken() == [12]
 
 
+def test_reload_that_is_told_while_the_model_loads_is_done(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    table = "[[model]]\nplugin_config = '{}'"
+    config.write_text(table.format(json.dumps({"load": "hang"})))
+    with FaultServer(tmp_path / "spool", "--config", str(config), wait_ready=False) as live:
+        live.until(lambda: bool(live.workers()))
+        config.write_text(table.format("{}"))
+        live.signal(signal.SIGHUP)
+        live.await_ready()
+
+
 def test_worker_that_takes_too_much_memory_costs_one_job(tmp_path: Path) -> None:
     limit = str(300 << 20)
     with FaultServer(tmp_path, "--memory_limit_bytes", limit, "--replicas", "2") as server, server.client() as client:

@@ -119,13 +119,19 @@ def test_short_chaos(live: FaultServer, client: httpx.Client, data: Path) -> Non
     assert found.statuses[200] >= 1
 
 
-def test_killed_while_loading_and_stopped_under_load(tmp_path: Path, data: Path) -> None:
-    with FaultServer(tmp_path, real=True, wait_ready=False) as server:
-        server.until(lambda: len(server.workers()) == 1)
+def test_killed_while_loading_then_while_warming_up_and_stopped_under_load(tmp_path: Path, data: Path) -> None:
+    with FaultServer(tmp_path, "--log_level", "debug", real=True, wait_ready=False) as server:
+        server.until(lambda: bool(server.logged("worker on its way", "/0#0", "phase=load")))
         first = server.kill_worker()
-        server.until(lambda: bool(server.logged("worker started", "#1")))
+        server.until(lambda: bool(server.logged("worker on its way", "/0#1", "phase=warm-up")))
+        second = server.kill_worker()
         server.await_ready()
         assert gone(first)
+        assert gone(second)
+        died = server.logged("worker died", "SIGKILL")
+        assert [f"pid={pid} " in line for pid, line in zip((first, second), died, strict=True)] == [True, True]
+        [ready] = server.logged("worker ready")
+        assert "/0#2" in ready  # neither of the killed had come so far
         with server.client(timeout_s=120) as client:
             replies: list[httpx.Response] = []
             threads = [edit_in_a_thread(client, data, replies, num_inference_steps=LONG) for _ in range(5)]

@@ -51,12 +51,12 @@ def test_no_accepted_request_is_lost_at_a_stop(tmp_path: Path, number: int, roun
         workers = server.workers()
         outcomes = under_load(server, random.Random(round_number).random() * 0.3, number)
         assert server.wait() == 0
-    # 503: told that the server is going down. Refused: it no longer listens. Reset: still with the kernel when it stopped to
-    # listen. What was begun is in the log, and its client has the answer.
+    # 503: told that the server is going down. Refused: it no longer listens. Reset: its request was not read when the server
+    # stopped to listen. What was read is in the log, and its client has the answer that stands there.
     assert set(outcomes) <= {200, 503, "refused", "reset"}, outcomes
     statuses = [line.split("POST /v3/images/generations ")[1].split()[0] for line in server.logged("POST /v3/")]
-    assert statuses.count("200") == outcomes.count(200)
-    assert set(statuses) <= {"200", "503", "499"}
+    assert sorted(statuses) == sorted(str(outcome) for outcome in outcomes if isinstance(outcome, int))
+    assert not server.logged("connections cut")
     assert all(gone(pid) for pid in workers)
     assert list(tmp_path.iterdir()) == []
 
