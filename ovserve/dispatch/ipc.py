@@ -88,6 +88,7 @@ class ImageRequest:
     metadata: bool = True  # write seed and settings into the file
     partial_images: int = 0
     progress: bool = False  # send Progress for each step
+    preferred_scheduler: str = ""  # a `quality` preset's, where `scheduler` is empty and the engine has it
     shortcuts: str = ""  # empty: exact; else the engine shortcuts a `quality` preset asked for
 
     def to_json(self) -> bytes:
@@ -390,6 +391,7 @@ class Link:
         self.lost = ""  # why the dispatcher has let go of it; its process has to end
         self.is_retired = False  # it gets no more jobs
         self.is_broken = False  # let go of for what it said, not because it was gone
+        self.is_clogged = False  # a command found no place, for the worker has not read for far too long
         self.jobs_lost = 0  # jobs it had read then that nobody had settled
         self.lost_second_try = False  # one of those had cost a worker before
         self.phase = "spawn"
@@ -423,11 +425,6 @@ class Link:
         return bool(self._outbox)
 
     @property
-    def is_clogged(self) -> bool:
-        """Whether so many commands wait that no more are taken: the worker has not read for far too long."""
-        return len(self._outbox) >= _OUTBOX_LIMIT
-
-    @property
     def read_bytes(self) -> int:
         """How many of `given_bytes` the worker has taken; a pipe tells (pipe(7), FIONREAD) after the reader's death too."""
         left = fcntl.ioctl(self._commands.fileno(), termios.FIONREAD, bytes(4))
@@ -435,7 +432,8 @@ class Link:
 
     def send(self, message: Message) -> None:
         """Give the worker a command, now or as soon as it reads. Raises LinkClosed."""
-        if self.is_clogged:
+        if len(self._outbox) >= _OUTBOX_LIMIT:
+            self.is_clogged = True
             raise LinkClosed("the worker has not read its commands for too long")
         line = encode(message)
         self._outbox.append(line)

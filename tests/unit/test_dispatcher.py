@@ -907,6 +907,18 @@ def test_worker_that_does_not_read_stops_nobody_else(house: House) -> None:
     house.until(lambda: not stopped.link.has_backlog)
 
 
+def test_worker_that_asks_without_ever_reading_is_let_go_of(house: House) -> None:
+    deaf = house.worker(capacity=2, reads=False)
+    asked, waiting = house.admit(n=8000), house.admit()
+    house.until(lambda: house.dispatcher.status("toy").running == 2)
+    house.dispatcher.cancel(asked)
+    with contextlib.suppress(LinkClosed):
+        deaf.say(*(Need(asked.id, picture, 1) for picture in range(8000)))
+    house.until(lambda: bool(deaf.link.lost))
+    assert (deaf.link.lost, deaf.link.is_broken) == ("it does not read its commands", True)
+    assert house.worker().serve() == waiting.id
+
+
 class OddJob(Job):
     """A job that the first of what is told about it breaks."""
 
