@@ -108,6 +108,8 @@ _FAMILIES: dict[str, tuple[str, Defaults]] = {
 _T5: dict[str, tuple[str, int]] = {"sd3": ("text_encoder_3", 256), "flux": ("text_encoder_2", 512)}
 
 
+PRESETS = ("low", "medium", "high")
+PRESET_KEYS = ("num_inference_steps", "guidance_scale", "scheduler", "shortcuts")
 INPAINTING_CHANNELS = 9  # latents, mask, and the masked image's latents
 _FLOW_MATCHING = Scheduling("FlowMatchEulerDiscrete", 1000, "linspace", 50)
 
@@ -225,6 +227,10 @@ def _presets(declared: dict[str, dict[str, Any]], settings: ModelSettings) -> di
     """The directory's presets within the operator's limits; where the operator sets a default, `high` is that default."""
     presets = {}
     for name, fields in declared.items():
+        if name not in PRESETS:
+            raise ValueError(f"ovserve.json: presets: {name!r} is none of {', '.join(PRESETS)}")
+        if unknown := sorted(fields.keys() - PRESET_KEYS):
+            raise ValueError(f"ovserve.json: presets: {name}: {unknown[0]!r} is none of {', '.join(PRESET_KEYS)}")
         preset = dict(fields)
         if name == "high" and settings.default_num_inference_steps is not None:
             preset.pop("num_inference_steps", None)

@@ -464,3 +464,15 @@ def test_the_seam_is_worked_out_once_and_not_for_each_picture(blob: Lay, monkeyp
     assert not row[:256].any()
     assert (row[290:] == 200).all()
     assert 0 < row[256] < row[270] < row[286] < 200
+
+
+@pytest.mark.parametrize(
+    ("asked", "preferred", "taken"),
+    [("", "lcm", "lcm"), ("ddim", "lcm", "ddim"), ("", "dpmpp_2m", ""), ("", "", "")],
+)
+def test_a_preferred_scheduler_is_taken_where_the_engine_has_it_and_none_is_asked_for(
+    asked: str, preferred: str, taken: str
+) -> None:
+    made = edit(scheduler=asked, preferred_scheduler=preferred)
+    assert made.work("job", 0).scheduler == taken
+    assert made.sampler == (taken or PROFILE.scheduling.name)

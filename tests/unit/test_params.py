@@ -350,6 +350,13 @@ def test_quality_presets_set_the_steps_and_explicit_fields_win() -> None:
     assert edit(("quality", "standard")).quality == "medium"
 
 
+def test_quality_below_high_prefers_a_quicker_way_and_high_is_exact() -> None:
+    low, high = edit(("quality", "low")).request, edit().request
+    assert (low.scheduler, low.preferred_scheduler, low.shortcuts) == ("", "dpmpp_2m", "guidance_until=0.6")
+    assert (high.preferred_scheduler, high.shortcuts) == ("", "")
+    assert edit(("quality", "low"), ("scheduler", "ddim")).request.scheduler == "ddim"
+
+
 def test_high_fidelity_keeps_more_of_the_image() -> None:
     strength = edit(("input_fidelity", "high")).request.strength
     assert strength is not None

@@ -153,7 +153,15 @@ def test_strengths_without_an_option_stay_within_the_limits() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"sizes": {"native": "128"}}', '{"sizes": []}', '{"defaults": 1}', '{"presets": {"low": 1}}']
+    "text",
+    [
+        '{"sizes": {"native": "128"}}',
+        '{"sizes": []}',
+        '{"defaults": 1}',
+        '{"presets": {"low": 1}}',
+        '{"presets": {"lowest": {}}}',
+        '{"presets": {"low": {"steps": 4}}}',
+    ],
 )
 def test_a_wrong_value_in_ovserve_json_is_told(directory: Path, text: str) -> None:
     (directory / "ovserve.json").write_text(text)

@@ -9,7 +9,7 @@ Runs in: worker; `prepare` in the prepare thread, `assemble` and `encode` in the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -188,6 +188,8 @@ def prepare(
             f"scheduler: {request.scheduler!r} is not served by this model; expected one of {', '.join(sorted(engine.schedulers))}",
             param="scheduler",
         )
+    if not request.scheduler and request.preferred_scheduler in engine.schedulers:
+        request = replace(request, scheduler=request.preferred_scheduler)
     prompt, text_tokens = _read_prompt(request, profile, engine)
     limits = Limits(settings.max_image_pixels, settings.max_image_side_px)
     source, mask = _read_images(request, limits)
