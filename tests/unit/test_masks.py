@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from ovserve.config import Resolution
 from ovserve.device.pixels.images import Pixels
-from ovserve.device.pixels.masks import Seam, check_selects, feather, holes, match_mask, pool, read_mask
+from ovserve.device.pixels.masks import RINGS_LIMIT_PX, Seam, check_selects, feather, holes, match_mask, pool, read_mask
 from ovserve.errors import InvalidValue
 
 NOISE = np.random.default_rng(11)
@@ -147,6 +149,48 @@ def test_the_feather_never_leaves_the_mask_and_never_empties_it(seed: int, blur:
     mask = np.where(np.random.default_rng(seed).random((20, 24)) < 0.7, 255, 0).astype(np.uint8)
     weight = feather(mask, blur)
     assert np.array_equal(weight > 0, mask > 0)
+
+
+def rings(mask: Pixels, blur_px: int) -> np.ndarray:
+    """The definition of a seam: one erosion after the other, with and without diagonals in turn, and what is left of each."""
+    inside = mask > 0
+    weight = inside.astype(np.uint16)
+    for ring in range(blur_px):
+        padded = np.pad(inside, 1, mode="edge")
+        height, width = inside.shape
+        for down in range(3):
+            for right in range(3):
+                if ring % 2 or 1 in (down, right):
+                    inside = inside & padded[down : down + height, right : right + width]
+        weight += inside
+    return weight
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 48), st.integers(1, 48), st.sampled_from([0, 1, 3, 40, 400]), st.data()
+)
+def test_a_seam_of_any_width_has_the_weights_of_its_rings(
+    seed: int, height: int, width: int, kept: int, data: st.DataObject
+) -> None:
+    noise = np.random.default_rng(seed)
+    mask = np.full((height, width), 255, np.uint8)
+    mask[noise.integers(0, height, kept), noise.integers(0, width, kept)] = 0
+    blur = data.draw(st.one_of(st.integers(0, 64), st.just(RINGS_LIMIT_PX), st.just(RINGS_LIMIT_PX + 1)))
+    found = feather(mask, blur)
+    assert found.dtype == np.uint16
+    np.testing.assert_array_equal(found, rings(mask, blur))
+
+
+def test_a_wide_seam_of_a_large_mask_takes_no_longer_than_a_narrower_one() -> None:
+    mask = np.full((1024, 1024), 255, np.uint8)
+    mask[:, :3] = 0
+
+    def seconds(blur_px: int) -> float:
+        began = time.process_time()
+        feather(mask, blur_px)
+        return time.process_time() - began
+
+    assert min(seconds(256) for _ in range(3)) < 3 * min(seconds(40) for _ in range(3))
 
 
 def test_the_feather_grows_from_the_seam_inwards() -> None:

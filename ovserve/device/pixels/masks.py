@@ -17,6 +17,7 @@ from ovserve.errors import InvalidValue
 
 __all__ = ["Seam", "check_selects", "feather", "holes", "match_mask", "pool", "read_mask"]
 
+RINGS_LIMIT_PX = 32  # up to this width of a seam an erosion for each ring is the quicker way (measured)
 STRIP_ROWS = 256  # of a picture are blended at a time: its working numbers take many times its bytes
 
 
@@ -88,6 +89,8 @@ def feather(mask: Pixels, blur_px: int) -> NDArray[np.uint16]:
     narrower than that; the border of the picture is no seam. Outside the mask the weight is 0.
     """
     inside = mask > 0
+    if blur_px > RINGS_LIMIT_PX:
+        return _depth(inside, blur_px + 1)
     weight = inside.astype(np.uint16)
     for ring in range(blur_px):
         if not inside.any():
@@ -105,6 +108,46 @@ def _erode(inside: NDArray[np.bool_], *, diagonals: bool) -> NDArray[np.bool_]:
         return rows & bordered[1:-1, :-2] & bordered[1:-1, 2:]
     tall = bordered[:-2] & bordered[1:-1] & bordered[2:]
     return tall[:, :-2] & tall[:, 1:-1] & tall[:, 2:]
+
+
+def _depth(inside: NDArray[np.bool_], most: int) -> NDArray[np.uint16]:
+    """Which erosion takes a pixel away, counted from 1, at most `most`; 0 outside. In a time that does not grow with `most`.
+
+    Erosion with and without diagonals in turn reaches an offset of (dx, dy) after max(dx, dy, ceil(2 (dx + dy) / 3)) rounds: the
+    distance of a chamfer whose moves cost 3 to the side, 4 along a diagonal and 6 as a knight moves, divided by 3 and rounded up.
+    Two passes over the rows find it (Borgefors 1986, Distance transformations in digital images, section 3).
+    """
+    height, width = inside.shape
+    far = np.full((height + 4, width + 4), 3 * most, np.int32)  # nothing comes from beyond the border: it is no seam
+    far[2:-2, 2:-2][~inside] = 0
+    if not inside.all():
+        ramp, spare = 3 * np.arange(width, dtype=np.int32), np.empty(width, np.int32)
+        for step, rows in ((1, range(2, height + 2)), (-1, range(height + 1, 1, -1))):
+            for y in rows:
+                _come_nearer(far[y, 2:-2], far[y - step], far[y - 2 * step], ramp, spare)
+    return np.asarray((far[2:-2, 2:-2] + 2) // 3, np.uint16)
+
+
+def _come_nearer(
+    row: NDArray[np.int32],
+    last: NDArray[np.int32],
+    last_but_one: NDArray[np.int32],
+    ramp: NDArray[np.int32],
+    spare: NDArray[np.int32],
+) -> None:
+    """Shorten the distances of a row, in place, by ways from the two rows before it (two wider at each end) and along itself."""
+    np.minimum(last[:-4], last[4:], out=spare)
+    np.minimum(spare, last_but_one[1:-3], out=spare)
+    np.minimum(spare, last_but_one[3:-1], out=spare)
+    np.minimum(row, np.add(spare, 6, out=spare), out=row)
+    np.minimum(last[1:-3], last[3:-1], out=spare)
+    np.minimum(row, np.add(spare, 4, out=spare), out=row)
+    np.minimum(row, np.add(last[2:-2], 3, out=spare), out=row)
+    # Along the row both ways: the least of row[x'] + 3 |x - x'|.
+    np.minimum.accumulate(np.subtract(row, ramp, out=spare), out=spare)
+    np.minimum(row, np.add(spare, ramp, out=spare), out=row)
+    np.minimum.accumulate(np.add(row, ramp, out=spare)[::-1], out=spare[::-1])
+    np.minimum(row, np.subtract(spare, ramp, out=spare), out=row)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
