@@ -191,33 +191,15 @@ def prepare(
     if not request.scheduler and request.preferred_scheduler in engine.schedulers:
         request = replace(request, scheduler=request.preferred_scheduler)
     prompt, text_tokens = _read_prompt(request, profile, engine)
-    limits = Limits(settings.max_image_pixels, settings.max_image_side_px)
-    source, mask = _read_images(request, limits)
+    source, mask = _read_images(request, Limits(settings.max_image_pixels, settings.max_image_side_px))
     mode = "text2image" if source is None else "image2image" if mask is None else "inpainting"
     _check_mode(mode, profile)
     keeps_alpha = _keeps_alpha(request, source)
     strength = _strength(request, mode, profile)
     steps = check_steps(request, mode, strength, profile, engine)
-
-    frame = Resolution(request.width, request.height) if request.width else profile.native
-    if source is not None and not request.width:
-        frame = fit_into(size_of(source), model.max_resolution)
-    placement = Placement.plan(frame, profile.working_size(frame.width, frame.height), profile.side_multiple_px)
-    original = initial_image = mask_image = None
-    if source is not None:
-        fitting = Fitting.plan(size_of(source), frame, request.resize_mode)
-        original = fitting.image(source)
-        initial_image = placement.image(flatten(original))
-        if mask is not None:
-            mask = fitting.mask(mask)
-            check_selects(mask, " in the part of the image that is used")
-            mask_image = pool(placement.mask(mask), profile.side_multiple_px)
-        elif not keeps_alpha:
-            original = None
-    seam = None if mask is None else Seam.plan(mask, request.mask_blur)
-    backdrop = Backdrop(original, seam, keeps_alpha, request.background == "opaque")
-    preview_frame = fit_into(frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
-    cells = math.prod((placement.canvas.width, placement.canvas.height)) // profile.side_multiple_px**2
+    laid = _lay_out(request, source, mask, profile, model, keeps_alpha=keeps_alpha)
+    preview_frame = fit_into(laid.frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
+    cells = math.prod((laid.placement.canvas.width, laid.placement.canvas.height)) // profile.side_multiple_px**2
     return Edit(
         request=request,
         model=profile.name,
@@ -225,14 +207,14 @@ def prepare(
         mode=mode,
         strength=strength,
         steps=steps,
-        frame=frame,
-        placement=placement,
-        backdrop=backdrop,
+        frame=laid.frame,
+        placement=laid.placement,
+        backdrop=laid.backdrop,
         preview_frame=preview_frame,
-        preview_backdrop=_small_backdrop(backdrop, mask, request, frame, preview_frame),
-        mask=mask,
-        initial_image=initial_image,
-        mask_image=mask_image,
+        preview_backdrop=_small_backdrop(laid, request, preview_frame),
+        mask=laid.mask,
+        initial_image=laid.initial_image,
+        mask_image=laid.mask_image,
         prompt=prompt,
         # Without classifier-free guidance a negative prompt has no effect, and the library refuses it.
         negative_prompt=request.negative_prompt if profile.takes_negative_prompt and request.guidance_scale > 1 else "",
@@ -243,16 +225,57 @@ def prepare(
     )
 
 
-def _small_backdrop(
-    backdrop: Backdrop, mask: Pixels | None, request: ImageRequest, frame: Resolution, size: Resolution
-) -> Backdrop:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Laid:
+    """The pixels of a request at the sizes they are worked with; the attributes are those of Edit."""
+
+    frame: Resolution
+    placement: Placement
+    backdrop: Backdrop
+    mask: Pixels | None = None
+    initial_image: Pixels | None = None
+    mask_image: Pixels | None = None
+
+
+def _lay_out(
+    request: ImageRequest,
+    source: Pixels | None,
+    mask: Pixels | None,
+    profile: ModelProfile,
+    model: ModelSettings,
+    *,
+    keeps_alpha: bool,
+) -> _Laid:
+    """Choose frame and canvas, and bring image and mask onto both. Raises InvalidValue for a mask that the frame cuts off."""
+    frame = Resolution(request.width, request.height) if request.width else profile.native
+    if source is not None and not request.width:
+        frame = fit_into(size_of(source), model.max_resolution)
+    placement = Placement.plan(frame, profile.working_size(frame.width, frame.height), profile.side_multiple_px)
+    is_opaque = request.background == "opaque"
+    if source is None:
+        return _Laid(frame, placement, Backdrop(None, None, keeps_alpha, is_opaque))
+    fitting = Fitting.plan(size_of(source), frame, request.resize_mode)
+    original = fitting.image(source)
+    initial_image = placement.image(flatten(original))
+    if mask is None:
+        shown = original if keeps_alpha else None
+        return _Laid(frame, placement, Backdrop(shown, None, keeps_alpha, is_opaque), None, initial_image)
+    mask = fitting.mask(mask)
+    check_selects(mask, " in the part of the image that is used")
+    mask_image = pool(placement.mask(mask), profile.side_multiple_px)
+    backdrop = Backdrop(original, Seam.plan(mask, request.mask_blur), keeps_alpha, is_opaque)
+    return _Laid(frame, placement, backdrop, mask, initial_image, mask_image)
+
+
+def _small_backdrop(laid: _Laid, request: ImageRequest, size: Resolution) -> Backdrop:
     """The same at the size of a preview, whose seam would take as long as the result's at the result's size."""
-    if not request.partial_images or size == frame:
+    backdrop = laid.backdrop
+    if not request.partial_images or size == laid.frame:
         return backdrop
-    fitting = Fitting.plan(frame, size, "stretch")
+    fitting = Fitting.plan(laid.frame, size, "stretch")
     original = None if backdrop.original is None else fitting.image(backdrop.original)
-    blur_px = round(request.mask_blur * size.width / frame.width)
-    seam = None if mask is None else Seam.plan(fitting.mask(mask), blur_px)
+    blur_px = round(request.mask_blur * size.width / laid.frame.width)
+    seam = None if laid.mask is None else Seam.plan(fitting.mask(laid.mask), blur_px)
     return Backdrop(original, seam, backdrop.keeps_alpha, backdrop.is_opaque)
 
 
