@@ -134,6 +134,7 @@ class DdimPlan(Plan):
     """arXiv:2010.02502, equation 12, eta = 0."""
 
     def step(self, prediction: Array, latents: Array, index: int, history: History, noise: Array | None) -> Stepped:
+        """Equation 12: the predicted x0 and noise, mixed anew at the level of the timestep one stride before."""
         t = self.timesteps[index]
         before = t - self.config.num_train_timesteps // self.count
         clean, epsilon = self._clean_and_noise(prediction, latents, self.alphas[t])
@@ -154,6 +155,7 @@ class PndmPlan(Plan):
     """
 
     def step(self, prediction: Array, latents: Array, index: int, history: History, noise: Array | None) -> Stepped:
+        """Equation 11 from the timestep to the one a stride before, with the multistep mean of the last predictions (equation 12)."""
         stride = self.config.num_train_timesteps // self.count
         t = self.timesteps[index]
         before = t - stride
@@ -196,6 +198,7 @@ class EulerPlan(Plan):
         return noised
 
     def step(self, prediction: Array, latents: Array, index: int, history: History, noise: Array | None) -> Stepped:
+        """Algorithm 1 without the correction: along the derivative (x - x0) / sigma from this level to the next. The library decodes x0."""
         sigma, after = self.sigmas[self.start + index], self.sigmas[self.start + index + 1]
         clean = self._clean(prediction, latents, sigma)
         found = ((latents - clean) / sigma) * f32(after - sigma) + latents
@@ -211,13 +214,17 @@ class EulerPlan(Plan):
 
 @dataclass(frozen=True, slots=True)
 class EulerAncestralPlan(EulerPlan):
-    """Euler down to sigma_down, then fresh noise of sigma_up, so that both together are the next sigma."""
+    """Euler down to sigma_down, then fresh noise of sigma_up, so that both together are the next sigma.
+
+    sigma_up is the noise of ancestral sampling in the variance-exploding view: Song et al. 2021, arXiv:2011.13456, appendix F.
+    """
 
     def draws_noise(self, index: int) -> bool:
         """Always: the library draws at the last step too, and later draws depend on it."""
         return True
 
     def step(self, prediction: Array, latents: Array, index: int, history: History, noise: Array | None) -> Stepped:
+        """The same along the derivative down to sigma_down, then sigma_up times `noise`. Raises ValueError without noise."""
         if noise is None:
             raise ValueError("euler_ancestral: a step needs noise")
         sigma, after = self.sigmas[self.start + index], self.sigmas[self.start + index + 1]
@@ -244,6 +251,11 @@ class LcmPlan(Plan):
         return _root(alpha) * clean + _root(f32(1) - alpha) * noise
 
     def step(self, prediction: Array, latents: Array, index: int, history: History, noise: Array | None) -> Stepped:
+        """Algorithm 3, one round: x0 by the consistency function c_skip x + c_out x0(x), then noised anew for the next timestep.
+
+        Raises:
+            ValueError: no noise before the last step.
+        """
         t = self.timesteps[index]
         clean, _ = self._clean_and_noise(prediction, latents, self.alphas[t])
         if self.config.clip_sample:
@@ -308,6 +320,7 @@ class DpmPlan(SolverPlan):
     """DPM-Solver++(2M): arXiv:2211.01095, algorithm 2. History: the clean latents predicted one step before."""
 
     def step(self, prediction: Array, latents: Array, index: int, history: History, noise: Array | None) -> Stepped:
+        """Algorithm 2, one round: order 1 where there is no step before, and at the last; else with the slope of x0 over lambda."""
         clean = self._predicted_clean(prediction, latents, index)
         found, factor = self._transfer(latents, clean, index)
         if history and not self._is_last(index):
@@ -326,6 +339,7 @@ class UnipcPlan(SolverPlan):
     """
 
     def step(self, prediction: Array, latents: Array, index: int, history: History, noise: Array | None) -> Stepped:
+        """Algorithm 6 (UniP) after algorithm 5 (UniC) of the latents given: order 1 at the first step and the last, else 2."""
         clean = self._predicted_clean(prediction, latents, index)
         if history:
             latents = self._corrected(clean, index, history)
