@@ -49,7 +49,8 @@ OnServing = Callable[[ModelProfile, ModelSettings], None]
 
 _TICK_S = 0.25  # between looks at beats and memory: a hang limit is kept to this, a leak of 4 GB/s seen within 1 GB
 _LATE_S = 1.0  # a tick this late means that the front end itself stood still: silence heard then is its own
-_DISPATCHER_LATE_S = 5.0  # it turns once a second at least
+_DISPATCHER_TURN_S = 1.0  # it turns this often at least, and hears the workers' beats when it does
+_DISPATCHER_LATE_S = 5.0  # then it stands still, and the watchdog is not fed
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +218,8 @@ class Supervisor:
         if self._wakeup in wait([self._wakeup, *living], timeout=timeout_s):
             os.eventfd_read(self._wakeup)
         self.turned_at = time.monotonic()
-        if self.turned_at - before > _TICK_S + _LATE_S:
+        is_deaf = self.turned_at - self._dispatcher.turned_at > _DISPATCHER_TURN_S + _LATE_S
+        if is_deaf or self.turned_at - before > _TICK_S + _LATE_S:
             self._amnesty_at = self.turned_at
 
     def _look_after(self, place: Place, now: float) -> None:

@@ -28,8 +28,16 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_deadline_in_the_queue_and_on_the_device(tmp_path: Path) -> None:
-    with FaultServer(tmp_path) as server, server.client() as client:
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
+    """A server for tests that leave it as it was."""
+    with FaultServer(tmp_path_factory.mktemp("spool")) as server:
+        yield server
+
+
+def test_deadline_in_the_queue_and_on_the_device(plain: FaultServer) -> None:
+    server = plain
+    with server.client() as client:
         started = time.monotonic()
         running = server.generate(client, "sleep 30", timeout_s=0.3)
         assert (running.status_code, running.json()["error"]["code"]) == (504, "deadline_exceeded")
@@ -144,16 +152,15 @@ def test_worker_that_takes_too_much_memory_costs_one_job(tmp_path: Path) -> None
         assert server.logged("worker killed", "memory:", "300 MiB allowed")
 
 
-def test_worker_goes_before_the_front_end_when_memory_runs_out(tmp_path: Path) -> None:
-    with FaultServer(tmp_path) as server:
-        ranks = [
-            int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (server.process.pid, server.workers()[0])
-        ]
-        assert ranks[1] >= min(1000, ranks[0] + 500)
+def test_worker_goes_before_the_front_end_when_memory_runs_out(plain: FaultServer) -> None:
+    pids = (plain.process.pid, plain.workers()[0])
+    ranks = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in pids]
+    assert ranks[1] >= min(1000, ranks[0] + 500)
 
 
-def test_descriptors_do_not_grow_over_many_deaths(tmp_path: Path) -> None:
-    with FaultServer(tmp_path) as server, server.client() as client:
+def test_descriptors_do_not_grow_over_many_deaths(plain: FaultServer) -> None:
+    server = plain
+    with server.client() as client:
         picture_of(server.generate(client, "echo"))
         before = len(descriptors_of(server.process.pid))
         for _ in range(5):

@@ -137,7 +137,7 @@ STAGES = {
 @pytest.mark.parametrize("leave", ["close", "abandon", "half_close"])
 def test_clients_that_leave_at_any_stage_leave_nothing_behind(leave: str) -> None:
     with ExitStack() as stack:
-        listener, api = stack.enter_context(serving(head_timeout_s=5, body_grace_s=5, write_timeout_s=2))
+        listener, api = stack.enter_context(serving(head_timeout_s=2, body_grace_s=2, write_timeout_s=2))
         for data in STAGES.values():
             for wait_for_route in (False, True):
                 client = stack.enter_context(RawClient(listener.port))
