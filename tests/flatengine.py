@@ -31,10 +31,10 @@ class FlatEngine:
     def load(self, beat: Callable[[str], None]) -> None:
         beat("warm-up")
 
-    def count_tokens(self, prompt: str) -> int:
+    def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
         return len(prompt.split())
 
-    def cut_prompt(self, prompt: str) -> str:
+    def cut_prompt(self, prompt: str, *, clip: bool = False) -> str:
         return prompt
 
     def admit(self, work: Work) -> None:

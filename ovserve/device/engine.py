@@ -22,17 +22,22 @@ from ovserve.errors import ApiError, InvalidValue, ModelError
 from ovserve.profile import ModelProfile
 
 __all__ = [
+    "CLIP_WINDOW",
     "Engine",
     "Outcome",
     "Preview",
     "Work",
     "check_served",
     "choose_engine",
+    "has_t5",
     "is_lcm",
     "longest_fitting",
     "overruns",
+    "read_by_clip_alone",
     "warm_up_work",
 ]
+
+CLIP_WINDOW = 77  # tokens that CLIP's text encoder reads, with those of begin and end: arXiv:2103.00020, section 2.4
 
 Pixels = NDArray[np.uint8]
 
@@ -112,10 +117,14 @@ class Engine(Protocol):
     def load(self, beat: Callable[[str], None]) -> None:
         """Read and compile the model, then make one real picture. `beat(phase)` is called as often as possible."""
 
-    def count_tokens(self, prompt: str) -> int:
-        """Tokens of a prompt, special tokens included, not truncated. Thread-safe; runs in the prepare thread."""
+    def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
+        """Tokens of a prompt, special tokens included, not truncated. Thread-safe; runs in the prepare thread.
 
-    def cut_prompt(self, prompt: str) -> str:
+        Args:
+            clip: as CLIP's encoder counts them, where the family's whole prompt is read by another one.
+        """
+
+    def cut_prompt(self, prompt: str, *, clip: bool = False) -> str:
         """The longest beginning of a prompt, at a word boundary, that fits the window. Thread-safe."""
 
     def admit(self, work: Work) -> None:
@@ -231,6 +240,29 @@ def _check_frozen(profile: ModelProfile, asked: Work | ImageRequest) -> None:
     if profile.family == "sd3" and (asked.guidance_scale > 1) != guided:
         side = "above 1: it was prepared with guidance" if guided else "at most 1: it was prepared without guidance"
         raise InvalidValue(f"guidance_scale: for this model it must be {side}", param="guidance_scale")
+
+
+def read_by_clip_alone(profile: ModelProfile, asked: Work | ImageRequest) -> frozenset[str]:
+    """Which of a request's texts no T5 encoder reads, in the families that have one beside CLIP's.
+
+    CLIP's encoders read the prompt meant for each, T5 the last one; where that is not given, the first (Esser et al. 2024,
+    arXiv:2403.03206, section 5; FLUX the same with one CLIP encoder).
+    """
+    if not has_t5(profile):
+        return frozenset()
+    if profile.family == "flux":
+        return frozenset({"prompt"} if asked.prompt_2 else ())
+    alone = {"prompt_2", "negative_prompt_2"}
+    if asked.prompt_3:
+        alone.add("prompt")
+    if asked.negative_prompt_3:
+        alone.add("negative_prompt")
+    return frozenset(alone)
+
+
+def has_t5(profile: ModelProfile) -> bool:
+    """Whether a T5 encoder reads the prompt, whole, beside CLIP's encoders, which read CLIP_WINDOW tokens of it."""
+    return profile.family in ("sd3", "flux") and profile.prompt_tokens > CLIP_WINDOW
 
 
 def longest_fitting(prompt: str, count_tokens: Callable[[str], int], window: int) -> str:

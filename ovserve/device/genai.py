@@ -25,7 +25,16 @@ import openvino_genai as og
 
 from ovserve.config import ModelSettings
 from ovserve.device.denoising.schedulers import LIBRARY_SCHEDULERS
-from ovserve.device.engine import Outcome, Work, check_served, is_lcm, longest_fitting, warm_up_work
+from ovserve.device.engine import (
+    CLIP_WINDOW,
+    Outcome,
+    Work,
+    check_served,
+    has_t5,
+    is_lcm,
+    longest_fitting,
+    warm_up_work,
+)
 from ovserve.device.pixels.images import Pixels
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
@@ -72,10 +81,10 @@ class GenaiEngine:
         self._pending: Work | None = None
         self._unworkable: list[tuple[int, int]] = []  # sizes at which a network has failed
         self._beat: Callable[[str], None] = lambda _phase: None
-        whole = profile.directory / _TOKENIZERS_OF_T5.get(profile.family, "tokenizer")
-        self._tokenizer = _Tokenizer(
-            whole if whole.is_dir() else profile.directory / "tokenizer", profile.prompt_tokens
-        )
+        clip = profile.directory / "tokenizer"
+        whole = profile.directory / _TOKENIZERS_OF_T5[profile.family] if has_t5(profile) else clip
+        self._tokenizer = _Tokenizer(whole if whole.is_dir() else clip, profile.prompt_tokens)
+        self._clip_tokenizer = _Tokenizer(clip, CLIP_WINDOW) if has_t5(profile) else self._tokenizer
 
     # --- loading ---
 
@@ -85,6 +94,7 @@ class GenaiEngine:
         beat("load")
         try:
             self._tokenizer.load()
+            self._clip_tokenizer.load()
             self._build(beat)
             beat("warm-up")
             self._warm_up(beat)
@@ -155,13 +165,13 @@ class GenaiEngine:
 
     # --- prompts ---
 
-    def count_tokens(self, prompt: str) -> int:
+    def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
         """Tokens of a prompt, special tokens included, not truncated. Runs in: the prepare thread."""
-        return self._tokenizer.count(prompt)
+        return (self._clip_tokenizer if clip else self._tokenizer).count(prompt)
 
-    def cut_prompt(self, prompt: str) -> str:
+    def cut_prompt(self, prompt: str, *, clip: bool = False) -> str:
         """The longest beginning of a prompt, at a word boundary, that fits the window. Runs in: the prepare thread."""
-        return self._tokenizer.cut(prompt)
+        return (self._clip_tokenizer if clip else self._tokenizer).cut(prompt)
 
     # --- work ---
 
@@ -326,6 +336,8 @@ class _Tokenizer:
         self._tokenizer: Any = None
 
     def load(self) -> None:
+        if self._tokenizer is not None:
+            return
         self._tokenizer = og.Tokenizer(str(self._directory))
         self.count("the first call is slow")
 

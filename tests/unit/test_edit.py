@@ -34,17 +34,17 @@ NOISE = np.random.default_rng(5)
 
 
 class WordCounter:
-    """An engine as far as preparing needs one: a token is a word, and two mark begin and end."""
+    """An engine as far as preparing needs one: a token is a word (two for CLIP's encoder), and two mark begin and end."""
 
     name = "words"
     capacity = 1
     schedulers = frozenset({"ddim", "lcm"})
 
-    def count_tokens(self, prompt: str) -> int:
-        return len(prompt.split()) + 2
+    def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
+        return len(prompt.split()) * (2 if clip else 1) + 2
 
-    def cut_prompt(self, prompt: str) -> str:
-        return " ".join(prompt.split()[: PROFILE.prompt_tokens - 2])
+    def cut_prompt(self, prompt: str, *, clip: bool = False) -> str:
+        return " ".join(prompt.split()[: 37 if clip else PROFILE.prompt_tokens - 2])
 
 
 ENGINE: Engine = WordCounter()  # type: ignore[assignment]  # preparing never loads or runs one
@@ -214,6 +214,45 @@ def test_a_prompt_of_another_encoder_is_counted_where_there_is_one(name: str) ->
     refused(PromptTooLong, name, f"{name}: 42 tokens", profile=three, task="generation", **{name: "word " * 40})
     assert edit(three, task="generation", **{name: "word"})
     assert edit(WIDE, task="generation", **{name: "word " * 40})
+
+
+@pytest.mark.parametrize(
+    ("family", "encoders", "name", "others"),
+    [
+        ("sd3", 3, "prompt", {"prompt_3": "word"}),
+        ("sd3", 3, "negative_prompt", {"negative_prompt_3": "word"}),
+        ("sd3", 3, "prompt_2", {}),
+        ("sd3", 3, "negative_prompt_2", {}),
+        ("flux", 2, "prompt", {"prompt_2": "word"}),
+    ],
+)
+def test_what_clip_reads_alone_is_held_to_its_window_and_the_rest_to_t5_s(
+    family: str, encoders: int, name: str, others: dict[str, str]
+) -> None:
+    profile = dataclasses.replace(WIDE, family=family, text_encoders=encoders, prompt_tokens=256)
+    long = {"task": "generation", **others, name: "word " * 40}
+    refused(PromptTooLong, name, f"{name}: 82 tokens", "reads 77", profile=profile, **long)
+    assert edit(profile, **(long | {name: "word " * 37}))
+    whole = "prompt_3" if family == "sd3" else "prompt_2"
+    assert edit(profile, task="generation", prompt="word " * 200).text_tokens == 202
+    assert edit(profile, task="generation", **{whole: "word " * 200})
+    refused(PromptTooLong, whole, f"{whole}: 302 tokens", profile=profile, task="generation", **{whole: "word " * 300})
+
+
+def test_a_prompt_that_clip_reads_alone_is_cut_to_its_window() -> None:
+    profile = dataclasses.replace(WIDE, family="flux", text_encoders=2, prompt_tokens=512)
+    found = edit(profile, task="generation", prompt="word " * 40, prompt_2="word", truncate_prompt=True)
+    assert found.revised_prompt == " ".join(["word"] * 37)
+    assert found.text_tokens == 76
+
+
+def test_it_is_logged_that_clip_reads_only_the_beginning_of_a_long_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    profile = dataclasses.replace(WIDE, family="sd3", text_encoders=3, prompt_tokens=256)
+    with caplog.at_level("INFO"):
+        edit(profile, task="generation", prompt="word " * 37)
+        assert not caplog.records
+        edit(profile, task="generation", prompt="word " * 38)
+    assert [record.message for record in caplog.records] == ["a text is read whole by T5, and its beginning by CLIP"]
 
 
 def test_a_prompt_is_cut_when_that_was_asked_for() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino_genai as og
 import pytest
 from numpy.typing import NDArray
 
@@ -232,6 +233,15 @@ def test_a_cancelled_picture_costs_nothing(sd: Loaded) -> None:
     sd.engine.admit(piece)
     [outcome] = sd.engine.turn()
     assert (outcome.pixels, outcome.error) == (None, None)
+
+
+def test_clip_counts_with_its_own_tokenizer_beside_t5(loaded: Loaded) -> None:
+    engine, long = loaded.engine, "cat " * 300
+    clip = og.Tokenizer(str(loaded.profile.directory / "tokenizer"))
+    assert engine.count_tokens(long, clip=True) == clip.encode(long).input_ids.shape[1]
+    assert engine.count_tokens(engine.cut_prompt(long, clip=True), clip=True) <= 77
+    counts = {engine.count_tokens(long), engine.count_tokens(long, clip=True)}
+    assert len(counts) == (2 if loaded.profile.family in ("sd3", "flux") else 1)
 
 
 def test_tokens_are_counted_whole_and_prompts_cut_between_words(sd: Loaded) -> None:

@@ -53,10 +53,10 @@ class CountingEngine:
         beat("load")
         beat("warm-up")
 
-    def count_tokens(self, prompt: str) -> int:
+    def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
         return len(prompt)
 
-    def cut_prompt(self, prompt: str) -> str:
+    def cut_prompt(self, prompt: str, *, clip: bool = False) -> str:
         return prompt
 
     def admit(self, work: Work) -> None:

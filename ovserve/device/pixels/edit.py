@@ -8,6 +8,7 @@ Runs in: worker; `prepare` in the prepare thread, `assemble` and `encode` in the
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
 
@@ -15,16 +16,19 @@ import numpy as np
 
 from ovserve import __version__
 from ovserve.config import ModelSettings, Resolution, Settings
-from ovserve.device.engine import Engine, Work, check_served, is_lcm
+from ovserve.device.engine import CLIP_WINDOW, Engine, Work, check_served, has_t5, is_lcm, read_by_clip_alone
 from ovserve.device.pixels.frames import Fitting, Placement, fit_into, size_of
 from ovserve.device.pixels.images import Limits, Pixels, decode_image, encode_image, flatten, has_alpha
 from ovserve.device.pixels.masks import Seam, check_selects, holes, match_mask, pool, read_mask
 from ovserve.dispatch.ipc import ImageRequest
 from ovserve.dispatch.spool import Blob, open_blob
 from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
+from ovserve.logs import fields
 from ovserve.profile import ModelProfile, least_strength, steps_run
 
 __all__ = ["Edit", "check_steps", "prepare", "seed_of"]
+
+log = logging.getLogger(__name__)
 
 SEED_RANGE = 2**32  # the library takes seeds modulo this
 PREVIEW_SIDE_PX = 512  # a preview is looked at for a second: no need for every pixel
@@ -280,28 +284,33 @@ def _small_backdrop(laid: _Laid, request: ImageRequest, size: Resolution) -> Bac
 
 
 def _read_prompt(request: ImageRequest, profile: ModelProfile, engine: Engine) -> tuple[str, int]:
-    """The prompt to use, and its tokens."""
-    prompt = request.prompt
-    tokens = engine.count_tokens(prompt)
-    if tokens > profile.prompt_tokens and request.truncate_prompt:
-        prompt = engine.cut_prompt(prompt)
-        tokens = engine.count_tokens(prompt)
-    checks = [("prompt", tokens)]
-    others = ["negative_prompt"]
+    """The prompt to use, and its tokens. Raises PromptTooLong for a text that none of its encoders reads to the end."""
+    by_clip = read_by_clip_alone(profile, request)
+    names = ["prompt", "negative_prompt"]
     for encoder in range(2, profile.text_encoders + 1):
-        others += [f"prompt_{encoder}", f"negative_prompt_{encoder}"]
-    for name in others:
-        text = str(getattr(request, name, ""))
-        if text:
-            checks.append((name, engine.count_tokens(text)))
-    for name, count in checks:
-        if count > profile.prompt_tokens:
+        names += [f"prompt_{encoder}", f"negative_prompt_{encoder}"]
+    texts = {name: text for name in names if (text := str(getattr(request, name, ""))) or name == "prompt"}
+    counts = {name: engine.count_tokens(text, clip=name in by_clip) for name, text in texts.items()}
+    windows = {name: CLIP_WINDOW if name in by_clip else profile.prompt_tokens for name in texts}
+    if counts["prompt"] > windows["prompt"] and request.truncate_prompt:
+        texts["prompt"] = engine.cut_prompt(request.prompt, clip="prompt" in by_clip)
+        counts["prompt"] = engine.count_tokens(texts["prompt"], clip="prompt" in by_clip)
+    for name, count in counts.items():
+        if count > windows[name]:
             advice = "; truncate_prompt=true cuts it" if name == "prompt" else ""
             raise PromptTooLong(
-                f"{name}: {count} tokens, and the model reads {profile.prompt_tokens} (marks of its begin and end included){advice}",
+                f"{name}: {count} tokens, and the model reads {windows[name]} (marks of its begin and end included){advice}",
                 param=name,
             )
-    return prompt, tokens
+    if has_t5(profile):
+        for name in texts.keys() - by_clip - {"prompt_3", "negative_prompt_3"}:
+            count = engine.count_tokens(texts[name], clip=True)
+            if count > CLIP_WINDOW:
+                log.info(
+                    "a text is read whole by T5, and its beginning by CLIP",
+                    extra=fields(model=profile.name, field=name, clip_tokens=count, clip_window=CLIP_WINDOW),
+                )
+    return texts["prompt"], counts["prompt"]
 
 
 def _read_images(request: ImageRequest, limits: Limits) -> tuple[Pixels | None, Pixels | None]:

@@ -188,11 +188,11 @@ class StepwiseEngine:
 
     # --- prompts ---
 
-    def count_tokens(self, prompt: str) -> int:
+    def count_tokens(self, prompt: str, *, clip: bool = False) -> int:  # noqa: ARG002 - every encoder of these families is CLIP's
         """Tokens of a prompt, special tokens included, not truncated. Thread-safe."""
         return self._text.count_tokens(prompt)
 
-    def cut_prompt(self, prompt: str) -> str:
+    def cut_prompt(self, prompt: str, *, clip: bool = False) -> str:  # noqa: ARG002
         """The longest beginning of a prompt, at a word boundary, that fits the window. Thread-safe."""
         return self._text.cut_prompt(prompt)
 
