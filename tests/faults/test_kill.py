@@ -124,8 +124,10 @@ def test_killed_while_idle_the_next_request_works(live: FaultServer, client: htt
 def test_killed_while_a_request_is_received(live: FaultServer, client: httpx.Client) -> None:
     def body() -> Iterator[bytes]:
         yield b'{"prompt": "echo '
-        for pid in live.workers():
+        pids = live.workers()
+        for pid in pids:
             live.kill_worker(pid)
+        live.until(lambda: all(gone(pid) for pid in pids))  # the front end may not know it yet, and give them the job
         yield b'received"}'
 
     reply = client.post("/v3/images/generations", content=body(), headers={"content-type": "application/json"})
