@@ -93,6 +93,57 @@ def test_a_short_job_that_comes_in_behind_a_long_one_leaves_before_it(traced: Tr
     assert len(steps) == 51  # PNDM
 
 
+@pytest.fixture(scope="module", params=[2, 1])
+def narrow(request: pytest.FixtureRequest) -> Iterator[StepwiseEngine]:
+    """An engine whose calls hold one picture each, or one row each in two slots."""
+    engine = load_stepwise(SD, streams=request.param, max_batch=1)
+    yield engine
+    engine.close()
+
+
+def test_a_short_job_goes_ahead_of_a_long_one(narrow: StepwiseEngine) -> None:
+    order: list[str] = []
+
+    def follow(name: str) -> Callable[[int, int], None]:
+        return lambda _step, _steps: order.append(name)
+
+    long = text(0, job="long", num_inference_steps=50, on_step=follow("long"))
+    narrow.admit(long)
+    while len(order) < 5:
+        narrow.turn()
+    narrow.admit(text(1, job="short", num_inference_steps=10, on_step=follow("short")))
+    while order.count("short") < 11:  # PNDM
+        narrow.turn()
+    between = order[order.index("short") :]
+    assert between.count("long") <= 6  # one for each two of the short one's; in turn they would be as many
+    long.cancelled.set()
+    while narrow.phase() != "idle":
+        narrow.turn()
+
+
+def test_a_long_job_keeps_its_pace_however_many_short_ones_go_ahead(narrow: StepwiseEngine) -> None:
+    steps = {"long": 0, "short": 0}
+
+    def follow(name: str) -> Callable[[int, int], None]:
+        def on_step(_step: int, _steps: int) -> None:
+            steps[name] += 1
+
+        return on_step
+
+    narrow.admit(text(0, job="long", num_inference_steps=40, on_step=follow("long")))
+    in_flight, admitted = 1, 0
+    while steps["long"] < 41:
+        while in_flight < narrow.capacity:
+            admitted += 1
+            narrow.admit(text(admitted, job="short", num_inference_steps=4, on_step=follow("short")))
+            in_flight += 1
+        in_flight -= len(narrow.turn())
+    # Three others take their turns with it; it lets nobody else by.
+    assert steps["short"] <= 41 * 4
+    while in_flight:
+        in_flight -= len(narrow.turn())
+
+
 def test_a_long_job_does_not_starve_behind_short_ones(traced: Traced) -> None:
     engine, ended = traced.engine, list[str]()
     engine.admit(text(0, job="long", num_inference_steps=20))

@@ -9,7 +9,8 @@ each call is formed from whatever is ready when a slot is free, so a picture tha
 one that is done leaves at once.
 
 Fairness: ready pictures form a queue; a call takes its head, and others of the same size in order, so every picture in flight
-gets the same share of steps and none starves. Encoding and decoding go first, for they let pictures join and leave, but never
+gets the same share of steps and none starves. A picture of far fewer steps than the head goes ahead of it, but only so often between
+two steps of the head: that delays a long one by little, and a short one need not wait for it at each of its steps. Encoding and decoding go first, for they let pictures join and leave, but never
 for longer than one UNet call between two of those, so that they do not stall denoising.
 
 Every row is computed as if alone (the same threads, the same order of operations), so load never changes anybody's bytes.
@@ -22,7 +23,7 @@ import json
 import logging
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -48,6 +49,9 @@ from ovserve.logs import fields
 from ovserve.profile import ModelProfile
 
 __all__ = ["Call", "Row", "StepwiseEngine"]
+
+FAR_SHORTER = 4  # times fewer steps: a picture that goes ahead delays the other by a quarter at most
+PATIENCE = 2  # steps of shorter pictures since its own last one, after which a long picture lets none go ahead
 
 log = logging.getLogger(__name__)
 
@@ -103,10 +107,10 @@ class StepwiseEngine:
         self._encodes: deque[Picture] = deque()
         self._ready: deque[Picture] = deque()
         self._decodes: deque[Picture] = deque()
-        self._in_flight: Counter[str] = Counter()  # calls under way, by kind
-        self._rows_in_flight = 0  # of denoising calls
+        self._under_way: list[Call] = []
         self._ended: list[Outcome] = []
         self._side_s = 0.0  # encoding and decoding since the last denoising call began
+        self._encode_s = 0.0  # how long the last encoding took
         self._call_s = 0.0  # how long the last denoising call took
         self._closing = ExitStack()  # what `load` has started, however far it came
 
@@ -224,11 +228,12 @@ class StepwiseEngine:
 
     def phase(self) -> str:
         """What the next turn waits for: idle, encode, denoise or decode."""
-        if self._ended or self._ready or self._in_flight["denoise"]:
+        kinds = {call.kind for call in self._under_way}
+        if self._ended or self._ready or "denoise" in kinds:
             return "denoise"
-        if self._in_flight["decode"] or self._decodes:
+        if "decode" in kinds or self._decodes:
             return "decode"
-        return "encode" if self._in_flight["encode"] or self._encodes else "idle"
+        return "encode" if kinds or self._encodes else "idle"
 
     def turn(self) -> Sequence[Outcome]:
         """Wait for one call to end, and give out the pictures that ended with it."""
@@ -251,12 +256,12 @@ class StepwiseEngine:
         self._drop_cancelled()
         while self._slots.free:
             side = self._decodes or self._encodes
-            if self._ready and not (side and self._side_s < self._call_s):
-                self._start_denoising()
-            elif side:
-                self._start_side(side)
-            else:
+            is_sides_turn = side and self._side_s < self._call_s
+            if self._ready and not is_sides_turn and self._start_denoising():
+                continue
+            if not side:
                 return
+            self._start_side(side)
 
     def _drop_cancelled(self) -> None:
         for queue in (self._encodes, self._ready, self._decodes):
@@ -272,25 +277,54 @@ class StepwiseEngine:
         else:
             self._start(_whole("decode", picture), lambda requests: run_decoder(requests.vae_decoder, decoded))
 
-    def _start_denoising(self) -> None:
+    def _start_denoising(self) -> bool:
+        """Start a call, or one for each row of a picture; False where a picture is to have all slots and some are not free yet."""
+        head = self._whose_turn()
+        one_at_a_time = self._is_one_at_a_time(head)
+        if one_at_a_time and self._slots.busy:
+            return False
         self._side_s = 0.0
-        head = self._ready[0]
-        if self._tuning.splits and self._rows <= self._slots.count and 1 < head.rows <= self._slots.free:
-            # Slots to spare: each row of the picture on one of its own.
-            self._ready.popleft()
-            for place in head.places:
+        self._ready.remove(head)
+        has_room = one_at_a_time or self._rows + head.rows <= self._slots.count
+        if self._tuning.splits and has_room and 1 < head.rows <= self._slots.free:
+            started = [head]
+            for place in head.places:  # each row of the picture on a slot of its own
                 self._start_rows([Row(head, place, head.index)])
-            return
-        self._start_rows([Row(picture, place, picture.index) for picture in self._group() for place in picture.places])
+        else:
+            started = self._group(head)
+            self._start_rows([Row(picture, place, picture.index) for picture in started for place in picture.places])
+        for waiting in self._ready:
+            waiting.passed += sum(_is_far_shorter(picture, waiting) for picture in started)
+        return True
+
+    def _whose_turn(self) -> Picture:
+        """The head of the queue; or the first of far fewer steps, if the head has not let enough of those by."""
+        head = self._ready[0]
+        if head.passed < PATIENCE:
+            return next((picture for picture in self._ready if _is_far_shorter(picture, head)), head)
+        return head
+
+    def _is_one_at_a_time(self, head: Picture) -> bool:
+        """Whether a long picture and a far shorter one take turns with all slots, as fast as one alone, and not a slot each.
+
+        Where one picture fills the slots, and nobody else is there: rows of many pictures are quicker together. One that is being
+        encoded counts if that is quicker than a step.
+        """
+        if not self._tuning.splits or head.rows < self._slots.count or self._rows > 2 * self._slots.count:
+            return False
+        kinds = {"encode", "denoise"} if self._encode_s <= self._call_s else {"denoise"}
+        under_way = [picture for call in self._under_way if call.kind in kinds for picture in call.pictures]
+        there = [*self._ready, *under_way]
+        return any(_is_far_shorter(one, other) for one in there for other in there)
 
     @property
     def _rows(self) -> int:
         """Rows of all pictures that are ready or in a denoising call."""
-        return self._rows_in_flight + sum(picture.rows for picture in self._ready)
+        in_calls = sum(len(call.rows) for call in self._under_way if call.kind == "denoise")
+        return in_calls + sum(picture.rows for picture in self._ready)
 
-    def _group(self) -> list[Picture]:
-        """The pictures of the next call, taken from the queue: its head, and others that can share a call with it, in order."""
-        head = self._ready.popleft()
+    def _group(self, head: Picture) -> list[Picture]:
+        """The pictures of the next call: `head`, and others from the queue that can share a call with it, in order."""
         group, rows = [head], head.rows
         most = self._most_rows(head)
         share = min(most, math.ceil((self._rows + head.rows) / self._slots.count))
@@ -316,7 +350,6 @@ class StepwiseEngine:
 
     def _start_rows(self, rows: list[Row]) -> None:
         feed = self._feed(rows)
-        self._rows_in_flight += len(rows)
         self._start(Call("denoise", tuple(rows)), lambda requests: run_unet(requests.unet, feed))
 
     def _feed(self, rows: list[Row]) -> dict[str, NDArray[Any]]:
@@ -334,19 +367,20 @@ class StepwiseEngine:
         return feed
 
     def _start(self, call: Call, run: Callable[[Requests], object]) -> None:
-        self._in_flight[call.kind] += 1
+        self._under_way.append(call)
         self._slots.start(call, run)
 
     # --- taking results ---
 
     def _take(self, finished: Finished[Call]) -> None:
         call, seconds = finished.subject, finished.ended_at - finished.started_at
-        self._in_flight[call.kind] -= 1
+        self._under_way.remove(call)
         if call.kind == "denoise":
-            self._rows_in_flight -= len(call.rows)
             self._call_s = seconds
         else:
             self._side_s += seconds
+        if call.kind == "encode":
+            self._encode_s = seconds
         if self._trace is not None:
             self._trace(finished)
         if finished.error is not None:
@@ -414,6 +448,10 @@ class StepwiseEngine:
             run_encoder(requests.vae_encoder, np.zeros((1, 3, size.height, size.width), np.float32))
         run_unet(requests.unet, self._components.feeds.of(2))
         run_decoder(requests.vae_decoder, latents)
+
+
+def _is_far_shorter(one: Picture, other: Picture) -> bool:
+    return one.steps * FAR_SHORTER <= other.steps
 
 
 def _whole(kind: str, picture: Picture) -> Call:

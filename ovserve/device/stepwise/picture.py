@@ -70,6 +70,7 @@ class Picture:
         index: steps done.
         predictions: of the rows of the step in flight, by place, as they come in.
         difference: what the prompt made of the prediction when both rows were last computed.
+        passed: steps of shorter pictures that it has let by since its own last one.
         is_solo: it shares no call.
         is_ended: it failed; what is still under way for it is dropped.
     """
@@ -85,6 +86,7 @@ class Picture:
     predictions: dict[int, Array] = field(default_factory=dict)
     difference: Array | None = None
     shortcuts: Shortcuts = EXACT
+    passed: int = 0
     is_solo: bool = False
     is_ended: bool = False
 
@@ -137,6 +139,7 @@ class Picture:
         ready, index = self.ready, self.index
         prediction = self._guided()
         self.predictions = {}
+        self.passed = 0
         noise = ready.draw(self.latents.shape) if self.plan.draws_noise(index) else None
         found = self.plan.step(prediction, self.latents, index, self.history, noise)
         self.index, self.history = index + 1, found.history
