@@ -152,7 +152,7 @@ class Connection:
         self.transport = Transport(connection, host.settings.write_timeout_s, self._turn)
         self._parser = HeadParser(host.settings)
         self._is_fresh = True
-        self.is_idle = True
+        self.is_idle = False
         self.in_flight = False
 
     def serve(self) -> None:
@@ -216,8 +216,8 @@ class Connection:
         transport, settings = self.transport, self.settings
         data = transport.take_pending()
         if not data:
-            self.is_idle = True
-            if self._host.is_draining:
+            self.is_idle = not self._is_fresh  # whoever has just come is about to ask, and is answered
+            if self._host.is_draining and self.is_idle:
                 return None
             try:
                 data = transport.receive(settings.head_timeout_s if self._is_fresh else settings.idle_timeout_s)

@@ -138,6 +138,14 @@ class Listener(ThreadingHTTPServer):
                 connection.close()
         return True
 
+    def _accept_rest(self) -> None:
+        """Take what the kernel holds for us: closing the socket would reset it. No more than that, however many still come."""
+        for _ in range(self.request_queue_size):
+            try:
+                self.process_request(*self.socket.accept())
+            except OSError:
+                return
+
     def _make_room(self, poller: select.poll) -> None:
         """No descriptor is left: spend the reserve on closing the next connection, rather than let it wait for ever."""
         log.warning("out of descriptors: a connection is closed unanswered")
@@ -205,10 +213,11 @@ class Listener(ThreadingHTTPServer):
         if self._is_stopped:
             return
         self._is_stopped = True
+        self.is_draining = True
         self.shutdown()
+        self._accept_rest()
         self._overflow.stop()
         self.server_close()
-        self.is_draining = True
         with self._ended:
             threads = list(self._connections.values())
             for connection in self._connections:

@@ -118,6 +118,18 @@ def test_idle_connections_end_at_once_and_exchanges_in_flight_are_waited_for() -
         assert not stopping.is_alive()
 
 
+def test_who_was_not_accepted_yet_is_still_answered(tmp_path: Path) -> None:
+    with listening(tmp_path, Settings(port=0)) as listener:
+        listener.start()
+        listener.shutdown()  # as if the accept thread had no time any more
+        with RawClient(listener.port) as client:
+            client.send(HEALTH)
+            listener.stop(10)
+            answer = client.read_response()
+            assert answer.status == 200
+            assert answer.fields["connection"] == "close"
+
+
 def test_what_outlives_the_grace_is_cut() -> None:
     with serving() as (listener, api):
         with RawClient(listener.port) as busy, RawClient(listener.port) as sending, RawClient(listener.port) as reading:
