@@ -74,7 +74,7 @@ def test_it_is_ready_after_a_real_pass_and_takes_more_jobs_than_the_engine_holds
 
 def test_it_gives_way_to_the_front_end(bench: WorkerBench) -> None:
     assert bench.process.pid is not None
-    assert os.getpriority(os.PRIO_PROCESS, bench.process.pid) == os.getpriority(os.PRIO_PROCESS, 0) + 5
+    assert os.getpriority(os.PRIO_PROCESS, bench.process.pid) == os.getpriority(os.PRIO_PROCESS, 0) + 10
 
 
 def test_it_beats_while_idle(bench: WorkerBench) -> None:
