@@ -68,9 +68,8 @@ class Dispatcher:
         self._next_deadline = Deadline(float("inf"))
         self._inbox: deque[Callable[[], None]] = deque()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        weakref.finalize(
-            self, os.close, self._wakeup
-        )  # not in `close`: a late `cancel` would write to whoever got the number
+        # Not in `close`: a late `cancel` would write to whoever got the number.
+        weakref.finalize(self, os.close, self._wakeup)
         self._poll = select.poll()
         self._poll.register(self._wakeup, select.POLLIN)
         self._workers: dict[int, Worker] = {}  # by report descriptor
@@ -241,11 +240,14 @@ class Dispatcher:
         self._in_flight.discard(job)
         if not self._in_flight:
             self._idle.notify_all()
+        if model := self._models.get(job.model):
+            self._forget_locked(model)  # this may have been the last that waited
         return True
 
     def _forget_locked(self, model: Model) -> None:
-        if model.is_leaving and not model.workers and not len(model.queue):
-            self._models.pop(model.name, None)
+        is_known = self._models.get(model.name) is model  # and no other that was named like it since
+        if is_known and model.is_leaving and not model.workers and not len(model.queue):
+            del self._models[model.name]
 
     # --- the dispatcher thread ----------------------------------------------------------------------------------------
 
@@ -344,16 +346,15 @@ class Dispatcher:
         self._poll.unregister(link.fileno())
         del self._workers[link.fileno()]
         self._watch_writes(worker, False)
-        with self._lock:
-            worker.model.workers.remove(worker)
         lost = [ticket for ticket in worker.held.values() if not ticket.job.is_settled]
         read_bytes = link.read_bytes
         was_read = [ticket for ticket in lost if ticket.given_at < read_bytes]
         link.jobs_lost, link.lost_second_try = len(was_read), any(ticket.is_alone for ticket in was_read)
         for ticket in lost:
             self._give_back(worker, ticket, why, was_read=ticket in was_read)
-        worker.held.clear()
-        with self._lock:
+        with self._lock:  # at once, and not before: a removed model without workers and waiting jobs is forgotten
+            worker.held.clear()
+            worker.model.workers.remove(worker)
             self._forget_locked(worker.model)
         link.is_broken, link.lost = is_broken, why  # last: the supervisor concludes from it
         link.close()
@@ -429,7 +430,7 @@ class Dispatcher:
         """Settle the jobs whose deadline has passed, waiting or running, and find the next deadline."""
         upcoming = Deadline(float("inf"))
         with self._lock:
-            for model in self._models.values():
+            for model in list(self._models.values()):
                 for ticket in list(model.queue):
                     if ticket.job.deadline.is_expired():
                         model.queue.remove(ticket.job)

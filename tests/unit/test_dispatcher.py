@@ -459,6 +459,46 @@ def test_removed_model_finishes_its_queue_and_is_forgotten(house: House) -> None
     house.until(lambda: house.dispatcher.models() == [])
 
 
+class RemovingJob(Job):
+    """A job whose model is removed while its dead worker gives it back."""
+
+    dispatcher: Dispatcher
+
+    def drop_results(self) -> None:
+        self.dispatcher.remove_model(self.model)
+        Job.drop_results(self)
+
+
+def test_model_removed_while_a_dead_worker_gives_its_job_back_keeps_the_job(house: House) -> None:
+    doomed = house.worker()
+    job = RemovingJob("removing", "toy", "c", house.job().request, Deadline.after(60))
+    job.dispatcher = house.dispatcher
+    house.jobs.append(job)
+    house.dispatcher.admit(job)
+    doomed.expect(Run)
+    doomed.die()
+    house.until(lambda: bool(doomed.link.lost))
+    assert house.dispatcher.models() == ["toy"]
+    worker = house.worker()
+    assert worker.serve() == job.id
+    assert house.settled(job) is State.DONE
+    worker.die()
+    house.until(lambda: house.dispatcher.models() == [])
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+def test_removed_model_without_workers_is_forgotten_with_its_last_job(house: House, is_cancelled: bool) -> None:
+    house.worker().die()
+    house.until(lambda: house.dispatcher.status("toy").workers == 0)
+    job = house.admit(timeout_s=60.0 if is_cancelled else 0.2)
+    house.dispatcher.remove_model("toy")
+    assert house.dispatcher.models() == ["toy"]
+    if is_cancelled:
+        house.dispatcher.cancel(job)
+    house.until(lambda: house.dispatcher.models() == [])
+    assert job.state is (State.CANCELLED if is_cancelled else State.EXPIRED)
+
+
 # --- deadlines and cancellation -----------------------------------------------------------------------------------------
 
 
@@ -718,7 +758,7 @@ def test_job_that_dead_workers_never_read_has_no_part_in_their_deaths(house: Hou
         job = job or house.admit()
         house.until(lambda: house.dispatcher.status("toy").running == 1)
         doomed.die()
-        house.until(lambda: house.dispatcher.status("toy").running == 0)
+        house.until(lambda doomed=doomed: bool(doomed.link.lost))  # type: ignore[misc]
         assert (doomed.link.jobs_lost, doomed.link.lost_second_try) == (0, False)
     assert job
     last = house.worker()
