@@ -81,7 +81,7 @@ class Supervisor:
         self._context = multiprocessing.get_context("spawn")
         self._settings = settings
         self._incoming: dict[str, Fleet] = {}  # those of a reload that are to take over
-        self._leaving: list[Fleet] = []  # those of removed models with jobs still queued
+        self._leaving: list[Fleet] = []  # those of removed models with jobs still to finish
         self._outgoing: list[Fleet] = []  # those whose places are all retired
         self._incarnations: dict[tuple[str, int], int] = {}
         self._orders: deque[Callable[[], None]] = deque()
@@ -398,7 +398,7 @@ class Supervisor:
         for fleet in list(self._leaving):
             successor = self._fleets.get(fleet.name)  # the model was removed, and named again since
             is_replaced = successor is not None and bool(successor.ready_places or successor.failure)
-            if is_replaced or fleet.failure or self._queued(fleet.name) == 0:
+            if is_replaced or fleet.failure or self._unfinished(fleet.name) == 0:
                 self._leaving.remove(fleet)
                 self._dismiss(fleet)
                 if successor is None:  # again: with nothing waiting and no worker left, nobody else may forget it
@@ -434,9 +434,11 @@ class Supervisor:
         """When a worker that drains for a reload must have ended: no job lives longer than the longest deadline."""
         return time.monotonic() + self._settings.max_timeout_s + self._settings.terminate_timeout_s
 
-    def _queued(self, model: str) -> int:
+    def _unfinished(self, model: str) -> int:
+        """Jobs that wait, and those that run: one whose worker dies needs another."""
         try:
-            return self._dispatcher.status(model).queued
+            status = self._dispatcher.status(model)
+            return status.queued + status.running
         except ModelNotFound:
             return 0
 

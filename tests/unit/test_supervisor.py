@@ -235,6 +235,20 @@ def test_removed_model_that_no_longer_loads_answers_its_queue(tmp_path: Path) ->
         assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
 
 
+def test_removed_models_running_job_goes_to_a_successor_when_its_worker_dies(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    with ToyHouse(tmp_path / "spool", toy_model("a"), toy_model("b")) as house:
+        job = house.job(f"once {begun} sleep 60", model="b")
+        house.until(begun.exists)
+        house.reload(toy_model("a"))
+        house.until(lambda: house.dispatcher.status("b").reason == "unloading")
+        os.kill(house.pids("b")[0], signal.SIGKILL)
+        answer = finish(job, PATIENCE_S)
+        assert (answer.state, answer.attempts) == (State.DONE, 2)
+        house.until(lambda: house.dispatcher.models() == ["a"])
+        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+
+
 def test_removed_model_is_forgotten_though_its_last_job_is_cancelled_while_no_worker_lives(tmp_path: Path) -> None:
     slow = {"restart_delay_s": 60.0, "max_restart_delay_s": 60.0}
     with ToyHouse(tmp_path, toy_model("a"), toy_model("b"), **slow) as house:
