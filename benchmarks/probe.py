@@ -57,12 +57,13 @@ class Prober:
         self._process.stdout.readline()  # its first probe has been answered, or has failed
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         try:
             output, _error = self._process.communicate(timeout=STOP_TIMEOUT_S)
         finally:
             self._process.kill()
-        self.probes = [Probe(*row) for row in json.loads(output)]
+        if kind is None:
+            self.probes = [Probe(*row) for row in json.loads(output)]
 
 
 def probe(url: str, path: str, every_s: float) -> list[Probe]:
@@ -71,8 +72,8 @@ def probe(url: str, path: str, every_s: float) -> list[Probe]:
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=ANSWER_TIMEOUT_S)
     probes: list[Probe] = []
-    due = time.monotonic()
-    while len(probes) < MOST_PROBES:
+    due, end = time.monotonic(), float("inf")
+    while due < end and len(probes) < MOST_PROBES:
         try:
             connection.request("GET", path)
             with connection.getresponse() as answer:
@@ -85,8 +86,9 @@ def probe(url: str, path: str, every_s: float) -> list[Probe]:
         if len(probes) == 1:
             print(flush=True)
         due += every_s
-        if select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
-            break
+        # What was due before the end is still fetched: a stall at the end would else show in one probe only.
+        if end == float("inf") and select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
+            end = time.monotonic()
     connection.close()
     return probes
 

@@ -220,10 +220,12 @@ class Connection:
             if self._host.is_draining and self.is_idle:
                 return None
             try:
-                data = transport.receive(settings.head_timeout_s if self._is_fresh else settings.idle_timeout_s)
+                data = transport.receive(
+                    settings.head_timeout_s if self._is_fresh else settings.idle_timeout_s, self._wake
+                )
             except TimeoutError:
                 return None
-            self.is_idle = False
+            self._wake()
             if not data:
                 return None
         head = self._parser.parse(data)
@@ -241,6 +243,9 @@ class Connection:
         if head.size < len(data):
             transport.put_back(data, head.size)
         return head
+
+    def _wake(self) -> None:
+        self.is_idle = False
 
     def _answer(self, exchange: HttpExchange) -> int:
         """Have the request answered and write the answer; bytes written. The one place where errors become responses."""

@@ -122,29 +122,36 @@ class Listener(ThreadingHTTPServer):
 
     def _accept_all(self) -> bool:
         """Accept whatever waits; False when the process has run out of something."""
-        while not self._is_stopping:
-            try:
-                connection, address = self.socket.accept()
-            except BlockingIOError:
-                return True
-            except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    return False
-                continue  # that one client has gone again: accept(2) tells so with many numbers
-            try:
-                self.process_request(connection, address)
-            except Exception:
-                log.exception("a connection could not be served")
-                connection.close()
+        try:
+            while not self._is_stopping and self._accept_one():
+                pass
+        except OSError:
+            return False
         return True
 
     def _accept_rest(self) -> None:
         """Take what the kernel holds for us: closing the socket would reset it. No more than that, however many still come."""
-        for _ in range(self.request_queue_size):
-            try:
-                self.process_request(*self.socket.accept())
-            except OSError:
-                return
+        with contextlib.suppress(OSError):
+            for _ in range(self.request_queue_size + 1):  # listen(2) on Linux: one more than asked for
+                if not self._accept_one():
+                    return
+
+    def _accept_one(self) -> bool:
+        """Accept a connection and find it a place; False when none waits. Raises OSError when the process has run out of something."""
+        try:
+            connection, address = self.socket.accept()
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                raise
+            return True  # that one client has gone again: accept(2) tells so with many numbers
+        try:
+            self.process_request(connection, address)
+        except Exception:
+            log.exception("a connection could not be served")
+            connection.close()
+        return True
 
     def _make_room(self, poller: select.poll) -> None:
         """No descriptor is left: spend the reserve on closing the next connection, rather than let it wait for ever."""
@@ -206,7 +213,9 @@ class Listener(ThreadingHTTPServer):
     # --- ending ---------------------------------------------------------------------------------------------------------
 
     def stop(self, grace_s: float) -> None:
-        """Stop accepting, close idle connections, wait for exchanges in flight at most `grace_s`, then cut the rest.
+        """Stop accepting, close idle connections, wait for the others at most `grace_s`, then cut the rest.
+
+        Whoever has just connected is about to ask, and is waited for like an exchange in flight.
 
         Afterwards none of its threads is left, other than those stuck in something that is not a wait. Safe to call twice.
         """
@@ -224,8 +233,8 @@ class Listener(ThreadingHTTPServer):
                 if connection.is_idle:
                     connection.close_idle()
             self._ended.wait_for(lambda: not self._connections, grace_s)
-            if self._connections:
-                log.warning("connections cut", extra=fields(number=len(self._connections), grace_s=grace_s))
+            if cut := sum(connection.in_flight for connection in self._connections):
+                log.warning("answers cut off", extra=fields(number=cut, grace_s=grace_s))
             for connection in self._connections:
                 connection.cut()
         end = time.monotonic() + CUT_TIMEOUT_S

@@ -31,6 +31,7 @@ from ovserve.logs import fields
 __all__ = ["Overflow", "too_many"]
 
 RETRY_AFTER_S = 1
+LAST_ANSWERS_S = 0.3  # at the end, for those who have come and were not answered yet
 RECEIVE_BYTES = 16 * 1024
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Overflow:
         self._poll = select.epoll()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll.register(self._wakeup, select.EPOLLIN)
-        self._stopping = False
+        self._last: float | None = None  # when the thread ends, at the latest
         self._thread = threading.Thread(target=self._run, name="overflow", daemon=True)
 
     def start(self) -> None:
@@ -85,10 +86,10 @@ class Overflow:
         self._thread.start()
 
     def stop(self) -> None:
-        """Close every connection and end the thread. Safe to call twice, and without `start`."""
+        """Give those there are a last moment for their answers, and end the thread. Safe to call twice, and without `start`."""
         if self._wakeup < 0:
             return
-        self._stopping = True
+        self._last = time.monotonic() + LAST_ANSWERS_S
         if self._thread.is_alive():
             os.eventfd_write(self._wakeup, 1)
             self._thread.join()
@@ -109,7 +110,7 @@ class Overflow:
     # --- the thread -----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._stopping:
+        while not self._is_over():
             for descriptor, _ in self._poll.poll(self._time_left()):
                 try:
                     if descriptor == self._wakeup:
@@ -127,10 +128,16 @@ class Overflow:
         for visitor in list(self._visitors.values()):
             self._close(visitor)
 
+    def _is_over(self) -> bool:
+        if self._last is None:
+            return False
+        return time.monotonic() >= self._last or not (self._visitors or self._offered)
+
     def _time_left(self) -> float | None:
-        if not self._visitors:
-            return None
-        return max(0.0, next(iter(self._visitors.values())).end - time.monotonic())
+        ends = [next(iter(self._visitors.values())).end] if self._visitors else []
+        if self._last is not None:
+            ends.append(self._last)
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def _admit(self) -> None:
         while True:

@@ -1,6 +1,6 @@
 """Bytes in and out of one connection's socket, each wait with a time limit.
 
-What can be had at once is had at once, while the thread keeps its turn. Where it has to wait it gives the turn away, the socket
+Bytes that can be had at once are had at once, while the thread keeps its turn. Before it waits it gives the turn away, the socket
 blocks, and the kernel keeps the time (SO_RCVTIMEO, SO_SNDTIMEO): one system call, where Python's own timeouts poll first.
 """
 
@@ -35,7 +35,7 @@ class Transport:
     def __init__(self, connection: socket.socket, write_timeout_s: float, turn: Turn | None = None) -> None:
         """Args: turn: given away during each wait; without one the thread takes turns with nobody."""
         self._socket = connection
-        self._turn = turn or Turn(Turns())
+        self.turn = turn or Turn(Turns())
         self._timeout = 0.0
         self._data = b""
         self._position = 0
@@ -70,25 +70,31 @@ class Transport:
                 self._data, self._position = b"", 0
         return count
 
-    def receive(self, timeout_s: float) -> bytes:
-        """The next bytes from the socket, empty at its end. Nothing may be pending. Raises TimeoutError and ClientGone."""
-        return self._within(timeout_s, self._socket.recv, RECEIVE_BYTES)
+    def receive(self, timeout_s: float, arrived: Callable[[], None] | None = None) -> bytes:
+        """The next bytes from the socket, empty at its end. Nothing may be pending. Raises TimeoutError and ClientGone.
+
+        `arrived` is called when a wait has ended, before the thread waits for its turn.
+        """
+        return self._within(timeout_s, self._socket.recv, RECEIVE_BYTES, arrived=arrived)
 
     def fill(self, view: memoryview, timeout_s: float) -> int:
         """Receive into `view` until it is full, the peer has no more, or the time (or a tick of it) is over.
 
         Returns bytes received, 0 at the end. Raises TimeoutError when the time passed without a byte, and ClientGone.
         """
+        end = time.monotonic() + timeout_s
+        self.turn.pass_on()
         count = self._within(timeout_s, self._socket.recv_into, view, 0)
         if not 0 < count < len(view):
             return count
-        self._turn.give()
+        self.turn.give()
         try:
-            return count + self._wait_for(timeout_s, self._socket.recv_into, view[count:], 0, socket.MSG_WAITALL)
+            left = min(TICK_S, end - time.monotonic())
+            return count + self._wait_for(left, self._socket.recv_into, view[count:], 0, socket.MSG_WAITALL)
         except TimeoutError:
             return count
         finally:
-            self._turn.take()
+            self.turn.take()
 
     def receive_beyond(self, view: memoryview, timeout_s: float) -> int:
         """Receive into `view`, and in the same call what comes after it into the pending bytes; bytes put into `view`.
@@ -117,11 +123,11 @@ class Transport:
         except OSError as error:
             raise ClientGone(error.strerror or "connection lost") from None
         if rest:
-            self._turn.give()
+            self.turn.give()
             try:
                 self._send_rest(rest)
             finally:
-                self._turn.take()
+                self.turn.take()
         return total
 
     def _send_some(self, buffers: Sequence[bytes | memoryview], flags: int = 0) -> list[bytes | memoryview]:
@@ -158,11 +164,11 @@ class Transport:
         poller = select.poll()
         poller.register(descriptor, select.POLLIN)
         poller.register(self._socket, select.POLLRDHUP)
-        self._turn.give()
+        self.turn.give()
         try:
             return self._poll(poller, descriptor, deadline)
         finally:
-            self._turn.take()
+            self.turn.take()
 
     def _poll(self, poller: select.poll, descriptor: int, deadline: Deadline) -> bool:
         while True:
@@ -191,21 +197,30 @@ class Transport:
                     return
                 limit_bytes -= dropped
 
-    def _within(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:
-        """What `receive` gives at once, or within the time. Raises TimeoutError and ClientGone."""
-        if timeout_s <= 0:
-            raise TimeoutError
+    def _within(
+        self,
+        timeout_s: float,
+        receive: Callable[..., _T],
+        *arguments: object,
+        arrived: Callable[[], None] | None = None,
+    ) -> _T:
+        """What `receive` gives at once, or within the time. Raises TimeoutError and ClientGone.
+
+        What has come is taken even when the time is over: the client is not to blame for this thread's wait for its turn.
+        """
         try:
             return receive(*arguments, socket.MSG_DONTWAIT)
         except BlockingIOError:
             pass
         except OSError as error:
             raise ClientGone(error.strerror or "connection lost") from None
-        self._turn.give()
+        self.turn.give()
         try:
             return self._wait_for(timeout_s, receive, *arguments, 0)
         finally:
-            self._turn.take()
+            if arrived:
+                arrived()
+            self.turn.take()
 
     def _wait_for(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:
         """Call `receive` until it gives something or the time is over. Raises TimeoutError and ClientGone."""

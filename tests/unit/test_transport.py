@@ -65,6 +65,23 @@ def test_fill_returns_what_there_is_when_the_time_is_over() -> None:
             transport.receive_beyond(view, 0.01)
 
 
+def test_fill_in_parts_takes_no_longer_than_was_said() -> None:
+    with connected_pair() as (ours, theirs):
+        late = threading.Timer(0.4, ours.sendall, (b"a",))
+        late.start()
+        started = time.monotonic()
+        assert Transport(theirs, 5).fill(memoryview(bytearray(4)), 0.6) == 1
+        assert 0.4 <= time.monotonic() - started < 0.9
+        late.join()
+
+
+def test_what_has_come_is_taken_when_the_time_is_over() -> None:
+    with connected_pair() as (ours, theirs):
+        ours.sendall(b"abc")
+        theirs.recv(3, socket.MSG_PEEK | socket.MSG_WAITALL)
+        assert Transport(theirs, 5).receive(0) == b"abc"
+
+
 def test_receive_beyond_keeps_what_does_not_fit() -> None:
     with connected_pair() as (ours, theirs):
         transport, view = Transport(theirs, 5), memoryview(bytearray(4))

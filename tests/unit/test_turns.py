@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -15,6 +15,13 @@ from ovserve.front import turns as turns_module
 from ovserve.front.transport import Transport
 from ovserve.front.turns import Turn, Turns
 from tests.sockets import connected_pair
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 @contextmanager
@@ -28,7 +35,14 @@ def running(work: Callable[[], object]) -> Iterator[threading.Thread]:
         assert not thread.is_alive()
 
 
-def test_one_thread_runs_at_a_time_as_long_as_each_is_quick() -> None:
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is deposed, however slow the machine: a turn that is kept shows."""
+    monkeypatch.setattr(turns_module, "PATIENCE_S", 1000.0)
+
+
+@pytest.mark.usefixtures("patient")
+def test_one_thread_runs_at_a_time() -> None:
     turns, inside, most = Turns(), [0], [0]
 
     def work() -> None:
@@ -54,21 +68,30 @@ def test_a_turn_that_is_not_held_can_be_given_away() -> None:
     turn.give()
 
 
-def test_a_holder_that_does_not_let_go_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns_module, "PATIENCE_S", 0.05)
-    turns = Turns()
-    stuck, other = Turn(turns), Turn(turns)
+def test_a_holder_that_does_not_let_go_loses_its_turn_and_those_behind_go_one_by_one() -> None:
+    turns, inside, most, done = Turns(), [0], [0], [0]
+    stuck = Turn(turns)
     stuck.take()
-    other.take()
-    other.give()
-    monkeypatch.setattr(turns_module, "PATIENCE_S", 1000.0)
-    other.take()  # at once: the stuck one is out of the game
-    other.give()
-    stuck.give()
+
+    def work() -> None:
+        turn = Turn(turns)
+        turn.take()
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(turns_module.PATIENCE_S / 4)
+        inside[0] -= 1
+        done[0] += 1
+        turn.give()
+
+    with running(work), running(work), running(work), running(work):
+        pass
+    assert (done, most) == ([4], [1])
+    stuck.give()  # which is nothing any more
     stuck.take()
     stuck.give()
 
 
+@pytest.mark.usefixtures("patient")
 def test_who_always_has_more_to_do_lets_the_others_in_after_its_slice() -> None:
     turns = Turns()
     busy, other = Turn(turns), Turn(turns)
@@ -89,28 +112,31 @@ def test_who_always_has_more_to_do_lets_the_others_in_after_its_slice() -> None:
     assert had.is_set()
 
 
-@pytest.mark.parametrize(("urgent", "expected"), [(None, [0, 1, 2, 3]), (3, [3, 0, 1, 2])])
-def test_turns_come_in_the_order_of_asking_but_for_the_urgent(urgent: int | None, expected: list[int]) -> None:
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize(
+    ("urgent", "expected"),
+    [((), [0, 1, 2, 3, 4, 5, 6]), ((3, 5), [3, 5, 0, 1, 2, 4, 6]), (range(1, 7), [1, 2, 3, 4, 0, 5, 6])],
+)
+def test_turns_come_in_the_order_of_asking_but_for_the_urgent(urgent: Sequence[int], expected: list[int]) -> None:
     turns, order = Turns(), list[int]()
     first = Turn(turns)
     first.take()
 
     def work(number: int, waiting: threading.Barrier) -> None:
         turn = Turn(turns)
-        turn.is_urgent = number == urgent
+        turn.is_urgent = number in urgent
         waiting.wait(20)
         turn.take()
         order.append(number)
         turn.give()
 
     threads = []
-    for number in range(4):
+    for number in range(7):
         waiting = threading.Barrier(2)
         threads.append(threading.Thread(target=work, args=(number, waiting)))
         threads[-1].start()
         waiting.wait(20)
-        while len(threads) > turns.length:
-            time.sleep(0.001)
+        until(lambda: turns.length == len(threads))
     first.give()
     for thread in threads:
         thread.join(20)
@@ -135,17 +161,31 @@ def fill(transport: Transport) -> None:
         transport.fill(memoryview(bytearray(4)), 0.2)
 
 
+def fill_in_part(transport: Transport) -> None:
+    with connected_pair() as (ours, theirs):
+        partly = Transport(theirs, 5, transport.turn)
+        ours.sendall(b"ab")
+        assert partly.fill(memoryview(bytearray(4)), 0.2) == 2
+
+
+def receive_beyond(transport: Transport) -> None:
+    with pytest.raises(TimeoutError):
+        transport.receive_beyond(memoryview(bytearray(4)), 0.2)
+
+
 WAITS: dict[str, Callable[[Transport], None]] = {
     "receive": receive,
     "fill": fill,
+    "the rest of fill": fill_in_part,
+    "receive_beyond": receive_beyond,
     "wait": wait_for_a_descriptor,
     "linger": lambda transport: transport.linger(10, 0.2),
 }
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("way", WAITS)
-def test_a_wait_for_the_client_gives_the_turn_away(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns_module, "PATIENCE_S", 1000.0)  # so that a turn that is kept shows
+def test_a_wait_for_the_client_gives_the_turn_away(way: str) -> None:
     turns, had = Turns(), threading.Event()
     mine, other = Turn(turns), Turn(turns)
 
@@ -161,8 +201,8 @@ def test_a_wait_for_the_client_gives_the_turn_away(way: str, monkeypatch: pytest
         mine.give()
 
 
-def test_a_long_answer_gives_the_turn_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns_module, "PATIENCE_S", 1000.0)
+@pytest.mark.usefixtures("patient")
+def test_a_long_answer_gives_the_turn_away() -> None:
     turns = Turns()
     mine, other = Turn(turns), Turn(turns)
     content = b"x" * 20_000_000
@@ -181,23 +221,42 @@ def test_a_long_answer_gives_the_turn_away(monkeypatch: pytest.MonkeyPatch) -> N
             mine.give()
 
 
+@pytest.mark.usefixtures("patient")
 def test_what_can_be_had_at_once_keeps_the_turn() -> None:
     turns = Turns()
-    mine = Turn(turns)
+    mine, other, had = Turn(turns), Turn(turns), threading.Event()
     mine.take()
-    with connected_pair() as (ours, theirs):
+
+    def attempt() -> None:
+        other.take()
+        had.set()
+        other.give()
+
+    with connected_pair() as (ours, theirs), running(attempt):
+        until(lambda: turns.length == 1)
         transport = Transport(theirs, 5, mine)
         ours.sendall(b"abcdefgh")
-        taken: list[bool] = []
+        assert transport.receive(5) == b"abcdefgh"
+        assert transport.send([b"answer"]) == 6
+        assert not had.is_set()
+        mine.give()
 
-        def attempt() -> None:
-            before = time.monotonic()
-            Turn(turns).take()
-            taken.append(time.monotonic() - before < turns_module.PATIENCE_S / 2)
 
-        with running(attempt):
-            assert transport.fill(memoryview(bytearray(4)), 5) == 4
-            assert transport.receive(5) == b"efgh"
-            assert transport.send([b"answer"]) == 6
-        assert taken == [False]
+@pytest.mark.usefixtures("patient")
+def test_a_long_upload_lets_others_in_between_its_pieces() -> None:
+    turns = Turns()
+    mine, other, had = Turn(turns), Turn(turns), threading.Event()
+    mine.take()
+
+    def attempt() -> None:
+        other.take()
+        had.set()
+        other.give()
+
+    with connected_pair() as (ours, theirs), running(attempt):
+        until(lambda: turns.length == 1)
+        time.sleep(2 * turns_module.SLICE_S)
+        ours.sendall(b"abcd")
+        assert Transport(theirs, 5, mine).fill(memoryview(bytearray(4)), 5) == 4
+        assert had.is_set()
         mine.give()
