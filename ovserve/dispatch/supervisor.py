@@ -49,6 +49,7 @@ OnServing = Callable[[ModelProfile, ModelSettings], None]
 
 _TICK_S = 0.25  # between looks at beats and memory: a hang limit is kept to this, a leak of 4 GB/s seen within 1 GB
 _LATE_S = 1.0  # a tick this late means that the front end itself stood still: silence heard then is its own
+_ORDER_S = 2.0  # for an order to be taken; a turn takes milliseconds, and some more where it starts processes
 _DISPATCHER_TURN_S = 1.0  # it turns this often at least, and hears the workers' beats when it does
 _DISPATCHER_LATE_S = 5.0  # then it stands still, and the watchdog is not fed
 
@@ -137,6 +138,10 @@ class Supervisor:
         """
         self._announce(settings)  # at once: whoever reads the new catalogue may ask for them
         self._order(lambda: self._reload(settings, profiles))
+        with (
+            self._changed
+        ):  # a request checked by the new catalogue must not meet workers that are still to be sent away
+            self._changed.wait_for(lambda: not self._orders, timeout=_ORDER_S)
 
     def _announce(self, settings: Settings) -> None:
         """Have the dispatcher know every model, with the queue limit of the workers that serve it."""
@@ -375,6 +380,9 @@ class Supervisor:
         self._settings = settings
         names = {model.name for model in settings.models}
         self._announce(settings)  # again: a removal of the same name may have come in between
+        for fleet in [fleet for fleet in self._leaving if fleet.name in names]:
+            self._leaving.remove(fleet)
+            self._dismiss(fleet)  # what comes from here on is meant for the new workers, and what waits waits for them
         for name in [name for name in self._fleets if name not in names]:
             self._dispatcher.remove_model(name)
             self._leaving.append(self._fleets.pop(name))
@@ -396,13 +404,10 @@ class Supervisor:
             if not to_stay:
                 self._take_over(fleet)
         for fleet in list(self._leaving):
-            successor = self._fleets.get(fleet.name)  # the model was removed, and named again since
-            is_replaced = successor is not None and bool(successor.ready_places or successor.failure)
-            if is_replaced or fleet.failure or self._unfinished(fleet.name) == 0:
+            if fleet.failure or self._unfinished(fleet.name) == 0:
                 self._leaving.remove(fleet)
                 self._dismiss(fleet)
-                if successor is None:  # again: with nothing waiting and no worker left, nobody else may forget it
-                    self._dispatcher.remove_model(fleet.name)
+                self._dispatcher.remove_model(fleet.name)  # again: without a worker left, nobody else may forget it
         self._outgoing = [fleet for fleet in self._outgoing if fleet.places]
 
     def _take_over(self, fleet: Fleet) -> None:

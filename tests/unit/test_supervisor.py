@@ -262,19 +262,22 @@ def test_removed_model_is_forgotten_though_its_last_job_is_cancelled_while_no_wo
         house.until(lambda: house.dispatcher.models() == ["a"])
 
 
-def test_model_removed_and_named_again_under_load_gets_its_new_workers_only(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path, toy_model("a"), toy_model("b", capacity=1)) as house:
-        jobs = [house.job("sleep 60", model="b") for _ in range(4)]
+def test_model_removed_and_named_again_gets_its_new_workers_only(tmp_path: Path) -> None:
+    died = tmp_path / "died"
+    with ToyHouse(tmp_path / "spool", toy_model("a"), toy_model("b")) as house:
+        [old] = house.pids("b")
+        running = house.job("sleep 60", model="b")
+        house.until(lambda: house.dispatcher.status("b").running == 1)
         house.reload(toy_model("a"))
-        house.reload(toy_model("a"), toy_model("b", capacity=1))
-        house.until(lambda: house.dispatcher.status("b").running == 2)
+        house.reload(toy_model("a"), toy_model("b", load_s=0.5))
+        assert house.dispatcher.status("b").workers == 0
+        later = house.job(f"once {died} exit 7", model="b")  # for the new: the old one has room
         house.until(lambda: house.ready("b") == 1)
-        assert house.dispatcher.status("b").queued == 2
-        for job in jobs:
-            house.dispatcher.cancel(job)
-            job.close()
+        assert (finish(later).attempts, died.exists(), is_alive(old)) == (2, True, True)
+        house.dispatcher.cancel(running)
+        running.close()
         assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
-        assert house.ask("echo", model="b").state is State.DONE
+        assert not is_alive(old)
 
 
 def test_second_reload_overtakes_the_first(tmp_path: Path) -> None:
