@@ -99,8 +99,11 @@ class Server:
     def _await_ready(self) -> bool:
         """Wait for the first model that has answered its warm-up; False when told to stop before."""
         while not self._supervisor.wait_ready(Deadline.after(0)):
+            is_settled = self._supervisor.wait_reloaded(
+                Deadline.after(0)
+            )  # first: who takes over clears the failure then
             statuses = self._supervisor.status().values()
-            if statuses and all(status.failed for status in statuses):
+            if is_settled and statuses and all(status.failed for status in statuses):
                 raise ModelError("; ".join(f"model {status.name}: {status.reason}" for status in statuses))
             number = _next_signal(POLL_S)
             if number == signal.SIGHUP:

@@ -139,6 +139,20 @@ def test_reload_that_is_told_while_the_model_loads_is_done(tmp_path: Path) -> No
         live.await_ready()
 
 
+def test_server_whose_first_configuration_fails_starts_with_the_one_that_mended_it(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    table = "[[model]]\nplugin_config = '{}'"
+    config.write_text(table.format(json.dumps({"load": "fail no such device", "load_s": 2.0})))
+    with FaultServer(tmp_path / "spool", "--config", str(config), wait_ready=False) as live:
+        live.until(lambda: bool(live.workers()))
+        config.write_text(table.format(json.dumps({"load_s": 4.0})))
+        live.signal(signal.SIGHUP)
+        live.until(lambda: bool(live.logged("model failed")))
+        live.await_ready()
+        with live.client() as client:
+            assert live.generate(client, "echo").status_code == 200
+
+
 def test_worker_that_takes_too_much_memory_costs_one_job(tmp_path: Path) -> None:
     limit = str(300 << 20)
     with FaultServer(tmp_path, "--memory_limit_bytes", limit, "--replicas", "2") as server, server.client() as client:
