@@ -104,6 +104,7 @@ def masks(client: Client) -> list[Row]:
         (circle, (24, 24, 104, 104), "a yellow star on a blue background", 0),
         (circle, (24, 24, 104, 104), "a yellow star on a blue background", 12),
         (circle, (20, 60, 110, 63), "blue background", 0),
+        (circle, (24, 24, 104, 104), "blue background", 0),
     )
     for image, box, prompt, blur in cases:
         mask = Image.new("L", image.size, 0)

@@ -12,11 +12,14 @@ CASES = 12
 FLOORS = {
     "round trip": {"colour": 12, "shape": 11, "background": 12},
     "text to image": {"colour": 12, "shape": 11, "background": 12, "one": 12},
-    "count two": {"count": 6},
-    "count three": {"count": 9},
-    "inpaint one of a pair": {"colour": 11, "shape": 8, "background": 12},
-    "replace in place": {"obeyed": 10},
+    "count two": {"count": 10},
+    "count three": {"count": 10},
+    "inpaint one of a pair": {"colour": 11, "shape": 10, "background": 12},
+    "replace in place": {"obeyed": 11},
+    "remove": {"gone": 12},
+    "recolour at 0.5": {"obeyed": 11},
     "recolour at 0.7": {"obeyed": 11},
+    "reshape at 0.7": {"obeyed": 10},
     "reshape at 0.85": {"obeyed": 10},
     "background at 0.85": {"obeyed": 10},
 }
