@@ -24,6 +24,7 @@ from ovserve.profile import ModelProfile
 from tests import toys
 
 PATIENCE_S = 20.0  # a wait that runs into this is a failure
+_QUICK: dict[str, Any] = {"restart_delay_s": 0.02, "max_restart_delay_s": 1.0, "terminate_timeout_s": 2.0}
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class ToyHouse:
     """`with ToyHouse(tmp_path, toy_model()) as house: house.ask("echo hello")`; options are those of Settings."""
 
     def __init__(self, directory: Path, *models: ModelSettings, wait: bool = True, **options: Any) -> None:
-        quick = {"restart_delay_s": 0.02, "max_restart_delay_s": 1.0, "terminate_timeout_s": 2.0, **options}
-        self.settings = Settings(models=models or (toy_model(),), **quick)
+        self.settings = Settings(models=models or (toy_model(),), **{**_QUICK, **options})
         self.spool = Spool(directory, 64 << 20)
         self.dispatcher = Dispatcher(self.spool, self.settings)
         self.serving: list[ModelSettings] = []  # which workers have taken over, in order
@@ -105,9 +105,9 @@ class ToyHouse:
             assert not deadline.is_expired(), f"did not come about: {self.supervisor.status()}"
             pause.wait(0.01)
 
-    def reload(self, *models: ModelSettings) -> None:
-        """Bring in other models."""
-        settings = Settings(models=models, restart_delay_s=0.02, max_restart_delay_s=1.0, terminate_timeout_s=2.0)
+    def reload(self, *models: ModelSettings, **options: Any) -> None:
+        """Bring in other models; options are those of Settings."""
+        settings = Settings(models=models, **{**_QUICK, **options})
         self.supervisor.reload(settings, profiles(settings))
 
     def _note_serving(self, _: ModelProfile, model: ModelSettings) -> None:

@@ -167,9 +167,10 @@ class Dispatcher:
                 model.is_leaving = True
                 self._forget_locked(model)
 
-    def attach(self, link: Link) -> None:
-        """Take charge of a worker's link. Its model must be known."""
-        self._call(lambda: self._attach(link))
+    def attach(self, link: Link, settings: Settings | None = None) -> None:
+        """Take charge of a worker's link. Its model must be known. `settings`: the worker's own, where a reload brought others."""
+        hang_limit_s = (settings or self._settings).hang_limit_s
+        self._call(lambda: self._attach(link, hang_limit_s))
 
     def retire(self, link: Link) -> None:
         """Give this worker no more jobs, not one from now on, and tell it to end when it has finished those it holds."""
@@ -310,11 +311,11 @@ class Dispatcher:
 
     # --- workers come and go ------------------------------------------------------------------------------------------
 
-    def _attach(self, link: Link) -> None:
+    def _attach(self, link: Link, hang_limit_s: float) -> None:
         descriptor = link.fileno()
         with self._lock:
             if model := self._models.get(link.model):
-                self._workers[descriptor] = worker = Worker(link, model)
+                self._workers[descriptor] = worker = Worker(link, model, hang_limit_s)
                 model.workers.append(worker)
         if model is not None:
             self._poll.register(descriptor, select.POLLIN)
@@ -464,7 +465,7 @@ class Dispatcher:
     def _drop_stuck(self) -> None:
         """Let go of workers that keep a place taken with jobs that nobody wants, or hear nothing."""
         for worker in list(self._workers.values()):
-            if worker.is_stuck(self._settings.hang_limit_s):
+            if worker.is_stuck():
                 self._lose(worker, "it holds on to cancelled jobs", is_broken=True)
             elif worker.link.is_clogged:
                 self._lose(worker, "it does not read its commands", is_broken=True)

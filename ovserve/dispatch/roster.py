@@ -58,6 +58,7 @@ class Worker:
 
     link: Link
     model: Model
+    hang_limit_s: float  # of the settings it was started with
     held: dict[str, Ticket] = field(default_factory=dict)
     ended: dict[str, bool] = field(default_factory=dict)  # newest last; whether each has failed
     watches_writes: bool = False
@@ -90,15 +91,14 @@ class Worker:
             return False
         return isinstance(message, Progress) or (has_failed and isinstance(message, Prepared | Need | Picture))
 
-    def release_deadline(self, ticket: Ticket, hang_limit_s: float) -> Deadline:
+    def release_deadline(self, ticket: Ticket) -> Deadline:
         """When it must have let go of a cancelled job: a hang limit after it was told, or what its newest beat allows."""
-        return Deadline(ticket.cancelled_at + max(hang_limit_s, self.link.allow_s))
+        return Deadline(ticket.cancelled_at + max(self.hang_limit_s, self.link.allow_s))
 
-    def is_stuck(self, hang_limit_s: float) -> bool:
+    def is_stuck(self) -> bool:
         """Whether it holds nothing but cancelled jobs, each of them for too long: a place is lost there."""
         return bool(self.held) and all(
-            ticket.cancelled_at and self.release_deadline(ticket, hang_limit_s).is_expired()
-            for ticket in self.held.values()
+            ticket.cancelled_at and self.release_deadline(ticket).is_expired() for ticket in self.held.values()
         )
 
 

@@ -81,6 +81,7 @@ class Supervisor:
         self._on_serving = on_serving
         self._context = multiprocessing.get_context("spawn")
         self._settings = settings
+        self._longest_job_s = settings.max_timeout_s  # under any settings there were: jobs of each may still run
         self._incoming: dict[str, Fleet] = {}  # those of a reload that are to take over
         self._leaving: list[Fleet] = []  # those of removed models with jobs still to finish
         self._outgoing: list[Fleet] = []  # those whose places are all retired
@@ -259,7 +260,7 @@ class Supervisor:
             return
         place.fill(process, link, time.monotonic())
         processes.prefer_for_oom(place.pid)
-        self._dispatcher.attach(link)
+        self._dispatcher.attach(link, fleet.settings)
         log.info("worker started", extra=fields(worker=link.name, pid=place.pid))
 
     def _spawn(self, fleet: Fleet, index: int, incarnation: int) -> tuple[Link, SpawnProcess]:
@@ -378,6 +379,7 @@ class Supervisor:
         for fleet in list(self._incoming.values()):
             self._turn_away(fleet)
         self._settings = settings
+        self._longest_job_s = max(self._longest_job_s, settings.max_timeout_s)
         names = {model.name for model in settings.models}
         self._announce(settings)  # again: a removal of the same name may have come in between
         for fleet in [fleet for fleet in self._leaving if fleet.name in names]:
@@ -437,7 +439,7 @@ class Supervisor:
 
     def _longest_end(self) -> float:
         """When a worker that drains for a reload must have ended: no job lives longer than the longest deadline."""
-        return time.monotonic() + self._settings.max_timeout_s + self._settings.terminate_timeout_s
+        return time.monotonic() + self._longest_job_s + self._settings.terminate_timeout_s
 
     def _unfinished(self, model: str) -> int:
         """Jobs that wait, and those that run: one whose worker dies needs another."""

@@ -934,6 +934,21 @@ def test_other_workers_go_on_while_one_lies(house: House) -> None:
     assert house.settled(job) is State.DONE
 
 
+def test_workers_that_hold_on_to_cancelled_jobs_are_judged_by_the_settings_they_have(house: House) -> None:
+    hasty = Settings(models=house.settings.models, hang_limit_s=1.0)
+    old = house.worker()
+    house.dispatcher.add_model("toy", 4, hasty)
+    new = house.worker()
+    jobs = [house.admit(), house.admit()]
+    old.expect(Run)
+    new.expect(Run)
+    for job in jobs:
+        house.dispatcher.cancel(job)
+    house.until(lambda: bool(new.link.lost))
+    threading.Event().wait(1.5)  # by the new limit, the next look at it would be its end
+    assert (old.link.lost, new.link.lost) == ("", "it holds on to cancelled jobs")
+
+
 def test_worker_that_does_not_read_stops_nobody_else(house: House) -> None:
     house.dispatcher.add_model("toy", 1000)
     house.dispatcher.add_model("other", 1)

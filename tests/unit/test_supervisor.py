@@ -200,6 +200,16 @@ def test_reload_replaces_every_worker_without_losing_a_job(tmp_path: Path) -> No
         assert [(answer.state, answer.attempts) for answer in answers] == [(State.DONE, 1)] * 24
 
 
+def test_reload_to_a_shorter_deadline_lets_jobs_of_a_longer_one_finish(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path) as house:
+        job = house.job("sleep 2")
+        house.until(lambda: house.dispatcher.status("toy").running == 1)
+        house.reload(toy_model(), max_timeout_s=0.1, terminate_timeout_s=0.1)
+        answer = finish(job)
+        assert (answer.state, answer.attempts) == (State.DONE, 1)
+        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+
+
 def test_reload_that_fails_leaves_the_old_workers_serving(tmp_path: Path) -> None:
     with ToyHouse(tmp_path) as house:
         old = house.pids()
