@@ -397,7 +397,7 @@ class Link:
         self.phase = "spawn"
         self.beat_at = time.monotonic()
         self.allow_s = 0.0
-        self.jobs_done = 0
+        self.jobs_done = 0  # those whose end was believed
         self._commands = commands
         self._reports = reports
         self._lines = _Lines()
@@ -476,8 +476,6 @@ class Link:
             self.ready, self.phase, self.allow_s, self.beat_at = message, "idle", 0.0, time.monotonic()
         elif isinstance(message, Failed) and not message.job:
             self.failure = message
-        elif isinstance(message, Done):
-            self.jobs_done += 1
 
     def close(self) -> None:
         """Close both queues: the worker reads end-of-file and ends."""

@@ -159,6 +159,7 @@ class Reports:
             raise LinkGarbage(
                 f"done with {len(job.results)} of {job.request.n} pictures, prepared: {job.prepared is not None}"
             )
+        worker.link.jobs_done += 1
         worker.release(job.id, has_failed=False)
         timings = job.timings
         timings.prepare_ms, timings.denoise_ms = message.prepare_ms, message.denoise_ms

@@ -225,6 +225,7 @@ def test_job_is_run_and_its_pictures_come_back(house: House) -> None:
     assert (job.timings.prepare_ms, job.timings.denoise_ms, job.timings.finish_ms) == (1.5, 2.5, 3.5)
     assert job.timings.admitted_at <= job.timings.dispatched_at <= job.timings.settled_at
     assert house.dispatcher.in_flight() == 0
+    assert worker.link.jobs_done == 1
 
 
 def test_handler_is_told_what_happens(house: House) -> None:
@@ -898,6 +899,7 @@ def test_worker_that_lies_is_let_go_of_and_its_job_goes_to_another(
     liar.expect_closed()
     assert liar.link.is_broken
     assert "protocol" in liar.link.lost
+    assert liar.link.jobs_done == 0  # no work, for the count of deaths without any
     assert house.worker().serve() == job.id
     assert house.settled(job) is State.DONE
 

@@ -255,7 +255,9 @@ def test_dead_front_end_reads_as_end_of_file_for_the_worker(ends: tuple[Link, Wo
         end.send(Beat("idle"))
 
 
-def test_link_notes_beats_readiness_failure_and_jobs(ends: tuple[Link, WorkerEnd]) -> None:
+def test_link_notes_beats_readiness_and_failure_and_leaves_jobs_to_who_checks_them(
+    ends: tuple[Link, WorkerEnd],
+) -> None:
     link, end = ends
     before = link.beat_at
     end.send(Ready(3, "toy", "because"))
@@ -263,7 +265,7 @@ def test_link_notes_beats_readiness_failure_and_jobs(ends: tuple[Link, WorkerEnd
     end.send(Done("j", 1, 2, 3))
     end.send(Failed("j2", {"message": "of a job"}))
     read_all(link)
-    assert (link.phase, link.allow_s, link.jobs_done) == ("denoise", 7.5, 1)
+    assert (link.phase, link.allow_s, link.jobs_done) == ("denoise", 7.5, 0)
     assert link.beat_at >= before
     assert link.ready == Ready(3, "toy", "because")
     assert link.failure is None
