@@ -419,9 +419,9 @@ class Supervisor:
         self._dismiss(self._fleets[name])
         self._fleets[name] = fleet
         self._dispatcher.add_model(name, fleet.model.queue_limit)
-        log.info("new workers have taken over", extra=fields(model=name))
         if self._on_serving:
             self._on_serving(fleet.profile, fleet.model)
+        log.info("new workers have taken over", extra=fields(model=name))
 
     def _turn_away(self, fleet: Fleet) -> None:
         """New workers have failed, or were overtaken by yet newer ones: the old fleet is whole again."""
