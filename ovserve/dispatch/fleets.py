@@ -121,6 +121,14 @@ class Fleet:
         """Those that have not been told to end."""
         return [place for place in self.places if not place.is_retired]
 
+    @property
+    def half_failure(self) -> str:
+        """Why one of its places will not be filled, whatever the others do; empty while each may be."""
+        worst = max(self.staying_places, key=lambda place: place.deaths, default=None)
+        if worst is None or worst.deaths < self.settings.crash_loop_limit:
+            return ""
+        return f"worker {worst.index} died {worst.deaths} times in a row without finishing a job"
+
     def restore(self) -> None:
         """Make places anew for those that have been told to end: their successors did not come."""
         taken = {place.index for place in self.staying_places}

@@ -394,12 +394,12 @@ class Supervisor:
     def _change_over(self) -> None:
         """Let ready new workers take the places of old ones, and let go of fleets that are done."""
         for name, fleet in list(self._incoming.items()):
-            if fleet.failure:
-                log.error("reload failed, the old workers stay", extra=fields(model=name, why=fleet.failure))
+            if failure := fleet.failure or fleet.half_failure:
+                log.error("reload failed, the old workers stay", extra=fields(model=name, why=failure))
                 self._turn_away(fleet)
                 continue
             old, ready = self._fleets[name], len(fleet.ready_places)
-            staying = old.staying_places
+            staying = sorted(old.staying_places, key=lambda place: place.is_ready)  # those go first that do not work
             to_stay = 0 if ready == fleet.model.replicas else max(0, old.model.replicas - ready)
             for place in staying[: max(0, len(staying) - to_stay)]:
                 self._retire(place, self._longest_end())

@@ -91,6 +91,17 @@ def test_model_with_a_ready_worker_is_not_failed(fleet: Fleet, links: list[Link]
     assert fleet.failure != ""
 
 
+def test_place_that_is_never_filled_is_told_though_its_neighbour_works(fleet: Fleet, links: list[Link]) -> None:
+    neighbour = fleet.places[0]
+    neighbour.link = new_link(links)
+    fleet.note_ready(neighbour, neighbour.link, time.monotonic())
+    for number in range(3):
+        neighbour.link.jobs_done = number
+        assert fleet.half_failure == ""
+        die(fleet, fleet.places[1], new_link(links, ready=False))
+    assert fleet.half_failure == "worker 1 died 3 times in a row without finishing a job"
+
+
 def test_long_idle_life_is_no_crash_loop_but_death_under_a_job_is(fleet: Fleet, links: list[Link]) -> None:
     for _ in range(9):
         die(fleet, fleet.places[0], new_link(links), after_s=11.0)

@@ -334,15 +334,30 @@ def test_old_workers_make_way_for_as_many_as_are_ready_and_not_for_more(tmp_path
         assert house.serving == []
 
 
-def test_reload_that_fails_after_an_old_worker_has_gone_brings_another(tmp_path: Path) -> None:
+def test_old_worker_that_works_stays_rather_than_a_dead_one(tmp_path: Path) -> None:
     loads = tmp_path / "loads"
     loads.touch()
-    with ToyHouse(tmp_path / "spool", toy_model(replicas=2), crash_loop_limit=2) as house:
+    slow = {"restart_delay_s": 60.0, "max_restart_delay_s": 60.0}
+    with ToyHouse(tmp_path / "spool", toy_model(replicas=2), **slow) as house:
+        os.kill(house.supervisor.worker_pids()["toy/1#0"], signal.SIGKILL)
+        house.until(lambda: house.ready() == 1)
+        house.reload(toy_model(replicas=2, load_s=0.5, load=f"until {loads} hang"))
+        house.until(lambda: house.supervisor.worker_pids().keys() >= {"toy/0#1", "toy/1#1"})
+        loads.unlink()  # the first has come, the other has not
+        house.ask_all(["sleep 0.1"] * 6)
+        assert house.supervisor.worker_pids().keys() == {"toy/0#0", "toy/0#1", "toy/1#1"}
+        assert house.ready() == 2
+        assert house.serving == []
+
+
+def test_reload_half_of_which_fails_after_an_old_worker_has_gone_brings_another(tmp_path: Path) -> None:
+    loads = tmp_path / "loads"
+    loads.touch()
+    with ToyHouse(tmp_path / "spool", toy_model(replicas=2)) as house:
         house.reload(toy_model(replicas=2, load_s=0.5, load=f"until {loads} exit 7", capacity=9))
         house.until(lambda: house.supervisor.worker_pids().keys() > {"toy/1#1"})
-        loads.unlink()
+        loads.unlink()  # the first has come, the other dies at each try
         house.until(lambda: "toy/0#0" not in house.supervisor.worker_pids())
-        os.kill(house.supervisor.worker_pids()["toy/0#1"], signal.SIGKILL)
         assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
         house.until(lambda: house.dispatcher.status("toy").capacity == 4)
         assert house.ask("echo").state is State.DONE
