@@ -493,6 +493,6 @@ class Dispatcher:
 
     def _note_ready(self, worker: Worker) -> None:
         with self._lock:
-            worker.model.was_ready = True
+            worker.model.was_ready |= not worker.link.is_retired  # else it came too late: it takes no jobs
         if self.on_change:
             self.on_change()

@@ -287,7 +287,7 @@ class Supervisor:
         link, fleet = place.link, place.fleet
         if link is None:
             return
-        if link.ready is not None and not place.ready_at:
+        if link.ready is not None and not place.ready_at and not place.is_retired:
             self._note_ready(place, now)
         if link.lost and place.end_by == float("inf"):
             place.end_by = now if link.is_broken else now + fleet.settings.terminate_timeout_s

@@ -1022,6 +1022,16 @@ def test_retired_worker_finishes_what_it_holds(house: House) -> None:
     old.expect_silence()
 
 
+def test_worker_that_was_retired_before_it_was_ready_makes_no_model_ready(house: House) -> None:
+    late = house.worker(ready=False)
+    house.dispatcher.retire(late.link)
+    late.expect(Stop)
+    late.say(Ready(1, "fake"), Beat("denoise"))
+    house.until(lambda: late.link.phase == "denoise")
+    with pytest.raises(NotReady, match="loading"):
+        house.admit()
+
+
 def test_worker_of_a_model_that_is_gone_is_sent_home(house: House) -> None:
     house.dispatcher.add_model("other", 1)
     house.dispatcher.remove_model("other")

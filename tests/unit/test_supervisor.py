@@ -300,6 +300,17 @@ def test_second_reload_overtakes_the_first(tmp_path: Path) -> None:
         assert len(house.pids()) == 1
 
 
+def test_worker_that_is_ready_too_late_does_not_make_a_failed_model_work(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path, toy_model(load="fail no such device"), wait=False) as house:
+        house.until(lambda: house.supervisor.status()["toy"].failed)
+        house.reload(toy_model(load_s=1.0))
+        house.until(lambda: len(house.pids()) == 1)
+        [late] = house.pids()
+        house.reload(toy_model(load="hang"))  # the one before is turned away, and ready within its grace
+        house.until(lambda: not is_alive(late))
+        assert house.dispatcher.status("toy").reason == "failed: no such device"
+
+
 def test_old_workers_are_meant_until_the_new_take_over_and_none_gets_a_job_after(tmp_path: Path) -> None:
     loads = tmp_path / "loads"
     with ToyHouse(tmp_path / "spool", toy_model(queue_limit=8)) as house:
