@@ -52,7 +52,7 @@ class Ticket:
 
 
 class FairQueue:
-    """Waiting tickets of one model. Every operation but iteration takes constant time."""
+    """Waiting tickets of one model. Every operation but iteration takes constant time, and that of the jobs given back."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -90,6 +90,14 @@ class FairQueue:
     def pop_given_back(self) -> Ticket:
         """Take the next of those given back. Raises IndexError when there is none."""
         return self._front.popleft()
+
+    def pop_beside(self) -> Ticket | None:
+        """Take the next job that may run beside others: of those given back, then of all."""
+        for ticket in self._front:  # at most the jobs of a few dead workers
+            if not ticket.is_alone:
+                self._front.remove(ticket)
+                return ticket
+        return self.pop()
 
     def pop(self) -> Ticket | None:
         """Take the next ordinary job: the oldest of the client whose turn it is."""

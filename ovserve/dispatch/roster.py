@@ -132,7 +132,7 @@ class Model:
             if not emptiest.held:
                 return emptiest, self.queue.pop_given_back()
             open_workers = [worker for worker in open_workers if worker is not emptiest]
-        ticket = self.queue.pop() if open_workers else None
+        ticket = self.queue.pop_beside() if open_workers else None
         return None if ticket is None else (min(open_workers, key=_load), ticket)
 
     def check_admission(self, client: str, failed_retry_s: float) -> None:

@@ -63,6 +63,17 @@ def test_given_back_jobs_stand_before_all_in_the_order_they_came_back() -> None:
     assert names(queue) == ["a"]
 
 
+def test_given_back_job_that_may_have_neighbours_is_not_passed_while_one_that_may_not_waits() -> None:
+    queue = FairQueue(10)
+    lone, unread, ordinary = ticket("a"), ticket("b"), ticket("c")
+    lone.deaths = 1
+    queue.push(ordinary)
+    queue.push_front(lone)
+    queue.push_front(unread)
+    assert [queue.pop_beside(), queue.pop_beside(), queue.pop_beside()] == [unread, ordinary, None]
+    assert list(queue) == [lone]
+
+
 def test_removed_job_is_gone_from_wherever_it_stood() -> None:
     queue = FairQueue(10)
     waiting, other, given_back = ticket("a"), ticket("a", "other"), ticket("b")
