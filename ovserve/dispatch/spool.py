@@ -273,7 +273,11 @@ class Spool:
     def store(self, data: bytes) -> Segment:
         """A segment with exactly these bytes. Raises SpoolFull."""
         segment = self.create(len(data), reserve=len(data))
-        segment.write(data)
+        try:
+            segment.write(data)
+        except BaseException:
+            segment.release()
+            raise
         return segment
 
     def take(self, size: int) -> None:

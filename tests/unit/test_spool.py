@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
@@ -73,6 +74,16 @@ def test_no_descriptor_for_one_more_file_is_spool_full(spool: Spool) -> None:
     with pytest.raises(SpoolFull):
         spool.create(10, reserve=10)
     assert spool.used_bytes == 0
+
+
+def test_stored_bytes_that_cannot_be_written_leave_nothing(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, "a disk that dies")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(OSError, match="dies"):
+        spool.store(b"bytes")
+    assert (spool.used_bytes, files(spool.directory)) == (0, [])
 
 
 def test_filled_segment_shows_in_the_view(spool: Spool) -> None:
