@@ -59,7 +59,7 @@ class Dispatcher:
         self._spool = spool
         self._settings = settings
         self.on_change = on_change
-        self.turned_at = time.monotonic()  # when the loop last turned; systemd's watchdog is fed by it
+        self.turned_at = time.monotonic()  # when its last turn began: what was said by then has been read
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._models: dict[str, Model] = {}
@@ -272,6 +272,7 @@ class Dispatcher:
     def _turn(self) -> None:
         """Wait for something to happen, then handle it."""
         timeout_s = min(_TURN_S, self._next_deadline.remaining())
+        begun_at = time.monotonic()
         for descriptor, _ in self._poll.poll(timeout_s * 1000):
             if descriptor == self._wakeup:
                 os.eventfd_read(self._wakeup)
@@ -280,11 +281,11 @@ class Dispatcher:
             elif worker := self._writers.get(descriptor):
                 self._flush(worker)
         self._take_calls()
-        self.turned_at = time.monotonic()
-        if self._next_deadline.at <= self.turned_at:
+        self.turned_at = begun_at
+        if self._next_deadline.is_expired():
             self._expire()
-        if self.turned_at - self._stuck_checked_at >= _TURN_S:
-            self._stuck_checked_at = self.turned_at
+        if begun_at - self._stuck_checked_at >= _TURN_S:
+            self._stuck_checked_at = begun_at
             self._drop_stuck()
         for model in list(self._models.values()):
             if len(model.queue):

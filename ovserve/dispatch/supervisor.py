@@ -50,7 +50,6 @@ OnServing = Callable[[ModelProfile, ModelSettings], None]
 _TICK_S = 0.25  # between looks at beats and memory: a hang limit is kept to this, a leak of 4 GB/s seen within 1 GB
 _LATE_S = 1.0  # a tick this late means that the front end itself stood still: silence heard then is its own
 _ORDER_S = 2.0  # for an order to be taken; a turn takes milliseconds, and some more where it starts processes
-_DISPATCHER_TURN_S = 1.0  # it turns this often at least, and hears the workers' beats when it does
 _DISPATCHER_LATE_S = 5.0  # then it stands still, and the watchdog is not fed
 
 log = logging.getLogger(__name__)
@@ -224,8 +223,7 @@ class Supervisor:
         if self._wakeup in wait([self._wakeup, *living], timeout=timeout_s):
             os.eventfd_read(self._wakeup)
         self.turned_at = time.monotonic()
-        is_deaf = self.turned_at - self._dispatcher.turned_at > _DISPATCHER_TURN_S + _LATE_S
-        if is_deaf or self.turned_at - before > _TICK_S + _LATE_S:
+        if self.turned_at - before > _TICK_S + _LATE_S:
             self._amnesty_at = self.turned_at
 
     def _look_after(self, place: Place, now: float) -> None:
@@ -292,7 +290,9 @@ class Supervisor:
         if link.lost and place.end_by == float("inf"):
             place.end_by = now if link.is_broken else now + fleet.settings.terminate_timeout_s
             place.kill_reason = link.lost if link.is_broken else ""
-        silence_s = now - max(link.beat_at, self._amnesty_at)
+        silence_s = self._dispatcher.turned_at - max(
+            link.beat_at, self._amnesty_at
+        )  # what it has not read is no silence
         limit_s = place.silence_limit_s(link)
         resident = processes.resident_bytes(place.pid)
         allowed = fleet.model.memory_limit_bytes or self._memory_limit

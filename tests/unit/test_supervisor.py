@@ -111,12 +111,12 @@ def test_silent_worker_is_killed_and_replaced(tmp_path: Path, caplog: pytest.Log
 
 
 def test_worker_is_not_taken_for_silent_while_nobody_listens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with ToyHouse(tmp_path, toy_model(replicas=2), hang_limit_s=3.0, idle_hang_limit_s=3.0) as house:
+    with ToyHouse(tmp_path, toy_model(replicas=2), hang_limit_s=1.0, idle_hang_limit_s=1.0) as house:
         go_on, wake = threading.Event(), house.dispatcher.on_change
         house.dispatcher.on_change = lambda: assert_called(go_on.wait(PATIENCE_S))
         doomed, other = house.pids()
         os.kill(doomed, signal.SIGKILL)
-        threading.Event().wait(5.0)  # the dispatcher stands still and hears no beat
+        threading.Event().wait(3.0)  # the dispatcher stands still and hears no beat
         house.dispatcher.on_change = wake
         go_on.set()
         house.until(lambda: house.ready() == 2)
