@@ -169,8 +169,19 @@ def _variations(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -
     return api.images.make(exchange, VARIATION, params.get("model"))
 
 
-def _about(api: ImagesApi, name: str) -> dict[str, object]:
-    status = api.dispatcher.status(name)
+def _standing(api: ImagesApi) -> dict[str, ModelStatus]:
+    """How each model of the catalogue stands: one that a reload has just removed is in it still, though nobody serves it."""
+    known = {status.name: status for status in api.dispatcher.statuses()}
+    return {name: known.get(name) or _gone(name) for name in api.catalog.models}
+
+
+def _gone(name: str) -> ModelStatus:
+    return ModelStatus(
+        name, ready=False, reason="unloading", failed=False, workers=0, queued=0, running=0, capacity=0, job_s=0.0
+    )
+
+
+def _about(status: ModelStatus) -> dict[str, object]:
     return {
         "ready": status.ready,
         "reason": status.reason,
@@ -181,12 +192,12 @@ def _about(api: ImagesApi, name: str) -> dict[str, object]:
 
 
 def _models(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
-    return json_reply(models_object(api.catalog, {name: _about(api, name) for name in api.catalog.models}))
+    return json_reply(models_object(api.catalog, {name: _about(status) for name, status in _standing(api).items()}))
 
 
 def _model(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Reply:
     model = api.catalog.find(params["id"])
-    return json_reply(model_object(model, api.catalog.created, _about(api, model.name)))
+    return json_reply(model_object(model, api.catalog.created, _about(api.dispatcher.status(model.name))))
 
 
 def _live(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
@@ -194,7 +205,7 @@ def _live(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
 
 
 def _ready(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
-    about = {name: api.dispatcher.status(name) for name in api.catalog.models}
+    about = _standing(api)
     draining = api.dispatcher.is_draining
     ready = not draining and any(status.ready for status in about.values())
     document = {
@@ -213,8 +224,7 @@ def _model_ready(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Repl
 def _config(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     """Each model's state in the reference server's form."""
     document = {}
-    for name in api.catalog.models:
-        status = api.dispatcher.status(name)
+    for name, status in _standing(api).items():
         state = "AVAILABLE" if status.ready else "END" if status.failed else "LOADING"
         told = {"error_code": "UNKNOWN" if status.failed else "OK", "error_message": status.reason}
         document[name] = {"model_version_status": [{"version": "1", "state": state, "status": told}]}

@@ -110,6 +110,16 @@ def test_a_model_that_is_not_ready_is_told(api: ImagesApi) -> None:
     assert reply.status == 503
 
 
+@pytest.mark.parametrize(("path", "status"), [("/v3/models", 200), ("/v2/health/ready", 503), ("/v1/config", 200)])
+def test_model_that_a_reload_is_removing_hides_no_other(api: ImagesApi, path: str, status: int) -> None:
+    api.dispatcher.remove_model("m")  # the catalogue without it comes next
+    assert api.dispatcher.models() == []
+    reply = api.answer(FakeExchange("GET", path))
+    assert isinstance(reply, JsonReply)
+    assert reply.status == status
+    assert b'"m"' in b"".join(reply.chunks)
+
+
 def test_an_unknown_model_is_404(api: ImagesApi) -> None:
     with pytest.raises(ModelNotFound):
         api.answer(FakeExchange("GET", "/v1/models/me/ghost"))
