@@ -947,7 +947,8 @@ def test_workers_that_hold_on_to_cancelled_jobs_are_judged_by_the_settings_they_
     for job in jobs:
         house.dispatcher.cancel(job)
     house.until(lambda: bool(new.link.lost))
-    threading.Event().wait(1.5)  # by the new limit, the next look at it would be its end
+    turned_at = house.dispatcher.turned_at
+    house.until(lambda: house.dispatcher.turned_at > turned_at + 1.1)  # looked at once more, after the new limit
     assert (old.link.lost, new.link.lost) == ("", "it holds on to cancelled jobs")
 
 
