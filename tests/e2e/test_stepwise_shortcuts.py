@@ -65,7 +65,7 @@ def decibels(first: Pixels, second: Pixels) -> float:
     ("shortcuts", "rows", "least_db"),
     [
         ("guidance_every=2", 18, 30),
-        ("guidance_until=0.5", 18, 28),
+        ("guidance_until=0.5", 18, 25),
         ("guidance_every=2,guidance_until=0.7", 17, 28),
     ],
 )

@@ -43,7 +43,7 @@ def work(got: list[Preview], arrived: threading.Semaphore) -> Work:
 
 
 def latents(value: float) -> np.ndarray:
-    return np.full((1, 4, 8, 8), value, np.float32)
+    return np.full((1, 4, 32, 32), value, np.float32)
 
 
 @pytest.mark.usefixtures("leak_guard")
@@ -56,9 +56,9 @@ def test_previews_are_decoded_smaller_and_in_order() -> None:
         assert arrived.acquire(timeout=WAIT_S)
     previews.close()
     assert [(preview.step, preview.pixels.shape, preview.pixels.max()) for preview in got] == [
-        (1, (4, 4, 3), 10),
-        (2, (4, 4, 3), 20),
-        (3, (4, 4, 3), 30),
+        (1, (16, 16, 3), 10),
+        (2, (16, 16, 3), 20),
+        (3, (16, 16, 3), 30),
     ]
 
 
@@ -106,13 +106,17 @@ def test_asking_never_waits() -> None:
 
 
 def test_latents_are_averaged_over_whole_cells() -> None:
-    ramp = np.arange(2 * 7 * 6, dtype=np.float32).reshape(1, 2, 7, 6)
+    ramp = np.arange(2 * 35 * 33, dtype=np.float32).reshape(1, 2, 35, 33)
     small = shrunk(ramp, 2)
-    assert small.shape == (1, 2, 3, 3)
+    assert small.shape == (1, 2, 17, 16)
     assert small[0, 0, 0, 0] == ramp[0, 0, :2, :2].mean()
-    assert small[0, 1, 2, 2] == ramp[0, 1, 4:6, 4:6].mean()
+    assert small[0, 1, 16, 15] == ramp[0, 1, 32:34, 30:32].mean()
     np.testing.assert_array_equal(shrunk(ramp, 1), ramp)
-    assert shrunk(ramp, 8).shape == (1, 2, 1, 1)
+
+
+@pytest.mark.parametrize(("side", "factor", "left"), [(16, 8, 16), (31, 2, 31), (64, 8, 16), (64, 2, 32), (8, 4, 8)])
+def test_previews_are_not_made_from_too_few_latents(side: int, factor: int, left: int) -> None:
+    assert shrunk(np.zeros((1, 4, side, side), np.float32), factor).shape == (1, 4, left, left)
 
 
 @pytest.mark.parametrize(

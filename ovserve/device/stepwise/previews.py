@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 WAITING_LIMIT = 16  # previews not decoded yet; further ones are dropped: the device is busier than anybody can watch
 SHRINKS = (1, 2, 4, 8)
+LEAST_CELLS = 16  # of latents on a side: from fewer a decoder makes fog
 STEP_SHARE = 0.5  # of a step's time that a preview may cost
 
 
@@ -79,9 +80,12 @@ class Previews:
 
 
 def shrunk(latents: Array, factor: int) -> Array:
-    """Latents (1, C, h, w) averaged over cells of `factor` x `factor`; what does not fill a cell is left out."""
+    """Latents (1, C, h, w) averaged over cells of `factor` x `factor`, as far as LEAST_CELLS are left on each side.
+
+    What does not fill a cell is left out.
+    """
     _, channels, height, width = latents.shape
-    factor = min(factor, height, width)
+    factor = max(1, min(factor, height // LEAST_CELLS, width // LEAST_CELLS))
     height, width = height // factor, width // factor
     cells = latents[:, :, : height * factor, : width * factor].reshape(1, channels, height, factor, width, factor)
     averaged: Array = cells.mean(axis=(3, 5))
