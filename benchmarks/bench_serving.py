@@ -81,7 +81,7 @@ PLANS = {
         limit_s=540,
     ),
     "full": Plan(
-        rounds=3,
+        rounds=2,
         seconds=4.0,
         clients=(1, 2, 4, 8, 16),
         servers=(OURS, "ovserve genai", *PEERS, "mosec 2x1"),
