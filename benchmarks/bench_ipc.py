@@ -177,10 +177,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", action="store_true", help="write a result file")
     options = parser.parse_args()
+    from benchmarks.metadata import collect
     from benchmarks.results import Result
     from benchmarks.stats import ratio
 
-    result = Result("ipc")
+    result = Result("ipc", collect())
     for _ in range(options.rounds):
         for size in (0, *SIZES):
             for way in WAYS:

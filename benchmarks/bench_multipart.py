@@ -427,9 +427,10 @@ def main() -> None:
         path, name, case, repetitions = options.measure
         print(json.dumps(MEASURES[path](name, case, int(repetitions))))
         return
+    from benchmarks.metadata import collect
     from benchmarks.results import Result
 
-    result = Result("multipart")
+    result = Result("multipart", collect())
     sizes = [str(size) for size in options.sizes]
     plan = [("parser", name, case) for case in [*sizes, "fields"] for name in PARSERS]
     plan += [("socket", name, case) for case in sizes for name in RECEIVERS]

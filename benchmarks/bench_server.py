@@ -37,6 +37,7 @@ from typing import Annotated, Any
 if __package__ in (None, ""):  # run as a file: the package is found beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.metadata import collect
 from benchmarks.results import Result
 from benchmarks.stats import estimate, ratio
 
@@ -340,7 +341,7 @@ def main() -> None:
     if options.serve:
         SERVERS[options.serve]()
         return
-    result = Result("server")
+    result = Result("server", collect())
     for _ in range(options.rounds):
         measure_round(result, options.servers, options.clients, options.slices, options.seconds)
     print(result.report())

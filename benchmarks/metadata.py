@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ __all__ = ["collect", "commit", "hash_of_model", "load_average"]
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("openvino", "openvino-genai", "numpy", "pillow", "multipart", "prometheus-client")
 GIT_TIMEOUT_S = 10.0
-BUSY_LOAD = 0.5  # one-minute load average beyond which other work disturbs a measurement on any machine
+BUSY_CORES = 0.2  # in use by others just before: beyond that they disturb a measurement on any machine
+LOOK_S = 0.5  # how long is looked; a load average would still hold the benchmark that ran before
 BLOCK_BYTES = 1 << 20
 
 
@@ -27,7 +29,7 @@ def collect(model: Path | None = None) -> dict[str, Any]:
     Args:
         model: the served model's directory; its hash is recorded. None: no model was involved.
     """
-    load = load_average()
+    load, in_use = load_average(), cores_in_use()
     return {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -38,12 +40,27 @@ def collect(model: Path | None = None) -> dict[str, Any]:
         "governor": governor(),
         "kernel": platform.release(),
         "load_1min": load,
-        "busy": load > BUSY_LOAD,
+        "cores_in_use": in_use,
+        "busy": in_use > BUSY_CORES,
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := version_of(name))},
         "command": " ".join(["python", *sys.argv[:1], *sys.argv[1:]]).replace(f"{ROOT}{os.sep}", ""),
         "model": {"name": model.name, "sha256": hash_of_model(model)} if model else None,
     }
+
+
+def cores_in_use() -> float:
+    """Cores that are busy while this process does nothing: what else runs (proc(5), /proc/stat)."""
+    before = _busy_ticks()
+    time.sleep(LOOK_S)
+    return round((_busy_ticks() - before) / os.sysconf("SC_CLK_TCK") / LOOK_S, 2)
+
+
+def _busy_ticks() -> int:
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text("ascii").split("\n", 1)[0].split()[1:9]
+    )
+    return user + nice + system + irq + softirq + steal
 
 
 def load_average() -> float:

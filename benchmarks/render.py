@@ -91,7 +91,12 @@ def _machine(files: dict[str, tuple[Path, Result]]) -> list[str]:
     rows = []
     for name, (path, result) in sorted(files.items()):
         told = result.metadata
-        load = f"{told.get('load_1min')}{', **not idle**' if told.get('busy') else ''}"
+        before = (
+            f"{told['cores_in_use']:g} cores in use"
+            if "cores_in_use" in told
+            else f"load average {told.get('load_1min')}"
+        )
+        load = f"{before}{', **not idle**' if told.get('busy') else ''}"
         rows.append([name, path.name, str(told.get("date")), str(told.get("commit")), load])
     if not rows:
         return []
@@ -103,7 +108,7 @@ def _machine(files: dict[str, tuple[Path, Result]]) -> list[str]:
     return [
         f"Machine: {processor}; {versions}.",
         "",
-        *table(["benchmark", "file", "date (UTC)", "commit", "load average before"], rows),
+        *table(["benchmark", "file", "date (UTC)", "commit", "just before"], rows),
     ]
 
 
@@ -113,9 +118,9 @@ def _busy(files: dict[str, tuple[Path, Result]]) -> list[str]:
     if not names:
         return []
     return [
-        f"**The machine was not idle** when {', '.join(names)} ran: other work took part of both cores. Times are longer than they",
-        "would be, intervals wider, and ratios doubtful where the table says so. Workers of ovserve run at a lower priority than",
-        "ordinary processes, as the peers do not, so that other work takes more from ovserve than from them.",
+        f"**The machine was not known to be idle** before {', '.join(names)}: where other work takes part of the cores, times are",
+        "longer than they would be, intervals wider, and ratios doubtful where the table says so. Workers of ovserve run at a lower",
+        "priority than ordinary processes, as the peers do not, so that other work takes more from ovserve than from them.",
         "",
     ]
 
