@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--save", action="store_true", help="write a result file")
     options = parser.parse_args()
-    result = Result("limit", metadata.collect(options.model))
+    result = Result("limit-full-size" if options.model else "limit", metadata.collect(options.model))
     measure(result, options)
     print(result.report())
     if options.save:

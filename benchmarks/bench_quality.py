@@ -69,12 +69,12 @@ WAYS = (
     Way(0.33, "dpmpp_2m"),
     Way(0.33, "dpmpp_2m", "guidance_until=0.6"),
 )
-# What the presets medium and low may well be; for large models, where every way would take an hour.
+# The presets medium and low, and what lies about them; for large models, where every way would take an hour.
 FEW = (
     Way(0.75, "dpmpp_2m", "guidance_every=2"),
-    Way(0.67, "dpmpp_2m", "guidance_every=2,guidance_until=0.7"),
+    Way(0.5, "dpmpp_2m"),
     Way(0.42, "dpmpp_2m", "guidance_until=0.6"),
-    Way(0.33, "dpmpp_2m", "guidance_until=0.6"),
+    Way(0.3, "dpmpp_2m", "guidance_until=0.6"),
 )
 
 
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--few", action="store_true", help="only a few ways beside the exact one")
     parser.add_argument("--save", action="store_true", help="write a result file")
     options = parser.parse_args()
-    result = Result("quality", metadata.collect(options.model))
+    result = Result("quality-full-size" if options.model else "quality", metadata.collect(options.model))
     measure(result, options)
     if options.save:
         print(result.save())

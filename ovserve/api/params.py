@@ -348,7 +348,7 @@ _QUALITIES = {"auto": "high", "standard": "medium", "hd": "high", "xhigh": "high
 # Share of the model's own steps where its directory declares no steps of its own, and the rest of a preset where it declares none:
 # measured as how far pictures are from the exact ones and what they cost (docs/performance.md). An engine that has no such
 # scheduler or shortcut makes the picture without.
-_STEP_SHARES = {"low": 0.33, "medium": 0.5, "high": 1.0}
+_STEP_SHARES = {"low": 0.3, "medium": 0.5, "high": 1.0}
 _PRESETS: dict[str, dict[str, Any]] = {
     "low": {"scheduler": "dpmpp_2m", "shortcuts": "guidance_until=0.6"},
     "medium": {"scheduler": "dpmpp_2m"},
