@@ -44,9 +44,17 @@ def collect(model: Path | None = None) -> dict[str, Any]:
         "busy": in_use > BUSY_CORES,
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := version_of(name))},
-        "command": " ".join(["python", *sys.argv[:1], *sys.argv[1:]]).replace(f"{ROOT}{os.sep}", ""),
+        "command": " ".join(["python", *(_without_place(argument) for argument in sys.argv)]),
         "model": {"name": model.name, "sha256": hash_of_model(model)} if model else None,
     }
+
+
+def _without_place(argument: str) -> str:
+    """An argument without what is true of one machine only: paths are told from the repository, or by their last two names."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else ".../" + "/".join(path.parts[-2:])
 
 
 def cores_in_use() -> float:
