@@ -414,9 +414,10 @@ def _strength(
     """The request's strength, checked to leave a step to run; None where the worker takes the model's default."""
     strength: float | None = resolved["strength"]
     defaults = model.profile.defaults
-    if strength is None and endpoint == EDIT and mask is None and resolved["input_fidelity"] == "high":
-        strength = min(max(defaults.strength * 0.7, model.limits.min_strength), model.limits.max_strength)
     steps = resolved["num_inference_steps"]
+    if strength is None and endpoint == EDIT and mask is None and resolved["input_fidelity"] == "high":
+        kept = max(defaults.strength * 0.7, model.limits.min_strength, least_strength(steps))
+        strength = min(kept, model.limits.max_strength)
     if strength is not None and steps_run(steps, strength) < 1:
         told = (
             f"Invalid value for 'strength': {strength:g} of {steps} steps leaves no step to run; "

@@ -149,9 +149,11 @@ class Finish:
             self._preview_places.release()
         elif isinstance(item, _Finished):
             self._places.release()
-        held = self._jobs.find(_job_of(item))
-        if held is None:
-            return  # a Room or a preview that came after its job had failed
+        job = _job_of(item)
+        held = self._jobs.find(job)
+        if held is None:  # a Room or a preview that came after its job had failed
+            self._forget(job)
+            return
         try:
             if isinstance(item, Room):
                 self._fill(held, item)
@@ -169,8 +171,12 @@ class Finish:
             log.exception("finish failed", extra=fields(job=held.job))
             self._jobs.fail(held, InternalError(f"the picture could not be encoded: {type(error).__name__}"))
         if held.error is not None:
-            self._waiting = {key: value for key, value in self._waiting.items() if key[0] != held.job}
+            self._forget(job)
         self._jobs.settle(held, returned=int(isinstance(item, _Finished)))
+
+    def _forget(self, job: str) -> None:
+        """Let go of what was encoded for a job that has failed."""
+        self._waiting = {key: value for key, value in self._waiting.items() if key[0] != job}
 
     def _finish_outcome(self, held: Held, item: _Finished) -> None:
         outcome = item.outcome

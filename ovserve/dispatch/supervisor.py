@@ -49,7 +49,7 @@ OnServing = Callable[[ModelProfile, ModelSettings], None]
 
 _TICK_S = 0.25  # between looks at beats and memory: a hang limit is kept to this, a leak of 4 GB/s seen within 1 GB
 _LATE_S = 1.0  # a tick this late means that the front end itself stood still: silence heard then is its own
-_ORDER_S = 2.0  # for an order to be taken; a turn takes milliseconds, and some more where it starts processes
+_ORDER_S = 10.0  # for an order to be taken; a turn takes milliseconds, and some more where it starts processes
 _DISPATCHER_LATE_S = 5.0  # then it stands still, and the watchdog is not fed
 
 log = logging.getLogger(__name__)
@@ -394,7 +394,9 @@ class Supervisor:
     def _change_over(self) -> None:
         """Let ready new workers take the places of old ones, and let go of fleets that are done."""
         for name, fleet in list(self._incoming.items()):
-            if failure := fleet.failure or fleet.half_failure:
+            # Half a fleet that works is better than an old one of which nothing does.
+            is_needed = fleet.ready_places and not self._fleets[name].ready_places
+            if failure := fleet.failure or ("" if is_needed else fleet.half_failure):
                 log.error("reload failed, the old workers stay", extra=fields(model=name, why=failure))
                 self._turn_away(fleet)
                 continue

@@ -31,7 +31,7 @@ from ovserve.logs import fields
 __all__ = ["Overflow", "too_many"]
 
 RETRY_AFTER_S = 1
-LAST_ANSWERS_S = 0.3  # at the end, for those who have come and were not answered yet
+LAST_ANSWERS_S = 1.0  # at the end, for those who have come and were not answered yet
 RECEIVE_BYTES = 16 * 1024
 
 log = logging.getLogger(__name__)

@@ -364,6 +364,11 @@ def test_high_fidelity_keeps_more_of_the_image() -> None:
     assert edit(("input_fidelity", "high"), ("strength", "0.9")).request.strength == 0.9
 
 
+def test_high_fidelity_leaves_a_step_to_run_however_few_there_are() -> None:
+    asked = edit(("input_fidelity", "high"), ("num_inference_steps", "2")).request
+    assert asked.strength == 0.5
+
+
 def test_the_timeout_stays_within_the_servers() -> None:
     assert edit(("timeout_s", "5")).timeout_s == 5
     assert edit(("timeout_s", "80000")).timeout_s == SETTINGS.max_timeout_s

@@ -446,7 +446,8 @@ class StepwiseEngine:
         latents = np.zeros((1, vae.latent_channels, size.height // vae.scale, size.width // vae.scale), np.float32)
         if requests.vae_encoder is not None:
             run_encoder(requests.vae_encoder, np.zeros((1, 3, size.height, size.width), np.float32))
-        run_unet(requests.unet, self._components.feeds.of(2))
+        feed = self._components.feeds.of(2, timestep_per_row=self._components.timestep_per_row)
+        run_unet(requests.unet, feed)
         run_decoder(requests.vae_decoder, latents)
 
 
