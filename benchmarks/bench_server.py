@@ -50,6 +50,7 @@ PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0@\0\0\0@\x08\2\0\0\0%\x0b\xe6\x8
 STOP_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 30.0
 WARM_UP_S = 0.5
+VALUES_KEPT = 200  # latencies of one slice
 
 
 def reply_of(image: bytes | memoryview, prompt: str) -> dict[str, Any]:
@@ -291,6 +292,13 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def thinned(values: Sequence[float]) -> list[float]:
+    """At most VALUES_KEPT of them, evenly spread by rank: a slice has thousands, and a result file is kept for ever."""
+    step = max(1.0, len(values) / VALUES_KEPT)
+    ordered = sorted(values)
+    return [ordered[int((place + 0.5) * step)] for place in range(int(len(values) / step))]
+
+
 def measure_round(result: Result, servers: Sequence[str], clients: Sequence[int], slices: int, seconds: float) -> None:
     """Fresh processes of all servers, and slices of load on one after the other, so that neighbours saw the same machine."""
     requests: Counter[tuple[str, int]] = Counter()
@@ -307,7 +315,7 @@ def measure_round(result: Result, servers: Sequence[str], clients: Sequence[int]
                 requests[server, number] += len(latencies)
                 case = {"server": server, "clients": number}
                 result.add("throughput", [len(latencies) / seconds], unit="1/s", better="higher", case=case)
-                result.add("latency", latencies, case=case)
+                result.add("latency", thinned(latencies), case=case)
     for (server, number), count in requests.items():
         result.add("cpu", [cpu[server, number] / max(1, count)], case={"server": server, "clients": number})
 

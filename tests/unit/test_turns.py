@@ -143,6 +143,12 @@ def test_turns_come_in_the_order_of_asking_but_for_the_urgent(urgent: Sequence[i
     assert order == expected
 
 
+def go_through(turn: Turn, had: threading.Event) -> None:
+    turn.take()
+    had.set()
+    turn.give()
+
+
 def wait_for_a_descriptor(transport: Transport) -> None:
     descriptor = os.eventfd(0)
     try:
@@ -227,12 +233,7 @@ def test_what_can_be_had_at_once_keeps_the_turn() -> None:
     mine, other, had = Turn(turns), Turn(turns), threading.Event()
     mine.take()
 
-    def attempt() -> None:
-        other.take()
-        had.set()
-        other.give()
-
-    with connected_pair() as (ours, theirs), running(attempt):
+    with connected_pair() as (ours, theirs), running(lambda: go_through(other, had)):
         until(lambda: turns.length == 1)
         transport = Transport(theirs, 5, mine)
         ours.sendall(b"abcdefgh")
@@ -248,12 +249,7 @@ def test_a_long_upload_lets_others_in_between_its_pieces() -> None:
     mine, other, had = Turn(turns), Turn(turns), threading.Event()
     mine.take()
 
-    def attempt() -> None:
-        other.take()
-        had.set()
-        other.give()
-
-    with connected_pair() as (ours, theirs), running(attempt):
+    with connected_pair() as (ours, theirs), running(lambda: go_through(other, had)):
         until(lambda: turns.length == 1)
         time.sleep(2 * turns_module.SLICE_S)
         ours.sendall(b"abcd")
