@@ -43,6 +43,7 @@ LATE_S = (
     0.05  # a request sent this much after it was due was held up by the generator's own bound, not only by the server
 )
 ABANDONED = "abandoned"
+WORK_STAGES = ("prepare", "denoise", "finish")  # of Server-Timing: what any program that does the edit has to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request: seconds from the start of the load; `status` 0 when there was no answer, with the reason in `error`."""
+    """One request: seconds from the start of the load; `status` 0 when there was no answer, with the reason in `error`.
+
+    `work_s` is how long the server says it worked at it (header Server-Timing); 0 where it does not say.
+    """
 
     kind: str
     due_s: float
@@ -131,6 +135,7 @@ class Sample:
     status: int
     bytes: int
     error: str = ""
+    work_s: float = 0.0
 
     @property
     def latency_s(self) -> float:
@@ -157,6 +162,10 @@ class Report:
     def latencies(self, kind: str = "") -> list[float]:
         """Of the answered ones, of one kind or of all."""
         return [sample.latency_s for sample in self.answered if not kind or sample.kind == kind]
+
+    def added(self) -> list[float]:
+        """Latency less the server's own account of its work, of the answered ones that came with one."""
+        return [sample.latency_s - sample.work_s for sample in self.answered if sample.work_s]
 
     @property
     def throughput(self) -> float:
@@ -204,6 +213,15 @@ def _quantiles(title: str, values: list[float]) -> list[str]:
 def apply_load(target: Target, load: Load) -> Report:
     """Run a load to its end. Blocks for at most warm-up, window, and one timeout."""
     return _Run(target, load).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """Status, bytes and Server-Timing of an answer; the status is 0 without one."""
+
+    status: int = 0
+    size: int = 0
+    timing: str = ""
 
 
 class _Run:
@@ -294,12 +312,13 @@ class _Run:
                 time.sleep(wait)
             sent = self._now()
             try:
-                status, size = self._exchange(connection, kind, body.task, body.media_type, body.content, leaves)
-                error = "" if status else ABANDONED
+                answer = self._exchange(connection, kind, body.task, body.media_type, body.content, leaves)
+                error = "" if answer.status else ABANDONED
             except (OSError, http.client.HTTPException) as problem:
                 connection.close()
-                status, size, error = 0, 0, type(problem).__name__
-            sample = Sample(kind.name, due, sent, self._now(), status, size, error)
+                answer, error = _Answer(), type(problem).__name__
+            done = self._now()
+            sample = Sample(kind.name, due, sent, done, answer.status, answer.size, error, _work_s(answer.timing))
             with self._lock:
                 self._samples.append(sample)
         connection.close()
@@ -312,8 +331,8 @@ class _Run:
         media_type: str,
         content: bytes,
         leaves: bool,
-    ) -> tuple[int, int]:
-        """Status and size of the answer; (0, 0) when the client went away."""
+    ) -> _Answer:
+        """What came back; nothing when the client went away."""
         headers = {"Content-Type": media_type}
         if self._target.key:
             headers["Authorization"] = f"Bearer {self._target.key}"
@@ -321,9 +340,9 @@ class _Run:
         try:
             connection.request("POST", self._target.path(task), content, headers)
             if leaves and self._leave(connection):
-                return 0, 0
+                return _Answer()
             with connection.getresponse() as answer:
-                return answer.status, len(answer.read())
+                return _Answer(answer.status, len(answer.read()), answer.getheader("server-timing", ""))
         except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
             connection.close()
             if fresh:
@@ -337,6 +356,16 @@ class _Run:
             return False
         connection.close()
         return True
+
+
+def _work_s(timing: str) -> float:
+    """The sum of WORK_STAGES in a Server-Timing header (W3C): `name;dur=milliseconds, ...`."""
+    total_ms = 0.0
+    for entry in timing.split(","):
+        name, _, duration = entry.partition(";dur=")
+        if name.strip() in WORK_STAGES:
+            total_ms += float(duration)
+    return total_ms / 1000
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -129,6 +129,7 @@ class RunningServer:
         self.service = service
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
+        home().mkdir(parents=True, exist_ok=True)
         self._log = (home() / f"server-{service.name.replace(' ', '-')}.log").open("wb")
         environment = {key: value for key, value in os.environ.items() if not key.startswith("OVSERVE_")}
         command = service.command(model, port, extra)

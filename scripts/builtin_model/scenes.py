@@ -14,7 +14,8 @@ __all__ = ["COMPOSITION_KINDS", "Composition", "draw_composition", "sample_compo
 
 COLOUR_NAMES = tuple(COLOURS)
 MARGIN_PX = 4
-PLACES = ("left", "right", "top", "bottom", "center", "center", "center", "center", None)
+# As often anywhere at all as in the middle: a model that mostly saw things in the middle moves them there when it edits.
+PLACES = ("left", "right", "top", "bottom", "center", "center", "center", None, None, None, None)
 RADII_PX = {"small": (17.0, 23.0), "large": (44.0, 52.0), None: (28.0, 40.0)}
 # What is drawn, with its share of the scenes. Counts and pairs are what the model finds hardest, so they get more than they
 # would by chance; empty scenes teach it to remove.

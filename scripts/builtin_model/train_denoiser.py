@@ -30,7 +30,7 @@ from scripts.builtin_model.training import (
 )
 
 HELD_OUT = 256  # scenes never trained on
-LAYOUT_TIMESTEPS = (350, 1000)  # where position and shape are decided
+LAYOUT_TIMESTEPS = (400, 1000)  # where position and shape are decided
 EDIT_TIMESTEPS = 300  # from here on a row may start from another picture: strengths of 0.3 and more
 EDIT_SHARE = 0.4
 UNCAPTIONED_SHARE = 0.1  # for classifier-free guidance

@@ -258,6 +258,7 @@ class Toy(http.server.BaseHTTPRequestHandler):
     def answer(self, content: bytes) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
+        self.send_header("Server-Timing", "queue;dur=900.0, prepare;dur=2.0, denoise;dur=5.5, finish;dur=1.5")
         self.end_headers()
         self.wfile.write(content)
 
@@ -288,6 +289,12 @@ class TestLoad:
         assert max(report.latencies()) > 0.3
         due = [sample.due_s for sample in report.samples]
         assert due == pytest.approx([index / 80 for index in range(80)])
+
+    def test_what_a_server_adds_is_latency_less_the_work_it_tells_of(self, toy: str) -> None:
+        report = apply_load(Target(toy), Load(clients=1, seconds=30, warm_up_s=0, requests=3))
+        expected = [sample.latency_s - 0.009 for sample in report.samples]  # waiting in the queue is no work
+        assert report.added() == pytest.approx(expected)
+        assert Report(1.0, [Sample("edit", 0.0, 0.0, 1.0, 200, 1)]).added() == []  # it told nothing
 
     def test_the_number_of_requests_is_a_bound(self, toy: str) -> None:
         report = apply_load(Target(toy), Load(clients=3, seconds=60, warm_up_s=0, requests=7))

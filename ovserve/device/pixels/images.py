@@ -46,6 +46,7 @@ def decode_image(data: bytes | memoryview, name: str, limits: Limits) -> Pixels:
     Raises:
         ImageError: no image in one of FORMATS, damaged, cut short, too large, or of samples that have no 8-bit meaning.
     """
+    data = bytes(data)  # once: a stream over bytes shares them, one over a view copies it
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, name, limits)
@@ -103,7 +104,8 @@ def _samples(image: Image.Image, name: str) -> Pixels:
     if isinstance(clear, tuple) and max(clear) > 255:
         # A tRNS chunk beside 16-bit samples, which the reader has cut to 8: cut the colour it names as well.
         image.info["transparency"] = tuple(value >> 8 for value in clear)
-    return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return np.asarray(image if image.mode == mode else image.convert(mode))  # a conversion to its own mode is a copy
 
 
 def _samples_16(image: Image.Image) -> Pixels:
