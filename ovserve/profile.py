@@ -18,7 +18,16 @@ from typing import Any
 from ovserve.config import ModelSettings, Resolution
 from ovserve.errors import ModelError, SettingsError
 
-__all__ = ["Defaults", "ModelProfile", "Scheduling", "builtin_directory", "least_strength", "read_profile", "steps_run"]
+__all__ = [
+    "Defaults",
+    "ModelProfile",
+    "Scheduling",
+    "builtin_directory",
+    "least_steps",
+    "least_strength",
+    "read_profile",
+    "steps_run",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +317,16 @@ def steps_run(num_inference_steps: int, strength: float) -> int:
         return float(struct.unpack("f", struct.pack("f", value))[0])
 
     return min(int(single(single(num_inference_steps) * single(strength))), num_inference_steps)
+
+
+def least_steps(strength: float) -> int:
+    """The fewest `num_inference_steps` of which an edit at `strength` (above 0) runs one."""
+    count = max(
+        1, math.ceil(1 / strength) - 1
+    )  # the product is taken in float32, so one fewer may do, or one more be needed
+    while not steps_run(count, strength):
+        count += 1
+    return count
 
 
 def least_strength(num_inference_steps: int) -> float:

@@ -29,7 +29,7 @@ from ovserve.errors import (
     UnknownParameter,
     UnsupportedParameter,
 )
-from ovserve.profile import least_strength, steps_run
+from ovserve.profile import least_steps, least_strength, steps_run
 
 __all__ = ["Parameters", "parse_parameters"]
 
@@ -364,11 +364,15 @@ def _resolve(values: Mapping[str, Any], model: ServedModel, settings: Settings) 
     preset = model.profile.presets.get(quality, _PRESETS[quality])
     own = defaults.num_inference_steps
     share = max(min(2, own), round(own * _STEP_SHARES[quality]))
+    steps = int(preset.get("num_inference_steps", share))
+    strength = values.get("strength", min(defaults.strength, defaults.strength_inpainting, defaults.strength_variation))
+    if steps_run(model.limits.max_num_inference_steps, strength):
+        steps = max(steps, least_steps(strength))  # a count that nobody asked for leaves no edit without a step
     return {
         **_PLAIN_DEFAULTS,
         "timeout_s": settings.default_timeout_s,
         "guidance_scale": float(preset.get("guidance_scale", defaults.guidance_scale)),
-        "num_inference_steps": int(preset.get("num_inference_steps", share)),
+        "num_inference_steps": steps,
         "shortcuts": str(preset.get("shortcuts", "")),
         "preferred_scheduler": str(preset.get("scheduler", "")),
         **values,

@@ -295,9 +295,9 @@ def test_default_resolution_fills_in_and_each_side_alone() -> None:
 
 def test_too_little_strength_names_the_least_that_works() -> None:
     with pytest.raises(InvalidValue, match=r"0\.09") as caught:
-        edit(("strength", "0.05"))
+        edit(("strength", "0.05"), ("num_inference_steps", "12"))
     assert caught.value.param == "strength"
-    edit(("strength", "0.09"))
+    edit(("strength", "0.09"), ("num_inference_steps", "12"))
 
 
 @pytest.mark.parametrize(
@@ -367,6 +367,19 @@ def test_high_fidelity_keeps_more_of_the_image() -> None:
 def test_high_fidelity_leaves_a_step_to_run_however_few_there_are() -> None:
     asked = edit(("input_fidelity", "high"), ("num_inference_steps", "2")).request
     assert asked.strength == 0.5
+
+
+def test_a_count_of_steps_that_nobody_asked_for_leaves_an_edit_its_step() -> None:
+    low = edit(("quality", "low")).request.num_inference_steps
+    assert low == 4
+    assert edit(("quality", "low"), ("strength", "0.3")).request.num_inference_steps == low
+    assert edit(("quality", "low"), ("strength", "0.1")).request.num_inference_steps == 10
+    timid = edit(("quality", "low"), default_strength=0.2).request
+    assert (timid.strength, timid.num_inference_steps) == (None, 5)
+    with pytest.raises(InvalidValue, match="'strength'"):  # these were asked for
+        edit(("num_inference_steps", "4"), ("strength", "0.1"))
+    with pytest.raises(InvalidValue, match="'strength'"):  # no count within the limits will do
+        edit(("quality", "low"), ("strength", "0.0000001"))
 
 
 def test_the_timeout_stays_within_the_servers() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ovserve.config import ModelSettings, Resolution
 from ovserve.errors import ModelError, SettingsError
-from ovserve.profile import builtin_directory, least_strength, read_profile, steps_run
+from ovserve.profile import builtin_directory, least_steps, least_strength, read_profile, steps_run
 
 
 @pytest.fixture
@@ -138,6 +138,13 @@ def test_steps_run_agrees_with_float32(steps: int, strength: float) -> None:
 @given(steps=st.integers(1, 1000))
 def test_the_least_strength_runs_a_step(steps: int) -> None:
     assert steps_run(steps, least_strength(steps)) >= 1
+
+
+@given(strength=st.floats(0.001, 1))
+def test_the_least_steps_run_one_and_one_fewer_runs_none(strength: float) -> None:
+    count = least_steps(strength)
+    assert steps_run(count, strength) == 1
+    assert count == 1 or steps_run(count - 1, strength) == 0
 
 
 def test_the_operators_default_wins_over_the_directorys_preset() -> None:
