@@ -337,34 +337,25 @@ def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None])
     is_large = tuning.step_s > LARGE_CALL_S
     if is_large and len(components.requests) == 1:
         return
-    until = time.monotonic() + WARM_UP_S
-    # Kernels for other numbers of rows are nothing beside the steps of a large model.
-    choices = (2,) if is_large else (2, 1, *range(4, tuning.rows + 1, 2))
-    warm = partial(_warm_up_slot, components, choices, tuning.timestep_per_row, until, beat)
-    with ThreadPoolExecutor(len(components.requests)) as pool:  # side by side, as they will run
-        list(pool.map(warm, components.requests))
-
-
-def _warm_up_slot(
-    components: Components,
-    choices: Sequence[int],
-    timestep_per_row: bool,
-    until: float,
-    beat: Callable[[str], None],
-    requests: Requests,
-) -> None:
     size, scale = components.profile.native, components.vae.scale
-    if requests.vae_encoder is not None:
-        run_encoder(requests.vae_encoder, np.zeros((1, 3, size.height, size.width), np.float32))
-        beat("warm-up")
     latents = np.zeros((1, components.vae.latent_channels, size.height // scale, size.width // scale), np.float32)
-    run_decoder(requests.vae_decoder, latents)
-    beat("warm-up")
-    for rows in choices:
-        run_unet(requests.unet, components.feeds.of(rows, timestep_per_row=timestep_per_row))
+    image = np.zeros((1, 3, size.height, size.width), np.float32)
+    until = time.monotonic() + WARM_UP_S
+
+    def warm(requests: Requests) -> None:
+        if requests.vae_encoder is not None:
+            run_encoder(requests.vae_encoder, image)
         beat("warm-up")
-        if time.monotonic() > until:
-            break
+        run_decoder(requests.vae_decoder, latents)
+        # Kernels for other numbers of rows are nothing beside the steps of a large model.
+        for rows in (2,) if is_large else (2, 1, *range(4, tuning.rows + 1, 2)):
+            beat("warm-up")
+            run_unet(requests.unet, components.feeds.of(rows, timestep_per_row=tuning.timestep_per_row))
+            if time.monotonic() > until:
+                break
+
+    with ThreadPoolExecutor(len(components.requests)) as pool:  # side by side, as the slots will run
+        list(pool.map(warm, components.requests))
 
 
 class _Kept:
