@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ovserve.api.fields import EXCLUSIONS, FIELDS
+from ovserve.api.parameters.fields import EXCLUSIONS, FIELDS
 from ovserve.api.routes import ROUTES
 from ovserve.config import ModelSettings, Settings, options_of
 from ovserve.errors import ApiError

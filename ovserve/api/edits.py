@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 from ovserve.api.catalog import Catalog
 from ovserve.api.exchange import Exchange, JsonReply, Reply, ServerEvent, StreamReply
-from ovserve.api.params import Parameters, parse_parameters
+from ovserve.api.parameters.params import Parameters, parse_parameters
 from ovserve.api.replies import completed_event, images_reply, partial_event, progress_comment
 from ovserve.api.store import Store
 from ovserve.config import Settings

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from ovserve import __version__
-from ovserve.api.fields import EDIT, ENDPOINTS, FIELDS, GENERATION, VARIATION, Field
+from ovserve.api.parameters.fields import EDIT, ENDPOINTS, FIELDS, GENERATION, VARIATION, Field
 
 __all__ = ["openapi_document"]
 

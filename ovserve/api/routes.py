@@ -16,8 +16,8 @@ from ovserve import __version__
 from ovserve.api.catalog import Catalog
 from ovserve.api.edits import Images
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, StreamReply
-from ovserve.api.fields import EDIT, GENERATION, VARIATION
 from ovserve.api.openapi import openapi_document
+from ovserve.api.parameters.fields import EDIT, GENERATION, VARIATION
 from ovserve.api.replies import json_reply, model_object, models_object
 from ovserve.api.store import Store, parse_range
 from ovserve.config import Settings

@@ -27,6 +27,7 @@ MAY: dict[str, set[str]] = {
 }
 # What a folder inside a room may import of that room, beside itself.
 INSIDE: dict[str, set[str]] = {
+    "api.parameters": {"api.catalog", "api.exchange"},
     "front.http1": set(),
     "front.forms": {"front.http1"},
     "device.denoising": set(),

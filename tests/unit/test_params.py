@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovserve.api.fields import EDIT, FIELDS, GENERATION, VARIATION
-from ovserve.api.params import Parameters, parse_parameters
+from ovserve.api.parameters.fields import EDIT, FIELDS, GENERATION, VARIATION
+from ovserve.api.parameters.params import Parameters, parse_parameters
 from ovserve.config import ModelSettings, Resolution, Settings
 from ovserve.errors import (
     ApiError,

@@ -10,7 +10,7 @@ import math
 import re
 from typing import Any
 
-from ovserve.api.fields import Field
+from ovserve.api.parameters.fields import Field
 from ovserve.config import Resolution
 from ovserve.errors import InvalidType, InvalidValue
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from ovserve.api.catalog import Catalog, ServedModel
 from ovserve.api.exchange import Form, Upload
-from ovserve.api.fields import EDIT, EXCLUSIONS, FIELDS, GENERATION, SPELLINGS, VARIATION, Field, field_named
-from ovserve.api.imagehead import ImageHead, read_head
-from ovserve.api.values import check_range, expected, parse_value
+from ovserve.api.parameters.fields import EDIT, EXCLUSIONS, FIELDS, GENERATION, SPELLINGS, VARIATION, Field, field_named
+from ovserve.api.parameters.imagehead import ImageHead, read_head
+from ovserve.api.parameters.values import check_range, expected, parse_value
 from ovserve.config import Resolution, Settings
 from ovserve.dispatch.ipc import ImageRequest
 from ovserve.errors import (
