@@ -568,6 +568,44 @@ def first_timestep_only(model: Any) -> Any:
     return model
 
 
+def lone_timestep(model: Any) -> Any:
+    # A graph that makes its timestep a lone number first: two of them it cannot take.
+    parameter = next(node for node in model.get_parameters() if "timestep" in node.output(0).get_names())
+    readers = list(parameter.output(0).get_target_inputs())
+    lone = ops.reshape(parameter, ops.constant(np.array([], np.int64)), special_zero=False)
+    for reader in readers:
+        reader.replace_source_output(ops.unsqueeze(lone, ops.constant(np.array([0]))).output(0))
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+class OneTimestep(Watched):
+    """Components of an export that is known to take one timestep for all rows."""
+
+    def read(self) -> None:
+        super().read()
+        self.timestep_per_row = False
+
+
+def test_a_device_that_works_proves_it_with_the_one_timestep_that_the_export_takes(tmp_path: Path) -> None:
+    settings = settings_of(with_unet(tmp_path, lone_timestep))
+    profile = read_profile(settings)
+    components = OneTimestep(profile, settings)
+    engine = StepwiseEngine(profile, settings, components=components)
+    engine.load(lambda _phase: None)
+
+    def seen(kind: str, _inputs: Any) -> None:
+        if kind == "unet" and threading.current_thread().name.startswith("slot"):
+            raise RuntimeError("no memory for this picture")
+
+    components.seen = seen
+    [outcome] = drive(engine, [text()])
+    components.seen = Watched.seen
+    assert "no memory for this picture" in str(outcome.error)
+    pixels_of(drive(engine, [text()]))
+    engine.close()
+
+
 @pytest.mark.parametrize("change", [one_timestep, first_timestep_only])
 def test_an_export_with_one_timestep_for_all_rows_makes_the_same_pictures(
     traced: Traced, tmp_path: Path, change: Callable[[Any], Any]

@@ -375,6 +375,28 @@ def test_reload_half_of_which_fails_after_an_old_worker_has_gone_brings_another(
         assert house.serving == []
 
 
+def test_reload_half_of_which_fails_serves_where_of_the_old_workers_none_works(tmp_path: Path) -> None:
+    worked, loads = tmp_path / "worked", tmp_path / "loads"
+    worked.touch()
+    loads.touch()
+    slow = {"restart_delay_s": 60.0, "max_restart_delay_s": 60.0}
+    with ToyHouse(tmp_path / "spool", toy_model(replicas=2, load=f"until {worked} exit 7"), **slow) as house:
+        worked.unlink()
+        for pid in house.pids():
+            os.kill(pid, signal.SIGKILL)
+        house.until(lambda: house.ready() == 0)
+        half = toy_model(replicas=2, load_s=0.5, load=f"until {loads} exit 7", queue_limit=7)
+        house.reload(half, crash_loop_limit=2)
+        house.until(lambda: "toy/1#1" in house.supervisor.worker_pids())
+        loads.unlink()  # the first has come, the other dies at each try
+        house.until(lambda: "toy/1#3" in house.supervisor.worker_pids())  # and is tried beyond the limit
+        assert house.ask("echo").state is State.DONE
+        loads.touch()
+        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert house.ready() == 2
+        assert [model.queue_limit for model in house.serving] == [7]
+
+
 def test_reload_to_fewer_and_to_more_replicas(tmp_path: Path) -> None:
     with ToyHouse(tmp_path, toy_model(replicas=3)) as house:
         for replicas in (1, 3):

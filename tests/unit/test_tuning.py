@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
+import openvino as ov
 import pytest
+from openvino import opset13 as ops
 
 from ovserve.device.stepwise import compiled, tuning
 from ovserve.device.stepwise.compiled import Components, Layout, run_unet
 from ovserve.device.stepwise.tuning import Tuning, tune
 from ovserve.profile import read_profile
-from tests.pictures import directory_of, settings_of
+from tests.pictures import directory_of, settings_of, with_scheduler
 
 SD = directory_of("sd")
 
@@ -27,8 +30,8 @@ class Counted(Components):
         return super().compile_unet(layout)
 
 
-def read_components(**options: int) -> Counted:
-    settings = settings_of(SD, **({"streams": 0, "threads": 0, "max_batch": 0} | options))
+def read_components(directory: Path = SD, **options: int) -> Counted:
+    settings = settings_of(directory, **({"streams": 0, "threads": 0, "max_batch": 0} | options))
     components = Counted(read_profile(settings), settings)
     components.read()
     return components
@@ -77,6 +80,51 @@ def test_what_is_pinned_is_not_measured_against_anything() -> None:
     found = tuned(components)
     assert (found.layout, found.rows) == (Layout(3, 1), 4)
     assert components.layouts == [Layout(3, 1)]
+
+
+@pytest.fixture
+def crowded(tmp_path: Path) -> Path:
+    """A model whose UNet gives other bits in calls of more than two rows."""
+    directory = with_scheduler("sd", tmp_path)
+    (directory / "unet").unlink()
+    (directory / "unet").mkdir()
+    (directory / "unet" / "config.json").symlink_to(SD / "unet" / "config.json")
+    model = ov.Core().read_model(SD / "unet" / "openvino_model.xml")
+    sample = next(node for node in model.get_parameters() if "sample" in node.output(0).get_names())
+    readers = list(sample.output(0).get_target_inputs())
+    rows = ops.gather(ops.shape_of(sample), ops.constant(np.array(0)), ops.constant(np.array(0)))
+    beyond = ops.subtract(ops.maximum(rows, ops.constant(np.array(2))), ops.constant(np.array(2)))
+    moved = ops.add(sample, ops.convert(beyond, "f32"))
+    for reader in readers:
+        reader.replace_source_output(moved.output(0))
+    ov.save_model(model, directory / "unet" / "openvino_model.xml", compress_to_fp16=True)
+    return directory
+
+
+def is_told_of_other_bits(caplog: pytest.LogCaptureFixture) -> bool:
+    return "differ from those of a call of 2" in caplog.text
+
+
+@pytest.mark.parametrize(("max_batch", "is_told"), [(1, False), (2, True), (4, True)])
+def test_pinned_rows_that_come_out_otherwise_are_kept_and_told(
+    crowded: Path, caplog: pytest.LogCaptureFixture, max_batch: int, is_told: bool
+) -> None:
+    assert tuned(read_components(crowded, streams=1, threads=1, max_batch=max_batch)).rows == 2 * max_batch
+    assert is_told_of_other_bits(caplog) is is_told
+
+
+def test_nothing_is_told_of_pinned_rows_that_come_out_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    tuned(read_components(streams=1, threads=1, max_batch=4))
+    assert not is_told_of_other_bits(caplog)
+
+
+@pytest.mark.parametrize("limit", ["BUDGET_S", "LONGEST_CALL_S"])
+def test_pinned_rows_are_not_tried_when_time_is_up_or_calls_are_long(
+    crowded: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(tuning, limit, 0.0)
+    assert tuned(read_components(crowded, streams=1, threads=1, max_batch=2)).rows == 4
+    assert not is_told_of_other_bits(caplog)
 
 
 def test_a_heavy_unet_is_tried_on_a_quarter_of_the_area(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,10 @@ def _measure_all(components: Components, layouts: list[Layout], rows: int, beat:
     if len(layouts) > 1 and 2 * best.row_s <= LARGE_CALL_S:
         best = _best(components, best, layouts[1:], beat, deadline)
     components.timestep_per_row = best.per_row
-    rows = rows or _choose_rows(components, best, beat, deadline)
+    if rows:
+        _check_pinned(components, best, rows, beat, deadline)
+    else:
+        rows = _choose_rows(components, best, beat, deadline)
     return Tuning(best.layout, rows, best.splits, best.step_s, best.per_row)
 
 
@@ -257,6 +260,26 @@ def _choose_rows(components: Components, best: _Measured, beat: Callable[[str], 
         if rate.by_cpu >= (NOT_WORSE if is_short else WORTH_MORE_ROWS) * most_rate.by_cpu:
             most, most_rate = rows, rate
     return most
+
+
+def _check_pinned(
+    components: Components, best: _Measured, rows: int, beat: Callable[[str], None], deadline: Deadline
+) -> None:
+    """Tell where rows of a call of as many as are pinned come out otherwise than those of a call of two.
+
+    Nothing is told where such a call is no quick one, or may not fit in memory: it is not tried then.
+    """
+    is_long = best.step_s > LONGEST_CALL_S or rows * best.row_s > deadline.remaining()
+    if rows == 2 or is_long or not _fits(components, rows, 1):
+        return
+    request = components.measured_unets(best.layout)[0]
+    make = partial(components.feeds.of, timestep_per_row=best.per_row)
+    pair = run_unet(request, make(2))
+    beat("warm-up")
+    if not np.array_equal(run_unet(request, make(rows))[:2], pair):
+        told = "max_batch=%d is kept, but rows of a call of %d differ from those of a call of 2: load changes pictures"
+        log.warning(told, rows // 2, rows)
+    beat("warm-up")
 
 
 def _rate(requests: Sequence[Any], feed: dict[str, NDArray[Any]], layout: Layout, beat: Callable[[str], None]) -> _Rate:
