@@ -74,7 +74,7 @@ def serve_ovserve() -> None:
 
     from ovserve.api.exchange import Exchange, JsonReply, Reply
     from ovserve.config import Settings
-    from ovserve.dispatch.spool import Spool, default_directory
+    from ovserve.dispatch.link.spool import Spool, default_directory
     from ovserve.errors import NotFound
     from ovserve.front.listener import Listener
     from ovserve.logs import configure_logs

@@ -18,8 +18,8 @@ from benchmarks.edits import picture, prompt
 from ovserve.config import ModelSettings, Settings
 from ovserve.device.engine import Engine, choose_engine
 from ovserve.device.pixels.edit import prepare
-from ovserve.dispatch.ipc import ImageRequest
-from ovserve.dispatch.spool import Blob
+from ovserve.dispatch.link.ipc import ImageRequest
+from ovserve.dispatch.link.spool import Blob
 from ovserve.profile import ModelProfile, read_profile
 
 

@@ -23,8 +23,8 @@ from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
 from ovserve.device import worker
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.dispatch.spool import Spool, default_directory
-from ovserve.dispatch.supervisor import Supervisor
+from ovserve.dispatch.link.spool import Spool, default_directory
+from ovserve.dispatch.supervision.supervisor import Supervisor
 from ovserve.errors import ModelError, StartupError
 from ovserve.front.listener import Listener
 from ovserve.logs import fields

@@ -11,7 +11,7 @@ import numpy as np
 from ovserve.config import ModelSettings, Settings
 from ovserve.device.desk import Desk
 from ovserve.device.engine import Outcome, Preview, Work
-from ovserve.dispatch.ipc import WorkerEnd
+from ovserve.dispatch.link.ipc import WorkerEnd
 from ovserve.profile import ModelProfile
 
 BROKEN = "the first preview is broken"  # a prompt

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ovserve.api.catalog import Catalog, ServedModel
 from ovserve.config import ModelSettings
-from ovserve.dispatch.spool import Blob
+from ovserve.dispatch.link.spool import Blob
 from ovserve.profile import read_profile
 
 __all__ = ["FakeForm", "FakeUpload", "catalog", "encoded"]

@@ -15,7 +15,7 @@ from typing import Any
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.config import Settings
 from ovserve.deadline import Deadline
-from ovserve.dispatch.spool import Spool
+from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import ClientGone, InvalidValue, MethodNotAllowed, NotFound, QueueFull, WorkerCrashed
 from ovserve.front.listener import Listener
 

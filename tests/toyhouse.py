@@ -15,10 +15,10 @@ from typing import Any, Self
 from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.dispatch.ipc import ImageRequest
 from ovserve.dispatch.jobs import Job, JobEvent, State
-from ovserve.dispatch.spool import Spool
-from ovserve.dispatch.supervisor import Supervisor
+from ovserve.dispatch.link.ipc import ImageRequest
+from ovserve.dispatch.link.spool import Spool
+from ovserve.dispatch.supervision.supervisor import Supervisor
 from ovserve.errors import ApiError
 from ovserve.profile import ModelProfile
 from tests import toys

@@ -42,7 +42,7 @@ from pathlib import Path
 from zlib import crc32
 
 from ovserve.config import ModelSettings, Resolution, Settings
-from ovserve.dispatch.ipc import (
+from ovserve.dispatch.link.ipc import (
     Beat,
     Cancel,
     Done,
@@ -59,7 +59,7 @@ from ovserve.dispatch.ipc import (
     Stop,
     WorkerEnd,
 )
-from ovserve.dispatch.spool import fill, open_blob
+from ovserve.dispatch.link.spool import fill, open_blob
 from ovserve.errors import ImageError, InternalError
 from ovserve.profile import Defaults, ModelProfile, Scheduling
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ovserve.config import ModelSettings, Settings
 from ovserve.device import worker
-from ovserve.dispatch.ipc import (
+from ovserve.dispatch.link.ipc import (
     Beat,
     Cancel,
     Done,
@@ -34,8 +34,8 @@ from ovserve.dispatch.ipc import (
     Run,
     open_link,
 )
-from ovserve.dispatch.spool import Blob, Segment, Spool
-from ovserve.dispatch.supervisor import WorkerMain
+from ovserve.dispatch.link.spool import Blob, Segment, Spool
+from ovserve.dispatch.supervision.supervisor import WorkerMain
 from ovserve.profile import read_profile
 
 PATIENCE_S = 60.0

@@ -12,8 +12,8 @@ from ovserve.api.store import Store
 from ovserve.config import Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.dispatch.ipc import Prepared, Progress
 from ovserve.dispatch.jobs import Job, JobEvent, Partial, Result, State
+from ovserve.dispatch.link.ipc import Prepared, Progress
 from ovserve.errors import ApiError, ClientGone, DeadlineExceeded, Draining, InternalError, InvalidValue, SpoolFull
 from ovserve.metrics import Metrics
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ovserve.deadline import Deadline
-from ovserve.dispatch.spool import Blob
+from ovserve.dispatch.link.spool import Blob
 
 __all__ = ["Api", "Exchange", "FileReply", "Form", "JsonReply", "Reply", "ServerEvent", "StreamReply", "Upload"]
 

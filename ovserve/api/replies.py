@@ -11,8 +11,8 @@ from typing import Any
 from ovserve.api.catalog import Catalog, ServedModel
 from ovserve.api.exchange import JsonReply, ServerEvent
 from ovserve.api.parameters.params import Parameters
-from ovserve.dispatch.ipc import Prepared, Progress
 from ovserve.dispatch.jobs import Job, Partial, Result
+from ovserve.dispatch.link.ipc import Prepared, Progress
 
 __all__ = [
     "completed_event",

@@ -33,7 +33,7 @@ from ovserve.device.finish import Finish, Held
 from ovserve.device.loop import DeviceLoop
 from ovserve.device.pixels.edit import prepare
 from ovserve.device.replies import SHORT_TEXT_CHARS, Replies, end_process
-from ovserve.dispatch.ipc import (
+from ovserve.dispatch.link.ipc import (
     MAX_CAPACITY,
     Beat,
     Cancel,

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovserve.config import ModelSettings
-from ovserve.dispatch.ipc import ImageRequest
+from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.errors import ApiError, InvalidValue, ModelError
 from ovserve.profile import ModelProfile
 

@@ -23,8 +23,8 @@ from ovserve.deadline import Deadline
 from ovserve.device.engine import Outcome, Preview, Work
 from ovserve.device.pixels.edit import Edit, seed_of
 from ovserve.device.replies import Replies, end_process
-from ovserve.dispatch.ipc import LinkClosed, Need, Picture, Room, Run
-from ovserve.dispatch.spool import fill
+from ovserve.dispatch.link.ipc import LinkClosed, Need, Picture, Room, Run
+from ovserve.dispatch.link.spool import fill
 from ovserve.errors import ApiError, InternalError, SpoolFull
 from ovserve.logs import fields
 

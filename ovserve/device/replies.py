@@ -8,7 +8,7 @@ import os
 from typing import NoReturn
 
 from ovserve.device.pixels.edit import Edit
-from ovserve.dispatch.ipc import Failed, LinkClosed, Message, Prepared, WorkerEnd
+from ovserve.dispatch.link.ipc import Failed, LinkClosed, Message, Prepared, WorkerEnd
 from ovserve.errors import ApiError
 
 __all__ = ["SHORT_TEXT_CHARS", "Replies", "end_process"]

@@ -12,7 +12,7 @@ import warnings
 from typing import TYPE_CHECKING, NoReturn
 
 from ovserve.config import ModelSettings, Settings
-from ovserve.dispatch.ipc import WorkerEnd
+from ovserve.dispatch.link.ipc import WorkerEnd
 from ovserve.logs import configure_logs
 from ovserve.profile import ModelProfile
 

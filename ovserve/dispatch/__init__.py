@@ -1,1 +1,1 @@
-"""Which job goes where, and who is alive."""
+"""Which job goes to which worker."""

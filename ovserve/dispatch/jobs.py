@@ -19,8 +19,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from ovserve.deadline import Deadline
-from ovserve.dispatch.ipc import ImageRequest, Prepared, Progress
-from ovserve.dispatch.spool import Segment
+from ovserve.dispatch.link.ipc import ImageRequest, Prepared, Progress
+from ovserve.dispatch.link.spool import Segment
 from ovserve.errors import ApiError
 
 __all__ = ["Job", "JobEvent", "Partial", "Result", "State"]

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ovserve.dispatch.jobs import Job
-from ovserve.dispatch.spool import Segment
+from ovserve.dispatch.link.spool import Segment
 
 __all__ = ["FairQueue", "Ticket"]
 

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from ovserve.dispatch.ipc import (
+from ovserve.dispatch.jobs import Job, Partial, Result, State
+from ovserve.dispatch.link.ipc import (
     Beat,
     Done,
     Failed,
@@ -26,10 +27,9 @@ from ovserve.dispatch.ipc import (
     Ready,
     Room,
 )
-from ovserve.dispatch.jobs import Job, Partial, Result, State
+from ovserve.dispatch.link.spool import Spool
 from ovserve.dispatch.queues import Ticket
 from ovserve.dispatch.roster import Model, Worker
-from ovserve.dispatch.spool import Spool
 from ovserve.errors import ApiError, DeadlineExceeded, InternalError, SpoolFull, from_wire
 from ovserve.logs import fields
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
-from ovserve.dispatch.ipc import Done, Failed, Link, Need, Picture, Prepared, Progress
+from ovserve.dispatch.link.ipc import Done, Failed, Link, Need, Picture, Prepared, Progress
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.errors import ModelFailed, NotReady, QueueFull
 

@@ -19,7 +19,7 @@ from typing import Protocol
 from ovserve.api.exchange import Api, FileReply, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.config import Settings
 from ovserve.deadline import Deadline
-from ovserve.dispatch.spool import Spool
+from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import (
     ApiError,
     ClientGone,

@@ -19,7 +19,7 @@ from http.server import ThreadingHTTPServer
 
 from ovserve.api.exchange import Api
 from ovserve.config import Settings
-from ovserve.dispatch.spool import Spool
+from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import StartupError
 from ovserve.front.handler import Connection
 from ovserve.front.http1.response import Responses

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ovserve.dispatch.spool import Spool
+from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import (
     ApiError,
     BadRequest,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ovserve.dispatch.spool import Spool
+from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import ApiError
 from ovserve.front.forms.form import read_form
 from ovserve.front.forms.spooled import SpooledForm

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ovserve.dispatch.spool import Spool
+from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import ApiError
 from ovserve.front.forms.form import read_form
 from tests.bodies import MemoryBody, settings

@@ -18,7 +18,8 @@ import pytest
 from ovserve.config import ModelSettings, Resolution, Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.dispatch.ipc import (
+from ovserve.dispatch.jobs import Job, JobEvent, Partial, Result, State
+from ovserve.dispatch.link.ipc import (
     Beat,
     Cancel,
     Done,
@@ -36,8 +37,7 @@ from ovserve.dispatch.ipc import (
     Stop,
     open_link,
 )
-from ovserve.dispatch.jobs import Job, JobEvent, Partial, Result, State
-from ovserve.dispatch.spool import Spool, fill
+from ovserve.dispatch.link.spool import Spool, fill
 from ovserve.errors import (
     DeadlineExceeded,
     Draining,

@@ -20,8 +20,8 @@ from ovserve.device.pixels.edit import Edit, prepare, seed_of
 from ovserve.device.pixels.frames import size_of
 from ovserve.device.pixels.images import Pixels
 from ovserve.device.pixels.masks import feather
-from ovserve.dispatch.ipc import ImageRequest
-from ovserve.dispatch.spool import Blob, Spool
+from ovserve.dispatch.link.ipc import ImageRequest
+from ovserve.dispatch.link.spool import Blob, Spool
 from ovserve.errors import ApiError, ImageError, InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.profile import ModelProfile, read_profile
 

@@ -9,7 +9,7 @@ import pytest
 
 from ovserve.config import ModelSettings
 from ovserve.device.engine import check_served, choose_engine, is_lcm, longest_fitting, overruns
-from ovserve.dispatch.ipc import ImageRequest
+from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.errors import InvalidValue, ModelError
 from ovserve.profile import ModelProfile, read_profile
 

@@ -17,7 +17,7 @@ from ovserve.device.engine import Outcome, Preview
 from ovserve.device.finish import Finish, Held
 from ovserve.device.pixels.edit import Edit, prepare
 from ovserve.device.replies import Replies
-from ovserve.dispatch.ipc import ImageRequest, Link, Need, Picture, Room, Run, open_link
+from ovserve.dispatch.link.ipc import ImageRequest, Link, Need, Picture, Room, Run, open_link
 from ovserve.errors import ApiError, InternalError
 from ovserve.profile import read_profile
 from tests.flatengine import FlatEngine

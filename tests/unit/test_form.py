@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ovserve.dispatch.spool import Spool
+from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import (
     ApiError,
     BadRequest,

@@ -15,7 +15,7 @@ from ovserve.config import ModelSettings
 from ovserve.device.engine import STEPWISE_FAMILIES, Work
 from ovserve.device.genai import GenaiEngine, generation_options
 from ovserve.device.pixels.edit import check_steps
-from ovserve.dispatch.ipc import ImageRequest
+from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.errors import InternalError, InvalidValue, ModelError
 from ovserve.profile import ModelProfile, read_profile
 

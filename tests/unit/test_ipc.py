@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovserve.dispatch import ipc
-from ovserve.dispatch.ipc import (
+from ovserve.dispatch.link import ipc
+from ovserve.dispatch.link.ipc import (
     MAX_CAPACITY,
     MESSAGE_BYTES,
     Beat,
@@ -37,7 +37,7 @@ from ovserve.dispatch.ipc import (
     WorkerEnd,
     open_link,
 )
-from ovserve.dispatch.spool import Blob
+from ovserve.dispatch.link.spool import Blob
 
 CONTEXT = multiprocessing.get_context("spawn")
 

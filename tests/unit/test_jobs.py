@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovserve.deadline import Deadline
-from ovserve.dispatch.ipc import ImageRequest, Prepared, Progress
 from ovserve.dispatch.jobs import Job, Partial, Result, State
-from ovserve.dispatch.spool import Spool
+from ovserve.dispatch.link.ipc import ImageRequest, Prepared, Progress
+from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import DeadlineExceeded, WorkerCrashed
 
 PREPARED = Prepared("id", "image2image", 64, 64, 4, 5, 0, 0)

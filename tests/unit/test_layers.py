@@ -20,14 +20,16 @@ MAY: dict[str, set[str]] = {
     "cli": {"server", "options"},
     "options": set(),
     "server": {"front", "api", "dispatch", "device.worker"},
-    "front": {"api", "dispatch.spool"},
+    "front": {"api", "dispatch.link.spool"},
     "api": {"dispatch"},
     "dispatch": set(),
-    "device": {"dispatch.ipc", "dispatch.spool"},
+    "device": {"dispatch.link.ipc", "dispatch.link.spool"},
 }
 # What a folder inside a room may import of that room, beside itself.
 INSIDE: dict[str, set[str]] = {
     "api.parameters": {"api.catalog", "api.exchange"},
+    "dispatch.link": set(),
+    "dispatch.supervision": {"dispatch.link", "dispatch.dispatcher", "dispatch.roster"},
     "front.http1": set(),
     "front.forms": {"front.http1"},
     "device.denoising": set(),

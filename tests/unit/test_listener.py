@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ovserve.config import Settings
-from ovserve.dispatch.spool import Spool
+from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import StartupError
 from ovserve.front.listener import Listener
 from tests.rawclient import RawClient

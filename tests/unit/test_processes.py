@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.dispatch.processes import explain_exit, machine_memory_bytes, prefer_for_oom, resident_bytes
+from ovserve.dispatch.supervision.processes import explain_exit, machine_memory_bytes, prefer_for_oom, resident_bytes
 
 MIB = 1024 * 1024
 
@@ -83,7 +83,7 @@ sys.stdin.read()
 """
 CHILD = """
 import os, sys, threading
-from ovserve.dispatch.processes import enter
+from ovserve.dispatch.supervision.processes import enter
 enter(int(sys.argv[1]))
 print("entered", flush=True)
 threading.Event().wait()

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovserve.deadline import Deadline
-from ovserve.dispatch.ipc import ImageRequest
 from ovserve.dispatch.jobs import Job
+from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.dispatch.queues import FairQueue, Ticket
 
 REQUEST = ImageRequest(task="edit", prompt="x")

@@ -12,7 +12,7 @@ from ovserve.api.exchange import FileReply, JsonReply
 from ovserve.api.routes import ROUTES, ImagesApi
 from ovserve.config import Settings
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.dispatch.spool import Spool
+from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import ApiError, BadRequest, Forbidden, MethodNotAllowed, ModelNotFound, NotFound, SettingsError
 from tests.forms import FakeForm, catalog
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.dispatch.spool import Blob, Spool, default_directory, fill, open_blob, sweep
+from ovserve.dispatch.link.spool import Blob, Spool, default_directory, fill, open_blob, sweep
 from ovserve.errors import SettingsError, SpoolFull
 
 MIB = 1024 * 1024
@@ -237,7 +237,7 @@ def test_living_front_ends_share_a_directory(tmp_path: Path) -> None:
 
 def test_next_front_end_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
     code = (
-        "import os, sys, signal; from pathlib import Path; from ovserve.dispatch.spool import Spool\n"
+        "import os, sys, signal; from pathlib import Path; from ovserve.dispatch.link.spool import Spool\n"
         "Spool(Path(sys.argv[1]), 1 << 20).store(b'orphan'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.dispatch.spool import Spool, open_blob
+from ovserve.dispatch.link.spool import Spool, open_blob
 from ovserve.errors import ContentTooLarge, RequestTimeout, SpoolFull
 from ovserve.front.forms.spooled import SpooledForm, SpooledUpload, receive
 from tests.bodies import MemoryBody

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.dispatch.spool import Blob, Segment, Spool, open_blob
-from ovserve.dispatch.warm import MOST_FILES, join
+from ovserve.dispatch.link.spool import Blob, Segment, Spool, open_blob
+from ovserve.dispatch.link.warm import MOST_FILES, join
 from ovserve.errors import SpoolFull
 
 MIB = 1 << 20
@@ -119,7 +119,7 @@ def test_a_worker_that_opened_the_file_before_and_joins_after_it_was_lent_gets_n
 def test_a_worker_that_was_killed_holds_nothing(spool: Spool) -> None:
     first = filled(spool, b"first")
     script = (
-        "import sys; from ovserve.dispatch.spool import Blob, open_blob\n"
+        "import sys; from ovserve.dispatch.link.spool import Blob, open_blob\n"
         "with open_blob(Blob(sys.argv[1], 0, 5)): print('open', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, first.path]

@@ -22,8 +22,8 @@ from ovserve.device.engine import Engine
 from ovserve.device.genai import GenaiEngine
 from ovserve.device.worker import create_engine
 from ovserve.device.worker import main as worker_main
-from ovserve.dispatch.ipc import Done, Failed, LinkClosed, Need, Picture, Prepared, Progress, Ready, Stop
-from ovserve.dispatch.processes import resident_bytes
+from ovserve.dispatch.link.ipc import Done, Failed, LinkClosed, Need, Picture, Prepared, Progress, Ready, Stop
+from ovserve.dispatch.supervision.processes import resident_bytes
 from ovserve.errors import ModelError
 from ovserve.profile import ModelProfile, builtin_directory, read_profile
 from tests.reader import Figure, draw_scene, read_picture

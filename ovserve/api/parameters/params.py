@@ -20,7 +20,7 @@ from ovserve.api.parameters.fields import EDIT, EXCLUSIONS, FIELDS, GENERATION, 
 from ovserve.api.parameters.imagehead import ImageHead, read_head
 from ovserve.api.parameters.values import check_range, expected, parse_value
 from ovserve.config import Resolution, Settings
-from ovserve.dispatch.ipc import ImageRequest
+from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.errors import (
     BadRequest,
     InvalidType,

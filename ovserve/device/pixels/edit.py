@@ -20,8 +20,8 @@ from ovserve.device.engine import CLIP_WINDOW, Engine, Work, check_served, has_t
 from ovserve.device.pixels.frames import Fitting, Placement, fit_into, size_of
 from ovserve.device.pixels.images import Limits, Pixels, decode_image, encode_image, flatten, has_alpha
 from ovserve.device.pixels.masks import Seam, check_selects, holes, match_mask, pool, read_mask
-from ovserve.dispatch.ipc import ImageRequest
-from ovserve.dispatch.spool import Blob, open_blob
+from ovserve.dispatch.link.ipc import ImageRequest
+from ovserve.dispatch.link.spool import Blob, open_blob
 from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.logs import fields
 from ovserve.profile import ModelProfile, least_strength, steps_run

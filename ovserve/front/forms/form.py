@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from ovserve.config import Settings
-from ovserve.dispatch.spool import Segment, Spool
+from ovserve.dispatch.link.spool import Segment, Spool
 from ovserve.errors import BadRequest, InvalidValue, PartTooLarge, UnsupportedMediaType
 from ovserve.front.forms.jsonform import decode_in_place, read_json
 from ovserve.front.forms.multipart import MultipartParser, PartBegin, PartEnd

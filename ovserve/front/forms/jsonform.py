@@ -16,7 +16,7 @@ import secrets
 from typing import Any, NamedTuple, NoReturn
 
 from ovserve.config import Settings
-from ovserve.dispatch.spool import Segment, Spool
+from ovserve.dispatch.link.spool import Segment, Spool
 from ovserve.errors import BadRequest, InvalidValue, PartTooLarge, TooManyParts, UnknownParameter
 from ovserve.front.forms.spooled import Body, SpooledForm, SpooledUpload, receive
 

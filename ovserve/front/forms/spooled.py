@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ovserve.dispatch.spool import Blob, Segment, Spool
+from ovserve.dispatch.link.spool import Blob, Segment, Spool
 from ovserve.errors import ContentTooLarge
 
 __all__ = ["Body", "SpooledForm", "SpooledUpload", "receive"]

@@ -33,11 +33,11 @@ from multiprocessing.context import SpawnProcess
 from ovserve import systemd
 from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
-from ovserve.dispatch import processes
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.dispatch.fleets import Fleet, Place, load_failure, make_fleets
-from ovserve.dispatch.ipc import Link, WorkerEnd, open_link
+from ovserve.dispatch.link.ipc import Link, WorkerEnd, open_link
 from ovserve.dispatch.roster import ModelStatus
+from ovserve.dispatch.supervision import processes
+from ovserve.dispatch.supervision.fleets import Fleet, Place, load_failure, make_fleets
 from ovserve.errors import ModelNotFound
 from ovserve.logs import fields
 from ovserve.profile import ModelProfile

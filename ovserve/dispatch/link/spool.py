@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovserve.dispatch.warm import WarmFile, WarmPool, join
+from ovserve.dispatch.link.warm import WarmFile, WarmPool, join
 from ovserve.errors import SettingsError, SpoolFull
 from ovserve.logs import fields
 

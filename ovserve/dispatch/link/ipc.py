@@ -30,7 +30,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
 from typing import Any, ClassVar
 
-from ovserve.dispatch.spool import Blob
+from ovserve.dispatch.link.spool import Blob
 from ovserve.errors import OvserveError
 
 __all__ = [

@@ -13,7 +13,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from ovserve.config import ModelSettings, Settings
-from ovserve.dispatch.ipc import Link
+from ovserve.dispatch.link.ipc import Link
 from ovserve.profile import ModelProfile
 
 __all__ = ["Fleet", "Place", "load_failure", "make_fleets"]
