@@ -164,7 +164,11 @@ class Report:
         return [sample.latency_s for sample in self.answered if not kind or sample.kind == kind]
 
     def added(self) -> list[float]:
-        """Latency less the server's own account of its work, of the answered ones that came with one."""
+        """Latency less the server's own account of its work, of the answered ones that came with one.
+
+        Of requests for one picture, one at a time: pictures that are made side by side are counted one after the other, and where
+        pictures wait for one another inside an engine, that counts as work.
+        """
         return [sample.latency_s - sample.work_s for sample in self.answered if sample.work_s]
 
     @property
@@ -359,12 +363,15 @@ class _Run:
 
 
 def _work_s(timing: str) -> float:
-    """The sum of WORK_STAGES in a Server-Timing header (W3C): `name;dur=milliseconds, ...`."""
+    """The sum of WORK_STAGES in a Server-Timing header (W3C): `name;dur=milliseconds, ...`; 0 for one that reads otherwise."""
     total_ms = 0.0
     for entry in timing.split(","):
-        name, _, duration = entry.partition(";dur=")
-        if name.strip() in WORK_STAGES:
-            total_ms += float(duration)
+        name, *parameters = (item.strip() for item in entry.split(";"))
+        for parameter in parameters:
+            key, _, duration = parameter.partition("=")
+            if name in WORK_STAGES and key == "dur":
+                with contextlib.suppress(ValueError):
+                    total_ms += float(duration)
     return total_ms / 1000
 
 

@@ -319,11 +319,18 @@ def steps_run(num_inference_steps: int, strength: float) -> int:
     return min(int(single(single(num_inference_steps) * single(strength))), num_inference_steps)
 
 
+def is_lcm(profile: ModelProfile, scheduler: str) -> bool:
+    """Whether a request for `scheduler`, empty for the model's own, runs on LCM's schedule (arXiv:2310.04378).
+
+    There the steps are taken from the part of a longer schedule that strength leaves: all of them run, or none.
+    """
+    return (scheduler or profile.scheduling.name.lower()) == "lcm"
+
+
 def least_steps(strength: float) -> int:
     """The fewest `num_inference_steps` of which an edit at `strength` (above 0) runs one."""
-    count = max(
-        1, math.ceil(1 / strength) - 1
-    )  # the product is taken in float32, so one fewer may do, or one more be needed
+    # The product is taken in float32, so one fewer may do, or one more be needed.
+    count = max(1, math.ceil(1 / strength) - 1)
     while not steps_run(count, strength):
         count += 1
     return count

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ovserve.config import ModelSettings
 from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.errors import ApiError, InvalidValue, ModelError
-from ovserve.profile import ModelProfile
+from ovserve.profile import ModelProfile, is_lcm
 
 __all__ = [
     "CLIP_WINDOW",
@@ -30,7 +30,6 @@ __all__ = [
     "check_served",
     "choose_engine",
     "has_t5",
-    "is_lcm",
     "longest_fitting",
     "overruns",
     "read_by_clip_alone",
@@ -115,7 +114,10 @@ class Engine(Protocol):
     tuned: dict[str, int]  # what `load` measured and chose, by option: the next incarnation is to have the same
 
     def load(self, beat: Callable[[str], None]) -> None:
-        """Read and compile the model, then make one real picture. `beat(phase)` is called as often as possible."""
+        """Read and compile the model, then make one real picture.
+
+        `beat(phase)` is called as often as possible, from any thread.
+        """
 
     def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
         """Tokens of a prompt, special tokens included, not truncated. Thread-safe; runs in the prepare thread.
@@ -184,11 +186,6 @@ def warm_up_work(profile: ModelProfile, *, num_inference_steps: int) -> Work:
         initial_image=np.full((size.height, size.width, 3), 127, np.uint8) if with_mask else None,
         mask_image=np.full((size.height, size.width), 255, np.uint8) if with_mask else None,
     )
-
-
-def is_lcm(profile: ModelProfile, scheduler: str) -> bool:
-    """Whether a request for `scheduler`, empty for the model's own, runs on LCM's schedule (arXiv:2310.04378)."""
-    return (scheduler or profile.scheduling.name.lower()) == "lcm"
 
 
 def overruns(num_inference_steps: int, num_train_timesteps: int) -> bool:

@@ -31,14 +31,13 @@ from ovserve.device.engine import (
     Work,
     check_served,
     has_t5,
-    is_lcm,
     longest_fitting,
     warm_up_work,
 )
 from ovserve.device.pixels.images import Pixels
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
-from ovserve.profile import ModelProfile, steps_run
+from ovserve.profile import ModelProfile, is_lcm, steps_run
 
 __all__ = ["GenaiEngine", "generation_options"]
 

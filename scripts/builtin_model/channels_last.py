@@ -42,12 +42,13 @@ def _rewrite(norm: Any) -> None:
     last = norm
     multiply = _only_user(last, "Multiply")
     add = _only_user(multiply, "Add") if multiply is not None else None
-    if multiply is not None and add is not None and _is_per_channel(scale := _other_input(multiply, last)):
-        shift = _other_input(add, multiply)
+    scale = _other_input(multiply, last) if multiply is not None else None
+    shift = _other_input(add, multiply) if add is not None else None
+    if shift is not None and _is_per_channel(scale) and _is_per_channel(shift):
         result = ops.add(ops.multiply(result, _inwards(scale)), _inwards(shift))
         last = add
     swish = _only_user(last, "Swish")
-    if swish is not None:
+    if swish is not None and _is_plain(swish):
         result = ops.swish(result)
         last = swish
     outwards = ops.transpose(result, _integers(0, 3, 1, 2))
@@ -77,3 +78,11 @@ def _other_input(node: Any, known: Any) -> Any:
 def _is_per_channel(port: Any) -> bool:
     shape = port.get_partial_shape()
     return shape.rank.is_static and len(shape) == 4 and all(str(side) == "1" for side in list(shape)[_CHANNELS + 1 :])
+
+
+def _is_plain(swish: Any) -> bool:
+    """Whether it is x * sigmoid(x), without a factor of its own inside the sigmoid."""
+    if swish.get_input_size() == 1:
+        return True
+    factor = swish.input_value(1).get_node()
+    return factor.get_type_name() == "Constant" and bool((factor.data == 1).all())

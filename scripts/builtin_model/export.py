@@ -13,15 +13,7 @@ from torch import Tensor, nn
 
 from scripts.builtin_model.autoencoder import LATENT_CHANNELS, VAE_SCALE_FACTOR, Autoencoder
 from scripts.builtin_model.channels_last import put_channels_last
-from scripts.builtin_model.denoiser import (
-    BETA_END,
-    BETA_SCHEDULE,
-    BETA_START,
-    TEXT_WIDTH,
-    TRAIN_TIMESTEPS,
-    Denoiser,
-    text_config,
-)
+from scripts.builtin_model.denoiser import TEXT_WIDTH, TRAIN_TIMESTEPS, Denoiser, text_config
 from scripts.builtin_model.tokenizer import WINDOW, convert_tokenizer_files
 from scripts.builtin_model.training import load_checkpoint
 from tests.reader import SIDE_PX
@@ -136,7 +128,7 @@ def export(folder: Path, out: Path) -> None:
         out / "vae_decoder",
     )
     convert_tokenizer_files(folder / "tokenizer", out / "tokenizer")
-    _write_configs(out, denoiser.vocabulary_size, side)
+    _write_configs(out, denoiser.vocabulary_size, side, checkpoint["schedule"])
 
 
 def _convert(
@@ -146,7 +138,7 @@ def _convert(
     output: str,
     folder: Path,
 ) -> None:
-    """Trace a module, name and free its dimensions, save it.
+    """Trace a module, name and free its dimensions, put the channels of what is normalised innermost, save it.
 
     Weights of 8 bits would take half the space, and a call a fifth more time: the plugin unpacks them in each call.
     """
@@ -164,7 +156,7 @@ def _convert(
     openvino.save_model(model, folder / "openvino_model.xml", compress_to_fp16=True)
 
 
-def _write_configs(out: Path, vocabulary_size: int, side: int) -> None:
+def _write_configs(out: Path, vocabulary_size: int, side: int, schedule: dict[str, Any]) -> None:
     """The JSON files beside the IR: what a pipeline cannot see from the graphs."""
     vae = {
         "_class_name": "AutoencoderKL",
@@ -204,9 +196,7 @@ def _write_configs(out: Path, vocabulary_size: int, side: int) -> None:
         "scheduler/scheduler_config.json": {
             "_class_name": "DDIMScheduler",
             "num_train_timesteps": TRAIN_TIMESTEPS,
-            "beta_start": BETA_START,
-            "beta_end": BETA_END,
-            "beta_schedule": BETA_SCHEDULE,
+            **schedule,
             "clip_sample": False,
             "set_alpha_to_one": True,
             "steps_offset": 1,

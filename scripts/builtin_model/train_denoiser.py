@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scripts.builtin_model.autoencoder import Autoencoder, pixels_from
-from scripts.builtin_model.denoiser import TRAIN_TIMESTEPS, Denoiser, alphas_cumprod, sample_latents
+from scripts.builtin_model.denoiser import SCHEDULE, TRAIN_TIMESTEPS, Denoiser, alphas_cumprod, sample_latents
 from scripts.builtin_model.sheets import save_sheet
 from scripts.builtin_model.tokenizer import PromptEncoder, build_vocabulary
 from scripts.builtin_model.training import (
@@ -226,6 +226,7 @@ class Run:
         return {
             "step": step,
             "settings": self.model.settings,
+            "schedule": SCHEDULE,
             "weights": weights,
             "mean": self.scenes.mean,
             "scale": self.scenes.scale,
@@ -237,8 +238,10 @@ class Run:
         }
 
     def resume(self, path: Path) -> int:
-        """Go on from a checkpoint; the number of steps that are done."""
+        """Go on from a checkpoint; the number of steps that are done. Ends the program when it learnt another noise schedule."""
         content = load_checkpoint(path)
+        if content["schedule"] != SCHEDULE:
+            raise SystemExit(f"{path} was trained with {content['schedule']}: --start-from takes it, another folder")
         self.model.load_state_dict(content["resume"]["weights"])
         self.optimiser.load_state_dict(content["resume"]["optimiser"])
         self.average.restore(content["resume"]["average"])

@@ -12,7 +12,7 @@ from scripts.builtin_model.channels_last import put_channels_last
 CHANNELS, GROUPS = 8, 4
 
 
-def graph(*, scaled: bool, swish: bool, shared: bool = False) -> ov.Model:
+def graph(*, scaled: bool, swish: bool, shared: bool = False, factor: float = 1.0) -> ov.Model:
     """Norm, scale and shift, Swish, as a UNet's residual block has them; `shared`: something else reads the norm too."""
     rng = np.random.default_rng(1)
     data = ops.parameter(ov.PartialShape([-1, CHANNELS, -1, -1]), np.float32)
@@ -22,7 +22,7 @@ def graph(*, scaled: bool, swish: bool, shared: bool = False) -> ov.Model:
     if scaled:
         last = ops.add(ops.multiply(last, ops.add(per_row, ops.constant(np.float32(1)))), per_row)
     if swish:
-        last = ops.swish(last)
+        last = ops.swish(last, ops.constant(np.float32(factor)))
     results = [ops.result(last), *([ops.result(ops.abs(norm))] if shared else [])]
     return ov.Model(results, [data, per_row])
 
@@ -55,3 +55,10 @@ def test_what_follows_a_norm_works_with_the_channels_innermost() -> None:
     put_channels_last(model)
     swish = next(node for node in model.get_ops() if node.get_type_name() == "Swish")
     assert str(swish.output(0).get_partial_shape()[3]) == str(CHANNELS)
+
+
+def test_a_swish_with_a_factor_of_its_own_keeps_it() -> None:
+    before = graph(scaled=False, swish=True, factor=2.0)
+    expected = run(before)
+    put_channels_last(before)
+    np.testing.assert_allclose(run(before)[0], expected[0], atol=1e-5)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from ovserve.config import ModelSettings
-from ovserve.device.engine import check_served, choose_engine, is_lcm, longest_fitting, overruns
+from ovserve.device.engine import check_served, choose_engine, longest_fitting, overruns
 from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.errors import InvalidValue, ModelError
-from ovserve.profile import ModelProfile, read_profile
+from ovserve.profile import ModelProfile, is_lcm, read_profile
 
 PROFILE = read_profile(ModelSettings(name="shapes"))
 

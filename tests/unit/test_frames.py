@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from ovserve.config import Resolution
 from ovserve.device.pixels.frames import Fitting, Placement, fit_into, scale_mask, size_of
@@ -100,6 +101,23 @@ def test_stretch_uses_all_of_both() -> None:
     assert fitted[25, -1, 0] >= 251
     assert fitted[0, 25, 1] <= 4
     assert fitted[-1, 25, 1] >= 251
+
+
+@pytest.mark.parametrize("planes", [3, 4])
+@pytest.mark.parametrize("side", [1, 2, 4, 64])
+def test_white_stays_white_however_much_smaller_it_gets(side: int, planes: int) -> None:
+    white = np.full((4000, 3000, planes), 255, np.uint8)
+    small = Fitting.plan(size_of(white), Resolution(side, side), "stretch").image(white)
+    assert small.min() == 255
+
+
+def test_a_far_smaller_picture_is_nearly_the_one_that_a_single_filter_gives() -> None:
+    y, x = np.mgrid[0:1500, 0:1500]
+    waves = np.stack([np.sin(x / 37 + y / 91), np.cos(x * y / 20_000), np.sin((x + y) / 9)], -1)
+    pixels = (127 + 120 * waves).astype(np.uint8)
+    small = Fitting.plan(size_of(pixels), Resolution(128, 128), "stretch").image(pixels)
+    exact = np.asarray(Image.fromarray(pixels).resize((128, 128), Image.Resampling.LANCZOS))
+    assert np.abs(small.astype(int) - exact).mean() < 1
 
 
 def test_bars_are_repainted_and_the_mask_lies_where_the_image_lies() -> None:

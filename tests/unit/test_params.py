@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tests.forms import FakeForm, FakeUpload, catalog, encoded
 IMAGE = FakeUpload("image", encoded())
 MASK = FakeUpload("mask", encoded(mode="L"))
 SETTINGS = Settings()
+LCM = Path(__file__).parent.parent / "fixtures" / "models" / "lcm"
 
 
 def edit(
@@ -376,10 +378,20 @@ def test_a_count_of_steps_that_nobody_asked_for_leaves_an_edit_its_step() -> Non
     assert edit(("quality", "low"), ("strength", "0.1")).request.num_inference_steps == 10
     timid = edit(("quality", "low"), default_strength=0.2).request
     assert (timid.strength, timid.num_inference_steps) == (None, 5)
+    masked = edit(("quality", "low"), uploads=(IMAGE, MASK), default_strength=0.2).request
+    assert masked.num_inference_steps == low  # its default strength is 1
+    made = edit(("quality", "low"), uploads=(), endpoint=GENERATION, default_strength=0.2).request
+    assert made.num_inference_steps == low  # and a generation has none
     with pytest.raises(InvalidValue, match="'strength'"):  # these were asked for
         edit(("num_inference_steps", "4"), ("strength", "0.1"))
     with pytest.raises(InvalidValue, match="'strength'"):  # no count within the limits will do
         edit(("quality", "low"), ("strength", "0.0000001"))
+
+
+def test_lcm_counts_steps_in_its_own_way_so_none_are_added_or_refused_here() -> None:
+    own = edit(path=LCM).request.num_inference_steps
+    assert edit(("strength", "0.1"), path=LCM).request.num_inference_steps == own
+    assert edit(("strength", "0.1"), ("num_inference_steps", "4"), path=LCM).request.num_inference_steps == 4
 
 
 def test_the_timeout_stays_within_the_servers() -> None:

@@ -29,7 +29,7 @@ from ovserve.errors import (
     UnknownParameter,
     UnsupportedParameter,
 )
-from ovserve.profile import least_steps, least_strength, steps_run
+from ovserve.profile import is_lcm, least_steps, least_strength, steps_run
 
 __all__ = ["Parameters", "parse_parameters"]
 
@@ -243,7 +243,10 @@ def parse_parameters(
         raise BadRequest(
             f"Model '{model.name}' is an inpainting model: it cannot make a picture from a prompt alone.", param="model"
         )
-    strength = _strength(endpoint, resolved, spelled, model, mask)
+    strength = _strength(endpoint, resolved, model, mask)
+    if "num_inference_steps" not in values and endpoint != GENERATION:
+        resolved["num_inference_steps"] = _enough_steps(endpoint, resolved, strength, model, mask)
+    _check_a_step_runs(resolved, strength, spelled, model)
     request = _request(endpoint, resolved, strength, images, mask)
     return Parameters(
         request=request,
@@ -364,15 +367,11 @@ def _resolve(values: Mapping[str, Any], model: ServedModel, settings: Settings) 
     preset = model.profile.presets.get(quality, _PRESETS[quality])
     own = defaults.num_inference_steps
     share = max(min(2, own), round(own * _STEP_SHARES[quality]))
-    steps = int(preset.get("num_inference_steps", share))
-    strength = values.get("strength", min(defaults.strength, defaults.strength_inpainting, defaults.strength_variation))
-    if steps_run(model.limits.max_num_inference_steps, strength):
-        steps = max(steps, least_steps(strength))  # a count that nobody asked for leaves no edit without a step
     return {
         **_PLAIN_DEFAULTS,
         "timeout_s": settings.default_timeout_s,
         "guidance_scale": float(preset.get("guidance_scale", defaults.guidance_scale)),
-        "num_inference_steps": steps,
+        "num_inference_steps": int(preset.get("num_inference_steps", share)),
         "shortcuts": str(preset.get("shortcuts", "")),
         "preferred_scheduler": str(preset.get("scheduler", "")),
         **values,
@@ -412,20 +411,42 @@ def _check_task(model: ServedModel, mask: Upload | None, head: ImageHead) -> Non
         raise MissingParameter(f"Model '{model.name}' works from {needed}: 'mask' is required.", param="mask")
 
 
-def _strength(
-    endpoint: str, resolved: Mapping[str, Any], spelled: Mapping[str, str], model: ServedModel, mask: Upload | None
-) -> float | None:
-    """The request's strength, checked to leave a step to run; None where the worker takes the model's default."""
+def _strength(endpoint: str, resolved: Mapping[str, Any], model: ServedModel, mask: Upload | None) -> float | None:
+    """The request's strength; None where the worker takes the model's default."""
     strength: float | None = resolved["strength"]
     defaults = model.profile.defaults
-    steps = resolved["num_inference_steps"]
     if strength is None and endpoint == EDIT and mask is None and resolved["input_fidelity"] == "high":
-        kept = max(defaults.strength * 0.7, model.limits.min_strength, least_strength(steps))
-        strength = min(kept, model.limits.max_strength)
-    if strength is not None and steps_run(steps, strength) < 1:
-        told = (
-            f"Invalid value for 'strength': {strength:g} of {steps} steps leaves no step to run; "
-            f"the smallest strength that works is {least_strength(steps):g}."
-        )
-        raise InvalidValue(told, param=spelled.get("strength", "strength"))
+        least = least_strength(resolved["num_inference_steps"])
+        strength = min(max(defaults.strength * 0.7, model.limits.min_strength, least), model.limits.max_strength)
     return strength
+
+
+def _enough_steps(
+    endpoint: str, resolved: Mapping[str, Any], strength: float | None, model: ServedModel, mask: Upload | None
+) -> int:
+    """The count of steps, which nobody asked for: raised until the edit runs one of them, if the limit allows that."""
+    steps: int = resolved["num_inference_steps"]
+    defaults = model.profile.defaults
+    if strength is None and endpoint == VARIATION:
+        strength = defaults.strength_variation
+    elif strength is None and mask is not None:
+        strength = defaults.strength_inpainting
+    elif strength is None:  # holes in the image make it an inpainting; only the worker sees them
+        strength = min(defaults.strength, defaults.strength_inpainting)
+    if is_lcm(model.profile, resolved["scheduler"]) or not steps_run(model.limits.max_num_inference_steps, strength):
+        return steps
+    return max(steps, least_steps(strength))
+
+
+def _check_a_step_runs(
+    resolved: Mapping[str, Any], strength: float | None, spelled: Mapping[str, str], model: ServedModel
+) -> None:
+    """Raises InvalidValue. The model's own strengths, and LCM's rule, are the worker's to check."""
+    steps = resolved["num_inference_steps"]
+    if strength is None or is_lcm(model.profile, resolved["scheduler"]) or steps_run(steps, strength):
+        return
+    told = (
+        f"Invalid value for 'strength': {strength:g} of {steps} steps leaves no step to run; "
+        f"the smallest strength that works is {least_strength(steps):g}."
+    )
+    raise InvalidValue(told, param=spelled.get("strength", "strength"))

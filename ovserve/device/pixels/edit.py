@@ -16,7 +16,7 @@ import numpy as np
 
 from ovserve import __version__
 from ovserve.config import ModelSettings, Resolution, Settings
-from ovserve.device.engine import CLIP_WINDOW, Engine, Work, check_served, has_t5, is_lcm, read_by_clip_alone
+from ovserve.device.engine import CLIP_WINDOW, Engine, Work, check_served, has_t5, read_by_clip_alone
 from ovserve.device.pixels.frames import Fitting, Placement, fit_into, size_of
 from ovserve.device.pixels.images import Limits, Pixels, decode_image, encode_image, flatten, has_alpha
 from ovserve.device.pixels.masks import Seam, check_selects, holes, match_mask, pool, read_mask
@@ -24,7 +24,7 @@ from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.dispatch.link.spool import Blob, open_blob
 from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.logs import fields
-from ovserve.profile import ModelProfile, least_strength, steps_run
+from ovserve.profile import ModelProfile, is_lcm, least_strength, steps_run
 
 __all__ = ["Edit", "check_steps", "prepare", "seed_of"]
 

@@ -20,9 +20,10 @@ from ovserve.device.pixels.images import Pixels
 
 __all__ = ["Fitting", "Placement", "fit_into", "scale_mask", "size_of"]
 
-# Far smaller pictures go through one of at least this many times the size, made by averaging blocks: a sixth of the time, and
-# hardly to be told apart (Pillow's documentation of Image.resize calls 3.0 "almost indistinguishable").
+# Far smaller pictures go through one of at least this many times the size, made by averaging blocks: a sixth of the time, and by
+# Pillow's documentation of Image.resize hardly to be told apart.
 REDUCING_GAP = 3.0
+_LARGEST_BLOCK = 10_000  # pixels; Pillow divides by a rounded factor, which darkens larger blocks
 
 
 def size_of(pixels: Pixels) -> Resolution:
@@ -39,7 +40,9 @@ def fit_into(size: Resolution, limit: Resolution) -> Resolution:
 def _resize(pixels: Pixels, size: Resolution, box: tuple[float, float, float, float]) -> Pixels:
     if size_of(pixels) == size and box == (0.0, 0.0, float(size.width), float(size.height)):
         return pixels
-    resized = Image.fromarray(pixels).resize((size.width, size.height), Image.Resampling.LANCZOS, box, REDUCING_GAP)
+    shrinking = (box[2] - box[0]) * (box[3] - box[1]) / (size.width * size.height)
+    gap = REDUCING_GAP if shrinking <= _LARGEST_BLOCK * REDUCING_GAP**2 else None
+    resized = Image.fromarray(pixels).resize((size.width, size.height), Image.Resampling.LANCZOS, box, gap)
     return np.asarray(resized)
 
 

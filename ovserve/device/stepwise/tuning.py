@@ -265,7 +265,7 @@ def _choose_rows(components: Components, best: _Measured, beat: Callable[[str], 
 def _check_pinned(
     components: Components, best: _Measured, rows: int, beat: Callable[[str], None], deadline: Deadline
 ) -> None:
-    """Tell where rows of a call of as many as are pinned come out otherwise than those of a call of two.
+    """Tell where rows of a call of as many as are pinned come out otherwise than those of a call of two: when it is measured.
 
     Nothing is told where such a call is no quick one, or may not fit in memory: it is not tried then.
     """
@@ -355,7 +355,7 @@ def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None])
     """One call of each kind in each slot, then the numbers of rows that calls will have, for as long as WARM_UP_S.
 
     The first call of each shape makes its kernels: some tens of milliseconds for a small model, paid here and not by a client.
-    A large model in one slot needs none of this: the picture that is made before the engine is ready warms that slot.
+    `beat` is called from several threads at once. A large model in one slot needs none of this: the picture that is made before the engine is ready warms that slot.
     """
     is_large = tuning.step_s > LARGE_CALL_S
     if is_large and len(components.requests) == 1:
