@@ -12,15 +12,16 @@ CASES = 12
 FLOORS = {
     "round trip": {"colour": 12, "shape": 11, "background": 12},
     "text to image": {"colour": 12, "shape": 11, "background": 12, "one": 12},
-    "count two": {"count": 10},
-    "count three": {"count": 10},
-    "inpaint one of a pair": {"colour": 11, "shape": 10, "background": 12},
+    "count two": {"count": 11},
+    "count three": {"count": 11},
+    "inpaint one of a pair": {"colour": 11, "shape": 11, "background": 12},
     "replace in place": {"obeyed": 11},
     "remove": {"gone": 12},
-    "recolour at 0.5": {"obeyed": 11},
-    "recolour at 0.7": {"obeyed": 11},
-    "reshape at 0.7": {"obeyed": 10},
+    "recolour at 0.5": {"obeyed": 12, "in_place": 11},
+    "recolour at 0.7": {"obeyed": 11, "in_place": 9},
+    "reshape at 0.7": {"obeyed": 11},
     "reshape at 0.85": {"obeyed": 10},
+    "background at 0.7": {"obeyed": 11},
     "background at 0.85": {"obeyed": 10},
 }
 
