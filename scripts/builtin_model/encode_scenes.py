@@ -6,6 +6,7 @@ import argparse
 import multiprocessing
 import os
 import random
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from scripts.builtin_model.scenes import draw_composition, sample_composition, s
 from scripts.builtin_model.tokenizer import PromptEncoder
 from scripts.builtin_model.training import Progress, choose_device, load_checkpoint, save_checkpoint
 
-SHARD = 512  # scenes that one process draws at a time
+SHARD = 512  # scenes that one process draws at a time: 50 MB of pictures
+AHEAD = 2  # shards for each process that are begun or wait to be encoded
+SHARD_LIMIT_S = 600.0  # to draw one takes a second or two: a process that needs this long is lost
 CAPTIONS = 8  # of each scene
 
 
@@ -58,14 +61,20 @@ def encode(options: argparse.Namespace) -> None:
 
 
 def _shards(options: argparse.Namespace, shards: int) -> Iterator[dict[str, Any]]:
-    """Shards in order, drawn by as many processes as there are processors to spare."""
+    """Shards in order, drawn by as many processes as there are processors to spare, never far ahead of the encoder."""
     tasks = [(options.seed, number, options.folder / "tokenizer") for number in range(shards)]
     processes = options.threads or os.cpu_count() or 1
     if processes == 1:
         yield from map(_draw_shard, tasks)
         return
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        yield from pool.imap(_draw_shard, tasks)
+        drawn: deque[Any] = deque()
+        for task in tasks:
+            drawn.append(pool.apply_async(_draw_shard, (task,)))
+            if len(drawn) > AHEAD * processes:
+                yield drawn.popleft().get(SHARD_LIMIT_S)
+        while drawn:
+            yield drawn.popleft().get(SHARD_LIMIT_S)
 
 
 def _draw_shard(task: tuple[int, int, Path]) -> dict[str, Any]:
