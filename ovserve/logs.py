@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from typing import Any
 
 __all__ = ["configure_logs", "fields"]
 
+_APART = re.compile(r'[\s="]')
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -19,7 +21,7 @@ class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         stamp = f"{moment}.{int(record.msecs):03d}Z"
-        extra = "".join(f" {key}={value}" for key, value in getattr(record, "fields", {}).items())
+        extra = "".join(f" {key}={_quoted(value)}" for key, value in getattr(record, "fields", {}).items())
         # A log line is one line whatever a client put into a name: no forged entries.
         message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
         line = f"{stamp} {record.levelname} {record.name.removeprefix('ovserve.')}: {message}{_flat(extra)}"
@@ -40,6 +42,12 @@ class _Json(logging.Formatter):
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False, default=str)
+
+
+def _quoted(value: object) -> str:
+    """A value as one token, so that a line can be taken apart again: in JSON's quotation marks where it would be several."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if not text or _APART.search(text) else text
 
 
 def _flat(text: str) -> str:

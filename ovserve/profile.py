@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ _T5: dict[str, tuple[str, int]] = {"sd3": ("text_encoder_3", 256), "flux": ("tex
 
 
 PRESETS = ("low", "medium", "high")
+SIZE_KEYS = ("native", "min_side_px", "max_side_px", "side_multiple_px")
 PRESET_KEYS = ("num_inference_steps", "guidance_scale", "scheduler", "shortcuts")
 INPAINTING_CHANNELS = 9  # latents, mask, and the masked image's latents
 _FLOW_MATCHING = Scheduling("FlowMatchEulerDiscrete", 1000, "linspace", 50)
@@ -210,6 +211,7 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
     blocks = vae.get("block_out_channels")
     vae_scale = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
     side = int(_number(denoiser, "sample_size", 128 if is_transformer else 64)) * vae_scale
+    _check_declared(declared)
     sizes = declared.get("sizes", {})
     # Transformers take latents in patches of two; some exports of UNets want coarser sizes, and say so in ovserve.json.
     multiple = int(_number(sizes, "side_multiple_px", vae_scale * (2 if is_transformer else 1)))
@@ -232,12 +234,20 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
     )
 
 
+def _check_declared(declared: dict[str, Any]) -> None:
+    """Raise ValueError for a name in ovserve.json that nothing reads: a mistyped default would be passed over in silence."""
+    known = {"defaults": tuple(f.name for f in fields(Defaults)), "sizes": SIZE_KEYS, "presets": PRESETS}
+    for section, names in (("", tuple(known)), *known.items()):
+        for name in declared.get(section, {}) if section else declared:
+            if name not in names:
+                where = f"ovserve.json: {section}: " if section else "ovserve.json: "
+                raise ValueError(f"{where}{name!r} is none of {', '.join(names)}")
+
+
 def _presets(declared: dict[str, dict[str, Any]], settings: ModelSettings) -> dict[str, dict[str, Any]]:
     """The directory's presets within the operator's limits; where the operator sets a default, `high` is that default."""
     presets = {}
     for name, fields in declared.items():
-        if name not in PRESETS:
-            raise ValueError(f"ovserve.json: presets: {name!r} is none of {', '.join(PRESETS)}")
         if unknown := sorted(fields.keys() - PRESET_KEYS):
             raise ValueError(f"ovserve.json: presets: {name}: {unknown[0]!r} is none of {', '.join(PRESET_KEYS)}")
         preset = dict(fields)
@@ -337,5 +347,6 @@ def least_steps(strength: float) -> int:
 
 
 def least_strength(num_inference_steps: int) -> float:
-    """The smallest strength, to two decimals, at which one step runs."""
-    return math.ceil(100 / num_inference_steps) / 100
+    """The smallest strength, to two decimals or as many as the count of steps has digits, at which one step runs."""
+    scale: int = 10 ** max(2, len(str(num_inference_steps)))
+    return math.ceil(scale / num_inference_steps) / scale

@@ -45,16 +45,21 @@ def _options(table: type) -> Iterator[str]:
         yield f"| `{name}`{aliases} | {default} | {option.unit} | {_cell(text)} |"
 
 
+def _range(low: float | None, high: float | None) -> str:
+    if low is None:
+        return ""
+    if high is None or high >= 1e15:  # what the number's own type ends at, which tells nobody anything
+        return f"{low:g} or more"
+    return f"{low:g} to {high:g}"
+
+
 def _fields() -> Iterator[str]:
     yield "| field | type | range | default | edits | generations | variations | what it does |"
     yield "|---|---|---|---|---|---|---|---|"
     for field in FIELDS.values():
         if not field.served:
             continue
-        ends = (f"{end:g}" if end is not None and end < 1e15 else "" for end in (field.low, field.high))
-        extent = ", ".join(f"`{choice}`" for choice in field.choices) or (
-            " to ".join(ends) if field.low is not None else ""
-        )
+        extent = ", ".join(f"`{choice}`" for choice in field.choices) or _range(field.low, field.high)
         takes = " | ".join(
             "yes" if endpoint in field.endpoints else "" for endpoint in ("edit", "generation", "variation")
         )
@@ -146,7 +151,7 @@ def make_reference() -> str:
         "",
         "## Paths",
         "",
-        "Rows marked yes are served under `/v3`, `/v1`, `/v3/v1` and bare. HEAD is answered as GET, OPTIONS with Allow and CORS fields.",
+        "Rows marked yes are served under `/v3`, `/v1`, `/v3/v1`, `/openai/v1` and bare. HEAD is answered as GET, OPTIONS with Allow and CORS fields.",
         "",
         "| method | path | prefixes | what it is |",
         "|---|---|---|---|",

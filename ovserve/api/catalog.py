@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ovserve.config import ModelSettings, Settings
-from ovserve.errors import ModelNotFound
+from ovserve.errors import MissingParameter, ModelNotFound
 from ovserve.profile import ModelProfile, read_profile
 
 __all__ = ["Catalog", "ServedModel", "read_catalog"]
@@ -35,12 +35,12 @@ class Catalog:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def find(self, name: str | None) -> ServedModel:
-        """The model of that name; for None the default, or the only one. Raises ModelNotFound."""
+        """The model of that name; for None the default, or the only one. Raises ModelNotFound and MissingParameter."""
         if name is None:
             name = self.default or (next(iter(self.models)) if len(self.models) == 1 else None)
         if name is None:
-            told = f"'model' is required, for several are served: {_listed(self.models)}."
-            raise ModelNotFound(told, param="model")
+            told = f"Missing required parameter: 'model', for several are served: {_listed(self.models)}."
+            raise MissingParameter(told, param="model")
         found = self.models.get(name)
         if found is None:
             told = f"The model '{name[:200]}' does not exist. Served: {_listed(self.models)}."

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from ovserve.api.catalog import Catalog
 from ovserve.api.exchange import Exchange, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.api.parameters.params import Parameters, parse_parameters
+from ovserve.api.parameters.values import check_range
 from ovserve.api.replies import completed_event, images_reply, partial_event, progress_comment
 from ovserve.api.store import Store
 from ovserve.config import Settings
@@ -45,6 +46,11 @@ class Images:
             raise Draining("The server is going down and takes no new jobs.", retry_after_s=DRAINING_RETRY_S)
         form = exchange.read_form()  # may take minutes: what it is checked by is looked up behind it
         parameters = parse_parameters(form, endpoint, path_model, self.catalog, self.settings)
+        if parameters.response_format == "url" and not self._base(exchange):
+            raise InvalidValue(
+                "'response_format' = 'url' needs a Host field, or the server a public_url: the address is made from it.",
+                param="response_format",
+            )
         job = Job(
             id=exchange.id,
             model=parameters.model.name,
@@ -82,7 +88,8 @@ class Images:
                 f"Invalid value for 'x-timeout-s': expected seconds above 0, but got '{asked[:40]}'.",
                 param="x-timeout-s",
             )
-        return min(timeout_s, self.settings.max_timeout_s)
+        check_range("x-timeout-s", timeout_s, None, self.settings.max_timeout_s)
+        return timeout_s
 
     def _end(self, job: Job) -> None:
         """End the exchange: a job that nobody waits for any more is cancelled, and its segments go."""
@@ -117,9 +124,14 @@ class Images:
         urls = self._keep(exchange, job, parameters) if parameters.response_format == "url" else None
         return images_reply(job, prepared, parameters, urls)
 
+    def _base(self, exchange: Exchange) -> str:
+        """What addresses of pictures begin with; empty where nothing says how the client reaches the server."""
+        host = exchange.header("host")
+        return self.settings.public_url.rstrip("/") or (f"http://{host}" if host else "")
+
     def _keep(self, exchange: Exchange, job: Job, parameters: Parameters) -> dict[int, str]:
         """Keep every picture of a job; the address of each."""
-        base = self.settings.public_url.rstrip("/") or f"http://{exchange.header('host')}"
+        base = self._base(exchange)
         urls = {}
         for number, result in job.results.items():
             with result.segment.view[: result.size] as picture:

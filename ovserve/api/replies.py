@@ -6,6 +6,7 @@ import binascii
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ovserve.api.catalog import Catalog, ServedModel
@@ -56,13 +57,30 @@ def usage_of(prepared: Prepared) -> dict[str, Any]:
 
 def _described(parameters: Parameters, prepared: Prepared) -> dict[str, Any]:
     """What every object about a picture says of it, resolved."""
-    request = parameters.request
     return {
         "size": f"{prepared.width}x{prepared.height}",
         "quality": parameters.quality,
-        "background": "transparent" if request.background == "transparent" else "opaque",
-        "output_format": request.output_format,
+        "background": prepared.background,
+        "output_format": parameters.request.output_format,
     }
+
+
+def _echoed(parameters: Parameters) -> dict[str, Any]:
+    """What a reply says of fields that change no picture."""
+    echoed: dict[str, Any] = {}
+    if parameters.safety_identifier:
+        echoed["safety_identifier"] = parameters.safety_identifier
+    if parameters.moderation:
+        echoed["moderation"] = {"checked": False}
+    return echoed
+
+
+def _usage_of_one(prepared: Prepared, parameters: Parameters, picture: int) -> dict[str, Any]:
+    """One picture's part of a request's usage: they add up to the whole, the first carries what was sent in."""
+    own = replace(prepared, output_tokens=prepared.output_tokens // parameters.request.n)
+    if picture:
+        own = replace(own, text_tokens=0, image_tokens=0)
+    return {key: value for key, value in usage_of(own).items() if key != "output_tokens_details"}
 
 
 def timing_headers(job: Job) -> dict[str, str]:
@@ -90,11 +108,7 @@ def images_reply(
     Args:
         urls: address of each picture, where the client asked for addresses instead of base64.
     """
-    head = {"created": int(time.time()), **_described(parameters, prepared)}
-    if parameters.safety_identifier:
-        head["safety_identifier"] = parameters.safety_identifier
-    if parameters.moderation:
-        head["moderation"] = {"checked": False}
+    head = {"created": int(time.time()), **_described(parameters, prepared), **_echoed(parameters)}
     # The pictures are the bulk of the reply: each is encoded once, and never joined into one large string.
     chunks: list[bytes | memoryview] = [_dumps(head)[:-1] + b',"data":[']
     for number in sorted(job.results):
@@ -118,19 +132,24 @@ def _event_kind(parameters: Parameters) -> str:
 def partial_event(partial: Partial, prepared: Prepared, parameters: Parameters) -> ServerEvent:
     """The event for one preview."""
     kind = f"{_event_kind(parameters)}.partial_image"
-    about = {"created_at": int(time.time()), **_described(parameters, prepared), "partial_image_index": partial.index}
+    about = {
+        "created_at": int(time.time()),
+        **_described(parameters, prepared),
+        "partial_image_index": partial.index,
+        "seed": parameters.request.seed_of(partial.picture),  # tells previews of several pictures apart
+    }
     return _picture_event(kind, base64_of(partial.segment.view, partial.size), about)
 
 
 def completed_event(result: Result, prepared: Prepared, parameters: Parameters) -> ServerEvent:
     """The event for one finished picture."""
     kind = f"{_event_kind(parameters)}.completed"
-    usage = {key: value for key, value in usage_of(prepared).items() if key != "output_tokens_details"}
     about: dict[str, Any] = {
         "created_at": int(time.time()),
         **_described(parameters, prepared),
         "seed": result.seed,
-        "usage": usage,
+        "usage": _usage_of_one(prepared, parameters, result.picture),
+        **_echoed(parameters),
     }
     if prepared.revised_prompt:
         about["revised_prompt"] = prepared.revised_prompt

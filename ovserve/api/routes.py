@@ -38,7 +38,7 @@ __all__ = ["ROUTES", "ImagesApi", "Route"]
 
 Handler = Callable[["ImagesApi", Exchange, Mapping[str, str]], Reply]
 _HEALTH = re.compile(r"/v2/health/.*|/v2/models/.+/ready")
-_PREFIX = re.compile(r"/(?:v3/v1|v3|v1)(?=/)")
+_PREFIX = re.compile(r"/(?:v3/v1|openai/v1|v3|v1)(?=/)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +255,12 @@ def _server(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> JsonReply:
     return json_reply({"name": "ovserve", "version": __version__})
 
 
+def _is_known(if_none_match: str | None, etag: str) -> bool:
+    """Whether the client has this picture: RFC 9110 section 13.1.2, a list, compared weakly (a proxy that compresses weakens tags)."""
+    tags = [tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")]
+    return "*" in tags or etag in tags
+
+
 def _file(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
     picture = api.store.find(params["name"])
     headers = {
@@ -263,9 +269,11 @@ def _file(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Repl
         "cache-control": f"private, max-age={int(picture.expires_in_s)}, immutable",
         "x-content-type-options": "nosniff",
     }
-    if exchange.header("if-none-match") in (picture.etag, "*"):
+    if _is_known(exchange.header("if-none-match"), picture.etag):
         return FileReply(b"", "", 304, headers)
-    wanted = exchange.header("range") if exchange.header("if-range") in (None, picture.etag) else None
+    # RFC 9110 section 14.2: a range is defined for GET alone, and ignored with HEAD.
+    is_ranged = exchange.method == "GET" and exchange.header("if-range") in (None, picture.etag)
+    wanted = exchange.header("range") if is_ranged else None
     part = parse_range(wanted, len(picture.data))
     if part is None:
         return FileReply(picture.data, picture.media_type, 200, headers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -263,13 +264,31 @@ def has_t5(profile: ModelProfile) -> bool:
 
 
 def longest_fitting(prompt: str, count_tokens: Callable[[str], int], window: int) -> str:
-    """The longest beginning of a prompt, at a word boundary, of at most `window` tokens."""
+    """The longest beginning of a prompt of at most `window` tokens.
+
+    At a word boundary; where the word that goes beyond the window would leave more than half of it unused, as in a language that
+    writes no blanks, inside that word, behind a whole character.
+    """
     ends = [match.end() for match in re.finditer(r"\S+", prompt)]
+    cut, more = _last_fitting(prompt, ends, count_tokens, window)
+    if more and count_tokens(prompt[:cut]) <= window // 2:
+        marks = "\u200d\ufe0e\ufe0f"  # joiner and variation selectors: they belong to the character before them
+        inside = [
+            end
+            for end in range(cut + 1, more)
+            if not unicodedata.combining(prompt[end]) and prompt[end] not in marks and prompt[end - 1] not in marks[0]
+        ]
+        cut = max(cut, _last_fitting(prompt, inside, count_tokens, window)[0])
+    return prompt[:cut]
+
+
+def _last_fitting(prompt: str, ends: Sequence[int], count_tokens: Callable[[str], int], window: int) -> tuple[int, int]:
+    """The last of these ends up to which a prompt fits, 0 where none does, and the end after it, 0 behind the last."""
     low, high = 0, len(ends)
-    while low < high:  # the most words that fit; more words are never fewer tokens
+    while low < high:  # more text is never fewer tokens
         middle = (low + high + 1) // 2
         if count_tokens(prompt[: ends[middle - 1]]) <= window:
             low = middle
         else:
             high = middle - 1
-    return prompt[: ends[low - 1]] if low else ""
+    return (ends[low - 1] if low else 0), (ends[low] if low < len(ends) else 0)

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from ovserve.deadline import Deadline
 from ovserve.device.engine import Outcome, Preview, Work
-from ovserve.device.pixels.edit import Edit, seed_of
+from ovserve.device.pixels.edit import Edit
 from ovserve.device.replies import Replies, end_process
 from ovserve.dispatch.link.ipc import LinkClosed, Need, Picture, Room, Run
 from ovserve.dispatch.link.spool import fill
@@ -63,6 +63,19 @@ class Held:
     prepare_ms: float = 0.0
     denoise_ms: float = 0.0
     finish_ms: float = 0.0
+    _denoised: tuple[float, float] = (0.0, 0.0)  # the last stretch of time that counts in it
+
+    def note_denoised(self, begun_at: float, ended_at: float) -> None:
+        """The engine had one of the job's pictures from here to there, on the monotonic clock.
+
+        Pictures of one job are denoised at the same time: what overlaps counts once, so that no stage takes longer than the
+        request. Calls come in the order of the ends.
+        """
+        begun, until = self._denoised
+        if begun_at > until:
+            begun, until = begun_at, begun_at
+        self.denoise_ms += 1000 * (ended_at - until + max(0.0, begun - begun_at))
+        self._denoised = (min(begun, begun_at), ended_at)
 
 
 class Jobs(Protocol):
@@ -84,6 +97,7 @@ class _Finished:
 
     outcome: Outcome
     seconds: float
+    ended_at: float  # on the monotonic clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +135,7 @@ class Finish:
         """Take an outcome from the device loop; False when there was no place for it within a second."""
         if not self._places.acquire(timeout=TICK_S):
             return False
-        self._items.put(_Finished(outcome, seconds))
+        self._items.put(_Finished(outcome, seconds, time.monotonic()))
         return True
 
     def preview(self, work: Work, preview: Preview) -> None:
@@ -180,7 +194,7 @@ class Finish:
 
     def _finish_outcome(self, held: Held, item: _Finished) -> None:
         outcome = item.outcome
-        held.denoise_ms += item.seconds * 1000
+        held.note_denoised(item.ended_at - item.seconds, item.ended_at)
         if outcome.error is not None:
             self._jobs.fail(held, outcome.error)
         if outcome.pixels is None or held.edit is None or held.stopped.is_set():
@@ -225,7 +239,7 @@ class Finish:
         if not room.path:
             raise SpoolFull("there is no room for the result", retry_after_s=2)
         fill(room.path, encoded.data)
-        seed = seed_of(held.edit.request, room.picture) if held.edit else 0
+        seed = held.edit.request.seed_of(room.picture) if held.edit else 0
         self._replies.send(Picture(held.job, room.picture, seed, len(encoded.data), encoded.partial))
         if encoded.partial < 0:
             held.filled += 1

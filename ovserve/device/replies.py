@@ -53,6 +53,7 @@ class Replies:
             image_tokens=edit.image_tokens,
             output_tokens=edit.output_tokens,
             revised_prompt=edit.revised_prompt,
+            background=edit.background,
         )
         try:
             self.send(message)

@@ -51,6 +51,13 @@ def test_an_edit_streams_its_previews_and_the_picture(server: LiveServer, data: 
 def test_a_generation_streams_one_final_event_for_each_picture(server: LiveServer) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         events = list(client.images.generate(prompt="a red star on a black background", stream=True, n=2))
+        whole = client.images.generate(prompt="a red star on a black background", n=2).usage
+    assert whole is not None
+    # A client that adds up what it was told has the request's usage.
+    assert (
+        sum(event.usage.total_tokens for event in events if event.type == "image_generation.completed")
+        == whole.total_tokens
+    )
     assert [event.type for event in events] == ["image_generation.completed"] * 2
     assert len({event.b64_json for event in events}) == 2
 

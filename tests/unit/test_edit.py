@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from ovserve import __version__
 from ovserve.config import ModelSettings, Resolution, Settings
 from ovserve.device.engine import Engine
 from ovserve.device.pixels import masks
-from ovserve.device.pixels.edit import Edit, prepare, seed_of
+from ovserve.device.pixels.edit import Edit, prepare
 from ovserve.device.pixels.frames import size_of
 from ovserve.device.pixels.images import Pixels
 from ovserve.device.pixels.masks import feather
@@ -397,6 +397,41 @@ def test_filled_holes_are_opaque_and_soft_edges_stay(blob: Lay) -> None:
     assert np.array_equal(result[1:], pixels[1:])
 
 
+def test_the_background_is_told_as_it_comes_out(blob: Lay) -> None:
+    soft, hard = (blob(png(with_alpha(0, 128))),), (blob(png(with_alpha(0))),)
+    assert edit(images=soft).background == "transparent"
+    assert edit(images=soft, background="opaque").background == "opaque"
+    assert edit(images=soft, output_format="jpeg").background == "opaque"
+    assert edit(images=hard).background == "opaque"  # its only holes are filled
+    assert edit(images=hard, background="transparent").background == "transparent"
+    assert edit(task="variation", images=soft).background == "opaque"
+    assert edit(task="generation").background == "opaque"
+
+
+def test_a_soft_seam_needs_something_to_lie_in(blob: Lay) -> None:
+    assert edit(images=(blob(png(with_alpha(0))),), mask_blur=4).mode == "inpainting"
+    refused(InvalidValue, "mask_blur", images=(blob(png(noise(64, 64))),), mask_blur=4)
+
+
+def test_a_preferred_strength_is_for_whole_images(blob: Lay) -> None:
+    assert edit(images=(blob(png(noise(64, 64))),), preferred_strength=0.5).strength == 0.5
+    assert edit(images=(blob(png(with_alpha(0))),), preferred_strength=0.5).strength == 1.0
+    assert edit(images=(blob(png(noise(64, 64))),), preferred_strength=0.5, strength=0.9).strength == 0.9
+
+
+def test_the_colour_profile_goes_with_the_pixels(blob: Lay) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    buffer = io.BytesIO()
+    Image.fromarray(noise(64, 64)).save(buffer, "PNG", icc_profile=profile)
+    for output_format in ("png", "jpeg", "webp"):
+        found = edit(images=(blob(buffer.getvalue()),), output_format=output_format, metadata=False)
+        for data in (found.encode(noise(64, 64), 0), found.encode_preview(noise(64, 64))):
+            with Image.open(io.BytesIO(data)) as image:
+                assert image.info["icc_profile"] == profile
+    with Image.open(io.BytesIO(edit(task="generation").encode(noise(64, 64), 0))) as image:
+        assert "icc_profile" not in image.info
+
+
 def test_a_result_without_transparency_has_no_alpha_plane(blob: Lay) -> None:
     pixels = with_alpha(0)
     result = edit(images=(blob(png(pixels)),)).assemble(noise(64, 64))
@@ -430,7 +465,7 @@ def test_a_transparent_background_needs_transparency_to_keep(blob: Lay) -> None:
 def test_each_picture_has_its_own_seed_and_seeds_wrap() -> None:
     found = edit(task="generation", n=3, seed=2**32 - 2)
     assert [found.work("j", k).seed for k in range(3)] == [2**32 - 2, 2**32 - 1, 0]
-    assert seed_of(request(task="generation", seed=5), 2) == 7
+    assert request(task="generation", seed=5).seed_of(2) == 7
 
 
 def test_tokens_of_pictures_are_cells_of_the_latent_grid(blob: Lay) -> None:
@@ -447,6 +482,12 @@ def test_the_file_tells_how_it_was_made(blob: Lay) -> None:
         "a cat\nNegative prompt: a dog\nSteps: 12, Sampler: DDIM, CFG scale: 3, Seed: 8, Size: 64x64, Model: shapes, "
         f"Denoising strength: 0.5, Version: ovserve {__version__}"
     )
+
+
+def test_a_preset_that_takes_shortcuts_is_named_in_the_file() -> None:
+    found = edit(task="generation", quality="low", shortcuts="guidance_until=0.6")
+    with Image.open(io.BytesIO(found.encode(noise(64, 64), 0))) as image:
+        assert "Quality: low" in image.info["parameters"]
 
 
 def test_the_file_tells_nothing_when_told_not_to() -> None:

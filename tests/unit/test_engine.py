@@ -117,3 +117,18 @@ def test_lcm_is_known_by_the_models_scheduler_or_the_requests() -> None:
 @pytest.mark.parametrize(("window", "cut"), [(0, ""), (1, "a"), (2, "a  b"), (3, "a  b\tc"), (9, "a  b\tc")])
 def test_a_prompt_is_cut_behind_the_last_word_that_fits(window: int, cut: str) -> None:
     assert longest_fitting("a  b\tc ", lambda text: len(text.split()), window) == cut
+
+
+@pytest.mark.parametrize(
+    ("prompt", "window", "cut"),
+    [
+        ("一个红色的圆圈", 4, "一个红色"),  # a language that writes no blanks
+        ("a,b,c,d", 4, "a,b,"),
+        ("ab cdefghij", 10, "ab cdefghi"),  # the first word alone would leave most of the window unused
+        ("abcdefg hijk", 10, "abcdefg"),
+        ("e\u0301e\u0301e\u0301", 3, "e\u0301"),  # never between a letter and its accent
+        ("\U0001f468\u200d\U0001f469x", 2, ""),  # nor inside a joined one
+    ],
+)
+def test_a_prompt_without_blanks_is_cut_inside_a_word(prompt: str, window: int, cut: str) -> None:
+    assert longest_fitting(prompt, len, window) == cut

@@ -140,3 +140,10 @@ def test_pictures_of_a_job_that_ended_while_they_waited_are_let_go_of_with_what_
         bench.finish.preview(edit.work("cancelled", 1), Preview(1, PIXELS))
     bench.run()
     assert edit.in_memory == 0
+
+
+def test_pictures_denoised_at_the_same_time_count_once() -> None:
+    held = Held("a", Run("a", "", 60.0), Deadline.after(60.0))
+    for begun_at, ended_at in ((10.0, 11.0), (10.5, 12.0), (9.5, 12.5), (20.0, 21.0)):
+        held.note_denoised(begun_at, ended_at)
+    assert held.denoise_ms == pytest.approx(4000)  # 9.5 to 12.5, and 20 to 21

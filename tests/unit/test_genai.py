@@ -251,7 +251,8 @@ def test_tokens_are_counted_whole_and_prompts_cut_between_words(sd: Loaded) -> N
     cut = sd.engine.cut_prompt("cat\n " * 300)
     assert cut.split() == ["cat"] * 75
     assert sd.engine.count_tokens(cut) == 77
-    assert sd.engine.cut_prompt("x" * 1000) == ""
+    cut = sd.engine.cut_prompt("x" * 1000)
+    assert 38 < sd.engine.count_tokens(cut) <= 77
 
 
 def test_options_leave_out_what_a_model_does_not_take() -> None:

@@ -12,9 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
-from ovserve.device.pixels.images import FORMATS, Limits, Pixels, decode_image, encode_image, flatten, has_alpha
+from ovserve.device.pixels.images import (
+    FORMATS,
+    Limits,
+    Pixels,
+    colour_profile,
+    decode_image,
+    encode_image,
+    flatten,
+    has_alpha,
+)
 from ovserve.errors import ImageError
 
 LIMITS = Limits(pixels=1_000_000, side_px=2_000)
@@ -32,14 +41,20 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def png_16(samples: NDArray[np.int64], colour_type: int, clear: bytes = b"") -> bytes:
-    """A PNG of 16-bit samples by hand (PNG specification, 5.3 and 11.2); Pillow writes none."""
+    """A PNG of 16-bit samples by hand; Pillow writes none."""
+    height, width = samples.shape[:2]
+    rows = [row.astype(">u2").tobytes() for row in samples]
+    return png_of(width, height, 16, colour_type, rows, clear)
+
+
+def png_of(width: int, height: int, depth: int, colour_type: int, lines: list[bytes], clear: bytes = b"") -> bytes:
+    """A PNG by hand (PNG specification, 5.3 and 11.2): its rows as they are stored, and what its tRNS chunk says."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    height, width = samples.shape[:2]
-    head = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    head = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + line for line in lines)
     clear = chunk(b"tRNS", clear) if clear else b""
     body = chunk(b"IHDR", head) + clear + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
@@ -296,6 +311,34 @@ def test_without_parameters_there_is_no_metadata_at_all(form: str) -> None:
 @pytest.mark.parametrize("text", ["x" * 40_000, "猫" * 40_000, "a\0b", "\ud83d"])
 def test_no_text_is_too_long_or_too_strange_to_write(form: str, text: str) -> None:
     assert decoded(encode_image(SMOOTH, form, 90, text)).shape == SMOOTH.shape
+
+
+@pytest.mark.parametrize(("depth", "clear", "row"), [(1, 1, 0b01010101), (2, 1, 0b00011011), (4, 7, 0x3_7), (8, 9, 9)])
+def test_the_transparent_level_of_a_gray_png_goes_with_its_samples(depth: int, clear: int, row: int) -> None:
+    data = png_of(8 // depth, 1, depth, 0, [bytes([row])], struct.pack(">H", clear))
+    samples = [row >> (8 - depth * (k + 1)) & (1 << depth) - 1 for k in range(8 // depth)]
+    expected = [0 if sample == clear else 255 for sample in samples]
+    assert decoded(data)[0, :, 3].tolist() == expected
+    assert 0 in expected
+
+
+def test_a_dark_transparent_colour_of_16_bits_goes_with_its_samples() -> None:
+    samples = np.array([[[0, 0, 200], [0, 0, 60_000]]])
+    assert decoded(png_16(samples, 2, struct.pack(">HHH", 0, 0, 200)))[0, :, 3].tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_a_profile_of_rgb_samples_is_found_and_others_are_not(form: str) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    gray = profile[:16] + b"GRAY" + profile[20:]
+    assert colour_profile(encoded(Image.fromarray(RGB), form, icc_profile=profile)) == profile
+    assert colour_profile(encoded(Image.fromarray(RGB), form)) == b""
+    assert colour_profile(encoded(Image.fromarray(RGB), form, icc_profile=gray)) == b""
+
+
+def test_a_profile_of_more_than_a_mebibyte_is_left_out() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert colour_profile(encoded(Image.fromarray(RGB), "TIFF", icc_profile=profile + bytes(1 << 20))) == b""
 
 
 # --- alpha ------------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_a_malformed_size_is_refused(value: str) -> None:
         ("n", "two"), ("n", "1.0"), ("n", " 1"), ("n", "+1"), ("n", "01"), ("n", "[1]"), ("n", "{}"), ("n", "0"), ("n", "-1"), ("n", "11"),
         ("n", "9" * 50), ("strength", "nan"), ("strength", "inf"), ("strength", "1.01"), ("strength", "-0.1"), ("strength", "1e999"),
         ("strength", "0x1"), ("guidance_scale", "3.5e39"), ("guidance_scale", "1.2.3"), ("num_inference_steps", "101"),
-        ("num_inference_steps", "0"), ("seed", "-1"), ("seed", str(2**64)), ("response_format", "base64"), ("output_format", "gif"),
+        ("num_inference_steps", "0"), ("seed", "-2"), ("seed", str(2**64)), ("response_format", "base64"), ("output_format", "gif"),
         ("output_compression", "101"), ("quality", "ultra"), ("mask_mode", "white"), ("resize_mode", "fill"), ("mask_blur", "-1"),
         ("scheduler", "heun"), ("timeout_s", "0"), ("partial_images", "4"), ("stream", "yes"), ("background", "red"),
     ],
@@ -332,7 +332,7 @@ def test_the_only_model_needs_no_name() -> None:
 def test_several_models_need_a_name_or_a_default() -> None:
     two = (ModelSettings(name="a"), ModelSettings(name="b"))
     form = FakeForm([("prompt", "x")], (IMAGE,))
-    with pytest.raises(ModelNotFound, match="'a', 'b'"):
+    with pytest.raises(MissingParameter, match="'a', 'b'"):  # 400: the client left it out
         parse_parameters(form, EDIT, None, catalog(*two), SETTINGS)
     assert parse_parameters(form, EDIT, None, catalog(*two, default="b"), SETTINGS).model.name == "b"
     assert parse_parameters(form, EDIT, "a", catalog(*two), SETTINGS).model.name == "a"
@@ -360,15 +360,17 @@ def test_quality_below_high_prefers_a_quicker_way_and_high_is_exact() -> None:
 
 
 def test_high_fidelity_keeps_more_of_the_image() -> None:
-    strength = edit(("input_fidelity", "high")).request.strength
-    assert strength is not None
-    assert strength < 0.7
+    asked = edit(("input_fidelity", "high")).request
+    assert asked.preferred_strength is not None
+    assert asked.preferred_strength < 0.7
+    assert asked.strength is None  # only the worker sees whether holes make it an inpainting
+    assert edit(("input_fidelity", "low")).request.preferred_strength is None
     assert edit(("input_fidelity", "high"), ("strength", "0.9")).request.strength == 0.9
 
 
 def test_high_fidelity_leaves_a_step_to_run_however_few_there_are() -> None:
     asked = edit(("input_fidelity", "high"), ("num_inference_steps", "2")).request
-    assert asked.strength == 0.5
+    assert asked.preferred_strength == 0.5
 
 
 def test_a_count_of_steps_that_nobody_asked_for_leaves_an_edit_its_step() -> None:
@@ -394,9 +396,51 @@ def test_lcm_counts_steps_in_its_own_way_so_none_are_added_or_refused_here() -> 
     assert edit(("strength", "0.1"), ("num_inference_steps", "4"), path=LCM).request.num_inference_steps == 4
 
 
-def test_the_timeout_stays_within_the_servers() -> None:
+def test_the_smallest_strength_that_is_told_works() -> None:
+    for fields in ((("strength", "0.0001"),), (("strength", "0.05"), ("num_inference_steps", "12"))):
+        with pytest.raises(InvalidValue) as caught:
+            edit(*fields)
+        assert caught.value.param == "strength"
+        told = caught.value.message.rpartition(" ")[2].rstrip(".")
+        assert edit(*fields[1:], ("strength", told)).request.strength == float(told)
+
+
+def test_a_timeout_beyond_the_servers_is_told() -> None:
     assert edit(("timeout_s", "5")).timeout_s == 5
-    assert edit(("timeout_s", "80000")).timeout_s == SETTINGS.max_timeout_s
+    with pytest.raises(InvalidValue, match=f"{SETTINGS.max_timeout_s:g}") as caught:
+        edit(("timeout_s", "80000"))
+    assert caught.value.param == "timeout_s"
+
+
+def test_json_null_is_an_absent_prompt_and_the_word_is_a_prompt() -> None:
+    with pytest.raises(MissingParameter) as caught:
+        as_json(GENERATION, prompt=None)
+    assert caught.value.param == "prompt"
+    assert as_json(VARIATION, (IMAGE,), prompt=None).request.prompt == ""
+    assert as_json(GENERATION, prompt="null").request.prompt == "null"
+
+
+def test_a_seed_of_minus_one_is_drawn() -> None:
+    assert len({edit(("seed", "-1")).request.seed for _ in range(20)}) > 15
+    with pytest.raises(InvalidValue, match="at least -1"):
+        edit(("seed", "-2"))
+
+
+def test_how_a_mask_is_read_needs_a_mask() -> None:
+    assert edit(("mask_mode", "alpha"), uploads=(IMAGE, MASK)).request.mask_mode == "alpha"
+    assert edit(("mask_mode", "auto")).request.mask_mode == "auto"
+    with pytest.raises(InvalidValue) as caught:  # a mask that got lost on its way would repaint the whole picture
+        edit(("mask_mode", "luminance"))
+    assert caught.value.param == "mask_mode"
+
+
+@pytest.mark.parametrize("name", ["negative_prompt", "negative_prompt_2"])
+def test_no_negative_prompt_is_passed_over_without_guidance(name: str) -> None:
+    sdxl = Path(__file__).parent.parent / "fixtures" / "models" / "sdxl"
+    assert edit((name, "a dog"), path=sdxl)
+    with pytest.raises(InvalidValue) as caught:
+        edit((name, "a dog"), ("guidance_scale", "1"), path=sdxl)
+    assert caught.value.param == name
 
 
 NAMES = st.sampled_from([*FIELDS, "image[]", "n[]", "svg[model]", "x", "[", "prompt[a][b]"]) | st.text(max_size=8)
@@ -440,7 +484,7 @@ VALID: dict[str, st.SearchStrategy[str]] = {
     "strength": st.floats(0.3, 1).map(str),  # a step to run even with the four steps of low quality
     "seed": st.integers(0, 2**64 - 1).map(str),
     "mask_blur": st.integers(0, 256).map(str),
-    "timeout_s": st.floats(0.01, 86400).map(str),
+    "timeout_s": st.floats(0.01, SETTINGS.max_timeout_s).map(str),
     "user": st.text(max_size=20),
     "safety_identifier": st.text(max_size=20),
     "negative_prompt": st.text(max_size=20),
@@ -457,6 +501,7 @@ FORBIDDEN = {
     frozenset(("background", "output_format")): lambda v: (
         v.get("background") == "transparent" and v.get("output_format") == "jpeg"
     ),
+    frozenset(("mask_mode", "mask")): lambda v: v.get("mask_mode", "auto") != "auto",  # no mask is sent here
     frozenset(("negative_prompt", "guidance_scale")): lambda v: (
         v.get("negative_prompt", "") not in ("", "null", "None", "undefined") and float(v.get("guidance_scale", 3)) <= 1
     ),
@@ -497,7 +542,7 @@ def test_any_combination_that_is_allowed_is_served_and_any_other_names_both(valu
 @given(
     values=combinations(),
     name=st.sampled_from(sorted(set(VALID) - {"user", "safety_identifier", "negative_prompt"})),
-    wrong=st.sampled_from(["-1", "\x00", "1e99", "yes", "[]"]),
+    wrong=st.sampled_from(["-2", "\x00", "1e99", "yes", "[]"]),
 )
 def test_any_single_invalid_field_is_named(values: dict[str, str], name: str, wrong: str) -> None:
     with pytest.raises(BadRequest) as caught:

@@ -167,6 +167,9 @@ def test_strengths_without_an_option_stay_within_the_limits() -> None:
         '{"defaults": 1}',
         '{"presets": {"low": 1}}',
         '{"presets": {"lowest": {}}}',
+        '{"defaults": {"steps": 4}}',
+        '{"sizes": {"min_size_px": 64}}',
+        '{"default": {}}',
         '{"presets": {"low": {"steps": 4}}}',
     ],
 )

@@ -60,6 +60,7 @@ def api(tmp_path: Path) -> Any:
         "/v3/models",
         "/v1/models",
         "/v3/v1/models",
+        "/openai/v1/models",
         "/models",
         "/v3/models/",
         "/v3/models/m",
@@ -99,6 +100,14 @@ def test_another_method_is_405_with_allow(api: ImagesApi, path: str) -> None:
 def test_an_unknown_path_is_404(api: ImagesApi, path: str) -> None:
     with pytest.raises(NotFound):
         api.answer(FakeExchange("GET", path))
+
+
+def test_an_address_needs_a_host(api: ImagesApi) -> None:
+    exchange = FakeExchange("POST", "/v1/images/generations")
+    exchange.read_form = lambda: FakeForm([("prompt", "a star"), ("response_format", "url")])  # type: ignore[method-assign]
+    with pytest.raises(BadRequest) as caught:
+        api.answer(exchange)
+    assert caught.value.param == "response_format"
 
 
 def test_a_model_that_is_not_ready_is_told(api: ImagesApi) -> None:

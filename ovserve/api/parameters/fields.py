@@ -95,11 +95,11 @@ _TABLE = (
     Field("output_format", "choice", "File format of the pictures.", default="png", choices=("png", "jpeg", "webp")),
     Field("output_compression", "integer", "Quality of jpeg and webp in percent; 100 makes webp lossless; png ignores it.",
           default="100", low=0, high=100),
-    Field("background", "choice", "`transparent` keeps the source's alpha channel in the result; `auto` is opaque.",
+    Field("background", "choice", "`transparent` keeps the source's alpha channel in the result; `auto` keeps it outside a mask; `opaque` never.",
           default="auto", choices=("auto", "opaque", "transparent")),
     Field("quality", "choice", "Preset of steps and engine shortcuts; `high` is the model's own best. Explicit fields win.",
           default="auto", choices=("auto", "low", "medium", "high", "standard", "hd", "xhigh", "max")),
-    Field("input_fidelity", "choice", "Preset of `strength` where that is left out: `high` keeps more of the image.",
+    Field("input_fidelity", "choice", "Preset of `strength` where that is left out and the whole image is edited: `high` keeps more of it.",
           frozenset((EDIT,)), default="low", choices=("low", "high")),
     Field("stream", "boolean", "Answer with server-sent events.", frozenset((EDIT, GENERATION)), default="false"),
     Field("partial_images", "integer", "How many previews a stream carries before each final picture.",
@@ -120,11 +120,11 @@ _TABLE = (
           default="the model's", low=1, high=1000),
     Field("guidance_scale", "number", "How strongly the prompt is followed; 1 or less turns guidance off.",
           default="the model's", low=0, high=FLOAT32_MAX),
-    Field("strength", "number", "How far the image is noised before it is denoised: 0 keeps it, 1 forgets it.", _WITH_IMAGE,
+    Field("strength", "number", "How far the image is noised before it is denoised: near 0 keeps it, 1 forgets it; 0 leaves no step to run and is refused.", _WITH_IMAGE,
           default="the model's", low=0, high=1),
-    Field("seed", "integer", "Seed of the noise, taken modulo 2**32. Random when left out, and always reported.",
-          default="random", low=0, high=2**64 - 1),
-    Field("rng_seed", "integer", "The model server's name for `seed`.", low=0, high=2**64 - 1, same_as="seed"),
+    Field("seed", "integer", "Seed of the noise, taken modulo 2**32. Random when left out or -1, and always reported.",
+          default="random", low=-1, high=2**64 - 1),
+    Field("rng_seed", "integer", "The model server's name for `seed`.", low=-1, high=2**64 - 1, same_as="seed"),
     Field("scheduler", "choice", "Noise scheduler; which of them a model serves depends on its engine.", default="the model's",
           choices=SCHEDULERS),
     Field("max_sequence_length", "integer", "Tokens of the T5 text encoder.", low=1, high=512, needs="a T5 text encoder", has=_t5),
@@ -132,7 +132,7 @@ _TABLE = (
           default="crop", choices=("crop", "pad", "stretch")),
     Field("mask_mode", "choice", "`alpha`: transparent is repainted; `luminance`: white is; `auto`: alpha if the mask has any.",
           frozenset((EDIT,)), default="auto", choices=("auto", "alpha", "luminance")),
-    Field("mask_blur", "integer", "Width in pixels of the soft seam, inside the mask.", frozenset((EDIT,)), default="0",
+    Field("mask_blur", "integer", "Width in pixels of the soft seam, inside the mask or the image's own holes.", frozenset((EDIT,)), default="0",
           low=0, high=256),
     Field("truncate_prompt", "boolean", "Cut a prompt that is too long instead of refusing it.", default="false"),
     Field("timeout_s", "number", "Deadline for the whole request in seconds.", default="600", low=0.01, high=86400),
@@ -174,6 +174,10 @@ class Exclusion:
     applies: Callable[[Mapping[str, Any]], bool]
 
 
+def _unguided(name: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda values: bool(values[name]) and values["guidance_scale"] <= 1
+
+
 EXCLUSIONS = (
     Exclusion("response_format", "'response_format' = 'url'", "stream", "'stream' = true (streams carry pictures as base64)",
               lambda v: v["response_format"] == "url" and v["stream"]),
@@ -181,6 +185,6 @@ EXCLUSIONS = (
               lambda v: v["partial_images"] > 0 and not v["stream"]),
     Exclusion("background", "'background' = 'transparent'", "output_format", "'output_format' = 'jpeg' (it has no alpha channel)",
               lambda v: v["background"] == "transparent" and v["output_format"] == "jpeg"),
-    Exclusion("negative_prompt", "'negative_prompt'", "guidance_scale", "'guidance_scale' of 1 or less (guidance is off)",
-              lambda v: bool(v["negative_prompt"]) and v["guidance_scale"] <= 1),
+    *(Exclusion(name, f"'{name}'", "guidance_scale", "'guidance_scale' of 1 or less (guidance is off)", _unguided(name))
+      for name in ("negative_prompt", "negative_prompt_2", "negative_prompt_3")),
 )  # fmt: skip

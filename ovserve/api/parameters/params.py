@@ -20,7 +20,7 @@ from ovserve.api.parameters.fields import EDIT, EXCLUSIONS, FIELDS, GENERATION, 
 from ovserve.api.parameters.imagehead import ImageHead, read_head
 from ovserve.api.parameters.values import check_range, expected, parse_value
 from ovserve.config import Resolution, Settings
-from ovserve.dispatch.link.ipc import ImageRequest
+from ovserve.dispatch.link.ipc import SEEDS, ImageRequest
 from ovserve.errors import (
     BadRequest,
     InvalidType,
@@ -33,7 +33,7 @@ from ovserve.profile import is_lcm, least_steps, least_strength, steps_run
 
 __all__ = ["Parameters", "parse_parameters"]
 
-SEEDS = 2**32  # the library takes seeds modulo this
+FIDELITY = 0.7  # share of the model's own strength that `input_fidelity` = high leaves
 
 _NAME = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
 _EMPTY = frozenset(("", "null", "None", "undefined"))
@@ -97,7 +97,8 @@ def _gather(form: Form, endpoint: str) -> _Gathered:
     gathered = _Gathered()
     for spelled, value in form.fields:
         known = _meant(spelled)
-        if _is_empty(value) and known.name not in ("prompt", "image"):
+        # A prompt may be the word "null", and an image that is no image is told so; JSON's null is nothing in any field.
+        if _is_empty(value) and (value is None or known.name not in ("prompt", "image")):
             continue
         _check_taken(known, spelled, endpoint)
         gathered.values.setdefault(known.name, []).append((spelled, value))
@@ -199,6 +200,8 @@ def _images(
         raise UnsupportedParameter(told, param=images[1].name)
     if masks:
         read_head(masks[0].view(), masks[0].name, settings)
+    elif any(value != "auto" for _, value in gathered.values.get("mask_mode", ())):
+        raise InvalidValue("'mask_mode' says how a 'mask' is read, and there is none.", param="mask_mode")
     return images, masks[0] if masks else None, heads
 
 
@@ -228,6 +231,8 @@ def parse_parameters(
         raise MissingParameter("Missing required parameter: 'prompt'.", param="prompt")
     _refuse_text_images(gathered, form.is_json)
     _check_limits(values, spelled, model)
+    if "timeout_s" in values:
+        check_range(spelled["timeout_s"], values["timeout_s"], None, settings.max_timeout_s)
     resolved = _resolve(values, model, settings)
     for rule in EXCLUSIONS:
         if rule.applies(resolved):
@@ -243,11 +248,11 @@ def parse_parameters(
         raise BadRequest(
             f"Model '{model.name}' is an inpainting model: it cannot make a picture from a prompt alone.", param="model"
         )
-    strength = _strength(endpoint, resolved, model, mask)
+    resolved["preferred_strength"] = _preferred_strength(resolved, model)
     if "num_inference_steps" not in values and endpoint != GENERATION:
-        resolved["num_inference_steps"] = _enough_steps(endpoint, resolved, strength, model, mask)
-    _check_a_step_runs(resolved, strength, spelled, model)
-    request = _request(endpoint, resolved, strength, images, mask)
+        resolved["num_inference_steps"] = _enough_steps(endpoint, resolved, model, mask)
+    _check_a_step_runs(values, resolved, spelled, model)
+    request = _request(endpoint, resolved, images, mask)
     return Parameters(
         request=request,
         model=model,
@@ -255,15 +260,13 @@ def parse_parameters(
         partial_images=resolved["partial_images"],
         response_format=resolved["response_format"],
         quality=resolved["quality"],
-        timeout_s=min(resolved["timeout_s"], settings.max_timeout_s),
+        timeout_s=resolved["timeout_s"],
         safety_identifier=resolved["safety_identifier"] or resolved["user"],
         moderation=bool(resolved["moderation"]),
     )
 
 
-def _request(
-    endpoint: str, resolved: Mapping[str, Any], strength: float | None, images: Sequence[Upload], mask: Upload | None
-) -> ImageRequest:
+def _request(endpoint: str, resolved: Mapping[str, Any], images: Sequence[Upload], mask: Upload | None) -> ImageRequest:
     """The record for the worker, from every field's value."""
     size = resolved["size"] or Resolution(0, 0)
     return ImageRequest(
@@ -285,7 +288,8 @@ def _request(
         seed=resolved["seed"],
         num_inference_steps=resolved["num_inference_steps"],
         guidance_scale=resolved["guidance_scale"],
-        strength=strength,
+        strength=resolved["strength"],
+        preferred_strength=resolved["preferred_strength"],
         scheduler=resolved["scheduler"],
         preferred_scheduler=resolved["preferred_scheduler"],
         max_sequence_length=resolved["max_sequence_length"],
@@ -297,6 +301,7 @@ def _request(
         partial_images=resolved["partial_images"],
         progress=resolved["stream"],
         shortcuts=resolved["shortcuts"],
+        quality=resolved["quality"],
     )
 
 
@@ -375,7 +380,7 @@ def _resolve(values: Mapping[str, Any], model: ServedModel, settings: Settings) 
         "shortcuts": str(preset.get("shortcuts", "")),
         "preferred_scheduler": str(preset.get("scheduler", "")),
         **values,
-        "seed": values["seed"] % SEEDS if "seed" in values else secrets.randbelow(SEEDS),
+        "seed": values["seed"] % SEEDS if values.get("seed", -1) >= 0 else secrets.randbelow(SEEDS),
         "size": _resolve_size(values, model),
         "quality": quality,
     }
@@ -411,42 +416,42 @@ def _check_task(model: ServedModel, mask: Upload | None, head: ImageHead) -> Non
         raise MissingParameter(f"Model '{model.name}' works from {needed}: 'mask' is required.", param="mask")
 
 
-def _strength(endpoint: str, resolved: Mapping[str, Any], model: ServedModel, mask: Upload | None) -> float | None:
-    """The request's strength; None where the worker takes the model's default."""
-    strength: float | None = resolved["strength"]
-    defaults = model.profile.defaults
-    if strength is None and endpoint == EDIT and mask is None and resolved["input_fidelity"] == "high":
-        least = least_strength(resolved["num_inference_steps"])
-        strength = min(max(defaults.strength * 0.7, model.limits.min_strength, least), model.limits.max_strength)
-    return strength
+def _preferred_strength(resolved: Mapping[str, Any], model: ServedModel) -> float | None:
+    """What `input_fidelity` = high stands for; None without it. The worker knows whether the whole image is edited."""
+    if resolved["input_fidelity"] != "high":
+        return None
+    least = least_strength(resolved["num_inference_steps"])
+    preferred = max(model.profile.defaults.strength * FIDELITY, model.limits.min_strength, least)
+    return min(preferred, model.limits.max_strength)
 
 
-def _enough_steps(
-    endpoint: str, resolved: Mapping[str, Any], strength: float | None, model: ServedModel, mask: Upload | None
-) -> int:
+def _enough_steps(endpoint: str, resolved: Mapping[str, Any], model: ServedModel, mask: Upload | None) -> int:
     """The count of steps, which nobody asked for: raised until the edit runs one of them, if the limit allows that."""
     steps: int = resolved["num_inference_steps"]
     defaults = model.profile.defaults
-    if strength is None and endpoint == VARIATION:
+    strength: float = resolved["strength"] or 0.0
+    if resolved["strength"] is None and endpoint == VARIATION:
         strength = defaults.strength_variation
-    elif strength is None and mask is not None:
+    elif resolved["strength"] is None and mask is not None:
         strength = defaults.strength_inpainting
-    elif strength is None:  # holes in the image make it an inpainting; only the worker sees them
-        strength = min(defaults.strength, defaults.strength_inpainting)
+    elif resolved["strength"] is None:  # holes in the image make it an inpainting; only the worker sees them
+        strength = min(resolved["preferred_strength"] or defaults.strength, defaults.strength_inpainting)
     if is_lcm(model.profile, resolved["scheduler"]) or not steps_run(model.limits.max_num_inference_steps, strength):
         return steps
     return max(steps, least_steps(strength))
 
 
 def _check_a_step_runs(
-    resolved: Mapping[str, Any], strength: float | None, spelled: Mapping[str, str], model: ServedModel
+    values: Mapping[str, Any], resolved: Mapping[str, Any], spelled: Mapping[str, str], model: ServedModel
 ) -> None:
     """Raises InvalidValue. The model's own strengths, and LCM's rule, are the worker's to check."""
-    steps = resolved["num_inference_steps"]
+    strength, steps = resolved["strength"], resolved["num_inference_steps"]
     if strength is None or is_lcm(model.profile, resolved["scheduler"]) or steps_run(steps, strength):
         return
+    # Where the count is left out, as many are run as this strength needs: only the limit stands against it.
+    most = steps if "num_inference_steps" in values else model.limits.max_num_inference_steps
     told = (
-        f"Invalid value for 'strength': {strength:g} of {steps} steps leaves no step to run; "
-        f"the smallest strength that works is {least_strength(steps):g}."
+        f"Invalid value for 'strength': {strength:g} of {most} steps leaves no step to run; "
+        f"the smallest strength that works is {least_strength(most):g}."
     )
     raise InvalidValue(told, param=spelled.get("strength", "strength"))

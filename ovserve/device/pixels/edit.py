@@ -18,7 +18,15 @@ from ovserve import __version__
 from ovserve.config import ModelSettings, Resolution, Settings
 from ovserve.device.engine import CLIP_WINDOW, Engine, Work, check_served, has_t5, read_by_clip_alone
 from ovserve.device.pixels.frames import Fitting, Placement, fit_into, size_of
-from ovserve.device.pixels.images import Limits, Pixels, decode_image, encode_image, flatten, has_alpha
+from ovserve.device.pixels.images import (
+    Limits,
+    Pixels,
+    colour_profile,
+    decode_image,
+    encode_image,
+    flatten,
+    has_alpha,
+)
 from ovserve.device.pixels.masks import Seam, check_selects, holes, match_mask, pool, read_mask
 from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.dispatch.link.spool import Blob, open_blob
@@ -26,17 +34,11 @@ from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, Unsupp
 from ovserve.logs import fields
 from ovserve.profile import ModelProfile, is_lcm, least_strength, steps_run
 
-__all__ = ["Edit", "check_steps", "prepare", "seed_of"]
+__all__ = ["Edit", "check_steps", "prepare"]
 
 log = logging.getLogger(__name__)
 
-SEED_RANGE = 2**32  # the library takes seeds modulo this
 PREVIEW_SIDE_PX = 512  # a preview is looked at for a second: no need for every pixel
-
-
-def seed_of(request: ImageRequest, picture: int) -> int:
-    """The seed of picture `picture`, with which it can be had again alone."""
-    return (request.seed + picture) % SEED_RANGE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +83,8 @@ class Edit:
         initial_image, mask_image: the original and the mask on the canvas, RGB, and pooled to the latent grid.
         text_tokens, image_tokens, output_tokens: for `usage`; pictures count one token for each cell of side_multiple_px.
         revised_prompt: what is used in place of a prompt that was cut; else empty.
+        background: transparent or opaque: whether a result has transparent pixels.
+        colour_profile: the source's ICC profile: a result holds its samples, and what is painted follows them; else empty.
     """
 
     request: ImageRequest
@@ -103,6 +107,8 @@ class Edit:
     image_tokens: int
     output_tokens: int
     revised_prompt: str
+    background: str
+    colour_profile: bytes
 
     def work(self, job: str, picture: int, *, alone: bool = False) -> Work:
         """Picture `picture` as a piece of work for an engine."""
@@ -118,7 +124,7 @@ class Edit:
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
             strength=self.strength,
-            seed=seed_of(request, picture),
+            seed=request.seed_of(picture),
             initial_image=self.initial_image,
             mask_image=self.mask_image,
             prompt_2=request.prompt_2,
@@ -145,12 +151,13 @@ class Edit:
         """A result as a file of the format asked for."""
         request = self.request
         parameters = self._parameters(picture) if request.metadata else ""
-        return encode_image(pixels, request.output_format, request.output_compression, parameters)
+        return encode_image(pixels, request.output_format, request.output_compression, parameters, self.colour_profile)
 
     def encode_preview(self, pixels: Pixels) -> bytes:
         """An estimate of the whole canvas, at any size, as a small file of the format asked for, without metadata."""
         shown = self.preview_backdrop.behind(self.placement.glimpse(pixels, self.preview_frame))
-        return encode_image(shown, self.request.output_format, self.request.output_compression)
+        request = self.request
+        return encode_image(shown, request.output_format, request.output_compression, profile=self.colour_profile)
 
     def _parameters(self, picture: int) -> str:
         """Seed and settings in the form that common image tools read: prompt, negative prompt, then one line of pairs."""
@@ -159,7 +166,8 @@ class Edit:
             ("Steps", request.num_inference_steps),
             ("Sampler", self.sampler),
             ("CFG scale", f"{request.guidance_scale:g}"),
-            ("Seed", seed_of(request, picture)),
+            ("Seed", request.seed_of(picture)),
+            *((("Quality", request.quality),) if request.shortcuts else ()),
             ("Size", str(self.frame)),
             ("Model", self.model),
         ]
@@ -196,8 +204,11 @@ def prepare(
         request = replace(request, scheduler=request.preferred_scheduler)
     prompt, text_tokens = _read_prompt(request, profile, engine)
     source, mask = _read_images(request, Limits(settings.max_image_pixels, settings.max_image_side_px))
+    profile_of_source = _read_profile(request)
     mode = "text2image" if source is None else "image2image" if mask is None else "inpainting"
     _check_mode(mode, profile)
+    if request.mask_blur and mode != "inpainting":
+        raise InvalidValue("mask_blur: there is no mask, and no transparent pixel in the image", param="mask_blur")
     keeps_alpha = _keeps_alpha(request, source)
     strength = _strength(request, mode, profile)
     steps = check_steps(request, mode, strength, profile, engine)
@@ -226,6 +237,8 @@ def prepare(
         image_tokens=cells * len(request.images),
         output_tokens=cells * request.n,
         revised_prompt=prompt if prompt != request.prompt else "",
+        background="transparent" if _is_seen_through(laid, request) else "opaque",
+        colour_profile=profile_of_source,
     )
 
 
@@ -269,6 +282,16 @@ def _lay_out(
     mask_image = pool(placement.mask(mask), profile.side_multiple_px)
     backdrop = Backdrop(original, Seam.plan(mask, request.mask_blur), keeps_alpha, is_opaque)
     return _Laid(frame, placement, backdrop, mask, initial_image, mask_image)
+
+
+def _is_seen_through(laid: _Laid, request: ImageRequest) -> bool:
+    """Whether a result has transparent pixels, which are the source's own."""
+    original = laid.backdrop.original
+    if original is None or not has_alpha(original) or request.background == "opaque" or request.output_format == "jpeg":
+        return False
+    if laid.backdrop.keeps_alpha or laid.mask is None:
+        return laid.backdrop.keeps_alpha
+    return bool((original[..., 3] < 255)[laid.mask == 0].any())
 
 
 def _small_backdrop(laid: _Laid, request: ImageRequest, size: Resolution) -> Backdrop:
@@ -338,6 +361,13 @@ def _read_blob(blob: Blob, name: str, limits: Limits) -> Pixels:
         return decode_image(data, name, limits)
 
 
+def _read_profile(request: ImageRequest) -> bytes:
+    if not request.images:
+        return b""
+    with open_blob(request.images[0]) as data:
+        return colour_profile(data)
+
+
 def _check_mode(mode: str, profile: ModelProfile) -> None:
     if mode in profile.tasks:
         return
@@ -366,6 +396,8 @@ def _strength(request: ImageRequest, mode: str, profile: ModelProfile) -> float:
         return request.strength
     if mode == "inpainting":
         return profile.defaults.strength_inpainting
+    if request.preferred_strength is not None:
+        return request.preferred_strength
     return profile.defaults.strength_variation if request.task == "variation" else profile.defaults.strength
 
 

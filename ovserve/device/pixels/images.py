@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ovserve.errors import ImageError
 
-__all__ = ["FORMATS", "Limits", "Pixels", "decode_image", "encode_image", "flatten", "has_alpha"]
+__all__ = ["FORMATS", "Limits", "Pixels", "colour_profile", "decode_image", "encode_image", "flatten", "has_alpha"]
 
 Pixels = NDArray[np.uint8]
 
@@ -24,6 +24,10 @@ PNG_COMPRESS_LEVEL = 1  # measured at 512 and 1024 px: level 6 takes 1.3 to 5 ti
 _ORIENTATION = 0x0112  # TIFF and EXIF tag
 _EXIF_IFD = 0x8769
 _USER_COMMENT = 0x9286
+_PROFILE_LIMIT_BYTES = 1 << 20  # profiles of displays and cameras have 0.5 to 600 kB
+# How Pillow names the samples of a PNG as they are stored.
+_RGB_16 = "RGB;16B"
+_STRETCHED = {"L;2": 85, "L;4": 17}  # gray of 2 and 4 bits, and what makes 8 of them
 _APP1_LIMIT_BYTES = 65_000  # a JPEG segment holds 65533 bytes; the rest is room for the EXIF structure itself
 
 
@@ -38,7 +42,8 @@ class Limits:
 def decode_image(data: bytes | memoryview, name: str, limits: Limits) -> Pixels:
     """The first frame of an encoded image, upright, as RGB, or as RGBA where it has transparency.
 
-    16-bit samples keep their high byte. Colour profiles are not applied: the samples come back as they are stored.
+    16-bit samples keep their high byte. Colour profiles are not applied: the samples come back as they are stored, and
+    `colour_profile` says what they mean.
 
     Args:
         name: the field to name in an error: `image`, `image[1]`, `mask`.
@@ -53,7 +58,9 @@ def decode_image(data: bytes | memoryview, name: str, limits: Limits) -> Pixels:
             if image.format == "PNG":
                 image.verify()  # the check sums; its decoder alone takes a file cut short in the last chunk for whole
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            stored_as = str(image.tile[0].args) if image.format == "PNG" and image.tile else ""  # gone after load
             image.load()
+            _match_transparency(image, stored_as)
             # Read after load: the TIFF reader turns the picture itself and drops the tag.
             return _turn(_samples(image, name), _orientation(image))
     except (ImageError, MemoryError):
@@ -63,6 +70,18 @@ def decode_image(data: bytes | memoryview, name: str, limits: Limits) -> Pixels:
         raise ImageError(
             f"{name}: not a readable PNG, JPEG, WebP, GIF, BMP or TIFF image{told}"[:300], param=name
         ) from None
+
+
+def colour_profile(data: bytes | memoryview) -> bytes:
+    """The ICC profile of an image whose samples are RGB, for results that hold its pixels; empty where there is none to keep.
+
+    A profile of another colour space (CMYK, gray) does not describe the RGB samples that `decode_image` makes.
+    """
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        profile: bytes = image.info.get("icc_profile") or b""
+    # ICC.1:2022, 7.2: the colour space of the data stands in bytes 16 to 19 of a header of 128.
+    is_rgb = len(profile) > 128 and profile[16:20] == b"RGB "
+    return profile if is_rgb and len(profile) <= _PROFILE_LIMIT_BYTES else b""
 
 
 def _check_size(image: Image.Image, name: str, limits: Limits) -> None:
@@ -100,12 +119,20 @@ def _samples(image: Image.Image, name: str) -> Pixels:
         return _samples_16(image)
     if image.mode in ("I", "F"):
         raise ImageError(f"{name}: samples of 32 bits have no defined white: send 8 or 16 bits", param=name)
-    clear = image.info.get("transparency")
-    if isinstance(clear, tuple) and max(clear) > 255:
-        # A tRNS chunk beside 16-bit samples, which the reader has cut to 8: cut the colour it names as well.
-        image.info["transparency"] = tuple(value >> 8 for value in clear)
     mode = "RGBA" if image.has_transparency_data else "RGB"
     return np.asarray(image if image.mode == mode else image.convert(mode))  # a conversion to its own mode is a copy
+
+
+def _match_transparency(image: Image.Image, stored_as: str) -> None:
+    """The colour that a PNG's tRNS chunk names (PNG, third edition, section 11.3.1.1) goes with the samples to 8 bits.
+
+    Pillow stretches or cuts the samples alone.
+    """
+    clear = image.info.get("transparency")
+    if isinstance(clear, tuple) and stored_as == _RGB_16:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    elif isinstance(clear, int):
+        image.info["transparency"] = clear * _STRETCHED.get(stored_as, 1)
 
 
 def _samples_16(image: Image.Image) -> Pixels:
@@ -134,7 +161,9 @@ def flatten(pixels: Pixels) -> Pixels:
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def encode_image(pixels: Pixels, output_format: str, compression: int = 100, parameters: str = "") -> bytes:
+def encode_image(
+    pixels: Pixels, output_format: str, compression: int = 100, parameters: str = "", profile: bytes = b""
+) -> bytes:
     """Encode a picture.
 
     Args:
@@ -142,6 +171,7 @@ def encode_image(pixels: Pixels, output_format: str, compression: int = 100, par
         output_format: png, jpeg, webp.
         compression: 0..100, quality of jpeg and webp in percent; webp at 100 is lossless. PNG always is.
         parameters: text to embed, PNG: the text chunk `parameters`; JPEG and WebP: EXIF UserComment. Empty: no metadata at all.
+        profile: the ICC profile that says what the samples mean; empty: none is written, which means sRGB.
     """
     buffer = io.BytesIO()
     if output_format == "png":
@@ -149,7 +179,9 @@ def encode_image(pixels: Pixels, output_format: str, compression: int = 100, par
         if parameters:
             text = parameters.replace("\0", " ").encode("utf-8", "replace").decode("utf-8")
             chunks.add_text("parameters", text)
-        Image.fromarray(pixels).save(buffer, "PNG", compress_level=PNG_COMPRESS_LEVEL, pnginfo=chunks)
+        Image.fromarray(pixels).save(
+            buffer, "PNG", compress_level=PNG_COMPRESS_LEVEL, pnginfo=chunks, icc_profile=profile or None
+        )
     elif output_format == "jpeg":
         Image.fromarray(flatten(pixels)).save(
             buffer,
@@ -157,6 +189,7 @@ def encode_image(pixels: Pixels, output_format: str, compression: int = 100, par
             quality=max(1, compression),
             subsampling="4:4:4" if compression >= 90 else "4:2:0",
             exif=_user_comment(parameters, _APP1_LIMIT_BYTES),
+            icc_profile=profile or None,
         )
     else:
         # exact: without it the encoder changes the colour of fully transparent pixels.
@@ -168,6 +201,7 @@ def encode_image(pixels: Pixels, output_format: str, compression: int = 100, par
             method=0 if compression >= 100 else 4,
             exact=True,
             exif=_user_comment(parameters, 1 << 24),
+            icc_profile=profile or None,
         )
     return buffer.getvalue()
 

@@ -98,7 +98,7 @@ class TextSide:
         return len(self._encoders[0].tokens(prompt))
 
     def cut_prompt(self, prompt: str) -> str:
-        """The longest beginning of a prompt, at a word boundary, that fits the window."""
+        """The longest beginning of a prompt that fits the window."""
         return longest_fitting(prompt, self.count_tokens, self._encoders[0].window)
 
     def is_guided(self, work: Work) -> bool:

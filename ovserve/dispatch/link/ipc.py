@@ -39,6 +39,7 @@ __all__ = [
     "open_link",
 ]  # fmt: skip
 
+SEEDS = 2**32  # the library takes seeds modulo this
 MESSAGE_BYTES = 4096  # PIPE_BUF on Linux: a write up to this size is atomic
 MAX_CAPACITY = 1024  # jobs one worker may ask for; more is a worker that counts wrongly
 _OUTBOX_LIMIT = 4096  # messages waiting for a worker that does not read; a worker holds far fewer jobs than this
@@ -88,8 +89,14 @@ class ImageRequest:
     metadata: bool = True  # write seed and settings into the file
     partial_images: int = 0
     progress: bool = False  # send Progress for each step
+    preferred_strength: float | None = None  # in place of the model's default where the whole image is edited
     preferred_scheduler: str = ""  # a `quality` preset's, where `scheduler` is empty and the engine has it
+    quality: str = ""  # the preset's name, for the file's metadata
     shortcuts: str = ""  # empty: exact; else the engine shortcuts a `quality` preset asked for
+
+    def seed_of(self, picture: int) -> int:
+        """The seed of picture `picture`, with which it can be had again alone."""
+        return (self.seed + picture) % SEEDS
 
     def to_json(self) -> bytes:
         """The record as UTF-8 JSON, without the fields that are at their defaults."""
@@ -194,6 +201,7 @@ class Prepared:
     image_tokens: int
     output_tokens: int
     revised_prompt: str = ""  # what was used, when a prompt was cut
+    background: str = "opaque"  # of the results; transparent: some of their pixels are
 
     kind: ClassVar[str] = "prepared"
 
