@@ -7,10 +7,11 @@ files cannot say: the sizes a model was trained for, its best defaults, its pres
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import struct
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,7 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
 
 def _check_declared(declared: dict[str, Any]) -> None:
     """Raise ValueError for a name in ovserve.json that nothing reads: a mistyped default would be passed over in silence."""
-    known = {"defaults": tuple(f.name for f in fields(Defaults)), "sizes": SIZE_KEYS, "presets": PRESETS}
+    known = {"defaults": tuple(f.name for f in dataclasses.fields(Defaults)), "sizes": SIZE_KEYS, "presets": PRESETS}
     for section, names in (("", tuple(known)), *known.items()):
         for name in declared.get(section, {}) if section else declared:
             if name not in names:

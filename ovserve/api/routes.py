@@ -17,6 +17,7 @@ from ovserve.api.catalog import Catalog
 from ovserve.api.edits import Images
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, StreamReply
 from ovserve.api.openapi import openapi_document
+from ovserve.api.page import front_page
 from ovserve.api.parameters.fields import EDIT, GENERATION, VARIATION
 from ovserve.api.replies import json_reply, model_object, models_object
 from ovserve.api.store import Store, parse_range
@@ -251,6 +252,10 @@ def _reload(api: ImagesApi, exchange: Exchange, __: Mapping[str, str]) -> Reply:
     return json_reply({"reloaded": True, "models": list(api.catalog.models)})
 
 
+def _page(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
+    return front_page()
+
+
 def _server(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> JsonReply:
     return json_reply({"name": "ovserve", "version": __version__})
 
@@ -328,6 +333,7 @@ ROUTES = (
     Route("GET", "/metrics", "Counters for Prometheus.", _metrics, prefixed=False),
     Route("GET", "/openapi.json", "This API as an OpenAPI 3.1 document.", _openapi, prefixed=False),
     Route("GET", "/v2", "Name and version of the server.", _server, prefixed=False),
+    Route("GET", "/", "A page to try the server with in a browser.", _page, prefixed=False),
 )
 
 _COMPILED = tuple((route, route.pattern()) for route in ROUTES)

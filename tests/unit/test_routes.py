@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,12 +97,24 @@ def test_another_method_is_405_with_allow(api: ImagesApi, path: str) -> None:
     assert caught.value.headers["allow"] == "OPTIONS, POST"
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/v3", "/v2/images", "/v1/v3/chat/completions", "/v2/metrics", "/v3/images/edit"]
-)
+@pytest.mark.parametrize("path", ["/v3", "/v2/images", "/v1/v3/chat/completions", "/v2/metrics", "/v3/images/edit"])
 def test_an_unknown_path_is_404(api: ImagesApi, path: str) -> None:
     with pytest.raises(NotFound):
         api.answer(FakeExchange("GET", path))
+
+
+def test_the_page_may_run_its_own_script_and_nothing_else(api: ImagesApi) -> None:
+    reply = api.answer(FakeExchange("GET", "/"))
+    assert isinstance(reply, FileReply)
+    assert reply.media_type.startswith("text/html")
+    content = bytes(reply.content)
+    policy = reply.headers["content-security-policy"]
+    for tag in (b"script", b"style"):
+        text = content.partition(b"<%b>" % tag)[2].partition(b"</%b>" % tag)[0]
+        assert f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" in policy
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe" not in policy
+    assert not re.search(rb"(?:src|href)=\"(?!/)", content)  # it loads nothing from anywhere else
 
 
 def test_an_address_needs_a_host(api: ImagesApi) -> None:
