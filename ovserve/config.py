@@ -148,7 +148,7 @@ class Settings:
     default_model: str = _option("", "Model used when a request names none; empty: the only one there is.")
     log_level: str = _option("info", "Least level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "Form of the log lines.", choices=("text", "json"))
-    allowed_origins: str = _option("*", "Value of Access-Control-Allow-Origin; empty: no CORS fields.")
+    allowed_origins: str | None = _option("*", "Value of Access-Control-Allow-Origin; `none`: no CORS fields.")
 
     # What strangers can make grow.
     max_connections: int = _option(

@@ -1,6 +1,6 @@
 """Settings from flags, the environment and a TOML file, checked by the tables of `ovserve.config`.
 
-Precedence: flag, then environment, then file, then default.
+Precedence: flag, then environment, then file, then default. An empty environment variable gives nothing.
 """
 
 from __future__ import annotations
@@ -50,10 +50,12 @@ def _from_toml(kind: str, value: object) -> Any:
     return int(value) if base == "int" else float(value)
 
 
-def _check(value: Any, option: Option) -> None:
+def _check(value: Any, option: Option, default: Any) -> None:
     """Raise ValueError unless the value obeys its option's bounds."""
     if value is None:
         return
+    if value == "" and default:  # where nothing may be chosen, nothing is the default, or `none` says so
+        raise ValueError("must not be empty")
     if option.choices and value not in option.choices:
         raise ValueError(f"expected one of {', '.join(option.choices)}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -79,7 +81,7 @@ def _gather(table: type, sources: list[tuple[str, Mapping[str, Any]]]) -> dict[s
             try:
                 kind = str(entry.type)
                 value = _parse_text(kind, raw) if where != "file" else _from_toml(kind, raw)
-                _check(value, option)
+                _check(value, option, entry.default)
             except ValueError as error:
                 spelled = {"flag": f"--{keys[0]}", "environment": f"{ENVIRONMENT_PREFIX}{keys[0].upper()}"}
                 told = (
@@ -93,8 +95,13 @@ def _gather(table: type, sources: list[tuple[str, Mapping[str, Any]]]) -> dict[s
     return found
 
 
-def _check_names(table: type, mapping: Mapping[str, Any], where: str) -> None:
-    known = {key for name, (_, option) in options_of(table).items() for key in (name, *option.aliases)}
+def _names(table: type) -> set[str]:
+    """Every name of every option of a table."""
+    return {key for name, (_, option) in options_of(table).items() for key in (name, *option.aliases)}
+
+
+def _check_names(mapping: Mapping[str, Any], where: str, *tables: type) -> None:
+    known = set().union(*map(_names, tables))
     for name in mapping:
         if name not in known:
             raise SettingsError(f"{where}: unknown option {name!r}")
@@ -146,6 +153,24 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise SettingsError(f"--config {path}: {error}") from None
 
 
+def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The options that the environment gives, by name. Raises SettingsError for a variable that names none.
+
+    An empty variable gives nothing: that is what a file of services makes of `OVSERVE_HOST=${HOST}` where HOST is not set, and
+    an empty host would mean every interface.
+    """
+    own = {
+        key.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for key, value in environment.items()
+        if key.startswith(ENVIRONMENT_PREFIX)
+    }
+    own.pop("config", None)
+    if stray := [key for key in own if not _FLAG.fullmatch(key)]:
+        raise SettingsError(f"environment: unknown option {ENVIRONMENT_PREFIX}{stray[0].upper()}")
+    _check_names(own, "environment", Settings, ModelSettings)
+    return {key: value for key, value in own.items() if value}
+
+
 def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], config: Path | None = None) -> Settings:
     """Make the settings from flags (`{"max_body_bytes": "1000"}`), the environment and a TOML file.
 
@@ -155,26 +180,18 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
     Raises:
         SettingsError: an unknown option, a wrong value, or options that contradict one another.
     """
-    own = {
-        key.removeprefix(ENVIRONMENT_PREFIX).lower(): value
-        for key, value in environment.items()
-        if key.startswith(ENVIRONMENT_PREFIX)
-    }
-    own.pop("config", None)
-    server_names = {key for name, (_, option) in options_of(Settings).items() for key in (name, *option.aliases)}
-    if stray := [key for key in own if not _FLAG.fullmatch(key)]:
-        raise SettingsError(f"environment: unknown option {ENVIRONMENT_PREFIX}{stray[0].upper()}")
+    _check_names(flags, "flag", Settings, ModelSettings)
+    server_names = _names(Settings)
     split: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
-    for where, mapping in (("flag", flags), ("environment", own)):
+    for where, mapping in (("flag", flags), ("environment", _from_environment(environment))):
         server = {key: value for key, value in mapping.items() if key in server_names}
         only_model = {key: value for key, value in mapping.items() if key not in server_names}
-        _check_names(ModelSettings, only_model, where)
         split[where] = (server, only_model)
     document = _read_file(config) if config else {}
     tables = document.pop("model", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise SettingsError("file: write each model as a [[model]] table")
-    _check_names(Settings, document, "file")
+    _check_names(document, "file", Settings)
     loose = split["flag"][1] or split["environment"][1]
     if tables and loose:
         raise SettingsError(
@@ -182,7 +199,7 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
         )
     if tables:
         for table in tables:
-            _check_names(ModelSettings, table, "file: [[model]]")
+            _check_names(table, "file: [[model]]", ModelSettings)
         models = [ModelSettings(**_gather(ModelSettings, [("file", table)])) for table in tables]
     else:
         models = [ModelSettings(**_gather(ModelSettings, [(where, split[where][1]) for where in split]))]

@@ -79,6 +79,35 @@ def test_environment_is_checked_for_unknown_names() -> None:
         load_settings({}, {"OVSERVE_MAX_BODIES": "1"})
 
 
+def test_an_empty_variable_gives_nothing(tmp_path: Path) -> None:
+    for table in (Settings, ModelSettings):
+        for name, (_, option) in options_of(table).items():
+            for key in (name, *option.aliases):
+                assert load_settings({}, {f"OVSERVE_{key.upper()}": ""}) == load_settings({}, {}), key
+    config = tmp_path / "c.toml"
+    config.write_text("host = '192.0.2.1'\n[[model]]\nname = 'a'\n")
+    settings = load_settings({}, {"OVSERVE_HOST": "", "OVSERVE_DEVICE": ""}, config)
+    assert settings.host == "192.0.2.1"
+    with pytest.raises(SettingsError, match="max_bodies"):
+        load_settings({}, {"OVSERVE_MAX_BODIES": ""})
+
+
+@pytest.mark.parametrize("name", ["host", "rest_bind_address", "device", "engine"])
+def test_an_option_that_needs_a_value_is_not_emptied(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name}=: must not be empty"):
+        load_settings({name: ""}, {})
+    config = tmp_path / "c.toml"
+    config.write_text(f"{name} = ''\n" if name in ("host", "rest_bind_address") else f"[[model]]\n{name} = ''\n")
+    with pytest.raises(SettingsError, match=f"{name}=: must not be empty"):
+        load_settings({}, {}, config)
+
+
+def test_no_origin_is_allowed_by_none() -> None:
+    assert load_settings({"allowed_origins": ""}, {}).allowed_origins is None
+    assert load_settings({}, {"OVSERVE_ALLOWED_ORIGINS": "none"}).allowed_origins is None
+    assert load_settings({}, {"OVSERVE_ALLOWED_ORIGINS": ""}).allowed_origins == "*"
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
