@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,14 +12,16 @@ from pathlib import Path
 from ovserve import __version__
 from ovserve.config import ModelSettings, Option, Settings, options_of
 from ovserve.errors import StartupError
-from ovserve.logs import configure_logs
-from ovserve.options import ENVIRONMENT_PREFIX, load_settings
+from ovserve.logs import configure_logs, fields
+from ovserve.options import ENVIRONMENT_PREFIX, load_settings, service_variables
 from ovserve.server import Server
 
 __all__ = ["EXIT_OK", "EXIT_STARTUP", "main", "parse_arguments"]
 
 EXIT_OK = 0
 EXIT_STARTUP = 2  # the process could not start; one line on standard error says why
+
+log = logging.getLogger(__name__)
 
 _DESCRIPTION = """An image-edit server: OpenAI's images API over OpenVINO GenAI. Without options it serves the built-in model on
 http://127.0.0.1:8000. Every option can also be written with hyphens, stand in the environment as OVSERVE_NAME, or in the
@@ -61,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = parse_arguments(arguments, os.environ)
         configure_logs(settings.log_level, settings.log_format)
+        if foreign := service_variables(os.environ):
+            log.info("variables of a Kubernetes Service are no options", extra=fields(ignored=", ".join(foreign)))
         return Server(settings, lambda: parse_arguments(arguments, os.environ)).run()
     except StartupError as error:
         print(f"ovserve: {error}", file=sys.stderr)

@@ -17,10 +17,17 @@ from typing import Any
 from ovserve.config import ModelSettings, Option, Resolution, Settings, options_of
 from ovserve.errors import SettingsError
 
-__all__ = ["ENVIRONMENT_PREFIX", "load_settings"]
+__all__ = ["ENVIRONMENT_PREFIX", "load_settings", "service_variables"]
 
 ENVIRONMENT_PREFIX = "OVSERVE_"
 _FLAG = re.compile(r"[a-z][a-z0-9_]*")
+# What Kubernetes puts into the environment of every pod beside a Service called `ovserve` or `ovserve-SOMETHING`
+# (its documentation: Service, Discovering services, Environment variables).
+_SERVICE = re.compile(
+    ENVIRONMENT_PREFIX
+    + r"([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_PORT = re.compile(ENVIRONMENT_PREFIX + r"([A-Z0-9_]+_)?PORT=(tcp|udp|sctp)://.*")
 
 
 def _parse_text(kind: str, text: str) -> Any:
@@ -153,18 +160,27 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise SettingsError(f"--config {path}: {error}") from None
 
 
+def service_variables(environment: Mapping[str, str]) -> list[str]:
+    """The variables that are no options of ours: Kubernetes has made them for a Service whose name begins with ours."""
+    return [
+        key
+        for key, value in environment.items()
+        if _SERVICE.fullmatch(key) or _SERVICE_PORT.fullmatch(f"{key}={value}")
+    ]
+
+
 def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The options that the environment gives, by name. Raises SettingsError for a variable that names none.
 
     An empty variable gives nothing: that is what a file of services makes of `OVSERVE_HOST=${HOST}` where HOST is not set, and
     an empty host would mean every interface.
     """
+    foreign = {f"{ENVIRONMENT_PREFIX}CONFIG", *service_variables(environment)}
     own = {
         key.removeprefix(ENVIRONMENT_PREFIX).lower(): value
         for key, value in environment.items()
-        if key.startswith(ENVIRONMENT_PREFIX)
+        if key.startswith(ENVIRONMENT_PREFIX) and key not in foreign
     }
-    own.pop("config", None)
     if stray := [key for key in own if not _FLAG.fullmatch(key)]:
         raise SettingsError(f"environment: unknown option {ENVIRONMENT_PREFIX}{stray[0].upper()}")
     _check_names(own, "environment", Settings, ModelSettings)

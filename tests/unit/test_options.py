@@ -9,7 +9,7 @@ import pytest
 
 from ovserve.config import ModelSettings, Resolution, Settings, options_of
 from ovserve.errors import SettingsError
-from ovserve.options import load_settings
+from ovserve.options import load_settings, service_variables
 
 
 def test_defaults_serve_the_builtin_model_on_loopback() -> None:
@@ -106,6 +106,48 @@ def test_no_origin_is_allowed_by_none() -> None:
     assert load_settings({"allowed_origins": ""}, {}).allowed_origins is None
     assert load_settings({}, {"OVSERVE_ALLOWED_ORIGINS": "none"}).allowed_origins is None
     assert load_settings({}, {"OVSERVE_ALLOWED_ORIGINS": ""}).allowed_origins == "*"
+
+
+# As the kubelet makes them for a Service `ovserve` with the ports http (8000) and dns, and one `ovserve-rest`.
+OF_SERVICES = {
+    "OVSERVE_SERVICE_HOST": "10.0.0.11",
+    "OVSERVE_SERVICE_PORT": "8000",
+    "OVSERVE_SERVICE_PORT_HTTP": "8000",
+    "OVSERVE_PORT": "tcp://10.0.0.11:8000",
+    "OVSERVE_PORT_8000_TCP": "tcp://10.0.0.11:8000",
+    "OVSERVE_PORT_8000_TCP_PROTO": "tcp",
+    "OVSERVE_PORT_8000_TCP_PORT": "8000",
+    "OVSERVE_PORT_8000_TCP_ADDR": "10.0.0.11",
+    "OVSERVE_PORT_53_UDP": "udp://10.0.0.11:53",
+    "OVSERVE_REST_SERVICE_HOST": "10.0.0.12",
+    "OVSERVE_REST_PORT": "udp://10.0.0.12:53",
+    "OVSERVE_REST_PORT_53_UDP_ADDR": "10.0.0.12",
+}
+
+
+def test_variables_of_a_kubernetes_service_are_no_options() -> None:
+    assert load_settings({}, OF_SERVICES) == load_settings({}, {})
+    assert service_variables({**OF_SERVICES, "OVSERVE_HOST": "::", "SERVICE_HOST": "x"}) == list(OF_SERVICES)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OVSERVE_PORT", "http://10.0.0.11:8000"),
+        ("OVSERVE_PORT_HTTP", "tcp://10.0.0.11:8000"),
+        ("OVSERVE_PORT_8000_TCP_NAME", "tcp"),
+        ("OVSERVE_SERVICE", "10.0.0.11"),
+        ("OVSERVE_SERVICE_HOSTS", "10.0.0.11"),
+        ("OVSERVE_service_host", "10.0.0.11"),
+    ],
+)
+def test_what_only_looks_like_a_kubernetes_service_is_told(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=rf"(?i){name}|{name.removeprefix('OVSERVE_')}"):
+        load_settings({}, {name: value})
+
+
+def test_a_port_given_as_a_port_still_holds() -> None:
+    assert load_settings({}, {"OVSERVE_SERVICE_HOST": "10.0.0.11", "OVSERVE_PORT": "9"}).port == 9
 
 
 @pytest.mark.parametrize(
