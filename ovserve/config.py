@@ -127,7 +127,7 @@ class ModelSettings:
     max_strength: float = _option(1.0, "Largest strength.", low=0, high=1)
     memory_limit_bytes: int = _option(
         0,
-        "Resident memory, mapped files aside, at which a worker is ended; 0: three quarters of the machine's.",
+        "Resident memory, mapped files aside, at which a worker is ended; 0: three quarters of the machine's, or of what its control group may use.",
         low=0,
         unit="bytes",
     )
