@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -37,6 +38,11 @@ POLL_S = 0.1  # how often the main thread looks up between signals while somethi
 REFUSING_POLL_S = 0.01  # once no job is left: between two refusals of a busy server the moment to end is short
 LAST_ANSWERS_S = 1.0  # for answers that are on their way when the server stops to listen
 STOP_TIMEOUT_S = 10.0  # for processes to end once nothing is in flight
+MOST_DESCRIPTORS = (
+    65536  # enough for any number of threads a machine has; some libraries walk over all that there may be
+)
+OWN_DESCRIPTORS = 128  # of the front end itself, its links to workers and its warm files
+CONNECTION_DESCRIPTORS = 5  # the socket; the upload's segment and its map, the request's segment and the job's eventfd
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +67,7 @@ class Server:
         self._is_announced = False
         resource_tracker.ensure_running()  # its start unblocks SIGINT and SIGTERM in this thread: before ours, not after
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        _raise_descriptor_limit(settings)
         catalog = read_catalog(settings)
         self._spool = Spool(
             settings.spool_dir or default_directory(),
@@ -204,6 +211,23 @@ def _fixed(old: Settings, new: Settings) -> list[str]:
     """Options that changed and that only a start can bring in."""
     names = (entry.name for entry in dataclasses.fields(Settings) if entry.name not in RELOADED)
     return [name for name in names if getattr(old, name) != getattr(new, name)]
+
+
+def _raise_descriptor_limit(settings: Settings) -> None:
+    """Take as many descriptors as the process may have: a login shell's usual 1024 are meant for programs that call select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    limit = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if limit > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    limit = max(limit, soft)
+    needed = OWN_DESCRIPTORS + settings.overflow_connections + CONNECTION_DESCRIPTORS * settings.max_connections
+    if limit < needed:
+        log.warning(
+            "max_connections may need more descriptors than the limit of this process",
+            extra=fields(limit=limit, needed=needed, max_connections=settings.max_connections),
+        )
 
 
 def _profiles(catalog: Catalog) -> dict[str, ModelProfile]:
