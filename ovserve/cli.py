@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -58,8 +59,23 @@ def parse_arguments(arguments: Sequence[str], environment: Mapping[str, str]) ->
     return load_settings(flags, environment, Path(config) if config else None)
 
 
+def _open_standard_streams() -> None:
+    """Open those of 0, 1 and 2 that are closed on /dev/null.
+
+    The interpreter has no `sys.stdout` then, faulthandler no stderr in any worker, and the next file or socket would get the number.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # open(2) takes the lowest free number
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 - it lives as long as the process
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop; the process's exit code."""
+    _open_standard_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         settings = parse_arguments(arguments, os.environ)
@@ -68,5 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log.info("variables of a Kubernetes Service are no options", extra=fields(ignored=", ".join(foreign)))
         return Server(settings, lambda: parse_arguments(arguments, os.environ)).run()
     except StartupError as error:
-        print(f"ovserve: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the exit code tells it too
+            print(f"ovserve: {error}", file=sys.stderr)
         return EXIT_STARTUP

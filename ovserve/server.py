@@ -94,7 +94,7 @@ class Server:
             if not self._await_ready():
                 return 0
             host = f"[{self._listener.host}]" if ":" in self._listener.host else self._listener.host
-            print(f"ready http://{host}:{self._listener.port}", flush=True)
+            _say(f"ready http://{host}:{self._listener.port}")
             self._is_announced = True
             self._announce()
             self._await_end()
@@ -193,7 +193,6 @@ class Server:
         self._dispatcher.close()
         self._listener.stop(LAST_ANSWERS_S)  # also for requests that came after the last look at what is active
         self._spool.close()
-        sys.stdout.flush()
         left = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
         if left:
             log.debug("threads left: %s", ", ".join(left))
@@ -228,6 +227,18 @@ def _raise_descriptor_limit(settings: Settings) -> None:
             "max_connections may need more descriptors than the limit of this process",
             extra=fields(limit=limit, needed=needed, max_connections=settings.max_connections),
         )
+
+
+def _say(line: str) -> None:
+    """One line on standard output, where nobody need be reading and the disk may be full: that ends no server."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        log.warning("standard output cannot be written", extra=fields(why=str(error)))
+        # The line is still in the buffer, and would turn the exit code into 120 when the interpreter flushes that at its end.
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _profiles(catalog: Catalog) -> dict[str, ModelProfile]:
