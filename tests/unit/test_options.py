@@ -206,3 +206,61 @@ def test_a_file_in_another_encoding_is_told(tmp_path: Path) -> None:
     config.write_bytes("# für\n".encode("latin-1"))
     with pytest.raises(SettingsError, match=r"c\.toml"):
         load_settings({}, {}, config)
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f"default_timeout_s = 1{'0' * 400}", "{path}: default_timeout_s=a number of 1329 bits: too large a number"),
+        (f"port = 1{'0' * 5000}", "--config {path}: "),
+        (f"port = 0x1{'0' * 5000}", "{path}: port=a number of 20001 bits: must be at most 65535"),
+        (f"port = '{'9' * 5000}'", "{path}: port=" + "9" * 100 + "...: expected a whole number"),
+        ('port = "1\\n2"', "{path}: port=1\\n2: expected a whole number"),
+        ('spool_dir = "a\\u0000b"', "{path}: spool_dir="),
+        ('host = "a\\u0000b"', "must not hold a NUL character"),
+        (f"x = {DEEP}", "--config {path}: nested too deeply"),
+        (f"port{'.a' * 5000} = 1", "{path}: port={...}: expected a whole number"),
+        (f"[[model]]\nplugin_config = '{DEEP}'", "plugin_config: nested too deeply"),
+        (f"[[model]]\nplugin_config = '{{\"a\": 1{'0' * 5000}}}'", "plugin_config: "),
+        ("[[model]]\nname = 'a'\n[[model]]\nname = 'b'\nreplicas = 0", "{path}: [[model]] 2 (b): replicas=0: must be"),
+        ("[[model]]\n[[model]]\nmodel_name = 'b'\nreplica = 1", "{path}: [[model]] 2 (b): unknown option 'replica'"),
+        ("[[model]]\nname = 1\nreplicas = 1", "{path}: [[model]] 1 (1): name=1: expected a string"),
+        ("[[model]]\npath = ''\nreplicas = 0", "{path}: [[model]] 1: replicas=0: must be"),
+        ("[model]\nname = 'a'", "{path}: write each model as a [[model]] table"),
+        ("ports = 1", "{path}: unknown option 'ports'"),
+    ],
+)
+def test_whatever_is_wrong_in_a_file_is_told_in_one_line_with_its_place(tmp_path: Path, text: str, told: str) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings({}, {}, config)
+    assert told.replace("{path}", str(config)) in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+    assert "\0" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_taken(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("port = 9\r\n[[model]]\r\nname = 'a'\r\n", "utf-8-sig")
+    settings = load_settings({}, {}, config)
+    assert (settings.port, settings.models[0].name) == (9, "a")
+
+
+def test_a_loop_of_links_is_left_to_the_profile(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert load_settings({"path": str(tmp_path / "a")}, {}).models[0].name in ("a", "b")
+
+
+def test_a_working_directory_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SettingsError, match="model path m: No such file"):
+        load_settings({"path": "m"}, {})
