@@ -174,9 +174,9 @@ class Server:
 
     def _drain(self) -> None:
         """Take no new jobs, and let those in flight finish within the grace period. A second signal ends the process now."""
-        systemd.notify_stopping()
         self._dispatcher.drain()
         self._listener.is_draining = True  # a client that is refused is told to come back on another connection
+        systemd.notify_stopping()
         grace = Deadline.after(self._settings.grace_period_s)
         while self._listener.active_exchanges and not grace.is_expired():
             poll_s = POLL_S if self._dispatcher.in_flight() else REFUSING_POLL_S
