@@ -65,8 +65,11 @@ class Server:
         self._reloading = threading.Lock()
         self._serving = threading.Lock()  # over the API's settings and catalogue, which two threads replace
         self._is_announced = False
-        resource_tracker.ensure_running()  # its start unblocks SIGINT and SIGTERM in this thread: before ours, not after
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, SIGNALS
+        )  # the tracker inherits this: a SIGHUP to the group would end it
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # again: its start unblocks SIGINT and SIGTERM in this thread
         _raise_descriptor_limit(settings)
         catalog = read_catalog(settings)
         self._spool = Spool(
