@@ -137,3 +137,11 @@ def test_a_kubernetes_service_does_not_stop_the_start(tmp_path: Path) -> None:
     assert "TPU" in done.stderr.splitlines()[-1]
     [told] = [line for line in done.stderr.splitlines() if "Kubernetes" in line]
     assert "ignored=OVSERVE_PORT, OVSERVE_SERVICE_HOST" in told
+
+
+def test_a_missing_directory_stops_the_start_though_another_model_is_right(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("port = 0\n[[model]]\nname = 'right'\n[[model]]\nname = 'wrong'\npath = 'nowhere'\n")
+    done = run("--config", str(config))
+    assert done.returncode == 2
+    assert "nowhere: no such directory" in done.stderr
