@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,14 +13,16 @@ from pathlib import Path
 from ovserve import __version__
 from ovserve.config import ModelSettings, Option, Settings, options_of
 from ovserve.errors import StartupError
-from ovserve.logs import configure_logs
-from ovserve.options import ENVIRONMENT_PREFIX, load_settings
+from ovserve.logs import configure_logs, fields
+from ovserve.options import ENVIRONMENT_PREFIX, load_settings, service_variables
 from ovserve.server import Server
 
 __all__ = ["EXIT_OK", "EXIT_STARTUP", "main", "parse_arguments"]
 
 EXIT_OK = 0
 EXIT_STARTUP = 2  # the process could not start; one line on standard error says why
+
+log = logging.getLogger(__name__)
 
 _DESCRIPTION = """An image-edit server: OpenAI's images API over OpenVINO GenAI. Without options it serves the built-in model on
 http://127.0.0.1:8000. Every option can also be written with hyphens, stand in the environment as OVSERVE_NAME, or in the
@@ -55,13 +59,31 @@ def parse_arguments(arguments: Sequence[str], environment: Mapping[str, str]) ->
     return load_settings(flags, environment, Path(config) if config else None)
 
 
+def _open_standard_streams() -> None:
+    """Open those of 0, 1 and 2 that are closed on /dev/null.
+
+    The interpreter has no `sys.stdout` then, faulthandler no stderr in any worker, and the next file or socket would get the number.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # open(2) takes the lowest free number
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 - it lives as long as the process
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop; the process's exit code."""
+    _open_standard_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         settings = parse_arguments(arguments, os.environ)
         configure_logs(settings.log_level, settings.log_format)
+        if foreign := service_variables(os.environ):
+            log.info("variables of a Kubernetes Service are no options", extra=fields(ignored=", ".join(foreign)))
         return Server(settings, lambda: parse_arguments(arguments, os.environ)).run()
     except StartupError as error:
-        print(f"ovserve: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the exit code tells it too
+            print(f"ovserve: {error}", file=sys.stderr)
         return EXIT_STARTUP

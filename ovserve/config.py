@@ -127,7 +127,7 @@ class ModelSettings:
     max_strength: float = _option(1.0, "Largest strength.", low=0, high=1)
     memory_limit_bytes: int = _option(
         0,
-        "Resident memory, mapped files aside, at which a worker is ended; 0: three quarters of the machine's.",
+        "Resident memory, mapped files aside, at which a worker is ended; 0: three quarters of the machine's, or of what its control group may use.",
         low=0,
         unit="bytes",
     )
@@ -148,7 +148,7 @@ class Settings:
     default_model: str = _option("", "Model used when a request names none; empty: the only one there is.")
     log_level: str = _option("info", "Least level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "Form of the log lines.", choices=("text", "json"))
-    allowed_origins: str = _option("*", "Value of Access-Control-Allow-Origin; empty: no CORS fields.")
+    allowed_origins: str | None = _option("*", "Value of Access-Control-Allow-Origin; `none`: no CORS fields.")
 
     # What strangers can make grow.
     max_connections: int = _option(

@@ -1,6 +1,6 @@
 """Settings from flags, the environment and a TOML file, checked by the tables of `ovserve.config`.
 
-Precedence: flag, then environment, then file, then default.
+Precedence: flag, then environment, then file, then default. An empty environment variable gives nothing.
 """
 
 from __future__ import annotations
@@ -8,23 +8,37 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ovserve.config import ModelSettings, Option, Resolution, Settings, options_of
 from ovserve.errors import SettingsError
 
-__all__ = ["ENVIRONMENT_PREFIX", "load_settings"]
+__all__ = ["ENVIRONMENT_PREFIX", "load_settings", "service_variables"]
 
 ENVIRONMENT_PREFIX = "OVSERVE_"
 _FLAG = re.compile(r"[a-z][a-z0-9_]*")
+# What Kubernetes puts into the environment of every pod beside a Service called `ovserve` or `ovserve-SOMETHING`
+# (its documentation: Service, Discovering services, Environment variables).
+_SERVICE = re.compile(
+    ENVIRONMENT_PREFIX
+    + r"([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_PORT = re.compile(ENVIRONMENT_PREFIX + r"([A-Z0-9_]+_)?PORT=(tcp|udp|sctp)://.*")
+
+
+_SHOWN_CHARS = 100  # of a wrong value in a message
 
 
 def _parse_text(kind: str, text: str) -> Any:
     """One value from a flag or the environment, by the annotation of its option. Raises ValueError."""
+    if "\0" in text:  # every system call that gets it as a path or a name would raise
+        raise ValueError("must not hold a NUL character")
     base = kind.removesuffix(" | None")
     if base != kind and text in ("", "none"):
         return None
@@ -47,13 +61,18 @@ def _from_toml(kind: str, value: object) -> Any:
         return _parse_text(kind, value)
     if isinstance(value, bool) or not isinstance(value, int if base == "int" else int | float):
         raise ValueError("expected a whole number" if base == "int" else "expected a number")
-    return int(value) if base == "int" else float(value)
+    try:
+        return int(value) if base == "int" else float(value)
+    except OverflowError:
+        raise ValueError("too large a number") from None
 
 
-def _check(value: Any, option: Option) -> None:
+def _check(value: Any, option: Option, default: Any) -> None:
     """Raise ValueError unless the value obeys its option's bounds."""
     if value is None:
         return
+    if value == "" and default:  # where nothing may be chosen, nothing is the default, or `none` says so
+        raise ValueError("must not be empty")
     if option.choices and value not in option.choices:
         raise ValueError(f"expected one of {', '.join(option.choices)}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -65,45 +84,90 @@ def _check(value: Any, option: Option) -> None:
         raise ValueError(f"must be at most {option.high:g}{unit}")
 
 
-def _gather(table: type, sources: list[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Values by option name from (where, mapping) sources, the first that has one wins. Raises SettingsError."""
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One place that gives options.
+
+    Attributes:
+        title: what messages call it.
+        values: raw, by the name under which they were given.
+        parse: makes a value of an option's annotation and a raw value. Raises ValueError.
+        spell: what messages call an option of it, by the name.
+    """
+
+    title: str
+    values: Mapping[str, Any]
+    parse: Callable[[str, Any], Any]
+    spell: Callable[[str], str]
+
+    def only(self, names: set[str]) -> _Source:
+        """Its options of these names."""
+        return dataclasses.replace(self, values={key: value for key, value in self.values.items() if key in names})
+
+
+def _table(title: str, values: Mapping[str, Any]) -> _Source:
+    """A table of the file as a source."""
+    return _Source(title, values, _from_toml, lambda name: f"{title}: {name}")
+
+
+def _gather(table: type, sources: Sequence[_Source]) -> dict[str, Any]:
+    """Values by option name, from the first source that has one. Raises SettingsError."""
     found: dict[str, Any] = {}
     for name, (entry, option) in options_of(table).items():
-        for where, mapping in sources:
-            keys = [key for key in (name, *option.aliases) if key in mapping]
+        for source in sources:
+            keys = [key for key in (name, *option.aliases) if key in source.values]
             if len(keys) > 1:
-                raise SettingsError(f"{where}: {keys[0]} and {keys[1]} are two names of one option: give one")
+                raise SettingsError(f"{source.title}: {keys[0]} and {keys[1]} are two names of one option: give one")
             if not keys:
                 continue
-            raw = mapping[keys[0]]
+            raw = source.values[keys[0]]
             try:
-                kind = str(entry.type)
-                value = _parse_text(kind, raw) if where != "file" else _from_toml(kind, raw)
-                _check(value, option)
+                value = source.parse(str(entry.type), raw)
+                _check(value, option, entry.default)
             except ValueError as error:
-                spelled = {"flag": f"--{keys[0]}", "environment": f"{ENVIRONMENT_PREFIX}{keys[0].upper()}"}
                 told = (
                     str(error)
                     if "invalid literal" not in str(error) and "could not" not in str(error)
                     else "not a number"
                 )
-                raise SettingsError(f"{spelled.get(where, keys[0])}={raw!s}: {told}") from None
+                raise SettingsError(f"{source.spell(keys[0])}={_shown(raw)}: {told}") from None
             found[name] = value
             break
     return found
 
 
-def _check_names(table: type, mapping: Mapping[str, Any], where: str) -> None:
-    known = {key for name, (_, option) in options_of(table).items() for key in (name, *option.aliases)}
-    for name in mapping:
+def _shown(raw: object) -> str:
+    """A wrong value in a message: one short line, whatever somebody wrote."""
+    if isinstance(raw, dict | list):
+        return (
+            "{...}" if isinstance(raw, dict) else "[...]"
+        )  # nested as deep as may be: its text would take as deep a stack
+    if isinstance(raw, int) and raw.bit_length() > _SHOWN_CHARS:
+        return f"a number of {raw.bit_length()} bits"  # the interpreter refuses to write out the largest
+    text = str(raw)
+    begin = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:_SHOWN_CHARS])
+    return begin if len(text) <= _SHOWN_CHARS else f"{begin}..."
+
+
+def _names(table: type) -> set[str]:
+    """Every name of every option of a table."""
+    return {key for name, (_, option) in options_of(table).items() for key in (name, *option.aliases)}
+
+
+def _check_names(source: _Source, *tables: type) -> None:
+    known = set().union(*map(_names, tables))
+    for name in source.values:
         if name not in known:
-            raise SettingsError(f"{where}: unknown option {name!r}")
+            raise SettingsError(f"{source.title}: unknown option {name!r}")
 
 
 def _model_name(model: ModelSettings) -> ModelSettings:
     if model.name:
         return model
-    name = (model.path.resolve().name or "model") if model.path else "ovserve-builtin"
+    try:
+        name = (Path(os.path.realpath(model.path)).name or "model") if model.path else "ovserve-builtin"
+    except OSError as error:  # a relative path, and the working directory is gone
+        raise SettingsError(f"model path {model.path}: {error.strerror}") from None
     return dataclasses.replace(model, name=name)
 
 
@@ -132,18 +196,63 @@ def _check_model(model: ModelSettings) -> None:
         try:
             if not isinstance(json.loads(model.plugin_config), dict):
                 raise SettingsError(f"model {model.name}: plugin_config: expected a JSON object")
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise SettingsError(f"model {model.name}: plugin_config: {error}") from None
+        except RecursionError:
+            raise SettingsError(f"model {model.name}: plugin_config: nested too deeply") from None
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as stream:
-            return tomllib.load(stream)
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors begin a file with a byte order mark
     except OSError as error:
         raise SettingsError(f"--config {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no TOML, no UTF-8, a number of thousands of digits
         raise SettingsError(f"--config {path}: {error}") from None
+    except RecursionError:
+        raise SettingsError(f"--config {path}: nested too deeply") from None
+
+
+def _tables(document: dict[str, Any], title: str) -> list[_Source]:
+    """Take the [[model]] tables out of the file's document. Raises SettingsError."""
+    tables = document.pop("model", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise SettingsError(f"{title}: write each model as a [[model]] table")
+    found = []
+    for number, table in enumerate(tables, 1):
+        name = table.get("name", table.get("model_name"))
+        source = _table(f"{title}: [[model]] {number}{f' ({_shown(name)})' if name else ''}", table)
+        _check_names(source, ModelSettings)
+        found.append(source)
+    return found
+
+
+def service_variables(environment: Mapping[str, str]) -> list[str]:
+    """The variables that are no options of ours: Kubernetes has made them for a Service whose name begins with ours."""
+    return [
+        key
+        for key, value in environment.items()
+        if _SERVICE.fullmatch(key) or _SERVICE_PORT.fullmatch(f"{key}={value}")
+    ]
+
+
+def _from_environment(environment: Mapping[str, str]) -> _Source:
+    """The options that the environment gives. Raises SettingsError for a variable that names none.
+
+    An empty variable gives nothing: that is what a file of services makes of `OVSERVE_HOST=${HOST}` where HOST is not set, and
+    an empty host would mean every interface.
+    """
+    foreign = {f"{ENVIRONMENT_PREFIX}CONFIG", *service_variables(environment)}
+    own = {
+        key.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for key, value in environment.items()
+        if key.startswith(ENVIRONMENT_PREFIX) and key not in foreign
+    }
+    if stray := [key for key in own if not _FLAG.fullmatch(key)]:
+        raise SettingsError(f"environment: unknown option {ENVIRONMENT_PREFIX}{stray[0].upper()}")
+    source = _Source("environment", own, _parse_text, lambda name: f"{ENVIRONMENT_PREFIX}{name.upper()}")
+    _check_names(source, Settings, ModelSettings)
+    return dataclasses.replace(source, values={key: value for key, value in own.items() if value})
 
 
 def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], config: Path | None = None) -> Settings:
@@ -155,44 +264,24 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
     Raises:
         SettingsError: an unknown option, a wrong value, or options that contradict one another.
     """
-    own = {
-        key.removeprefix(ENVIRONMENT_PREFIX).lower(): value
-        for key, value in environment.items()
-        if key.startswith(ENVIRONMENT_PREFIX)
-    }
-    own.pop("config", None)
-    server_names = {key for name, (_, option) in options_of(Settings).items() for key in (name, *option.aliases)}
-    if stray := [key for key in own if not _FLAG.fullmatch(key)]:
-        raise SettingsError(f"environment: unknown option {ENVIRONMENT_PREFIX}{stray[0].upper()}")
-    split: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
-    for where, mapping in (("flag", flags), ("environment", own)):
-        server = {key: value for key, value in mapping.items() if key in server_names}
-        only_model = {key: value for key, value in mapping.items() if key not in server_names}
-        _check_names(ModelSettings, only_model, where)
-        split[where] = (server, only_model)
+    sources = (_Source("flag", flags, _parse_text, "--{}".format), _from_environment(environment))
+    _check_names(sources[0], Settings, ModelSettings)
+    of_server = [source.only(_names(Settings)) for source in sources]
+    of_model = [source.only(_names(ModelSettings)) for source in sources]
     document = _read_file(config) if config else {}
-    tables = document.pop("model", [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise SettingsError("file: write each model as a [[model]] table")
-    _check_names(Settings, document, "file")
-    loose = split["flag"][1] or split["environment"][1]
-    if tables and loose:
-        raise SettingsError(
-            f"{next(iter(loose))!r} was given beside [[model]] tables: put it into the table it is meant for"
-        )
-    if tables:
-        for table in tables:
-            _check_names(ModelSettings, table, "file: [[model]]")
-        models = [ModelSettings(**_gather(ModelSettings, [("file", table)])) for table in tables]
-    else:
-        models = [ModelSettings(**_gather(ModelSettings, [(where, split[where][1]) for where in split]))]
-    models = [_model_name(model) for model in models]
+    tables = _tables(document, str(config))
+    file = _table(str(config), document)
+    _check_names(file, Settings)
+    if tables and (loose := [source.spell(name) for source in of_model for name in source.values]):
+        raise SettingsError(f"{loose[0]} was given beside [[model]] tables: put it into the table it is meant for")
+    given = [[table] for table in tables] or [of_model]
+    models = [_model_name(ModelSettings(**_gather(ModelSettings, each))) for each in given]
     for model in models:
         _check_model(model)
     names = [model.name for model in models]
     if twice := [name for name in names if names.count(name) > 1]:
         raise SettingsError(f"two models are called {twice[0]!r}")
-    values = _gather(Settings, [*((where, split[where][0]) for where in split), ("file", document)])
+    values = _gather(Settings, [*of_server, file])
     settings = Settings(**values, models=tuple(models))
     if settings.default_model and settings.default_model not in names:
         raise SettingsError(f"default_model {settings.default_model!r} is none of the models: {', '.join(names)}")

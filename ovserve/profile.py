@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -135,8 +136,10 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
         document = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path.parent}: {what} is missing ({path.name})") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # not there, no UTF-8, no JSON, a number of thousands of digits
         raise ModelError(f"{path}: cannot be read: {error}") from None
+    except RecursionError:
+        raise ModelError(f"{path}: cannot be read: nested too deeply") from None
     if not isinstance(document, dict):
         raise ModelError(f"{path}: expected a JSON object")
     return document
@@ -185,13 +188,14 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
         ModelError: the directory is missing, is no image pipeline, or lacks a component; the message names it.
         SettingsError: a default lies outside the operator's own limits.
     """
-    directory = (settings.path or builtin_directory()).resolve()
+    given = settings.path or builtin_directory()
     try:
+        directory = Path(os.path.realpath(given))  # unlike Path.resolve, it takes a loop of links: no directory, then
         profile = _read_directory(directory, settings)
     except OSError as error:
-        raise ModelError(f"{directory}: cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError) as error:  # a JSON value of another type than its name promises
-        raise ModelError(f"{directory}: a configuration file holds a wrong value: {error}") from None
+        raise ModelError(f"{given}: cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a JSON value other than its name promises
+        raise ModelError(f"{given}: a configuration file holds a wrong value: {error}") from None
     _check_defaults(profile, settings)
     return profile
 

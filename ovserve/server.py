@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -37,6 +38,11 @@ POLL_S = 0.1  # how often the main thread looks up between signals while somethi
 REFUSING_POLL_S = 0.01  # once no job is left: between two refusals of a busy server the moment to end is short
 LAST_ANSWERS_S = 1.0  # for answers that are on their way when the server stops to listen
 STOP_TIMEOUT_S = 10.0  # for processes to end once nothing is in flight
+MOST_DESCRIPTORS = (
+    65536  # enough for any number of threads a machine has; some libraries walk over all that there may be
+)
+OWN_DESCRIPTORS = 128  # of the front end itself, its links to workers and its warm files
+CONNECTION_DESCRIPTORS = 5  # the socket; the upload's segment and its map, the request's segment and the job's eventfd
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +65,12 @@ class Server:
         self._reloading = threading.Lock()
         self._serving = threading.Lock()  # over the API's settings and catalogue, which two threads replace
         self._is_announced = False
-        resource_tracker.ensure_running()  # its start unblocks SIGINT and SIGTERM in this thread: before ours, not after
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, SIGNALS
+        )  # the tracker inherits this: a SIGHUP to the group would end it
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # again: its start unblocks SIGINT and SIGTERM in this thread
+        _raise_descriptor_limit(settings)
         catalog = read_catalog(settings)
         self._spool = Spool(
             settings.spool_dir or default_directory(),
@@ -87,7 +97,7 @@ class Server:
             if not self._await_ready():
                 return 0
             host = f"[{self._listener.host}]" if ":" in self._listener.host else self._listener.host
-            print(f"ready http://{host}:{self._listener.port}", flush=True)
+            _say(f"ready http://{host}:{self._listener.port}")
             self._is_announced = True
             self._announce()
             self._await_end()
@@ -167,9 +177,9 @@ class Server:
 
     def _drain(self) -> None:
         """Take no new jobs, and let those in flight finish within the grace period. A second signal ends the process now."""
-        systemd.notify_stopping()
         self._dispatcher.drain()
         self._listener.is_draining = True  # a client that is refused is told to come back on another connection
+        systemd.notify_stopping()
         grace = Deadline.after(self._settings.grace_period_s)
         while self._listener.active_exchanges and not grace.is_expired():
             poll_s = POLL_S if self._dispatcher.in_flight() else REFUSING_POLL_S
@@ -186,7 +196,6 @@ class Server:
         self._dispatcher.close()
         self._listener.stop(LAST_ANSWERS_S)  # also for requests that came after the last look at what is active
         self._spool.close()
-        sys.stdout.flush()
         left = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
         if left:
             log.debug("threads left: %s", ", ".join(left))
@@ -204,6 +213,35 @@ def _fixed(old: Settings, new: Settings) -> list[str]:
     """Options that changed and that only a start can bring in."""
     names = (entry.name for entry in dataclasses.fields(Settings) if entry.name not in RELOADED)
     return [name for name in names if getattr(old, name) != getattr(new, name)]
+
+
+def _raise_descriptor_limit(settings: Settings) -> None:
+    """Take as many descriptors as the process may have: a login shell's usual 1024 are meant for programs that call select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    limit = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if limit > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    limit = max(limit, soft)
+    needed = OWN_DESCRIPTORS + settings.overflow_connections + CONNECTION_DESCRIPTORS * settings.max_connections
+    if limit < needed:
+        log.warning(
+            "max_connections may need more descriptors than the limit of this process",
+            extra=fields(limit=limit, needed=needed, max_connections=settings.max_connections),
+        )
+
+
+def _say(line: str) -> None:
+    """One line on standard output, where nobody need be reading and the disk may be full: that ends no server."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        log.warning("standard output cannot be written", extra=fields(why=str(error)))
+        # The line is still in the buffer, and would turn the exit code into 120 when the interpreter flushes that at its end.
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _profiles(catalog: Catalog) -> dict[str, ModelProfile]:

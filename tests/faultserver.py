@@ -97,6 +97,11 @@ class FaultServer(LiveServer):
         """Process ids of the workers. From every process's parent: the kernel's lists of children skip some while others end."""
         return [pid for pid in _children(self.process.pid) if "spawn_main" in command_of(pid)]
 
+    def tracker(self) -> int:
+        """Process id of multiprocessing's helper."""
+        [pid] = [pid for pid in _children(self.process.pid) if "resource_tracker" in command_of(pid)]
+        return pid
+
     def kill_worker(self, pid: int | None = None, number: int = signal.SIGKILL) -> int:
         """Signal a worker, the first unless told; its pid."""
         pid = pid or self.workers()[0]

@@ -84,7 +84,7 @@ class ToyApi:
                 "method": exchange.method,
                 "path": exchange.path,
                 "query": dict(exchange.query),
-                "client": exchange.client,
+                "key": exchange.key,
                 "address": exchange.address,
                 "fields": {name: exchange.header(name) for name in names},
             }

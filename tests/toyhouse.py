@@ -15,7 +15,7 @@ from typing import Any, Self
 from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.dispatch.jobs import Job, JobEvent, State
+from ovserve.dispatch.jobs import Client, Job, JobEvent, State
 from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.dispatch.link.spool import Spool
 from ovserve.dispatch.supervision.supervisor import Supervisor
@@ -72,7 +72,7 @@ class ToyHouse:
         """An admitted job; the caller closes it."""
         request = ImageRequest(task="edit", prompt=prompt, **known)
         name = model or self.settings.models[0].name
-        job = Job(f"job-{next(self._ids)}", name, client, request, Deadline.after(timeout_s))
+        job = Job(f"job-{next(self._ids)}", name, Client(client), request, Deadline.after(timeout_s))
         try:
             self.dispatcher.admit(job)
         except ApiError:

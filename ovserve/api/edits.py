@@ -13,7 +13,7 @@ from ovserve.api.store import Store
 from ovserve.config import Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.dispatch.jobs import Job, JobEvent, Partial, Result, State
+from ovserve.dispatch.jobs import Client, Job, JobEvent, Partial, Result, State
 from ovserve.dispatch.link.ipc import Prepared, Progress
 from ovserve.errors import ApiError, ClientGone, DeadlineExceeded, Draining, InternalError, InvalidValue, SpoolFull
 from ovserve.metrics import Metrics
@@ -54,7 +54,7 @@ class Images:
         job = Job(
             id=exchange.id,
             model=parameters.model.name,
-            client=exchange.client,
+            client=Client(exchange.network, exchange.key),
             request=parameters.request,
             deadline=Deadline.after(self._timeout_s(exchange, parameters)),
         )

@@ -74,12 +74,16 @@ class Exchange(Protocol):
         """The query's fields, the first of each name."""
 
     @property
-    def client(self) -> str:
-        """Whom to count it for: an API key's fingerprint, else the address."""
-
-    @property
     def address(self) -> str:
         """The peer's address."""
+
+    @property
+    def network(self) -> str:
+        """The part of the address that its owner cannot choose."""
+
+    @property
+    def key(self) -> str:
+        """A fingerprint of the API key, which nobody has verified; empty without one."""
 
     def header(self, name: str) -> str | None:
         """A request field by its lower-case name; lines of one name joined by `, `."""

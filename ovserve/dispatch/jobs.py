@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ovserve.deadline import Deadline
 from ovserve.dispatch.link.ipc import ImageRequest, Prepared, Progress
@@ -83,13 +84,23 @@ class Timings:
     finish_ms: float = 0.0
 
 
+class Client(NamedTuple):
+    """Whom fairness counts a job for: an address, and within it the fingerprint of an API key, or the lack of one.
+
+    Nobody verifies the key, so it says who is who among those of one address, and never who has more rights than another.
+    """
+
+    address: str
+    key: str = ""
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """One admitted request. The handler thread makes it and calls `close`; the dispatcher thread moves it.
 
     Attributes:
         id: unguessable, and the request id of the logs.
-        client: whom fairness counts it for: an API key's fingerprint, else an address.
+        client: whom fairness counts it for.
         attempts: how many workers have had it.
         results: by picture number, filled as they come.
         wakeup: a descriptor (eventfd) that becomes readable when the job settles, and for a request with `progress` with each event.
@@ -97,7 +108,7 @@ class Job:
 
     id: str
     model: str
-    client: str
+    client: Client
     request: ImageRequest
     deadline: Deadline
     state: State = State.QUEUED

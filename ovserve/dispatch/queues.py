@@ -1,9 +1,13 @@
 """The jobs that wait for one model: bounded, first in first out for each client, clients in turn.
 
-A client with a hundred jobs waits behind its own, not in front of others: `pop` takes one job from each client in rotation.
-The last places of a queue are kept for clients that hold few of them, so that one client cannot lock the others out either:
-a client may add a job while it holds fewer than `_SHARE` times the places still free (the dynamic threshold of Choudhury and
-Hahne, 1998). A lone client can so fill eight ninths of a long queue, and all of a queue of up to eight.
+A client with a hundred jobs waits behind its own, not in front of others: `pop` takes one job from each address in rotation,
+and of an address from each of its keys in rotation. Addresses come first because nobody verifies a key here: a new one for
+each job would else be a turn for each job. Keys still count, for behind a reverse proxy every client has the proxy's address.
+
+The last places of a queue are kept for those that hold few of them, so that nobody can lock the others out either: an address
+may add a job while it holds fewer than `_SHARE` times the places still free (the dynamic threshold of Choudhury and Hahne,
+1998), and a key while it holds fewer than `_SHARE` times what its address may still add. An address can so fill eight ninths
+of a long queue, one key eight ninths of that, and either all of a queue of up to eight.
 
 Jobs given back by a dead worker stand before everybody (`push_front`) and beyond the limit: they were admitted once already.
 
@@ -16,12 +20,12 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ovserve.dispatch.jobs import Job
+from ovserve.dispatch.jobs import Client, Job
 from ovserve.dispatch.link.spool import Segment
 
 __all__ = ["FairQueue", "Ticket"]
 
-_SHARE = 8  # a client may hold this many times the free places; higher keeps fewer of them for others
+_SHARE = 8  # an address may hold this many times the free places; higher keeps fewer of them for others
 
 
 @dataclass(slots=True, eq=False)
@@ -51,13 +55,56 @@ class Ticket:
         return self.deaths > 0
 
 
+class _Address:
+    """Waiting tickets of one address: its keys in turn, each key's first in first out."""
+
+    __slots__ = ("_keys", "_size")
+
+    def __init__(self) -> None:
+        self._keys: OrderedDict[str, OrderedDict[Job, Ticket]] = OrderedDict()
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Ticket]:
+        for waiting in self._keys.values():
+            yield from waiting.values()
+
+    def held_by(self, key: str) -> int:
+        return len(self._keys.get(key, ()))
+
+    def push(self, ticket: Ticket) -> None:
+        self._keys.setdefault(ticket.job.client.key, OrderedDict())[ticket.job] = ticket
+        self._size += 1
+
+    def pop(self) -> Ticket:
+        key, waiting = next(iter(self._keys.items()))
+        _, ticket = waiting.popitem(last=False)
+        self._size -= 1
+        if waiting:
+            self._keys.move_to_end(key)
+        else:
+            del self._keys[key]
+        return ticket
+
+    def remove(self, job: Job) -> Ticket | None:
+        waiting = self._keys.get(job.client.key)
+        if waiting is None or (ticket := waiting.pop(job, None)) is None:
+            return None
+        self._size -= 1
+        if not waiting:
+            del self._keys[job.client.key]
+        return ticket
+
+
 class FairQueue:
     """Waiting tickets of one model. Every operation but iteration takes constant time, and that of the jobs given back."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._front: deque[Ticket] = deque()
-        self._clients: OrderedDict[str, OrderedDict[Job, Ticket]] = OrderedDict()
+        self._addresses: OrderedDict[str, _Address] = OrderedDict()
         self._size = 0
 
     def __len__(self) -> int:
@@ -66,17 +113,21 @@ class FairQueue:
     def __iter__(self) -> Iterator[Ticket]:
         """Every ticket, in no promised order."""
         yield from self._front
-        for waiting in self._clients.values():
-            yield from waiting.values()
+        for waiting in self._addresses.values():
+            yield from waiting
 
-    def has_place_for(self, client: str, free_workers: int = 0) -> bool:
+    def has_place_for(self, client: Client, free_workers: int = 0) -> bool:
         """Whether this client may add one more job. `free_workers`: how many of those here do not wait, but are on their way."""
         free = self.limit + free_workers - len(self)
-        return len(self._clients.get(client, ())) < _SHARE * free
+        waiting = self._addresses.get(client.address)
+        held, held_by_key = (len(waiting), waiting.held_by(client.key)) if waiting else (0, 0)
+        # Each job that an address adds takes one from `free` and adds one to what it holds: this many it may add, rounded up.
+        addable = -((held - _SHARE * free) // (_SHARE + 1))
+        return held_by_key < _SHARE * addable
 
     def push(self, ticket: Ticket) -> None:
         """Add a job behind its client's others. The caller has asked `has_place_for`."""
-        self._clients.setdefault(ticket.job.client, OrderedDict())[ticket.job] = ticket
+        self._addresses.setdefault(ticket.job.client.address, _Address()).push(ticket)
         self._size += 1
 
     def push_front(self, ticket: Ticket) -> None:
@@ -100,24 +151,24 @@ class FairQueue:
         return self.pop()
 
     def pop(self) -> Ticket | None:
-        """Take the next ordinary job: the oldest of the client whose turn it is."""
-        if not self._clients:
+        """Take the next ordinary job: the oldest of the key whose turn it is, of the address whose turn it is."""
+        if not self._addresses:
             return None
-        client, waiting = next(iter(self._clients.items()))
-        _, ticket = waiting.popitem(last=False)
+        address, waiting = next(iter(self._addresses.items()))
+        ticket = waiting.pop()
         if waiting:
-            self._clients.move_to_end(client)
+            self._addresses.move_to_end(address)
         else:
-            del self._clients[client]
+            del self._addresses[address]
         self._size -= 1
         return ticket
 
     def remove(self, job: Job) -> Ticket | None:
         """Take this job out wherever it stands; None when it does not wait here."""
-        waiting = self._clients.get(job.client)
-        if waiting is not None and (ticket := waiting.pop(job, None)) is not None:
+        waiting = self._addresses.get(job.client.address)
+        if waiting is not None and (ticket := waiting.remove(job)) is not None:
             if not waiting:
-                del self._clients[job.client]
+                del self._addresses[job.client.address]
             self._size -= 1
             return ticket
         for ticket in self._front:  # at most the jobs of a few dead workers

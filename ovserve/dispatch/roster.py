@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
+from ovserve.dispatch.jobs import Client
 from ovserve.dispatch.link.ipc import Done, Failed, Link, Need, Picture, Prepared, Progress
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.errors import ModelFailed, NotReady, QueueFull
@@ -135,7 +136,7 @@ class Model:
         ticket = self.queue.pop_beside() if open_workers else None
         return None if ticket is None else (min(open_workers, key=_load), ticket)
 
-    def check_admission(self, client: str, failed_retry_s: float) -> None:
+    def check_admission(self, client: Client, failed_retry_s: float) -> None:
         """Whether this client may add one more job now. Raises NotReady, ModelFailed or QueueFull."""
         if self.is_leaving:
             raise NotReady(f"model {self.name!r} is being unloaded", retry_after_s=NOT_READY_RETRY_S)
@@ -153,7 +154,7 @@ class Model:
         """What a job of a model that was declared failed is answered."""
         return ModelFailed(f"model {self.name!r} failed: {self.failure}", retry_after_s=retry_s)
 
-    def has_place_for(self, client: str) -> bool:
+    def has_place_for(self, client: Client) -> bool:
         """Whether this client may add one more job: the limit is for those that no worker has room for."""
         free = sum(max(0, worker.capacity - len(worker.held)) for worker in self.workers)
         return self.queue.has_place_for(client, free)

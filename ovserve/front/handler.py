@@ -413,8 +413,10 @@ def _log_access(exchange: HttpExchange, sent: int, started: float) -> None:
         "bytes": sent,
         "ms": round((time.perf_counter() - started) * 1000, 1),
         "id": exchange.id,
-        "client": exchange.client,
+        "address": exchange.address,
     }
+    if exchange.key:
+        told["key"] = exchange.key
     if exchange.client_request_id:
         told["client_id"] = exchange.client_request_id
     path = exchange.head.target.partition("?")[0]

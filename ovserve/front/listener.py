@@ -60,8 +60,8 @@ class Listener(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         try:
             super().__init__((settings.host, settings.port), socketserver.BaseRequestHandler)
-        except OSError as error:
-            why = error.strerror or str(error)
+        except (OSError, TypeError) as error:  # TypeError: a host that cannot be encoded as a name (IDNA)
+            why = getattr(error, "strerror", None) or str(error)
             raise StartupError(f"cannot listen on {settings.host} port {settings.port}: {why}") from None
         self.socket.setblocking(False)
         self.host: str = settings.host

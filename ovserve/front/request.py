@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from functools import cached_property
+from ipaddress import IPv6Address, IPv6Network
 from urllib.parse import parse_qsl
 
 from ovserve.errors import InternalError
@@ -49,13 +50,24 @@ class Request:
         return found
 
     @cached_property
-    def client(self) -> str:
-        """A fingerprint of the API key, from which the key cannot be had, or the address."""
+    def network(self) -> str:
+        """The part of the address that its owner cannot choose: all of an IPv4 address, half of an IPv6 address.
+
+        A host has the other half to itself (RFC 4291 section 2.5.1), and could else be somebody else at each connection.
+        """
+        if ":" not in self.address:
+            return self.address
+        address = IPv6Address(self.address)
+        return str(address.ipv4_mapped or IPv6Network((int(address), 64), strict=False))
+
+    @cached_property
+    def key(self) -> str:
+        """A fingerprint of the API key, from which the key cannot be had; empty without one."""
         scheme, _, key = (self.header("authorization") or "").partition(" ")
         if scheme.lower() != "bearer":
             key = ""
         key = key.strip() or self.header("api-key") or ""
-        return hashlib.sha256(key.encode("latin-1")).hexdigest()[:FINGERPRINT_CHARS] if key else self.address
+        return hashlib.sha256(key.encode("latin-1")).hexdigest()[:FINGERPRINT_CHARS] if key else ""
 
     @property
     def client_request_id(self) -> str | None:

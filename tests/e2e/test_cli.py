@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import openai
@@ -18,9 +20,10 @@ from tests.live import LiveServer, is_alive
 START_LIMIT_S = 60
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "ovserve", *arguments],
+        env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
         timeout=START_LIMIT_S,
@@ -126,3 +129,19 @@ def test_a_second_signal_ends_now(tmp_path: Path) -> None:
         assert live.wait() == 1
     assert not [pid for pid in workers if is_alive(pid)]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_kubernetes_service_does_not_stop_the_start(tmp_path: Path) -> None:
+    variables = {"OVSERVE_PORT": "tcp://10.0.0.11:8000", "OVSERVE_SERVICE_HOST": "10.0.0.11"}
+    done = run("--port", "0", "--target_device", "TPU", "--spool_dir", str(tmp_path), environment=variables)
+    assert "TPU" in done.stderr.splitlines()[-1]
+    [told] = [line for line in done.stderr.splitlines() if "Kubernetes" in line]
+    assert "ignored=OVSERVE_PORT, OVSERVE_SERVICE_HOST" in told
+
+
+def test_a_missing_directory_stops_the_start_though_another_model_is_right(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("port = 0\n[[model]]\nname = 'right'\n[[model]]\nname = 'wrong'\npath = 'nowhere'\n")
+    done = run("--config", str(config))
+    assert done.returncode == 2
+    assert "nowhere: no such directory" in done.stderr

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -182,3 +184,21 @@ def test_descriptors_do_not_grow_over_many_deaths(plain: FaultServer) -> None:
             assert server.generate(client, "echo").status_code == 200
             assert gone(pid)
         server.until(lambda: len(descriptors_of(server.process.pid)) <= before)
+
+
+@contextmanager
+def soft_descriptor_limit(limit: int) -> Iterator[None]:
+    """What is started within has this soft limit."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_descriptors_are_as_many_as_the_process_may_have(tmp_path: Path) -> None:
+    with soft_descriptor_limit(256), FaultServer(tmp_path, "--max_connections", "100000") as server:
+        soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        assert soft == (65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
+        assert server.logged("WARNING", "max_connections may need more descriptors", f"limit={soft}", "needed=500256")

@@ -65,17 +65,25 @@ def test_overload_is_answered_with_200_and_429_only(live: FaultServer) -> None:
     live.until(lambda: live.segments() == [])
 
 
-def test_one_clients_jobs_do_not_lock_another_out(tmp_path: Path) -> None:
-    with FaultServer(tmp_path, "--queue_limit", "64") as server, server.client() as client:
+@pytest.mark.parametrize("greedy_rotates", [False, True])
+def test_one_clients_jobs_do_not_lock_another_out(tmp_path: Path, greedy_rotates: bool) -> None:
+    """Neither another key of the same address, as behind a proxy, nor, with a new key for each job, another address."""
+    elsewhere = httpx.HTTPTransport(local_address="127.0.0.2" if greedy_rotates else "127.0.0.1")
+    with (
+        FaultServer(tmp_path, "--queue_limit", "64") as server,
+        server.client() as client,
+        httpx.Client(base_url=server.url, timeout=60, transport=elsewhere) as other,
+    ):
 
         def ask(key: str, prompt: str, statuses: list[int]) -> None:
-            reply = client.post(
+            reply = (other if key == "modest" else client).post(
                 "/v3/images/generations", json={"prompt": prompt}, headers={"authorization": f"Bearer {key}"}
             )
             statuses.append(reply.status_code)
 
         greedy: list[int] = []
-        threads = [threading.Thread(target=ask, args=("greedy", "sleep 0.1", greedy)) for _ in range(80)]
+        keys = [f"greedy{number if greedy_rotates else ''}" for number in range(80)]
+        threads = [threading.Thread(target=ask, args=(key, "sleep 0.1", greedy)) for key in keys]
         for thread in threads:
             thread.start()
         server.until(lambda: server.standing()["queued"] >= 30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -41,6 +42,43 @@ def under_load(server: FaultServer, moment_s: float, number: int) -> list[int | 
     for thread in threads:
         thread.join()
     return outcomes
+
+
+def threads_that_take(pid: int, number: int) -> list[str]:
+    """The threads of a process that do not block a signal, but for the main one, which waits for it."""
+    found = []
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        if status.parent.name == str(pid):
+            continue
+        told = dict(line.split(":\t", 1) for line in status.read_text().splitlines())
+        if not int(told["SigBlk"], 16) >> (number - 1) & 1:
+            found.append(told["Name"])
+    return found
+
+
+def test_sighup_to_the_whole_group_reloads_and_ends_nothing(tmp_path: Path) -> None:
+    with FaultServer(tmp_path) as server:
+        tracker = server.tracker()
+        os.killpg(server.process.pid, signal.SIGHUP)
+        server.until(lambda: bool(server.logged("reloaded")))
+        assert server.tracker() == tracker
+        assert is_alive(tracker)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+def test_a_tracker_made_anew_leaves_the_signals_to_the_main_thread(tmp_path: Path) -> None:
+    with FaultServer(tmp_path) as server:
+        tracker = server.tracker()
+        os.kill(tracker, signal.SIGKILL)
+        server.until(lambda: not is_alive(tracker))
+        server.kill_worker()
+        server.until(lambda: len(server.logged("worker ready")) == 2)
+        assert server.tracker() != tracker
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            assert threads_that_take(server.process.pid, number) == []
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 from ovserve.config import ModelSettings, Resolution, Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.dispatch.jobs import Job, JobEvent, Partial, Result, State
+from ovserve.dispatch.jobs import Client, Job, JobEvent, Partial, Result, State
 from ovserve.dispatch.link.ipc import (
     Beat,
     Cancel,
@@ -147,7 +147,7 @@ class House:
         self, client: str = "c", timeout_s: float = 60.0, model: str = "toy", n: int = 1, partial_images: int = 0
     ) -> Job:
         request = ImageRequest(task="edit", prompt="x", n=n, partial_images=partial_images, progress=True)
-        job = Job(f"job-{next(self._ids)}", model, client, request, Deadline.after(timeout_s))
+        job = Job(f"job-{next(self._ids)}", model, Client(client), request, Deadline.after(timeout_s))
         self.jobs.append(job)
         return job
 
@@ -398,7 +398,7 @@ def test_one_client_leaves_places_for_others(house: House) -> None:
     house.dispatcher.add_model("toy", 27)
     house.worker().die()
     house.until(lambda: house.dispatcher.status("toy").workers == 0)
-    for _ in range(24):
+    for _ in range(22):
         house.admit(client="greedy")
     with pytest.raises(QueueFull):
         house.admit(client="greedy")
@@ -472,7 +472,7 @@ class RemovingJob(Job):
 
 def test_model_removed_while_a_dead_worker_gives_its_job_back_keeps_the_job(house: House) -> None:
     doomed = house.worker()
-    job = RemovingJob("removing", "toy", "c", house.job().request, Deadline.after(60))
+    job = RemovingJob("removing", "toy", Client("c"), house.job().request, Deadline.after(60))
     job.dispatcher = house.dispatcher
     house.jobs.append(job)
     house.dispatcher.admit(job)
@@ -989,7 +989,7 @@ class OddJob(Job):
 def test_report_that_cannot_be_applied_sends_the_workers_jobs_to_another(house: House) -> None:
     worker = house.worker(capacity=2)
     plain = house.job()
-    odd = OddJob("odd", "toy", "c", plain.request, Deadline.after(60))
+    odd = OddJob("odd", "toy", Client("c"), plain.request, Deadline.after(60))
     house.jobs.append(odd)
     house.dispatcher.admit(odd)
     house.dispatcher.admit(plain)
@@ -1129,7 +1129,9 @@ def test_many_threads_admit_and_cancel_without_losing_a_job(house: House) -> Non
 
     def client(number: int) -> None:
         for k in range(50):
-            job = Job(f"{number}-{k}", "toy", str(number), ImageRequest(task="edit", prompt="x"), Deadline.after(30))
+            job = Job(
+                f"{number}-{k}", "toy", Client(str(number)), ImageRequest(task="edit", prompt="x"), Deadline.after(30)
+            )
             house.dispatcher.admit(job)
             if k % 3 == 0:
                 house.dispatcher.cancel(job)

@@ -50,7 +50,7 @@ def test_a_route_sees_the_request(client: RawClient) -> None:
     seen = client.send(request("/describe/%C4%8D?x=1&y=%20", fields)).read_response().json
     assert (seen["method"], seen["path"], seen["query"]) == ("GET", "/describe/č", {"x": "1", "y": " "})
     assert (seen["address"], seen["fields"]["x-a"]) == ("127.0.0.1", "b, c")
-    assert re.fullmatch("[0-9a-f]{16}", seen["client"])
+    assert re.fullmatch("[0-9a-f]{16}", seen["key"])
 
 
 def test_requests_on_one_connection_are_answered_in_order(client: RawClient) -> None:

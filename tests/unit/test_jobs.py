@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovserve.deadline import Deadline
-from ovserve.dispatch.jobs import Job, Partial, Result, State
+from ovserve.dispatch.jobs import Client, Job, Partial, Result, State
 from ovserve.dispatch.link.ipc import ImageRequest, Prepared, Progress
 from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import DeadlineExceeded, WorkerCrashed
@@ -20,7 +20,9 @@ SETTLED = [State.DONE, State.FAILED, State.CANCELLED, State.EXPIRED]
 
 
 def make_job(progress: bool = True) -> Job:
-    return Job("id", "toy", "client", ImageRequest(task="edit", prompt="x", progress=progress), Deadline.after(60))
+    return Job(
+        "id", "toy", Client("client"), ImageRequest(task="edit", prompt="x", progress=progress), Deadline.after(60)
+    )
 
 
 def is_awake(job: Job) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from ovserve.config import ModelSettings, Resolution, Settings, options_of
 from ovserve.errors import SettingsError
-from ovserve.options import load_settings
+from ovserve.options import load_settings, service_variables
 
 
 def test_defaults_serve_the_builtin_model_on_loopback() -> None:
@@ -79,6 +79,77 @@ def test_environment_is_checked_for_unknown_names() -> None:
         load_settings({}, {"OVSERVE_MAX_BODIES": "1"})
 
 
+def test_an_empty_variable_gives_nothing(tmp_path: Path) -> None:
+    for table in (Settings, ModelSettings):
+        for name, (_, option) in options_of(table).items():
+            for key in (name, *option.aliases):
+                assert load_settings({}, {f"OVSERVE_{key.upper()}": ""}) == load_settings({}, {}), key
+    config = tmp_path / "c.toml"
+    config.write_text("host = '192.0.2.1'\n[[model]]\nname = 'a'\n")
+    settings = load_settings({}, {"OVSERVE_HOST": "", "OVSERVE_DEVICE": ""}, config)
+    assert settings.host == "192.0.2.1"
+    with pytest.raises(SettingsError, match="max_bodies"):
+        load_settings({}, {"OVSERVE_MAX_BODIES": ""})
+
+
+@pytest.mark.parametrize("name", ["host", "rest_bind_address", "device", "engine"])
+def test_an_option_that_needs_a_value_is_not_emptied(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name}=: must not be empty"):
+        load_settings({name: ""}, {})
+    config = tmp_path / "c.toml"
+    config.write_text(f"{name} = ''\n" if name in ("host", "rest_bind_address") else f"[[model]]\n{name} = ''\n")
+    with pytest.raises(SettingsError, match=f"{name}=: must not be empty"):
+        load_settings({}, {}, config)
+
+
+def test_no_origin_is_allowed_by_none() -> None:
+    assert load_settings({"allowed_origins": ""}, {}).allowed_origins is None
+    assert load_settings({}, {"OVSERVE_ALLOWED_ORIGINS": "none"}).allowed_origins is None
+    assert load_settings({}, {"OVSERVE_ALLOWED_ORIGINS": ""}).allowed_origins == "*"
+
+
+# As the kubelet makes them for a Service `ovserve` with the ports http (8000) and dns, and one `ovserve-rest`.
+OF_SERVICES = {
+    "OVSERVE_SERVICE_HOST": "10.0.0.11",
+    "OVSERVE_SERVICE_PORT": "8000",
+    "OVSERVE_SERVICE_PORT_HTTP": "8000",
+    "OVSERVE_PORT": "tcp://10.0.0.11:8000",
+    "OVSERVE_PORT_8000_TCP": "tcp://10.0.0.11:8000",
+    "OVSERVE_PORT_8000_TCP_PROTO": "tcp",
+    "OVSERVE_PORT_8000_TCP_PORT": "8000",
+    "OVSERVE_PORT_8000_TCP_ADDR": "10.0.0.11",
+    "OVSERVE_PORT_53_UDP": "udp://10.0.0.11:53",
+    "OVSERVE_REST_SERVICE_HOST": "10.0.0.12",
+    "OVSERVE_REST_PORT": "udp://10.0.0.12:53",
+    "OVSERVE_REST_PORT_53_UDP_ADDR": "10.0.0.12",
+}
+
+
+def test_variables_of_a_kubernetes_service_are_no_options() -> None:
+    assert load_settings({}, OF_SERVICES) == load_settings({}, {})
+    assert service_variables({**OF_SERVICES, "OVSERVE_HOST": "::", "SERVICE_HOST": "x"}) == list(OF_SERVICES)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OVSERVE_PORT", "http://10.0.0.11:8000"),
+        ("OVSERVE_PORT_HTTP", "tcp://10.0.0.11:8000"),
+        ("OVSERVE_PORT_8000_TCP_NAME", "tcp"),
+        ("OVSERVE_SERVICE", "10.0.0.11"),
+        ("OVSERVE_SERVICE_HOSTS", "10.0.0.11"),
+        ("OVSERVE_service_host", "10.0.0.11"),
+    ],
+)
+def test_what_only_looks_like_a_kubernetes_service_is_told(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=rf"(?i){name}|{name.removeprefix('OVSERVE_')}"):
+        load_settings({}, {name: value})
+
+
+def test_a_port_given_as_a_port_still_holds() -> None:
+    assert load_settings({}, {"OVSERVE_SERVICE_HOST": "10.0.0.11", "OVSERVE_PORT": "9"}).port == 9
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -135,3 +206,61 @@ def test_a_file_in_another_encoding_is_told(tmp_path: Path) -> None:
     config.write_bytes("# für\n".encode("latin-1"))
     with pytest.raises(SettingsError, match=r"c\.toml"):
         load_settings({}, {}, config)
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f"default_timeout_s = 1{'0' * 400}", "{path}: default_timeout_s=a number of 1329 bits: too large a number"),
+        (f"port = 1{'0' * 5000}", "--config {path}: "),
+        (f"port = 0x1{'0' * 5000}", "{path}: port=a number of 20001 bits: must be at most 65535"),
+        (f"port = '{'9' * 5000}'", "{path}: port=" + "9" * 100 + "...: expected a whole number"),
+        ('port = "1\\n2"', "{path}: port=1\\n2: expected a whole number"),
+        ('spool_dir = "a\\u0000b"', "{path}: spool_dir="),
+        ('host = "a\\u0000b"', "must not hold a NUL character"),
+        (f"x = {DEEP}", "--config {path}: nested too deeply"),
+        (f"port{'.a' * 5000} = 1", "{path}: port={...}: expected a whole number"),
+        (f"[[model]]\nplugin_config = '{DEEP}'", "plugin_config: nested too deeply"),
+        (f"[[model]]\nplugin_config = '{{\"a\": 1{'0' * 5000}}}'", "plugin_config: "),
+        ("[[model]]\nname = 'a'\n[[model]]\nname = 'b'\nreplicas = 0", "{path}: [[model]] 2 (b): replicas=0: must be"),
+        ("[[model]]\n[[model]]\nmodel_name = 'b'\nreplica = 1", "{path}: [[model]] 2 (b): unknown option 'replica'"),
+        ("[[model]]\nname = 1\nreplicas = 1", "{path}: [[model]] 1 (1): name=1: expected a string"),
+        ("[[model]]\npath = ''\nreplicas = 0", "{path}: [[model]] 1: replicas=0: must be"),
+        ("[model]\nname = 'a'", "{path}: write each model as a [[model]] table"),
+        ("ports = 1", "{path}: unknown option 'ports'"),
+    ],
+)
+def test_whatever_is_wrong_in_a_file_is_told_in_one_line_with_its_place(tmp_path: Path, text: str, told: str) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings({}, {}, config)
+    assert told.replace("{path}", str(config)) in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+    assert "\0" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_taken(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("port = 9\r\n[[model]]\r\nname = 'a'\r\n", "utf-8-sig")
+    settings = load_settings({}, {}, config)
+    assert (settings.port, settings.models[0].name) == (9, "a")
+
+
+def test_a_loop_of_links_is_left_to_the_profile(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert load_settings({"path": str(tmp_path / "a")}, {}).models[0].name in ("a", "b")
+
+
+def test_a_working_directory_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SettingsError, match="model path m: No such file"):
+        load_settings({"path": "m"}, {})

@@ -53,17 +53,51 @@ def test_resident_memory_of_nobody_is_nothing() -> None:
     assert resident_bytes(ended.pid) == 0
 
 
-def test_memory_limit_of_the_control_group_counts(tmp_path: Path) -> None:
-    whole = machine_memory_bytes(tmp_path)
-    assert whole == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine_memory_bytes(tmp_path) == whole
-    (tmp_path / "memory.max").write_text("1048576\n")
-    assert machine_memory_bytes(tmp_path) == MIB
-    (tmp_path / "memory.max").unlink()
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")  # v1's word for none
-    assert machine_memory_bytes(tmp_path) == whole
+WHOLE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+UNLIMITED = 9223372036854771712  # v1's word for none
+
+
+@pytest.mark.parametrize(
+    ("membership", "limits", "allowed"),
+    [
+        ("0::/\n", {}, WHOLE),
+        ("0::/\n", {"memory.max": "max"}, WHOLE),
+        ("0::/\n", {"memory.max": MIB}, MIB),
+        ("0::/system.slice/ovserve.service\n", {"system.slice/ovserve.service/memory.max": MIB}, MIB),
+        (
+            "0::/system.slice/ovserve.service\n",
+            {"system.slice/ovserve.service/memory.max": "max", "system.slice/memory.max": MIB, "memory.max": "max"},
+            MIB,
+        ),
+        ("0::/a/b\n", {"a/b/memory.max": 3 * MIB, "a/memory.max": 2 * MIB}, 2 * MIB),
+        ("0::/a/b\n", {"a/b/c/memory.max": MIB, "a/d/memory.max": MIB}, WHOLE),  # others' limits
+        ("0::/../../host/group\n", {"memory.max": MIB}, MIB),  # seen from another namespace
+        ("0::/of:colons\n", {"of:colons/memory.max": MIB}, MIB),
+        ("4:memory:/docker/1\n", {"memory/docker/1/memory.limit_in_bytes": MIB}, MIB),
+        ("4:cpu,memory:/docker/1\n0::/\n", {"memory/docker/memory.limit_in_bytes": MIB}, MIB),
+        (
+            "4:memory:/docker/1\n",
+            {"memory/memory.limit_in_bytes": MIB},
+            MIB,
+        ),  # v1 in a container: its own group is the root
+        ("4:memory:/a\n", {"memory/a/memory.limit_in_bytes": UNLIMITED}, WHOLE),
+        (None, {"memory.max": MIB}, MIB),
+    ],
+)
+def test_memory_limit_is_the_least_of_the_control_groups(
+    tmp_path: Path, membership: str | None, limits: dict[str, object], allowed: int
+) -> None:
+    told, mount = tmp_path / "cgroup", tmp_path / "mount"
+    if membership is not None:
+        told.write_text(membership)
+    for name, limit in limits.items():
+        (mount / name).parent.mkdir(parents=True, exist_ok=True)
+        (mount / name).write_text(f"{limit}\n")
+    assert machine_memory_bytes(mount, told) == allowed
+
+
+def test_memory_of_this_machine_is_known() -> None:
+    assert 0 < machine_memory_bytes() <= WHOLE
 
 
 def test_worker_goes_before_the_front_end_when_memory_runs_out() -> None:

@@ -71,6 +71,20 @@ def test_a_wrong_directory_is_told(tmp_path: Path) -> None:
         read_profile(ModelSettings(name="m", path=tmp_path / "nowhere"))
 
 
+def test_a_loop_of_links_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(ModelError, match="no such directory"):
+        read_profile(ModelSettings(name="m", path=tmp_path / "a"))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, f'{{"sample_size": 1{"0" * 5000}}}', '{"sample_size": 1e999}'])
+def test_json_that_no_tool_writes_is_told(directory: Path, text: str) -> None:
+    (directory / "unet" / "config.json").write_text(text)
+    with pytest.raises(ModelError):
+        read_profile(ModelSettings(name="m", path=directory))
+
+
 def test_another_kind_of_model_is_refused(directory: Path) -> None:
     index = json.loads((directory / "model_index.json").read_text())
     (directory / "model_index.json").write_text(json.dumps({**index, "_class_name": "AudioLDMPipeline"}))

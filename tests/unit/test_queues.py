@@ -2,19 +2,20 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ovserve.deadline import Deadline
-from ovserve.dispatch.jobs import Job
+from ovserve.dispatch.jobs import Client, Job
 from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.dispatch.queues import FairQueue, Ticket
 
 REQUEST = ImageRequest(task="edit", prompt="x")
 
 
-def ticket(client: str, name: str = "") -> Ticket:
-    return Ticket(Job(name or client, "toy", client, REQUEST, Deadline.after(60), wakeup=-1), "path")
+def ticket(address: str, name: str = "", key: str = "") -> Ticket:
+    return Ticket(Job(name or address, "toy", Client(address, key), REQUEST, Deadline.after(60), wakeup=-1), "path")
 
 
 def names(queue: FairQueue) -> list[str]:
@@ -90,21 +91,48 @@ def test_removed_job_is_gone_from_wherever_it_stood() -> None:
 def test_limit_holds_at_n_and_refuses_n_plus_one() -> None:
     queue = FairQueue(3)
     for number in range(3):
-        assert queue.has_place_for(str(number))
+        assert queue.has_place_for(Client(str(number)))
         queue.push(ticket(str(number)))
-    assert not queue.has_place_for("late")
-    assert queue.has_place_for("late", free_workers=1)
+    assert not queue.has_place_for(Client("late"))
+    assert queue.has_place_for(Client("late"), free_workers=1)
     queue.pop()
-    assert queue.has_place_for("late")
+    assert queue.has_place_for(Client("late"))
 
 
-def test_lone_client_fills_a_short_queue_whole_and_leaves_places_in_a_long_one() -> None:
-    for limit, filled in ((1, 1), (2, 2), (8, 8), (64, 57), (900, 800)):
-        queue = FairQueue(limit)
-        while queue.has_place_for("greedy"):
-            queue.push(ticket("greedy"))
-        assert len(queue) == filled
-        assert queue.has_place_for("other") == (filled < limit)
+@pytest.mark.parametrize(
+    ("limit", "by_key", "by_address"), [(1, 1, 1), (2, 2, 2), (8, 8, 8), (64, 51, 57), (810, 640, 720)]
+)
+def test_one_key_leaves_places_to_others_of_its_address_and_that_to_other_addresses(
+    limit: int, by_key: int, by_address: int
+) -> None:
+    queue = FairQueue(limit)
+    while queue.has_place_for(Client("greedy", "k")):
+        queue.push(ticket("greedy", key="k"))
+    assert len(queue) == by_key
+    assert queue.has_place_for(Client("greedy", "other")) == (by_key < limit)
+    number = 0
+    while queue.has_place_for(Client("greedy", str(number))):
+        queue.push(ticket("greedy", key=str(number)))
+        number += 1
+    assert len(queue) == by_address
+    assert queue.has_place_for(Client("other")) == (by_address < limit)
+
+
+def test_a_new_key_for_each_job_wins_no_turns() -> None:
+    queue = FairQueue(100)
+    for number in range(5):
+        queue.push(ticket("a", f"a{number}", key=str(number)))
+    for number in range(2):
+        queue.push(ticket("b", f"b{number}"))
+    assert names(queue) == ["a0", "b0", "a1", "b1", "a2", "a3", "a4"]
+
+
+def test_keys_of_one_address_take_turns() -> None:
+    queue = FairQueue(100)
+    for name in ("a0", "a1", "a2", "b0"):
+        queue.push(ticket("proxy", name, key=name[0]))
+    queue.push(ticket("proxy", "none"))
+    assert names(queue) == ["a0", "b0", "none", "a1", "a2"]
 
 
 @given(st.lists(st.one_of(st.sampled_from("abcd"), st.none(), st.integers(0, 20)), max_size=60))

@@ -11,10 +11,10 @@ from ovserve.front.http1.head import HeadParser
 from ovserve.front.request import Request, new_request_id
 
 
-def request(fields: str = "", target: str = "/") -> Request:
+def request(fields: str = "", target: str = "/", address: str = "192.0.2.1") -> Request:
     head = HeadParser(Settings()).parse(f"GET {target} HTTP/1.1\r\nHost: a\r\n{fields}\r\n".encode("latin-1"))
     assert head is not None
-    return Request(head, "192.0.2.1")
+    return Request(head, address)
 
 
 def test_ids_are_ours_and_never_the_same() -> None:
@@ -23,16 +23,35 @@ def test_ids_are_ours_and_never_the_same() -> None:
     assert all(re.fullmatch("req_[0-9a-f]{32}", one) for one in ids)
 
 
-def test_a_client_is_its_key_s_fingerprint_or_its_address() -> None:
-    bearer = request("Authorization: Bearer sk-one\r\n").client
+def test_a_key_is_known_by_its_fingerprint() -> None:
+    bearer = request("Authorization: Bearer sk-one\r\n").key
     assert re.fullmatch("[0-9a-f]{16}", bearer)
-    assert request("authorization: bearer  sk-one\r\n").client == bearer
-    assert request("api-key: sk-one\r\n").client == bearer
-    assert request("Authorization: Bearer sk-two\r\n").client != bearer
-    assert request("Authorization: Basic sk-one\r\n").client == "192.0.2.1"
-    assert request("Authorization: Bearer\r\n").client == "192.0.2.1"
-    assert request("api-key: \xff\r\n").client != "192.0.2.1"
-    assert request().client == "192.0.2.1"
+    assert request("authorization: bearer  sk-one\r\n").key == bearer
+    assert request("api-key: sk-one\r\n").key == bearer
+    assert request("Authorization: Bearer sk-two\r\n").key != bearer
+    assert request("Authorization: Basic sk-one\r\n").key == ""
+    assert request("Authorization: Bearer\r\n").key == ""
+    assert request("api-key: \xff\r\n").key
+    assert request().key == ""
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("2001:db8:1:2::3", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff:ffff:ffff:ffff", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::3", "2001:db8:1:3::/64"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("fe80::1%eth0", "fe80::/64"),
+    ],
+)
+def test_of_an_ipv6_address_counts_what_its_owner_cannot_choose(address: str, network: str) -> None:
+    assert request(address=address).network == network
+
+
+def test_a_forwarded_address_is_not_believed() -> None:
+    assert request("X-Forwarded-For: 198.51.100.7\r\nForwarded: for=198.51.100.7\r\n").network == "192.0.2.1"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ class FakeExchange:
     """A request without a socket."""
 
     id = "r1"
-    client = address = "127.0.0.1"
+    address = network = "127.0.0.1"
+    key = ""
     query: Mapping[str, str] = {}
 
     def __init__(self, method: str, path: str, **headers: str) -> None:

@@ -5,8 +5,9 @@ import secrets
 import shutil
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,34 @@ def test_manager_that_does_not_read_stops_nobody(manager: socket.socket) -> None
         sent += 1
         assert sent < 100_000
     assert sent > 0
+
+
+@pytest.mark.parametrize("tell", [lambda: systemd.notify_ready("x"), systemd.notify_reloading, systemd.notify_stopping])
+def test_change_of_state_waits_for_a_manager_that_is_behind(manager: socket.socket, tell: Callable[[], bool]) -> None:
+    while systemd.notify_status("x"):
+        pass
+    told: list[bool] = []
+    teller = threading.Thread(target=lambda: told.append(tell()))
+    teller.start()
+    teller.join(0.3)
+    assert teller.is_alive()
+    while not heard(manager).keys() & {"READY", "RELOADING", "STOPPING"}:
+        pass  # what it had not read before
+    teller.join()
+    assert told == [True]
+
+
+def test_change_of_state_is_given_up_when_the_manager_never_reads(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(systemd, "STATE_TIMEOUT_S", 0.3)
+    while systemd.notify_status("x"):
+        pass
+    started, worked = time.monotonic(), time.thread_time()
+    assert not systemd.notify_ready("x")
+    assert 0.3 <= time.monotonic() - started < 3
+    assert time.thread_time() - worked < 0.1  # it sleeps meanwhile
+    assert "READY=1" in caplog.text
 
 
 def test_watchdog_is_fed_within_its_interval_and_not_at_every_call(

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["MASKED", "enter", "explain_exit", "machine_memory_bytes", "prefer_for_oom", "resident_bytes"]
@@ -65,13 +66,36 @@ def resident_bytes(pid: int) -> int:
         return 0
 
 
-def machine_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory this program may use: the machine's, or the limit of its control group (v2, v1) where that is less."""
+def machine_memory_bytes(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Memory this program may use: the machine's, or the least limit of its control group and all above it (v2, v1).
+
+    Args:
+        cgroups: where the control groups are mounted.
+        membership: tells which of them this program is in.
+    """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+    for limit in _limit_files(cgroups, membership):
         with contextlib.suppress(OSError, ValueError):  # "max", or no such file
-            memory = min(memory, int((cgroup / name).read_text("ascii")))
+            memory = min(memory, int(limit.read_text("ascii")))
     return memory
+
+
+def _limit_files(cgroups: Path, membership: Path) -> Iterator[Path]:
+    """Files that may hold a memory limit of this program's control groups, up to the root of the mount (cgroups(7)).
+
+    The root is always among them. In a container it is the container's own group, and membership may name a path of the host's.
+    """
+    groups = {"": "/", "memory": "/"}  # controllers (v2: none is named) and the group
+    with contextlib.suppress(OSError, ValueError):
+        for line in membership.read_text(errors="surrogateescape").splitlines():
+            _, controllers, path = line.split(":", 2)
+            groups.update((name, path) for name in controllers.split(",") if name in groups)
+    for mount, name, path in (
+        (cgroups, "memory.max", groups[""]),
+        (cgroups / "memory", "memory.limit_in_bytes", groups["memory"]),
+    ):
+        group = mount / path.lstrip("/")
+        yield from (each / name for each in (group, *group.parents) if each.is_relative_to(mount))
 
 
 def prefer_for_oom(pid: int) -> None:

@@ -269,8 +269,11 @@ class Supervisor:
             name=link.name,
             daemon=True,
         )
-        signal.pthread_sigmask(signal.SIG_BLOCK, processes.MASKED)  # inherited: no moment when a Ctrl-C hits the child
         try:
+            resource_tracker.ensure_running()  # were it gone, `start` would make it anew, and leave signals unblocked here
+            signal.pthread_sigmask(
+                signal.SIG_BLOCK, processes.MASKED
+            )  # inherited: no moment when a Ctrl-C hits the child
             process.start()
         except OSError:
             link.close()

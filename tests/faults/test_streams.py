@@ -1,0 +1,69 @@
+"""Standard streams that are closed, or that cannot be written, end no server."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.live import PINNED
+
+START_LIMIT_S = 60
+SERVE = [*PINNED, "--port", "0"]
+
+
+def start(redirection: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ovserve", *arguments]
+    return subprocess.Popen(
+        ["/bin/sh", "-c", f'exec "$@" {redirection}', "sh", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("redirection", "told_port"),
+    [
+        ("<&-", "ready http://127.0.0.1:"),
+        (">&-", "listening address=127.0.0.1 port="),
+        ("2>&-", "ready http://127.0.0.1:"),
+        (">/dev/full", "listening address=127.0.0.1 port="),
+        ("2>/dev/full", "ready http://127.0.0.1:"),
+    ],
+)
+def test_a_server_without_one_of_its_streams_serves_and_ends_well(
+    tmp_path: Path, redirection: str, told_port: str
+) -> None:
+    with start(redirection, *SERVE, "--spool_dir", str(tmp_path)) as server:
+        try:
+            stream = server.stdout if told_port.startswith("ready") else server.stderr
+            assert stream
+            told = next((line for line in stream if told_port in line), "")
+            port = told.partition(told_port)[2].strip()
+            assert port.isdigit(), "the server said nothing"
+            if stream is server.stderr:
+                assert any("worker ready" in line for line in stream)
+            reply = httpx.post(
+                f"http://127.0.0.1:{port}/v1/images/generations",
+                json={"prompt": "a red star", "num_inference_steps": 2},
+                timeout=START_LIMIT_S,
+            )
+            assert reply.status_code == 200
+            server.send_signal(signal.SIGTERM)
+            server.communicate(timeout=START_LIMIT_S)
+            assert server.returncode == 0
+        finally:
+            server.kill()
+
+
+@pytest.mark.parametrize("redirection", ["<&-", ">&-", "2>&-", "2>/dev/full", "<&- >&- 2>&-"])
+def test_a_wrong_start_has_its_exit_code_without_streams(redirection: str) -> None:
+    with start(redirection, "--port", "99999") as server:
+        server.communicate(timeout=START_LIMIT_S)
+        assert server.returncode == 2
