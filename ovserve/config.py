@@ -307,7 +307,7 @@ class Settings:
     )
     spool_warm_bytes: int = _option(
         64 * MIB,
-        "Most bytes of used spool files that are kept for the next uploads; 0: none.",
+        "Most bytes of used spool files that are kept for the next uploads, a quarter of the spool at most; 0: none.",
         low=0,
         high=1024 * 1024 * MIB,
         unit="bytes",

@@ -17,6 +17,7 @@ import mmap
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -36,6 +37,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # each segment holds one, until its exchange ends
 _FULL_RETRY_S = 2  # segments live for as long as one exchange
 _UNBORN_S = 60.0  # from a folder to its lock, many times over
+_WARM_SHARE = 4  # one part in so many of what the spool can hold may be kept warm: the rest is for what is in flight
 
 log = logging.getLogger(__name__)
 
@@ -211,6 +213,12 @@ def _allocate(descriptor: int, begin: int, end: int) -> bool:
     return True
 
 
+def _total_bytes(folder: Path) -> int:
+    """What the file system of this folder holds when it is empty."""
+    found = os.statvfs(folder)
+    return found.f_blocks * found.f_frsize or sys.maxsize  # none: a tmpfs without a limit
+
+
 class Spool:
     """The front end's own folder of segments, with a limit on their bytes. Thread-safe: yes, one lock.
 
@@ -218,7 +226,8 @@ class Spool:
         directory: where the folder is made; a tmpfs, by preference.
         limit_bytes: of all living segments together, those in the fallback too.
         fallback: a directory for what finds no room in the first; None: SpoolFull at once.
-        warm_bytes: of files that are kept for the next uploads; they count towards the limit, and give way to segments.
+        warm_bytes: of files that are kept for the next uploads, a quarter of the spool at most; they count towards the limit, and
+            give way to segments.
     """
 
     def __init__(self, directory: Path, limit_bytes: int, fallback: Path | None = None, warm_bytes: int = 0) -> None:
@@ -228,7 +237,8 @@ class Spool:
         self._lock = threading.Lock()
         self._guards: list[tuple[Path, int]] = []
         self.directory = self._take_folder("spool_dir", directory)
-        self.warm = WarmPool(self.directory, warm_bytes)
+        room = min(limit_bytes, _total_bytes(self.directory))
+        self.warm = WarmPool(self.directory, min(warm_bytes, room // _WARM_SHARE))
         try:
             self.fallback = None if fallback is None else self._take_folder("spool_fallback_dir", fallback)
         except SettingsError:
@@ -250,21 +260,21 @@ class Spool:
             raise
         return segment
 
-    def borrow(self, ceiling: int) -> Segment:
+    def borrow(self, ceiling: int, wanted: int | None = None) -> Segment:
         """A segment for an upload that may grow to `ceiling` bytes, in a warm file where there is one. Raises SpoolFull.
 
-        For bytes that only the front end writes: a warm file still has the bytes of the upload before.
+        `wanted`: how many of them are known to come; None: all. For bytes that only the front end writes: a warm file still has the bytes of the upload before.
         """
         ceiling = max(1, ceiling)
-        file = self.warm.lend(ceiling)
-        if file is None:
-            return Segment(self, ceiling, self.warm.span_for(ceiling))
-        try:
-            self.take(file.size)
-        except SpoolFull:
-            file.close()
-            raise
-        return Segment(self, ceiling, file.span, file)
+        file = self.warm.lend(ceiling, ceiling if wanted is None else wanted)
+        if file is not None:
+            try:
+                self.take(file.size)
+            except SpoolFull:
+                file.close()  # there may be room for as much as will come
+            else:
+                return Segment(self, ceiling, file.span, file)
+        return Segment(self, ceiling, self.warm.span_for(ceiling))
 
     def cool(self) -> None:
         """Give up all warm files."""

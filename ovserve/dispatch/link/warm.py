@@ -27,6 +27,7 @@ __all__ = ["WarmFile", "WarmPool", "join"]
 
 MOST_FILES = 64  # two descriptors each; as many small uploads at once as a busy server has
 SMALLEST_SPAN = 1 << 20
+MOST_EXCESS = 2  # times the bytes wanted: what a lent file holds beyond them is lost to everybody while it is lent
 
 
 @dataclass(slots=True)
@@ -66,13 +67,18 @@ class WarmPool:
         """The address space for a file whose first segment may grow to `ceiling` bytes: room for later ones; 0: not kept."""
         return max(SMALLEST_SPAN, 1 << (ceiling - 1).bit_length()) if self._limit else 0
 
-    def lend(self, ceiling: int) -> WarmFile | None:
-        """A file, under a new name, for a segment that may grow to `ceiling` bytes: the smallest that is large enough."""
+    def lend(self, ceiling: int, wanted: int) -> WarmFile | None:
+        """A file, under a new name, for a segment that may grow to `ceiling` bytes, of which `wanted` are known to come.
+
+        The smallest that is large enough, else the largest; none that is much too large: nobody can take back what is lent, and
+        the file of one large upload, lent to a small one, would leave that one no room for its own request.
+        """
+        most = max(MOST_EXCESS * wanted, SMALLEST_SPAN)
         with self._lock:
-            fitting = [file for file in self._files if file.span >= ceiling]
+            fitting = [file for file in self._files if file.span >= ceiling and file.size <= most]
             if not fitting:
                 return None
-            enough = [file for file in fitting if file.size >= ceiling]
+            enough = [file for file in fitting if file.size >= wanted]
             file = min(enough, key=_size_of) if enough else max(fitting, key=_size_of)
             self._files.remove(file)
             self._size -= file.size

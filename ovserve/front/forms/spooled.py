@@ -92,7 +92,8 @@ def receive(body: Body, form: SpooledForm, spool: Spool, limit: int) -> Iterator
     filled = body.readinto(first) if ceiling else 0
     if not filled:
         return
-    segment = form.own(spool.borrow(ceiling))
+    # Without a length in the head, no more is known to come than has come.
+    segment = form.own(spool.borrow(ceiling, filled if body.expected is None else ceiling))
     segment.reserve(min(ceiling, GROWTH_BYTES[0]))
     segment.view[:filled] = first[:filled]
     yield segment, 0, filled
