@@ -56,6 +56,7 @@ __all__ = [
     "ServerError",
     "SettingsError",
     "SpoolFull",
+    "SpoolUnusable",
     "StartupError",
     "TargetTooLong",
     "TooManyConnections",
@@ -403,6 +404,13 @@ class SpoolFull(ServerError):
 
     status = 503
     code = "spool_full"
+
+
+class SpoolUnusable(ServerError):
+    """503: no file can be made in the spool directory, whatever its room; the message, and the health documents, say why."""
+
+    status = 503
+    code = "spool_unusable"
 
 
 class DeadlineExceeded(ServerError):

@@ -167,14 +167,14 @@ class Model:
         places = sum(worker.capacity for worker in self.workers) or 1
         return len(self.queue) * (self.job_s or _FIRST_GUESS_S) / places
 
-    def status(self, *, is_draining: bool) -> ModelStatus:
-        """How it stands now."""
+    def status(self, hindrance: str = "") -> ModelStatus:
+        """How it stands now. `hindrance`: why no model takes jobs, whatever its own standing."""
         ready = [worker for worker in self.workers if worker.capacity]
         reason = ""
         if self.failure:
             reason = f"failed: {self.failure}"
-        elif is_draining:
-            reason = "draining"
+        elif hindrance:
+            reason = hindrance
         elif self.is_leaving:
             reason = "unloading"
         elif not ready:

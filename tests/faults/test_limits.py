@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import threading
@@ -68,6 +69,23 @@ def test_full_tmpfs_is_503_and_the_next_request_works(tiny: Path) -> None:
         assert server.generate(client, "echo").status_code == 200
         assert len(server.workers()) == 1
         assert not server.logged("worker died")
+
+
+def test_spool_folder_that_vanishes_costs_no_later_request(tmp_path: Path) -> None:
+    with FaultServer(tmp_path / "spool") as server, server.client() as client:
+        assert server.edit(client, "echo").status_code == 200
+        shutil.rmtree(tmp_path / "spool")
+        assert [server.edit(client, "echo").status_code for _ in range(2)] == [200, 200]
+        shutil.rmtree(tmp_path / "spool")
+        (tmp_path / "spool").write_bytes(b"in the way")
+        reply = server.edit(client, "echo")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "spool_unusable")
+        assert reply.headers["retry-after"]
+        assert server.fetch("/v2/health/ready")[0] == 503
+        assert "Not a directory" in server.standing()["reason"]
+        (tmp_path / "spool").unlink()
+        assert server.fetch("/v2/health/ready")[0] == 200
+        assert server.edit(client, "echo").status_code == 200
 
 
 def test_reload_under_load_loses_no_request(tmp_path: Path) -> None:

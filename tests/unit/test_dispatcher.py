@@ -48,6 +48,7 @@ from ovserve.errors import (
     NotReady,
     QueueFull,
     SpoolFull,
+    SpoolUnusable,
     WorkerCrashed,
 )
 
@@ -654,12 +655,29 @@ def test_file_that_cannot_be_made_costs_its_own_job_only(house: House) -> None:
     worker.expect(Run)
     worker.deliver(other.id)
     shutil.rmtree(house.spool.directory)
+    house.spool.directory.write_bytes(b"in the way")
     worker.say(Need(job.id, 0, 7), Done(other.id, 0, 0, 0))
     assert worker.expect(Room) == Room(job.id, 0, "")
     assert house.settled(job) is State.FAILED
-    assert isinstance(job.error, SpoolFull)
+    assert isinstance(job.error, SpoolUnusable)
     assert house.settled(other) is State.DONE
     assert not worker.link.lost
+    house.spool.directory.unlink()
+
+
+def test_no_model_is_ready_while_the_spool_cannot_be_used(house: House) -> None:
+    worker = house.worker()
+    shutil.rmtree(house.spool.directory)
+    house.spool.directory.write_bytes(b"in the way")
+    with pytest.raises(SpoolUnusable):
+        house.admit()
+    status = house.dispatcher.status("toy")
+    assert (status.ready, status.workers) == (False, 1)
+    assert "cannot be used" in status.reason
+    assert [status.ready for status in house.dispatcher.statuses()] == [False]
+    house.spool.directory.unlink()
+    assert house.dispatcher.status("toy").ready
+    assert house.admit().id == worker.serve()
 
 
 def test_result_larger_than_any_picture_fails_its_job_and_not_the_worker(house: House) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import resource
 import subprocess
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.dispatch.link.spool import Blob, Spool, default_directory, fill, open_blob, sweep
+from ovserve.dispatch.link.folder import sweep
+from ovserve.dispatch.link.spool import Blob, Spool, default_directory, fill, open_blob
 from ovserve.errors import SettingsError, SpoolFull
 
 MIB = 1024 * 1024
@@ -245,24 +245,6 @@ def test_next_front_end_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
     spool = Spool(tmp_path, MIB)
     assert [spool.directory] == list(tmp_path.iterdir())
     spool.close()
-
-
-def test_sweep_leaves_a_folder_that_is_just_being_made_and_takes_one_that_never_was(tmp_path: Path) -> None:
-    young, old = tmp_path / "ovserve-spool-young", tmp_path / "ovserve-spool-old"
-    young.mkdir()
-    old.mkdir()
-    os.utime(old, (1, 1))
-    assert sweep(tmp_path) == 1
-    assert list(tmp_path.iterdir()) == [young]
-
-
-def test_sweep_touches_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "somebody").mkdir()
-    (tmp_path / "a-file").write_bytes(b"")
-    with (tmp_path / "locked").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        assert sweep(tmp_path) == 0
-    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("option", ["spool_dir", "spool_fallback_dir"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -243,6 +244,27 @@ def test_warm_files_give_way_in_a_full_directory(tmp_path: Path) -> None:
     finally:
         spool.close()
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_folder_that_vanishes_takes_its_warm_files_along(spool: Spool) -> None:
+    before = descriptors()
+    held = filled(spool, b"held")
+    for _ in range(2):
+        filled(spool, b"upload").release()
+    shutil.rmtree(spool.directory)
+    held.release()  # it cannot be kept
+    assert spool.used_bytes == 0
+    filled(spool, b"next").release()  # the kept one cannot be lent
+    assert spool.warm.size == 4
+    spool.cool()
+    assert (descriptors(), spool.used_bytes) == (before, 0)
+
+
+def test_warm_files_of_a_folder_that_vanished_are_given_up_when_it_is_made_anew(spool: Spool) -> None:
+    filled(spool, b"upload").release()
+    shutil.rmtree(spool.directory)
+    spool.store(b"request").release()
+    assert spool.warm.size == 0
 
 
 def test_without_a_pool_every_segment_has_its_own_file(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ class WarmFile:
         with contextlib.suppress(BufferError):  # somebody still holds a slice; the mapping goes with it
             self.mapping.close()
         os.close(self.descriptor)
-        Path(self.path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may be gone, or the whole folder
+            os.unlink(self.path)
 
 
 class WarmPool:
@@ -82,23 +83,23 @@ class WarmPool:
             file = min(enough, key=_size_of) if enough else max(fitting, key=_size_of)
             self._files.remove(file)
             self._size -= file.size
-        name = f"{self._folder}/{secrets.token_hex(12)}"
-        os.rename(file.path, name)
-        file.path = name
-        fcntl.flock(file.descriptor, fcntl.LOCK_UN)
+        try:
+            _rename(file, f"{self._folder}/{secrets.token_hex(12)}")
+            fcntl.flock(file.descriptor, fcntl.LOCK_UN)
+        except OSError:
+            file.close()  # somebody has taken it out of the folder
+            return None
         return file
 
     def keep(self, file: WarmFile) -> bool:
-        """Keep a file for later; False when it has to be closed: too large, or in somebody's hands still."""
+        """Keep a file for later; False when it has to be closed: too large, in somebody's hands still, or gone from the folder."""
         if file.size > self._limit:
             return False
-        name = f"{self._folder}/warm-{secrets.token_hex(12)}"
-        os.rename(file.path, name)
-        file.path = name
         try:
+            _rename(file, f"{self._folder}/warm-{secrets.token_hex(12)}")
             fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.mapping.resize(file.span)  # to the size that it has: refused while a view of it is held
-        except (BlockingIOError, BufferError):
+        except (OSError, BufferError):
             return False
         with self._lock:
             self._files.append(file)
@@ -120,6 +121,11 @@ class WarmPool:
             self._size -= file.size
             dropped.append(file)
         return dropped
+
+
+def _rename(file: WarmFile, name: str) -> None:
+    os.rename(file.path, name)
+    file.path = name
 
 
 def _size_of(file: WarmFile) -> int:
