@@ -13,7 +13,7 @@ Thread-safe: no; the dispatcher's lock guards it.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ovserve.dispatch.jobs import Job
@@ -50,9 +50,21 @@ class Ticket:
         """Whether it runs with no neighbours: a worker has died with it."""
         return self.deaths > 0
 
+    @property
+    def unfinished(self) -> int:
+        """Pictures that its worker has still to make; 1 where only the end is still to come."""
+        return 1 if self.job.is_settled else max(1, self.job.request.n - len(self.job.results))
+
+
+def _anybody(_: str) -> bool:
+    return True
+
 
 class FairQueue:
-    """Waiting tickets of one model. Every operation but iteration takes constant time, and that of the jobs given back."""
+    """Waiting tickets of one model.
+
+    Every operation but iteration takes constant time, and that of the jobs given back and of the clients that are passed over.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -91,19 +103,20 @@ class FairQueue:
         """Take the next of those given back. Raises IndexError when there is none."""
         return self._front.popleft()
 
-    def pop_beside(self) -> Ticket | None:
-        """Take the next job that may run beside others: of those given back, then of all."""
+    def pop_beside(self, may_have: Callable[[str], bool] = _anybody) -> Ticket | None:
+        """Take the next job that may run beside others: of those given back, then of the clients that `may_have` one taken."""
         for ticket in self._front:  # at most the jobs of a few dead workers
             if not ticket.is_alone:
                 self._front.remove(ticket)
                 return ticket
-        return self.pop()
+        return self.pop(may_have)
 
-    def pop(self) -> Ticket | None:
-        """Take the next ordinary job: the oldest of the client whose turn it is."""
-        if not self._clients:
+    def pop(self, may_have: Callable[[str], bool] = _anybody) -> Ticket | None:
+        """Take the next ordinary job: the oldest of the client whose turn it is. Who is passed over keeps the turn."""
+        client = next(filter(may_have, self._clients), None)
+        if client is None:
             return None
-        client, waiting = next(iter(self._clients.items()))
+        waiting = self._clients[client]
         _, ticket = waiting.popitem(last=False)
         if waiting:
             self._clients.move_to_end(client)

@@ -314,6 +314,34 @@ def test_clients_take_turns(house: House) -> None:
     assert [worker.serve() for _ in range(5)] == [job.id for job in (greedy[0], modest, *greedy[1:])]
 
 
+def test_client_with_pictures_enough_on_a_worker_leaves_its_other_places_to_others(house: House) -> None:
+    house.dispatcher.add_model("toy", 100)
+    worker = house.worker(capacity=3)
+    greedy = [house.admit(client="greedy", n=n) for n in (1, 4, 4)]
+    assert [worker.expect(Run).job for _ in range(2)] == [greedy[0].id, greedy[1].id]
+    worker.expect_silence()  # five of its pictures: enough to keep a worker for three busy
+    modest = house.admit(client="modest")
+    assert worker.expect(Run).job == modest.id
+    worker.deliver(modest.id)
+    worker.say(Done(modest.id, 0, 0, 0))
+    worker.deliver(greedy[0].id)
+    worker.say(Done(greedy[0].id, 0, 0, 0))
+    for picture in range(2):
+        worker.expect_silence()
+        worker.deliver(greedy[1].id, picture)
+    house.dispatcher.admit(house.job(client="another"))  # a turn of the dispatcher, as any report brings one
+    assert {worker.expect(Run).job for _ in range(2)} == {greedy[2].id, house.jobs[-1].id}
+
+
+def test_lone_client_with_jobs_of_many_pictures_keeps_every_worker_busy(house: House) -> None:
+    workers = [house.worker(capacity=3) for _ in range(2)]
+    for _ in range(3):
+        house.admit(n=10)
+    for worker in workers:
+        worker.expect(Run)
+        worker.expect_silence()
+
+
 def test_models_do_not_wait_for_one_another(house: House) -> None:
     house.dispatcher.add_model("other", 4)
     busy, free = house.worker(), house.worker(model="other")
@@ -985,7 +1013,7 @@ def test_worker_that_does_not_read_stops_nobody_else(house: House) -> None:
 
 def test_worker_that_asks_without_ever_reading_is_let_go_of(house: House) -> None:
     deaf = house.worker(capacity=2, reads=False)
-    asked, waiting = house.admit(n=8000), house.admit()
+    asked, waiting = house.admit(n=8000), house.admit(client="other")
     house.until(lambda: house.dispatcher.status("toy").running == 2)
     house.dispatcher.cancel(asked)
     with contextlib.suppress(LinkClosed):
