@@ -35,7 +35,8 @@ class Place:
         is_retired: it gets no more jobs, and no successor.
         end_by: the instant at which it is killed.
         kill_reason: why it was, or will be.
-        exit_reason: the process has ended; the dispatcher has still to read its last words.
+        abandon_at: the instant at which it is done without, though the kill has not ended it.
+        exit_reason: the process has ended, or is done without; the dispatcher has still to read its last words.
     """
 
     fleet: Fleet
@@ -51,17 +52,18 @@ class Place:
     end_by: float = float("inf")
     kill_reason: str = ""
     is_killed: bool = False
+    abandon_at: float = float("inf")
     exit_reason: str = ""
 
     @property
     def is_ready(self) -> bool:
         """Whether it takes jobs."""
-        return bool(self.ready_at) and not self.exit_reason and not self.is_retired
+        return bool(self.ready_at) and not self.exit_reason and not self.is_retired and not self.is_killed
 
     def fill(self, process: SpawnProcess, link: Link, now: float) -> None:
         """A new incarnation has started."""
         self.process, self.link, self.pid = process, link, process.pid or 0
-        self.started_at, self.ready_at, self.end_by = now, 0.0, float("inf")
+        self.started_at, self.ready_at, self.end_by, self.abandon_at = now, 0.0, float("inf"), float("inf")
         self.is_killed, self.kill_reason, self.exit_reason = False, "", ""
 
     def empty(self) -> None:

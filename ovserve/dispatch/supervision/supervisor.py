@@ -6,6 +6,8 @@
        ▲                        │                  │                  │
        └────────── died ◀───────┴──────────────────┘             gone (or killed at end_by)
 
+    A process that SIGKILL does not end is one that has died, to all but `_undying`: a driver holds it in an uninterruptible call.
+
 Laws of this file:
 - One thread does everything; other threads leave an order and wake it. It waits on every process, and on the wake-up, in one call.
 - Every process is spawned by this thread and ends before it: PR_SET_PDEATHSIG ties a process to the thread that made it.
@@ -84,6 +86,7 @@ class Supervisor:
         self._incoming: dict[str, Fleet] = {}  # those of a reload that are to take over
         self._leaving: list[Fleet] = []  # those of removed models with jobs still to finish
         self._outgoing: list[Fleet] = []  # those whose places are all retired
+        self._undying: list[SpawnProcess] = []  # killed in vain, and done without
         self._incarnations: dict[tuple[str, int], int] = {}
         self._orders: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
@@ -202,6 +205,7 @@ class Supervisor:
             for place in list(fleet.places):
                 self._look_after(place, now)
         self._change_over()
+        self._reap_undying()
         with self._changed:
             self._changed.notify_all()
         if now - self._dispatcher.turned_at < _DISPATCHER_LATE_S:
@@ -216,6 +220,7 @@ class Supervisor:
 
     def _wait(self) -> None:
         living = [p.process.sentinel for f in self._all_fleets() for p in f.places if p.process and not p.exit_reason]
+        living += [process.sentinel for process in self._undying]
         before = time.monotonic()
         waiting = [p for f in self._all_fleets() for p in f.places if not p.process and f.may_start(p)]
         due = min((place.restart_at for place in waiting), default=float("inf"))
@@ -239,7 +244,10 @@ class Supervisor:
             self._bury(place)
             return
         if place.process.is_alive():
-            self._watch(place, now)
+            if now >= place.abandon_at:
+                self._abandon(place)
+            else:
+                self._watch(place, now)
             return
         self._note_exit(place)
         self._bury(place)
@@ -285,7 +293,7 @@ class Supervisor:
         link, fleet = place.link, place.fleet
         if link is None:
             return
-        if link.ready is not None and not place.ready_at and not place.is_retired:
+        if link.ready is not None and not place.ready_at and not place.is_retired and not place.is_killed:
             self._note_ready(place, now)
         if link.lost and place.end_by == float("inf"):
             place.end_by = now if link.is_broken else now + fleet.settings.terminate_timeout_s
@@ -317,10 +325,12 @@ class Supervisor:
         )
 
     def _kill(self, place: Place, reason: str) -> None:
-        if place.process is None or place.is_killed:
+        if place.process is None or place.link is None or place.is_killed:
             return
         place.is_killed, place.kill_reason = True, reason
+        self._dispatcher.retire(place.link)  # no job from now on, though it may take long to go
         place.process.kill()
+        place.abandon_at = time.monotonic() + place.fleet.settings.terminate_timeout_s
         log.warning("worker killed", extra=fields(worker=place.process.name, pid=place.pid, why=reason))
 
     def _retire(self, place: Place, end_by: float) -> None:
@@ -338,6 +348,20 @@ class Supervisor:
 
     # --- the dead -----------------------------------------------------------------------------------------------------
 
+    def _abandon(self, place: Place) -> None:
+        """Go on without a process that SIGKILL does not end: its jobs, and its place, would wait for a driver that may never return."""
+        if place.link is None:
+            return
+        place.exit_reason = f"{place.kill_reason}; SIGKILL does not end it"
+        log.error("worker does not end, and is done without", extra=fields(worker=place.link.name, pid=place.pid))
+        self._dispatcher.detach(place.link, place.exit_reason)
+
+    def _reap_undying(self) -> None:
+        for process in [process for process in self._undying if not process.is_alive()]:
+            self._undying.remove(process)
+            log.info("worker ended at last", extra=fields(worker=process.name, pid=process.pid))
+            process.close()
+
     def _note_exit(self, place: Place) -> None:
         """Reap the process, and have the dispatcher read its last words before anything is concluded from its death."""
         if place.process is None or place.link is None:
@@ -351,7 +375,10 @@ class Supervisor:
         if process is None or link is None or not link.lost:
             return
         now, reason = time.monotonic(), load_failure(link) or place.exit_reason
-        process.close()
+        if process.is_alive():
+            self._undying.append(process)
+        else:
+            process.close()
         if place.is_retired:
             place.empty()
             log.info("worker ended", extra=fields(worker=link.name, why=place.exit_reason))
