@@ -280,7 +280,7 @@ class LengthRequired(ApiError):
 
 
 class ContentTooLarge(ApiError):
-    """413: the body is over the limit."""
+    """413: the body is over the limit, or the request with its results over what the spool can hold."""
 
     status = 413
     type = "invalid_request_error"

@@ -68,6 +68,15 @@ class Server:
             settings.spool_fallback_dir,
             settings.spool_warm_bytes,
         )
+        if self._spool.most_bytes < settings.max_body_bytes:
+            log.warning(
+                "the spool cannot hold the largest request that is allowed: some will get 413",
+                extra=fields(
+                    spool=self._spool.directory.parent,
+                    bytes=self._spool.most_bytes,
+                    max_body_bytes=settings.max_body_bytes,
+                ),
+            )
         try:
             self._dispatcher = Dispatcher(self._spool, settings)
             self._supervisor = Supervisor(

@@ -85,11 +85,13 @@ class Dispatcher:
             NotReady: the model has not worked yet, or is being unloaded; ModelFailed: it was declared failed.
             Draining: the server takes no new jobs.
             QueueFull: the queue has no place for this client; Retry-After is when the jobs now waiting should be done.
-            SpoolFull: no room for the request.
+            SpoolFull, SpoolUnusable: no room for the request; ContentTooLarge: nor will there ever be.
         """
         with self._lock:
             self._check_admission(job)
-        segment = self._spool.store(job.request.to_json())
+        request = job.request.to_json()
+        self._spool.check_size(job.spool_bytes + len(request))
+        segment = self._spool.store(request)
         if not job.own(segment):
             return  # the exchange has ended already: nobody waits for a settlement
         ticket = Ticket(job, segment.path)

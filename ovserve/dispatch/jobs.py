@@ -170,6 +170,14 @@ class Job:
         segment.release()
         return False
 
+    @property
+    def spool_bytes(self) -> int:
+        """What the job has in the spool, its uploads included."""
+        request = self.request
+        uploads = [*request.images, request.mask] if request.mask else request.images
+        with self._lock:
+            return sum(blob.size for blob in uploads) + sum(segment.reserved for segment in self._segments)
+
     def drop_results(self) -> None:
         """Forget what a dead worker had finished: the next one makes every picture again."""
         with self._lock:

@@ -37,8 +37,9 @@ from ovserve.dispatch.link.ipc import (
     Stop,
     open_link,
 )
-from ovserve.dispatch.link.spool import Spool, fill
+from ovserve.dispatch.link.spool import Blob, Spool, fill
 from ovserve.errors import (
+    ContentTooLarge,
     DeadlineExceeded,
     Draining,
     ImageError,
@@ -674,6 +675,27 @@ def test_no_room_for_the_result_is_spool_full_and_the_worker_is_told(house: Hous
     worker.say(Failed(job.id, SpoolFull("no room").to_wire()))
     hog.release()
     assert house.admit().id == worker.serve()
+
+
+def test_request_that_never_fits_beside_its_uploads_is_refused(house: House) -> None:
+    house.worker()
+    uploads = (Blob("one", 0, 9 << 20), Blob("two", 0, 4 << 20))
+    request = ImageRequest(task="edit", prompt="x", images=uploads, mask=Blob("mask", 0, 3 << 20))
+    job = Job("large", "toy", "c", request, Deadline.after(60))
+    house.jobs.append(job)
+    with pytest.raises(ContentTooLarge):
+        house.dispatcher.admit(job)
+
+
+def test_results_that_never_fit_together_are_the_clients_to_change(house: House) -> None:
+    worker = house.worker()
+    job = house.admit(n=4)
+    worker.expect(Run)
+    worker.say(*(Need(job.id, picture, 5 << 20) for picture in range(4)))
+    paths = [worker.expect(Room).path for _ in range(4)]
+    assert [bool(path) for path in paths] == [True, True, True, False]
+    assert house.settled(job) is State.FAILED
+    assert isinstance(job.error, ContentTooLarge)
 
 
 def test_file_that_cannot_be_made_costs_its_own_job_only(house: House) -> None:

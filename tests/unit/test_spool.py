@@ -13,7 +13,7 @@ import pytest
 
 from ovserve.dispatch.link.folder import sweep
 from ovserve.dispatch.link.spool import Blob, Spool, default_directory, fill, open_blob
-from ovserve.errors import SettingsError, SpoolFull
+from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull
 
 MIB = 1024 * 1024
 
@@ -136,6 +136,21 @@ def test_limit_holds_at_n_and_refuses_n_plus_one(spool: Spool) -> None:
     spool.create(1, reserve=1)
 
 
+def test_what_never_fits_is_the_clients_to_change(spool: Spool, tmp_path: Path) -> None:
+    assert spool.most_bytes == 8 * MIB
+    spool.check_size(8 * MIB)
+    with pytest.raises(ContentTooLarge, match=f"holds {8 * MIB}"):
+        spool.create(9 * MIB, reserve=8 * MIB + 1)
+    assert (spool.used_bytes, files(tmp_path)) == (0, [])
+
+
+def test_a_small_tmpfs_holds_no_more_than_its_size_and_its_fallbacks(tiny: Path, tmp_path: Path) -> None:
+    alone, pair = Spool(tiny, 64 * MIB), Spool(tiny, 64 * MIB, fallback=tmp_path / "disk")
+    assert (alone.most_bytes, pair.most_bytes) == (MIB, 64 * MIB)
+    alone.close()
+    pair.close()
+
+
 def test_concurrent_growth_never_passes_the_limit(tmp_path: Path) -> None:
     spool = Spool(tmp_path, 100 * 1000)
     refused = []
@@ -161,10 +176,13 @@ def test_full_tmpfs_is_an_error_and_never_a_signal(tiny: Path) -> None:
     spool = Spool(tiny, 64 * MIB)
     kept = spool.create(4 * MIB, reserve=MIB // 2)
     kept.view[: MIB // 2] = b"k" * (MIB // 2)
-    with pytest.raises(SpoolFull, match="full"):
+    with pytest.raises(ContentTooLarge):
         kept.reserve(2 * MIB)
+    (tiny / "somebody-elses").write_bytes(b"x" * (MIB // 4))
+    with pytest.raises(SpoolFull, match="full"):
+        kept.reserve(MIB)
     with pytest.raises(SpoolFull):
-        spool.create(2 * MIB, reserve=2 * MIB)
+        spool.create(MIB, reserve=MIB)
     assert spool.used_bytes == MIB // 2
     assert bytes(kept.view[: MIB // 2]) == b"k" * (MIB // 2)
     kept.release()

@@ -13,7 +13,7 @@ import pytest
 
 from ovserve.dispatch.link.spool import Blob, Segment, Spool, open_blob
 from ovserve.dispatch.link.warm import MOST_FILES, join
-from ovserve.errors import SpoolFull
+from ovserve.errors import ContentTooLarge
 
 MIB = 1 << 20
 
@@ -201,7 +201,7 @@ def test_an_upload_that_filled_a_small_tmpfs_leaves_room_for_the_small_ones_afte
         large = spool.borrow(256 * MIB)
         large.reserve(64 * MIB)
         assert large.view[:1] == b"\0"
-        with pytest.raises(SpoolFull):
+        with pytest.raises(ContentTooLarge):
             large.reserve(65 * MIB)
         large.release()
         for _ in range(3):
@@ -228,7 +228,7 @@ def test_warm_files_give_way_at_the_spools_limit(spool: Spool) -> None:
     segment = spool.create(32 * MIB, reserve=32 * MIB)
     assert spool.warm.size == 0
     segment.release()
-    with pytest.raises(SpoolFull):
+    with pytest.raises(ContentTooLarge):
         spool.create(33 * MIB, reserve=33 * MIB)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ovserve.dispatch.link.folder import FULL_RETRY_S, NO_ROOM, Folder
 from ovserve.dispatch.link.warm import WarmFile, WarmPool, join
-from ovserve.errors import SettingsError, SpoolFull
+from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull
 from ovserve.logs import fields
 
 __all__ = ["Blob", "Segment", "Spool", "default_directory", "fill", "open_blob"]
@@ -90,7 +90,9 @@ class Segment:
         return self._view
 
     def reserve(self, upto: int) -> None:
-        """Make the first `upto` bytes safe to touch. Raises SpoolFull when there is no room for them, here and in the fallback.
+        """Make the first `upto` bytes safe to touch.
+
+        Raises SpoolFull when there is no room for them, here and in the fallback, and ContentTooLarge when there never can be.
 
         Take a new `view` afterwards: bytes that found no more room in the spool directory lie in the fallback directory then.
         """
@@ -98,6 +100,7 @@ class Segment:
             return
         if upto > self._ceiling:
             raise ValueError(f"segment of {self._ceiling} bytes asked for {upto}")
+        self._spool.check_size(upto)
         self._spool.take(upto - self.reserved)
         try:
             if not _allocate(self._descriptor, self.reserved, upto):
@@ -194,7 +197,10 @@ def _allocate(descriptor: int, begin: int, end: int) -> bool:
 
 def _total_bytes(folder: Path) -> int:
     """What the file system of this folder holds when it is empty."""
-    found = os.statvfs(folder)
+    try:
+        found = os.statvfs(folder)
+    except OSError:  # it has vanished: whoever makes a file in it is told
+        return sys.maxsize
     return found.f_blocks * found.f_frsize or sys.maxsize  # none: a tmpfs without a limit
 
 
@@ -216,9 +222,9 @@ class Spool:
         self._lock = threading.Lock()
         self._folder = _make_folder("spool_dir", directory, self.cool)
         self.directory = self._folder.path
-        room = min(limit_bytes, _total_bytes(self.directory))
-        self.warm = WarmPool(self.directory, min(warm_bytes, room // _WARM_SHARE))
         self.fallback: Folder | None = None
+        self._share = min(limit_bytes, _total_bytes(self.directory)) // _WARM_SHARE
+        self.warm = WarmPool(self.directory, min(warm_bytes, self._share))
         try:
             if fallback is not None:
                 self.fallback = _make_folder("spool_fallback_dir", fallback)
@@ -235,6 +241,19 @@ class Spool:
     def trouble(self) -> str:
         """Why the spool directory cannot be used, tried again when it could not be; empty where nothing is known to be wrong."""
         return self._folder.trouble
+
+    @property
+    def most_bytes(self) -> int:
+        """What it could hold if nothing else were in it. Measured anew: operators enlarge a tmpfs where it is mounted."""
+        room = _total_bytes(self.directory)
+        if self.fallback is not None:
+            room += _total_bytes(self.fallback.path)
+        return min(self._limit, room)
+
+    def check_size(self, size: int) -> None:
+        """Whether one request's bytes could ever lie here together. Raises ContentTooLarge: trying again would change nothing."""
+        if size > self._share and size > (most := self.most_bytes):
+            raise ContentTooLarge(f"the request takes {size} bytes in the spool of this server, which holds {most}")
 
     def create_file(self) -> tuple[str, int]:
         """A new file in the spool directory: path and descriptor. Raises SpoolFull and SpoolUnusable."""

@@ -85,9 +85,11 @@ def receive(body: Body, form: SpooledForm, spool: Spool, limit: int) -> Iterator
 
     A head alone reserves nothing: there is a segment when the first bytes have come, and it grows with those that follow.
 
-    Raises ContentTooLarge beyond `limit` bytes, SpoolFull, and what `body.readinto` raises.
+    Raises ContentTooLarge beyond `limit` bytes or what the spool can hold, SpoolFull, and what `body.readinto` raises.
     """
     ceiling = limit if body.expected is None else min(body.expected, limit)
+    if body.expected is not None:
+        spool.check_size(ceiling)  # before it has filled the spool, and taken the room of others
     first = memoryview(bytearray(min(FIRST_BYTES, ceiling)))
     filled = body.readinto(first) if ceiling else 0
     if not filled:
