@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import resource
 import subprocess
@@ -8,11 +9,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from ovserve.dispatch.link.folder import sweep
-from ovserve.dispatch.link.spool import Blob, Spool, default_directory, fill, open_blob
+from ovserve.dispatch.link.spool import Blob, Segment, Spool, default_directory, fill, open_blob
 from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull
 
 MIB = 1024 * 1024
@@ -74,6 +76,32 @@ def test_no_descriptor_for_one_more_file_is_spool_full(spool: Spool) -> None:
     with pytest.raises(SpoolFull):
         spool.create(10, reserve=10)
     assert spool.used_bytes == 0
+
+
+@pytest.fixture
+def unmapped(spool: Spool) -> Segment:
+    """A segment that nobody has looked into."""
+    return spool.create(10, reserve=10)
+
+
+@pytest.mark.usefixtures("unmapped", "no_descriptors")
+def test_no_descriptor_to_map_a_file_with_is_spool_full(spool: Spool, unmapped: Segment) -> None:
+    with pytest.raises(SpoolFull, match="open files"):
+        unmapped.view  # noqa: B018 - the property raises
+    unmapped.release()
+    assert (spool.used_bytes, files(spool.directory)) == (0, [])
+
+
+@pytest.mark.parametrize(("module", "name"), [(mmap, "mmap"), (os, "posix_fallocate"), (os, "open")])
+def test_no_memory_is_spool_full(spool: Spool, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, refuse)
+        with pytest.raises(SpoolFull):
+            assert spool.create(10, reserve=10).view
+    assert spool.trouble == ""
 
 
 def test_stored_bytes_that_cannot_be_written_leave_nothing(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
