@@ -400,7 +400,7 @@ class TooManyConnections(ServerError):
 
 
 class SpoolFull(ServerError):
-    """503: no room in the spool directory for the upload or the result."""
+    """503: no room in the spool directory for the upload or the result, or no descriptor left for one of them."""
 
     status = 503
     code = "spool_full"

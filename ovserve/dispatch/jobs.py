@@ -21,9 +21,12 @@ from dataclasses import dataclass, field
 from ovserve.deadline import Deadline
 from ovserve.dispatch.link.ipc import ImageRequest, Prepared, Progress
 from ovserve.dispatch.link.spool import Segment
-from ovserve.errors import ApiError
+from ovserve.errors import ApiError, SpoolFull
 
 __all__ = ["Job", "JobEvent", "Partial", "Result", "State"]
+
+
+_FULL_RETRY_S = 2  # descriptors come back as exchanges end
 
 
 class State(enum.Enum):
@@ -83,9 +86,19 @@ class Timings:
     finish_ms: float = 0.0
 
 
+def _new_wakeup() -> int:
+    """A descriptor for a job's handler to wait on. Raises SpoolFull where there is none left, as for the job's segments."""
+    try:
+        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    except OSError as error:  # EMFILE, ENFILE, ENOMEM: eventfd(2) knows no others here
+        raise SpoolFull(f"no room for one more job: {error.strerror}", retry_after_s=_FULL_RETRY_S) from None
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """One admitted request. The handler thread makes it and calls `close`; the dispatcher thread moves it.
+
+    Making one raises SpoolFull when the process has no descriptor left.
 
     Attributes:
         id: unguessable, and the request id of the logs.
@@ -106,7 +119,7 @@ class Job:
     prepared: Prepared | None = None
     results: dict[int, Result] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
-    wakeup: int = field(default_factory=lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+    wakeup: int = field(default_factory=_new_wakeup)
     _events: deque[JobEvent] = field(default_factory=deque)
     _segments: list[Segment] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)

@@ -334,6 +334,23 @@ def test_second_reload_overtakes_the_first(tmp_path: Path) -> None:
         assert len(house.pids()) == 1
 
 
+def test_reloads_in_a_row_do_not_pile_up_loading_workers(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path, terminate_timeout_s=0.5) as house:
+        living: list[int] = []
+
+        def has_taken_over() -> bool:
+            living.append(len(house.pids()))
+            return house.dispatcher.status("toy").capacity == 7
+
+        for _ in range(4):
+            house.reload(toy_model(load="hang"), terminate_timeout_s=0.5)
+            house.until(lambda: len(house.pids()) >= 2)
+        house.reload(toy_model(capacity=7), terminate_timeout_s=0.5)
+        house.until(has_taken_over)
+        assert max(living) == 2
+        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+
+
 def test_worker_that_is_ready_too_late_does_not_make_a_failed_model_work(tmp_path: Path) -> None:
     with ToyHouse(tmp_path, toy_model(load="fail no such device"), wait=False) as house:
         house.until(lambda: house.supervisor.status()["toy"].failed)

@@ -26,12 +26,12 @@ from pathlib import Path
 from ovserve.errors import ApiError, SpoolFull, SpoolUnusable
 from ovserve.logs import fields
 
-__all__ = ["FULL_RETRY_S", "NO_ROOM", "Folder", "sweep"]
+__all__ = ["FULL_RETRY_S", "NO_DESCRIPTORS", "NO_ROOM", "Folder", "sweep"]
 
 PREFIX = "ovserve-spool-"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # each segment holds one, and a mapped one two, until its exchange ends
 FULL_RETRY_S = 2  # segments live for as long as one exchange
-_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # each segment holds one, until its exchange ends
 _UNUSABLE_RETRY_S = 10  # somebody has to mend it
 _UNBORN_S = 60.0  # from a folder to its lock, many times over
 
@@ -78,7 +78,7 @@ class Folder:
             is_full = error.errno in NO_ROOM and self._is_there()
             if is_full:
                 self._trouble = ""
-            if is_full or error.errno in _NO_DESCRIPTORS:
+            if is_full or error.errno in NO_DESCRIPTORS:
                 raise SpoolFull(
                     "the spool directory has no room for one more file", retry_after_s=FULL_RETRY_S
                 ) from None

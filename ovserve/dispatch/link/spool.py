@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovserve.dispatch.link.folder import FULL_RETRY_S, NO_ROOM, Folder
+from ovserve.dispatch.link.folder import FULL_RETRY_S, NO_DESCRIPTORS, NO_ROOM, Folder
 from ovserve.dispatch.link.warm import WarmFile, WarmPool, join
 from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull
 from ovserve.logs import fields
@@ -69,7 +69,7 @@ class Segment:
     def view(self) -> memoryview:
         """The mapped bytes. Valid until `release`, or until `reserve` has moved the segment to another directory.
 
-        Raises SpoolFull when the system refuses a file of this size.
+        Raises SpoolFull when the system refuses a file of this size, or has no descriptor or memory left to map it.
         """
         if self._view is None:
             if self._descriptor < 0:
@@ -81,11 +81,13 @@ class Segment:
                     with contextlib.suppress(OSError):  # what later segments could use is not worth an error now
                         os.ftruncate(self._descriptor, self._span)
                         size = self._span
+                self._map = mmap.mmap(self._descriptor, size)  # takes a second descriptor
             except OSError as error:
-                if error.errno in NO_ROOM:
-                    raise SpoolFull("files here may not be that large", retry_after_s=FULL_RETRY_S) from None
+                if error.errno in NO_ROOM or error.errno in NO_DESCRIPTORS:
+                    raise SpoolFull(
+                        f"a segment of {size} bytes cannot be mapped: {error.strerror}", retry_after_s=FULL_RETRY_S
+                    ) from None
                 raise
-            self._map = mmap.mmap(self._descriptor, size)
             self._view = memoryview(self._map)
         return self._view
 

@@ -79,6 +79,16 @@ class Place:
             return max(settings.idle_hang_limit_s, link.allow_s)
         return max(settings.hang_limit_s, link.allow_s)
 
+    def fault(self, link: Link, silence_s: float, resident_bytes: int, most_bytes: int) -> str:
+        """Why it has to be killed; empty where nothing is wrong. `most_bytes`: of memory, where the model has no limit of its own."""
+        limit_s = self.silence_limit_s(link)
+        allowed_bytes = self.fleet.model.memory_limit_bytes or most_bytes
+        if silence_s > limit_s and not link.lost:
+            return f"hung: no heartbeat for {silence_s:.1f} s in phase {link.phase}, {limit_s:g} s allowed"
+        if resident_bytes > allowed_bytes:
+            return f"memory: {resident_bytes >> 20} MiB resident, {allowed_bytes >> 20} MiB allowed"
+        return ""
+
     def delay_s(self) -> float:
         """Back-off before the next start: doubles with each death in a row, with jitter; longer once the model has failed."""
         settings = self.fleet.settings
@@ -122,6 +132,11 @@ class Fleet:
     def staying_places(self) -> list[Place]:
         """Those that have not been told to end."""
         return [place for place in self.places if not place.is_retired]
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether one of its processes has not worked yet."""
+        return any(place.process is not None and not place.ready_at for place in self.places)
 
     @property
     def half_failure(self) -> str:

@@ -222,7 +222,7 @@ class Supervisor:
         living = [p.process.sentinel for f in self._all_fleets() for p in f.places if p.process and not p.exit_reason]
         living += [process.sentinel for process in self._undying]
         before = time.monotonic()
-        waiting = [p for f in self._all_fleets() for p in f.places if not p.process and f.may_start(p)]
+        waiting = [p for f in self._all_fleets() for p in f.places if not p.process and self._may_start(p)]
         due = min((place.restart_at for place in waiting), default=float("inf"))
         timeout_s = max(0.0, min(_TICK_S, due - before))
         if self._wakeup in wait([self._wakeup, *living], timeout=timeout_s):
@@ -237,7 +237,7 @@ class Supervisor:
         if place.process is None:
             if place.is_retired:
                 place.fleet.places.remove(place)
-            elif now >= place.restart_at and place.fleet.may_start(place):
+            elif now >= place.restart_at and self._may_start(place):
                 self._start(place)
             return
         if place.exit_reason:
@@ -251,6 +251,14 @@ class Supervisor:
             return
         self._note_exit(place)
         self._bury(place)
+
+    def _may_start(self, place: Place) -> bool:
+        """New workers wait for those that were turned away for them: each reload would add a model being loaded, to memory and cores."""
+        fleet = place.fleet
+        is_incoming = fleet is self._incoming.get(fleet.name)
+        if is_incoming and any(gone.name == fleet.name and gone.is_loading for gone in self._outgoing):
+            return False
+        return fleet.may_start(place)
 
     def _start(self, place: Place) -> None:
         fleet = place.fleet
@@ -298,18 +306,13 @@ class Supervisor:
         if link.lost and place.end_by == float("inf"):
             place.end_by = now if link.is_broken else now + fleet.settings.terminate_timeout_s
             place.kill_reason = link.lost if link.is_broken else ""
-        silence_s = self._dispatcher.turned_at - max(
-            link.beat_at, self._amnesty_at
-        )  # what it has not read is no silence
-        limit_s = place.silence_limit_s(link)
+        # What the dispatcher has not read is no silence.
+        silence_s = self._dispatcher.turned_at - max(link.beat_at, self._amnesty_at)
         resident = processes.resident_bytes(place.pid)
-        allowed = fleet.model.memory_limit_bytes or self._memory_limit
         if now >= place.end_by:
             self._kill(place, place.kill_reason or "it did not end within its grace")
-        elif silence_s > limit_s and not link.lost:
-            self._kill(place, f"hung: no heartbeat for {silence_s:.1f} s in phase {link.phase}, {limit_s:g} s allowed")
-        elif resident > allowed:
-            self._kill(place, f"memory: {resident >> 20} MiB resident, {allowed >> 20} MiB allowed")
+        elif fault := place.fault(link, silence_s, resident, self._memory_limit):
+            self._kill(place, fault)
 
     def _note_ready(self, place: Place, now: float) -> None:
         fleet, link = place.fleet, place.link
