@@ -28,6 +28,7 @@ from ovserve.dispatch.supervision.supervisor import Supervisor
 from ovserve.errors import ModelError, StartupError
 from ovserve.front.listener import Listener
 from ovserve.logs import fields
+from ovserve.metrics import Metrics
 from ovserve.profile import ModelProfile
 
 __all__ = ["Server"]
@@ -83,6 +84,7 @@ class Server:
                 settings, _profiles(catalog), self._dispatcher, worker.main, self._note_serving
             )
             self._api = ImagesApi(settings, catalog, self._dispatcher, self.reload)
+            _watch(self._api.metrics, self._spool, self._supervisor)
             self._listener = Listener(settings, self._api, self._spool)
         except BaseException:
             self._spool.close()
@@ -213,6 +215,14 @@ def _fixed(old: Settings, new: Settings) -> list[str]:
     """Options that changed and that only a start can bring in."""
     names = (entry.name for entry in dataclasses.fields(Settings) if entry.name not in RELOADED)
     return [name for name in names if getattr(old, name) != getattr(new, name)]
+
+
+def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
+    """Have what the API does not know of shown among its metrics."""
+    metrics.watch("ovserve_spool_bytes", lambda: [([], spool.used_bytes)])
+    metrics.watch("ovserve_spool_warm_bytes", lambda: [([], spool.warm.size)])
+    metrics.watch("ovserve_spool_limit_bytes", lambda: [([], spool.most_bytes)])
+    metrics.watch("ovserve_worker_restarts_total", lambda: [([name], n) for name, n in supervisor.restarts().items()])
 
 
 def _profiles(catalog: Catalog) -> dict[str, ModelProfile]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ovserve.metrics import WATCHED
 from tests.faultserver import FaultServer, descriptors_of, gone, picture_of
 
 
@@ -191,6 +192,34 @@ def test_worker_that_takes_too_much_memory_costs_one_job(tmp_path: Path) -> None
             assert server.generate(client, "echo").status_code == 200
         assert replies[0].json()["error"]["code"] == "worker_crashed"
         assert server.logged("worker killed", "memory:", "300 MiB allowed")
+
+
+def test_metrics_tell_of_the_spool_and_of_workers_that_were_started_again(tmp_path: Path) -> None:
+    def figure(name: str) -> float:
+        page = client.get("/metrics").text
+        return next(
+            float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith((name + " ", name + "{"))
+        )
+
+    with FaultServer(tmp_path, "--spool_bytes", str(16 << 20)) as server, server.client() as client:
+        assert {name: figure(name) for name in WATCHED} == {
+            "ovserve_queued_jobs": 0,
+            "ovserve_running_jobs": 0,
+            "ovserve_ready_workers": 1,
+            "ovserve_worker_restarts_total": 0,
+            "ovserve_spool_bytes": 0,
+            "ovserve_spool_warm_bytes": 0,
+            "ovserve_spool_limit_bytes": 16 << 20,
+        }
+        sleeper = threading.Thread(target=server.edit, args=(client, "sleep 1"))
+        sleeper.start()
+        server.until(lambda: figure("ovserve_running_jobs") == 1)
+        assert 0 < figure("ovserve_spool_bytes") < 1 << 20
+        sleeper.join()
+        server.until(lambda: figure("ovserve_spool_bytes") == 0)
+        assert figure("ovserve_spool_warm_bytes") > 0
+        server.kill_worker()
+        server.until(lambda: figure("ovserve_worker_restarts_total") == 1)
 
 
 def test_worker_goes_before_the_front_end_when_memory_runs_out(plain: FaultServer) -> None:

@@ -26,7 +26,7 @@ import signal
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -88,6 +88,7 @@ class Supervisor:
         self._outgoing: list[Fleet] = []  # those whose places are all retired
         self._undying: list[SpawnProcess] = []  # killed in vain, and done without
         self._incarnations: dict[tuple[str, int], int] = {}
+        self._restarts: Counter[str] = Counter()
         self._orders: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._stop_by: Deadline | None = None
@@ -132,6 +133,10 @@ class Supervisor:
         fleets = [*self._fleets.values(), *self._incoming.values(), *self._leaving, *self._outgoing]
         places = [place for fleet in fleets for place in list(fleet.places)]
         return {place.link.name: place.pid for place in places if place.link and place.pid and not place.exit_reason}
+
+    def restarts(self) -> dict[str, int]:
+        """By model: workers that died, or were killed, and whose places were to be filled again, since the start."""
+        return {name: self._restarts[name] for name in self._dispatcher.models()}
 
     def reload(self, settings: Settings, profiles: Mapping[str, ModelProfile]) -> None:
         """Bring in new settings: new workers start beside the old, take over when ready, then the old ones finish and end.
@@ -280,8 +285,8 @@ class Supervisor:
     def _spawn(self, fleet: Fleet, index: int, incarnation: int) -> tuple[Link, SpawnProcess]:
         link, end = open_link(self._context, fleet.name, index, incarnation)
         process = self._context.Process(
-            target=_enter_worker,
-            args=(self._worker_main, os.getpid(), (end, fleet.profile, fleet.model, fleet.settings)),
+            target=processes.run_worker,
+            args=(self._worker_main, os.getpid(), end, fleet.profile, fleet.model, fleet.settings),
             name=link.name,
             daemon=True,
         )
@@ -388,6 +393,7 @@ class Supervisor:
             return
         failed_before = fleet.failure
         fleet.note_death(place, link, reason, now)
+        self._restarts[fleet.name] += 1
         delay_s = place.delay_s()
         place.restart_at = now + delay_s
         log.warning(
@@ -490,11 +496,3 @@ class Supervisor:
                 log.error("worker does not end", extra=fields(worker=place.link and place.link.name, pid=place.pid))
             return True
         return False
-
-
-def _enter_worker(
-    worker_main: WorkerMain, parent: int, arguments: tuple[WorkerEnd, ModelProfile, ModelSettings, Settings]
-) -> None:
-    """The first code of ours in a worker process. Runs in: worker."""
-    processes.enter(parent)
-    worker_main(*arguments)
