@@ -307,7 +307,7 @@ class Settings:
     )
     spool_warm_bytes: int = _option(
         64 * MIB,
-        "Most bytes of used spool files that are kept for the next uploads; 0: none.",
+        "Most bytes of used spool files that are kept for the next uploads, a quarter of the spool at most; 0: none.",
         low=0,
         high=1024 * 1024 * MIB,
         unit="bytes",
@@ -355,7 +355,13 @@ class Settings:
     idle_hang_limit_s: float = _option(
         10.0, "Longest silence of a worker without work.", low=1, high=3600, unit="seconds"
     )
-    terminate_timeout_s: float = _option(5.0, "From SIGTERM to SIGKILL.", low=0.1, high=600, unit="seconds")
+    terminate_timeout_s: float = _option(
+        5.0,
+        "From an order to end to SIGKILL, and from SIGKILL until a worker that does not end is done without.",
+        low=0.1,
+        high=600,
+        unit="seconds",
+    )
     restart_delay_s: float = _option(
         0.2, "Delay before the first restart of a worker; doubles each time.", low=0, high=60, unit="seconds"
     )

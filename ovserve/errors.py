@@ -56,6 +56,7 @@ __all__ = [
     "ServerError",
     "SettingsError",
     "SpoolFull",
+    "SpoolUnusable",
     "StartupError",
     "TargetTooLong",
     "TooManyConnections",
@@ -279,7 +280,7 @@ class LengthRequired(ApiError):
 
 
 class ContentTooLarge(ApiError):
-    """413: the body is over the limit."""
+    """413: the body is over the limit, or the request with its results over what the spool can hold."""
 
     status = 413
     type = "invalid_request_error"
@@ -399,10 +400,17 @@ class TooManyConnections(ServerError):
 
 
 class SpoolFull(ServerError):
-    """503: no room in the spool directory for the upload or the result."""
+    """503: no room in the spool directory for the upload or the result, or no descriptor left for one of them."""
 
     status = 503
     code = "spool_full"
+
+
+class SpoolUnusable(ServerError):
+    """503: no file can be made in the spool directory, whatever its room; the message, and the health documents, say why."""
+
+    status = 503
+    code = "spool_unusable"
 
 
 class DeadlineExceeded(ServerError):

@@ -29,6 +29,7 @@ from ovserve.dispatch.supervision.supervisor import Supervisor
 from ovserve.errors import ModelError, StartupError
 from ovserve.front.listener import Listener
 from ovserve.logs import fields
+from ovserve.metrics import Metrics
 from ovserve.profile import ModelProfile
 
 __all__ = ["Server"]
@@ -78,12 +79,22 @@ class Server:
             settings.spool_fallback_dir,
             settings.spool_warm_bytes,
         )
+        if self._spool.most_bytes < settings.max_body_bytes:
+            log.warning(
+                "the spool cannot hold the largest request that is allowed: some will get 413",
+                extra=fields(
+                    spool=self._spool.directory.parent,
+                    bytes=self._spool.most_bytes,
+                    max_body_bytes=settings.max_body_bytes,
+                ),
+            )
         try:
             self._dispatcher = Dispatcher(self._spool, settings)
             self._supervisor = Supervisor(
                 settings, _profiles(catalog), self._dispatcher, worker.main, self._note_serving
             )
             self._api = ImagesApi(settings, catalog, self._dispatcher, self.reload)
+            _watch(self._api.metrics, self._spool, self._supervisor)
             self._listener = Listener(settings, self._api, self._spool)
         except BaseException:
             self._spool.close()
@@ -242,6 +253,14 @@ def _say(line: str) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
+
+
+def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
+    """Have what the API does not know of shown among its metrics."""
+    metrics.watch("ovserve_spool_bytes", lambda: [([], spool.used_bytes)])
+    metrics.watch("ovserve_spool_warm_bytes", lambda: [([], spool.warm.size)])
+    metrics.watch("ovserve_spool_limit_bytes", lambda: [([], spool.most_bytes)])
+    metrics.watch("ovserve_worker_restarts_total", lambda: [([name], n) for name, n in supervisor.restarts().items()])
 
 
 def _profiles(catalog: Catalog) -> dict[str, ModelProfile]:

@@ -15,7 +15,7 @@ from ovserve.api.parameters.fields import EXCLUSIONS, FIELDS
 from ovserve.api.routes import ROUTES
 from ovserve.config import ModelSettings, Settings, options_of
 from ovserve.errors import ApiError
-from ovserve.metrics import Metrics
+from ovserve.metrics import WATCHED, Metrics
 from ovserve.options import ENVIRONMENT_PREFIX
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
@@ -105,12 +105,8 @@ def _metrics() -> Iterator[str]:
             described = family.describe()[0]
             suffix = "_total" if described.type == "counter" else ""
             yield f"| `{described.name}{suffix}` | {', '.join(family._labelnames)} | {_cell(described.documentation)} |"
-    for name, text in (
-        ("queued_jobs", "Jobs that wait."),
-        ("running_jobs", "Jobs that workers hold."),
-        ("ready_workers", "Workers that take jobs."),
-    ):
-        yield f"| `ovserve_{name}` | model | {text} |"
+    for name, watched in WATCHED.items():
+        yield f"| `{name}` | {', '.join(watched.labels)} | {_cell(watched.text)} |"
 
 
 def make_reference() -> str:

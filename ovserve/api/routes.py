@@ -70,9 +70,9 @@ class ImagesApi:
         self.store = Store(settings)
         self.metrics = Metrics()
         self.images = Images(settings, catalog, dispatcher, self.store, self.metrics)
-        self.metrics.watch("ovserve_queued_jobs", "Jobs that wait, by model.", ["model"], self._queued)
-        self.metrics.watch("ovserve_running_jobs", "Jobs that workers hold, by model.", ["model"], self._running)
-        self.metrics.watch("ovserve_ready_workers", "Workers that take jobs, by model.", ["model"], self._workers)
+        self.metrics.watch("ovserve_queued_jobs", self._queued)
+        self.metrics.watch("ovserve_running_jobs", self._running)
+        self.metrics.watch("ovserve_ready_workers", self._workers)
         self._openapi: bytes | None = None
 
     def take(self, settings: Settings, catalog: Catalog) -> None:

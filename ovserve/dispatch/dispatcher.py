@@ -19,16 +19,14 @@ Laws of this file:
 from __future__ import annotations
 
 import logging
-import os
 import select
 import threading
 import time
-import weakref
-from collections import deque
 from collections.abc import Callable
 
 from ovserve.config import Settings
 from ovserve.deadline import Deadline
+from ovserve.dispatch.inbox import Inbox
 from ovserve.dispatch.jobs import Job, State
 from ovserve.dispatch.link.ipc import Cancel, Link, LinkClosed, LinkGarbage, Message, Run, Stop
 from ovserve.dispatch.link.spool import Spool
@@ -66,12 +64,9 @@ class Dispatcher:
         self._in_flight: set[Job] = set()
         self._is_draining = False
         self._next_deadline = Deadline(float("inf"))
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        # Not in `close`: a late `cancel` would write to whoever got the number.
-        weakref.finalize(self, os.close, self._wakeup)
+        self._inbox = Inbox()
         self._poll = select.poll()
-        self._poll.register(self._wakeup, select.POLLIN)
+        self._poll.register(self._inbox, select.POLLIN)
         self._workers: dict[int, Worker] = {}  # by report descriptor
         self._writers: dict[int, Worker] = {}  # by command descriptor, those with a backlog
         self._stuck_checked_at = 0.0
@@ -90,11 +85,13 @@ class Dispatcher:
             NotReady: the model has not worked yet, or is being unloaded; ModelFailed: it was declared failed.
             Draining: the server takes no new jobs.
             QueueFull: the queue has no place for this client; Retry-After is when the jobs now waiting should be done.
-            SpoolFull: no room for the request.
+            SpoolFull, SpoolUnusable: no room for the request; ContentTooLarge: nor will there ever be.
         """
         with self._lock:
             self._check_admission(job)
-        segment = self._spool.store(job.request.to_json())
+        request = job.request.to_json()
+        self._spool.check_size(job.spool_bytes + len(request))
+        segment = self._spool.store(request)
         if not job.own(segment):
             return  # the exchange has ended already: nobody waits for a settlement
         ticket = Ticket(job, segment.path)
@@ -104,7 +101,7 @@ class Dispatcher:
             model.queue.push(ticket)
             self._in_flight.add(job)
             self._next_deadline = min(self._next_deadline, job.deadline)
-        self._wake()
+        self._inbox.wake()
 
     def cancel(self, job: Job) -> bool:
         """Settle a job as cancelled: it leaves the queue at once, or the device at its next step. False: settled before."""
@@ -114,7 +111,7 @@ class Dispatcher:
             if not self._settle_locked(job, State.CANCELLED, None):
                 return False
         if ticket is None:
-            self._call(lambda: self._tell_cancelled(job))
+            self._inbox.put(lambda: self._tell_cancelled(job))
         return True
 
     def in_flight(self) -> int:
@@ -124,16 +121,22 @@ class Dispatcher:
 
     def status(self, model: str) -> ModelStatus:
         """How a model stands. Raises ModelNotFound."""
+        hindrance = self._hindrance()
         with self._lock:
             found = self._models.get(model)
             if found is None:
                 raise ModelNotFound(f"no model {model!r}", param="model")
-            return found.status(is_draining=self._is_draining)
+            return found.status(hindrance)
 
     def statuses(self) -> list[ModelStatus]:
         """How every model stands at one moment, in the order they were added."""
+        hindrance = self._hindrance()
         with self._lock:
-            return [model.status(is_draining=self._is_draining) for model in self._models.values()]
+            return [model.status(hindrance) for model in self._models.values()]
+
+    def _hindrance(self) -> str:
+        """Why no model takes jobs now. Asked for without the lock: the spool may have to look into its directory."""
+        return "draining" if self._is_draining else self._spool.trouble
 
     @property
     def is_draining(self) -> bool:
@@ -170,7 +173,7 @@ class Dispatcher:
     def attach(self, link: Link, settings: Settings | None = None) -> None:
         """Take charge of a worker's link. Its model must be known. `settings`: the worker's own, where a reload brought others."""
         hang_limit_s = (settings or self._settings).hang_limit_s
-        self._call(lambda: self._attach(link, hang_limit_s))
+        self._inbox.put(lambda: self._attach(link, hang_limit_s))
 
     def retire(self, link: Link) -> None:
         """Give this worker no more jobs, not one from now on, and tell it to end when it has finished those it holds."""
@@ -178,11 +181,11 @@ class Dispatcher:
             if link.is_retired:
                 return
             link.is_retired = True
-        self._call(lambda: self._retire(link))
+        self._inbox.put(lambda: self._retire(link))
 
     def detach(self, link: Link, why: str) -> None:
         """Let go of a worker that is gone: its jobs go to others, its link is closed. Does nothing the second time."""
-        self._call(lambda: self._detach(link, why))
+        self._inbox.put(lambda: self._detach(link, why))
 
     def fail_model(self, name: str, reason: str) -> None:
         """Declare a model failed: its queue is answered with the reason, and so is whoever comes."""
@@ -215,7 +218,7 @@ class Dispatcher:
         """End the thread. Jobs still in flight are settled as failed, links are closed. Safe to call twice."""
         self.drain()
         self._is_closing = True
-        self._wake()
+        self._inbox.wake()
         self._thread.join(_END_TIMEOUT_S)
         if self._thread.is_alive():
             log.error("the dispatcher's thread does not end")
@@ -252,13 +255,6 @@ class Dispatcher:
 
     # --- the dispatcher thread ----------------------------------------------------------------------------------------
 
-    def _call(self, call: Callable[[], None]) -> None:
-        self._inbox.append(call)
-        self._wake()
-
-    def _wake(self) -> None:
-        os.eventfd_write(self._wakeup, 1)
-
     def _run(self) -> None:
         while not self._is_closing:
             try:
@@ -274,13 +270,13 @@ class Dispatcher:
         timeout_s = min(_TURN_S, self._next_deadline.remaining())
         begun_at = time.monotonic()
         for descriptor, _ in self._poll.poll(timeout_s * 1000):
-            if descriptor == self._wakeup:
-                os.eventfd_read(self._wakeup)
+            if descriptor == self._inbox.fileno():
+                self._inbox.clear_wakeup()
             elif worker := self._workers.get(descriptor):
                 self._read(worker)
             elif worker := self._writers.get(descriptor):
                 self._flush(worker)
-        self._take_calls()
+        self._inbox.take_all()
         self.turned_at = begun_at
         if self._next_deadline.is_expired():
             self._expire()
@@ -291,16 +287,8 @@ class Dispatcher:
             if len(model.queue):
                 self._fill(model)
 
-    def _take_calls(self) -> None:
-        while self._inbox:
-            call = self._inbox.popleft()
-            try:
-                call()
-            except Exception:
-                log.exception("dispatcher: a call failed")  # a bug; the calls behind it are others'
-
     def _finish(self) -> None:
-        self._take_calls()
+        self._inbox.take_all()
         with self._lock:
             for job in list(self._in_flight):
                 error = Draining("the server went down before the job was done", retry_after_s=NOT_READY_RETRY_S)

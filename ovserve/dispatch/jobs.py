@@ -22,9 +22,12 @@ from typing import NamedTuple
 from ovserve.deadline import Deadline
 from ovserve.dispatch.link.ipc import ImageRequest, Prepared, Progress
 from ovserve.dispatch.link.spool import Segment
-from ovserve.errors import ApiError
+from ovserve.errors import ApiError, SpoolFull
 
 __all__ = ["Job", "JobEvent", "Partial", "Result", "State"]
+
+
+_FULL_RETRY_S = 2  # descriptors come back as exchanges end
 
 
 class State(enum.Enum):
@@ -94,9 +97,19 @@ class Client(NamedTuple):
     key: str = ""
 
 
+def _new_wakeup() -> int:
+    """A descriptor for a job's handler to wait on. Raises SpoolFull where there is none left, as for the job's segments."""
+    try:
+        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    except OSError as error:  # EMFILE, ENFILE, ENOMEM: eventfd(2) knows no others here
+        raise SpoolFull(f"no room for one more job: {error.strerror}", retry_after_s=_FULL_RETRY_S) from None
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """One admitted request. The handler thread makes it and calls `close`; the dispatcher thread moves it.
+
+    Making one raises SpoolFull when the process has no descriptor left.
 
     Attributes:
         id: unguessable, and the request id of the logs.
@@ -117,7 +130,7 @@ class Job:
     prepared: Prepared | None = None
     results: dict[int, Result] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
-    wakeup: int = field(default_factory=lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+    wakeup: int = field(default_factory=_new_wakeup)
     _events: deque[JobEvent] = field(default_factory=deque)
     _segments: list[Segment] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -180,6 +193,14 @@ class Job:
                 return True
         segment.release()
         return False
+
+    @property
+    def spool_bytes(self) -> int:
+        """What the job has in the spool, its uploads included."""
+        request = self.request
+        uploads = [*request.images, request.mask] if request.mask else request.images
+        with self._lock:
+            return sum(blob.size for blob in uploads) + sum(segment.reserved for segment in self._segments)
 
     def drop_results(self) -> None:
         """Forget what a dead worker had finished: the next one makes every picture again."""

@@ -17,7 +17,7 @@ Thread-safe: no; the dispatcher's lock guards it.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ovserve.dispatch.jobs import Client, Job
@@ -53,6 +53,15 @@ class Ticket:
     def is_alone(self) -> bool:
         """Whether it runs with no neighbours: a worker has died with it."""
         return self.deaths > 0
+
+    @property
+    def unfinished(self) -> int:
+        """Pictures that its worker has still to make; 1 where only the end is still to come."""
+        return 1 if self.job.is_settled else max(1, self.job.request.n - len(self.job.results))
+
+
+def _anybody(_: str) -> bool:
+    return True
 
 
 class _Address:
@@ -99,7 +108,10 @@ class _Address:
 
 
 class FairQueue:
-    """Waiting tickets of one model. Every operation but iteration takes constant time, and that of the jobs given back."""
+    """Waiting tickets of one model.
+
+    Every operation but iteration takes constant time, and that of the jobs given back and of the addresses that are passed over.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -142,19 +154,23 @@ class FairQueue:
         """Take the next of those given back. Raises IndexError when there is none."""
         return self._front.popleft()
 
-    def pop_beside(self) -> Ticket | None:
-        """Take the next job that may run beside others: of those given back, then of all."""
+    def pop_beside(self, may_have: Callable[[str], bool] = _anybody) -> Ticket | None:
+        """Take the next job that may run beside others: of those given back, then of the addresses that `may_have` one taken."""
         for ticket in self._front:  # at most the jobs of a few dead workers
             if not ticket.is_alone:
                 self._front.remove(ticket)
                 return ticket
-        return self.pop()
+        return self.pop(may_have)
 
-    def pop(self) -> Ticket | None:
-        """Take the next ordinary job: the oldest of the key whose turn it is, of the address whose turn it is."""
-        if not self._addresses:
+    def pop(self, may_have: Callable[[str], bool] = _anybody) -> Ticket | None:
+        """Take the next ordinary job: the oldest of the key whose turn it is, of the address whose turn it is.
+
+        An address that may have no place now is passed over, and keeps its turn.
+        """
+        address = next(filter(may_have, self._addresses), None)
+        if address is None:
             return None
-        address, waiting = next(iter(self._addresses.items()))
+        waiting = self._addresses[address]
         ticket = waiting.pop()
         if waiting:
             self._addresses.move_to_end(address)

@@ -115,6 +115,7 @@ class Reports:
         try:
             if message.size > model.largest_picture_bytes:
                 raise InternalError(f"the result takes {message.size} bytes, more than any picture of this model")
+            self._spool.check_size(job.spool_bytes + message.size)  # a job's pictures lie there together
             segment = self._spool.create(message.size, reserve=message.size)
         except ApiError as error:
             failure = error

@@ -75,6 +75,15 @@ class Worker:
         """Whether it takes one more ordinary job."""
         return len(self.held) < self.capacity and not any(ticket.is_alone for ticket in self.held.values())
 
+    def takes_from(self, address: str) -> bool:
+        """Whether it takes one more job of this address, of however many pictures.
+
+        Pictures are counted: the device takes one of each job in turn, so that whoever has a few jobs of many pictures would have
+        as much of it as they have jobs there. They need no more of them than keep it busy when nobody else comes.
+        """
+        unfinished = sum(ticket.unfinished for ticket in self.held.values() if ticket.job.client.address == address)
+        return self.has_room and unfinished < self.capacity
+
     def release(self, job: str, *, has_failed: bool) -> None:
         """Note that it has let go of a job."""
         del self.held[job]
@@ -133,8 +142,11 @@ class Model:
             if not emptiest.held:
                 return emptiest, self.queue.pop_given_back()
             open_workers = [worker for worker in open_workers if worker is not emptiest]
-        ticket = self.queue.pop_beside() if open_workers else None
-        return None if ticket is None else (min(open_workers, key=_load), ticket)
+        ticket = self.queue.pop_beside(lambda address: any(worker.takes_from(address) for worker in open_workers))
+        if ticket is None:
+            return None
+        takers = [worker for worker in open_workers if worker.takes_from(ticket.job.client.address)]
+        return min(takers or open_workers, key=_load), ticket  # who comes back from a dead worker goes to any
 
     def check_admission(self, client: Client, failed_retry_s: float) -> None:
         """Whether this client may add one more job now. Raises NotReady, ModelFailed or QueueFull."""
@@ -155,7 +167,7 @@ class Model:
         return ModelFailed(f"model {self.name!r} failed: {self.failure}", retry_after_s=retry_s)
 
     def has_place_for(self, client: Client) -> bool:
-        """Whether this client may add one more job: the limit is for those that no worker has room for."""
+        """Whether this client may add one more job: the limit is for those beyond the workers' places."""
         free = sum(max(0, worker.capacity - len(worker.held)) for worker in self.workers)
         return self.queue.has_place_for(client, free)
 
@@ -164,18 +176,21 @@ class Model:
         self.job_s += (seconds - self.job_s) * (_MEAN_WEIGHT if self.job_s else 1.0)
 
     def expected_wait_s(self) -> float:
-        """Seconds until the jobs now waiting should have gone to workers: Little's law over the measured time in a worker."""
-        places = sum(worker.capacity for worker in self.workers) or 1
-        return len(self.queue) * (self.job_s or _FIRST_GUESS_S) / places
+        """Seconds until the jobs now waiting should have gone to workers: Little's law over the measured time in a worker.
 
-    def status(self, *, is_draining: bool) -> ModelStatus:
-        """How it stands now."""
+        It asks for the jobs that workers hold while others wait: of many pictures each, those are fewer than their places.
+        """
+        held = sum(len(worker.held) for worker in self.workers) or 1
+        return len(self.queue) * (self.job_s or _FIRST_GUESS_S) / held
+
+    def status(self, hindrance: str = "") -> ModelStatus:
+        """How it stands now. `hindrance`: why no model takes jobs, whatever its own standing."""
         ready = [worker for worker in self.workers if worker.capacity]
         reason = ""
         if self.failure:
             reason = f"failed: {self.failure}"
-        elif is_draining:
-            reason = "draining"
+        elif hindrance:
+            reason = hindrance
         elif self.is_leaving:
             reason = "unloading"
         elif not ready:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ovserve.metrics import WATCHED
 from tests.faultserver import FaultServer, descriptors_of, gone, picture_of
 
 
@@ -70,6 +72,32 @@ def test_full_tmpfs_is_503_and_the_next_request_works(tiny: Path) -> None:
         assert server.generate(client, "echo").status_code == 200
         assert len(server.workers()) == 1
         assert not server.logged("worker died")
+
+
+def test_request_that_never_fits_is_413_and_told_at_the_start(tiny: Path) -> None:
+    with FaultServer(tiny) as server, server.client() as client:
+        assert server.logged("WARNING", "the spool cannot hold the largest request", f"bytes={2 << 20}")
+        files = {"image": ("a.png", b"\x89PNG\r\n\x1a\n" + b"y" * (2 << 20))}
+        reply = client.post("/v3/images/edits", data={"prompt": "echo"}, files=files)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (413, "content_too_large")
+        assert server.edit(client, "echo").status_code == 200
+
+
+def test_spool_folder_that_vanishes_costs_no_later_request(tmp_path: Path) -> None:
+    with FaultServer(tmp_path / "spool") as server, server.client() as client:
+        assert server.edit(client, "echo").status_code == 200
+        shutil.rmtree(tmp_path / "spool")
+        assert [server.edit(client, "echo").status_code for _ in range(2)] == [200, 200]
+        shutil.rmtree(tmp_path / "spool")
+        (tmp_path / "spool").write_bytes(b"in the way")
+        reply = server.edit(client, "echo")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "spool_unusable")
+        assert reply.headers["retry-after"]
+        assert server.fetch("/v2/health/ready")[0] == 503
+        assert "Not a directory" in server.standing()["reason"]
+        (tmp_path / "spool").unlink()
+        assert server.fetch("/v2/health/ready")[0] == 200
+        assert server.edit(client, "echo").status_code == 200
 
 
 def test_reload_under_load_loses_no_request(tmp_path: Path) -> None:
@@ -166,6 +194,34 @@ def test_worker_that_takes_too_much_memory_costs_one_job(tmp_path: Path) -> None
             assert server.generate(client, "echo").status_code == 200
         assert replies[0].json()["error"]["code"] == "worker_crashed"
         assert server.logged("worker killed", "memory:", "300 MiB allowed")
+
+
+def test_metrics_tell_of_the_spool_and_of_workers_that_were_started_again(tmp_path: Path) -> None:
+    def figure(name: str) -> float:
+        page = client.get("/metrics").text
+        return next(
+            float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith((name + " ", name + "{"))
+        )
+
+    with FaultServer(tmp_path, "--spool_bytes", str(16 << 20)) as server, server.client() as client:
+        assert {name: figure(name) for name in WATCHED} == {
+            "ovserve_queued_jobs": 0,
+            "ovserve_running_jobs": 0,
+            "ovserve_ready_workers": 1,
+            "ovserve_worker_restarts_total": 0,
+            "ovserve_spool_bytes": 0,
+            "ovserve_spool_warm_bytes": 0,
+            "ovserve_spool_limit_bytes": 16 << 20,
+        }
+        sleeper = threading.Thread(target=server.edit, args=(client, "sleep 1"))
+        sleeper.start()
+        server.until(lambda: figure("ovserve_running_jobs") == 1)
+        assert 0 < figure("ovserve_spool_bytes") < 1 << 20
+        sleeper.join()
+        server.until(lambda: figure("ovserve_spool_bytes") == 0)
+        assert figure("ovserve_spool_warm_bytes") > 0
+        server.kill_worker()
+        server.until(lambda: figure("ovserve_worker_restarts_total") == 1)
 
 
 def test_worker_goes_before_the_front_end_when_memory_runs_out(plain: FaultServer) -> None:

@@ -37,8 +37,9 @@ from ovserve.dispatch.link.ipc import (
     Stop,
     open_link,
 )
-from ovserve.dispatch.link.spool import Spool, fill
+from ovserve.dispatch.link.spool import Blob, Spool, fill
 from ovserve.errors import (
+    ContentTooLarge,
     DeadlineExceeded,
     Draining,
     ImageError,
@@ -48,6 +49,7 @@ from ovserve.errors import (
     NotReady,
     QueueFull,
     SpoolFull,
+    SpoolUnusable,
     WorkerCrashed,
 )
 
@@ -311,6 +313,34 @@ def test_clients_take_turns(house: House) -> None:
     worker.deliver(running.id)
     worker.say(Done(running.id, 0, 0, 0))
     assert [worker.serve() for _ in range(5)] == [job.id for job in (greedy[0], modest, *greedy[1:])]
+
+
+def test_client_with_pictures_enough_on_a_worker_leaves_its_other_places_to_others(house: House) -> None:
+    house.dispatcher.add_model("toy", 100)
+    worker = house.worker(capacity=3)
+    greedy = [house.admit(client="greedy", n=n) for n in (1, 4, 4)]
+    assert [worker.expect(Run).job for _ in range(2)] == [greedy[0].id, greedy[1].id]
+    worker.expect_silence()  # five of its pictures: enough to keep a worker for three busy
+    modest = house.admit(client="modest")
+    assert worker.expect(Run).job == modest.id
+    worker.deliver(modest.id)
+    worker.say(Done(modest.id, 0, 0, 0))
+    worker.deliver(greedy[0].id)
+    worker.say(Done(greedy[0].id, 0, 0, 0))
+    for picture in range(2):
+        worker.expect_silence()
+        worker.deliver(greedy[1].id, picture)
+    house.dispatcher.admit(house.job(client="another"))  # a turn of the dispatcher, as any report brings one
+    assert {worker.expect(Run).job for _ in range(2)} == {greedy[2].id, house.jobs[-1].id}
+
+
+def test_lone_client_with_jobs_of_many_pictures_keeps_every_worker_busy(house: House) -> None:
+    workers = [house.worker(capacity=3) for _ in range(2)]
+    for _ in range(3):
+        house.admit(n=10)
+    for worker in workers:
+        worker.expect(Run)
+        worker.expect_silence()
 
 
 def test_models_do_not_wait_for_one_another(house: House) -> None:
@@ -647,6 +677,27 @@ def test_no_room_for_the_result_is_spool_full_and_the_worker_is_told(house: Hous
     assert house.admit().id == worker.serve()
 
 
+def test_request_that_never_fits_beside_its_uploads_is_refused(house: House) -> None:
+    house.worker()
+    uploads = (Blob("one", 0, 9 << 20), Blob("two", 0, 4 << 20))
+    request = ImageRequest(task="edit", prompt="x", images=uploads, mask=Blob("mask", 0, 3 << 20))
+    job = Job("large", "toy", "c", request, Deadline.after(60))
+    house.jobs.append(job)
+    with pytest.raises(ContentTooLarge):
+        house.dispatcher.admit(job)
+
+
+def test_results_that_never_fit_together_are_the_clients_to_change(house: House) -> None:
+    worker = house.worker()
+    job = house.admit(n=4)
+    worker.expect(Run)
+    worker.say(*(Need(job.id, picture, 5 << 20) for picture in range(4)))
+    paths = [worker.expect(Room).path for _ in range(4)]
+    assert [bool(path) for path in paths] == [True, True, True, False]
+    assert house.settled(job) is State.FAILED
+    assert isinstance(job.error, ContentTooLarge)
+
+
 def test_file_that_cannot_be_made_costs_its_own_job_only(house: House) -> None:
     worker = house.worker(capacity=2)
     job, other = house.admit(), house.admit()
@@ -654,12 +705,29 @@ def test_file_that_cannot_be_made_costs_its_own_job_only(house: House) -> None:
     worker.expect(Run)
     worker.deliver(other.id)
     shutil.rmtree(house.spool.directory)
+    house.spool.directory.write_bytes(b"in the way")
     worker.say(Need(job.id, 0, 7), Done(other.id, 0, 0, 0))
     assert worker.expect(Room) == Room(job.id, 0, "")
     assert house.settled(job) is State.FAILED
-    assert isinstance(job.error, SpoolFull)
+    assert isinstance(job.error, SpoolUnusable)
     assert house.settled(other) is State.DONE
     assert not worker.link.lost
+    house.spool.directory.unlink()
+
+
+def test_no_model_is_ready_while_the_spool_cannot_be_used(house: House) -> None:
+    worker = house.worker()
+    shutil.rmtree(house.spool.directory)
+    house.spool.directory.write_bytes(b"in the way")
+    with pytest.raises(SpoolUnusable):
+        house.admit()
+    status = house.dispatcher.status("toy")
+    assert (status.ready, status.workers) == (False, 1)
+    assert "cannot be used" in status.reason
+    assert [status.ready for status in house.dispatcher.statuses()] == [False]
+    house.spool.directory.unlink()
+    assert house.dispatcher.status("toy").ready
+    assert house.admit().id == worker.serve()
 
 
 def test_result_larger_than_any_picture_fails_its_job_and_not_the_worker(house: House) -> None:
@@ -967,7 +1035,7 @@ def test_worker_that_does_not_read_stops_nobody_else(house: House) -> None:
 
 def test_worker_that_asks_without_ever_reading_is_let_go_of(house: House) -> None:
     deaf = house.worker(capacity=2, reads=False)
-    asked, waiting = house.admit(n=8000), house.admit()
+    asked, waiting = house.admit(n=8000), house.admit(client="other")
     house.until(lambda: house.dispatcher.status("toy").running == 2)
     house.dispatcher.cancel(asked)
     with contextlib.suppress(LinkClosed):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import select
 import threading
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import Client, Job, Partial, Result, State
 from ovserve.dispatch.link.ipc import ImageRequest, Prepared, Progress
 from ovserve.dispatch.link.spool import Spool
-from ovserve.errors import DeadlineExceeded, WorkerCrashed
+from ovserve.errors import DeadlineExceeded, SpoolFull, WorkerCrashed
 
 PREPARED = Prepared("id", "image2image", 64, 64, 4, 5, 0, 0)
 SETTLED = [State.DONE, State.FAILED, State.CANCELLED, State.EXPIRED]
@@ -41,6 +43,19 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
     made = Spool(tmp_path, 1 << 20)
     yield made
     made.close()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_no_descriptor_for_one_more_job_is_a_503_that_may_be_tried_again(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "eventfd", refuse)
+    with pytest.raises(SpoolFull, match=os.strerror(number)) as caught:
+        make_job()
+    assert caught.value.retry_after_s
 
 
 def test_job_runs_and_is_done(job: Job) -> None:

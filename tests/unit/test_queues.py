@@ -51,6 +51,16 @@ def test_client_that_returns_waits_for_the_others_turns() -> None:
     assert names(queue) == ["b0", "c0", "a1"]
 
 
+def test_client_that_is_passed_over_keeps_its_turn() -> None:
+    queue = FairQueue(100)
+    for name in ("a0", "a1", "b0", "b1", "c0"):
+        queue.push(ticket(name[0], name))
+    others = [queue.pop(lambda client: client != "a") for _ in range(2)]
+    assert [taken.job.id for taken in others if taken] == ["b0", "c0"]
+    assert queue.pop(lambda _: False) is None
+    assert names(queue) == ["a0", "b1", "a1"]
+
+
 def test_given_back_jobs_stand_before_all_in_the_order_they_came_back() -> None:
     queue = FairQueue(1)
     queue.push(ticket("a"))

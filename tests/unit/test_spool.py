@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import errno
-import fcntl
+import mmap
 import os
 import resource
 import subprocess
@@ -9,11 +9,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from ovserve.dispatch.link.spool import Blob, Spool, default_directory, fill, open_blob, sweep
-from ovserve.errors import SettingsError, SpoolFull
+from ovserve.dispatch.link.folder import sweep
+from ovserve.dispatch.link.spool import Blob, Segment, Spool, default_directory, fill, open_blob
+from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull
 
 MIB = 1024 * 1024
 
@@ -76,6 +78,32 @@ def test_no_descriptor_for_one_more_file_is_spool_full(spool: Spool) -> None:
     assert spool.used_bytes == 0
 
 
+@pytest.fixture
+def unmapped(spool: Spool) -> Segment:
+    """A segment that nobody has looked into."""
+    return spool.create(10, reserve=10)
+
+
+@pytest.mark.usefixtures("unmapped", "no_descriptors")
+def test_no_descriptor_to_map_a_file_with_is_spool_full(spool: Spool, unmapped: Segment) -> None:
+    with pytest.raises(SpoolFull, match="open files"):
+        unmapped.view  # noqa: B018 - the property raises
+    unmapped.release()
+    assert (spool.used_bytes, files(spool.directory)) == (0, [])
+
+
+@pytest.mark.parametrize(("module", "name"), [(mmap, "mmap"), (os, "posix_fallocate"), (os, "open")])
+def test_no_memory_is_spool_full(spool: Spool, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, refuse)
+        with pytest.raises(SpoolFull):
+            assert spool.create(10, reserve=10).view
+    assert spool.trouble == ""
+
+
 def test_stored_bytes_that_cannot_be_written_leave_nothing(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise OSError(errno.EIO, "a disk that dies")
@@ -136,6 +164,21 @@ def test_limit_holds_at_n_and_refuses_n_plus_one(spool: Spool) -> None:
     spool.create(1, reserve=1)
 
 
+def test_what_never_fits_is_the_clients_to_change(spool: Spool, tmp_path: Path) -> None:
+    assert spool.most_bytes == 8 * MIB
+    spool.check_size(8 * MIB)
+    with pytest.raises(ContentTooLarge, match=f"holds {8 * MIB}"):
+        spool.create(9 * MIB, reserve=8 * MIB + 1)
+    assert (spool.used_bytes, files(tmp_path)) == (0, [])
+
+
+def test_a_small_tmpfs_holds_no_more_than_its_size_and_its_fallbacks(tiny: Path, tmp_path: Path) -> None:
+    alone, pair = Spool(tiny, 64 * MIB), Spool(tiny, 64 * MIB, fallback=tmp_path / "disk")
+    assert (alone.most_bytes, pair.most_bytes) == (MIB, 64 * MIB)
+    alone.close()
+    pair.close()
+
+
 def test_concurrent_growth_never_passes_the_limit(tmp_path: Path) -> None:
     spool = Spool(tmp_path, 100 * 1000)
     refused = []
@@ -161,10 +204,13 @@ def test_full_tmpfs_is_an_error_and_never_a_signal(tiny: Path) -> None:
     spool = Spool(tiny, 64 * MIB)
     kept = spool.create(4 * MIB, reserve=MIB // 2)
     kept.view[: MIB // 2] = b"k" * (MIB // 2)
-    with pytest.raises(SpoolFull, match="full"):
+    with pytest.raises(ContentTooLarge):
         kept.reserve(2 * MIB)
+    (tiny / "somebody-elses").write_bytes(b"x" * (MIB // 4))
+    with pytest.raises(SpoolFull, match="full"):
+        kept.reserve(MIB)
     with pytest.raises(SpoolFull):
-        spool.create(2 * MIB, reserve=2 * MIB)
+        spool.create(MIB, reserve=MIB)
     assert spool.used_bytes == MIB // 2
     assert bytes(kept.view[: MIB // 2]) == b"k" * (MIB // 2)
     kept.release()
@@ -245,24 +291,6 @@ def test_next_front_end_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
     spool = Spool(tmp_path, MIB)
     assert [spool.directory] == list(tmp_path.iterdir())
     spool.close()
-
-
-def test_sweep_leaves_a_folder_that_is_just_being_made_and_takes_one_that_never_was(tmp_path: Path) -> None:
-    young, old = tmp_path / "ovserve-spool-young", tmp_path / "ovserve-spool-old"
-    young.mkdir()
-    old.mkdir()
-    os.utime(old, (1, 1))
-    assert sweep(tmp_path) == 1
-    assert list(tmp_path.iterdir()) == [young]
-
-
-def test_sweep_touches_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "somebody").mkdir()
-    (tmp_path / "a-file").write_bytes(b"")
-    with (tmp_path / "locked").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        assert sweep(tmp_path) == 0
-    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("option", ["spool_dir", "spool_fallback_dir"])

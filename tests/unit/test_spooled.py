@@ -78,12 +78,24 @@ def test_a_body_at_its_limit_passes_and_one_byte_more_does_not(spool: Spool, for
 
 
 def test_a_full_spool_is_an_error_that_can_be_answered(spool: Spool, form: SpooledForm) -> None:
-    body = MemoryBody(b"x" * (9 * MIB))
+    hog = spool.create(MIB, reserve=MIB)
+    body = MemoryBody(b"x" * (8 * MIB))
     with pytest.raises(SpoolFull):
         list(receive(body, form, spool, 16 * MIB))
-    assert body.given <= 8 * MIB
+    assert body.given <= 7 * MIB
     form.release()
-    assert spool.used_bytes == 0
+    assert spool.used_bytes == MIB
+    hog.release()
+
+
+def test_a_body_that_never_fits_is_refused_before_it_takes_the_room_of_others(spool: Spool, form: SpooledForm) -> None:
+    body = MemoryBody(b"x" * (8 * MIB + 1))
+    with pytest.raises(ContentTooLarge, match=f"holds {8 * MIB}"):
+        list(receive(body, form, spool, 16 * MIB))
+    assert (body.given, spool.used_bytes) == (0, 0)
+    unannounced = MemoryBody(b"x" * (16 * MIB), announced=False)
+    with pytest.raises(ContentTooLarge, match=f"holds {8 * MIB}"):
+        list(receive(unannounced, form, spool, 16 * MIB))
 
 
 def test_an_upload_is_a_place_in_the_segment_that_workers_can_open(spool: Spool) -> None:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,39 @@ def test_silent_worker_is_killed_and_replaced(tmp_path: Path, caplog: pytest.Log
         assert time.monotonic() - started < 1.0 + 2.0 + SLACK_S
         assert house.pids() != [pid]
         assert "hung: no heartbeat" in str([getattr(record, "fields", {}) for record in caplog.records])
+
+
+def test_worker_that_sigkill_does_not_end_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SpawnProcess, "kill", lambda _: None)  # what it comes to while a driver holds the process
+    with ToyHouse(tmp_path / "spool", hang_limit_s=1.0, idle_hang_limit_s=1.0, terminate_timeout_s=1.0) as house:
+        [pid] = house.pids()
+        begun = tmp_path / "begun"
+        job = house.job(f"once {begun} sleep 60")
+        house.until(begun.exists)
+        os.kill(pid, signal.SIGSTOP)
+        house.until(lambda: house.ready() == 0)
+        assert house.pids() == [pid]  # killed, and not yet given up: it counts as ready no longer
+        answer = finish(job, PATIENCE_S)
+        assert (answer.state, answer.attempts) == (State.DONE, 2)
+        assert list(house.supervisor.worker_pids()) == ["toy/0#1"]
+        assert is_alive(pid)
+        os.kill(pid, signal.SIGKILL)
+        house.until(lambda: pid not in children_of(os.getpid()))  # it is no zombie
+
+
+def test_reload_does_not_wait_for_a_worker_that_sigkill_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SpawnProcess, "kill", lambda _: None)
+    with ToyHouse(tmp_path / "spool", terminate_timeout_s=0.3, idle_hang_limit_s=1.0) as house:
+        [pid] = house.pids()
+        os.kill(pid, signal.SIGSTOP)  # it does not hear that it is to end
+        house.reload(toy_model(), terminate_timeout_s=0.3)
+        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert is_alive(pid)
+        assert house.ask("echo").state is State.DONE
+        os.kill(pid, signal.SIGKILL)
+        house.until(lambda: pid not in children_of(os.getpid()))
 
 
 def test_worker_is_not_taken_for_silent_while_nobody_listens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -298,6 +332,23 @@ def test_second_reload_overtakes_the_first(tmp_path: Path) -> None:
         house.until(lambda: house.dispatcher.status("toy").capacity == 7)
         assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
         assert len(house.pids()) == 1
+
+
+def test_reloads_in_a_row_do_not_pile_up_loading_workers(tmp_path: Path) -> None:
+    with ToyHouse(tmp_path, terminate_timeout_s=0.5) as house:
+        living: list[int] = []
+
+        def has_taken_over() -> bool:
+            living.append(len(house.pids()))
+            return house.dispatcher.status("toy").capacity == 7
+
+        for _ in range(4):
+            house.reload(toy_model(load="hang"), terminate_timeout_s=0.5)
+            house.until(lambda: len(house.pids()) >= 2)
+        house.reload(toy_model(capacity=7), terminate_timeout_s=0.5)
+        house.until(has_taken_over)
+        assert max(living) == 2
+        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
 
 
 def test_worker_that_is_ready_too_late_does_not_make_a_failed_model_work(tmp_path: Path) -> None:

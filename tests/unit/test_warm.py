@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,14 +13,14 @@ import pytest
 
 from ovserve.dispatch.link.spool import Blob, Segment, Spool, open_blob
 from ovserve.dispatch.link.warm import MOST_FILES, join
-from ovserve.errors import SpoolFull
+from ovserve.errors import ContentTooLarge
 
 MIB = 1 << 20
 
 
 @pytest.fixture
 def spool(tmp_path: Path) -> Iterator[Spool]:
-    spool = Spool(tmp_path, 16 * MIB, warm_bytes=8 * MIB)
+    spool = Spool(tmp_path, 32 * MIB, warm_bytes=8 * MIB)
     yield spool
     spool.close()
     assert not list(tmp_path.rglob("*warm*"))
@@ -54,6 +55,13 @@ def test_the_next_segment_uses_the_same_file_under_another_name(spool: Spool) ->
     assert spool.warm.size == 0
     with open_blob(second.blob(0, 60)) as view:
         assert bytes(view) == b"second" * 10
+
+
+def test_a_small_upload_does_not_get_the_file_of_a_large_one(spool: Spool) -> None:
+    filled(spool, b"x" * (6 * MIB)).release()
+    small, unknown = filled(spool, b"y" * 5000), spool.borrow(6 * MIB, wanted=5000)
+    assert (small.reserved, unknown.reserved, spool.warm.size) == (5000, 0, 6 * MIB)
+    assert spool.borrow(6 * MIB).reserved == 6 * MIB
 
 
 def test_a_file_serves_larger_uploads_than_its_first(spool: Spool) -> None:
@@ -161,6 +169,50 @@ def test_what_is_kept_has_a_limit_in_bytes(spool: Spool) -> None:
     assert spool.warm.size == 6 * MIB
 
 
+def test_what_is_kept_is_at_most_a_quarter_of_the_spool(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, 4 * MIB, warm_bytes=4 * MIB)
+    filled(spool, b"x" * (MIB + 1)).release()
+    assert spool.warm.size == 0
+    filled(spool, b"x" * MIB).release()
+    assert spool.warm.size == MIB
+    spool.close()
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_an_upload_that_filled_the_spool_leaves_room_for_the_small_ones_after_it(
+    tmp_path: Path, announced: bool
+) -> None:
+    spool = Spool(tmp_path, 4 * MIB, warm_bytes=4 * MIB)
+    filled(spool, b"x" * (4 * MIB)).release()
+    for _ in range(3):
+        upload = spool.borrow(5000 if announced else 4 * MIB, wanted=5000)
+        upload.reserve(5000)
+        spool.store(b"its request").release()
+        upload.release()
+    spool.close()
+
+
+def test_an_upload_that_filled_a_small_tmpfs_leaves_room_for_the_small_ones_after_it(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "docker", str(tmp_path)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs a privilege that this user lacks")
+    spool = Spool(tmp_path, 2048 * MIB, warm_bytes=64 * MIB)  # the defaults, in a container's /dev/shm
+    try:
+        large = spool.borrow(256 * MIB)
+        large.reserve(64 * MIB)
+        assert large.view[:1] == b"\0"
+        with pytest.raises(ContentTooLarge):
+            large.reserve(65 * MIB)
+        large.release()
+        for _ in range(3):
+            small = filled(spool, b"small")
+            spool.store(b"its request").release()
+            small.release()
+    finally:
+        spool.close()
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
 def test_what_is_kept_has_a_limit_in_files(spool: Spool) -> None:
     before = descriptors()
     segments = [filled(spool, b"x") for _ in range(MOST_FILES + 5)]
@@ -173,11 +225,11 @@ def test_what_is_kept_has_a_limit_in_files(spool: Spool) -> None:
 
 def test_warm_files_give_way_at_the_spools_limit(spool: Spool) -> None:
     filled(spool, b"x" * (8 * MIB)).release()
-    segment = spool.create(16 * MIB, reserve=16 * MIB)
+    segment = spool.create(32 * MIB, reserve=32 * MIB)
     assert spool.warm.size == 0
     segment.release()
-    with pytest.raises(SpoolFull):
-        spool.create(17 * MIB, reserve=17 * MIB)
+    with pytest.raises(ContentTooLarge):
+        spool.create(33 * MIB, reserve=33 * MIB)
 
 
 def test_warm_files_give_way_in_a_full_directory(tmp_path: Path) -> None:
@@ -186,12 +238,33 @@ def test_warm_files_give_way_in_a_full_directory(tmp_path: Path) -> None:
         pytest.skip("mounting a tmpfs needs a privilege that this user lacks")
     spool = Spool(tmp_path, 16 * MIB, warm_bytes=8 * MIB)
     try:
-        filled(spool, b"x" * MIB).release()
-        assert spool.warm.size == MIB
+        filled(spool, b"x" * (MIB // 2)).release()
+        assert spool.warm.size == MIB // 2
         filled(spool, b"y" * (3 * MIB // 2), ceiling=4 * MIB).release()
     finally:
         spool.close()
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_folder_that_vanishes_takes_its_warm_files_along(spool: Spool) -> None:
+    before = descriptors()
+    held = filled(spool, b"held")
+    for _ in range(2):
+        filled(spool, b"upload").release()
+    shutil.rmtree(spool.directory)
+    held.release()  # it cannot be kept
+    assert spool.used_bytes == 0
+    filled(spool, b"next").release()  # the kept one cannot be lent
+    assert spool.warm.size == 4
+    spool.cool()
+    assert (descriptors(), spool.used_bytes) == (before, 0)
+
+
+def test_warm_files_of_a_folder_that_vanished_are_given_up_when_it_is_made_anew(spool: Spool) -> None:
+    filled(spool, b"upload").release()
+    shutil.rmtree(spool.directory)
+    spool.store(b"request").release()
+    assert spool.warm.size == 0
 
 
 def test_without_a_pool_every_segment_has_its_own_file(tmp_path: Path) -> None:

@@ -2,40 +2,30 @@
 
 The front end alone creates, sizes and unlinks segments; workers open them by path (`open_blob`, `fill`). Space is taken with
 posix_fallocate, which makes a full tmpfs an error that can be answered, where writing to a plain mapping would be a SIGBUS.
-
-Each front end has a folder of its own inside the spool directory, held by an flock for as long as the process lives: the lock,
-not a pid (containers reuse those), tells a living front end's folder from a dead one's, which `Spool` removes when it starts.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import logging
 import mmap
 import os
-import secrets
-import shutil
+import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ovserve.dispatch.link.folder import FULL_RETRY_S, NO_DESCRIPTORS, NO_ROOM, Folder
 from ovserve.dispatch.link.warm import WarmFile, WarmPool, join
-from ovserve.errors import SettingsError, SpoolFull
+from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull
 from ovserve.logs import fields
 
 __all__ = ["Blob", "Segment", "Spool", "default_directory", "fill", "open_blob"]
 
-PREFIX = "ovserve-spool-"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # each segment holds one, until its exchange ends
-_FULL_RETRY_S = 2  # segments live for as long as one exchange
-_UNBORN_S = 60.0  # from a folder to its lock, many times over
+_WARM_SHARE = 4  # one part in so many of what the spool can hold may be kept warm: the rest is for what is in flight
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +60,7 @@ class Segment:
         self._view: memoryview | None = None
         self.reserved = 0
         if file is None:
-            self.path, self._descriptor = _create(spool.directory)
+            self.path, self._descriptor = spool.create_file()
         else:
             self.path, self._descriptor, self._map, self.reserved = file.path, file.descriptor, file.mapping, file.size
             self._view = memoryview(file.mapping)
@@ -79,7 +69,7 @@ class Segment:
     def view(self) -> memoryview:
         """The mapped bytes. Valid until `release`, or until `reserve` has moved the segment to another directory.
 
-        Raises SpoolFull when the system refuses a file of this size.
+        Raises SpoolFull when the system refuses a file of this size, or has no descriptor or memory left to map it.
         """
         if self._view is None:
             if self._descriptor < 0:
@@ -91,16 +81,20 @@ class Segment:
                     with contextlib.suppress(OSError):  # what later segments could use is not worth an error now
                         os.ftruncate(self._descriptor, self._span)
                         size = self._span
+                self._map = mmap.mmap(self._descriptor, size)  # takes a second descriptor
             except OSError as error:
-                if error.errno in _NO_ROOM:
-                    raise SpoolFull("files here may not be that large", retry_after_s=_FULL_RETRY_S) from None
+                if error.errno in NO_ROOM or error.errno in NO_DESCRIPTORS:
+                    raise SpoolFull(
+                        f"a segment of {size} bytes cannot be mapped: {error.strerror}", retry_after_s=FULL_RETRY_S
+                    ) from None
                 raise
-            self._map = mmap.mmap(self._descriptor, size)
             self._view = memoryview(self._map)
         return self._view
 
     def reserve(self, upto: int) -> None:
-        """Make the first `upto` bytes safe to touch. Raises SpoolFull when there is no room for them, here and in the fallback.
+        """Make the first `upto` bytes safe to touch.
+
+        Raises SpoolFull when there is no room for them, here and in the fallback, and ContentTooLarge when there never can be.
 
         Take a new `view` afterwards: bytes that found no more room in the spool directory lie in the fallback directory then.
         """
@@ -108,6 +102,7 @@ class Segment:
             return
         if upto > self._ceiling:
             raise ValueError(f"segment of {self._ceiling} bytes asked for {upto}")
+        self._spool.check_size(upto)
         self._spool.take(upto - self.reserved)
         try:
             if not _allocate(self._descriptor, self.reserved, upto):
@@ -153,9 +148,9 @@ class Segment:
     def _move(self, upto: int) -> None:
         """Go on in the fallback directory. Raises SpoolFull when there is none, or no room in it either."""
         folder = self._spool.fallback
-        if folder is None or Path(self.path).parent == folder:
-            raise SpoolFull("the spool directory is full", retry_after_s=_FULL_RETRY_S)
-        path, descriptor = _create(folder)
+        if folder is None or Path(self.path).parent == folder.path:
+            raise SpoolFull("the spool directory is full", retry_after_s=FULL_RETRY_S)
+        path, descriptor = folder.create()
         try:
             has_room = _allocate(descriptor, 0, upto)
             copied = 0
@@ -168,7 +163,7 @@ class Segment:
         if not has_room:
             os.close(descriptor)
             os.unlink(path)
-            raise SpoolFull("the spool directory and its fallback are full", retry_after_s=_FULL_RETRY_S)
+            raise SpoolFull("the spool directory and its fallback are full", retry_after_s=FULL_RETRY_S)
         log.warning("segment moved to the fallback directory", extra=fields(bytes=upto))
         self._drop_file()
         self.path, self._descriptor = path, descriptor
@@ -187,17 +182,8 @@ class Segment:
                 log.debug("segment %s released while a view is held", self.path)
             self._map = None
         os.close(descriptor)
-        Path(self.path).unlink(missing_ok=True)
-
-
-def _create(folder: Path) -> tuple[str, int]:
-    path = f"{folder}/{secrets.token_hex(12)}"
-    try:
-        return path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        if error.errno in _NO_ROOM or error.errno in _NO_DESCRIPTORS:
-            raise SpoolFull("the spool directory has no room for one more file", retry_after_s=_FULL_RETRY_S) from None
-        raise
+        with contextlib.suppress(OSError):  # it may be gone; its bytes are given back all the same
+            os.unlink(self.path)
 
 
 def _allocate(descriptor: int, begin: int, end: int) -> bool:
@@ -205,10 +191,19 @@ def _allocate(descriptor: int, begin: int, end: int) -> bool:
     try:
         os.posix_fallocate(descriptor, begin, end - begin)
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             return False
         raise
     return True
+
+
+def _total_bytes(folder: Path) -> int:
+    """What the file system of this folder holds when it is empty."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:  # it has vanished: whoever makes a file in it is told
+        return sys.maxsize
+    return found.f_blocks * found.f_frsize or sys.maxsize  # none: a tmpfs without a limit
 
 
 class Spool:
@@ -218,7 +213,8 @@ class Spool:
         directory: where the folder is made; a tmpfs, by preference.
         limit_bytes: of all living segments together, those in the fallback too.
         fallback: a directory for what finds no room in the first; None: SpoolFull at once.
-        warm_bytes: of files that are kept for the next uploads; they count towards the limit, and give way to segments.
+        warm_bytes: of files that are kept for the next uploads, a quarter of the spool at most; they count towards the limit, and
+            give way to segments.
     """
 
     def __init__(self, directory: Path, limit_bytes: int, fallback: Path | None = None, warm_bytes: int = 0) -> None:
@@ -226,11 +222,14 @@ class Spool:
         self._limit = limit_bytes
         self._used = 0
         self._lock = threading.Lock()
-        self._guards: list[tuple[Path, int]] = []
-        self.directory = self._take_folder("spool_dir", directory)
-        self.warm = WarmPool(self.directory, warm_bytes)
+        self._folder = _make_folder("spool_dir", directory, self.cool)
+        self.directory = self._folder.path
+        self.fallback: Folder | None = None
+        self._share = min(limit_bytes, _total_bytes(self.directory)) // _WARM_SHARE
+        self.warm = WarmPool(self.directory, min(warm_bytes, self._share))
         try:
-            self.fallback = None if fallback is None else self._take_folder("spool_fallback_dir", fallback)
+            if fallback is not None:
+                self.fallback = _make_folder("spool_fallback_dir", fallback)
         except SettingsError:
             self.close()
             raise
@@ -239,6 +238,28 @@ class Spool:
     def used_bytes(self) -> int:
         """Bytes of all living segments."""
         return self._used
+
+    @property
+    def trouble(self) -> str:
+        """Why the spool directory cannot be used, tried again when it could not be; empty where nothing is known to be wrong."""
+        return self._folder.trouble
+
+    @property
+    def most_bytes(self) -> int:
+        """What it could hold if nothing else were in it. Measured anew: operators enlarge a tmpfs where it is mounted."""
+        room = _total_bytes(self.directory)
+        if self.fallback is not None:
+            room += _total_bytes(self.fallback.path)
+        return min(self._limit, room)
+
+    def check_size(self, size: int) -> None:
+        """Whether one request's bytes could ever lie here together. Raises ContentTooLarge: trying again would change nothing."""
+        if size > self._share and size > (most := self.most_bytes):
+            raise ContentTooLarge(f"the request takes {size} bytes in the spool of this server, which holds {most}")
+
+    def create_file(self) -> tuple[str, int]:
+        """A new file in the spool directory: path and descriptor. Raises SpoolFull and SpoolUnusable."""
+        return self._folder.create()
 
     def create(self, ceiling: int, reserve: int = 0) -> Segment:
         """A segment that may grow to `ceiling` bytes, `reserve` of them usable at once. Raises SpoolFull."""
@@ -250,21 +271,21 @@ class Spool:
             raise
         return segment
 
-    def borrow(self, ceiling: int) -> Segment:
+    def borrow(self, ceiling: int, wanted: int | None = None) -> Segment:
         """A segment for an upload that may grow to `ceiling` bytes, in a warm file where there is one. Raises SpoolFull.
 
-        For bytes that only the front end writes: a warm file still has the bytes of the upload before.
+        `wanted`: how many of them are known to come; None: all. For bytes that only the front end writes: a warm file still has the bytes of the upload before.
         """
         ceiling = max(1, ceiling)
-        file = self.warm.lend(ceiling)
-        if file is None:
-            return Segment(self, ceiling, self.warm.span_for(ceiling))
-        try:
-            self.take(file.size)
-        except SpoolFull:
-            file.close()
-            raise
-        return Segment(self, ceiling, file.span, file)
+        file = self.warm.lend(ceiling, ceiling if wanted is None else wanted)
+        if file is not None:
+            try:
+                self.take(file.size)
+            except SpoolFull:
+                file.close()  # there may be room for as much as will come
+            else:
+                return Segment(self, ceiling, file.span, file)
+        return Segment(self, ceiling, self.warm.span_for(ceiling))
 
     def cool(self) -> None:
         """Give up all warm files."""
@@ -289,7 +310,7 @@ class Spool:
             if self._used + size > self._limit:
                 raise SpoolFull(
                     f"uploads and results in flight are at the limit of {self._limit} bytes",
-                    retry_after_s=_FULL_RETRY_S,
+                    retry_after_s=FULL_RETRY_S,
                 )
             self._used += size
 
@@ -301,53 +322,16 @@ class Spool:
     def close(self) -> None:
         """Remove the folders with all that is in them. Safe to call twice."""
         self.cool()
-        while self._guards:
-            folder, guard = self._guards.pop()
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(guard)
-
-    def _take_folder(self, option: str, directory: Path) -> Path:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            sweep(directory)
-            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
-            # Locked before it gets its name: between the two, another front end's sweep would take it for a dead one's.
-            guard = os.open(folder / "lock.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.rename(folder / "lock.new", folder / "lock")
-        except OSError as error:
-            raise SettingsError(f"{option} {directory}: {error.strerror}") from None
-        self._guards.append((folder, guard))
-        return folder
+        self._folder.close()
+        if self.fallback is not None:
+            self.fallback.close()
 
 
-def sweep(directory: Path) -> int:
-    """Remove the folders of dead front ends from the spool directory; the number removed."""
-    removed = 0
-    for folder in directory.glob(PREFIX + "*"):
-        try:
-            guard = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            removed += _remove_unborn(folder)
-            continue
-        try:
-            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-            removed += 1
-        except OSError:
-            continue  # its front end lives
-        finally:
-            os.close(guard)
-    return removed
-
-
-def _remove_unborn(folder: Path) -> bool:
-    """Remove a folder without a lock, whose front end died before it had made one; one that is just being made stays."""
-    with contextlib.suppress(OSError):
-        if time.time() - folder.stat().st_mtime > _UNBORN_S and os.access(folder, os.W_OK):
-            shutil.rmtree(folder)
-            return True
-    return False
+def _make_folder(option: str, directory: Path, on_loss: Callable[[], None] | None = None) -> Folder:
+    try:
+        return Folder(directory, on_loss)
+    except OSError as error:
+        raise SettingsError(f"{option} {directory}: {error.strerror}") from None
 
 
 @contextmanager

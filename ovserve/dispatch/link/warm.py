@@ -27,6 +27,7 @@ __all__ = ["WarmFile", "WarmPool", "join"]
 
 MOST_FILES = 64  # two descriptors each; as many small uploads at once as a busy server has
 SMALLEST_SPAN = 1 << 20
+MOST_EXCESS = 2  # times the bytes wanted: what a lent file holds beyond them is lost to everybody while it is lent
 
 
 @dataclass(slots=True)
@@ -44,7 +45,8 @@ class WarmFile:
         with contextlib.suppress(BufferError):  # somebody still holds a slice; the mapping goes with it
             self.mapping.close()
         os.close(self.descriptor)
-        Path(self.path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may be gone, or the whole folder
+            os.unlink(self.path)
 
 
 class WarmPool:
@@ -66,33 +68,38 @@ class WarmPool:
         """The address space for a file whose first segment may grow to `ceiling` bytes: room for later ones; 0: not kept."""
         return max(SMALLEST_SPAN, 1 << (ceiling - 1).bit_length()) if self._limit else 0
 
-    def lend(self, ceiling: int) -> WarmFile | None:
-        """A file, under a new name, for a segment that may grow to `ceiling` bytes: the smallest that is large enough."""
+    def lend(self, ceiling: int, wanted: int) -> WarmFile | None:
+        """A file, under a new name, for a segment that may grow to `ceiling` bytes, of which `wanted` are known to come.
+
+        The smallest that is large enough, else the largest; none that is much too large: nobody can take back what is lent, and
+        the file of one large upload, lent to a small one, would leave that one no room for its own request.
+        """
+        most = max(MOST_EXCESS * wanted, SMALLEST_SPAN)
         with self._lock:
-            fitting = [file for file in self._files if file.span >= ceiling]
+            fitting = [file for file in self._files if file.span >= ceiling and file.size <= most]
             if not fitting:
                 return None
-            enough = [file for file in fitting if file.size >= ceiling]
+            enough = [file for file in fitting if file.size >= wanted]
             file = min(enough, key=_size_of) if enough else max(fitting, key=_size_of)
             self._files.remove(file)
             self._size -= file.size
-        name = f"{self._folder}/{secrets.token_hex(12)}"
-        os.rename(file.path, name)
-        file.path = name
-        fcntl.flock(file.descriptor, fcntl.LOCK_UN)
+        try:
+            _rename(file, f"{self._folder}/{secrets.token_hex(12)}")
+            fcntl.flock(file.descriptor, fcntl.LOCK_UN)
+        except OSError:
+            file.close()  # somebody has taken it out of the folder
+            return None
         return file
 
     def keep(self, file: WarmFile) -> bool:
-        """Keep a file for later; False when it has to be closed: too large, or in somebody's hands still."""
+        """Keep a file for later; False when it has to be closed: too large, in somebody's hands still, or gone from the folder."""
         if file.size > self._limit:
             return False
-        name = f"{self._folder}/warm-{secrets.token_hex(12)}"
-        os.rename(file.path, name)
-        file.path = name
         try:
+            _rename(file, f"{self._folder}/warm-{secrets.token_hex(12)}")
             fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.mapping.resize(file.span)  # to the size that it has: refused while a view of it is held
-        except (BlockingIOError, BufferError):
+        except (OSError, BufferError):
             return False
         with self._lock:
             self._files.append(file)
@@ -114,6 +121,11 @@ class WarmPool:
             self._size -= file.size
             dropped.append(file)
         return dropped
+
+
+def _rename(file: WarmFile, name: str) -> None:
+    os.rename(file.path, name)
+    file.path = name
 
 
 def _size_of(file: WarmFile) -> int:

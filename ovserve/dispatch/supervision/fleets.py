@@ -35,7 +35,8 @@ class Place:
         is_retired: it gets no more jobs, and no successor.
         end_by: the instant at which it is killed.
         kill_reason: why it was, or will be.
-        exit_reason: the process has ended; the dispatcher has still to read its last words.
+        abandon_at: the instant at which it is done without, though the kill has not ended it.
+        exit_reason: the process has ended, or is done without; the dispatcher has still to read its last words.
     """
 
     fleet: Fleet
@@ -51,17 +52,18 @@ class Place:
     end_by: float = float("inf")
     kill_reason: str = ""
     is_killed: bool = False
+    abandon_at: float = float("inf")
     exit_reason: str = ""
 
     @property
     def is_ready(self) -> bool:
         """Whether it takes jobs."""
-        return bool(self.ready_at) and not self.exit_reason and not self.is_retired
+        return bool(self.ready_at) and not self.exit_reason and not self.is_retired and not self.is_killed
 
     def fill(self, process: SpawnProcess, link: Link, now: float) -> None:
         """A new incarnation has started."""
         self.process, self.link, self.pid = process, link, process.pid or 0
-        self.started_at, self.ready_at, self.end_by = now, 0.0, float("inf")
+        self.started_at, self.ready_at, self.end_by, self.abandon_at = now, 0.0, float("inf"), float("inf")
         self.is_killed, self.kill_reason, self.exit_reason = False, "", ""
 
     def empty(self) -> None:
@@ -76,6 +78,16 @@ class Place:
         if link.phase == "idle":
             return max(settings.idle_hang_limit_s, link.allow_s)
         return max(settings.hang_limit_s, link.allow_s)
+
+    def fault(self, link: Link, silence_s: float, resident_bytes: int, most_bytes: int) -> str:
+        """Why it has to be killed; empty where nothing is wrong. `most_bytes`: of memory, where the model has no limit of its own."""
+        limit_s = self.silence_limit_s(link)
+        allowed_bytes = self.fleet.model.memory_limit_bytes or most_bytes
+        if silence_s > limit_s and not link.lost:
+            return f"hung: no heartbeat for {silence_s:.1f} s in phase {link.phase}, {limit_s:g} s allowed"
+        if resident_bytes > allowed_bytes:
+            return f"memory: {resident_bytes >> 20} MiB resident, {allowed_bytes >> 20} MiB allowed"
+        return ""
 
     def delay_s(self) -> float:
         """Back-off before the next start: doubles with each death in a row, with jitter; longer once the model has failed."""
@@ -120,6 +132,11 @@ class Fleet:
     def staying_places(self) -> list[Place]:
         """Those that have not been told to end."""
         return [place for place in self.places if not place.is_retired]
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether one of its processes has not worked yet."""
+        return any(place.process is not None and not place.ready_at for place in self.places)
 
     @property
     def half_failure(self) -> str:

@@ -1,6 +1,6 @@
 """What a worker process is told about its life at birth, and what the kernel tells of it: exit codes, memory, OOM rank.
 
-Linux only (/proc, prctl). `enter` runs in the worker, everything else in the supervisor.
+Linux only (/proc, prctl). `enter` and `run_worker` run in the worker, everything else in the supervisor.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-__all__ = ["MASKED", "enter", "explain_exit", "machine_memory_bytes", "prefer_for_oom", "resident_bytes"]
+__all__ = [
+    "MASKED", "enter", "explain_exit", "machine_memory_bytes", "prefer_for_oom", "resident_bytes", "run_worker",
+]  # fmt: skip
 
 MASKED = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # the front end's to hear; workers never do
 
@@ -39,6 +42,15 @@ def enter(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def run_worker(main: Callable[..., None], parent: int, *arguments: Any) -> None:
+    """The first code of ours in a worker process: `main`, tied to its front end. Runs in: worker.
+
+    Here, and not where it is spawned: the process imports this file, and nothing of a supervisor.
+    """
+    enter(parent)
+    main(*arguments)
 
 
 def explain_exit(exitcode: int | None) -> str:

@@ -6,6 +6,8 @@
        ▲                        │                  │                  │
        └────────── died ◀───────┴──────────────────┘             gone (or killed at end_by)
 
+    A process that SIGKILL does not end is one that has died, to all but `_undying`: a driver holds it in an uninterruptible call.
+
 Laws of this file:
 - One thread does everything; other threads leave an order and wake it. It waits on every process, and on the wake-up, in one call.
 - Every process is spawned by this thread and ends before it: PR_SET_PDEATHSIG ties a process to the thread that made it.
@@ -24,7 +26,7 @@ import signal
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -84,7 +86,9 @@ class Supervisor:
         self._incoming: dict[str, Fleet] = {}  # those of a reload that are to take over
         self._leaving: list[Fleet] = []  # those of removed models with jobs still to finish
         self._outgoing: list[Fleet] = []  # those whose places are all retired
+        self._undying: list[SpawnProcess] = []  # killed in vain, and done without
         self._incarnations: dict[tuple[str, int], int] = {}
+        self._restarts: Counter[str] = Counter()
         self._orders: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._stop_by: Deadline | None = None
@@ -129,6 +133,10 @@ class Supervisor:
         fleets = [*self._fleets.values(), *self._incoming.values(), *self._leaving, *self._outgoing]
         places = [place for fleet in fleets for place in list(fleet.places)]
         return {place.link.name: place.pid for place in places if place.link and place.pid and not place.exit_reason}
+
+    def restarts(self) -> dict[str, int]:
+        """By model: workers that died, or were killed, and whose places were to be filled again, since the start."""
+        return {name: self._restarts[name] for name in self._dispatcher.models()}
 
     def reload(self, settings: Settings, profiles: Mapping[str, ModelProfile]) -> None:
         """Bring in new settings: new workers start beside the old, take over when ready, then the old ones finish and end.
@@ -202,6 +210,7 @@ class Supervisor:
             for place in list(fleet.places):
                 self._look_after(place, now)
         self._change_over()
+        self._reap_undying()
         with self._changed:
             self._changed.notify_all()
         if now - self._dispatcher.turned_at < _DISPATCHER_LATE_S:
@@ -216,8 +225,9 @@ class Supervisor:
 
     def _wait(self) -> None:
         living = [p.process.sentinel for f in self._all_fleets() for p in f.places if p.process and not p.exit_reason]
+        living += [process.sentinel for process in self._undying]
         before = time.monotonic()
-        waiting = [p for f in self._all_fleets() for p in f.places if not p.process and f.may_start(p)]
+        waiting = [p for f in self._all_fleets() for p in f.places if not p.process and self._may_start(p)]
         due = min((place.restart_at for place in waiting), default=float("inf"))
         timeout_s = max(0.0, min(_TICK_S, due - before))
         if self._wakeup in wait([self._wakeup, *living], timeout=timeout_s):
@@ -232,17 +242,28 @@ class Supervisor:
         if place.process is None:
             if place.is_retired:
                 place.fleet.places.remove(place)
-            elif now >= place.restart_at and place.fleet.may_start(place):
+            elif now >= place.restart_at and self._may_start(place):
                 self._start(place)
             return
         if place.exit_reason:
             self._bury(place)
             return
         if place.process.is_alive():
-            self._watch(place, now)
+            if now >= place.abandon_at:
+                self._abandon(place)
+            else:
+                self._watch(place, now)
             return
         self._note_exit(place)
         self._bury(place)
+
+    def _may_start(self, place: Place) -> bool:
+        """New workers wait for those that were turned away for them: each reload would add a model being loaded, to memory and cores."""
+        fleet = place.fleet
+        is_incoming = fleet is self._incoming.get(fleet.name)
+        if is_incoming and any(gone.name == fleet.name and gone.is_loading for gone in self._outgoing):
+            return False
+        return fleet.may_start(place)
 
     def _start(self, place: Place) -> None:
         fleet = place.fleet
@@ -264,8 +285,8 @@ class Supervisor:
     def _spawn(self, fleet: Fleet, index: int, incarnation: int) -> tuple[Link, SpawnProcess]:
         link, end = open_link(self._context, fleet.name, index, incarnation)
         process = self._context.Process(
-            target=_enter_worker,
-            args=(self._worker_main, os.getpid(), (end, fleet.profile, fleet.model, fleet.settings)),
+            target=processes.run_worker,
+            args=(self._worker_main, os.getpid(), end, fleet.profile, fleet.model, fleet.settings),
             name=link.name,
             daemon=True,
         )
@@ -288,23 +309,18 @@ class Supervisor:
         link, fleet = place.link, place.fleet
         if link is None:
             return
-        if link.ready is not None and not place.ready_at and not place.is_retired:
+        if link.ready is not None and not place.ready_at and not place.is_retired and not place.is_killed:
             self._note_ready(place, now)
         if link.lost and place.end_by == float("inf"):
             place.end_by = now if link.is_broken else now + fleet.settings.terminate_timeout_s
             place.kill_reason = link.lost if link.is_broken else ""
-        silence_s = self._dispatcher.turned_at - max(
-            link.beat_at, self._amnesty_at
-        )  # what it has not read is no silence
-        limit_s = place.silence_limit_s(link)
+        # What the dispatcher has not read is no silence.
+        silence_s = self._dispatcher.turned_at - max(link.beat_at, self._amnesty_at)
         resident = processes.resident_bytes(place.pid)
-        allowed = fleet.model.memory_limit_bytes or self._memory_limit
         if now >= place.end_by:
             self._kill(place, place.kill_reason or "it did not end within its grace")
-        elif silence_s > limit_s and not link.lost:
-            self._kill(place, f"hung: no heartbeat for {silence_s:.1f} s in phase {link.phase}, {limit_s:g} s allowed")
-        elif resident > allowed:
-            self._kill(place, f"memory: {resident >> 20} MiB resident, {allowed >> 20} MiB allowed")
+        elif fault := place.fault(link, silence_s, resident, self._memory_limit):
+            self._kill(place, fault)
 
     def _note_ready(self, place: Place, now: float) -> None:
         fleet, link = place.fleet, place.link
@@ -320,10 +336,12 @@ class Supervisor:
         )
 
     def _kill(self, place: Place, reason: str) -> None:
-        if place.process is None or place.is_killed:
+        if place.process is None or place.link is None or place.is_killed:
             return
         place.is_killed, place.kill_reason = True, reason
+        self._dispatcher.retire(place.link)  # no job from now on, though it may take long to go
         place.process.kill()
+        place.abandon_at = time.monotonic() + place.fleet.settings.terminate_timeout_s
         log.warning("worker killed", extra=fields(worker=place.process.name, pid=place.pid, why=reason))
 
     def _retire(self, place: Place, end_by: float) -> None:
@@ -341,6 +359,20 @@ class Supervisor:
 
     # --- the dead -----------------------------------------------------------------------------------------------------
 
+    def _abandon(self, place: Place) -> None:
+        """Go on without a process that SIGKILL does not end: its jobs, and its place, would wait for a driver that may never return."""
+        if place.link is None:
+            return
+        place.exit_reason = f"{place.kill_reason}; SIGKILL does not end it"
+        log.error("worker does not end, and is done without", extra=fields(worker=place.link.name, pid=place.pid))
+        self._dispatcher.detach(place.link, place.exit_reason)
+
+    def _reap_undying(self) -> None:
+        for process in [process for process in self._undying if not process.is_alive()]:
+            self._undying.remove(process)
+            log.info("worker ended at last", extra=fields(worker=process.name, pid=process.pid))
+            process.close()
+
     def _note_exit(self, place: Place) -> None:
         """Reap the process, and have the dispatcher read its last words before anything is concluded from its death."""
         if place.process is None or place.link is None:
@@ -354,13 +386,17 @@ class Supervisor:
         if process is None or link is None or not link.lost:
             return
         now, reason = time.monotonic(), load_failure(link) or place.exit_reason
-        process.close()
+        if process.is_alive():
+            self._undying.append(process)
+        else:
+            process.close()
         if place.is_retired:
             place.empty()
             log.info("worker ended", extra=fields(worker=link.name, why=place.exit_reason))
             return
         failed_before = fleet.failure
         fleet.note_death(place, link, reason, now)
+        self._restarts[fleet.name] += 1
         delay_s = place.delay_s()
         place.restart_at = now + delay_s
         log.warning(
@@ -463,11 +499,3 @@ class Supervisor:
                 log.error("worker does not end", extra=fields(worker=place.link and place.link.name, pid=place.pid))
             return True
         return False
-
-
-def _enter_worker(
-    worker_main: WorkerMain, parent: int, arguments: tuple[WorkerEnd, ModelProfile, ModelSettings, Settings]
-) -> None:
-    """The first code of ours in a worker process. Runs in: worker."""
-    processes.enter(parent)
-    worker_main(*arguments)

@@ -85,14 +85,17 @@ def receive(body: Body, form: SpooledForm, spool: Spool, limit: int) -> Iterator
 
     A head alone reserves nothing: there is a segment when the first bytes have come, and it grows with those that follow.
 
-    Raises ContentTooLarge beyond `limit` bytes, SpoolFull, and what `body.readinto` raises.
+    Raises ContentTooLarge beyond `limit` bytes or what the spool can hold, SpoolFull, and what `body.readinto` raises.
     """
     ceiling = limit if body.expected is None else min(body.expected, limit)
+    if body.expected is not None:
+        spool.check_size(ceiling)  # before it has filled the spool, and taken the room of others
     first = memoryview(bytearray(min(FIRST_BYTES, ceiling)))
     filled = body.readinto(first) if ceiling else 0
     if not filled:
         return
-    segment = form.own(spool.borrow(ceiling))
+    # Without a length in the head, no more is known to come than has come.
+    segment = form.own(spool.borrow(ceiling, filled if body.expected is None else ceiling))
     segment.reserve(min(ceiling, GROWTH_BYTES[0]))
     segment.view[:filled] = first[:filled]
     yield segment, 0, filled

@@ -1,0 +1,134 @@
+"""A front end's own folder: made, locked, made anew when it vanishes, swept when its front end is dead."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ovserve.dispatch.link.folder import Folder, sweep
+from ovserve.errors import SpoolFull, SpoolUnusable
+
+
+@pytest.fixture
+def losses() -> list[int]:
+    return []
+
+
+@pytest.fixture
+def folder(tmp_path: Path, losses: list[int]) -> Iterator[Folder]:
+    made = Folder(tmp_path, lambda: losses.append(1))
+    yield made
+    made.close()
+    assert not made.path.exists()
+
+
+def touch(folder: Folder) -> Path:
+    path, descriptor = folder.create()
+    os.close(descriptor)
+    return Path(path)
+
+
+@pytest.mark.parametrize("with_its_directory", [False, True])
+def test_a_folder_that_vanishes_is_made_anew_under_its_name_and_held(
+    tmp_path: Path, losses: list[int], with_its_directory: bool
+) -> None:
+    folder = Folder(tmp_path / "spool", lambda: losses.append(1))
+    touch(folder)
+    shutil.rmtree(tmp_path / "spool" if with_its_directory else folder.path)
+    made = touch(folder)
+    assert made.parent == folder.path
+    assert folder.path.stat().st_mode & 0o077 == 0
+    assert sweep(tmp_path / "spool") == 0
+    assert (len(list(folder.path.iterdir())), losses) == (2, [1])
+    touch(folder)
+    assert (folder.trouble, losses) == ("", [1])
+    folder.close()
+    assert list((tmp_path / "spool").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_anew_is_told_until_it_can(folder: Folder) -> None:
+    shutil.rmtree(folder.path)
+    folder.path.write_bytes(b"in the way")
+    for _ in range(2):
+        with pytest.raises(SpoolUnusable, match="Not a directory") as caught:
+            folder.create()
+        assert caught.value.retry_after_s
+        assert "Not a directory" in folder.trouble
+    folder.path.unlink()
+    assert folder.trouble == ""  # whoever asks for it tries again: nobody sends requests to a server that is not ready
+    assert [path.name for path in folder.path.iterdir()] == ["lock"]
+
+
+def test_a_folder_that_cannot_be_locked_is_not_left_behind(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(folder.path)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", refuse)
+        with pytest.raises(SpoolUnusable, match="Permission denied"):
+            folder.create()
+    assert touch(folder).exists()
+
+
+def test_a_directory_that_became_read_only_is_told(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        with pytest.raises(SpoolUnusable, match="Read-only"):
+            folder.create()
+        assert "Read-only" in folder.trouble
+    assert folder.trouble == ""
+
+
+def test_a_full_directory_is_no_trouble(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=5", "tiny", str(tmp_path)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs a privilege that this user lacks")
+    folder = Folder(tmp_path)
+    try:
+        made = [touch(folder), touch(folder)]
+        with pytest.raises(SpoolFull):
+            folder.create()
+        assert folder.trouble == ""
+        made[0].unlink()
+        touch(folder)
+    finally:
+        folder.close()
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_closed_folder_is_not_made_anew(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.close()
+    with pytest.raises(SpoolUnusable):
+        folder.create()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweep_leaves_a_folder_that_is_just_being_made_and_takes_one_that_never_was(tmp_path: Path) -> None:
+    young, old = tmp_path / "ovserve-spool-young", tmp_path / "ovserve-spool-old"
+    young.mkdir()
+    old.mkdir()
+    os.utime(old, (1, 1))
+    assert sweep(tmp_path) == 1
+    assert list(tmp_path.iterdir()) == [young]
+
+
+def test_sweep_touches_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "somebody").mkdir()
+    (tmp_path / "a-file").write_bytes(b"")
+    with (tmp_path / "locked").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert sweep(tmp_path) == 0
+    assert len(list(tmp_path.iterdir())) == 3
