@@ -260,13 +260,18 @@ class Settings:
     )
     min_body_bytes_per_s: int = _option(
         1024,
-        "Least rate of a request body, after a grace of `body_grace_s`.",
+        "Least rate of a request body; 0: only silence is limited.",
         low=0,
         high=1024 * MIB,
         unit="bytes per second",
     )
     body_grace_s: float = _option(
-        10.0, "Seconds before the least rate of a body is asked for.", low=0.1, high=3600, unit="seconds"
+        20.0,
+        "How far a body may fall behind its least rate, and so its longest silence, however much has come before.",
+        low=0.1,
+        high=3600,
+        unit="seconds",
+        reason="a phone that changes its network is silent for some ten seconds",
     )
     write_timeout_s: float = _option(
         60.0, "Longest standstill while an answer is written.", low=0.1, high=3600, unit="seconds"

@@ -36,6 +36,8 @@ class Body:
         self._rate = settings.min_body_bytes_per_s
         self._before_wait = before_wait
         self._started = 0.0
+        self._patience_s = self._grace_s
+        self._credited = 0  # bytes that have bought patience
         self._decoder = ChunkDecoder(settings) if head.is_chunked else None
         self.expected = None if head.is_chunked else head.content_length or 0
         self._remaining = self.expected or 0
@@ -116,21 +118,29 @@ class Body:
         return len(data)
 
     def _wait(self, receive: Callable[[memoryview, float], int], view: memoryview, fresh: int) -> int:
-        """Call `receive` with the time that the least rate leaves; `fresh`: bytes received and not yet in `received`."""
+        """Call `receive` with the patience that is left; `fresh`: bytes received and not yet in `received`.
+
+        Each byte buys the time that the least rate gives it, waiting spends it, and nobody saves up more than the grace: a client
+        that was quick may not fall silent for hours. Where no rate is asked for, each byte buys all of the grace.
+        """
         now = time.monotonic()
         if not self._started:
             self._started = now
             if self._before_wait:
                 self._before_wait()
-        left = self._grace_s  # where no rate is asked for, silence has its limit all the same
+        bought = self.received + fresh - self._credited
+        self._credited += bought
         if self._rate:
-            left += self._started + (self.received + fresh) / self._rate - now
+            self._patience_s = min(self._grace_s, self._patience_s + bought / self._rate)
+        else:
+            self._patience_s = self._grace_s
         try:
-            count = receive(view, left)
+            count = receive(view, self._patience_s)
         except TimeoutError:
             raise RequestTimeout(
-                f"the body came too slowly: {self.received + fresh} bytes in {now - self._started + left:.0f} s"
+                f"the body came too slowly: {self._credited} bytes in {time.monotonic() - self._started:.0f} s"
             ) from None
+        self._patience_s -= time.monotonic() - now
         if not count:
             raise ClientGone("closed in the middle of the body")
         return count

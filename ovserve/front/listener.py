@@ -30,6 +30,8 @@ from ovserve.logs import fields
 __all__ = ["Listener"]
 
 CUT_TIMEOUT_S = 5.0  # for threads whose connections were cut; all their waits end with the connection
+# A peer whose machine is gone without a word is found after two minutes, whatever its thread waits for.
+KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # seconds, seconds, probes
 EXHAUSTED_PAUSE_S = 0.05  # before accepting is tried again when even the reserve did not help
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -78,6 +80,9 @@ class Listener(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind; without looking up the host's full name, which can take as long as a name server likes."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted sockets inherit these
+        for option, value in KEEPALIVE.items():
+            self.socket.setsockopt(socket.IPPROTO_TCP, option, value)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[0], self.server_address[1]  # type: ignore[assignment]
 

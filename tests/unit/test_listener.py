@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import select
 import socket
 import threading
 import time
@@ -79,6 +80,18 @@ def test_it_listens_on_ipv6(tmp_path: Path) -> None:
         with socket.create_connection(("::1", listener.port), 10) as connection:
             connection.sendall(HEALTH)
             assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_a_peer_that_vanished_is_looked_after(tmp_path: Path) -> None:
+    with listening(tmp_path, Settings(port=0)) as listener, RawClient(listener.port):
+        select.select([listener.socket], [], [], 10)
+        with listener.socket.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            idle, interval, count = (
+                accepted.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+            assert idle + interval * count <= 120
 
 
 def test_it_knows_how_much_is_going_on() -> None:
