@@ -358,6 +358,21 @@ def test_a_slow_body_is_answered_408() -> None:
         assert client.read_rest() == b""
 
 
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_an_upload_that_is_still_coming_when_the_server_goes_down_is_refused_at_once(is_silent: bool) -> None:
+    with serving() as (listener, api), RawClient(listener.port) as client:
+        client.send(request("/echo", JSON + b"Content-Length: 100000\r\n", b"{", "POST"))
+        assert api.seen.get(timeout=10) == "/echo"
+        started = time.monotonic()
+        listener.is_draining = True
+        while not is_silent and not client.has_answer(0.01):
+            client.send(b" ")
+        response = client.read_response()
+        assert (response.status, response.code) == (503, "draining")
+        assert (response.fields["retry-after"], response.fields["connection"]) == ("5", "close")
+        assert time.monotonic() - started < 10  # a silent one is given 20 s
+
+
 def test_a_client_that_does_not_read_is_given_up() -> None:
     with serving(write_timeout_s=0.2) as (listener, api), RawClient(listener.port) as client:
         client.send(request("/large?size=1000000&count=30"))
