@@ -134,10 +134,10 @@ class HttpExchange(Request):
 
 
 class Connection:
-    """One accepted connection. Thread-safe: `is_idle`, `in_flight` and `cut` are for the listener's thread.
+    """One accepted connection. Thread-safe: `idle_since`, `in_flight`, `close_idle` and `cut` are for the listener's threads.
 
     Attributes:
-        is_idle: nothing of a request has come since the last answer.
+        idle_since: when its last answer had been written, if nothing of another request has come since; else 0.
         in_flight: a request's head has come, and its answer is not written yet.
     """
 
@@ -152,7 +152,8 @@ class Connection:
         self.transport = Transport(connection, host.settings.write_timeout_s, self._turn)
         self._parser = HeadParser(host.settings)
         self._is_fresh = True
-        self.is_idle = False
+        self._is_leaving = False
+        self.idle_since = 0.0
         self.in_flight = False
 
     def serve(self) -> None:
@@ -164,11 +165,12 @@ class Connection:
         except ClientGone as gone:
             log.debug("connection lost", extra=fields(address=self._address, why=str(gone)))
         finally:
-            self.is_idle = False
+            self.idle_since = 0.0
             self._turn.give()
 
     def close_idle(self) -> None:
-        """End the wait for another request. Thread-safe: yes."""
+        """End the wait for another request; one that has just come is still answered. Thread-safe: yes."""
+        self._is_leaving = True
         self._shutdown(socket.SHUT_RD)
 
     def cut(self) -> None:
@@ -216,8 +218,9 @@ class Connection:
         transport, settings = self.transport, self.settings
         data = transport.take_pending()
         if not data:
-            self.is_idle = not self._is_fresh  # whoever has just come is about to ask, and is answered
-            if self._host.is_draining and self.is_idle:
+            if not self._is_fresh:  # whoever has just come is about to ask, and is answered
+                self.idle_since = time.monotonic()
+            if self._host.is_draining and self.idle_since:
                 return None
             try:
                 data = transport.receive(
@@ -245,7 +248,7 @@ class Connection:
         return head
 
     def _wake(self) -> None:
-        self.is_idle = False
+        self.idle_since = 0.0
 
     def _answer(self, exchange: HttpExchange) -> int:
         """Have the request answered and write the answer; bytes written. The one place where errors become responses."""
@@ -353,7 +356,7 @@ class Connection:
 
     def _connection_field(self, exchange: HttpExchange) -> bytes:
         """Decide whether the connection persists, and say so."""
-        if not exchange.can_keep() or self._host.is_draining:
+        if not exchange.can_keep() or self._host.is_draining or self._is_leaving:
             exchange.keeps_connection = False
             return b"Connection: close\r\n"
         return b"Connection: keep-alive\r\n" if exchange.head.version == "1.0" else b""

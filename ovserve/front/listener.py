@@ -1,5 +1,7 @@
 """The listening socket: accepts connections, gives each a thread of a bounded number, and ends them in order.
 
+When every place is taken, the connection that has been idle longest makes way for a new one.
+
 Threads: one accepts, one (`overflow`) answers whoever finds no place, one serves each connection. Accepting never waits for any
 of them, nor for descriptors: when those run out, one kept in reserve is spent on closing the connection properly.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import select
 import socket
@@ -30,6 +33,9 @@ from ovserve.logs import fields
 __all__ = ["Listener"]
 
 CUT_TIMEOUT_S = 5.0  # for threads whose connections were cut; all their waits end with the connection
+IDLE_ENOUGH_S = (
+    1.0  # before a connection is closed for another: whoever has just been answered may be about to ask again
+)
 # A peer whose machine is gone without a word is found after two minutes, whatever its thread waits for.
 KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # seconds, seconds, probes
 EXHAUSTED_PAUSE_S = 0.05  # before accepting is tried again when even the reserve did not help
@@ -70,6 +76,7 @@ class Listener(ThreadingHTTPServer):
         self.port: int = self.socket.getsockname()[1]
         self._overflow = Overflow(self)
         self._connections: dict[Connection, threading.Thread] = {}
+        self._leaving: set[Connection] = set()  # of them, those told to make place: their threads are about to end
         self._ended = threading.Condition()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._reserve = -1
@@ -183,7 +190,7 @@ class Listener(ThreadingHTTPServer):
     def process_request(self, request: socket.socket, client_address: tuple[str, int]) -> None:  # type: ignore[override]
         """Give the connection a thread, or let the overflow answer it. Runs in: the accept thread."""
         address = client_address[0]
-        if len(self._connections) >= self.settings.max_connections:
+        if not (self._has_place() or self._end_idlest()):
             self._overflow.offer(request, address)
             return
         try:
@@ -200,6 +207,24 @@ class Listener(ThreadingHTTPServer):
             self._forget(connection)
             self._overflow.offer(request, address)
 
+    def _has_place(self) -> bool:
+        return len(self._connections) - len(self._leaving) < self.settings.max_connections
+
+    def _end_idlest(self) -> bool:
+        """Have the connection that has been idle longest make place (RFC 9112 section 9.5); False when none is idle long enough."""
+        with self._ended:
+            if len(self._leaving) >= self.settings.overflow_connections:
+                return False
+            idle = {
+                connection.idle_since: connection for connection in self._connections if connection not in self._leaving
+            }
+            since = min((since for since in idle if since), default=math.inf)
+            if time.monotonic() - since < IDLE_ENOUGH_S:
+                return False
+            self._leaving.add(idle[since])
+        idle[since].close_idle()
+        return True
+
     def _serve(self, connection: Connection, request: socket.socket) -> None:
         """Runs in: the connection's thread."""
         try:
@@ -213,6 +238,7 @@ class Listener(ThreadingHTTPServer):
     def _forget(self, connection: Connection) -> None:
         with self._ended:
             self._connections.pop(connection, None)
+            self._leaving.discard(connection)
             self._ended.notify_all()
 
     # --- ending ---------------------------------------------------------------------------------------------------------
@@ -235,7 +261,7 @@ class Listener(ThreadingHTTPServer):
         with self._ended:
             threads = list(self._connections.values())
             for connection in self._connections:
-                if connection.is_idle:
+                if connection.idle_since:
                     connection.close_idle()
             self._ended.wait_for(lambda: not self._connections, grace_s)
             if cut := sum(connection.in_flight for connection in self._connections):

@@ -17,11 +17,13 @@ import pytest
 from ovserve.config import Settings
 from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import StartupError
+from ovserve.front import listener as listener_module
 from ovserve.front.listener import Listener
 from tests.rawclient import RawClient
 from tests.toyapi import ToyApi, serving
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: a.test\r\n\r\n"
+ECHO = b"GET /describe HTTP/1.1\r\nHost: a.test\r\n\r\n"
 WAIT = b"GET /wait HTTP/1.1\r\nHost: a.test\r\n\r\n"
 
 pytestmark = pytest.mark.usefixtures("leak_guard")
@@ -201,6 +203,30 @@ def served_again(listener: Listener) -> None:
             return client.send(b"GET /describe HTTP/1.1\r\nHost: a.test\r\n\r\n").read_response().status == 200
 
     eventually(is_served)
+
+
+def test_the_connection_that_was_idle_longest_makes_place_for_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "IDLE_ENOUGH_S", 0.0)
+    with serving(max_connections=3) as (listener, api), RawClient(listener.port) as busy:
+        busy.send(WAIT)
+        with RawClient(listener.port) as first, RawClient(listener.port) as second:
+            for client in (second, first):
+                client.send(HEALTH).read_response()
+                time.sleep(0.1)  # nothing tells from outside that a thread waits again
+            with RawClient(listener.port) as third:
+                assert third.send(ECHO).read_response().status == 200
+            assert second.read_rest() == b""
+            assert first.send(ECHO).read_response().status == 200
+        api.release()
+        assert busy.read_response().status == 200
+
+
+def test_who_was_answered_a_moment_ago_keeps_its_place() -> None:
+    with serving(max_connections=1) as (listener, _), RawClient(listener.port) as first:
+        first.send(ECHO).read_response()
+        with RawClient(listener.port) as second:
+            assert second.send(ECHO).read_response().status == 503
+        assert first.send(ECHO).read_response().status == 200
 
 
 def test_accepting_goes_on_when_the_machine_has_no_thread_left(monkeypatch: pytest.MonkeyPatch) -> None:
