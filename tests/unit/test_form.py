@@ -16,6 +16,7 @@ from ovserve.errors import (
     BadRequest,
     ClientGone,
     ContentTooLarge,
+    InvalidType,
     InvalidValue,
     PartTooLarge,
     SpoolFull,
@@ -128,6 +129,16 @@ def test_long_text_is_refused_before_all_of_it_has_come(spool: Spool) -> None:
     body = MemoryBody(build([Part("prompt", b"x" * (4 << 20))], "B0"))
     with pytest.raises(PartTooLarge):
         read_form(body, MULTIPART, spool, settings(max_text_field_bytes=1000))
+    assert body.given <= 1 << 20
+
+
+@pytest.mark.parametrize("name", ["image", "image[]", "mask"])
+@pytest.mark.parametrize("size", [1500, 4 << 20])
+def test_a_data_url_where_a_file_belongs_is_told_as_such(spool: Spool, name: str, size: int) -> None:
+    body = MemoryBody(build([Part(name, b"data:image/png;base64," + b"A" * size)], "B0"))
+    with pytest.raises(InvalidType, match="expected a file") as caught:
+        read_form(body, MULTIPART, spool, settings(max_text_field_bytes=1000))
+    assert (caught.value.status, caught.value.param) == (400, name)
     assert body.given <= 1 << 20
 
 

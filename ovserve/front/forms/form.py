@@ -9,7 +9,7 @@ import re
 
 from ovserve.config import Settings
 from ovserve.dispatch.link.spool import Segment, Spool
-from ovserve.errors import BadRequest, InvalidValue, PartTooLarge, UnsupportedMediaType
+from ovserve.errors import BadRequest, InvalidType, InvalidValue, PartTooLarge, UnsupportedMediaType
 from ovserve.front.forms.jsonform import decode_in_place, read_json
 from ovserve.front.forms.multipart import MultipartParser, PartBegin, PartEnd
 from ovserve.front.forms.spooled import Body, SpooledForm, SpooledUpload, receive
@@ -148,4 +148,10 @@ def _decode_text(segment: Segment, part: PartBegin, size: int) -> str | None:
 
 
 def _refuse_text_size(part: PartBegin, limit: int) -> None:
+    if _IMAGE_NAME.fullmatch(part.name):
+        raise InvalidType(
+            f"field {part.name!r}: expected a file (a part with a filename), but got a long text; a data URL is taken in a"
+            " JSON body",
+            param=part.name,
+        )
     raise PartTooLarge(f"field {part.name!r} is longer than {limit} bytes", param=part.name)
