@@ -149,6 +149,19 @@ def test_text_must_be_utf_8_and_the_error_names_the_field(spool: Spool) -> None:
     assert "part 2" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("charset", "data", "text"),
+    [
+        ("ISO-8859-1", b"gr\xfcn \x80", "grün \x80"),
+        ("latin1", b"gr\xfcn", "grün"),
+        ('"windows-1252"', b"gr\xfcn \x80", "grün €"),
+        ("us-ascii", b"green", "green"),
+    ],
+)
+def test_text_is_read_in_the_charset_it_declares(spool: Spool, charset: str, data: bytes, text: str) -> None:
+    assert told(read(spool, Part("prompt", data, None, f"text/plain; charset={charset}")))[0] == [("prompt", text)]
+
+
 @pytest.mark.parametrize("content_type", ["text/plain; charset=UTF-8", 'text/plain;charset="us-ascii"', "text/plain"])
 def test_charsets_within_utf_8_are_taken(spool: Spool, content_type: str) -> None:
     assert told(read(spool, Part("prompt", b"x", None, content_type)))[0] == [("prompt", "x")]
@@ -197,7 +210,8 @@ def test_other_types_are_answered_415_with_what_is_taken(spool: Spool, content_t
         (Part("image", b"x", "a", "multipart/mixed; boundary=x"), "nested multipart/mixed"),
         (Part("image", b"x", "a", "image"), None),
         (Part("image", b"x", "a", "image/"), "Content-Type"),
-        (Part("prompt", b"x", None, "text/plain; charset=latin1"), "charset 'latin1': send UTF-8"),
+        (Part("prompt", b"x", None, "text/plain; charset=utf-16"), "charset 'utf-16': send UTF-8"),
+        (Part("prompt", b"a\x81", None, "text/plain; charset=windows-1252"), "'prompt' is not windows-1252 text"),
         (Part("prompt", b"x", fields=("Content-Transfer-Encoding: quoted-printable",)), "'quoted-printable'"),
         (Part("image", b"!", "a", fields=("Content-Transfer-Encoding: base64",)), "no base64 text"),
     ],
