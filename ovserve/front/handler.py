@@ -44,6 +44,8 @@ __all__ = ["Connection", "Host"]
 
 DRAIN_BYTES = 64 * 1024  # of an unread body: less is cheaper to receive than a new connection is to make
 CLIENT_GONE = 499  # for the log: nothing was answered
+# An empty line before a request is passed over (RFC 9112 section 2.2). Alone it is none: some clients send one after a body.
+NOTHING_YET = (b"", b"\r", b"\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
 # The answer to OPTIONS *, which asks about the server and not about a resource: RFC 9110 section 9.3.7.
 SERVER_OPTIONS = FileReply(b"", "", 204, {"Allow": ", ".join(sorted(METHODS))})
@@ -217,20 +219,20 @@ class Connection:
         self._turn.pass_on()  # or a client that always has its next request ready would keep the others out
         transport, settings = self.transport, self.settings
         data = transport.take_pending()
-        if not data:
+        end = time.monotonic() + (settings.head_timeout_s if self._is_fresh else settings.idle_timeout_s)
+        while data in NOTHING_YET:
             if not self._is_fresh:  # whoever has just come is about to ask, and is answered
-                self.idle_since = time.monotonic()
+                self.idle_since = self.idle_since or time.monotonic()
             if self._host.is_draining and self.idle_since:
                 return None
             try:
-                data = transport.receive(
-                    settings.head_timeout_s if self._is_fresh else settings.idle_timeout_s, self._wake
-                )
+                more = transport.receive(end - time.monotonic(), self._wake)
             except TimeoutError:
                 return None
             self._wake()
-            if not data:
+            if not more:
                 return None
+            data += more
         head = self._parser.parse(data)
         if head is None:
             end = time.monotonic() + settings.head_timeout_s

@@ -358,6 +358,22 @@ def test_a_slow_body_is_answered_408() -> None:
         assert client.read_rest() == b""
 
 
+@pytest.mark.parametrize("blank", [b"\r\n", b"\r"])
+@pytest.mark.parametrize("is_late", [True, False])
+def test_a_line_end_after_a_request_is_no_request(blank: bytes, is_late: bool) -> None:
+    with serving(head_timeout_s=0.2, idle_timeout_s=0.6) as (listener, _):
+        with RawClient(listener.port) as client:
+            client.send(request("/health") + (b"" if is_late else blank)).read_response()
+            client.send(blank if is_late else b"")
+            assert not client.has_answer(0.4)
+            assert client.read_rest() == b""
+        with RawClient(listener.port) as client:
+            client.send(request("/health") + blank).read_response()
+            time.sleep(0.3)  # longer than a head may take
+            rest = b"" if blank.endswith(b"\n") else b"\n"
+            assert client.send(rest + request("/health")).read_response().status == 200
+
+
 @pytest.mark.parametrize("is_silent", [True, False])
 def test_an_upload_that_is_still_coming_when_the_server_goes_down_is_refused_at_once(is_silent: bool) -> None:
     with serving() as (listener, api), RawClient(listener.port) as client:
