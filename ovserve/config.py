@@ -19,6 +19,7 @@ __all__ = [
     "Resolution",
     "Settings",
     "options_of",
+    "parse_origins",
 ]
 
 MIB = 1024 * 1024
@@ -63,6 +64,20 @@ class Resolution:
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
+
+
+_ORIGIN = re.compile(
+    r"null|[a-z][a-z0-9+.\-]*://[A-Za-z0-9._~\-]+(?::[0-9]{1,5})?|[a-z]+://\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?"
+)
+
+
+def parse_origins(text: str) -> tuple[str, ...]:
+    """The origins of a list with commas, `("*",)` for all of them. Raises ValueError. RFC 6454 section 6.2."""
+    origins = tuple(origin for part in text.split(",") if (origin := part.strip(" ")))
+    for origin in origins:
+        if not (_ORIGIN.fullmatch(origin) or origins == ("*",)):
+            raise ValueError(f"{origin!r} is no origin such as https://a.example or http://localhost:3000")
+    return tuple(dict.fromkeys(origins))
 
 
 def _option(default: Any, text: str, **known: Any) -> Any:
@@ -148,7 +163,11 @@ class Settings:
     default_model: str = _option("", "Model used when a request names none; empty: the only one there is.")
     log_level: str = _option("info", "Least level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "Form of the log lines.", choices=("text", "json"))
-    allowed_origins: str = _option("*", "Value of Access-Control-Allow-Origin; empty: no CORS fields.")
+    allowed_origins: str = _option(
+        "*",
+        "Origins whose pages may ask (CORS): `*` for all, or several with commas between, such as https://a.example,"
+        " http://localhost:3000; empty: none.",
+    )
 
     # What strangers can make grow.
     max_connections: int = _option(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ovserve.config import ModelSettings, Option, Resolution, Settings, options_of
+from ovserve.config import ModelSettings, Option, Resolution, Settings, options_of, parse_origins
 from ovserve.errors import SettingsError
 
 __all__ = ["ENVIRONMENT_PREFIX", "load_settings"]
@@ -196,6 +196,10 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
     settings = Settings(**values, models=tuple(models))
     if settings.default_model and settings.default_model not in names:
         raise SettingsError(f"default_model {settings.default_model!r} is none of the models: {', '.join(names)}")
+    try:
+        parse_origins(settings.allowed_origins)
+    except ValueError as error:
+        raise SettingsError(f"allowed_origins: {error}") from None
     if settings.default_timeout_s > settings.max_timeout_s:
         raise SettingsError("default_timeout_s is above max_timeout_s")
     return settings

@@ -324,6 +324,7 @@ class Connection:
             framing=b"" if status in NO_CONTENT else b"Content-Length: %d\r\n" % length,
             connection=self._connection_field(exchange),
             headers=headers,
+            origin=exchange.header("origin"),
         )
         exchange.status = status
         if exchange.method == "HEAD" or status in NO_CONTENT:
@@ -345,6 +346,7 @@ class Connection:
                 framing=b"Transfer-Encoding: chunked\r\n" if is_chunked else b"",
                 connection=self._connection_field(exchange),
                 headers={**STREAM_FIELDS, **reply.headers},
+                origin=exchange.header("origin"),
             )
             exchange.status = 200
             if exchange.method == "HEAD":

@@ -358,6 +358,23 @@ def test_a_slow_body_is_answered_408() -> None:
         assert client.read_rest() == b""
 
 
+def test_every_answer_tells_an_allowed_origin() -> None:
+    asking = b"Origin: https://b.test\r\n"
+    field = "access-control-allow-origin"
+    origins = "https://a.test,https://b.test"
+    with serving(allowed_origins=origins, max_connections=1) as (listener, _), RawClient(listener.port) as client:
+        for path in ("/describe", "/nowhere"):
+            assert client.send(request(path, asking)).read_response().fields[field] == "https://b.test"
+        assert client.send(request("/stream?do=3", asking)).read_head()[1][field] == "https://b.test"
+        client.read_chunk()
+        client.read_chunk()
+        with RawClient(listener.port) as beyond:  # no place
+            answer = beyond.send(request("/describe", asking)).read_response()
+            assert (answer.status, answer.fields[field]) == (503, "https://b.test")
+        with RawClient(listener.port) as beyond:
+            assert beyond.send(request("/health", asking)).read_response().fields[field] == "https://b.test"
+
+
 @pytest.mark.parametrize("blank", [b"\r\n", b"\r"])
 @pytest.mark.parametrize("is_late", [True, False])
 def test_a_line_end_after_a_request_is_no_request(blank: bytes, is_late: bool) -> None:
