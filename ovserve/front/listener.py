@@ -65,14 +65,14 @@ class Listener(ThreadingHTTPServer):
         self.turns = Turns()
         self.is_draining = False
         self.request_queue_size = settings.backlog
-        self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        self.host: str = settings.host.removeprefix("[").removesuffix("]")  # an IPv6 address may be written as in a URL
+        self.address_family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
-            super().__init__((settings.host, settings.port), socketserver.BaseRequestHandler)
+            super().__init__((self.host, settings.port), socketserver.BaseRequestHandler)
         except OSError as error:
             why = error.strerror or str(error)
             raise StartupError(f"cannot listen on {settings.host} port {settings.port}: {why}") from None
         self.socket.setblocking(False)
-        self.host: str = settings.host
         self.port: int = self.socket.getsockname()[1]
         self._overflow = Overflow(self)
         self._connections: dict[Connection, threading.Thread] = {}

@@ -76,8 +76,10 @@ def test_the_port_is_taken_when_it_is_made_and_served_when_it_is_started(tmp_pat
         assert client.read_response().status == 200
 
 
-def test_it_listens_on_ipv6(tmp_path: Path) -> None:
-    with listening(tmp_path, Settings(host="::1", port=0)) as listener:
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_it_listens_on_ipv6(tmp_path: Path, host: str) -> None:
+    with listening(tmp_path, Settings(host=host, port=0)) as listener:
+        assert listener.host == "::1"
         listener.start()
         with socket.create_connection(("::1", listener.port), 10) as connection:
             connection.sendall(HEALTH)
