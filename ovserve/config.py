@@ -80,8 +80,8 @@ def parse_origins(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(origins))
 
 
-def _option(default: Any, text: str, **known: Any) -> Any:
-    return field(default=default, metadata={"option": Option(text, **known)})
+def _option(default: Any, text: str, *, is_secret: bool = False, **known: Any) -> Any:
+    return field(default=default, metadata={"option": Option(text, **known)}, repr=not is_secret)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +167,17 @@ class Settings:
         "*",
         "Origins whose pages may ask (CORS): `*` for all, or several with commas between, such as https://a.example,"
         " http://localhost:3000; empty: none.",
+    )
+
+    # Who may ask.
+    api_key: str = _option(
+        "",
+        "A key that requests must carry; best in the environment, for other users of the machine can read flags.",
+        is_secret=True,
+    )
+    api_key_file: Path | None = _option(
+        None,
+        "File of keys that requests must carry, one on each line, `#` before comments; none, and no api_key: nobody is asked.",
     )
 
     # What strangers can make grow.

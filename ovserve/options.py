@@ -87,7 +87,9 @@ def _gather(table: type, sources: list[tuple[str, Mapping[str, Any]]]) -> dict[s
                     if "invalid literal" not in str(error) and "could not" not in str(error)
                     else "not a number"
                 )
-                raise SettingsError(f"{spelled.get(where, keys[0])}={raw!s}: {told}") from None
+                raise SettingsError(
+                    f"{spelled.get(where, keys[0])}={raw if entry.repr else '(hidden)'}: {told}"
+                ) from None
             found[name] = value
             break
     return found

@@ -35,6 +35,7 @@ from ovserve.front.forms.spooled import SpooledForm
 from ovserve.front.http1.events import encode_event
 from ovserve.front.http1.head import METHODS, Head, HeadParser
 from ovserve.front.http1.response import CONTINUE, JSON_TYPE, NO_CONTENT, Responses, error_content, error_fields
+from ovserve.front.keys import Keys
 from ovserve.front.request import Request, failed, new_request_id
 from ovserve.front.transport import Transport
 from ovserve.front.turns import Turn, Turns
@@ -74,6 +75,10 @@ class Host(Protocol):
     @property
     def responses(self) -> Responses:
         """Who makes response heads."""
+
+    @property
+    def keys(self) -> Keys:
+        """Who may ask."""
 
     @property
     def turns(self) -> Turns:
@@ -259,6 +264,7 @@ class Connection:
             if head.is_chunked or head.content_length is not None:
                 go_on = self._send_continue if head.expects_continue else None
                 exchange.body = Body(self.transport, head, self.settings, go_on, lambda: self._host.is_draining)
+            self._host.keys.check(exchange, self._host.api.is_health)
             reply = SERVER_OPTIONS if head.path == "*" else self._host.api.answer(exchange)
             if not isinstance(reply, StreamReply):
                 exchange.release()  # a client that reads slowly holds no upload in the spool

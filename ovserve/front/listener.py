@@ -26,6 +26,7 @@ from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import StartupError
 from ovserve.front.handler import Connection
 from ovserve.front.http1.response import Responses
+from ovserve.front.keys import read_keys
 from ovserve.front.overflow import Overflow
 from ovserve.front.turns import Turns
 from ovserve.logs import fields
@@ -49,6 +50,7 @@ class Listener(ThreadingHTTPServer):
 
     Attributes:
         settings, api, spool, responses, turns: what its connections work with.
+        keys: who may ask; replaced as a whole by a reload.
         host, port: where it listens, the port that was taken when any free one was asked for.
         is_draining: connections end with their exchange.
     """
@@ -57,11 +59,12 @@ class Listener(ThreadingHTTPServer):
     block_on_close = False
 
     def __init__(self, settings: Settings, api: Api, spool: Spool) -> None:
-        """Take the port. Raises StartupError when that is not possible."""
+        """Take the port. Raises StartupError when that is not possible, or the API keys cannot be read."""
         self.settings = settings
         self.api = api
         self.spool = spool
         self.responses = Responses(settings)
+        self.keys = read_keys(settings)
         self.turns = Turns()
         self.is_draining = False
         self.request_queue_size = settings.backlog
@@ -97,7 +100,7 @@ class Listener(ThreadingHTTPServer):
         """Start to accept."""
         self._overflow.start()
         self._thread.start()
-        log.info("listening", extra=fields(address=self.host, port=self.port))
+        log.info("listening", extra=fields(address=self.host, port=self.port, api_keys=len(self.keys)))
 
     @property
     def active_exchanges(self) -> int:

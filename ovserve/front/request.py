@@ -49,12 +49,17 @@ class Request:
         return found
 
     @cached_property
-    def client(self) -> str:
-        """A fingerprint of the API key, from which the key cannot be had, or the address."""
+    def key(self) -> str:
+        """The API key that the client sent, as OpenAI's clients do or as Azure's; empty when there is none."""
         scheme, _, key = (self.header("authorization") or "").partition(" ")
         if scheme.lower() != "bearer":
             key = ""
-        key = key.strip() or self.header("api-key") or ""
+        return key.strip() or self.header("api-key") or ""
+
+    @cached_property
+    def client(self) -> str:
+        """A fingerprint of the API key, from which the key cannot be had, or the address."""
+        key = self.key
         return hashlib.sha256(key.encode("latin-1")).hexdigest()[:FINGERPRINT_CHARS] if key else self.address
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -356,6 +357,26 @@ def test_a_slow_body_is_answered_408() -> None:
         response = client.read_response()
         assert (response.status, response.code) == (408, "request_timeout")
         assert client.read_rest() == b""
+
+
+def test_a_key_is_asked_for_before_the_body_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ovserve")
+    fields = JSON + b"Content-Length: 2000000\r\nExpect: 100-continue\r\n"
+    with serving(api_key="sk-one") as (listener, api):
+        with RawClient(listener.port) as client:
+            response = client.send(request("/echo", fields, method="POST")).read_response()
+            assert (response.status, response.code) == (401, "invalid_api_key")
+            assert response.fields["www-authenticate"] == "Bearer"
+            assert "x-should-retry" not in response.fields
+        with RawClient(listener.port) as client:
+            client.send(request("/echo", b"api-key: sk-other\r\n" + JSON + b"Content-Length: 2\r\n", b"{}", "POST"))
+            assert client.read_response().status == 401
+            assert client.send(request("/health")).read_response().status == 200
+            described = client.send(request("/describe", b"Authorization: Bearer sk-one\r\n")).read_response()
+            assert described.json["client"] == hashlib.sha256(b"sk-one").hexdigest()[:16]
+        assert [api.seen.get(timeout=10) for _ in range(2)] == ["/health", "/describe"]
+        assert api.seen.empty()
+    assert "sk-" not in str([(record.getMessage(), record.__dict__.get("fields")) for record in caplog.records])
 
 
 def test_every_answer_tells_an_allowed_origin() -> None:
