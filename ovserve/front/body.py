@@ -36,7 +36,9 @@ class Body:
     ) -> None:
         """`before_wait` is called once, before the first wait for the client: the place for 100 (Continue).
 
-        `is_draining` is asked before each wait and while it lasts. Raises ContentTooLarge when the head announces more than the largest body.
+        `is_draining` is asked before each wait and while it lasts.
+
+        Raises ContentTooLarge when the head announces more than the largest body.
         """
         self._transport = transport
         self._grace_s = settings.body_grace_s

@@ -34,9 +34,7 @@ from ovserve.logs import fields
 __all__ = ["Listener"]
 
 CUT_TIMEOUT_S = 5.0  # for threads whose connections were cut; all their waits end with the connection
-IDLE_ENOUGH_S = (
-    1.0  # before a connection is closed for another: whoever has just been answered may be about to ask again
-)
+IDLE_ENOUGH_S = 1.0  # before a connection makes place: whoever has just been answered may be about to ask again
 # A peer whose machine is gone without a word is found after two minutes, whatever its thread waits for.
 KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # seconds, seconds, probes
 EXHAUSTED_PAUSE_S = 0.05  # before accepting is tried again when even the reserve did not help
@@ -217,15 +215,14 @@ class Listener(ThreadingHTTPServer):
         """Have the connection that has been idle longest make place (RFC 9112 section 9.5); False when none is idle long enough."""
         with self._ended:
             if len(self._leaving) >= self.settings.overflow_connections:
-                return False
-            idle = {
-                connection.idle_since: connection for connection in self._connections if connection not in self._leaving
-            }
-            since = min((since for since in idle if since), default=math.inf)
+                return False  # they are places beyond the limit until their threads have ended
+            # Each `idle_since` is read once: its thread may be going back to work.
+            known = {connection.idle_since: connection for connection in self._connections.keys() - self._leaving}
+            since = min((since for since in known if since), default=math.inf)
             if time.monotonic() - since < IDLE_ENOUGH_S:
                 return False
-            self._leaving.add(idle[since])
-        idle[since].close_idle()
+            self._leaving.add(known[since])
+        known[since].close_idle()
         return True
 
     def _serve(self, connection: Connection, request: socket.socket) -> None:
