@@ -19,6 +19,7 @@ __all__ = [
     "Resolution",
     "Settings",
     "options_of",
+    "parse_origins",
 ]
 
 MIB = 1024 * 1024
@@ -65,8 +66,22 @@ class Resolution:
         return f"{self.width}x{self.height}"
 
 
-def _option(default: Any, text: str, **known: Any) -> Any:
-    return field(default=default, metadata={"option": Option(text, **known)})
+_ORIGIN = re.compile(
+    r"null|[a-z][a-z0-9+.\-]*://[A-Za-z0-9._~\-]+(?::[0-9]{1,5})?|[a-z]+://\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?"
+)
+
+
+def parse_origins(text: str) -> tuple[str, ...]:
+    """The origins of a list with commas, `("*",)` for all of them. Raises ValueError. RFC 6454 section 6.2."""
+    origins = tuple(origin for part in text.split(",") if (origin := part.strip(" ")))
+    for origin in origins:
+        if not (_ORIGIN.fullmatch(origin) or origins == ("*",)):
+            raise ValueError(f"{origin!r} is no origin such as https://a.example or http://localhost:3000")
+    return tuple(dict.fromkeys(origins))
+
+
+def _option(default: Any, text: str, *, is_secret: bool = False, **known: Any) -> Any:
+    return field(default=default, metadata={"option": Option(text, **known)}, repr=not is_secret)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +163,22 @@ class Settings:
     default_model: str = _option("", "Model used when a request names none; empty: the only one there is.")
     log_level: str = _option("info", "Least level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "Form of the log lines.", choices=("text", "json"))
-    allowed_origins: str | None = _option("*", "Value of Access-Control-Allow-Origin; `none`: no CORS fields.")
+    allowed_origins: str | None = _option(
+        "*",
+        "Origins whose pages may ask (CORS): `*` for all, or several with commas between, such as https://a.example,"
+        " http://localhost:3000; `none`: no CORS fields.",
+    )
+
+    # Who may ask.
+    api_key: str = _option(
+        "",
+        "A key that requests must carry; best in the environment, for other users of the machine can read flags.",
+        is_secret=True,
+    )
+    api_key_file: Path | None = _option(
+        None,
+        "File of keys that requests must carry, one on each line, `#` before comments; none, and no api_key: nobody is asked.",
+    )
 
     # What strangers can make grow.
     max_connections: int = _option(
@@ -260,13 +290,18 @@ class Settings:
     )
     min_body_bytes_per_s: int = _option(
         1024,
-        "Least rate of a request body, after a grace of `body_grace_s`.",
+        "Least rate of a request body; 0: only silence is limited.",
         low=0,
         high=1024 * MIB,
         unit="bytes per second",
     )
     body_grace_s: float = _option(
-        10.0, "Seconds before the least rate of a body is asked for.", low=0.1, high=3600, unit="seconds"
+        20.0,
+        "How far a body may fall behind its least rate, and so its longest silence, however much has come before.",
+        low=0.1,
+        high=3600,
+        unit="seconds",
+        reason="a phone that changes its network is silent for some ten seconds",
     )
     write_timeout_s: float = _option(
         60.0, "Longest standstill while an answer is written.", low=0.1, high=3600, unit="seconds"

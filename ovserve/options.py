@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ovserve.config import ModelSettings, Option, Resolution, Settings, options_of
+from ovserve.config import ModelSettings, Option, Resolution, Settings, options_of, parse_origins
 from ovserve.errors import SettingsError
 
 __all__ = ["ENVIRONMENT_PREFIX", "load_settings", "service_variables"]
@@ -130,7 +130,8 @@ def _gather(table: type, sources: Sequence[_Source]) -> dict[str, Any]:
                     if "invalid literal" not in str(error) and "could not" not in str(error)
                     else "not a number"
                 )
-                raise SettingsError(f"{source.spell(keys[0])}={_shown(raw)}: {told}") from None
+                shown = _shown(raw) if entry.repr else "(hidden)"
+                raise SettingsError(f"{source.spell(keys[0])}={shown}: {told}") from None
             found[name] = value
             break
     return found
@@ -285,6 +286,10 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
     settings = Settings(**values, models=tuple(models))
     if settings.default_model and settings.default_model not in names:
         raise SettingsError(f"default_model {settings.default_model!r} is none of the models: {', '.join(names)}")
+    try:
+        parse_origins(settings.allowed_origins or "")
+    except ValueError as error:
+        raise SettingsError(f"allowed_origins: {error}") from None
     if settings.default_timeout_s > settings.max_timeout_s:
         raise SettingsError("default_timeout_s is above max_timeout_s")
     return settings

@@ -27,6 +27,7 @@ from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.link.spool import Spool, default_directory
 from ovserve.dispatch.supervision.supervisor import Supervisor
 from ovserve.errors import ModelError, StartupError
+from ovserve.front.keys import read_keys
 from ovserve.front.listener import Listener
 from ovserve.logs import fields
 from ovserve.metrics import Metrics
@@ -166,10 +167,11 @@ class Server:
                 systemd.notify_reloading()
             try:
                 settings = self._reread()
-                catalog = read_catalog(settings)
+                catalog, keys = read_catalog(settings), read_keys(settings)
                 self._supervisor.reload(settings, _profiles(catalog))
                 with self._serving:
                     self._api.take(settings, self._api.catalog.announcing(catalog))
+                self._listener.keys = keys
                 log.info("reloaded", extra=fields(models=", ".join(catalog.models)))
                 if fixed := _fixed(self._settings, settings):
                     log.warning("takes effect at the next start: %s", ", ".join(fixed))
@@ -216,7 +218,7 @@ class Server:
 RELOADED = frozenset((
     "models", "default_model", "max_images", "max_image_pixels", "max_image_side_px", "default_timeout_s", "max_timeout_s", "public_url",
     "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s", "restart_delay_s", "max_restart_delay_s",
-    "crash_loop_limit", "failed_retry_s",
+    "crash_loop_limit", "failed_retry_s", "api_key", "api_key_file",
 ))  # fmt: skip
 
 

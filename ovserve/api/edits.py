@@ -54,7 +54,8 @@ class Images:
         job = Job(
             id=exchange.id,
             model=parameters.model.name,
-            client=Client(exchange.network, exchange.key),
+            # A known key is somebody, wherever it comes from; any other is one of many that its address may send.
+            client=Client(exchange.key) if exchange.is_verified else Client(exchange.network, exchange.key),
             request=parameters.request,
             deadline=Deadline.after(self._timeout_s(exchange, parameters)),
         )

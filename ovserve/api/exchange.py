@@ -83,7 +83,11 @@ class Exchange(Protocol):
 
     @property
     def key(self) -> str:
-        """A fingerprint of the API key, which nobody has verified; empty without one."""
+        """A fingerprint of the API key; empty without one."""
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the key is one of those that are known here."""
 
     def header(self, name: str) -> str | None:
         """A request field by its lower-case name; lines of one name joined by `, `."""

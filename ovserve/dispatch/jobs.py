@@ -90,7 +90,8 @@ class Timings:
 class Client(NamedTuple):
     """Whom fairness counts a job for: an address, and within it the fingerprint of an API key, or the lack of one.
 
-    Nobody verifies the key, so it says who is who among those of one address, and never who has more rights than another.
+    A key that nobody has verified says who is who among those of one address, and never who has more rights than another. A
+    verified one stands in place of the address.
     """
 
     address: str

@@ -1,8 +1,8 @@
 """The jobs that wait for one model: bounded, first in first out for each client, clients in turn.
 
 A client with a hundred jobs waits behind its own, not in front of others: `pop` takes one job from each address in rotation,
-and of an address from each of its keys in rotation. Addresses come first because nobody verifies a key here: a new one for
-each job would else be a turn for each job. Keys still count, for behind a reverse proxy every client has the proxy's address.
+and of an address from each of its keys in rotation. Addresses come first because a key need not be verified: a new one
+for each job would else be a turn for each job. Keys still count, for behind a reverse proxy every client has the proxy's address.
 
 The last places of a queue are kept for those that hold few of them, so that nobody can lock the others out either: an address
 may add a job while it holds fewer than `_SHARE` times the places still free (the dynamic threshold of Choudhury and Hahne,

@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable
 
 from ovserve.config import Settings
-from ovserve.errors import ClientGone, ContentTooLarge, RequestTimeout
+from ovserve.errors import ClientGone, ContentTooLarge, Draining, RequestTimeout
 from ovserve.front.http1.chunks import ChunkDecoder
 from ovserve.front.http1.head import Head
 from ovserve.front.transport import Transport
 
 __all__ = ["Body"]
 
+LOOK_UP_S = 0.5  # how long a wait lasts before the server may have begun to go down
+DRAINING_RETRY_S = 5  # as for a job that comes too late
 SCRATCH_BYTES = 16 * 1024  # at a time, for content that nobody wants
 
 
@@ -25,9 +27,16 @@ class Body:
     """
 
     def __init__(
-        self, transport: Transport, head: Head, settings: Settings, before_wait: Callable[[], None] | None = None
+        self,
+        transport: Transport,
+        head: Head,
+        settings: Settings,
+        before_wait: Callable[[], None] | None = None,
+        is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
         """`before_wait` is called once, before the first wait for the client: the place for 100 (Continue).
+
+        `is_draining` is asked before each wait and while it lasts.
 
         Raises ContentTooLarge when the head announces more than the largest body.
         """
@@ -35,7 +44,10 @@ class Body:
         self._grace_s = settings.body_grace_s
         self._rate = settings.min_body_bytes_per_s
         self._before_wait = before_wait
+        self._is_draining = is_draining
         self._started = 0.0
+        self._patience_s = self._grace_s
+        self._credited = 0  # bytes that have bought patience
         self._decoder = ChunkDecoder(settings) if head.is_chunked else None
         self.expected = None if head.is_chunked else head.content_length or 0
         self._remaining = self.expected or 0
@@ -57,6 +69,7 @@ class Body:
             MalformedRequest, FieldsTooLarge: the chunked framing is wrong, or its trailer section over a limit.
             ContentTooLarge: a chunk goes beyond the largest body.
             RequestTimeout: the client is slower than the least rate.
+            Draining: the server goes down before all of it has come.
             ClientGone: the connection ended before the body did.
         """
         if self._decoder is None:
@@ -116,21 +129,41 @@ class Body:
         return len(data)
 
     def _wait(self, receive: Callable[[memoryview, float], int], view: memoryview, fresh: int) -> int:
-        """Call `receive` with the time that the least rate leaves; `fresh`: bytes received and not yet in `received`."""
-        now = time.monotonic()
+        """Call `receive` with the patience that is left; `fresh`: bytes received and not yet in `received`.
+
+        Each byte buys the time that the least rate gives it, waiting spends it, and nobody saves up more than the grace: a client
+        that was quick may not fall silent for hours. Where no rate is asked for, each byte buys all of the grace.
+        """
+        self._check_draining()
         if not self._started:
-            self._started = now
+            self._started = time.monotonic()
             if self._before_wait:
                 self._before_wait()
-        left = self._grace_s  # where no rate is asked for, silence has its limit all the same
+        bought = self.received + fresh - self._credited
+        self._credited += bought
         if self._rate:
-            left += self._started + (self.received + fresh) / self._rate - now
-        try:
-            count = receive(view, left)
-        except TimeoutError:
-            raise RequestTimeout(
-                f"the body came too slowly: {self.received + fresh} bytes in {now - self._started + left:.0f} s"
-            ) from None
-        if not count:
-            raise ClientGone("closed in the middle of the body")
+            self._patience_s = min(self._grace_s, self._patience_s + bought / self._rate)
+        else:
+            self._patience_s = self._grace_s
+        count = 0
+        while not count:
+            since, limit_s = time.monotonic(), min(self._patience_s, LOOK_UP_S)
+            try:
+                count = receive(view, limit_s)
+            except TimeoutError:
+                self._check_draining()
+                if limit_s < LOOK_UP_S:
+                    raise RequestTimeout(
+                        f"the body came too slowly: {self._credited} bytes in {time.monotonic() - self._started:.0f} s"
+                    ) from None
+            else:
+                if not count:
+                    raise ClientGone("closed in the middle of the body")
+            finally:
+                self._patience_s -= time.monotonic() - since
         return count
+
+    def _check_draining(self) -> None:
+        """Whoever still sends when the server goes down could only be refused afterwards. Raises Draining."""
+        if self._is_draining():
+            raise Draining("The server is going down and takes no new jobs.", retry_after_s=DRAINING_RETRY_S)

@@ -35,6 +35,7 @@ from ovserve.front.forms.spooled import SpooledForm
 from ovserve.front.http1.events import encode_event
 from ovserve.front.http1.head import METHODS, Head, HeadParser
 from ovserve.front.http1.response import CONTINUE, JSON_TYPE, NO_CONTENT, Responses, error_content, error_fields
+from ovserve.front.keys import Keys
 from ovserve.front.request import Request, failed, new_request_id
 from ovserve.front.transport import Transport
 from ovserve.front.turns import Turn, Turns
@@ -44,6 +45,8 @@ __all__ = ["Connection", "Host"]
 
 DRAIN_BYTES = 64 * 1024  # of an unread body: less is cheaper to receive than a new connection is to make
 CLIENT_GONE = 499  # for the log: nothing was answered
+# An empty line before a request is passed over (RFC 9112 section 2.2). Alone it is none: some clients send one after a body.
+NOTHING_YET = (b"", b"\r", b"\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
 # The answer to OPTIONS *, which asks about the server and not about a resource: RFC 9110 section 9.3.7.
 SERVER_OPTIONS = FileReply(b"", "", 204, {"Allow": ", ".join(sorted(METHODS))})
@@ -72,6 +75,10 @@ class Host(Protocol):
     @property
     def responses(self) -> Responses:
         """Who makes response heads."""
+
+    @property
+    def keys(self) -> Keys:
+        """Who may ask."""
 
     @property
     def turns(self) -> Turns:
@@ -134,10 +141,10 @@ class HttpExchange(Request):
 
 
 class Connection:
-    """One accepted connection. Thread-safe: `is_idle`, `in_flight` and `cut` are for the listener's thread.
+    """One accepted connection. Thread-safe: `idle_since`, `in_flight`, `close_idle` and `cut` are for the listener's threads.
 
     Attributes:
-        is_idle: nothing of a request has come since the last answer.
+        idle_since: when its last answer had been written, if nothing of another request has come since; else 0.
         in_flight: a request's head has come, and its answer is not written yet.
     """
 
@@ -152,7 +159,8 @@ class Connection:
         self.transport = Transport(connection, host.settings.write_timeout_s, self._turn)
         self._parser = HeadParser(host.settings)
         self._is_fresh = True
-        self.is_idle = False
+        self._is_leaving = False
+        self.idle_since = 0.0
         self.in_flight = False
 
     def serve(self) -> None:
@@ -164,11 +172,12 @@ class Connection:
         except ClientGone as gone:
             log.debug("connection lost", extra=fields(address=self._address, why=str(gone)))
         finally:
-            self.is_idle = False
+            self.idle_since = 0.0
             self._turn.give()
 
     def close_idle(self) -> None:
-        """End the wait for another request. Thread-safe: yes."""
+        """End the wait for another request; one that has just come is still answered. Thread-safe: yes."""
+        self._is_leaving = True
         self._shutdown(socket.SHUT_RD)
 
     def cut(self) -> None:
@@ -215,19 +224,20 @@ class Connection:
         self._turn.pass_on()  # or a client that always has its next request ready would keep the others out
         transport, settings = self.transport, self.settings
         data = transport.take_pending()
-        if not data:
-            self.is_idle = not self._is_fresh  # whoever has just come is about to ask, and is answered
-            if self._host.is_draining and self.is_idle:
+        end = time.monotonic() + (settings.head_timeout_s if self._is_fresh else settings.idle_timeout_s)
+        while data in NOTHING_YET:
+            if not self._is_fresh:  # whoever has just come is about to ask, and is answered
+                self.idle_since = self.idle_since or time.monotonic()
+            if self._host.is_draining and self.idle_since:
                 return None
             try:
-                data = transport.receive(
-                    settings.head_timeout_s if self._is_fresh else settings.idle_timeout_s, self._wake
-                )
+                more = transport.receive(end - time.monotonic(), self._wake)
             except TimeoutError:
                 return None
             self._wake()
-            if not data:
+            if not more:
                 return None
+            data += more
         head = self._parser.parse(data)
         if head is None:
             end = time.monotonic() + settings.head_timeout_s
@@ -245,16 +255,16 @@ class Connection:
         return head
 
     def _wake(self) -> None:
-        self.is_idle = False
+        self.idle_since = 0.0
 
     def _answer(self, exchange: HttpExchange) -> int:
         """Have the request answered and write the answer; bytes written. The one place where errors become responses."""
         head = exchange.head
         try:
             if head.is_chunked or head.content_length is not None:
-                exchange.body = Body(
-                    self.transport, head, self.settings, self._send_continue if head.expects_continue else None
-                )
+                go_on = self._send_continue if head.expects_continue else None
+                exchange.body = Body(self.transport, head, self.settings, go_on, lambda: self._host.is_draining)
+            self._host.keys.check(exchange, self._host.api.is_health)
             reply = SERVER_OPTIONS if head.path == "*" else self._host.api.answer(exchange)
             if not isinstance(reply, StreamReply):
                 exchange.release()  # a client that reads slowly holds no upload in the spool
@@ -320,6 +330,7 @@ class Connection:
             framing=b"" if status in NO_CONTENT else b"Content-Length: %d\r\n" % length,
             connection=self._connection_field(exchange),
             headers=headers,
+            origin=exchange.header("origin"),
         )
         exchange.status = status
         if exchange.method == "HEAD" or status in NO_CONTENT:
@@ -341,6 +352,7 @@ class Connection:
                 framing=b"Transfer-Encoding: chunked\r\n" if is_chunked else b"",
                 connection=self._connection_field(exchange),
                 headers={**STREAM_FIELDS, **reply.headers},
+                origin=exchange.header("origin"),
             )
             exchange.status = 200
             if exchange.method == "HEAD":
@@ -354,7 +366,7 @@ class Connection:
 
     def _connection_field(self, exchange: HttpExchange) -> bytes:
         """Decide whether the connection persists, and say so."""
-        if not exchange.can_keep() or self._host.is_draining:
+        if not exchange.can_keep() or self._host.is_draining or self._is_leaving:
             exchange.keeps_connection = False
             return b"Connection: close\r\n"
         return b"Connection: keep-alive\r\n" if exchange.head.version == "1.0" else b""

@@ -1,5 +1,7 @@
 """The listening socket: accepts connections, gives each a thread of a bounded number, and ends them in order.
 
+When every place is taken, the connection that has been idle longest makes way for a new one.
+
 Threads: one accepts, one (`overflow`) answers whoever finds no place, one serves each connection. Accepting never waits for any
 of them, nor for descriptors: when those run out, one kept in reserve is spent on closing the connection properly.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import select
 import socket
@@ -23,6 +26,7 @@ from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import StartupError
 from ovserve.front.handler import Connection
 from ovserve.front.http1.response import Responses
+from ovserve.front.keys import read_keys
 from ovserve.front.overflow import Overflow
 from ovserve.front.turns import Turns
 from ovserve.logs import fields
@@ -30,6 +34,9 @@ from ovserve.logs import fields
 __all__ = ["Listener"]
 
 CUT_TIMEOUT_S = 5.0  # for threads whose connections were cut; all their waits end with the connection
+IDLE_ENOUGH_S = 1.0  # before a connection makes place: whoever has just been answered may be about to ask again
+# A peer whose machine is gone without a word is found after two minutes, whatever its thread waits for.
+KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # seconds, seconds, probes
 EXHAUSTED_PAUSE_S = 0.05  # before accepting is tried again when even the reserve did not help
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -41,6 +48,7 @@ class Listener(ThreadingHTTPServer):
 
     Attributes:
         settings, api, spool, responses, turns: what its connections work with.
+        keys: who may ask; replaced as a whole by a reload.
         host, port: where it listens, the port that was taken when any free one was asked for.
         is_draining: connections end with their exchange.
     """
@@ -49,25 +57,27 @@ class Listener(ThreadingHTTPServer):
     block_on_close = False
 
     def __init__(self, settings: Settings, api: Api, spool: Spool) -> None:
-        """Take the port. Raises StartupError when that is not possible."""
+        """Take the port. Raises StartupError when that is not possible, or the API keys cannot be read."""
         self.settings = settings
         self.api = api
         self.spool = spool
         self.responses = Responses(settings)
+        self.keys = read_keys(settings)
         self.turns = Turns()
         self.is_draining = False
         self.request_queue_size = settings.backlog
-        self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        self.host: str = settings.host.removeprefix("[").removesuffix("]")  # an IPv6 address may be written as in a URL
+        self.address_family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
-            super().__init__((settings.host, settings.port), socketserver.BaseRequestHandler)
+            super().__init__((self.host, settings.port), socketserver.BaseRequestHandler)
         except (OSError, TypeError) as error:  # TypeError: a host that cannot be encoded as a name (IDNA)
             why = getattr(error, "strerror", None) or str(error)
             raise StartupError(f"cannot listen on {settings.host} port {settings.port}: {why}") from None
         self.socket.setblocking(False)
-        self.host: str = settings.host
         self.port: int = self.socket.getsockname()[1]
         self._overflow = Overflow(self)
         self._connections: dict[Connection, threading.Thread] = {}
+        self._leaving: set[Connection] = set()  # of them, those told to make place: their threads are about to end
         self._ended = threading.Condition()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._reserve = -1
@@ -78,6 +88,9 @@ class Listener(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind; without looking up the host's full name, which can take as long as a name server likes."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted sockets inherit these
+        for option, value in KEEPALIVE.items():
+            self.socket.setsockopt(socket.IPPROTO_TCP, option, value)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[0], self.server_address[1]  # type: ignore[assignment]
 
@@ -85,7 +98,7 @@ class Listener(ThreadingHTTPServer):
         """Start to accept."""
         self._overflow.start()
         self._thread.start()
-        log.info("listening", extra=fields(address=self.host, port=self.port))
+        log.info("listening", extra=fields(address=self.host, port=self.port, api_keys=len(self.keys)))
 
     @property
     def active_exchanges(self) -> int:
@@ -178,7 +191,7 @@ class Listener(ThreadingHTTPServer):
     def process_request(self, request: socket.socket, client_address: tuple[str, int]) -> None:  # type: ignore[override]
         """Give the connection a thread, or let the overflow answer it. Runs in: the accept thread."""
         address = client_address[0]
-        if len(self._connections) >= self.settings.max_connections:
+        if not (self._has_place() or self._end_idlest()):
             self._overflow.offer(request, address)
             return
         try:
@@ -195,6 +208,23 @@ class Listener(ThreadingHTTPServer):
             self._forget(connection)
             self._overflow.offer(request, address)
 
+    def _has_place(self) -> bool:
+        return len(self._connections) - len(self._leaving) < self.settings.max_connections
+
+    def _end_idlest(self) -> bool:
+        """Have the connection that has been idle longest make place (RFC 9112 section 9.5); False when none is idle long enough."""
+        with self._ended:
+            if len(self._leaving) >= self.settings.overflow_connections:
+                return False  # they are places beyond the limit until their threads have ended
+            # Each `idle_since` is read once: its thread may be going back to work.
+            known = {connection.idle_since: connection for connection in self._connections.keys() - self._leaving}
+            since = min((since for since in known if since), default=math.inf)
+            if time.monotonic() - since < IDLE_ENOUGH_S:
+                return False
+            self._leaving.add(known[since])
+        known[since].close_idle()
+        return True
+
     def _serve(self, connection: Connection, request: socket.socket) -> None:
         """Runs in: the connection's thread."""
         try:
@@ -208,6 +238,7 @@ class Listener(ThreadingHTTPServer):
     def _forget(self, connection: Connection) -> None:
         with self._ended:
             self._connections.pop(connection, None)
+            self._leaving.discard(connection)
             self._ended.notify_all()
 
     # --- ending ---------------------------------------------------------------------------------------------------------
@@ -230,7 +261,7 @@ class Listener(ThreadingHTTPServer):
         with self._ended:
             threads = list(self._connections.values())
             for connection in self._connections:
-                if connection.is_idle:
+                if connection.idle_since:
                     connection.close_idle()
             self._ended.wait_for(lambda: not self._connections, grace_s)
             if cut := sum(connection.in_flight for connection in self._connections):

@@ -171,13 +171,15 @@ class Overflow:
         if not data:
             raise ClientGone("closed before its head was complete")
         visitor.data += data
+        head = None
         try:
             head = visitor.parser.parse(visitor.data)
             if head is None:
                 raise BlockingIOError
             buffers: Sequence[bytes | memoryview] = self._health(head, visitor)
         except ApiError as error:
-            buffers = self._host.responses.refusal(error, new_request_id())
+            origin = head.fields.get("origin") if head else None
+            buffers = self._host.responses.refusal(error, new_request_id(), origin)
             log.info("refused %d", error.status, extra=fields(address=visitor.address, why=error.message))
         visitor.answer = memoryview(b"".join(buffers))
 
@@ -206,6 +208,7 @@ class Overflow:
             framing=b"Content-Length: %d\r\n" % sum(map(len, chunks)),
             connection=b"Connection: close\r\n",
             headers=reply.headers,
+            origin=exchange.header("origin"),
         )
         return [top] if head.method == "HEAD" else [top, *chunks]
 

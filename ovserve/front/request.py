@@ -31,6 +31,7 @@ class Request:
         id: ours, never the client's.
         method, path: of the head; the path percent-decoded once.
         address: the peer's address.
+        is_verified: its API key is one of those that are known.
     """
 
     def __init__(self, head: Head, address: str) -> None:
@@ -39,6 +40,7 @@ class Request:
         self.method = head.method
         self.path = head.path
         self.address = address
+        self.is_verified = False
 
     @cached_property
     def query(self) -> Mapping[str, str]:
@@ -61,13 +63,17 @@ class Request:
         return str(address.ipv4_mapped or IPv6Network((int(address), 64), strict=False))
 
     @cached_property
-    def key(self) -> str:
-        """A fingerprint of the API key, from which the key cannot be had; empty without one."""
+    def api_key(self) -> str:
+        """The API key that the client sent, as OpenAI's clients do or as Azure's; empty when there is none."""
         scheme, _, key = (self.header("authorization") or "").partition(" ")
         if scheme.lower() != "bearer":
             key = ""
-        key = key.strip() or self.header("api-key") or ""
-        return hashlib.sha256(key.encode("latin-1")).hexdigest()[:FINGERPRINT_CHARS] if key else ""
+        return key.strip() or self.header("api-key") or ""
+
+    @cached_property
+    def key(self) -> str:
+        """A fingerprint of the API key, from which the key cannot be had; empty without one."""
+        return hashlib.sha256(self.api_key.encode("latin-1")).hexdigest()[:FINGERPRINT_CHARS] if self.api_key else ""
 
     @property
     def client_request_id(self) -> str | None:

@@ -225,7 +225,7 @@ class Transport:
     def _wait_for(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:
         """Call `receive` until it gives something or the time is over. Raises TimeoutError and ClientGone."""
         while True:
-            if timeout_s < TICK_S or self._timeout != TICK_S:
+            if timeout_s <= 0 or self._timeout != min(timeout_s, TICK_S):
                 self._limit_wait(timeout_s)
             try:
                 return receive(*arguments)

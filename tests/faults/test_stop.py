@@ -16,6 +16,8 @@ from tests.faultserver import FaultServer, gone
 from tests.live import is_alive
 from tests.rawclient import RawClient
 
+PART_OF_A_FORM = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + b"x" * 50_000
+
 
 def under_load(server: FaultServer, moment_s: float, number: int) -> list[int | str]:
     """Send `number` to the front end at `moment_s` of a steady load; every client's outcome."""
@@ -118,6 +120,22 @@ def test_draining_is_told_and_ends_at_the_grace_period(tmp_path: Path) -> None:
         assert time.monotonic() - started < 20
         asking.join()
         assert len(outcome) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_upload_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    with FaultServer(tmp_path, "--grace_period_s", "60", "--body_grace_s", "60") as server:
+        with RawClient(server.port) as client:
+            head = b"POST /v3/images/edits HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\n"
+            client.send(head + b"content-length: 1000000\r\n\r\n" + PART_OF_A_FORM)
+            server.until(lambda: len(server.segments()) == 1)
+            started = time.monotonic()
+            server.signal(signal.SIGTERM)
+            response = client.read_response()
+            assert (response.status, response.code) == (503, "draining")
+            assert "retry-after" in response.fields
+        assert server.wait() == 0
+        assert time.monotonic() - started < 20
     assert list(tmp_path.iterdir()) == []
 
 

@@ -165,6 +165,31 @@ def test_silence_has_a_limit_where_no_rate_is_asked_for() -> None:
     assert dribble(length(2), [b"x", b"x"], 0.05, body_grace_s=5, min_body_bytes_per_s=0) == b"xx"
 
 
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_quick_start_buys_no_long_silence(is_chunked: bool) -> None:
+    """A megabyte at a thousand bytes a second was credit for a quarter of an hour of silence."""
+    start = b"x" * 1_000_000
+    data = b"%x\r\n%b\r\n" % (len(start), start) if is_chunked else start
+    with connected_pair() as (ours, theirs), sending(ours, [data]):
+        head = CHUNKED if is_chunked else length(2_000_000)
+        body = Body(Transport(theirs, 5), head, Settings(body_grace_s=0.2, min_body_bytes_per_s=1000))
+        started = time.monotonic()
+        with pytest.raises(RequestTimeout, match="1000000 bytes"):
+            read(body, 65536)
+        assert time.monotonic() - started < 10
+
+
+def test_our_own_pauses_are_not_the_client_s() -> None:
+    with connected_pair() as (ours, theirs):
+        body = Body(Transport(theirs, 5), length(4), Settings(body_grace_s=0.3, min_body_bytes_per_s=1))
+        view = memoryview(bytearray(2))
+        ours.sendall(b"ab")
+        assert body.readinto(view) == 2
+        time.sleep(0.4)  # the server was busy elsewhere
+        with sending(ours, (time.sleep(0.05) or b"cd" for _ in range(1))):
+            assert body.readinto(view) == 2
+
+
 def test_content_goes_where_it_is_wanted_and_nowhere_else() -> None:
     content = os.urandom(50_000)
     target = bytearray(60_000)

@@ -16,6 +16,7 @@ from ovserve.errors import (
     BadRequest,
     ClientGone,
     ContentTooLarge,
+    InvalidType,
     InvalidValue,
     PartTooLarge,
     SpoolFull,
@@ -131,11 +132,34 @@ def test_long_text_is_refused_before_all_of_it_has_come(spool: Spool) -> None:
     assert body.given <= 1 << 20
 
 
+@pytest.mark.parametrize("name", ["image", "image[]", "mask"])
+@pytest.mark.parametrize("size", [1500, 4 << 20])
+def test_a_data_url_where_a_file_belongs_is_told_as_such(spool: Spool, name: str, size: int) -> None:
+    body = MemoryBody(build([Part(name, b"data:image/png;base64," + b"A" * size)], "B0"))
+    with pytest.raises(InvalidType, match="expected a file") as caught:
+        read_form(body, MULTIPART, spool, settings(max_text_field_bytes=1000))
+    assert (caught.value.status, caught.value.param) == (400, name)
+    assert body.given <= 1 << 20
+
+
 def test_text_must_be_utf_8_and_the_error_names_the_field(spool: Spool) -> None:
     with pytest.raises(InvalidValue, match="'prompt' is not UTF-8") as caught:
         read(spool, Part("n", b"1"), Part("prompt", b"gr\xfcn"))
     assert caught.value.param == "prompt"
     assert "part 2" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("charset", "data", "text"),
+    [
+        ("ISO-8859-1", b"gr\xfcn \x80", "grün \x80"),
+        ("latin1", b"gr\xfcn", "grün"),
+        ('"windows-1252"', b"gr\xfcn \x80", "grün €"),
+        ("us-ascii", b"green", "green"),
+    ],
+)
+def test_text_is_read_in_the_charset_it_declares(spool: Spool, charset: str, data: bytes, text: str) -> None:
+    assert told(read(spool, Part("prompt", data, None, f"text/plain; charset={charset}")))[0] == [("prompt", text)]
 
 
 @pytest.mark.parametrize("content_type", ["text/plain; charset=UTF-8", 'text/plain;charset="us-ascii"', "text/plain"])
@@ -186,7 +210,8 @@ def test_other_types_are_answered_415_with_what_is_taken(spool: Spool, content_t
         (Part("image", b"x", "a", "multipart/mixed; boundary=x"), "nested multipart/mixed"),
         (Part("image", b"x", "a", "image"), None),
         (Part("image", b"x", "a", "image/"), "Content-Type"),
-        (Part("prompt", b"x", None, "text/plain; charset=latin1"), "charset 'latin1': send UTF-8"),
+        (Part("prompt", b"x", None, "text/plain; charset=utf-16"), "charset 'utf-16': send UTF-8"),
+        (Part("prompt", b"a\x81", None, "text/plain; charset=windows-1252"), "'prompt' is not windows-1252 text"),
         (Part("prompt", b"x", fields=("Content-Transfer-Encoding: quoted-printable",)), "'quoted-printable'"),
         (Part("image", b"!", "a", fields=("Content-Transfer-Encoding: base64",)), "no base64 text"),
     ],

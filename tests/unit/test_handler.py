@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -356,6 +357,74 @@ def test_a_slow_body_is_answered_408() -> None:
         response = client.read_response()
         assert (response.status, response.code) == (408, "request_timeout")
         assert client.read_rest() == b""
+
+
+def test_a_key_is_asked_for_before_the_body_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ovserve")
+    fields = JSON + b"Content-Length: 2000000\r\nExpect: 100-continue\r\n"
+    with serving(api_key="sk-one") as (listener, api):
+        with RawClient(listener.port) as client:
+            response = client.send(request("/echo", fields, method="POST")).read_response()
+            assert (response.status, response.code) == (401, "invalid_api_key")
+            assert response.fields["www-authenticate"] == "Bearer"
+            assert "x-should-retry" not in response.fields
+        with RawClient(listener.port) as client:
+            client.send(request("/echo", b"api-key: sk-other\r\n" + JSON + b"Content-Length: 2\r\n", b"{}", "POST"))
+            assert client.read_response().status == 401
+            assert client.send(request("/health")).read_response().status == 200
+            described = client.send(request("/describe", b"Authorization: Bearer sk-one\r\n")).read_response()
+            assert described.json["client"] == hashlib.sha256(b"sk-one").hexdigest()[:16]
+        assert [api.seen.get(timeout=10) for _ in range(2)] == ["/health", "/describe"]
+        assert api.seen.empty()
+    assert "sk-" not in str([(record.getMessage(), record.__dict__.get("fields")) for record in caplog.records])
+
+
+def test_every_answer_tells_an_allowed_origin() -> None:
+    asking = b"Origin: https://b.test\r\n"
+    field = "access-control-allow-origin"
+    origins = "https://a.test,https://b.test"
+    with serving(allowed_origins=origins, max_connections=1) as (listener, _), RawClient(listener.port) as client:
+        for path in ("/describe", "/nowhere"):
+            assert client.send(request(path, asking)).read_response().fields[field] == "https://b.test"
+        assert client.send(request("/stream?do=3", asking)).read_head()[1][field] == "https://b.test"
+        client.read_chunk()
+        client.read_chunk()
+        with RawClient(listener.port) as beyond:  # no place
+            answer = beyond.send(request("/describe", asking)).read_response()
+            assert (answer.status, answer.fields[field]) == (503, "https://b.test")
+        with RawClient(listener.port) as beyond:
+            assert beyond.send(request("/health", asking)).read_response().fields[field] == "https://b.test"
+
+
+@pytest.mark.parametrize("blank", [b"\r\n", b"\r"])
+@pytest.mark.parametrize("is_late", [True, False])
+def test_a_line_end_after_a_request_is_no_request(blank: bytes, is_late: bool) -> None:
+    with serving(head_timeout_s=0.2, idle_timeout_s=0.6) as (listener, _):
+        with RawClient(listener.port) as client:
+            client.send(request("/health") + (b"" if is_late else blank)).read_response()
+            client.send(blank if is_late else b"")
+            assert not client.has_answer(0.4)
+            assert client.read_rest() == b""
+        with RawClient(listener.port) as client:
+            client.send(request("/health") + blank).read_response()
+            time.sleep(0.3)  # longer than a head may take
+            rest = b"" if blank.endswith(b"\n") else b"\n"
+            assert client.send(rest + request("/health")).read_response().status == 200
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_an_upload_that_is_still_coming_when_the_server_goes_down_is_refused_at_once(is_silent: bool) -> None:
+    with serving() as (listener, api), RawClient(listener.port) as client:
+        client.send(request("/echo", JSON + b"Content-Length: 100000\r\n", b"{", "POST"))
+        assert api.seen.get(timeout=10) == "/echo"
+        started = time.monotonic()
+        listener.is_draining = True
+        while not is_silent and not client.has_answer(0.01):
+            client.send(b" ")
+        response = client.read_response()
+        assert (response.status, response.code) == (503, "draining")
+        assert (response.fields["retry-after"], response.fields["connection"]) == ("5", "close")
+        assert time.monotonic() - started < 10  # a silent one is given 20 s
 
 
 def test_a_client_that_does_not_read_is_given_up() -> None:

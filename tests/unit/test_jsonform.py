@@ -77,6 +77,9 @@ def test_fields_keep_their_types_and_order(spool: Spool) -> None:
         ({"image": URL, "mask": {"image_url": URL}}, [], ["image", "mask"]),
         ({"image": [URL, URL], "mask": URL}, [], ["image[0]", "image[1]", "mask"]),
         ({"images": [{"image_url": URL, "file_id": None}]}, [], ["images[0]"]),
+        ({"images": [{"image_url": {"url": URL}}]}, [], ["images[0]"]),  # as in chat completions
+        ({"image": {"type": "image_url", "image_url": {"url": URL, "detail": "auto"}}}, [], ["image"]),
+        ({"mask": {"type": "input_image", "image_url": URL}}, [], ["mask"]),  # as in responses
         ({"markup": URL}, [], ["markup"]),
         ({"images": []}, [("images", [])], []),
         ({"image": None}, [("image", None)], []),
@@ -274,6 +277,12 @@ def test_depth_passes_at_its_limit_and_not_beyond(spool: Spool) -> None:
             UnknownParameter,
             "image: 'detail' beside image_url",
         ),
+        (
+            b'{"image":{"image_url":{"url":"data:;base64,AAAA","size":1}}}',
+            UnknownParameter,
+            "image.image_url: 'size' beside url",
+        ),
+        (b'{"image":{"image_url":"data:;base64,AAAA","type":[]}}', UnknownParameter, "image: 'type' beside image_url"),
         (b'{"user":' + b" " * 9000 + b"1}", PartTooLarge, "more than 8192 bytes of text beside its data URLs"),
         (b'{"user":"' + b"\\\\" * 5000 + b'"}', PartTooLarge, "more than 8192 bytes of text beside its data URLs"),
     ],

@@ -100,15 +100,15 @@ def test_a_folder_inside_a_room_imports_what_lies_below_it_only(folder: str) -> 
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_only_workers_see_arrays_and_openvino(name: str) -> None:
+def test_only_workers_see_arrays_decoders_and_openvino(name: str) -> None:
     outside = {target.partition(".")[0] for target in imports(MODULES[name])}
     if not name.startswith("device"):
-        assert not outside & {"numpy", "openvino", "openvino_genai"}
+        assert not outside & {"numpy", "PIL", "openvino", "openvino_genai"}
 
 
-def test_the_front_end_never_loads_openvino() -> None:
+def test_the_front_end_never_loads_openvino_nor_a_decoder() -> None:
     # server names worker.main as the spawn target: openvino, its threads and contexts exist only in children.
-    code = "import sys, ovserve.cli; print([name for name in sys.modules if name.startswith('openvino')])"
+    code = "import sys, ovserve.cli; print([name for name in sys.modules if name.startswith(('openvino', 'PIL'))])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 

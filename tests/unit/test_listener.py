@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import select
 import socket
 import threading
 import time
@@ -16,11 +17,13 @@ import pytest
 from ovserve.config import Settings
 from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import StartupError
+from ovserve.front import listener as listener_module
 from ovserve.front.listener import Listener
 from tests.rawclient import RawClient
 from tests.toyapi import ToyApi, serving
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: a.test\r\n\r\n"
+ECHO = b"GET /describe HTTP/1.1\r\nHost: a.test\r\n\r\n"
 WAIT = b"GET /wait HTTP/1.1\r\nHost: a.test\r\n\r\n"
 
 pytestmark = pytest.mark.usefixtures("leak_guard")
@@ -74,12 +77,26 @@ def test_the_port_is_taken_when_it_is_made_and_served_when_it_is_started(tmp_pat
         assert client.read_response().status == 200
 
 
-def test_it_listens_on_ipv6(tmp_path: Path) -> None:
-    with listening(tmp_path, Settings(host="::1", port=0)) as listener:
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_it_listens_on_ipv6(tmp_path: Path, host: str) -> None:
+    with listening(tmp_path, Settings(host=host, port=0)) as listener:
+        assert listener.host == "::1"
         listener.start()
         with socket.create_connection(("::1", listener.port), 10) as connection:
             connection.sendall(HEALTH)
             assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_a_peer_that_vanished_is_looked_after(tmp_path: Path) -> None:
+    with listening(tmp_path, Settings(port=0)) as listener, RawClient(listener.port):
+        select.select([listener.socket], [], [], 10)
+        with listener.socket.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            idle, interval, count = (
+                accepted.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+            assert idle + interval * count <= 120
 
 
 def test_it_knows_how_much_is_going_on() -> None:
@@ -189,6 +206,30 @@ def served_again(listener: Listener) -> None:
             return client.send(b"GET /describe HTTP/1.1\r\nHost: a.test\r\n\r\n").read_response().status == 200
 
     eventually(is_served)
+
+
+def test_the_connection_that_was_idle_longest_makes_place_for_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "IDLE_ENOUGH_S", 0.0)
+    with serving(max_connections=3) as (listener, api), RawClient(listener.port) as busy:
+        busy.send(WAIT)
+        with RawClient(listener.port) as first, RawClient(listener.port) as second:
+            for client in (second, first):
+                client.send(HEALTH).read_response()
+                time.sleep(0.1)  # nothing tells from outside that a thread waits again
+            with RawClient(listener.port) as third:
+                assert third.send(ECHO).read_response().status == 200
+            assert second.read_rest() == b""
+            assert first.send(ECHO).read_response().status == 200
+        api.release()
+        assert busy.read_response().status == 200
+
+
+def test_who_was_answered_a_moment_ago_keeps_its_place() -> None:
+    with serving(max_connections=1) as (listener, _), RawClient(listener.port) as first:
+        first.send(ECHO).read_response()
+        with RawClient(listener.port) as second:
+            assert second.send(ECHO).read_response().status == 503
+        assert first.send(ECHO).read_response().status == 200
 
 
 def test_accepting_goes_on_when_the_machine_has_no_thread_left(monkeypatch: pytest.MonkeyPatch) -> None:

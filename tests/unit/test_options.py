@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.config import ModelSettings, Resolution, Settings, options_of
+from ovserve.config import ModelSettings, Resolution, Settings, options_of, parse_origins
 from ovserve.errors import SettingsError
 from ovserve.options import load_settings, service_variables
 
@@ -64,6 +64,11 @@ def test_several_models_from_tables(tmp_path: Path) -> None:
         ({"plugin_config": "[1]"}, "JSON object"),
         ({"default_model": "ghost"}, "ghost"),
         ({"name": "a b"}, "letters"),
+        ({"allowed_origins": "https://a.test\r\nX-A: b"}, "allowed_origins: 'https://a.test"),
+        ({"allowed_origins": "https://kočka.test"}, "no origin"),
+        ({"allowed_origins": "https://a.test/"}, "no origin"),
+        ({"allowed_origins": "https://a.test,*"}, "no origin"),
+        ({"allowed_origins": "a.test"}, "no origin"),
         ({"min_strength": "0.9", "max_strength": "0.5"}, "min_strength"),
     ],
 )
@@ -72,6 +77,20 @@ def test_a_wrong_option_is_told_in_one_line(flags: dict[str, str], told: str) ->
         load_settings(flags, {})
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "origins"),
+    [
+        ("", ()),
+        ("*", ("*",)),
+        ("null", ("null",)),
+        ("https://a.test, http://localhost:3000,", ("https://a.test", "http://localhost:3000")),
+        ("chrome-extension://abc,http://[::1]:80", ("chrome-extension://abc", "http://[::1]:80")),
+    ],
+)
+def test_origins_are_a_list(text: str, origins: tuple[str, ...]) -> None:
+    assert parse_origins(load_settings({"allowed_origins": text}, {}).allowed_origins) == origins
 
 
 def test_environment_is_checked_for_unknown_names() -> None:

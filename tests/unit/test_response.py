@@ -40,6 +40,21 @@ def test_origins_are_as_configured() -> None:
     assert b"Access-Control" not in Responses(Settings(allowed_origins=None)).head(200, "r")
 
 
+def test_of_several_origins_the_one_that_asks_is_told() -> None:
+    responses = Responses(Settings(allowed_origins="https://a.test, http://localhost:3000"))
+    for asks, told in (
+        ("http://localhost:3000", True),
+        ("https://a.test", True),
+        ("https://b.test", False),
+        (None, False),
+    ):
+        head = lines(responses.head(200, "r", origin=asks))
+        assert [line for line in head if line.startswith("Access-Control-Allow")] == (
+            [f"Access-Control-Allow-Origin: {asks}"] if told else []
+        )
+        assert "Vary: Origin" in head  # caches keep an answer for each origin
+
+
 def test_phrases_are_those_of_rfc_9110() -> None:
     responses = Responses(Settings())
     assert lines(responses.head(413, "r"))[0] == "HTTP/1.1 413 Content Too Large"

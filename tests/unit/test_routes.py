@@ -25,6 +25,7 @@ class FakeExchange:
 
     id = "r1"
     address = network = "127.0.0.1"
+    is_verified = False
     key = ""
     query: Mapping[str, str] = {}
 

@@ -9,7 +9,7 @@ import re
 
 from ovserve.config import Settings
 from ovserve.dispatch.link.spool import Segment, Spool
-from ovserve.errors import BadRequest, InvalidValue, PartTooLarge, UnsupportedMediaType
+from ovserve.errors import BadRequest, InvalidType, InvalidValue, PartTooLarge, UnsupportedMediaType
 from ovserve.front.forms.jsonform import decode_in_place, read_json
 from ovserve.front.forms.multipart import MultipartParser, PartBegin, PartEnd
 from ovserve.front.forms.spooled import Body, SpooledForm, SpooledUpload, receive
@@ -20,6 +20,12 @@ __all__ = ["read_form"]
 # Whether a part is a picture is decided by its name: openai-python sends bytes without a filename, curl a prompt with one.
 _IMAGE_NAME = re.compile(r"(?:images?|mask)(?:\[[^\[\]]*\])?")
 _UTF_8 = ("utf-8", "utf8", "us-ascii", "ascii")
+# Of the other charsets, those that clients declare by default for text they have not looked at (RFC 7578 section 5.1.2).
+_CHARSETS = {
+    **dict.fromkeys(_UTF_8, "utf-8"),
+    **dict.fromkeys(("iso-8859-1", "iso8859-1", "latin1", "latin-1"), "latin-1"),
+    **dict.fromkeys(("windows-1252", "cp1252"), "cp1252"),
+}
 _IDENTITY = ("binary", "8bit", "7bit")  # RFC 2045 section 6.2: no transformation
 _TAKEN = "multipart/form-data or application/json"
 
@@ -106,7 +112,7 @@ def _check_part(part: PartBegin) -> None:
             param=part.name,
         )
     charset = parameters.get("charset", "utf-8").lower()
-    if charset not in _UTF_8:
+    if charset not in _CHARSETS:
         raise InvalidValue(f"field {part.name!r}: charset {charset!r}: send UTF-8", param=part.name)
 
 
@@ -134,18 +140,29 @@ def _add_part(form: SpooledForm, segment: Segment, part: PartBegin, size: int, l
 
 
 def _decode_text(segment: Segment, part: PartBegin, size: int) -> str | None:
-    """The part as text; None for a file that is not text. Raises InvalidValue for a field that is not UTF-8."""
+    """The part as text; None for a file that is not text. Raises InvalidValue for a field that is not in its charset."""
+    declared = (
+        "utf-8" if part.content_type is None else parse_options(part.content_type)[1].get("charset", "utf-8").lower()
+    )
+    charset = _CHARSETS[declared]
     with segment.view[part.offset : part.offset + size] as view:
         try:
-            return str(view, "utf-8")
+            return str(view, charset)
         except UnicodeDecodeError as error:
             if part.filename is not None:
                 return None
+            told = "UTF-8" if charset == "utf-8" else declared
             raise InvalidValue(
-                f"field {part.name!r} is not UTF-8 text (part {part.number}, byte {part.offset + error.start})",
+                f"field {part.name!r} is not {told} text (part {part.number}, byte {part.offset + error.start})",
                 param=part.name,
             ) from None
 
 
 def _refuse_text_size(part: PartBegin, limit: int) -> None:
+    if _IMAGE_NAME.fullmatch(part.name):
+        raise InvalidType(
+            f"field {part.name!r}: expected a file (a part with a filename), but got a long text; a data URL is taken in a"
+            " JSON body",
+            param=part.name,
+        )
     raise PartTooLarge(f"field {part.name!r} is longer than {limit} bytes", param=part.name)

@@ -27,6 +27,10 @@ PIECE_BYTES = 64 * 1024  # searched or decoded at once: fits the cache, and othe
 PREFIX_BYTES = 256  # within which a data URL must come to its comma
 PICTURES = ("image", "images", "mask", "markup")  # the members in which the API takes pictures
 
+# OpenAI has three forms for a picture: `{"image_url": URL}` (images), `{"type": "image_url", "image_url": {"url": URL}}` (chat) and
+# `{"type": "input_image", "image_url": URL}` (responses). `detail` says how closely a model looks, and here nothing but `auto`.
+_BESIDE: dict[str, tuple[str, ...]] = {"type": ("image_url", "input_image"), "detail": ("auto",)}
+
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _TOKEN = re.compile(rb'[\[\]{}]|"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 # Everything up to the next string that may be a data URL, or has no end.
@@ -233,17 +237,16 @@ class _Reader:
             return
         items = [(f"{name}[{k}]", item) for k, item in enumerate(value)] if isinstance(value, list) else []
         for label, item in items or [(name, value)]:
-            url = item.get("image_url") if isinstance(item, dict) else item
+            inner = item.get("image_url") if isinstance(item, dict) else None
+            url = inner.get("url") if isinstance(inner, dict) else inner if isinstance(item, dict) else item
             cut = self._scan.cut_of(url)
             if cut is None:
                 if isinstance(url, str) and url[:5].lower() == "data:":
                     raise InvalidValue(f"{label}: a data URL without escapes is expected", param=label)
                 self._form.fields.append((label, self._restore(item, label)))
                 continue
-            if isinstance(item, dict):
-                for key, other in item.items():
-                    if key != "image_url" and other is not None:
-                        raise UnknownParameter(f"{label}: {key[:100]!r} beside image_url", param=f"{label}.{key[:100]}")
+            _check_beside(item, "image_url", label)
+            _check_beside(inner, "url", f"{label}.image_url")
             self._form.uploads.append(self._decode(cut, label))
 
     def _decode(self, cut: _Cut, name: str) -> SpooledUpload:
@@ -297,6 +300,15 @@ class _Reader:
             return str(json.loads(b'"%b"' % quoted))
         except ValueError:
             raise BadRequest(f"JSON body: the string that begins at byte {begin} does not parse") from None
+
+
+def _check_beside(item: Any, picture: str, label: str) -> None:
+    """What stands beside a picture must be known to mean nothing here. Raises UnknownParameter."""
+    if not isinstance(item, dict):
+        return
+    for key, other in item.items():
+        if key != picture and other is not None and other not in _BESIDE.get(key, ()):
+            raise UnknownParameter(f"{label}: {key[:100]!r} beside {picture}", param=f"{label}.{key[:100]}")
 
 
 def decode_in_place(view: memoryview, offset: int, size: int, name: str, *, in_json: bool = False) -> int:

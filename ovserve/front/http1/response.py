@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from ovserve.config import Settings
+from ovserve.config import Settings, parse_origins
 from ovserve.errors import ApiError
 
 __all__ = ["CONTINUE", "JSON_TYPE", "NO_CONTENT", "Responses", "error_content", "error_fields"]
@@ -35,11 +35,14 @@ class Responses:
     """Makes response heads. Thread-safe: yes (the cached date is replaced as a whole)."""
 
     def __init__(self, settings: Settings) -> None:
-        origin = settings.allowed_origins
+        origins = parse_origins(settings.allowed_origins or "")
         constant = "Server: ovserve\r\n"
-        if origin:
-            constant += f"Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Expose-Headers: {EXPOSED}\r\n"
-        self._constant = constant.encode("latin-1")
+        if origins:
+            constant += f"Access-Control-Expose-Headers: {EXPOSED}\r\n"
+            constant += "Vary: Origin\r\n" if len(origins) > 1 else f"Access-Control-Allow-Origin: {origins[0]}\r\n"
+        self._constant = constant.encode("ascii")
+        # The field takes one origin only: of several, it is the one that asks (Fetch standard, CORS protocol).
+        self._origins = frozenset(origins if len(origins) > 1 else ())
         self._lines = {status: f"HTTP/1.1 {status} {phrase}\r\n".encode() for status, phrase in _PHRASES.items()}
         self._date = (0, b"")
 
@@ -52,6 +55,7 @@ class Responses:
         framing: bytes = b"",
         connection: bytes = b"",
         headers: Mapping[str, str] | None = None,
+        origin: str | None = None,
     ) -> bytes:
         """The head with its blank line.
 
@@ -61,6 +65,7 @@ class Responses:
             media_type: for Content-Type; empty: none.
             framing, connection: whole field lines, or nothing.
             headers: further fields. Raises ValueError when one of them holds a line end.
+            origin: the request's, which may be one of several that are allowed.
         """
         second = int(time.time())
         date = self._date
@@ -69,11 +74,13 @@ class Responses:
         line = self._lines.get(status) or b"HTTP/1.1 %d \r\n" % status
         kind = f"Content-Type: {media_type}\r\n" if media_type else ""
         own = f"{kind}x-request-id: {request_id}\r\n"
+        if origin in self._origins:
+            own += f"Access-Control-Allow-Origin: {origin}\r\n"
         if headers:
             own += _field_lines(headers)
         return b"".join((line, date[1], self._constant, own.encode("latin-1"), framing, connection, b"\r\n"))
 
-    def refusal(self, error: ApiError, request_id: str) -> list[bytes]:
+    def refusal(self, error: ApiError, request_id: str, origin: str | None = None) -> list[bytes]:
         """A whole error response, after which the connection is closed."""
         content = error_content(error)
         head = self.head(
@@ -83,6 +90,7 @@ class Responses:
             framing=b"Content-Length: %d\r\n" % len(content),
             connection=b"Connection: close\r\n",
             headers=error_fields(error),
+            origin=origin,
         )
         return [head, content]
 

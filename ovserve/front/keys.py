@@ -1,0 +1,97 @@
+"""API keys: which requests need one, and whether theirs is known, told in constant time and before a body is read."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import stat
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ovserve.config import Settings
+from ovserve.errors import SettingsError, Unauthorized
+from ovserve.front.request import Request
+from ovserve.logs import fields
+
+__all__ = ["Keys", "read_keys"]
+
+MAX_KEYS_BYTES = 1024 * 1024  # of the file: each key costs every request a comparison
+_KEY = re.compile(r"[!-~]{1,512}")  # what a field value can carry without quotation marks
+# Besides health: the page for browsers, which asks for the key, and kept pictures, whose unguessable address is a key itself and
+# which an <img> fetches without any field.
+_OPEN = re.compile(r"/|(?:/v3/v1|/v3|/v1)?/images/files/[^/]+")
+
+log = logging.getLogger(__name__)
+
+
+class Keys:
+    """The keys that are known; none: nobody is asked. Thread-safe: immutable."""
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        self._digests = tuple({hashlib.sha256(key.encode("ascii")).digest() for key in keys})
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def check(self, request: Request, is_health: Callable[[str], bool]) -> None:
+        """Raise Unauthorized unless the request has a known key, which it then says of itself, or needs none: health, preflights,
+        the page, kept pictures.
+        """
+        if not self._digests or _is_open(request, is_health):
+            return
+        if not request.api_key:
+            raise Unauthorized(
+                "You didn't provide an API key. Send it in an Authorization field, as in `Authorization: Bearer KEY`, or in"
+                " api-key."
+            )
+        # Hashes are compared, and all of them: the time tells neither how much of a key was right nor which one.
+        digest = hashlib.sha256(request.api_key.encode("latin-1")).digest()
+        if not sum(hmac.compare_digest(digest, known) for known in self._digests):
+            raise Unauthorized("Incorrect API key provided.")
+        request.is_verified = True
+
+
+def _is_open(request: Request, is_health: Callable[[str], bool]) -> bool:
+    if request.method == "OPTIONS":
+        return True  # a browser sends no key with its preflight (Fetch standard)
+    return request.method in {"GET", "HEAD"} and (is_health(request.path) or _OPEN.fullmatch(request.path) is not None)
+
+
+def read_keys(settings: Settings) -> Keys:
+    """The keys of `api_key` and `api_key_file`. Raises SettingsError, which never quotes a key."""
+    keys = []
+    if settings.api_key:
+        if not _KEY.fullmatch(settings.api_key):
+            raise SettingsError("api_key: expected up to 512 printable ASCII characters without blanks")
+        keys.append(settings.api_key)
+    if settings.api_key_file:
+        keys += _read_file(settings.api_key_file)
+    return Keys(keys)
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        mode = path.stat().st_mode
+        with path.open("rb") as stream:
+            data = stream.read(MAX_KEYS_BYTES + 1)
+    except OSError as error:
+        raise SettingsError(f"api_key_file {path}: {error.strerror}") from None
+    if len(data) > MAX_KEYS_BYTES:
+        raise SettingsError(f"api_key_file {path}: larger than {MAX_KEYS_BYTES} bytes")
+    keys = []
+    for number, line in enumerate(data.decode("latin-1").split("\n"), 1):
+        key = line.strip()
+        if not key or key.startswith("#"):
+            continue
+        if not _KEY.fullmatch(key):
+            raise SettingsError(
+                f"api_key_file {path}, line {number}: expected one key, up to 512 printable ASCII characters without blanks"
+            )
+        keys.append(key)
+    if not keys:
+        raise SettingsError(f"api_key_file {path}: no key in it; one is expected on each line")
+    if mode & stat.S_IROTH:
+        log.warning("everybody on this machine can read the API keys", extra=fields(api_key_file=path))
+    return keys

@@ -1,0 +1,81 @@
+"""API keys on a live server: what the official clients meet, what stays open, and a reload that changes them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.faultserver import FaultServer
+from tests.live import LiveServer
+
+
+@pytest.fixture
+def keyed(tmp_path: Path) -> Iterator[FaultServer]:
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "keys").write_text("# the office\nsk-one\n")
+    (tmp_path / "keys").chmod(0o600)
+    with FaultServer(tmp_path / "spool", "--api_key_file", str(tmp_path / "keys")) as server:
+        yield server
+
+
+def ask(server: FaultServer, key: str) -> openai.types.ImagesResponse:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key) as client:
+        return client.images.generate(prompt="echo hello")
+
+
+def test_the_official_clients_are_told_once(keyed: FaultServer) -> None:
+    assert ask(keyed, "sk-one").data
+    with pytest.raises(openai.AuthenticationError) as caught:
+        ask(keyed, "sk-wrong")
+    assert (caught.value.status_code, caught.value.code, caught.value.type) == (
+        401,
+        "invalid_api_key",
+        "invalid_request_error",
+    )
+    assert len(keyed.logged("/v1/images/generations 401")) == 1  # never retried
+    with (
+        openai.AzureOpenAI(
+            azure_endpoint=keyed.url, api_key="sk-one", api_version="2025-04-01-preview", azure_deployment="toy"
+        ) as azure,
+        pytest.raises(openai.NotFoundError),
+    ):  # let in, and told that there is no such model
+        azure.images.generate(prompt="echo hello")
+    assert not keyed.logged("sk-one")
+    assert not keyed.logged("sk-wrong")
+
+
+def test_health_is_open_and_metrics_take_the_key(keyed: FaultServer) -> None:
+    with keyed.client() as client:
+        for path in ("/v2/health/live", "/v2/health/ready"):
+            assert client.get(path).status_code == 200
+        for path in ("/metrics", "/v1/models", "/openapi.json", "/v1/config"):
+            assert client.get(path).status_code == 401
+            assert client.get(path, headers={"authorization": "Bearer sk-one"}).status_code == 200
+        assert client.post("/v1/config/reload").status_code == 401
+        preflight = client.options("/v1/images/edits", headers={"access-control-request-headers": "authorization"})
+        assert (preflight.status_code, preflight.headers["access-control-allow-headers"]) == (204, "authorization")
+
+
+def test_a_reload_changes_the_keys_or_nothing(keyed: FaultServer, tmp_path: Path) -> None:
+    def is_known(key: str) -> bool:
+        return httpx.get(f"{keyed.url}/v1/models", headers={"api-key": key}).status_code == 200
+
+    (tmp_path / "keys").write_text("\n")
+    keyed.signal(signal.SIGHUP)
+    keyed.until(lambda: bool(keyed.logged("not reloaded", "no key in it")))
+    assert is_known("sk-one")
+    (tmp_path / "keys").write_text("sk-two\n")
+    keyed.signal(signal.SIGHUP)
+    keyed.until(lambda: is_known("sk-two"))
+    assert not is_known("sk-one")
+
+
+def test_a_file_that_is_missing_ends_the_start(tmp_path: Path) -> None:
+    with LiveServer("--api_key_file", str(tmp_path / "none"), spool=tmp_path, wait_ready=False) as server:
+        assert server.process.wait(60) == 2
+        assert server.log == [f"ovserve: api_key_file {tmp_path / 'none'}: No such file or directory"]

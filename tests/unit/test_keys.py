@@ -1,0 +1,138 @@
+"""API keys: who is asked for one, which are known, and a file of them that is read or refused in one line."""
+
+from __future__ import annotations
+
+import logging
+import stat
+from pathlib import Path
+
+import pytest
+
+from ovserve.config import Settings
+from ovserve.errors import SettingsError, Unauthorized
+from ovserve.front.http1.head import HeadParser
+from ovserve.front.keys import Keys, read_keys
+from ovserve.front.request import Request
+from ovserve.options import load_settings
+
+KEY = "sk-one"
+
+
+def request(fields: str = "", path: str = "/v1/models", method: str = "GET") -> Request:
+    head = HeadParser(Settings()).parse(f"{method} {path} HTTP/1.1\r\nHost: a\r\n{fields}\r\n".encode("latin-1"))
+    assert head
+    return Request(head, "192.0.2.1")
+
+
+def is_let_in(asked: Request, keys: Keys) -> bool:
+    try:
+        keys.check(asked, lambda path: path.startswith("/v2/health/"))
+    except Unauthorized as error:
+        assert (error.status, error.type, error.code) == (401, "invalid_request_error", "invalid_api_key")
+        assert KEY not in error.message
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("fields", "known"),
+    [
+        (f"Authorization: Bearer {KEY}\r\n", True),
+        (f"authorization: bearer  {KEY}\r\n", True),
+        (f"api-key: {KEY}\r\n", True),
+        ("Authorization: Bearer sk-two\r\n", True),
+        (f"Authorization: Basic {KEY}\r\n", False),
+        (f"Authorization: {KEY}\r\n", False),
+        (f"Authorization: Bearer {KEY}x\r\n", False),
+        ("Authorization: Bearer sk-on\r\n", False),
+        ("Authorization: Bearer\r\n", False),
+        (f"Authorization: Bearer wrong\r\napi-key: {KEY}\r\n", False),  # one of them would be whom it is counted for
+        ("api-key: \xff\r\n", False),
+        ("", False),
+    ],
+)
+def test_a_known_key_is_let_in_however_it_is_sent(fields: str, known: bool) -> None:
+    assert is_let_in(request(fields), Keys([KEY, "sk-two"])) is known
+    assert is_let_in(request(fields), Keys())  # nobody is asked
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "is_open"),
+    [
+        ("GET", "/v2/health/live", True),
+        ("HEAD", "/v2/health/live", True),
+        ("POST", "/v2/health/live/images/edits", False),
+        ("OPTIONS", "/v1/images/edits", True),
+        ("GET", "/", True),
+        ("GET", "/v1/images/files/abc.png", True),
+        ("GET", "/images/files/abc.png", True),
+        ("GET", "/images/files/a/b", False),
+        ("DELETE", "/images/files/abc.png", False),
+        ("POST", "/v1/images/edits", False),
+        ("GET", "/metrics", False),
+        ("GET", "/nowhere", False),
+        ("GET", "//", False),
+    ],
+)
+def test_what_needs_no_key(method: str, path: str, is_open: bool) -> None:
+    assert is_let_in(request(method=method, path=path), Keys([KEY])) is is_open
+
+
+def test_the_file_holds_one_key_on_each_line(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(b"# for the office\r\nsk-one\r\n\n  sk-two \n")
+    keys = read_keys(Settings(api_key_file=path, api_key="sk-three"))
+    assert len(keys) == 3
+    for key in ("sk-one", "sk-two", "sk-three"):
+        assert is_let_in(request(f"api-key: {key}\r\n"), keys)
+    assert not is_let_in(request("api-key: #\r\n"), keys)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "No such file"),
+        (b"", "no key in it"),
+        (b"# only words\n\n", "no key in it"),
+        (b"good\nsecret with blanks\n", "line 2"),
+        ("kočka\n".encode(), "line 1"),
+        (b"x" * 513, "line 1"),
+        (b"#" * 2_000_000, "larger than"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_told_in_one_line(tmp_path: Path, content: bytes | None, told: str) -> None:
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SettingsError, match=told) as caught:
+        read_keys(Settings(api_key_file=path))
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_key_that_no_field_can_carry_is_refused() -> None:
+    with pytest.raises(SettingsError, match="api_key") as caught:
+        read_keys(Settings(api_key="sk one"))
+    assert "sk one" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("mode", "is_told"), [(0o600, False), (0o640, False), (0o644, True)])
+def test_a_file_that_everybody_can_read_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, is_told: bool
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text(KEY)
+    path.chmod(mode)
+    read_keys(Settings(api_key_file=path))
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert [record.levelno for record in caplog.records] == ([logging.WARNING] if is_told else [])
+    assert KEY not in caplog.text
+
+
+def test_a_key_is_not_shown_with_the_settings(tmp_path: Path) -> None:
+    assert KEY not in repr(load_settings({}, {"OVSERVE_API_KEY": KEY}))
+    config = tmp_path / "c.toml"
+    config.write_text("api_key = 123456\n")
+    with pytest.raises(SettingsError, match="api_key") as caught:
+        load_settings({}, {}, config)
+    assert "123456" not in str(caught.value)
