@@ -71,9 +71,9 @@ _ORIGIN = re.compile(
 )
 
 
-def parse_origins(text: str) -> tuple[str, ...]:
+def parse_origins(text: str | None) -> tuple[str, ...]:
     """The origins of a list with commas, `("*",)` for all of them. Raises ValueError. RFC 6454 section 6.2."""
-    origins = tuple(origin for part in text.split(",") if (origin := part.strip(" ")))
+    origins = tuple(origin for part in (text or "").split(",") if (origin := part.strip(" ")))
     for origin in origins:
         if not (_ORIGIN.fullmatch(origin) or origins == ("*",)):
             raise ValueError(f"{origin!r} is no origin such as https://a.example or http://localhost:3000")

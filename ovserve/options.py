@@ -6,6 +6,7 @@ Precedence: flag, then environment, then file, then default. An empty environmen
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -159,7 +160,17 @@ def _check_names(source: _Source, *tables: type) -> None:
     known = set().union(*map(_names, tables))
     for name in source.values:
         if name not in known:
-            raise SettingsError(f"{source.title}: unknown option {name!r}")
+            raise SettingsError(f"{source.title}: unknown option {name[:_SHOWN_CHARS]!r}{_hint(name, known)}")
+
+
+def _hint(name: str, known: set[str]) -> str:
+    """What somebody who wrote an unknown option probably meant."""
+    if name in _names(ModelSettings):
+        return ": it is an option of a model, and belongs into a [[model]] table"
+    if name in _names(Settings):
+        return ": it is an option of the server, and belongs before the first [[model]] table"
+    near = difflib.get_close_matches(name[:_SHOWN_CHARS], known, n=1)
+    return f": did you mean {near[0]!r}?" if near else ""
 
 
 def _model_name(model: ModelSettings) -> ModelSettings:
@@ -287,7 +298,7 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
     if settings.default_model and settings.default_model not in names:
         raise SettingsError(f"default_model {settings.default_model!r} is none of the models: {', '.join(names)}")
     try:
-        parse_origins(settings.allowed_origins or "")
+        parse_origins(settings.allowed_origins)
     except ValueError as error:
         raise SettingsError(f"allowed_origins: {error}") from None
     if settings.default_timeout_s > settings.max_timeout_s:

@@ -247,6 +247,9 @@ def _check_declared(declared: dict[str, Any]) -> None:
             if name not in names:
                 where = f"ovserve.json: {section}: " if section else "ovserve.json: "
                 raise ValueError(f"{where}{name!r} is none of {', '.join(names)}")
+    for name, value in declared.get("sizes", {}).items():
+        if name != "native" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"ovserve.json: sizes: {name}: expected a number of pixels, but got {value!r}")
 
 
 def _presets(declared: dict[str, dict[str, Any]], settings: ModelSettings) -> dict[str, dict[str, Any]]:

@@ -48,6 +48,7 @@ CLIENT_GONE = 499  # for the log: nothing was answered
 # An empty line before a request is passed over (RFC 9112 section 2.2). Alone it is none: some clients send one after a body.
 NOTHING_YET = (b"", b"\r", b"\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
+WHY_CHARS = 200  # of an error's message in the log
 # The answer to OPTIONS *, which asks about the server and not about a resource: RFC 9110 section 9.3.7.
 SERVER_OPTIONS = FileReply(b"", "", 204, {"Allow": ", ".join(sorted(METHODS))})
 EVENTS_TYPE = "text/event-stream"
@@ -98,6 +99,7 @@ class HttpExchange(Request):
         self._form: SpooledForm | None = None
         self.body: Body | None = None
         self.status = 0  # of the response whose head is written
+        self.error: ApiError | None = None  # that was answered, in a response or at the end of a stream
         self.keeps_connection = head.keep_alive
         self.is_refused = False  # with an error after which the rest of the connection cannot be trusted
 
@@ -309,6 +311,7 @@ class Connection:
         """Answer with the error. Raises ClientGone when another answer has begun, which can only be broken off."""
         if exchange.status:
             raise ClientGone("the answer could not be finished")
+        exchange.error = error
         if error.closes_connection:
             exchange.is_refused, exchange.keeps_connection = True, False
         return self._write_whole(exchange, error.status, JSON_TYPE, [error_content(error)], error_fields(error))
@@ -401,6 +404,7 @@ def _blocks(
     except ClientGone:
         raise
     except ApiError as error:
+        exchange.error = error
         yield _error_event(error)
     except Exception as error:  # noqa: BLE001 - a bug ends the stream, not the thread
         yield _error_event(_unexpected(exchange, error))
@@ -431,5 +435,15 @@ def _log_access(exchange: HttpExchange, sent: int, started: float) -> None:
         told["key"] = exchange.key
     if exchange.client_request_id:
         told["client_id"] = exchange.client_request_id
+    if exchange.error is not None:
+        told["code"] = exchange.error.code
+        if exchange.error.param:
+            told["param"] = _harmless(exchange.error.param)
+        told["why"] = _harmless(exchange.error.message)
     path = exchange.head.target.partition("?")[0]
     log.info("%s %s %d", exchange.method, path, exchange.status, extra=fields(**told))
+
+
+def _harmless(text: str) -> str:
+    """What an error tells of a client's own text, for a log: short, and nothing in it moves a terminal's cursor."""
+    return text[:WHY_CHARS].encode("ascii", "backslashreplace").decode()

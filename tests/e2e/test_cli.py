@@ -136,7 +136,7 @@ def test_a_kubernetes_service_does_not_stop_the_start(tmp_path: Path) -> None:
     done = run("--port", "0", "--target_device", "TPU", "--spool_dir", str(tmp_path), environment=variables)
     assert "TPU" in done.stderr.splitlines()[-1]
     [told] = [line for line in done.stderr.splitlines() if "Kubernetes" in line]
-    assert "ignored=OVSERVE_PORT, OVSERVE_SERVICE_HOST" in told
+    assert 'ignored="OVSERVE_PORT, OVSERVE_SERVICE_HOST"' in told
 
 
 def test_a_missing_directory_stops_the_start_though_another_model_is_right(tmp_path: Path) -> None:

@@ -681,7 +681,7 @@ def test_request_that_never_fits_beside_its_uploads_is_refused(house: House) -> 
     house.worker()
     uploads = (Blob("one", 0, 9 << 20), Blob("two", 0, 4 << 20))
     request = ImageRequest(task="edit", prompt="x", images=uploads, mask=Blob("mask", 0, 3 << 20))
-    job = Job("large", "toy", "c", request, Deadline.after(60))
+    job = Job("large", "toy", Client("c"), request, Deadline.after(60))
     house.jobs.append(job)
     with pytest.raises(ContentTooLarge):
         house.dispatcher.admit(job)

@@ -373,7 +373,7 @@ def test_a_key_is_asked_for_before_the_body_is(caplog: pytest.LogCaptureFixture)
             assert client.read_response().status == 401
             assert client.send(request("/health")).read_response().status == 200
             described = client.send(request("/describe", b"Authorization: Bearer sk-one\r\n")).read_response()
-            assert described.json["client"] == hashlib.sha256(b"sk-one").hexdigest()[:16]
+            assert described.json["key"] == hashlib.sha256(b"sk-one").hexdigest()[:16]
         assert [api.seen.get(timeout=10) for _ in range(2)] == ["/health", "/describe"]
         assert api.seen.empty()
     assert "sk-" not in str([(record.getMessage(), record.__dict__.get("fields")) for record in caplog.records])
@@ -463,6 +463,17 @@ def test_each_request_leaves_one_line(client: RawClient, caplog: pytest.LogCaptu
     assert told["bytes"] > len(response.content)
     assert told["ms"] >= 0
     assert "secret" not in str(told)
+
+
+def test_the_line_of_an_error_says_what_was_wrong(client: RawClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ovserve")
+    response = client.send(request("/raise?kind=other")).read_response()
+    told = line_of(caplog, f"GET /raise {response.status}").__dict__["fields"]
+    error = json.loads(response.content)["error"]
+    assert (told["code"], told["why"]) == (
+        error["code"],
+        error["message"][:200].encode("ascii", "backslashreplace").decode(),
+    )
 
 
 def test_a_refused_request_leaves_a_line_too(client: RawClient, caplog: pytest.LogCaptureFixture) -> None:

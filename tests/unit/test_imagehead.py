@@ -208,3 +208,14 @@ def test_a_damaged_header_is_read_or_refused(form: str, cut: int, flips: list[tu
     except ImageError:
         return
     assert head.width * head.height <= SETTINGS.max_image_pixels
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "P"])
+def test_a_clear_colour_is_seen_without_alpha(mode: str) -> None:
+    stream, plain = io.BytesIO(), io.BytesIO()
+    picture = Image.new(mode, (3, 2))
+    picture.save(stream, "PNG", transparency=(0, 0, 0) if mode == "RGB" else 0)
+    picture.save(plain, "PNG")
+    assert read_head(memoryview(stream.getvalue()), "image", Settings()).may_be_clear
+    # A palette's entries are looked at by the worker alone.
+    assert read_head(memoryview(plain.getvalue()), "image", Settings()).may_be_clear is (mode == "P")

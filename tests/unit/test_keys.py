@@ -136,3 +136,11 @@ def test_a_key_is_not_shown_with_the_settings(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="api_key") as caught:
         load_settings({}, {}, config)
     assert "123456" not in str(caught.value)
+
+
+def test_a_known_key_says_who_asks_and_any_other_does_not() -> None:
+    known, other = request(f"Authorization: Bearer {KEY}\r\n"), request("Authorization: Bearer sk-other\r\n")
+    assert is_let_in(known, Keys([KEY]))
+    assert is_let_in(other, Keys())  # nobody is asked
+    assert (known.is_verified, other.is_verified) == (True, False)
+    assert known.key != other.key != ""

@@ -283,3 +283,21 @@ def test_a_working_directory_that_is_gone_is_told(tmp_path: Path, monkeypatch: p
     gone.rmdir()
     with pytest.raises(SettingsError, match="model path m: No such file"):
         load_settings({"path": "m"}, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("queue_limit = 5", "'queue_limit': it is an option of a model, and belongs into a [[model]] table"),
+        ("[[model]]\nport = 1", "'port': it is an option of the server, and belongs before the first [[model]] table"),
+        ("max_conections = 5", "'max_conections': did you mean 'max_connections'?"),
+        ("xyzzy = 5", "unknown option 'xyzzy'"),
+    ],
+)
+def test_an_unknown_option_is_told_with_what_was_meant(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings({}, {}, path)
+    assert str(caught.value).startswith(str(path))
+    assert str(caught.value).endswith(told)

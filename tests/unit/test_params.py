@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from ovserve.api.parameters.fields import EDIT, FIELDS, GENERATION, VARIATION
 from ovserve.api.parameters.params import Parameters, parse_parameters
@@ -558,3 +560,13 @@ def test_a_number_without_end_is_refused() -> None:
 
 def test_the_operators_default_steps_are_what_a_plain_request_runs() -> None:
     assert edit(default_num_inference_steps=5, max_num_inference_steps=6).request.num_inference_steps == 5
+
+
+def test_an_inpainting_model_takes_an_image_whose_holes_are_a_clear_colour() -> None:
+    inpainting = Path(__file__).parent.parent / "fixtures" / "models" / "inpaint"
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG", transparency=(0, 0, 0))
+    assert edit(uploads=(FakeUpload("image", stream.getvalue()),), path=inpainting)
+    with pytest.raises(MissingParameter) as caught:
+        edit(path=inpainting)
+    assert caught.value.param == "mask"

@@ -184,6 +184,8 @@ def test_strengths_without_an_option_stay_within_the_limits() -> None:
         '{"defaults": {"steps": 4}}',
         '{"sizes": {"min_size_px": 64}}',
         '{"default": {}}',
+        '{"sizes": {"side_multiple_px": 0}}',
+        '{"sizes": {"min_side_px": "64"}}',
         '{"presets": {"low": {"steps": 4}}}',
     ],
 )

@@ -21,6 +21,7 @@ __all__ = ["STEPS", "ImageHead", "read_head"]
 # photograph with a depth map of 10 MB in its metadata 500. So many take 10 ms.
 STEPS = 20_000
 _TOLD = "PNG, JPEG, WebP, GIF, BMP and TIFF"
+_WITH_ALPHA = ("RGBA", "LA", "P")  # a GIF tells of its clear colour behind what is looked at, so a palette may have one
 _FOREIGN = (
     (b"ftypheic", "HEIC"),
     (b"ftypheix", "HEIC"),
@@ -33,18 +34,23 @@ _FOREIGN = (
 
 @dataclass(frozen=True, slots=True)
 class ImageHead:
-    """What the header says. Width and height in pixels, before any EXIF orientation; the mode as Pillow names it."""
+    """What the header says. Width and height in pixels, before any EXIF orientation; the mode as Pillow names it.
+
+    `may_be_clear`: some pixels may be transparent.
+    """
 
     format: str
     width: int
     height: int
     mode: str
+    may_be_clear: bool = False
 
 
 class _Size(NamedTuple):
     width: int
     height: int
     mode: str
+    has_clear_colour: bool = False
 
 
 class _Look:
@@ -80,7 +86,7 @@ def read_head(data: memoryview, param: str, settings: Settings) -> ImageHead:
     if known is None:
         raise ImageError(f"Invalid image file in '{param}': {_name(start)}. {_TOLD} are taken.", param=param)
     try:
-        width, height, mode = known.read(_Look(data))
+        width, height, mode, has_clear_colour = known.read(_Look(data))
     except (ValueError, KeyError, struct.error) as error:
         told = error if isinstance(error, ValueError) else "it is damaged, or cut short"
         raise ImageError(f"Invalid image file in '{param}': its header cannot be read ({told}).", param=param) from None
@@ -92,7 +98,8 @@ def read_head(data: memoryview, param: str, settings: Settings) -> ImageHead:
         )
     if min(width, height) < 1:
         raise ImageError(f"Image '{param}' is {width}x{height}: it has no pixels.", param=param)
-    return ImageHead(known.format, width, height, mode)
+    may_be_clear = has_clear_colour or mode in _WITH_ALPHA
+    return ImageHead(known.format, width, height, mode, may_be_clear)
 
 
 def _name(start: bytes) -> str:
@@ -117,6 +124,8 @@ def _read_png(look: _Look) -> _Size:
         if kind == b"IHDR":
             width, height, _, colour = look(">IIBB", at + 8)
             found = _Size(width, height, _PNG_MODES[colour])
+        elif kind == b"tRNS" and found:
+            found = found._replace(has_clear_colour=True)
         elif kind == b"IDAT" and found:
             return found
         at += length + 12

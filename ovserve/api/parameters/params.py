@@ -410,8 +410,7 @@ def _check_task(model: ServedModel, mask: Upload | None, head: ImageHead) -> Non
     tasks = model.profile.tasks
     if mask is not None and "inpainting" not in tasks:
         raise UnsupportedParameter(f"'mask' is not taken by model '{model.name}': it cannot inpaint.", param="mask")
-    has_alpha = head.mode in ("RGBA", "LA", "PA", "P", "La", "RGBa")
-    if mask is None and "image2image" not in tasks and not ("inpainting" in tasks and has_alpha):
+    if mask is None and "image2image" not in tasks and not ("inpainting" in tasks and head.may_be_clear):
         needed = "a mask, or an image with transparent pixels" if "inpainting" in tasks else "a prompt alone"
         raise MissingParameter(f"Model '{model.name}' works from {needed}: 'mask' is required.", param="mask")
 

@@ -35,7 +35,7 @@ class Responses:
     """Makes response heads. Thread-safe: yes (the cached date is replaced as a whole)."""
 
     def __init__(self, settings: Settings) -> None:
-        origins = parse_origins(settings.allowed_origins or "")
+        origins = parse_origins(settings.allowed_origins)
         constant = "Server: ovserve\r\n"
         if origins:
             constant += f"Access-Control-Expose-Headers: {EXPOSED}\r\n"
