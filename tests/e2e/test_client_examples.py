@@ -131,6 +131,12 @@ def test_the_example(name: str, server: LiveServer, tmp_path: Path) -> None:
     check(tmp_path, EXAMPLES[name].pictures)
 
 
+def test_a_seed_in_extra_body_arrives_through_litellm(server: LiveServer, tmp_path: Path) -> None:
+    run("litellm", server.url, tmp_path)
+    with Image.open(tmp_path / "edited.png") as picture:
+        assert "Seed: 7," in picture.info["parameters"]
+
+
 def test_a_mask_keeps_what_lies_outside(server: LiveServer, data: Path, tmp_path: Path) -> None:
     run("curl-mask", server.url, tmp_path)
     result, source = (
