@@ -60,13 +60,17 @@ set_up_clients() {
     say "Installing the last Python client of the first major version ..."
     "$environment/bin/uv" venv --quiet --allow-existing "$environment/openai1"
     "$environment/bin/uv" pip install --quiet --python "$environment/openai1/bin/python" openai==1.109.1 "httpx==0.28.1"
+    say "Installing LiteLLM ..."
+    "$environment/bin/uv" venv --quiet --allow-existing "$environment/litellm"
+    "$environment/bin/uv" pip install --quiet --python "$environment/litellm/bin/python" litellm==1.110.2 openai==3.57.0
     printf '%s' "$wanted" > "$environment/clients-stamp"
 }
 
-# set_up_proxies: the proxies that the tests put in front of the server.
+# set_up_proxies: the proxies that the tests put in front of the server, and the programs that the examples of docs/clients.md use.
 set_up_proxies() {
     PATH=$PATH:/usr/sbin
     command -v nginx >/dev/null || need_packages nginx-light
     command -v haproxy >/dev/null || need_packages haproxy
     command -v curl >/dev/null || need_packages curl
+    command -v jq >/dev/null || need_packages jq
 }

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Write the contact sheets under docs/sheets: what strength, masks, fitting and previews do, on the built-in model.
 
-Starts a server of its own on a free port, asks it as any client would, and lays the pictures out with their labels.
+Starts a server of its own on a free port, asks it as any client would, and lays the pictures out with their labels, each row under
+the prompt that was sent.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import base64
 import io
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,15 @@ from tests.live import LiveServer  # noqa: E402  the path above makes it importa
 from tests.reader import Figure, draw_scene  # noqa: E402
 
 SHEETS = ROOT / "docs" / "sheets"
-CELL_PX, LABEL_PX = 132, 16
-Row = Sequence[tuple[str, Image.Image]]
+CELL_PX, LABEL_PX, CAPTION_PX = 132, 16, 18
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a sheet: the prompt that was sent, and the pictures under their labels."""
+
+    prompt: str
+    cells: Sequence[tuple[str, Image.Image]]
 
 
 class Client:
@@ -62,12 +71,15 @@ def _picture(text: str) -> Image.Image:
 
 def _sheet(rows: Iterable[Row]) -> Image.Image:
     rows = list(rows)
-    width = max(len(row) for row in rows) * CELL_PX
-    sheet = Image.new("RGB", (width, len(rows) * (CELL_PX + LABEL_PX)), "white")
+    width, height = max(len(row.cells) for row in rows) * CELL_PX, CAPTION_PX + LABEL_PX + CELL_PX
+    sheet = Image.new("RGB", (width, len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for line, row in enumerate(rows):
-        for column, (label, picture) in enumerate(row):
-            x, y = column * CELL_PX, line * (CELL_PX + LABEL_PX)
+        top = line * height
+        draw.rectangle((0, top, width, top + CAPTION_PX - 1), fill="gainsboro")
+        draw.text((4, top + 3), row.prompt, fill="black")
+        for column, (label, picture) in enumerate(row.cells):
+            x, y = column * CELL_PX, top + CAPTION_PX
             draw.text((x + 4, y + 2), label, fill="black")
             shown = picture.convert("RGB")
             shown.thumbnail((CELL_PX - 4, CELL_PX - 4))
@@ -89,7 +101,7 @@ def strengths(client: Client) -> list[Row]:
     )
     steps = [round(0.2 + 0.1 * k, 1) for k in range(9)]
     return [
-        [("source", image), *((f"{s}", client.edit(image, prompt, strength=s)) for s in steps)]
+        Row(prompt, [("source", image), *((f"{s}", client.edit(image, prompt, strength=s)) for s in steps)])
         for image, prompt in cases
     ]
 
@@ -110,7 +122,8 @@ def masks(client: Client) -> list[Row]:
         mask = Image.new("L", image.size, 0)
         mask.paste(255, box)
         label = "thin mask" if box[3] - box[1] < 8 else f"mask, blur {blur}" if blur else "mask"
-        rows.append([("source", image), (label, mask), ("result", client.edit(image, prompt, mask, mask_blur=blur))])
+        result = client.edit(image, prompt, mask, mask_blur=blur)
+        rows.append(Row(prompt, [("source", image), (label, mask), ("result", result)]))
     return rows
 
 
@@ -121,13 +134,16 @@ def fittings(client: Client) -> list[Row]:
     modes = ("crop", "pad", "stretch")
     sizes = ("128x128", "96x160", "auto")
     return [
-        [
-            ("source 256x128", wide),
-            *(
-                (f"{mode} {size}", client.edit(wide, prompt, strength=0.4, resize_mode=mode, size=size))
-                for size in sizes
-            ),
-        ]
+        Row(
+            prompt,
+            [
+                ("source 256x128", wide),
+                *(
+                    (f"{mode} {size}", client.edit(wide, prompt, strength=0.4, resize_mode=mode, size=size))
+                    for size in sizes
+                ),
+            ],
+        )
         for mode in modes
     ]
 
@@ -143,7 +159,7 @@ def previews(client: Client) -> list[Row]:
     for prompt in prompts:
         pictures = client.previews(prompt)
         labels: list[Any] = [f"preview {k}" for k in range(len(pictures) - 1)]
-        rows.append(list(zip([*labels, "final"], pictures, strict=True)))
+        rows.append(Row(prompt, list(zip([*labels, "final"], pictures, strict=True))))
     return rows
 
 

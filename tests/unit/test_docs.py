@@ -52,3 +52,11 @@ def test_options_named_in_prose_exist(page: Path) -> None:
 def test_the_scripts_the_readme_names_exist() -> None:
     for name in re.findall(r"scripts/[a-z_.]+", (ROOT / "README.md").read_text("utf-8")):
         assert (ROOT / name.rstrip(".")).exists(), name
+
+
+def test_the_gallery_lists_the_prompts_of_its_sheets() -> None:
+    script = (ROOT / "scripts" / "make_sheets.py").read_text("utf-8")
+    prompts = re.findall(r'"((?:[a-z]+ )+background)"', script)
+    page = (ROOT / "docs" / "gallery.md").read_text("utf-8")
+    listed = re.findall(r"`((?:[a-z]+ )+background)`", page)
+    assert listed == prompts

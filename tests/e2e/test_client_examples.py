@@ -1,0 +1,213 @@
+"""The examples of docs/clients.md, taken out of the page and run as a reader would: only the server's address is another one."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from ovserve.profile import builtin_directory
+from tests.live import LiveServer
+from tests.reader import COLOURS, SHAPES, Scene, read_picture
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "clients.md").read_text("utf-8")
+ENVIRONMENT = ROOT / ".venv"  # made by scripts/test, with the other clients inside
+ADDRESS = "http://127.0.0.1:8000"
+TIMEOUT_S = 240
+RUNNABLE = {"sh", "python", "js"}
+
+GREEN_CIRCLE = ("blue", "green", "circle")
+YELLOW_STAR = ("blue", "yellow", "star")
+RED_HEART = ("white", "red", "heart")
+Sight = tuple[str, str, str]  # background, colour and shape of the largest object
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One block of the page: what runs it, and the pictures that it must leave."""
+
+    python: Path = Path(sys.executable)
+    pictures: Mapping[str, tuple[int, Sight | None]] = field(default_factory=dict)  # by file name: side, what it shows
+
+
+EXAMPLES = {
+    "curl-edit": Example(pictures={"edited.png": (128, GREEN_CIRCLE)}),
+    "curl-mask": Example(pictures={"masked.png": (128, YELLOW_STAR)}),
+    "curl-generation": Example(pictures={"generated.png": (256, RED_HEART)}),
+    "curl-variation": Example(pictures={"variation.png": (128, None)}),
+    "curl-json": Example(pictures={"from_json.png": (128, GREEN_CIRCLE)}),
+    "curl-url": Example(pictures={"fetched.png": (128, GREEN_CIRCLE)}),
+    "curl-stream": Example(pictures={"streamed.png": (128, GREEN_CIRCLE)}),
+    "python-edit": Example(pictures={"edited.png": (128, GREEN_CIRCLE)}),
+    "python-mask": Example(pictures={f"masked-{seed}.png": (128, YELLOW_STAR) for seed in (7, 8, 9)}),
+    "python-stream": Example(
+        pictures={"preview-0.png": (128, None), "preview-1.png": (128, None), "final.png": (128, GREEN_CIRCLE)}
+    ),
+    "python-generation": Example(pictures={"generated.webp": (256, RED_HEART)}),
+    "node-edit": Example(
+        pictures={
+            "edited.png": (128, GREEN_CIRCLE),
+            "preview-0.png": (128, None),
+            "preview-1.png": (128, None),
+            "masked.png": (128, YELLOW_STAR),
+            "generated.png": (256, RED_HEART),
+        }
+    ),
+    "litellm": Example(
+        python=ENVIRONMENT / "litellm" / "bin" / "python",
+        pictures={"edited.png": (128, GREEN_CIRCLE), "generated.png": (256, RED_HEART)},
+    ),
+    "azure": Example(pictures={"edited.png": (128, GREEN_CIRCLE)}),
+    "gpt-image-1": Example(pictures={"edited.png": (128, GREEN_CIRCLE)}),
+}
+
+
+def blocks() -> dict[str, tuple[str, str]]:
+    """Language and text of each marked block, by its name."""
+    marked = re.findall(r"^<!-- example: (\S+) -->\n```(\w+)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    return {name: (language, text) for name, language, text in marked}
+
+
+def run(name: str, url: str, folder: Path) -> None:
+    """Run a block in a folder where `tests` leads to the samples, as it does in the checkout."""
+    language, text = blocks()[name]
+    assert ADDRESS in text
+    text = text.replace(ADDRESS, url)
+    (folder / "tests").symlink_to(ROOT / "tests")
+    command = {"sh": ["bash", "-euo", "pipefail", "-c", text], "python": [str(EXAMPLES[name].python), "-c", text]}
+    if language == "js":
+        (folder / "node_modules").symlink_to(ENVIRONMENT / "node" / "node_modules")
+        (folder / "edit.mjs").write_text(text, "utf-8")
+        command["js"] = [str(ENVIRONMENT / "node" / "node_modules" / ".bin" / "node"), "edit.mjs"]
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    done = subprocess.run(
+        command[language], cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def check(folder: Path, pictures: Mapping[str, tuple[int, Sight | None]]) -> None:
+    left = {path.name for path in folder.iterdir() if path.suffix in {".png", ".webp"}}
+    assert left == set(pictures)
+    for name, (side, sight) in pictures.items():
+        with Image.open(folder / name) as picture:
+            assert picture.format == Path(name).suffix[1:].upper()
+            assert picture.size == (side, side)
+            scene = read_picture(np.asarray(picture.convert("RGB")))
+        if sight:
+            assert seen(scene) == sight, name
+
+
+def seen(scene: Scene) -> tuple[str, str | None, str | None]:
+    largest = scene.largest
+    return (scene.background, largest.colour, largest.shape) if largest else (scene.background, None, None)
+
+
+def test_every_block_that_can_run_is_run() -> None:
+    assert set(blocks()) == set(EXAMPLES)
+    languages = re.findall(r"^```(\w*)$", PAGE, re.MULTILINE)
+    runnable = [language for language in languages if language in RUNNABLE]
+    assert len(runnable) == len(EXAMPLES), "a block without its `<!-- example: NAME -->`"
+    assert {language for language in languages if language} <= RUNNABLE | {"text", "yaml"}
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "gpt-image-1"])
+def test_the_example(name: str, server: LiveServer, tmp_path: Path) -> None:
+    run(name, server.url, tmp_path)
+    check(tmp_path, EXAMPLES[name].pictures)
+
+
+def test_a_seed_in_extra_body_arrives_through_litellm(server: LiveServer, tmp_path: Path) -> None:
+    run("litellm", server.url, tmp_path)
+    with Image.open(tmp_path / "edited.png") as picture:
+        assert "Seed: 7," in picture.info["parameters"]
+
+
+def test_a_mask_keeps_what_lies_outside(server: LiveServer, data: Path, tmp_path: Path) -> None:
+    run("curl-mask", server.url, tmp_path)
+    result, source = (
+        np.asarray(Image.open(path).convert("RGB")) for path in (tmp_path / "masked.png", data / "red_circle.png")
+    )
+    outside = np.asarray(Image.open(data / "mask_alpha.png"))[..., 3] > 0
+    assert np.array_equal(result[outside], source[outside])
+
+
+def test_the_error_is_told_in_place_of_a_picture(server: LiveServer, tmp_path: Path) -> None:
+    _, text = blocks()["curl-edit"]
+    text = text.replace(ADDRESS, server.url).replace("prompt=", "promt=")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0
+    assert "'prompt'" in done.stderr
+
+
+def test_the_name_that_some_clients_insist_on(tmp_path: Path) -> None:
+    command = re.search(r"^scripts/serve (--model_name \S+)$", PAGE, re.MULTILINE)
+    assert command
+    with LiveServer(*command[1].split(), spool=tmp_path) as live:
+        run("gpt-image-1", live.url, tmp_path)
+        check(tmp_path, EXAMPLES["gpt-image-1"].pictures)
+        with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none") as client:
+            assert [model.id for model in client.models.list()] == ["gpt-image-1"]
+
+
+def test_what_open_webui_sends(server: LiveServer, data: Path) -> None:
+    headers = {"authorization": "Bearer none"}
+    with httpx.Client(base_url=f"{server.url}/v1", headers=headers, timeout=60) as client:
+        document = {
+            "model": "ovserve-builtin",
+            "prompt": "a red heart on a white background",
+            "n": 1,
+            "size": "256x256",
+        }
+        made = client.post("/images/generations", json={**document, "response_format": "b64_json"})
+        fields = {"model": "", "prompt": "a green circle on a blue background", "response_format": "b64_json"}
+        files = [("image[]", ("0b7f.png", (data / "red_circle.png").read_bytes(), "image/png"))]
+        edited = client.post("/images/edits", data=fields, files=files)
+        again = client.post("/images/edits", data=fields, files=files * 2)  # the second edit of one chat
+    assert (again.status_code, again.json()["error"]["param"]) == (400, "image[]")
+    assert (made.status_code, edited.status_code) == (200, 200)
+    assert (made.json()["size"], edited.json()["size"]) == ("256x256", "128x128")
+    assert all(reply.json()["data"][0]["b64_json"] for reply in (made, edited))
+
+
+def test_the_prompts_that_the_page_recommends(server: LiveServer, data: Path) -> None:
+    """Recolour, reshape, replace the background: each obeyed by one of three seeds at least, as the page says."""
+    image = (data / "red_circle.png").read_bytes()
+    wanted = {
+        "a green circle on a blue background": GREEN_CIRCLE,
+        "a white cross on a blue background": ("blue", "white", "cross"),
+        "a red circle on a yellow background": ("yellow", "red", "circle"),
+    }
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        for prompt, sight in wanted.items():
+            assert f"`{prompt}`" in PAGE
+            reply = client.images.edit(image=image, prompt=prompt, n=3, extra_body={"seed": 1})
+            assert sight in [seen(read_picture(decoded(item.b64_json or ""))) for item in reply.data or []], prompt
+
+
+def decoded(text: str) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
+
+
+def test_the_words_that_the_page_lists_are_those_of_the_model() -> None:
+    card = (builtin_directory() / "MODEL_CARD.md").read_text("utf-8")
+    for words in (SHAPES, tuple(COLOURS)):
+        assert ", ".join(words) in PAGE
+        assert ", ".join(words) in card

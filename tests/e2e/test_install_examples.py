@@ -1,0 +1,137 @@
+"""What docs/install.md tells an operator to write: the proxy's configuration in front of a live server, the settings, the files it names."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from ovserve.options import load_settings
+from tests.e2e.test_proxies import START_LIMIT_S, free_port
+from tests.live import LiveServer
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "install.md").read_text("utf-8")
+HOST = "images.example.org"
+KEY = "change-me"
+AROUND = """
+{user} daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
+events {{ worker_connections 256; }}
+http {{
+    access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+    include {folder}/ovserve.conf;
+}}
+"""
+
+
+def block(name: str) -> str:
+    found = re.search(rf"^ *<!-- example: {name} -->\n *```\w+\n(.*?)^ *```$", PAGE, re.DOTALL | re.MULTILINE)
+    assert found
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def behind_nginx(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ssl.SSLContext]]:
+    """The address of the page's nginx configuration, and what trusts its certificate; only addresses and paths are others."""
+    folder, port = tmp_path_factory.mktemp("nginx"), free_port()
+    certificate, key = folder / "fullchain.pem", folder / "privkey.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={HOST}"]
+    make += ["-addext", f"subjectAltName=DNS:{HOST},IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
+    text = block("nginx").replace(f"/etc/ssl/{HOST}", str(folder)).replace("listen 443", f"listen 127.0.0.1:{port}")
+    (folder / "ovserve.conf").write_text(text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}"))
+    (folder / "nginx.conf").write_text(AROUND.format(folder=folder, user="user root;" if os.getuid() == 0 else ""))
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    assert program, "nginx is not installed: scripts/test installs it"
+    command = [program, "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log"), "-p", str(folder)]
+    tested = subprocess.run([*command, "-t"], capture_output=True, text=True, check=False)
+    assert tested.returncode == 0, tested.stderr
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    trust = ssl.create_default_context(cafile=str(certificate))
+    try:
+        with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trust, timeout=60) as client:
+            deadline = time.monotonic() + START_LIMIT_S
+            while True:
+                try:
+                    client.get("/")
+                    break
+                except httpx.TransportError:
+                    assert process.poll() is None
+                    assert time.monotonic() < deadline
+        yield f"https://127.0.0.1:{port}", trust
+    finally:
+        process.terminate()
+        process.wait(START_LIMIT_S)
+
+
+def test_nginx_lets_clients_with_a_key_in(behind_nginx: tuple[str, ssl.SSLContext], data: Path) -> None:
+    url, trust = behind_nginx
+    image, prompt = (data / "red_circle.png").read_bytes(), "a green circle on a blue background"
+    trusting = openai.DefaultHttpxClient(verify=trust)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, http_client=trusting, max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["ovserve-builtin"]
+        reply = client.images.edit(image=image, prompt=prompt)
+        assert reply.data
+        assert reply.data[0].b64_json
+        stream = client.images.edit(image=image, prompt=prompt, stream=True, partial_images=2)
+        assert [event.type for event in stream][-1] == "image_edit.completed"
+
+
+def test_nginx_keeps_everybody_else_out(behind_nginx: tuple[str, ssl.SSLContext]) -> None:
+    url, trust = behind_nginx
+    with httpx.Client(base_url=url, verify=trust, timeout=60) as client:
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
+        for path in (
+            "/metrics",
+            "/v1/config",
+            "/v1/config/reload",
+            "/v2/health/ready",
+            "//metrics",
+            "/v1//config",
+            "/",
+        ):
+            reply = client.get(path, headers={"authorization": f"Bearer {KEY}"})
+            assert reply.status_code == 404, path
+
+
+def test_nginx_leaves_sizes_to_the_server(behind_nginx: tuple[str, ssl.SSLContext]) -> None:
+    url, trust = behind_nginx
+    form = {"prompt": "x" * 3_000_000}
+    with httpx.Client(base_url=url, verify=trust, timeout=60) as client:
+        reply = client.post(
+            "/v1/images/edits", data=form, headers={"authorization": f"Bearer {KEY}"}, files={"image": b""}
+        )
+    assert reply.status_code == 413
+    assert reply.json()["error"]["code"] == "part_too_large"
+
+
+def test_the_settings_are_settings(tmp_path: Path) -> None:
+    path = tmp_path / "ovserve.toml"
+    path.write_text(re.sub(r"^   ", "", block("settings"), flags=re.MULTILINE))
+    settings = load_settings({}, {}, path)
+    assert settings.port == 8000
+    assert [model.name for model in settings.models] == ["ovserve-builtin"]
+
+
+def test_the_image_has_what_the_page_says() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
+    for copied in re.findall(r"^COPY (.+) \S+$", dockerfile, re.MULTILINE):
+        for name in copied.split():
+            assert (ROOT / name).exists()
+            assert f"!{name}" in (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    for line in ("USER ovserve", "/v2/health/ready", "STOPSIGNAL SIGTERM", "OVSERVE_HOST=0.0.0.0"):
+        assert line in dockerfile
+    unit = (ROOT / "scripts" / "ovserve.service").read_text("utf-8")
+    assert "ExecStart=/opt/ovserve/bin/python -m ovserve --config /etc/ovserve.toml" in unit
+    assert "CacheDirectory=ovserve" in unit
