@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILTIN, FULL_SIZE = "builtin", "sd15"
 OURS = "ovserve stepwise"
 # The built-in model's own defaults, sent in full so that every server does the same work.
-USUAL = {"num_inference_steps": "12", "guidance_scale": "3.0", "strength": "0.7", "size": "128x128"}
+USUAL = {"num_inference_steps": "12", "guidance_scale": "3.0", "strength": "0.7", "size": "256x256"}
 CAPACITY_CLIENTS = 8
 LOAD_PERCENT = (50, 80, 95, 120)
 SEED = 1
@@ -328,7 +328,7 @@ def shapes(bench: Bench) -> None:
         with bench.start(name) as server:
             for label, values, text in curves:
                 if label == "side_px" and not SERVICES[name].is_ours:
-                    continue  # a peer denoises at that size, ours at 128: not the same work
+                    continue  # a peer denoises at that size, ours at 256: not the same work
                 for value in values:
                     report = usual(server, plan, text.format(value), clients=1, seconds=plan.seconds / 2, requests=200)
                     if not report.answered:  # one answer takes longer than the window

@@ -54,7 +54,7 @@ class Kind:
     name: str
     task: str = "edit"
     weight: int = 1
-    picture_px: int = 128
+    picture_px: int = 256
     upload_bytes: int = 0
     same: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -96,7 +96,7 @@ def parse_kind(text: str, shared: Mapping[str, str] | None = None) -> Kind:
         name=text,
         task=task,
         weight=int(weight or 1),
-        picture_px=own.get("picture_px", 128),
+        picture_px=own.get("picture_px", 256),
         upload_bytes=own.get("upload_bytes", 0),
         same=bool(own.get("same", 0)),
         fields=keys,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import stats
 from benchmarks.aims import OURS as FIRST
@@ -29,13 +30,22 @@ MOST_ROWS = 60  # of a table of everything
 
 
 def newest(directory: Path = DIRECTORY) -> dict[str, tuple[Path, Result]]:
-    """The newest file of each benchmark, by the date in its metadata."""
+    """The newest file of each benchmark, by the date in its metadata.
+
+    A model that it left out is taken from the newest file that has it, which its metadata then name under `taken_from`: what takes
+    half an hour for a large model need not be repeated for each change of the small one.
+    """
+    files = [(path, read_result(path)) for path in directory.glob("*.json")]
     found: dict[str, tuple[Path, Result]] = {}
-    for path in sorted(directory.glob("*.json")):
-        result = read_result(path)
-        known = found.get(result.name)
-        if known is None or str(result.metadata.get("date")) >= str(known[1].metadata.get("date")):
+    for path, result in sorted(files, key=lambda file: (str(file[1].metadata.get("date")), file[0]), reverse=True):
+        if result.name not in found:
             found[result.name] = (path, result)
+            continue
+        newer = found[result.name][1]
+        models = {series.case.get("model") for series in newer.series} | {None}
+        if others := [series for series in result.series if series.case.get("model") not in models]:
+            newer.series += others
+            newer.metadata.setdefault("taken_from", []).append((path.name, result.metadata))
     return found
 
 
@@ -87,17 +97,20 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
+def _provenance(told: dict[str, Any]) -> list[str]:
+    before = (
+        f"{told['cores_in_use']:g} cores in use" if "cores_in_use" in told else f"load average {told.get('load_1min')}"
+    )
+    load = f"{before}{', **not idle**' if told.get('busy') else ''}"
+    return [str(told.get("date")), str(told.get("commit")), load]
+
+
 def _machine(files: dict[str, tuple[Path, Result]]) -> list[str]:
     rows = []
     for name, (path, result) in sorted(files.items()):
-        told = result.metadata
-        before = (
-            f"{told['cores_in_use']:g} cores in use"
-            if "cores_in_use" in told
-            else f"load average {told.get('load_1min')}"
-        )
-        load = f"{before}{', **not idle**' if told.get('busy') else ''}"
-        rows.append([name, path.name, str(told.get("date")), str(told.get("commit")), load])
+        rows.append([name, path.name, *_provenance(result.metadata)])
+        taken = result.metadata.get("taken_from", [])
+        rows += [[f"{name}, other models", file_name, *_provenance(told)] for file_name, told in taken]
     if not rows:
         return []
     told = next(iter(sorted(files.items())))[1][1].metadata

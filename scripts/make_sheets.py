@@ -24,8 +24,9 @@ sys.path.insert(0, str(ROOT))
 from tests.live import LiveServer  # noqa: E402  the path above makes it importable
 from tests.reader import Figure, draw_scene  # noqa: E402
 
+SIDE_PX = 256
 SHEETS = ROOT / "docs" / "sheets"
-CELL_PX, LABEL_PX, CAPTION_PX = 132, 16, 18
+CELL_PX, LABEL_PX, CAPTION_PX = 164, 16, 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +89,17 @@ def _sheet(rows: Iterable[Row]) -> Image.Image:
 
 
 def _scene(background: str, *figures: tuple[str, str, float, float, float]) -> Image.Image:
-    return Image.fromarray(draw_scene(background, [Figure(*figure) for figure in figures]))
+    """A drawing of the size that the built-in model works at."""
+    return Image.fromarray(draw_scene(background, [Figure(*figure) for figure in figures], SIDE_PX))
 
 
 def strengths(client: Client) -> list[Row]:
     """Recolouring and reshaping at strengths from 0.2 to 1.0."""
     cases = (
-        (_scene("yellow", ("white", "star", 64, 64, 34)), "a green star on a yellow background"),
-        (_scene("black", ("white", "circle", 64, 64, 34)), "a red circle on a black background"),
-        (_scene("blue", ("red", "circle", 64, 64, 34)), "a white cross on a blue background"),
-        (_scene("purple", ("yellow", "square", 64, 64, 30)), "a yellow square on a green background"),
+        (_scene("yellow", ("white", "star", 128, 128, 68)), "a green star on a yellow background"),
+        (_scene("black", ("white", "circle", 128, 128, 68)), "a red circle on a black background"),
+        (_scene("blue", ("red", "circle", 128, 128, 68)), "a white cross on a blue background"),
+        (_scene("purple", ("yellow", "square", 128, 128, 60)), "a yellow square on a green background"),
     )
     steps = [round(0.2 + 0.1 * k, 1) for k in range(9)]
     return [
@@ -109,19 +111,19 @@ def strengths(client: Client) -> list[Row]:
 def masks(client: Client) -> list[Row]:
     """Source, mask, and what comes back; outside the mask nothing changes."""
     rows: list[Row] = []
-    pair = _scene("green", ("black", "cross", 34, 64, 24), ("yellow", "square", 94, 64, 24))
-    circle = _scene("blue", ("red", "circle", 64, 64, 34))
+    pair = _scene("green", ("black", "cross", 68, 128, 48), ("yellow", "square", 188, 128, 48))
+    circle = _scene("blue", ("red", "circle", 128, 128, 68))
     cases = (
-        (pair, (62, 28, 127, 100), "a black cross and a pink circle on a green background", 0),
-        (circle, (24, 24, 104, 104), "a yellow star on a blue background", 0),
-        (circle, (24, 24, 104, 104), "a yellow star on a blue background", 12),
-        (circle, (20, 60, 110, 63), "blue background", 0),
-        (circle, (24, 24, 104, 104), "blue background", 0),
+        (pair, (124, 56, 254, 200), "a black cross and a pink circle on a green background", 0),
+        (circle, (48, 48, 208, 208), "a yellow star on a blue background", 0),
+        (circle, (48, 48, 208, 208), "a yellow star on a blue background", 24),
+        (circle, (40, 120, 220, 126), "blue background", 0),
+        (circle, (48, 48, 208, 208), "blue background", 0),
     )
     for image, box, prompt, blur in cases:
         mask = Image.new("L", image.size, 0)
         mask.paste(255, box)
-        label = "thin mask" if box[3] - box[1] < 8 else f"mask, blur {blur}" if blur else "mask"
+        label = "thin mask" if box[3] - box[1] < 16 else f"mask, blur {blur}" if blur else "mask"
         result = client.edit(image, prompt, mask, mask_blur=blur)
         rows.append(Row(prompt, [("source", image), (label, mask), ("result", result)]))
     return rows
@@ -129,15 +131,15 @@ def masks(client: Client) -> list[Row]:
 
 def fittings(client: Client) -> list[Row]:
     """One wide picture served at other shapes, in each resize_mode."""
-    wide = _scene("purple", ("yellow", "star", 64, 64, 40)).resize((256, 128))
+    wide = _scene("purple", ("yellow", "star", 128, 128, 80)).resize((512, 256))
     prompt = "a yellow star on a purple background"
     modes = ("crop", "pad", "stretch")
-    sizes = ("128x128", "96x160", "auto")
+    sizes = ("256x256", "192x320", "auto")
     return [
         Row(
             prompt,
             [
-                ("source 256x128", wide),
+                ("source 512x256", wide),
                 *(
                     (f"{mode} {size}", client.edit(wide, prompt, strength=0.4, resize_mode=mode, size=size))
                     for size in sizes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -32,7 +32,7 @@ Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Colour = tuple[int, int, int]
 
-SIDE_PX = 128  # the side the built-in model works at
+SIDE_PX = 128  # of the pictures that tests draw unless they say otherwise: half of what the built-in model works at
 COLOURS: dict[str, Colour] = {
     "red": (214, 40, 40),
     "orange": (245, 140, 30),
@@ -66,6 +66,10 @@ class Figure:
     y: float
     radius: float
     rotation: float = 0.0
+
+    def scaled(self, factor: float) -> Figure:
+        """The same figure on a picture `factor` times as large."""
+        return replace(self, x=self.x * factor, y=self.y * factor, radius=self.radius * factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,7 @@ def outline(shape: str, radius: float) -> list[tuple[float, float]]:
     """The corners of a shape around the origin, y down. Circle and ring have none: KeyError."""
     star = [radius * (0.46 if i % 2 else 1.1) for i in range(10)]
     bar = radius * 0.36
-    turns = [i / 40 * 2 * math.pi for i in range(40)]
+    turns = [i / 120 * 2 * math.pi for i in range(120)]
     corners = {
         "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
         "diamond": [(0, -1.1), (0.8, 0), (0, 1.1), (-0.8, 0)],

@@ -1,7 +1,12 @@
-"""The autoencoder: factor 8, 4 channels, convolutions on small grids only, pixel (un)shuffle for the rest."""
+"""The autoencoder: factor 16, 4 channels, convolutions on small grids only, pixel (un)shuffle for the rest.
+
+The encoder sees each 2x2 pixels as one, for there is nothing finer in its world than an edge; where the edge runs, its shades tell.
+Most of the decoder works on the smallest grid, where a convolution sees a whole object and can make its outline regular.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +18,7 @@ from torch import Tensor, nn
 __all__ = ["LATENT_CHANNELS", "VAE_SCALE_FACTOR", "Autoencoder", "pixels_from", "tensor_from"]
 
 LATENT_CHANNELS = 4
-VAE_SCALE_FACTOR = 8
+VAE_SCALE_FACTOR = 16
 
 
 class ResidualBlock(nn.Module):
@@ -36,16 +41,23 @@ class Autoencoder(nn.Module):
     """Deterministic encoder and decoder.
 
     Args:
-        middle: channels at a quarter of the side.
-        deep: channels at an eighth of the side.
-        fine: channels at half of the side, decoder only: the edges are made there.
-        fine_blocks: residual blocks at half of the side.
+        middle: the encoder's channels at an eighth of the side.
+        deep: the encoder's channels at a sixteenth of the side.
+        widths: the decoder's channels at a sixteenth, an eighth, a quarter and half of the side.
+        blocks: its residual blocks at each of them.
     """
 
-    def __init__(self, middle: int = 48, deep: int = 64, fine: int = 16, fine_blocks: int = 1) -> None:
+    def __init__(
+        self,
+        middle: int = 48,
+        deep: int = 64,
+        widths: Sequence[int] = (80, 48, 32, 16),
+        blocks: Sequence[int] = (4, 2, 2, 1),
+    ) -> None:
         super().__init__()
-        self.settings = {"middle": middle, "deep": deep, "fine": fine, "fine_blocks": fine_blocks}
+        self.settings = {"middle": middle, "deep": deep, "widths": list(widths), "blocks": list(blocks)}
         self.encoder = nn.Sequential(
+            nn.AvgPool2d(2),
             nn.PixelUnshuffle(4),
             nn.Conv2d(48, middle, 3, padding=1),
             ResidualBlock(middle),
@@ -55,32 +67,24 @@ class Autoencoder(nn.Module):
             nn.SiLU(),
             nn.Conv2d(deep, LATENT_CHANNELS, 3, padding=1),
         )
-        self.decoder = nn.Sequential(
-            nn.Conv2d(LATENT_CHANNELS, deep, 3, padding=1),
-            ResidualBlock(deep),
-            ResidualBlock(deep),
-            ResidualBlock(deep),
-            nn.SiLU(),
-            nn.Conv2d(deep, 4 * middle, 1),
-            nn.PixelShuffle(2),
-            ResidualBlock(middle),
-            ResidualBlock(middle),
-            nn.SiLU(),
-            nn.Conv2d(middle, 4 * fine, 3, padding=1),
-            nn.PixelShuffle(2),
-            *(ResidualBlock(fine) for _ in range(fine_blocks)),
-            nn.SiLU(),
-            nn.Conv2d(fine, 12, 3, padding=1),
-            nn.PixelShuffle(2),
-        )
+        layers: list[nn.Module] = []
+        channels = LATENT_CHANNELS
+        for level, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+            # The first change of width upwards is pointwise: it has the most channels, and blocks on both sides see neighbours.
+            side = 1 if level == 1 else 3
+            up = 2 if level else 1
+            layers += [nn.Conv2d(channels, width * up**2, side, padding=side // 2), nn.PixelShuffle(up)]
+            layers += [*(ResidualBlock(width) for _ in range(count)), nn.SiLU()]
+            channels = width
+        self.decoder = nn.Sequential(*layers, nn.Conv2d(channels, 12, 3, padding=1), nn.PixelShuffle(2))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Float (N, 3, H, W) in -1..1 to latents (N, 4, H/8, W/8)."""
+        """Float (N, 3, H, W) in -1..1 to latents (N, 4, H/16, W/16)."""
         latents: Tensor = self.encoder(images)
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (N, 4, h, w) to float (N, 3, 8h, 8w), about -1..1, not clamped."""
+        """Latents (N, 4, h, w) to float (N, 3, 16h, 16w), about -1..1, not clamped."""
         images: Tensor = self.decoder(latents)
         return images
 

@@ -99,7 +99,15 @@ def alphas_cumprod() -> Tensor:
 
 @torch.no_grad()
 def sample_latents(
-    model: Denoiser, input_ids: Tensor, empty_ids: Tensor, noise: Tensor, steps: int = 12, guidance_scale: float = 3.0
+    model: Denoiser,
+    input_ids: Tensor,
+    empty_ids: Tensor,
+    noise: Tensor,
+    steps: int = 12,
+    guidance_scale: float = 3.0,
+    *,
+    start: Tensor | None = None,
+    strength: float = 1.0,
 ) -> Tensor:
     """Deterministic DDIM (Song et al. 2020, equation 12 with sigma 0) with classifier-free guidance and leading spacing.
 
@@ -107,11 +115,16 @@ def sample_latents(
         input_ids: int64 (N, WINDOW).
         empty_ids: int64 (WINDOW,), the prompt "".
         noise: float (N, 4, H, W).
+        start: latents to edit, of the same shape; the last `steps` x `strength` steps are run on them.
     """
     signal = alphas_cumprod().to(noise.device)
     text = model.text_encoder(torch.cat([empty_ids.expand_as(input_ids), input_ids]))[0]
     timesteps = [i * (TRAIN_TIMESTEPS // steps) + 1 for i in reversed(range(steps))]
     latents = noise
+    if start is not None:
+        timesteps = timesteps[steps - max(1, int(steps * strength)) :]
+        first = signal[timesteps[0]]
+        latents = first.sqrt() * start + (1 - first).sqrt() * noise
     for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
         now, then = signal[timestep], signal.new_tensor(1.0) if following is None else signal[following]
         rows = torch.full((2 * len(noise),), timestep, device=noise.device)

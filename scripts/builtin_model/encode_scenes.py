@@ -20,7 +20,7 @@ from scripts.builtin_model.scenes import draw_composition, sample_composition, s
 from scripts.builtin_model.tokenizer import PromptEncoder
 from scripts.builtin_model.training import Progress, choose_device, load_checkpoint, save_checkpoint
 
-SHARD = 512  # scenes that one process draws at a time: 50 MB of pictures
+SHARD = 128  # scenes that one process draws at a time: 50 MB of pictures
 AHEAD = 2  # shards for each process that are begun or wait to be encoded
 SHARD_LIMIT_S = 600.0  # to draw one takes a second or two: a process that needs this long is lost
 CAPTIONS = 8  # of each scene

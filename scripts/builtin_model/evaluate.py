@@ -22,13 +22,15 @@ import openvino
 import openvino_genai
 
 from scripts.builtin_model.captions import plural, with_article
+from scripts.builtin_model.scenes import PICTURE_PX
 from scripts.builtin_model.sheets import save_sheet
 from tests.reader import COLOURS, SHAPES, SIDE_PX, Figure, Scene, draw_scene, read_picture, tell_apart
 
 Picture = npt.NDArray[np.uint8]
 COLOUR_NAMES = tuple(COLOURS)
-IN_PLACE_PX = 8.0  # how far an object may move and still be in place
-SPECK_AREA_PX = 200  # what may be left of a removed object
+MIDDLE = SIDE_PX / 2  # sources are laid out on a square of SIDE_PX, like the compositions of the training set
+IN_PLACE = 8.0 / SIDE_PX  # how far an object may move and still be in place, as a part of the picture's side
+SPECK = 200 / SIDE_PX**2  # what may be left of a removed object, as a part of the picture
 SHEET_COLUMNS = 12
 
 
@@ -135,10 +137,16 @@ def _shows(scene: Scene, look: Look, *, shape: bool = True) -> bool:
     return not shape or found.shape == look.shape
 
 
+def _drawn(background: str, *figures: Figure) -> Picture:
+    factor = PICTURE_PX / SIDE_PX
+    return draw_scene(background, [figure.scaled(factor) for figure in figures], PICTURE_PX)
+
+
 def _square(left: int, top: int, right: int, bottom: int) -> npt.NDArray[np.bool_]:
     mask = np.zeros((SIDE_PX, SIDE_PX), np.bool_)
     mask[top:bottom, left:right] = True
-    return mask
+    factor = PICTURE_PX // SIDE_PX
+    return mask.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def draw_single(model: Model, case: int, tally: Tally) -> None:
@@ -168,8 +176,8 @@ def edit_single(model: Model, case: int, tally: Tally, what: str, strength: floa
     """Image to image: another colour, shape or background of a picture with one object."""
     rng = random.Random(f"{what}/{case}")
     look = _look(rng)
-    x = SIDE_PX / 2 + rng.choice([-14, 0, 14])
-    source = draw_scene(look.background, [Figure(look.colour, look.shape, x, SIDE_PX / 2, 34, rng.uniform(-0.1, 0.1))])
+    x = MIDDLE + rng.choice([-14, 0, 14])
+    source = _drawn(look.background, Figure(look.colour, look.shape, x, MIDDLE, 34, rng.uniform(-0.1, 0.1)))
     wanted = {
         "recolour": Look(_other_colour(rng, look), look.shape, look.background),
         "reshape": Look(look.colour, _other_shape(rng, look), look.background),
@@ -181,7 +189,7 @@ def edit_single(model: Model, case: int, tally: Tally, what: str, strength: floa
     tally.add(
         [source, picture],
         obeyed=_shows(scene, wanted, shape=what != "recolour"),
-        in_place=found is not None and abs(found.x - x) < IN_PLACE_PX,
+        in_place=found is not None and abs(found.x / PICTURE_PX - x / SIDE_PX) < IN_PLACE,
     )
 
 
@@ -192,11 +200,11 @@ def inpaint_pair(model: Model, case: int, tally: Tally) -> None:
     right = Look(_other_colour(rng, left), rng.choice(SHAPES), left.background)
     wanted = Look(_other_colour(rng, right), rng.choice(SHAPES), left.background)
     figures = [Figure(left.colour, left.shape, 34, 64, 24), Figure(right.colour, right.shape, 94, 64, 24)]
-    source = draw_scene(left.background, figures)
+    source = _drawn(left.background, *figures)
     prompt = f"{with_article(left.colour)} {left.shape} and {wanted.prompt}"
     picture = model.inpaint(prompt, source, _square(64, 28, 126, 100), case)
     scene = read_picture(picture)
-    new = max((item for item in scene.objects if item.x > 64), key=lambda item: item.area, default=None)
+    new = max((item for item in scene.objects if item.x > PICTURE_PX / 2), key=lambda item: item.area, default=None)
     tally.add(
         [source, picture],
         colour=new is not None and new.colour == wanted.colour,
@@ -210,7 +218,7 @@ def inpaint_replace(model: Model, case: int, tally: Tally) -> None:
     rng = random.Random(f"replace/{case}")
     look = _look(rng)
     wanted = Look(_other_colour(rng, look), rng.choice(SHAPES), look.background)
-    source = draw_scene(look.background, [Figure(look.colour, look.shape, 64, 64, 30)])
+    source = _drawn(look.background, Figure(look.colour, look.shape, 64, 64, 30))
     picture = model.inpaint(wanted.prompt, source, _square(24, 24, 104, 104), case)
     tally.add([source, picture], obeyed=_shows(read_picture(picture), wanted))
 
@@ -218,9 +226,9 @@ def inpaint_replace(model: Model, case: int, tally: Tally) -> None:
 def inpaint_remove(model: Model, case: int, tally: Tally) -> None:
     """Inpainting: nothing but background in place of an object."""
     look = _look(random.Random(f"remove/{case}"))
-    source = draw_scene(look.background, [Figure(look.colour, look.shape, 64, 64, 30)])
+    source = _drawn(look.background, Figure(look.colour, look.shape, 64, 64, 30))
     picture = model.inpaint(f"{look.background} background", source, _square(24, 24, 104, 104), case)
-    left = [item for item in read_picture(picture).objects if item.area > SPECK_AREA_PX]
+    left = [item for item in read_picture(picture).objects if item.area > SPECK * PICTURE_PX**2]
     tally.add([source, picture], gone=not left)
 
 
@@ -240,7 +248,7 @@ class RoundTrip:
         rng = random.Random(f"round trip/{case}")
         look = _look(rng)
         figure = Figure(look.colour, look.shape, 64, 64, rng.uniform(14, 48), rng.uniform(-0.1, 0.1))
-        source = draw_scene(look.background, [figure])
+        source = _drawn(look.background, figure)
         images = source.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1
         latents = self._encoder([images])[0][:, :4]
         decoded = self._decoder([latents])[0][0]
@@ -281,7 +289,7 @@ def _edit_test(what: str, strength: float) -> Test:
 
 def measure_times(model: Model, repeats: int = 15) -> dict[str, float]:
     """Median milliseconds of each task, warmed up."""
-    source = draw_scene("blue", [Figure("red", "circle", 64, 64, 34)])
+    source = _drawn("blue", Figure("red", "circle", 64, 64, 34))
     prompt, mask = "a green circle on a blue background", _square(24, 24, 104, 104)
     tasks: dict[str, Callable[[], Picture]] = {
         "text to image, ms": lambda: model.draw(prompt, 1),

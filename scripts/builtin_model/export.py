@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from scripts.builtin_model.autoencoder import LATENT_CHANNELS, VAE_SCALE_FACTOR, Autoencoder
 from scripts.builtin_model.channels_last import put_channels_last
 from scripts.builtin_model.denoiser import TEXT_WIDTH, TRAIN_TIMESTEPS, Denoiser, text_config
+from scripts.builtin_model.scenes import PICTURE_PX
 from scripts.builtin_model.tokenizer import WINDOW, convert_tokenizer_files
 from scripts.builtin_model.training import load_checkpoint
-from tests.reader import SIDE_PX
 
 LOG_VARIANCE = -30.0  # of the encoder's latents: the library draws from a distribution, and this one has no width
 MADE_FOR_DIFFUSERS = "0.42.1"  # the version whose class names model_index.json uses
@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         self.autoencoder, self.mean, self.scale = autoencoder, mean, scale
 
     def forward(self, sample: Tensor) -> Tensor:
-        """Float (N, 3, H, W) in -1..1 to (N, 8, H/8, W/8): means, then log-variances."""
+        """Float (N, 3, H, W) in -1..1 to (N, 8, H/16, W/16): means, then log-variances."""
         latents = (self.autoencoder.encode(sample) - self.mean) / self.scale
         return torch.cat([latents, torch.full_like(latents, LOG_VARIANCE)], 1)
 
@@ -69,29 +69,30 @@ class Decoder(nn.Module):
         self.autoencoder, self.mean, self.scale = autoencoder, mean, scale
 
     def forward(self, latent_sample: Tensor) -> Tensor:
-        """Normalised latents to float (N, 3, 8H, 8W)."""
+        """Normalised latents to float (N, 3, 16H, 16W)."""
         return self.autoencoder.decode(latent_sample * self.scale + self.mean)
 
 
 def main() -> None:
     """Parse the command line, then export."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="holds autoencoder.pt, denoiser.pt and tokenizer/")
+    parser.add_argument("--folder", type=Path, required=True, help="holds denoiser.pt and tokenizer/")
+    parser.add_argument("--autoencoder", default="autoencoder.pt", help="its checkpoint in the folder")
     parser.add_argument("--out", type=Path, required=True, help="directory of the model; made if absent")
     options = parser.parse_args()
-    export(options.folder, options.out)
+    export(options.folder, options.out, options.autoencoder)
     for path in sorted(options.out.rglob("*.bin")):
         print(f"{path.stat().st_size:>9} {path.relative_to(options.out)}")
 
 
 @torch.no_grad()
-def export(folder: Path, out: Path) -> None:
+def export(folder: Path, out: Path, autoencoder_name: str = "autoencoder.pt") -> None:
     """Write the whole directory but ovserve.json and the model card, which are written by hand."""
     checkpoint = load_checkpoint(folder / "denoiser.pt")
     mean, scale = checkpoint["mean"], checkpoint["scale"]
     denoiser = Denoiser.from_checkpoint(checkpoint).eval()
-    autoencoder = Autoencoder.from_checkpoint(load_checkpoint(folder / "autoencoder.pt")).eval()
-    side = SIDE_PX // VAE_SCALE_FACTOR
+    autoencoder = Autoencoder.from_checkpoint(load_checkpoint(folder / autoencoder_name)).eval()
+    side = PICTURE_PX // VAE_SCALE_FACTOR
     floats, integers = openvino.Type.f32, openvino.Type.i64
     latents = ([DYNAMIC, LATENT_CHANNELS, DYNAMIC, DYNAMIC], floats)
     text = ([DYNAMIC, WINDOW, TEXT_WIDTH], floats)
@@ -115,7 +116,7 @@ def export(folder: Path, out: Path) -> None:
     )
     _convert(
         Encoder(autoencoder, mean, scale),
-        {"sample": torch.randn(1, 3, SIDE_PX, SIDE_PX)},
+        {"sample": torch.randn(1, 3, PICTURE_PX, PICTURE_PX)},
         {"sample": ([DYNAMIC, 3, DYNAMIC, DYNAMIC], floats)},
         "latent_parameters",
         out / "vae_encoder",

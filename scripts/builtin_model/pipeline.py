@@ -1,4 +1,4 @@
-"""Runs every stage from nothing to the packaged model: tokenizer, autoencoder, scenes, denoiser, export, report.
+"""Runs every stage from nothing to the packaged model: tokenizer, autoencoder, scenes, denoiser, decoder, export, report.
 
 A stage that is done is passed over, one that was interrupted goes on from its last checkpoint: run the same command again.
 """
@@ -19,10 +19,11 @@ PACKAGE = __package__ or "scripts.builtin_model"
 # stage runs, "cpu" takes a night on two cores, "gpu" some 20 minutes on a large one (not yet tried there).
 BUDGETS = {
     "tiny": ((10, 4), 512, (10, 4), 1),
-    "cpu": ((12_000, 16), 48_000, (60_000, 32), 200),
+    "cpu": ((12_000, 8), 48_000, (60_000, 32), 200),
     "gpu": ((20_000, 64), 200_000, (30_000, 512), 200),
 }
 
+MODULES = {"train_decoder": "train_autoencoder"}  # of stages that are not called like theirs
 FREE_OPTIONS = ("folder", "threads")  # these may differ from one run to the next
 
 
@@ -73,7 +74,13 @@ def stages(options: argparse.Namespace) -> dict[str, list[str]]:
         "train_autoencoder": autoencoder,
         "encode_scenes": [*here, "--scenes", str(scenes)],
         "train_denoiser": denoiser,
-        "export": ["--folder", folder, "--out", str(model)],
+        "sample_scenes": [*here, "--scenes", str(max(64, scenes // 12))],
+        "train_decoder": [
+            *[*here, "--steps", str(autoencoder_steps // 3), "--batch", str(autoencoder_batch), "--fix-encoder"],
+            *["--start-from", str(options.folder / "autoencoder.pt"), "--sampled", str(options.folder / "sampled.pt")],
+            *["--name", "decoder"],
+        ],
+        "export": ["--folder", folder, "--autoencoder", "decoder.pt", "--out", str(model)],
         "evaluate": [str(model), "--cases", str(cases), *threads, *report],
     }
 
@@ -101,7 +108,7 @@ def run(name: str, arguments: list[str], folder: Path) -> None:
     if name == "tokenizer":
         write_tokenizer_files(folder / "tokenizer")
     else:
-        ended = subprocess.run([sys.executable, "-m", f"{PACKAGE}.{name}", *arguments], check=False)
+        ended = subprocess.run([sys.executable, "-m", f"{PACKAGE}.{MODULES.get(name, name)}", *arguments], check=False)
         if ended.returncode:
             sys.exit(f"{name}: ended with code {ended.returncode}; the same command goes on from the last checkpoint")
     mark.touch()

@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from tests.reader import COLOURS, SHAPES, SIDE_PX, Colour, Figure, draw_scene, tell_apart
 
-__all__ = ["COMPOSITION_KINDS", "Composition", "draw_composition", "sample_composition", "sample_edit"]
+__all__ = ["COMPOSITION_KINDS", "PICTURE_PX", "Composition", "draw_composition", "sample_composition", "sample_edit"]
 
 COLOUR_NAMES = tuple(COLOURS)
+PICTURE_PX = 256  # the side the model works at; compositions are laid out on a square of SIDE_PX and scaled up to it
 MARGIN_PX = 4
 # What is not large lies anywhere at all more often than in the middle: a model that mostly saw things there moves them there.
 PLACES = ("left", "right", "top", "bottom", "center", "center", "center", None, None, None, None)
@@ -134,9 +135,12 @@ def _with_one(after: Composition, rng: random.Random) -> Composition:
 
 
 def draw_composition(composition: Composition, rng: random.Random) -> npt.NDArray[np.uint8]:
-    """Draw it in slightly varied colours: uint8 (SIDE_PX, SIDE_PX, 3), RGB."""
-    figures = [replace(figure, colour=_varied(figure.colour, rng, 10)) for figure in composition.figures]
-    return draw_scene(_varied(composition.background, rng, 8), figures)
+    """Draw it in slightly varied colours: uint8 (PICTURE_PX, PICTURE_PX, 3), RGB."""
+    figures = [
+        replace(figure, colour=_varied(figure.colour, rng, 10)).scaled(PICTURE_PX / SIDE_PX)
+        for figure in composition.figures
+    ]
+    return draw_scene(_varied(composition.background, rng, 8), figures, PICTURE_PX)
 
 
 def _varied(colour: str | Colour, rng: random.Random, spread: int) -> Colour:

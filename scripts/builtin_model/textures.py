@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from tests.reader import SIDE_PX, outline
+from scripts.builtin_model.scenes import PICTURE_PX
+from tests.reader import outline
 
 __all__ = ["sample_texture"]
 
@@ -17,7 +18,7 @@ _CORNERED = ("square", "star", "triangle", "cross", "diamond", "heart")
 
 
 def sample_texture(rng: random.Random) -> npt.NDArray[np.uint8]:
-    """Make one picture: uint8 (SIDE_PX, SIDE_PX, 3), RGB."""
+    """Make one picture: uint8 (PICTURE_PX, PICTURE_PX, 3), RGB."""
     return _dead_leaves(rng) if rng.random() < 0.45 else _power_law_noise(np.random.default_rng(rng.getrandbits(64)))
 
 
@@ -27,11 +28,11 @@ def _dead_leaves(rng: random.Random) -> npt.NDArray[np.uint8]:
     def paint() -> tuple[int, int, int]:
         return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
-    image = Image.new("RGB", (SIDE_PX, SIDE_PX), paint())
+    image = Image.new("RGB", (PICTURE_PX, PICTURE_PX), paint())
     pen = ImageDraw.Draw(image)
     for _ in range(rng.randint(6, 60)):
-        radius = 4 + 44 * rng.random() ** 2.2
-        x, y = rng.uniform(0, SIDE_PX), rng.uniform(0, SIDE_PX)
+        radius = PICTURE_PX * (0.03 + 0.34 * rng.random() ** 2.2)
+        x, y = rng.uniform(0, PICTURE_PX), rng.uniform(0, PICTURE_PX)
         if rng.random() < 0.5:
             height = radius * rng.uniform(0.4, 1)
             pen.ellipse([x - radius, y - height, x + radius, y + height], fill=paint())
@@ -45,10 +46,10 @@ def _dead_leaves(rng: random.Random) -> npt.NDArray[np.uint8]:
 
 def _power_law_noise(rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Noise whose spectrum falls as that of photographs does (amplitude about 1/f), channels partly in step."""
-    rows, columns = np.fft.fftfreq(SIDE_PX)[:, None], np.fft.rfftfreq(SIDE_PX)[None, :]
+    rows, columns = np.fft.fftfreq(PICTURE_PX)[:, None], np.fft.rfftfreq(PICTURE_PX)[None, :]
     squared = rows**2 + columns**2
     squared[0, 0] = 1  # the mean is set below
-    white = rng.standard_normal((3, SIDE_PX, SIDE_PX))
+    white = rng.standard_normal((3, PICTURE_PX, PICTURE_PX))
     falloff = rng.uniform(0.6, 1.1)
     noise = np.fft.irfft2(np.fft.rfft2(white, axes=(1, 2)) / squared**falloff, axes=(1, 2))
     noise /= noise.std(axis=(1, 2), keepdims=True) + 1e-6

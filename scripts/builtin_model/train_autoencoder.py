@@ -16,8 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scripts.builtin_model.autoencoder import Autoencoder, pixels_from, tensor_from
-from scripts.builtin_model.scenes import Composition, draw_composition, sample_composition
+from scripts.builtin_model.autoencoder import LATENT_CHANNELS, VAE_SCALE_FACTOR, Autoencoder, pixels_from, tensor_from
+from scripts.builtin_model.sample_scenes import sampled_scene
+from scripts.builtin_model.scenes import PICTURE_PX, Composition, draw_composition, sample_composition
 from scripts.builtin_model.sheets import save_sheet
 from scripts.builtin_model.textures import sample_texture
 from scripts.builtin_model.training import (
@@ -32,8 +33,8 @@ from scripts.builtin_model.training import (
 )
 from tests.reader import read_picture
 
-CROP_PX = 64
-LATENT_NOISE = 0.06
+LATENT_SIDES = (PICTURE_PX // VAE_SCALE_FACTOR,) * 2
+LATENT_NOISE_MAX = 0.15  # standard deviation; each picture gets its own, for a sampled latent is not exact either
 # Small figures are what a round trip loses first: they get more than their share here.
 KINDS = {"one": 0.4, "two": 0.15, "three": 0.25, "pair": 0.2}
 HELD_OUT_SEED = 1_000_003
@@ -44,13 +45,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where checkpoints and contact sheets go")
     parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--peak-learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--textures", type=float, default=0.25, help="share of pictures that are no scenes (0..1)")
     parser.add_argument("--start-from", type=Path, help="checkpoint whose weights to start from, where shapes agree")
+    parser.add_argument("--sampled", type=Path, help="sampled.pt: latents that a denoiser made, to be decoded as meant")
+    parser.add_argument("--name", default="autoencoder", help="of the checkpoint and the contact sheets in the folder")
     parser.add_argument("--fix-encoder", action="store_true", help="train the decoder alone: a denoiser stays valid")
-    parser.add_argument("--fine", type=int, default=24, help="channels at half of the side")
-    parser.add_argument("--fine-blocks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     train(parser.parse_args())
@@ -60,14 +61,15 @@ def train(options: argparse.Namespace) -> None:
     """Run from the last checkpoint in `options.folder`, or from the start, to `options.steps`; leaves autoencoder.pt there."""
     device = choose_device(options.threads)
     torch.manual_seed(options.seed)
-    model = Autoencoder(fine=options.fine, fine_blocks=options.fine_blocks)
+    model = Autoencoder()
     if options.start_from:
         print("weights taken over:", take_over(model, load_checkpoint(options.start_from)))
     place(model, device)
     trained = list((model.decoder if options.fix_encoder else model).parameters())
     optimiser = torch.optim.AdamW(trained, options.peak_learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
     average = MovingAverage(model.parameters(), 0.998)
-    path = options.folder / "autoencoder.pt"
+    sampled = load_checkpoint(options.sampled) if options.sampled else None
+    path = options.folder / f"{options.name}.pt"
     options.folder.mkdir(parents=True, exist_ok=True)
     start = _resume(path, model, optimiser, average) if path.exists() else 0
     loss_of = torch.compile(_loss) if device.type == "cuda" else _loss
@@ -75,10 +77,10 @@ def train(options: argparse.Namespace) -> None:
     for step in range(start, options.steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(options.peak_learning_rate, step, options.steps)
-        images = _batch(options, step).to(device)
+        images, given = (part.to(device) for part in _batch(options, step, sampled))
         torch.manual_seed(_step_seed(options.seed, step))  # for the noise on the latents
-        with autocast(device):
-            loss = loss_of(model, images)
+        with autocast(device, on_cpu=True):
+            loss = loss_of(model, images, given)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -86,7 +88,7 @@ def train(options: argparse.Namespace) -> None:
         average.update()
         progress.advance(step + 1, loss)
         if (step + 1) % 500 == 0 or step + 1 == options.steps:
-            _report(model, average, device, options.folder / f"autoencoder_{step + 1:06}.png")
+            _report(model, average, device, options.folder / f"{options.name}_{step + 1:06}.png")
             save_checkpoint(path, _checkpoint(step + 1, model, optimiser, average))
 
 
@@ -102,9 +104,10 @@ def take_over(model: Autoencoder, checkpoint: dict[str, Any]) -> str:
     return f"{len(fitting)} of {len(own)}"
 
 
-def _loss(model: Autoencoder, images: Tensor) -> Tensor:
-    latents = model.encode(images).float()
-    decoded = model.decode(latents + LATENT_NOISE * torch.randn_like(latents)).float()
+def _loss(model: Autoencoder, images: Tensor, given: Tensor) -> Tensor:
+    latents = torch.cat([given, model.encode(images[len(given) :]).float()])
+    level = LATENT_NOISE_MAX * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+    decoded = model.decode(latents + level * torch.randn_like(latents)).float()
     difference = decoded - images
     across, down = difference.diff(dim=3), difference.diff(dim=2)
     edges = across.abs().mean() + down.abs().mean()
@@ -117,17 +120,20 @@ def _step_seed(seed: int, step: int) -> int:
     return seed * 10_000_019 + step
 
 
-def _batch(options: argparse.Namespace, step: int) -> Tensor:
-    """Crops of freshly drawn pictures."""
+def _batch(options: argparse.Namespace, step: int, sampled: dict[str, Any] | None) -> tuple[Tensor, Tensor]:
+    """Pictures, whole ones: the decoder has to see an object to know how its outline goes on; and latents for the first of them.
+
+    Those are what the denoiser made, half of the batch; the other pictures are freshly drawn, and encoded as they are.
+    """
     rng = random.Random(_step_seed(options.seed, step))
-    crops = []
-    for _ in range(options.batch):
+    picks = rng.choices(range(len(sampled["numbers"])), k=options.batch // 2) if sampled else []
+    pictures = [sampled_scene(sampled["seed"], int(sampled["numbers"][pick]))[1] for pick in picks] if sampled else []
+    given = sampled["latents"][picks].float() if sampled else torch.empty(0, LATENT_CHANNELS, *LATENT_SIDES)
+    while len(pictures) < options.batch:
         textured = rng.random() < options.textures
         picture = sample_texture(rng) if textured else draw_composition(_composition(rng), rng)
-        top, left = (rng.randrange(0, picture.shape[0] - CROP_PX + 1, 8) for _ in range(2))
-        crop = picture[top : top + CROP_PX, left : left + CROP_PX]
-        crops.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
-    return tensor_from(np.stack(crops)).contiguous(memory_format=torch.channels_last)
+        pictures.append(picture[:, ::-1] if rng.random() < 0.5 else picture)
+    return tensor_from(np.stack(pictures)).contiguous(memory_format=torch.channels_last), given
 
 
 def _composition(rng: random.Random) -> Composition:

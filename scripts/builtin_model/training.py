@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,20 @@ def place(model: nn.Module, device: torch.device) -> None:
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
 
 
-def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 on a GPU; f32 on a CPU, where bf16 convolutions of this size are no faster."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+def autocast(device: torch.device, *, on_cpu: bool = False) -> AbstractContextManager[Any]:
+    """bf16 on a GPU, and if wanted on a CPU that multiplies bf16 by itself.
+
+    There the autoencoder's steps take a third less time with it, for its grids are large; the denoiser's take more.
+    """
+    enabled = device.type == "cuda" or (on_cpu and _multiplies_bf16())
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    path = Path("/proc/cpuinfo")
+    flags = path.read_text("utf-8") if path.exists() else ""
+    return " avx512_bf16" in flags or " amx_bf16" in flags
 
 
 def learning_rate(peak: float, step: int, steps: int, warm_up: int = 100) -> float:

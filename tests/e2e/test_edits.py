@@ -64,7 +64,7 @@ def test_a_webp_is_taken(client: openai.OpenAI, data: Path) -> None:
 def test_a_mask_repaints_inside_and_keeps_outside_bit_for_bit(client: openai.OpenAI, data: Path, style: str) -> None:
     source = np.asarray(Image.open(data / "red_circle.png"))
     inside = np.zeros(source.shape[:2], bool)
-    inside[24:104, 24:104] = True
+    inside[48:208, 48:208] = True
     obeyed = 0
     for seed in range(6):
         with (data / "red_circle.png").open("rb") as image, (data / style).open("rb") as mask:
@@ -136,7 +136,7 @@ def test_any_size_is_served_exactly(client: openai.OpenAI, data: Path, size: str
     with (data / "red_circle.png").open("rb") as image:
         reply = client.images.edit(image=image, prompt=PROMPT, size=size)  # type: ignore[arg-type]
     result = pixels(reply.data[0])
-    wanted = (128, 128) if size == "auto" else tuple(int(side) for side in size.split("x"))
+    wanted = (256, 256) if size == "auto" else tuple(int(side) for side in size.split("x"))
     assert (result.shape[1], result.shape[0]) == wanted
     assert reply.size == f"{wanted[0]}x{wanted[1]}"
 
@@ -146,7 +146,7 @@ def test_the_reply_says_what_was_made(client: openai.OpenAI, data: Path) -> None
         raw = client.images.with_raw_response.edit(image=image, prompt=PROMPT, model="ovserve-builtin")
     reply = raw.parse()
     assert reply.created > 1_700_000_000
-    assert (reply.background, reply.output_format, reply.quality, reply.size) == ("opaque", "png", "high", "128x128")
+    assert (reply.background, reply.output_format, reply.quality, reply.size) == ("opaque", "png", "high", "256x256")
     assert reply.usage is not None
     assert reply.usage.total_tokens == reply.usage.input_tokens + reply.usage.output_tokens
     assert reply.usage.input_tokens_details.text_tokens == 9
@@ -175,7 +175,7 @@ def test_generations_and_variations(client: openai.OpenAI, data: Path) -> None:
         pytest.warns(DeprecationWarning, match="deprecated"),
     ):  # OpenAI has retired its own
         varied = client.images.create_variation(image=image).data[0]
-    assert pixels(varied).shape == (128, 128, 3)
+    assert pixels(varied).shape == (256, 256, 3)
 
 
 @pytest.mark.parametrize("path", ["/v1", "/v3", ""])

@@ -85,7 +85,7 @@ def test_an_address_serves_ranges_and_outlives_a_restart(tmp_path: Path, data: P
         path = url.removeprefix(live.url)
         whole = client.get(path)
         assert whole.headers["content-type"] == "image/webp"
-        assert Image.open(io.BytesIO(whole.content)).size == (128, 128)
+        assert Image.open(io.BytesIO(whole.content)).size == (256, 256)
         part = client.get(path, headers={"range": "bytes=4-9"})
         assert (part.status_code, part.content) == (206, whole.content[4:10])
         assert part.headers["content-range"] == f"bytes 4-9/{len(whole.content)}"

@@ -111,7 +111,7 @@ def test_several_pictures_of_one_masked_edit_are_those_of_single_calls(bench: Be
 
 def test_sizes_share_the_engine_and_not_their_calls(bench: Bench) -> None:
     native = bench.profile.native
-    wide, tall = Resolution(native.width, native.height // 2), Resolution(native.width // 2, native.height + 32)
+    wide, tall = Resolution(native.width, native.height // 2), Resolution(native.width // 2, native.height + 64)
     mode = bench.modes[0]
     works = [work_of(bench.profile, mode, place, size=(native, wide, tall)[place % 3]) for place in range(9)]
     bench.check(works)

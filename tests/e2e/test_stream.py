@@ -42,7 +42,7 @@ def test_an_edit_streams_its_previews_and_the_picture(server: LiveServer, data: 
     assert [event.partial_image_index for event in events[:-1]] == [0, 1, 2]
     final: Any = events[-1]
     assert final.b64_json == whole.data[0].b64_json
-    assert (final.size, final.quality, final.background, final.output_format) == ("128x128", "high", "opaque", "png")
+    assert (final.size, final.quality, final.background, final.output_format) == ("256x256", "high", "opaque", "png")
     assert final.usage.total_tokens > 0
     last: Any = events[-2]
     assert read_picture(pixels(last.b64_json)).background == read_picture(pixels(final.b64_json)).background

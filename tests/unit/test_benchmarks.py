@@ -20,7 +20,7 @@ from benchmarks.load import Load, Report, Sample, Target, apply_load
 from benchmarks.load import main as load_main
 from benchmarks.plot import Point, line_chart
 from benchmarks.render import NOTES, PAGE, PLOTS, newest, render
-from benchmarks.results import DIRECTORY, Result, read_result
+from benchmarks.results import DIRECTORY, Result, Series, read_result
 from ovserve.front.forms.multipart import MultipartParser, PartData
 from tests.live import LiveServer
 
@@ -363,6 +363,22 @@ class TestPage:
         new.save(tmp_path / "a.json")
         old.save(tmp_path / "b.json")
         assert newest(tmp_path)["r"][1] == new
+
+    def test_a_model_that_the_newest_file_left_out_comes_from_the_one_that_has_it(self, tmp_path: Path) -> None:
+        old, new = result_of("r", [1.0]), result_of("r", [2.0])
+        old.series = [Series("x", {"model": model}, "s", "lower", (1.0,)) for model in ("small", "large")]
+        new.series = [Series("x", {"model": "small"}, "s", "lower", (2.0,))]
+        new.metadata["date"] = "2026-01-03T00:00:00+00:00"
+        new.save(tmp_path / "new.json")
+        old.save(tmp_path / "old.json")
+        path, found = newest(tmp_path)["r"]
+        assert path.name == "new.json"
+        assert [(series.case["model"], series.values) for series in found.series] == [
+            ("small", (2.0,)),
+            ("large", (1.0,)),
+        ]
+        page, _ = render({"r": (path, found)}, "")
+        assert "| r, other models | old.json |" in page
 
     def test_an_aim_is_judged_by_its_bound_and_its_interval(self) -> None:
         sure, close = stats.Ratio(2.5, 2.4, 2.6), stats.Ratio(2.1, 1.9, 2.2)

@@ -33,8 +33,8 @@ def test_its_profile_has_its_own_defaults_not_those_of_its_family() -> None:
         "stable-diffusion",
         frozenset({"text2image", "image2image", "inpainting"}),
     )
-    assert (profile.native.width, profile.native.height) == (128, 128)
-    assert (profile.min_side_px, profile.max_side_px) == (128, 128)
+    assert (profile.native.width, profile.native.height) == (256, 256)
+    assert (profile.min_side_px, profile.max_side_px) == (256, 256)
     assert profile.defaults.num_inference_steps == 12
     assert profile.defaults.guidance_scale == 3.0
     assert profile.defaults.strength == 0.7

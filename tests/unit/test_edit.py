@@ -29,7 +29,7 @@ MODEL = ModelSettings(name="shapes")
 PROFILE = read_profile(MODEL)
 WIDE = dataclasses.replace(
     PROFILE, native=Resolution(64, 64), min_side_px=64, max_side_px=256
-)  # 64..256 px, multiples of 8
+)  # 64..256 px, multiples of 16
 NOISE = np.random.default_rng(5)
 
 
@@ -470,7 +470,7 @@ def test_each_picture_has_its_own_seed_and_seeds_wrap() -> None:
 
 def test_tokens_of_pictures_are_cells_of_the_latent_grid(blob: Lay) -> None:
     found = edit(images=(blob(png(noise(64, 128))),), n=3)
-    assert (found.image_tokens, found.output_tokens) == (128, 384)
+    assert (found.image_tokens, found.output_tokens) == (32, 96)
     assert edit(task="generation").image_tokens == 0
 
 

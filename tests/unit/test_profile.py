@@ -37,7 +37,7 @@ def test_the_builtin_model_is_known_without_loading_it() -> None:
     profile = read_profile(ModelSettings(name="b"))
     assert profile.family == "stable-diffusion"
     assert profile.tasks == {"text2image", "image2image", "inpainting"}
-    assert (profile.native, profile.side_multiple_px) == (Resolution(128, 128), 8)
+    assert (profile.native, profile.side_multiple_px) == (Resolution(256, 256), 16)
     assert profile.prompt_tokens == 32
     assert profile.scheduling.name == "DDIM"
 

@@ -1,0 +1,87 @@
+"""Has the denoiser draw scenes anew from half way: what its latents look like, beside the pictures that they should have been.
+
+An autoencoder's decoder that has only seen encoded pictures draws every dent that the denoiser leaves. Trained on these pairs too,
+it draws the straight edge that was meant. Scenes are noised only so far that objects stay where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from scripts.builtin_model.autoencoder import Autoencoder, tensor_from
+from scripts.builtin_model.captions import caption
+from scripts.builtin_model.denoiser import Denoiser, sample_latents
+from scripts.builtin_model.scenes import Composition, draw_composition, sample_composition
+from scripts.builtin_model.tokenizer import PromptEncoder
+from scripts.builtin_model.training import Progress, choose_device, load_checkpoint, save_checkpoint
+
+__all__ = ["KEPT_SHARE", "sampled_scene"]
+
+STRENGTHS = (0.35, 0.6)  # beyond, objects begin to move
+STEPS = 12
+BATCH = 32
+KEPT_SHARE = 0.8  # the rest, farthest from its picture, may show another thing in another place
+
+
+def sampled_scene(seed: int, number: int) -> tuple[Composition, npt.NDArray[np.uint8]]:
+    """Scene `number`, and its picture: uint8 (PICTURE_PX, PICTURE_PX, 3). The same each time."""
+    rng = random.Random(f"sampled/{seed}/{number}")
+    composition = sample_composition(rng)
+    return composition, draw_composition(composition, rng)
+
+
+def main() -> None:
+    """Parse the command line, then sample."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="holds autoencoder.pt, denoiser.pt and tokenizer/")
+    parser.add_argument("--scenes", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
+    sample(parser.parse_args())
+
+
+@torch.no_grad()
+def sample(options: argparse.Namespace) -> None:
+    """Write sampled.pt: `latents`, float16 (N, 4, 16, 16) raw, and `numbers`, int32 (N,), of the scenes; the seed."""
+    device = choose_device(options.threads)
+    checkpoint = load_checkpoint(options.folder / "denoiser.pt")
+    denoiser = Denoiser.from_checkpoint(checkpoint).to(device).eval()
+    mean, scale = checkpoint["mean"].to(device), checkpoint["scale"].to(device)
+    autoencoder = Autoencoder.from_checkpoint(load_checkpoint(options.folder / "autoencoder.pt")).to(device).eval()
+    prompts = PromptEncoder(options.folder / "tokenizer")
+    empty = torch.tensor(prompts.encode(""), device=device)
+    rng, generator = random.Random(options.seed), torch.Generator().manual_seed(options.seed)
+    found, distances = [], []
+    count = max(1, options.scenes // BATCH) * BATCH
+    progress = Progress("sampled", count)
+    for first in range(0, count, BATCH):
+        scenes = [sampled_scene(options.seed, number) for number in range(first, first + BATCH)]
+        encoded = autoencoder.encode(tensor_from(np.stack([picture for _, picture in scenes])).to(device))
+        clean = (encoded - mean) / scale
+        ids = [prompts.encode(caption(composition, rng, complete=True)) for composition, _ in scenes]
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        drawn = sample_latents(
+            denoiser,
+            torch.tensor(ids, device=device),
+            empty,
+            noise,
+            STEPS,
+            start=clean,
+            strength=rng.uniform(*STRENGTHS),
+        )
+        distances.append((drawn - clean).square().mean((1, 2, 3)).cpu())
+        found.append((drawn * scale + mean).half().cpu())
+        progress.advance(first + BATCH, distances[-1].mean())
+    kept = torch.cat(distances).argsort()[: int(count * KEPT_SHARE)]
+    content = {"latents": torch.cat(found)[kept], "numbers": kept.int(), "seed": options.seed}
+    save_checkpoint(options.folder / "sampled.pt", content)
+
+
+if __name__ == "__main__":
+    main()
