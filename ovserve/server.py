@@ -25,6 +25,7 @@ from ovserve.deadline import Deadline
 from ovserve.device import worker
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.link.spool import Spool, default_directory
+from ovserve.dispatch.link.warm import MOST_FILES
 from ovserve.dispatch.supervision.supervisor import Supervisor
 from ovserve.errors import ModelError, StartupError
 from ovserve.front.keys import read_keys
@@ -40,11 +41,11 @@ POLL_S = 0.1  # how often the main thread looks up between signals while somethi
 REFUSING_POLL_S = 0.01  # once no job is left: between two refusals of a busy server the moment to end is short
 LAST_ANSWERS_S = 1.0  # for answers that are on their way when the server stops to listen
 STOP_TIMEOUT_S = 10.0  # for processes to end once nothing is in flight
-MOST_DESCRIPTORS = (
-    65536  # enough for any number of threads a machine has; some libraries walk over all that there may be
-)
-OWN_DESCRIPTORS = 128  # of the front end itself, its links to workers and its warm files
-CONNECTION_DESCRIPTORS = 5  # the socket; the upload's segment and its map, the request's segment and the job's eventfd
+# Enough for any number of threads a machine has; some libraries walk over all that there may be.
+MOST_DESCRIPTORS = 65536
+OWN_DESCRIPTORS = 128 + 2 * MOST_FILES  # of the front end itself and its links to workers, and of the warm files
+# The socket; the upload's segment and its map, the request's segment and the job's eventfd. Each picture and preview adds one.
+CONNECTION_DESCRIPTORS = 5
 
 log = logging.getLogger(__name__)
 
