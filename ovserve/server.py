@@ -68,11 +68,11 @@ class Server:
         self._reloading = threading.Lock()
         self._serving = threading.Lock()  # over the API's settings and catalogue, which two threads replace
         self._is_announced = False
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, SIGNALS
-        )  # the tracker inherits this: a SIGHUP to the group would end it
+        # Before the tracker starts, which inherits this (a SIGHUP to the group would end it), and again: its start unblocks SIGINT
+        # and SIGTERM in this thread.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # again: its start unblocks SIGINT and SIGTERM in this thread
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         _raise_descriptor_limit(settings)
         catalog = read_catalog(settings)
         self._spool = Spool(
@@ -122,9 +122,8 @@ class Server:
     def _await_ready(self) -> bool:
         """Wait for the first model that has answered its warm-up; False when told to stop before."""
         while not self._supervisor.wait_ready(Deadline.after(0)):
-            is_settled = self._supervisor.wait_reloaded(
-                Deadline.after(0)
-            )  # first: who takes over clears the failure then
+            # First this, then the statuses: who takes over clears the failure then.
+            is_settled = self._supervisor.wait_reloaded(Deadline.after(0))
             statuses = self._supervisor.status().values()
             if is_settled and statuses and all(status.failed for status in statuses):
                 raise ModelError("; ".join(f"model {status.name}: {status.reason}" for status in statuses))
