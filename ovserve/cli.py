@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -82,8 +83,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configure_logs(settings.log_level, settings.log_format)
         if foreign := service_variables(os.environ):
             log.info("variables of a Kubernetes Service are no options", extra=fields(ignored=", ".join(foreign)))
-        return Server(settings, lambda: parse_arguments(arguments, os.environ)).run()
+        return _end(Server(settings, lambda: parse_arguments(arguments, os.environ)).run())
     except StartupError as error:
         with contextlib.suppress(OSError):  # the exit code tells it too
             print(f"ovserve: {error}", file=sys.stderr)
-        return EXIT_STARTUP
+        return _end(EXIT_STARTUP)
+
+
+def _end(code: int) -> int:
+    """The exit code. Where a worker has outlived SIGKILL the process ends here: multiprocessing joins every child at exit, for good."""
+    if left := multiprocessing.active_children():
+        log.error("ending without workers that do not end", extra=fields(workers=", ".join(each.name for each in left)))
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    return code

@@ -33,7 +33,7 @@ WATCHED = {
     "ovserve_spool_bytes": Watched("Bytes of uploads, requests and results in flight in the spool."),
     "ovserve_spool_warm_bytes": Watched("Bytes of spool files that are kept for the next uploads."),
     "ovserve_spool_limit_bytes": Watched(
-        "Bytes that the spool holds at most: spool_bytes, or the size of its file system where that is less."
+        "Bytes that the spool holds at most: spool_bytes, or where that is less the size of its file system and the fallback's together."
     ),
 }
 

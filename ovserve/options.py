@@ -31,8 +31,6 @@ _SERVICE = re.compile(
     + r"([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
 _SERVICE_PORT = re.compile(ENVIRONMENT_PREFIX + r"([A-Z0-9_]+_)?PORT=(tcp|udp|sctp)://.*")
-
-
 _SHOWN_CHARS = 100  # of a wrong value in a message
 
 
@@ -141,9 +139,8 @@ def _gather(table: type, sources: Sequence[_Source]) -> dict[str, Any]:
 def _shown(raw: object) -> str:
     """A wrong value in a message: one short line, whatever somebody wrote."""
     if isinstance(raw, dict | list):
-        return (
-            "{...}" if isinstance(raw, dict) else "[...]"
-        )  # nested as deep as may be: its text would take as deep a stack
+        # It may be nested as deep as it likes: its text would take as deep a stack.
+        return "{...}" if isinstance(raw, dict) else "[...]"
     if isinstance(raw, int) and raw.bit_length() > _SHOWN_CHARS:
         return f"a number of {raw.bit_length()} bits"  # the interpreter refuses to write out the largest
     text = str(raw)

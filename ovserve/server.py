@@ -25,6 +25,7 @@ from ovserve.deadline import Deadline
 from ovserve.device import worker
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.link.spool import Spool, default_directory
+from ovserve.dispatch.link.warm import MOST_FILES
 from ovserve.dispatch.supervision.supervisor import Supervisor
 from ovserve.errors import ModelError, StartupError
 from ovserve.front.keys import read_keys
@@ -40,11 +41,11 @@ POLL_S = 0.1  # how often the main thread looks up between signals while somethi
 REFUSING_POLL_S = 0.01  # once no job is left: between two refusals of a busy server the moment to end is short
 LAST_ANSWERS_S = 1.0  # for answers that are on their way when the server stops to listen
 STOP_TIMEOUT_S = 10.0  # for processes to end once nothing is in flight
-MOST_DESCRIPTORS = (
-    65536  # enough for any number of threads a machine has; some libraries walk over all that there may be
-)
-OWN_DESCRIPTORS = 128  # of the front end itself, its links to workers and its warm files
-CONNECTION_DESCRIPTORS = 5  # the socket; the upload's segment and its map, the request's segment and the job's eventfd
+# Enough for any number of threads a machine has; some libraries walk over all that there may be.
+MOST_DESCRIPTORS = 65536
+OWN_DESCRIPTORS = 128 + 2 * MOST_FILES  # of the front end itself and its links to workers, and of the warm files
+# The socket; the upload's segment and its map, the request's segment and the job's eventfd. Each picture and preview adds one.
+CONNECTION_DESCRIPTORS = 5
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +68,11 @@ class Server:
         self._reloading = threading.Lock()
         self._serving = threading.Lock()  # over the API's settings and catalogue, which two threads replace
         self._is_announced = False
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, SIGNALS
-        )  # the tracker inherits this: a SIGHUP to the group would end it
+        # Before the tracker starts, which inherits this (a SIGHUP to the group would end it), and again: its start unblocks SIGINT
+        # and SIGTERM in this thread.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # again: its start unblocks SIGINT and SIGTERM in this thread
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         _raise_descriptor_limit(settings)
         catalog = read_catalog(settings)
         self._spool = Spool(
@@ -121,9 +122,8 @@ class Server:
     def _await_ready(self) -> bool:
         """Wait for the first model that has answered its warm-up; False when told to stop before."""
         while not self._supervisor.wait_ready(Deadline.after(0)):
-            is_settled = self._supervisor.wait_reloaded(
-                Deadline.after(0)
-            )  # first: who takes over clears the failure then
+            # First this, then the statuses: who takes over clears the failure then.
+            is_settled = self._supervisor.wait_reloaded(Deadline.after(0))
             statuses = self._supervisor.status().values()
             if is_settled and statuses and all(status.failed for status in statuses):
                 raise ModelError("; ".join(f"model {status.name}: {status.reason}" for status in statuses))

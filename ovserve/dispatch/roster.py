@@ -142,6 +142,8 @@ class Model:
             if not emptiest.held:
                 return emptiest, self.queue.pop_given_back()
             open_workers = [worker for worker in open_workers if worker is not emptiest]
+            if not open_workers:
+                return None  # before a job is taken out of the queue that nobody would get
         ticket = self.queue.pop_beside(lambda address: any(worker.takes_from(address) for worker in open_workers))
         if ticket is None:
             return None

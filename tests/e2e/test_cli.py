@@ -145,3 +145,43 @@ def test_a_missing_directory_stops_the_start_though_another_model_is_right(tmp_p
     done = run("--config", str(config))
     assert done.returncode == 2
     assert "nowhere: no such directory" in done.stderr
+
+
+OUTLIVED = """
+import multiprocessing, signal, sys, time
+from multiprocessing import resource_tracker
+from ovserve import cli, errors
+
+class Server:
+    def __init__(self, *_): pass
+    def run(self):
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
+        process.start()
+        print(process.pid)
+        if sys.argv[1] == "2":
+            raise errors.ModelError("no model")
+        return int(sys.argv[1])
+
+if __name__ == "__main__":
+    cli.Server = Server
+    sys.exit(cli.main([]))
+"""
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_worker_that_no_signal_ends_does_not_keep_the_server_from_ending(tmp_path: Path, code: int) -> None:
+    script, told, errors = tmp_path / "outlived.py", tmp_path / "told", tmp_path / "errors"
+    script.write_text(OUTLIVED)
+    with (
+        told.open("w") as out,
+        errors.open("w") as err,
+        subprocess.Popen([sys.executable, str(script), str(code)], stdout=out, stderr=err) as server,
+    ):
+        try:
+            assert server.wait(START_LIMIT_S / 2) == code
+        finally:
+            server.kill()
+            os.kill(int(told.read_text()), signal.SIGKILL)
+    assert "ending without workers" in errors.read_text()

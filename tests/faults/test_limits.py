@@ -257,4 +257,4 @@ def test_descriptors_are_as_many_as_the_process_may_have(tmp_path: Path) -> None
     with soft_descriptor_limit(256), FaultServer(tmp_path, "--max_connections", "100000") as server:
         soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
         assert soft == (65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
-        assert server.logged("WARNING", "max_connections may need more descriptors", f"limit={soft}", "needed=500256")
+        assert server.logged("WARNING", "max_connections may need more descriptors", f"limit={soft}", "needed=500384")

@@ -196,3 +196,25 @@ def test_silence_is_judged_by_the_phase(
     link = new_link(links, ready=ready)
     link.phase, link.allow_s = beat.phase, beat.allow_s
     assert fleet.places[0].silence_limit_s(link) == limit_s
+
+
+def test_fleet_whose_processes_do_not_end_starts_no_more_and_fails_when_none_is_left(
+    fleet: Fleet, links: list[Link]
+) -> None:
+    first, second = fleet.places
+    fleet.was_ready = True
+    fleet.undying = 2  # each place may have one successor
+    assert fleet.may_start(first)
+    assert fleet.may_start(second)
+    fleet.undying = 3
+    assert not fleet.may_start(first)
+    second.process = CONTEXT.Process()
+    die(fleet, first, new_link(links, ready=False))
+    assert fleet.failure == ""  # one is still there, and may work
+    die(fleet, second, new_link(links, ready=False), reason="hung")
+    assert fleet.failure.startswith("3 of its processes do not end")
+    assert fleet.failure.endswith("hung")
+    fleet.undying = 2
+    assert fleet.may_start(first)
+    assert not fleet.may_start(second)
+    assert first.delay_s() == SETTINGS.failed_retry_s

@@ -76,7 +76,9 @@ def test_a_folder_that_cannot_be_locked_is_not_left_behind(folder: Folder, monke
         patched.setattr(os, "rename", refuse)
         with pytest.raises(SpoolUnusable, match="Permission denied"):
             folder.create()
+        assert not folder.path.exists()
     assert touch(folder).exists()
+    assert (folder.path / "lock").exists()
 
 
 def test_a_directory_that_became_read_only_is_told(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,31 @@ def test_worker_that_sigkill_does_not_end_is_done_without(tmp_path: Path, monkey
         house.until(lambda: pid not in children_of(os.getpid()))  # it is no zombie
 
 
+def test_model_whose_every_process_defies_sigkill_gets_one_successor_and_is_failed_until_one_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SpawnProcess, "kill", lambda _: None)
+    limits = {"terminate_timeout_s": 0.2, "hang_limit_s": 0.5, "idle_hang_limit_s": 0.5, "failed_retry_s": 1.0}
+    with ToyHouse(tmp_path, **limits) as house:
+        wedged = []
+        for incarnation in range(2):
+            house.until(
+                lambda name=f"toy/0#{incarnation}": name in house.supervisor.worker_pids() and house.ready() == 1
+            )
+            wedged += house.pids()
+            os.kill(wedged[-1], signal.SIGSTOP)
+            house.until(lambda: house.ready() == 0)
+        house.until(lambda: house.supervisor.status()["toy"].failed)
+        assert "2 of its processes do not end" in house.supervisor.status()["toy"].reason
+        threading.Event().wait(2.0)  # when it would have been tried again
+        assert house.pids() == []
+        os.kill(wedged[0], signal.SIGKILL)
+        house.until(lambda: house.ready() == 1)
+        assert house.ask("echo").state is State.DONE
+        os.kill(wedged[1], signal.SIGKILL)
+        house.until(lambda: not {*wedged} & {*children_of(os.getpid())})
+
+
 def test_reload_does_not_wait_for_a_worker_that_sigkill_does_not_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,8 @@ def _take_lock(folder: Path) -> int:
         os.rename(folder / "lock.new", folder / "lock")
     except OSError:
         os.close(guard)
+        with contextlib.suppress(OSError):
+            os.unlink(folder / "lock.new")  # else the folder could not be removed, nor made again
         raise
     return guard
 

@@ -23,7 +23,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["WarmFile", "WarmPool", "join"]
+__all__ = ["MOST_FILES", "WarmFile", "WarmPool", "join"]
 
 MOST_FILES = 64  # two descriptors each; as many small uploads at once as a busy server has
 SMALLEST_SPAN = 1 << 20

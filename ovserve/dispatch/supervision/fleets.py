@@ -106,6 +106,7 @@ class Fleet:
         deaths: in a row over all places, without a job finished by any of them in between.
         failure: why the model was declared failed; empty when it was not.
         was_ready: a worker of it has passed its warm-up once.
+        undying: its processes that SIGKILL has not ended, and that are still there.
     """
 
     settings: Settings
@@ -115,6 +116,7 @@ class Fleet:
     deaths: int = 0
     failure: str = ""
     was_ready: bool = False
+    undying: int = 0
     _jobs_done_by_the_gone: int = 0
     _jobs_done_at_death: int = 0
 
@@ -146,6 +148,11 @@ class Fleet:
             return ""
         return f"worker {worst.index} died {worst.deaths} times in a row without finishing a job"
 
+    @property
+    def is_wedged(self) -> bool:
+        """Whether its processes do not end, nor do those that came for them: what holds them would hold any further one."""
+        return self.undying > self.model.replicas
+
     def restore(self) -> None:
         """Make places anew for those that have been told to end: their successors did not come."""
         taken = {place.index for place in self.staying_places}
@@ -156,6 +163,8 @@ class Fleet:
 
         They find its compiled model in the cache, and its division of the device in the settings.
         """
+        if self.is_wedged:
+            return False
         return (self.was_ready and not self.failure) or place is next(iter(self.staying_places), None)
 
     def note_ready(self, place: Place, link: Link, now: float) -> None:
@@ -186,6 +195,9 @@ class Fleet:
         place.empty()
         if self.ready_places:
             return  # the model works
+        if self.is_wedged and not any(other.process for other in self.places):
+            self.failure = f"{self.undying} of its processes do not end, and no more are started until one does; the last: {reason}"
+            return
         if link.failure is not None and not self.was_ready:
             self.failure = reason  # it said itself that it cannot load: trying at once again would change nothing
         elif self.deaths >= self.settings.crash_loop_limit:

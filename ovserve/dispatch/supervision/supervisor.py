@@ -86,7 +86,7 @@ class Supervisor:
         self._incoming: dict[str, Fleet] = {}  # those of a reload that are to take over
         self._leaving: list[Fleet] = []  # those of removed models with jobs still to finish
         self._outgoing: list[Fleet] = []  # those whose places are all retired
-        self._undying: list[SpawnProcess] = []  # killed in vain, and done without
+        self._undying: list[tuple[SpawnProcess, Fleet]] = []  # killed in vain, and done without
         self._incarnations: dict[tuple[str, int], int] = {}
         self._restarts: Counter[str] = Counter()
         self._orders: deque[Callable[[], None]] = deque()
@@ -97,9 +97,8 @@ class Supervisor:
         self.turned_at = time.monotonic()  # when the loop last turned; systemd's watchdog is fed by it
         self._watchdog = systemd.Watchdog()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        weakref.finalize(
-            self, os.close, self._wakeup
-        )  # not in `stop`: a late order would write to whoever got the number
+        # Not in `stop`: a late order would write to whoever got the number.
+        weakref.finalize(self, os.close, self._wakeup)
         for model in settings.models:
             dispatcher.add_model(model.name, model.queue_limit)
         self._fleets = make_fleets(settings, profiles)  # those that serve
@@ -146,9 +145,8 @@ class Supervisor:
         """
         self._announce(settings)  # at once: whoever reads the new catalogue may ask for them
         self._order(lambda: self._reload(settings, profiles))
-        with (
-            self._changed
-        ):  # a request checked by the new catalogue must not meet workers that are still to be sent away
+        # A request checked by the new catalogue must not meet workers that are still to be sent away.
+        with self._changed:
             self._changed.wait_for(lambda: not self._orders, timeout=_ORDER_S)
 
     def _announce(self, settings: Settings) -> None:
@@ -225,7 +223,7 @@ class Supervisor:
 
     def _wait(self) -> None:
         living = [p.process.sentinel for f in self._all_fleets() for p in f.places if p.process and not p.exit_reason]
-        living += [process.sentinel for process in self._undying]
+        living += [process.sentinel for process, _ in self._undying]
         before = time.monotonic()
         waiting = [p for f in self._all_fleets() for p in f.places if not p.process and self._may_start(p)]
         due = min((place.restart_at for place in waiting), default=float("inf"))
@@ -292,9 +290,8 @@ class Supervisor:
         )
         try:
             resource_tracker.ensure_running()  # were it gone, `start` would make it anew, and leave signals unblocked here
-            signal.pthread_sigmask(
-                signal.SIG_BLOCK, processes.MASKED
-            )  # inherited: no moment when a Ctrl-C hits the child
+            # Inherited: there is no moment when a Ctrl-C hits the child.
+            signal.pthread_sigmask(signal.SIG_BLOCK, processes.MASKED)
             process.start()
         except OSError:
             link.close()
@@ -368,8 +365,9 @@ class Supervisor:
         self._dispatcher.detach(place.link, place.exit_reason)
 
     def _reap_undying(self) -> None:
-        for process in [process for process in self._undying if not process.is_alive()]:
-            self._undying.remove(process)
+        for process, fleet in [each for each in self._undying if not each[0].is_alive()]:
+            self._undying.remove((process, fleet))
+            fleet.undying -= 1
             log.info("worker ended at last", extra=fields(worker=process.name, pid=process.pid))
             process.close()
 
@@ -387,7 +385,8 @@ class Supervisor:
             return
         now, reason = time.monotonic(), load_failure(link) or place.exit_reason
         if process.is_alive():
-            self._undying.append(process)
+            self._undying.append((process, fleet))
+            fleet.undying += 1
         else:
             process.close()
         if place.is_retired:
