@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Protocol
@@ -161,6 +162,9 @@ class Connection:
         self.transport = Transport(connection, host.settings.write_timeout_s, self._turn)
         self._parser = HeadParser(host.settings)
         self._is_fresh = True
+        self._idle_lock = (
+            threading.Lock()
+        )  # over `idle_since` and `_is_leaving`: a connection is either closed or goes on
         self._is_leaving = False
         self.idle_since = 0.0
         self.in_flight = False
@@ -174,13 +178,20 @@ class Connection:
         except ClientGone as gone:
             log.debug("connection lost", extra=fields(address=self._address, why=str(gone)))
         finally:
-            self.idle_since = 0.0
+            self._wake()
             self._turn.give()
 
-    def close_idle(self) -> None:
-        """End the wait for another request; one that has just come is still answered. Thread-safe: yes."""
-        self._is_leaving = True
-        self._shutdown(socket.SHUT_RD)
+    def close_idle(self, since: float) -> bool:
+        """End the connection if it has been idle since then, and is; else it is left alone. Thread-safe: yes.
+
+        A request that comes while it is closed is not read: the client is told by a reset, and may send it again elsewhere.
+        """
+        with self._idle_lock:
+            if not since or self.idle_since != since or self.transport.has_arrived():
+                return False
+            self._is_leaving = True
+            self._shutdown(socket.SHUT_RD)
+            return True
 
     def cut(self) -> None:
         """End the connection, whatever it is doing: its thread meets ClientGone. Thread-safe: yes."""
@@ -233,10 +244,12 @@ class Connection:
             if self._host.is_draining and self.idle_since:
                 return None
             try:
-                more = transport.receive(end - time.monotonic(), self._wake)
+                transport.await_bytes(end - time.monotonic(), self._wake)
+                if self._is_leaving:
+                    return None
+                more = transport.receive(end - time.monotonic())
             except TimeoutError:
                 return None
-            self._wake()
             if not more:
                 return None
             data += more
@@ -257,7 +270,8 @@ class Connection:
         return head
 
     def _wake(self) -> None:
-        self.idle_since = 0.0
+        with self._idle_lock:
+            self.idle_since = 0.0
 
     def _answer(self, exchange: HttpExchange) -> int:
         """Have the request answered and write the answer; bytes written. The one place where errors become responses."""
@@ -369,7 +383,7 @@ class Connection:
 
     def _connection_field(self, exchange: HttpExchange) -> bytes:
         """Decide whether the connection persists, and say so."""
-        if not exchange.can_keep() or self._host.is_draining or self._is_leaving:
+        if not exchange.can_keep() or self._host.is_draining:
             exchange.keeps_connection = False
             return b"Connection: close\r\n"
         return b"Connection: keep-alive\r\n" if exchange.head.version == "1.0" else b""
