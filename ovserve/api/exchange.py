@@ -148,3 +148,6 @@ class Api(Protocol):
 
     def is_health(self, path: str) -> bool:
         """Whether this path answers even when every connection place is taken."""
+
+    def is_open(self, method: str, path: str) -> bool:
+        """Whether this is answered without an API key."""

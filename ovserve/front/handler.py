@@ -280,7 +280,7 @@ class Connection:
             if head.is_chunked or head.content_length is not None:
                 go_on = self._send_continue if head.expects_continue else None
                 exchange.body = Body(self.transport, head, self.settings, go_on, lambda: self._host.is_draining)
-            self._host.keys.check(exchange, self._host.api.is_health)
+            self._host.keys.check(exchange, self._host.api.is_open)
             reply = SERVER_OPTIONS if head.path == "*" else self._host.api.answer(exchange)
             if not isinstance(reply, StreamReply):
                 exchange.release()  # a client that reads slowly holds no upload in the spool
