@@ -141,6 +141,10 @@ class ImagesApi:
         """Whether this is answered without an API key."""
         return is_open(method, path)
 
+    def count_refused(self, error: ApiError) -> None:
+        """Count it under the error's code: no path that a stranger makes up becomes a label."""
+        self.metrics.responses.labels(error.code or "refused", str(error.status)).inc()
+
 
 def is_open(method: str, path: str) -> bool:
     """Whether the row that answers needs no API key. Nor does a preflight, with which a browser sends none (Fetch standard)."""

@@ -280,7 +280,7 @@ class Connection:
             if head.is_chunked or head.content_length is not None:
                 go_on = self._send_continue if head.expects_continue else None
                 exchange.body = Body(self.transport, head, self.settings, go_on, lambda: self._host.is_draining)
-            self._host.keys.check(exchange, self._host.api.is_open)
+            self._check_key(exchange)
             reply = SERVER_OPTIONS if head.path == "*" else self._host.api.answer(exchange)
             if not isinstance(reply, StreamReply):
                 exchange.release()  # a client that reads slowly holds no upload in the spool
@@ -293,6 +293,13 @@ class Connection:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a bug raises, the client gets an answer and the thread lives
             return self._write_error(exchange, _unexpected(exchange, error))
+
+    def _check_key(self, exchange: HttpExchange) -> None:
+        try:
+            self._host.keys.check(exchange, self._host.api.is_open)
+        except ApiError as error:
+            self._host.api.count_refused(error)
+            raise
 
     def _finish(self, exchange: HttpExchange) -> bool:
         """Bring the connection to the next request, or to its end; whether it persists. Raises ClientGone."""

@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from ovserve.api.routes import is_open
 from tests.faultserver import FaultServer
 from tests.live import LiveServer
 
@@ -59,6 +60,19 @@ def test_health_is_open_and_metrics_take_the_key(keyed: FaultServer) -> None:
         assert client.post("/v1/config/reload").status_code == 401
         preflight = client.options("/v1/images/edits", headers={"access-control-request-headers": "authorization"})
         assert (preflight.status_code, preflight.headers["access-control-allow-headers"]) == (204, "authorization")
+
+
+def test_who_is_refused_is_counted_and_in_the_document(keyed: FaultServer) -> None:
+    with keyed.client() as client:
+        assert client.get("/made/up").status_code == 401
+        client.headers["api-key"] = "sk-one"
+        assert 'ovserve_http_responses_total{route="invalid_api_key",status="401"} 1.0' in client.get("/metrics").text
+        document = client.get("/openapi.json").json()
+    assert set(document["components"]["securitySchemes"]) == {"bearer", "apiKey"}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert ("401" in operation["responses"]) is (not is_open(method.upper(), path)), path
+            assert ("security" in operation) is is_open(method.upper(), path)
 
 
 def test_a_reload_changes_the_keys_or_nothing(keyed: FaultServer, tmp_path: Path) -> None:
