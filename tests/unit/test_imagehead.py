@@ -101,6 +101,30 @@ def test_a_bitmap_may_be_upside_down() -> None:
     assert read_head(memoryview(data), "image", SETTINGS).height == 10
 
 
+def tiff_of_widths(*entries: tuple[int, int, int]) -> bytes:
+    """A picture 8 pixels high, with entries of (type, count, value) for its width."""
+    tiff = encoded(8, 8, "TIFF")
+    (at,) = struct.unpack_from("<I", tiff, 4)
+    (count,) = struct.unpack_from("<H", tiff, at)
+    tags = [tiff[start : start + 12] for start in range(at + 2, at + 2 + 12 * count, 12)]
+    kept = [tag for tag in tags if tag[:2] != struct.pack("<H", 256)]
+    widths = [struct.pack("<HHIi", 256, *entry) for entry in entries]
+    directory = struct.pack("<H", len(kept) + len(widths)) + b"".join(widths + kept) + bytes(4)
+    return tiff[:4] + struct.pack("<I", len(tiff)) + tiff[8:] + directory
+
+
+@pytest.mark.parametrize("widths", [[(4, 1, 8), (4, 1, 4)], [(3, 1, 4), (4, 1, 8)], [(9, 1, 8)]])
+def test_the_width_of_a_tiff_is_what_the_worker_s_library_takes(widths: list[tuple[int, int, int]]) -> None:
+    tiff = tiff_of_widths(*widths)
+    assert read_head(memoryview(tiff), "image", SETTINGS).width == as_read_by_pillow(tiff)[1] == widths[0][2]
+
+
+@pytest.mark.parametrize("width", [(4, 0, 8), (3, 2, 8), (9, 1, -8)])
+def test_a_tiff_with_another_number_of_widths_than_one_is_refused(width: tuple[int, int, int]) -> None:
+    with pytest.raises(ImageError):
+        read_head(memoryview(tiff_of_widths(width)), "image", SETTINGS)
+
+
 def gif_of_blocks(count: int) -> bytes:
     gif = encoded(8, 8, "GIF")
     end = 13 + (3 << (gif[10] & 7) + 1)

@@ -220,13 +220,16 @@ def _read_bmp(look: _Look) -> _Size:
     return _Size(width, abs(height), "RGBA" if compression == _BMP_BITFIELDS and alpha else "RGB")
 
 
-_TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # BYTE, SHORT, LONG, LONG8
+_TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 9: "i", 16: "Q"}  # BYTE, SHORT, LONG, SLONG, LONG8
 _WIDTH, _HEIGHT, _PHOTOMETRIC, _EXTRA_SAMPLES = 256, 257, 262, 338
 _TIFF_MODES = {0: "L", 1: "L", 2: "RGB", 3: "P", 5: "CMYK"}  # by photometric interpretation; the others are colours
 
 
 def _read_tiff(look: _Look) -> _Size:
-    """TIFF 6.0 section 2, and its form with 64-bit offsets: the numbers that lie in the first directory itself."""
+    """TIFF 6.0 section 2, and its form with 64-bit offsets: the numbers that lie in the first directory itself.
+
+    Of a tag that is there twice the first counts, as with Pillow.
+    """
     (mark,) = look("4s", 0)
     order = "<" if mark[:1] == b"I" else ">"
     is_big = 43 in mark
@@ -236,10 +239,12 @@ def _read_tiff(look: _Look) -> _Size:
     entry = order + ("HHQ" if is_big else "HHI")
     found: dict[int, int] = {}
     for _ in range(count):
-        tag, kind, _number = look(entry, at)
+        tag, kind, values = look(entry, at)
         at += struct.calcsize(entry)
         if tag in (_WIDTH, _HEIGHT, _PHOTOMETRIC, _EXTRA_SAMPLES):
-            (found[tag],) = look(order + _TIFF_NUMBERS[kind], at)
+            if values != 1 and tag in (_WIDTH, _HEIGHT):
+                raise ValueError(f"{values} values for a side")
+            found.setdefault(tag, *look(order + _TIFF_NUMBERS[kind], at))
         at += 8 if is_big else 4
     mode = _TIFF_MODES.get(found.get(_PHOTOMETRIC, 1), "RGB")
     if found.get(_EXTRA_SAMPLES):
