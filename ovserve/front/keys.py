@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import os
 import re
 import stat
 from collections.abc import Callable, Iterable
@@ -62,8 +63,12 @@ def read_keys(settings: Settings) -> Keys:
 
 def _read_file(path: Path) -> list[str]:
     try:
-        mode = path.stat().st_mode
-        with path.open("rb") as stream:
+        # Not blocking: a pipe would hold up the start, or a reload, until somebody writes into it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as stream:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                raise SettingsError(f"api_key_file {path}: not a regular file")
             data = stream.read(MAX_KEYS_BYTES + 1)
     except OSError as error:
         raise SettingsError(f"api_key_file {path}: {error.strerror}") from None

@@ -38,6 +38,7 @@ def test_the_official_clients_are_told_once(keyed: FaultServer) -> None:
         "invalid_api_key",
         "invalid_request_error",
     )
+    keyed.until(lambda: bool(keyed.logged("/v1/images/generations 401")))
     assert len(keyed.logged("/v1/images/generations 401")) == 1  # never retried
     with (
         openai.AzureOpenAI(
@@ -93,3 +94,13 @@ def test_a_file_that_is_missing_ends_the_start(tmp_path: Path) -> None:
     with LiveServer("--api_key_file", str(tmp_path / "none"), spool=tmp_path, wait_ready=False) as server:
         assert server.process.wait(60) == 2
         assert server.log == [f"ovserve: api_key_file {tmp_path / 'none'}: No such file or directory"]
+
+
+def test_a_reload_that_forgets_every_key_is_told(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text('api_key = "sk-one"\n[[model]]\nplugin_config = "{}"\n')
+    with FaultServer(tmp_path, "--config", str(config)) as server:
+        config.write_text('[[model]]\nplugin_config = "{}"\n')
+        server.signal(signal.SIGHUP)
+        server.until(lambda: bool(server.logged("reloaded", "api_keys=0")))
+        assert server.logged("everybody is answered")

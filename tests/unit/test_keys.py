@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import stat
 from pathlib import Path
 
@@ -114,6 +115,13 @@ def test_a_file_that_cannot_be_used_is_told_in_one_line(tmp_path: Path, content:
         read_keys(Settings(api_key_file=path))
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "keys")
+    for path in (tmp_path / "keys", tmp_path):
+        with pytest.raises(SettingsError, match=r"not a regular file|directory"):
+            read_keys(Settings(api_key_file=path))
 
 
 def test_a_key_that_no_field_can_carry_is_refused() -> None:
