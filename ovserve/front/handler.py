@@ -37,7 +37,7 @@ from ovserve.front.http1.events import encode_event
 from ovserve.front.http1.head import METHODS, Head, HeadParser
 from ovserve.front.http1.response import CONTINUE, JSON_TYPE, NO_CONTENT, Responses, error_content, error_fields
 from ovserve.front.keys import Keys
-from ovserve.front.request import Request, failed, new_request_id
+from ovserve.front.request import Request, failed, harmless, new_request_id
 from ovserve.front.transport import Transport
 from ovserve.front.turns import Turn, Turns
 from ovserve.logs import fields
@@ -49,7 +49,6 @@ CLIENT_GONE = 499  # for the log: nothing was answered
 # An empty line before a request is passed over (RFC 9112 section 2.2). Alone it is none: some clients send one after a body.
 NOTHING_YET = (b"", b"\r", b"\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
-WHY_CHARS = 200  # of an error's message in the log
 # The answer to OPTIONS *, which asks about the server and not about a resource: RFC 9110 section 9.3.7.
 SERVER_OPTIONS = FileReply(b"", "", 204, {"Allow": ", ".join(sorted(METHODS))})
 EVENTS_TYPE = "text/event-stream"
@@ -287,7 +286,7 @@ class Connection:
             return self._write(exchange, reply)
         except ApiError as error:
             if error.status >= 500:
-                log.warning("%s", error.message, extra=fields(id=exchange.id, code=error.code))
+                log.warning("%s", harmless(error.message), extra=fields(id=exchange.id, code=error.code))
             return self._write_error(exchange, error)
         except ClientGone:
             raise
@@ -407,7 +406,7 @@ class Connection:
             sent = self.transport.send(self._responses.refusal(error, request_id))
         finally:
             self.in_flight = False
-        told = fields(bytes=sent, id=request_id, address=self._address, why=error.message)
+        told = fields(bytes=sent, id=request_id, address=self._address, why=harmless(error.message))
         log.info("refused %d", error.status, extra=told)
         self._linger()
 
@@ -459,12 +458,7 @@ def _log_access(exchange: HttpExchange, sent: int, started: float) -> None:
     if exchange.error is not None:
         told["code"] = exchange.error.code
         if exchange.error.param:
-            told["param"] = _harmless(exchange.error.param)
-        told["why"] = _harmless(exchange.error.message)
+            told["param"] = harmless(exchange.error.param)
+        told["why"] = harmless(exchange.error.message)
     path = exchange.head.target.partition("?")[0]
     log.info("%s %s %d", exchange.method, path, exchange.status, extra=fields(**told))
-
-
-def _harmless(text: str) -> str:
-    """What an error tells of a client's own text, for a log: short, and nothing in it moves a terminal's cursor."""
-    return text[:WHY_CHARS].encode("ascii", "backslashreplace").decode()
