@@ -186,7 +186,7 @@ class Settings:
     # What strangers can make grow.
     max_connections: int = _option(
         512,
-        "Connections served at once; beyond: 503, health still answers.",
+        "Connections served at once; beyond, idle ones make way first, then: 503, health still answers.",
         low=1,
         high=100_000,
         unit="connections",
