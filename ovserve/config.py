@@ -72,8 +72,11 @@ _ORIGIN = re.compile(
 
 
 def parse_origins(text: str | None) -> tuple[str, ...]:
-    """The origins of a list with commas, `("*",)` for all of them. Raises ValueError. RFC 6454 section 6.2."""
-    origins = tuple(origin for part in (text or "").split(",") if (origin := part.strip(" ")))
+    """The origins of a list with commas, `("*",)` for all of them. Raises ValueError.
+
+    In lower case, as browsers send them: RFC 6454 sections 4 and 6.2.
+    """
+    origins = tuple(origin for part in (text or "").split(",") if (origin := part.strip(" ").lower()))
     for origin in origins:
         if not (_ORIGIN.fullmatch(origin) or origins == ("*",)):
             raise ValueError(f"{origin!r} is no origin such as https://a.example or http://localhost:3000")
@@ -183,7 +186,7 @@ class Settings:
     # What strangers can make grow.
     max_connections: int = _option(
         512,
-        "Connections served at once; beyond: 503, health still answers.",
+        "Connections served at once; beyond, idle ones make way first, then: 503, health still answers.",
         low=1,
         high=100_000,
         unit="connections",

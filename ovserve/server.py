@@ -171,8 +171,10 @@ class Server:
                 self._supervisor.reload(settings, _profiles(catalog))
                 with self._serving:
                     self._api.take(settings, self._api.catalog.announcing(catalog))
+                if self._listener.keys and not keys:
+                    log.warning("no API key is known any more: everybody is answered")
                 self._listener.keys = keys
-                log.info("reloaded", extra=fields(models=", ".join(catalog.models)))
+                log.info("reloaded", extra=fields(models=", ".join(catalog.models), api_keys=len(keys)))
                 if fixed := _fixed(self._settings, settings):
                     log.warning("takes effect at the next start: %s", ", ".join(fixed))
             finally:

@@ -16,7 +16,7 @@ from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, ServerEv
 from ovserve.config import Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.link.spool import Spool
-from ovserve.errors import ClientGone, InvalidValue, MethodNotAllowed, NotFound, QueueFull, WorkerCrashed
+from ovserve.errors import ApiError, ClientGone, InvalidValue, MethodNotAllowed, NotFound, QueueFull, WorkerCrashed
 from ovserve.front.listener import Listener
 
 __all__ = ["ToyApi", "serving"]
@@ -50,6 +50,13 @@ class ToyApi:
     def is_health(self, path: str) -> bool:
         """Whether this is the health check."""
         return path == "/health"
+
+    def is_open(self, method: str, path: str) -> bool:
+        """Whether no key is needed."""
+        return path == "/health" or method == "OPTIONS"
+
+    def count_refused(self, error: ApiError) -> None:
+        """Nobody counts."""
 
     def answer(self, exchange: Exchange) -> Reply:
         """Do what the path says."""

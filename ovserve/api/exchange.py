@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from ovserve.deadline import Deadline
 from ovserve.dispatch.link.spool import Blob
+from ovserve.errors import ApiError
 
 __all__ = ["Api", "Exchange", "FileReply", "Form", "JsonReply", "Reply", "ServerEvent", "StreamReply", "Upload"]
 
@@ -148,3 +149,9 @@ class Api(Protocol):
 
     def is_health(self, path: str) -> bool:
         """Whether this path answers even when every connection place is taken."""
+
+    def is_open(self, method: str, path: str) -> bool:
+        """Whether this is answered without an API key."""
+
+    def count_refused(self, error: ApiError) -> None:
+        """Count a request that was answered with this error before it came to `answer`."""

@@ -21,6 +21,8 @@ class _Row(Protocol):
     def text(self) -> str: ...
     @property
     def prefixed(self) -> bool: ...
+    @property
+    def is_open(self) -> bool: ...
 
 
 _REQUIRED = {EDIT: ["image", "prompt"], GENERATION: ["prompt"], VARIATION: ["image"]}
@@ -72,6 +74,10 @@ _ERROR = {
     "description": "What is wrong; `param` names the field.",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
 }
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "apiKey": {"type": "apiKey", "in": "header", "name": "api-key"},
+}
 _STATUSES = ("400", "404", "408", "411", "413", "414", "415", "417", "429", "500", "503", "504")
 
 
@@ -111,7 +117,8 @@ def _components() -> dict[str, Any]:
         "schemas": {
             "Error": {"type": "object", "properties": {"error": error}, "required": ["error"]},
             "ImagesResponse": images,
-        }
+        },
+        "securitySchemes": _SCHEMES,
     }
 
 
@@ -135,6 +142,10 @@ def openapi_document(routes: Iterable[_Row]) -> dict[str, Any]:
                     "304": {"description": "As it was."},
                     "416": _ERROR,
                 }
+        if row.is_open:
+            operation["security"] = []
+        else:
+            operation["responses"] |= {"401": _ERROR}
         names = re.findall(r"\{(\w+)\}", row.path)
         if names:
             operation["parameters"] = [
@@ -150,5 +161,6 @@ def openapi_document(routes: Iterable[_Row]) -> dict[str, Any]:
         },
         "servers": [{"url": "/"}],
         "paths": paths,
+        "security": [{scheme: []} for scheme in _SCHEMES] + [{}],  # none: a server that knows no keys asks for none
         "components": _components(),
     }

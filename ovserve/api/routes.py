@@ -35,7 +35,7 @@ from ovserve.errors import (
 )
 from ovserve.metrics import CONTENT_TYPE, Metrics
 
-__all__ = ["ROUTES", "ImagesApi", "Route"]
+__all__ = ["ROUTES", "ImagesApi", "Route", "is_open"]
 
 Handler = Callable[["ImagesApi", Exchange, Mapping[str, str]], Reply]
 _HEALTH = re.compile(r"/v2/health/.*|/v2/models/.+/ready")
@@ -51,6 +51,7 @@ class Route:
     text: str
     handle: Handler
     prefixed: bool = True  # served under /v3, /v1, /v3/v1 and bare; else only as written
+    is_open: bool = False  # needs no API key
 
     def pattern(self) -> re.Pattern[str]:
         """The path as an expression over the whole rest."""
@@ -135,6 +136,22 @@ class ImagesApi:
     def is_health(self, path: str) -> bool:
         """Whether this path answers even when every connection place is taken."""
         return _HEALTH.fullmatch(path) is not None
+
+    def is_open(self, method: str, path: str) -> bool:
+        """Whether this is answered without an API key."""
+        return is_open(method, path)
+
+    def count_refused(self, error: ApiError) -> None:
+        """Count it under the error's code: no path that a stranger makes up becomes a label."""
+        self.metrics.responses.labels(error.code or "refused", str(error.status)).inc()
+
+
+def is_open(method: str, path: str) -> bool:
+    """Whether the row that answers needs no API key. Nor does a preflight, with which a browser sends none (Fetch standard)."""
+    if method == "OPTIONS":
+        return True
+    method = "GET" if method == "HEAD" else method
+    return next((route.is_open for route, _ in _matches(path) if route.method == method), False)
 
 
 def _matches(path: str) -> Iterator[tuple[Route, Mapping[str, str]]]:
@@ -310,18 +327,20 @@ ROUTES = (
         "/images/files/{name}",
         "A picture that was answered as an address; takes Range and If-None-Match.",
         _file,
+        is_open=True,  # its unguessable address is a key itself, and an <img> fetches it without any field
     ),
     Route("GET", "/models", "The models that are served.", _models),
     Route("GET", "/models/{id}", "One of them.", _model),
-    Route("GET", "/v2/health/live", "200 while the process answers at all.", _live, prefixed=False),
+    Route("GET", "/v2/health/live", "200 while the process answers at all.", _live, prefixed=False, is_open=True),
     Route(
         "GET",
         "/v2/health/ready",
         "200 when a model has answered its warm-up, else 503 with the reasons.",
         _ready,
         prefixed=False,
+        is_open=True,
     ),
-    Route("GET", "/v2/models/{model}/ready", "The same for one model.", _model_ready, prefixed=False),
+    Route("GET", "/v2/models/{model}/ready", "The same for one model.", _model_ready, prefixed=False, is_open=True),
     Route("GET", "/v1/config", "State of each model, in the reference server's form.", _config, prefixed=False),
     Route(
         "POST",
@@ -333,7 +352,9 @@ ROUTES = (
     Route("GET", "/metrics", "Counters for Prometheus.", _metrics, prefixed=False),
     Route("GET", "/openapi.json", "This API as an OpenAPI 3.1 document.", _openapi, prefixed=False),
     Route("GET", "/v2", "Name and version of the server.", _server, prefixed=False),
-    Route("GET", "/", "A page to try the server with in a browser.", _page, prefixed=False),
+    Route(
+        "GET", "/", "A page to try the server with in a browser.", _page, prefixed=False, is_open=True
+    ),  # it asks for the key
 )
 
 _COMPILED = tuple((route, route.pattern()) for route in ROUTES)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Protocol
@@ -36,7 +37,7 @@ from ovserve.front.http1.events import encode_event
 from ovserve.front.http1.head import METHODS, Head, HeadParser
 from ovserve.front.http1.response import CONTINUE, JSON_TYPE, NO_CONTENT, Responses, error_content, error_fields
 from ovserve.front.keys import Keys
-from ovserve.front.request import Request, failed, new_request_id
+from ovserve.front.request import Request, failed, harmless, new_request_id
 from ovserve.front.transport import Transport
 from ovserve.front.turns import Turn, Turns
 from ovserve.logs import fields
@@ -48,7 +49,6 @@ CLIENT_GONE = 499  # for the log: nothing was answered
 # An empty line before a request is passed over (RFC 9112 section 2.2). Alone it is none: some clients send one after a body.
 NOTHING_YET = (b"", b"\r", b"\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
-WHY_CHARS = 200  # of an error's message in the log
 # The answer to OPTIONS *, which asks about the server and not about a resource: RFC 9110 section 9.3.7.
 SERVER_OPTIONS = FileReply(b"", "", 204, {"Allow": ", ".join(sorted(METHODS))})
 EVENTS_TYPE = "text/event-stream"
@@ -161,6 +161,9 @@ class Connection:
         self.transport = Transport(connection, host.settings.write_timeout_s, self._turn)
         self._parser = HeadParser(host.settings)
         self._is_fresh = True
+        self._idle_lock = (
+            threading.Lock()
+        )  # over `idle_since` and `_is_leaving`: a connection is either closed or goes on
         self._is_leaving = False
         self.idle_since = 0.0
         self.in_flight = False
@@ -174,13 +177,20 @@ class Connection:
         except ClientGone as gone:
             log.debug("connection lost", extra=fields(address=self._address, why=str(gone)))
         finally:
-            self.idle_since = 0.0
+            self._wake()
             self._turn.give()
 
-    def close_idle(self) -> None:
-        """End the wait for another request; one that has just come is still answered. Thread-safe: yes."""
-        self._is_leaving = True
-        self._shutdown(socket.SHUT_RD)
+    def close_idle(self, since: float) -> bool:
+        """End the connection if it has been idle since then, and is; else it is left alone. Thread-safe: yes.
+
+        A request that comes while it is closed is not read: the client is told by a reset, and may send it again elsewhere.
+        """
+        with self._idle_lock:
+            if not since or self.idle_since != since or self.transport.has_arrived():
+                return False
+            self._is_leaving = True
+            self._shutdown(socket.SHUT_RD)
+            return True
 
     def cut(self) -> None:
         """End the connection, whatever it is doing: its thread meets ClientGone. Thread-safe: yes."""
@@ -233,10 +243,12 @@ class Connection:
             if self._host.is_draining and self.idle_since:
                 return None
             try:
-                more = transport.receive(end - time.monotonic(), self._wake)
+                transport.await_bytes(end - time.monotonic(), self._wake)
+                if self._is_leaving:
+                    return None
+                more = transport.receive(end - time.monotonic())
             except TimeoutError:
                 return None
-            self._wake()
             if not more:
                 return None
             data += more
@@ -257,7 +269,8 @@ class Connection:
         return head
 
     def _wake(self) -> None:
-        self.idle_since = 0.0
+        with self._idle_lock:
+            self.idle_since = 0.0
 
     def _answer(self, exchange: HttpExchange) -> int:
         """Have the request answered and write the answer; bytes written. The one place where errors become responses."""
@@ -266,19 +279,26 @@ class Connection:
             if head.is_chunked or head.content_length is not None:
                 go_on = self._send_continue if head.expects_continue else None
                 exchange.body = Body(self.transport, head, self.settings, go_on, lambda: self._host.is_draining)
-            self._host.keys.check(exchange, self._host.api.is_health)
+            self._check_key(exchange)
             reply = SERVER_OPTIONS if head.path == "*" else self._host.api.answer(exchange)
             if not isinstance(reply, StreamReply):
                 exchange.release()  # a client that reads slowly holds no upload in the spool
             return self._write(exchange, reply)
         except ApiError as error:
             if error.status >= 500:
-                log.warning("%s", error.message, extra=fields(id=exchange.id, code=error.code))
+                log.warning("%s", harmless(error.message), extra=fields(id=exchange.id, code=error.code))
             return self._write_error(exchange, error)
         except ClientGone:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a bug raises, the client gets an answer and the thread lives
             return self._write_error(exchange, _unexpected(exchange, error))
+
+    def _check_key(self, exchange: HttpExchange) -> None:
+        try:
+            self._host.keys.check(exchange, self._host.api.is_open)
+        except ApiError as error:
+            self._host.api.count_refused(error)
+            raise
 
     def _finish(self, exchange: HttpExchange) -> bool:
         """Bring the connection to the next request, or to its end; whether it persists. Raises ClientGone."""
@@ -369,7 +389,7 @@ class Connection:
 
     def _connection_field(self, exchange: HttpExchange) -> bytes:
         """Decide whether the connection persists, and say so."""
-        if not exchange.can_keep() or self._host.is_draining or self._is_leaving:
+        if not exchange.can_keep() or self._host.is_draining:
             exchange.keeps_connection = False
             return b"Connection: close\r\n"
         return b"Connection: keep-alive\r\n" if exchange.head.version == "1.0" else b""
@@ -386,7 +406,7 @@ class Connection:
             sent = self.transport.send(self._responses.refusal(error, request_id))
         finally:
             self.in_flight = False
-        told = fields(bytes=sent, id=request_id, address=self._address, why=error.message)
+        told = fields(bytes=sent, id=request_id, address=self._address, why=harmless(error.message))
         log.info("refused %d", error.status, extra=told)
         self._linger()
 
@@ -438,12 +458,7 @@ def _log_access(exchange: HttpExchange, sent: int, started: float) -> None:
     if exchange.error is not None:
         told["code"] = exchange.error.code
         if exchange.error.param:
-            told["param"] = _harmless(exchange.error.param)
-        told["why"] = _harmless(exchange.error.message)
+            told["param"] = harmless(exchange.error.param)
+        told["why"] = harmless(exchange.error.message)
     path = exchange.head.target.partition("?")[0]
     log.info("%s %s %d", exchange.method, path, exchange.status, extra=fields(**told))
-
-
-def _harmless(text: str) -> str:
-    """What an error tells of a client's own text, for a log: short, and nothing in it moves a terminal's cursor."""
-    return text[:WHY_CHARS].encode("ascii", "backslashreplace").decode()

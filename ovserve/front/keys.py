@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import os
 import re
 import stat
 from collections.abc import Callable, Iterable
@@ -19,9 +20,6 @@ __all__ = ["Keys", "read_keys"]
 
 MAX_KEYS_BYTES = 1024 * 1024  # of the file: each key costs every request a comparison
 _KEY = re.compile(r"[!-~]{1,512}")  # what a field value can carry without quotation marks
-# Besides health: the page for browsers, which asks for the key, and kept pictures, whose unguessable address is a key itself and
-# which an <img> fetches without any field.
-_OPEN = re.compile(r"/|(?:/v3/v1|/v3|/v1)?/images/files/[^/]+")
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +33,9 @@ class Keys:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def check(self, request: Request, is_health: Callable[[str], bool]) -> None:
-        """Raise Unauthorized unless the request has a known key, which it then says of itself, or needs none: health, preflights,
-        the page, kept pictures.
-        """
-        if not self._digests or _is_open(request, is_health):
+    def check(self, request: Request, is_open: Callable[[str, str], bool]) -> None:
+        """Raise Unauthorized unless the request has a known key, which it then says of itself, or its method and path need none."""
+        if not self._digests or is_open(request.method, request.path):
             return
         if not request.api_key:
             raise Unauthorized(
@@ -51,12 +47,6 @@ class Keys:
         if not sum(hmac.compare_digest(digest, known) for known in self._digests):
             raise Unauthorized("Incorrect API key provided.")
         request.is_verified = True
-
-
-def _is_open(request: Request, is_health: Callable[[str], bool]) -> bool:
-    if request.method == "OPTIONS":
-        return True  # a browser sends no key with its preflight (Fetch standard)
-    return request.method in {"GET", "HEAD"} and (is_health(request.path) or _OPEN.fullmatch(request.path) is not None)
 
 
 def read_keys(settings: Settings) -> Keys:
@@ -73,8 +63,12 @@ def read_keys(settings: Settings) -> Keys:
 
 def _read_file(path: Path) -> list[str]:
     try:
-        mode = path.stat().st_mode
-        with path.open("rb") as stream:
+        # Not blocking: a pipe would hold up the start, or a reload, until somebody writes into it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as stream:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                raise SettingsError(f"api_key_file {path}: not a regular file")
             data = stream.read(MAX_KEYS_BYTES + 1)
     except OSError as error:
         raise SettingsError(f"api_key_file {path}: {error.strerror}") from None

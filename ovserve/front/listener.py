@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import math
 import os
 import select
 import socket
@@ -218,12 +217,13 @@ class Listener(ThreadingHTTPServer):
                 return False  # they are places beyond the limit until their threads have ended
             # Each `idle_since` is read once: its thread may be going back to work.
             known = {connection.idle_since: connection for connection in self._connections.keys() - self._leaving}
-            since = min((since for since in known if since), default=math.inf)
-            if time.monotonic() - since < IDLE_ENOUGH_S:
-                return False
-            self._leaving.add(known[since])
-        known[since].close_idle()
-        return True
+            for since in sorted(filter(None, known)):
+                if time.monotonic() - since < IDLE_ENOUGH_S:
+                    return False
+                if known[since].close_idle(since):
+                    self._leaving.add(known[since])
+                    return True
+        return False
 
     def _serve(self, connection: Connection, request: socket.socket) -> None:
         """Runs in: the connection's thread."""
@@ -261,8 +261,7 @@ class Listener(ThreadingHTTPServer):
         with self._ended:
             threads = list(self._connections.values())
             for connection in self._connections:
-                if connection.idle_since:
-                    connection.close_idle()
+                connection.close_idle(connection.idle_since)
             self._ended.wait_for(lambda: not self._connections, grace_s)
             if cut := sum(connection.in_flight for connection in self._connections):
                 log.warning("answers cut off", extra=fields(number=cut, grace_s=grace_s))

@@ -25,7 +25,7 @@ from ovserve.errors import ApiError, ClientGone, TooManyConnections
 from ovserve.front.handler import Host
 from ovserve.front.http1.head import Head, HeadParser
 from ovserve.front.http1.response import JSON_TYPE
-from ovserve.front.request import Request, failed, new_request_id
+from ovserve.front.request import Request, failed, harmless, new_request_id
 from ovserve.logs import fields
 
 __all__ = ["Overflow", "too_many"]
@@ -180,7 +180,7 @@ class Overflow:
         except ApiError as error:
             origin = head.fields.get("origin") if head else None
             buffers = self._host.responses.refusal(error, new_request_id(), origin)
-            log.info("refused %d", error.status, extra=fields(address=visitor.address, why=error.message))
+            log.info("refused %d", error.status, extra=fields(address=visitor.address, why=harmless(error.message)))
         visitor.answer = memoryview(b"".join(buffers))
 
     def _health(self, head: Head, visitor: _Visitor) -> list[bytes | memoryview]:

@@ -13,8 +13,9 @@ from urllib.parse import parse_qsl
 from ovserve.errors import InternalError
 from ovserve.front.http1.head import Head
 
-__all__ = ["Request", "failed", "new_request_id"]
+__all__ = ["Request", "failed", "harmless", "new_request_id"]
 
+WHY_CHARS = 200  # of an error's message in the log
 FINGERPRINT_CHARS = 16
 _short_printable = re.compile(r"[!-~]{1,64}")
 
@@ -89,3 +90,9 @@ class Request:
 def failed(request_id: str) -> InternalError:
     """What a client is told of a bug, whose traceback stands in the log."""
     return InternalError(f"The server failed on this request. Its log tells why, under {request_id}.")
+
+
+def harmless(text: str) -> str:
+    """What an error tells of a client's own text, for a log: short, on one line, and nothing in it moves a terminal's cursor."""
+    shown = text[:WHY_CHARS].encode("ascii", "backslashreplace").decode()
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in shown)

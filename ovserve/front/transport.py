@@ -70,12 +70,40 @@ class Transport:
                 self._data, self._position = b"", 0
         return count
 
-    def receive(self, timeout_s: float, arrived: Callable[[], None] | None = None) -> bytes:
-        """The next bytes from the socket, empty at its end. Nothing may be pending. Raises TimeoutError and ClientGone.
+    def receive(self, timeout_s: float) -> bytes:
+        """The next bytes from the socket, empty at its end. Nothing may be pending. Raises TimeoutError and ClientGone."""
+        return self._within(timeout_s, self._socket.recv, RECEIVE_BYTES)
 
-        `arrived` is called when a wait has ended, before the thread waits for its turn.
+    def await_bytes(self, timeout_s: float, arrived: Callable[[], None]) -> None:
+        """Wait for the next bytes, or the end, and leave them in the socket. Raises TimeoutError and ClientGone.
+
+        `arrived` is called as soon as they are there, before the thread waits for its turn, and also when they never came.
         """
-        return self._within(timeout_s, self._socket.recv, RECEIVE_BYTES, arrived=arrived)
+        try:
+            self._peek(socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise ClientGone(error.strerror or "connection lost") from None
+        else:
+            arrived()
+            return
+        self.turn.give()
+        try:
+            self._wait_for(timeout_s, self._peek, 0)
+        finally:
+            arrived()
+            self.turn.take()
+
+    def has_arrived(self) -> bool:
+        """Whether bytes lie in the socket that nobody has received. Thread-safe: yes."""
+        try:
+            return bool(self._peek(socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
+    def _peek(self, flags: int) -> bytes:
+        return self._socket.recv(1, flags | socket.MSG_PEEK)
 
     def fill(self, view: memoryview, timeout_s: float) -> int:
         """Receive into `view` until it is full, the peer has no more, or the time (or a tick of it) is over.
@@ -197,13 +225,7 @@ class Transport:
                     return
                 limit_bytes -= dropped
 
-    def _within(
-        self,
-        timeout_s: float,
-        receive: Callable[..., _T],
-        *arguments: object,
-        arrived: Callable[[], None] | None = None,
-    ) -> _T:
+    def _within(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:
         """What `receive` gives at once, or within the time. Raises TimeoutError and ClientGone.
 
         What has come is taken even when the time is over: the client is not to blame for this thread's wait for its turn.
@@ -218,8 +240,6 @@ class Transport:
         try:
             return self._wait_for(timeout_s, receive, *arguments, 0)
         finally:
-            if arrived:
-                arrived()
             self.turn.take()
 
     def _wait_for(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:

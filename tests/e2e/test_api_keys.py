@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from ovserve.api.routes import is_open
 from tests.faultserver import FaultServer
 from tests.live import LiveServer
 
@@ -37,6 +38,7 @@ def test_the_official_clients_are_told_once(keyed: FaultServer) -> None:
         "invalid_api_key",
         "invalid_request_error",
     )
+    keyed.until(lambda: bool(keyed.logged("/v1/images/generations 401")))
     assert len(keyed.logged("/v1/images/generations 401")) == 1  # never retried
     with (
         openai.AzureOpenAI(
@@ -61,6 +63,19 @@ def test_health_is_open_and_metrics_take_the_key(keyed: FaultServer) -> None:
         assert (preflight.status_code, preflight.headers["access-control-allow-headers"]) == (204, "authorization")
 
 
+def test_who_is_refused_is_counted_and_in_the_document(keyed: FaultServer) -> None:
+    with keyed.client() as client:
+        assert client.get("/made/up").status_code == 401
+        client.headers["api-key"] = "sk-one"
+        assert 'ovserve_http_responses_total{route="invalid_api_key",status="401"} 1.0' in client.get("/metrics").text
+        document = client.get("/openapi.json").json()
+    assert set(document["components"]["securitySchemes"]) == {"bearer", "apiKey"}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert ("401" in operation["responses"]) is (not is_open(method.upper(), path)), path
+            assert ("security" in operation) is is_open(method.upper(), path)
+
+
 def test_a_reload_changes_the_keys_or_nothing(keyed: FaultServer, tmp_path: Path) -> None:
     def is_known(key: str) -> bool:
         return httpx.get(f"{keyed.url}/v1/models", headers={"api-key": key}).status_code == 200
@@ -79,3 +94,13 @@ def test_a_file_that_is_missing_ends_the_start(tmp_path: Path) -> None:
     with LiveServer("--api_key_file", str(tmp_path / "none"), spool=tmp_path, wait_ready=False) as server:
         assert server.process.wait(60) == 2
         assert server.log == [f"ovserve: api_key_file {tmp_path / 'none'}: No such file or directory"]
+
+
+def test_a_reload_that_forgets_every_key_is_told(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text('api_key = "sk-one"\n[[model]]\nplugin_config = "{}"\n')
+    with FaultServer(tmp_path, "--config", str(config)) as server:
+        config.write_text('[[model]]\nplugin_config = "{}"\n')
+        server.signal(signal.SIGHUP)
+        server.until(lambda: bool(server.logged("reloaded", "api_keys=0")))
+        assert server.logged("everybody is answered")

@@ -101,6 +101,30 @@ def test_a_bitmap_may_be_upside_down() -> None:
     assert read_head(memoryview(data), "image", SETTINGS).height == 10
 
 
+def tiff_of_widths(*entries: tuple[int, int, int]) -> bytes:
+    """A picture 8 pixels high, with entries of (type, count, value) for its width."""
+    tiff = encoded(8, 8, "TIFF")
+    (at,) = struct.unpack_from("<I", tiff, 4)
+    (count,) = struct.unpack_from("<H", tiff, at)
+    tags = [tiff[start : start + 12] for start in range(at + 2, at + 2 + 12 * count, 12)]
+    kept = [tag for tag in tags if tag[:2] != struct.pack("<H", 256)]
+    widths = [struct.pack("<HHIi", 256, *entry) for entry in entries]
+    directory = struct.pack("<H", len(kept) + len(widths)) + b"".join(widths + kept) + bytes(4)
+    return tiff[:4] + struct.pack("<I", len(tiff)) + tiff[8:] + directory
+
+
+@pytest.mark.parametrize("widths", [[(4, 1, 8), (4, 1, 4)], [(3, 1, 4), (4, 1, 8)], [(9, 1, 8)]])
+def test_the_width_of_a_tiff_is_what_the_worker_s_library_takes(widths: list[tuple[int, int, int]]) -> None:
+    tiff = tiff_of_widths(*widths)
+    assert read_head(memoryview(tiff), "image", SETTINGS).width == as_read_by_pillow(tiff)[1] == widths[0][2]
+
+
+@pytest.mark.parametrize("width", [(4, 0, 8), (3, 2, 8), (9, 1, -8)])
+def test_a_tiff_with_another_number_of_widths_than_one_is_refused(width: tuple[int, int, int]) -> None:
+    with pytest.raises(ImageError):
+        read_head(memoryview(tiff_of_widths(width)), "image", SETTINGS)
+
+
 def gif_of_blocks(count: int) -> bytes:
     gif = encoded(8, 8, "GIF")
     end = 13 + (3 << (gif[10] & 7) + 1)
@@ -132,13 +156,30 @@ def png_of_texts(count: int) -> bytes:
         (lambda: gif_of_blocks(10_000_000), False),
         (lambda: gif_of_blocks(15_000), True),
         (lambda: jpeg_of_segments(b"\xff\xef\0\2", 3_750_000), False),
-        (lambda: jpeg_of_segments(b"\xff" * 1_000_000, 1), False),
+        (lambda: jpeg_of_segments(b"\xff" * 1_000_000, 1), True),
         (lambda: jpeg_of_segments(b"\xff\xe1\xff\xffExif\0\0" + bytes(65527), 900), True),
         (lambda: tiff_of_tags(5_000, 1_000_000), True),
         (lambda: png_of_texts(60), True),
         (lambda: encoded(8, 8)[:33] + bytes(20_000_000), False),
+        (lambda: jpeg_of_segments(b"\xff\xef\0\2" + b"\xff" * 20_000_000, 1), False),
+        (lambda: jpeg_of_segments(b"\xff\xef\0\2" + bytes(25_000), 40), True),
+        (lambda: jpeg_of_segments(b"\xff\xef\0\2" + bytes(20_000_000), 1), False),
+        (lambda: jpeg_of_segments(b"\xff\xef\0\2" + b"\0\xff\xff" * 200_000, 1), True),
     ],
-    ids=["gif", "gif within", "jpeg", "jpeg fill", "exif", "tiff", "png texts", "png chunks"],
+    ids=[
+        "gif",
+        "gif within",
+        "jpeg",
+        "jpeg fill",
+        "exif",
+        "tiff",
+        "png texts",
+        "png chunks",
+        "jpeg much fill",
+        "jpeg junk",
+        "jpeg much junk",
+        "jpeg mixed junk",
+    ],
 )
 def test_what_stands_before_the_size_costs_neither_time_nor_memory(make: Callable[[], bytes], is_read: bool) -> None:
     """As Pillow reads them: 1.3 GB for the first, 14 s for the third, quadratic time for the fifth, 5 GB for the sixth."""

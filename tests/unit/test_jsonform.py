@@ -79,6 +79,11 @@ def test_fields_keep_their_types_and_order(spool: Spool) -> None:
         ({"images": [{"image_url": URL, "file_id": None}]}, [], ["images[0]"]),
         ({"images": [{"image_url": {"url": URL}}]}, [], ["images[0]"]),  # as in chat completions
         ({"image": {"type": "image_url", "image_url": {"url": URL, "detail": "auto"}}}, [], ["image"]),
+        (
+            {"images": [{"image_url": URL, "detail": "low"}, {"image_url": URL, "detail": "high"}]},
+            [],
+            ["images[0]", "images[1]"],
+        ),
         ({"mask": {"type": "input_image", "image_url": URL}}, [], ["mask"]),  # as in responses
         ({"markup": URL}, [], ["markup"]),
         ({"images": []}, [("images", [])], []),
@@ -273,7 +278,7 @@ def test_depth_passes_at_its_limit_and_not_beyond(spool: Spool) -> None:
         (b'{"prompt":"data:\\"', BadRequest, "the string that begins at byte 10 has no end"),
         (b'{"image":"data:;base64,A"}', InvalidValue, "image: no base64 text"),
         (
-            b'{"image":{"image_url":"data:;base64,AAAA","detail":"low"}}',
+            b'{"image":{"image_url":"data:;base64,AAAA","detail":"most"}}',
             UnknownParameter,
             "image: 'detail' beside image_url",
         ),

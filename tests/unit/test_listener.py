@@ -18,6 +18,7 @@ from ovserve.config import Settings
 from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import StartupError
 from ovserve.front import listener as listener_module
+from ovserve.front.handler import Connection
 from ovserve.front.listener import Listener
 from tests.rawclient import RawClient
 from tests.toyapi import ToyApi, serving
@@ -230,6 +231,48 @@ def test_who_was_answered_a_moment_ago_keeps_its_place() -> None:
         with RawClient(listener.port) as second:
             assert second.send(ECHO).read_response().status == 503
         assert first.send(ECHO).read_response().status == 200
+
+
+def only_connection(listener: Listener) -> Connection:
+    (connection,) = listener._connections
+    return connection
+
+
+def test_a_connection_that_has_begun_a_request_meanwhile_is_left_alone() -> None:
+    with serving() as (listener, api), RawClient(listener.port) as client:
+        client.send(HEALTH).read_response()
+        connection = only_connection(listener)
+        eventually(lambda: connection.idle_since > 0)
+        since = connection.idle_since
+        client.send(WAIT)
+        while api.seen.get(timeout=10) != "/wait":
+            pass
+        assert not connection.close_idle(since)  # as whoever has read `idle_since` just before
+        api.release()
+        assert client.read_response().status == 200
+
+
+def test_a_connection_whose_request_has_come_but_is_not_read_yet_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    woken, go_on = threading.Event(), threading.Event()
+    wake = Connection._wake
+
+    def wake_late(connection: Connection) -> None:
+        if connection.idle_since:
+            woken.set()
+            assert go_on.wait(10)
+        wake(connection)
+
+    monkeypatch.setattr(Connection, "_wake", wake_late)
+    with serving() as (listener, api), RawClient(listener.port) as client:
+        client.send(HEALTH).read_response()
+        connection = only_connection(listener)
+        eventually(lambda: connection.idle_since > 0)
+        client.send(WAIT)
+        assert woken.wait(10)
+        assert not connection.close_idle(connection.idle_since)
+        go_on.set()
+        api.release()
+        assert client.read_response().status == 200
 
 
 def test_accepting_goes_on_when_the_machine_has_no_thread_left(monkeypatch: pytest.MonkeyPatch) -> None:

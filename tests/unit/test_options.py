@@ -86,6 +86,7 @@ def test_a_wrong_option_is_told_in_one_line(flags: dict[str, str], told: str) ->
         ("*", ("*",)),
         ("null", ("null",)),
         ("https://a.test, http://localhost:3000,", ("https://a.test", "http://localhost:3000")),
+        ("HTTPS://A.Test:8443", ("https://a.test:8443",)),
         ("chrome-extension://abc,http://[::1]:80", ("chrome-extension://abc", "http://[::1]:80")),
     ],
 )

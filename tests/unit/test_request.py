@@ -8,7 +8,7 @@ import pytest
 
 from ovserve.config import Settings
 from ovserve.front.http1.head import HeadParser
-from ovserve.front.request import Request, new_request_id
+from ovserve.front.request import Request, harmless, new_request_id
 
 
 def request(fields: str = "", target: str = "/", address: str = "192.0.2.1") -> Request:
@@ -75,3 +75,8 @@ def test_a_client_s_own_id_is_known_only_when_it_can_do_no_harm() -> None:
     assert request(f"X-Client-Request-Id: {'a' * 65}\r\n").client_request_id is None
     assert request("X-Client-Request-Id: \xe9\r\n").client_request_id is None
     assert request().client_request_id is None
+
+
+def test_what_a_client_wrote_is_harmless_in_a_log() -> None:
+    assert harmless("expected \x1b[2J\x9b\r\nü") == r"expected \x1b[2J\x9b\x0d\x0a\xfc"
+    assert len(harmless("x" * 1000)) == 200

@@ -193,3 +193,13 @@ def test_every_row_says_what_it_is() -> None:
     for row in ROUTES:
         assert row.text.endswith(".")
         assert row.path.startswith("/")
+
+
+def test_the_page_clears_no_message_but_its_list_s_own_and_hides_links_that_carry_no_key(api: ImagesApi) -> None:
+    reply = api.answer(FakeExchange("GET", "/"))
+    assert isinstance(reply, FileReply)
+    page = bytes(reply.content).decode()
+    listing = page[page.index("async function listModels") : page.index("function draw")]
+    assert "tell(" not in listing
+    assert 'at("links").hidden = reply.status === 401' in listing
+    assert 'id="links"' in page

@@ -7,6 +7,7 @@ A worker decodes with Pillow, under the same limits: if the two ever read a file
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ __all__ = ["STEPS", "ImageHead", "read_head"]
 # Looks at a header: a few for each segment, block, chunk or tag. Ordinary files need 3 to 40, one with a comment of 60 kB 250, a
 # photograph with a depth map of 10 MB in its metadata 500. So many take 10 ms.
 STEPS = 20_000
+PIECE_BYTES = 64 * 1024  # of what is passed over in one step
+MAX_JUNK_BYTES = 1024 * 1024  # in one place: a worker's library reads it byte by byte, a second for some MB
 _TOLD = "PNG, JPEG, WebP, GIF, BMP and TIFF"
 _WITH_ALPHA = ("RGBA", "LA", "P")  # a GIF tells of its clear colour behind what is looked at, so a palette may have one
 _FOREIGN = (
@@ -66,6 +69,17 @@ class _Look:
         if self._left < 0:
             raise ValueError("it is made of too many pieces")
         return struct.unpack_from(form, self._data, at)
+
+    def find(self, pattern: re.Pattern[bytes], at: int) -> int:
+        """Where the pattern, of up to two bytes, is found next. Raises as a look does, and counts one for each PIECE_BYTES."""
+        first = at
+        while True:
+            self("B", at)
+            if at - first > MAX_JUNK_BYTES:
+                raise ValueError(f"more than {MAX_JUNK_BYTES} bytes of it are none")
+            if found := pattern.search(self._data, at, at + PIECE_BYTES + 1):
+                return found.start()
+            at += PIECE_BYTES
 
 
 def read_head(data: memoryview, param: str, settings: Settings) -> ImageHead:
@@ -131,7 +145,8 @@ def _read_png(look: _Look) -> _Size:
         at += length + 12
 
 
-_JPEG_BARE = frozenset((0x00, *range(0xD0, 0xD8)))  # no segment follows: a stuffed byte, restarts
+# Of a segment: fill bytes 0xFF may stand before it, and none follows a stuffed byte (00) and restarts (D0 to D7).
+_JPEG_MARK = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF
 _JPEG_SEGMENTS = frozenset((*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE)) - {0xC8}
 _JPEG_SCAN = 0xDA  # SOS
@@ -142,13 +157,8 @@ def _read_jpeg(look: _Look) -> _Size:
     """ITU-T T.81 section B.1.1 and B.2: segments, one of which is the frame's, up to the first scan. Junk in between is passed over."""
     at, found = 2, None
     while True:
-        mark, kind = look("BB", at)
-        if mark != 0xFF or kind == 0xFF:
-            at += 1
-            continue
-        at += 2
-        if kind in _JPEG_BARE:
-            continue
+        at = look.find(_JPEG_MARK, at) + 2
+        (kind,) = look("B", at - 1)
         if kind == _JPEG_SCAN and found:
             return found
         (length,) = look(">H", at)
@@ -220,13 +230,16 @@ def _read_bmp(look: _Look) -> _Size:
     return _Size(width, abs(height), "RGBA" if compression == _BMP_BITFIELDS and alpha else "RGB")
 
 
-_TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # BYTE, SHORT, LONG, LONG8
+_TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 9: "i", 16: "Q"}  # BYTE, SHORT, LONG, SLONG, LONG8
 _WIDTH, _HEIGHT, _PHOTOMETRIC, _EXTRA_SAMPLES = 256, 257, 262, 338
 _TIFF_MODES = {0: "L", 1: "L", 2: "RGB", 3: "P", 5: "CMYK"}  # by photometric interpretation; the others are colours
 
 
 def _read_tiff(look: _Look) -> _Size:
-    """TIFF 6.0 section 2, and its form with 64-bit offsets: the numbers that lie in the first directory itself."""
+    """TIFF 6.0 section 2, and its form with 64-bit offsets: the numbers that lie in the first directory itself.
+
+    Of a tag that is there twice the first counts, as with Pillow.
+    """
     (mark,) = look("4s", 0)
     order = "<" if mark[:1] == b"I" else ">"
     is_big = 43 in mark
@@ -236,10 +249,12 @@ def _read_tiff(look: _Look) -> _Size:
     entry = order + ("HHQ" if is_big else "HHI")
     found: dict[int, int] = {}
     for _ in range(count):
-        tag, kind, _number = look(entry, at)
+        tag, kind, values = look(entry, at)
         at += struct.calcsize(entry)
         if tag in (_WIDTH, _HEIGHT, _PHOTOMETRIC, _EXTRA_SAMPLES):
-            (found[tag],) = look(order + _TIFF_NUMBERS[kind], at)
+            if values != 1 and tag in (_WIDTH, _HEIGHT):
+                raise ValueError(f"{values} values for a side")
+            found.setdefault(tag, *look(order + _TIFF_NUMBERS[kind], at))
         at += 8 if is_big else 4
     mode = _TIFF_MODES.get(found.get(_PHOTOMETRIC, 1), "RGB")
     if found.get(_EXTRA_SAMPLES):

@@ -28,8 +28,8 @@ PREFIX_BYTES = 256  # within which a data URL must come to its comma
 PICTURES = ("image", "images", "mask", "markup")  # the members in which the API takes pictures
 
 # OpenAI has three forms for a picture: `{"image_url": URL}` (images), `{"type": "image_url", "image_url": {"url": URL}}` (chat) and
-# `{"type": "input_image", "image_url": URL}` (responses). `detail` says how closely a model looks, and here nothing but `auto`.
-_BESIDE: dict[str, tuple[str, ...]] = {"type": ("image_url", "input_image"), "detail": ("auto",)}
+# `{"type": "input_image", "image_url": URL}` (responses). `detail` says how closely a model looks, which means nothing here.
+_BESIDE: dict[str, tuple[str, ...]] = {"type": ("image_url", "input_image"), "detail": ("low", "high", "auto")}
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _TOKEN = re.compile(rb'[\[\]{}]|"(?:[^"\\]++|\\.)*+"', re.DOTALL)
