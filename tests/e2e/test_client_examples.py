@@ -45,34 +45,34 @@ class Example:
 
 
 EXAMPLES = {
-    "curl-edit": Example(pictures={"edited.png": (128, GREEN_CIRCLE)}),
-    "curl-mask": Example(pictures={"masked.png": (128, YELLOW_STAR)}),
+    "curl-edit": Example(pictures={"edited.png": (256, GREEN_CIRCLE)}),
+    "curl-mask": Example(pictures={"masked.png": (256, YELLOW_STAR)}),
     "curl-generation": Example(pictures={"generated.png": (256, RED_HEART)}),
-    "curl-variation": Example(pictures={"variation.png": (128, None)}),
-    "curl-json": Example(pictures={"from_json.png": (128, GREEN_CIRCLE)}),
-    "curl-url": Example(pictures={"fetched.png": (128, GREEN_CIRCLE)}),
-    "curl-stream": Example(pictures={"streamed.png": (128, GREEN_CIRCLE)}),
-    "python-edit": Example(pictures={"edited.png": (128, GREEN_CIRCLE)}),
-    "python-mask": Example(pictures={f"masked-{seed}.png": (128, YELLOW_STAR) for seed in (7, 8, 9)}),
+    "curl-variation": Example(pictures={"variation.png": (256, None)}),
+    "curl-json": Example(pictures={"from_json.png": (256, GREEN_CIRCLE)}),
+    "curl-url": Example(pictures={"fetched.png": (256, GREEN_CIRCLE)}),
+    "curl-stream": Example(pictures={"streamed.png": (256, GREEN_CIRCLE)}),
+    "python-edit": Example(pictures={"edited.png": (256, GREEN_CIRCLE)}),
+    "python-mask": Example(pictures={f"masked-{seed}.png": (256, YELLOW_STAR) for seed in (7, 8, 9)}),
     "python-stream": Example(
-        pictures={"preview-0.png": (128, None), "preview-1.png": (128, None), "final.png": (128, GREEN_CIRCLE)}
+        pictures={"preview-0.png": (256, None), "preview-1.png": (256, None), "final.png": (256, GREEN_CIRCLE)}
     ),
     "python-generation": Example(pictures={"generated.webp": (256, RED_HEART)}),
     "node-edit": Example(
         pictures={
-            "edited.png": (128, GREEN_CIRCLE),
-            "preview-0.png": (128, None),
-            "preview-1.png": (128, None),
-            "masked.png": (128, YELLOW_STAR),
+            "edited.png": (256, GREEN_CIRCLE),
+            "preview-0.png": (256, None),
+            "preview-1.png": (256, None),
+            "masked.png": (256, YELLOW_STAR),
             "generated.png": (256, RED_HEART),
         }
     ),
     "litellm": Example(
         python=ENVIRONMENT / "litellm" / "bin" / "python",
-        pictures={"edited.png": (128, GREEN_CIRCLE), "generated.png": (256, RED_HEART)},
+        pictures={"edited.png": (256, GREEN_CIRCLE), "generated.png": (256, RED_HEART)},
     ),
-    "azure": Example(pictures={"edited.png": (128, GREEN_CIRCLE)}),
-    "gpt-image-1": Example(pictures={"edited.png": (128, GREEN_CIRCLE)}),
+    "azure": Example(pictures={"edited.png": (256, GREEN_CIRCLE)}),
+    "gpt-image-1": Example(pictures={"edited.png": (256, GREEN_CIRCLE)}),
 }
 
 
@@ -183,7 +183,7 @@ def test_what_open_webui_sends(server: LiveServer, data: Path) -> None:
         again = client.post("/images/edits", data=fields, files=files * 2)  # the second edit of one chat
     assert (again.status_code, again.json()["error"]["param"]) == (400, "image[]")
     assert (made.status_code, edited.status_code) == (200, 200)
-    assert (made.json()["size"], edited.json()["size"]) == ("256x256", "128x128")
+    assert (made.json()["size"], edited.json()["size"]) == ("256x256", "256x256")
     assert all(reply.json()["data"][0]["b64_json"] for reply in (made, edited))
 
 
