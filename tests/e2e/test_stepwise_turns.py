@@ -435,6 +435,8 @@ def test_previews_come_in_order_and_approach_the_picture(builtin: StepwiseEngine
     noise = np.abs(np.random.default_rng(0).integers(0, 256, small.shape) - small).mean()
     assert distances[-1] < noise / 3
     assert distances[-1] == min(distances)
+    # Beside a mask most of the picture is right from the start, and what is painted in may change its mind once.
+    assert mode == "inpainting" or distances == sorted(distances, reverse=True)
 
 
 def test_no_preview_comes_after_the_picture(traced: Traced) -> None:
