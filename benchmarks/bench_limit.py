@@ -22,9 +22,9 @@ from openvino import opset13 as ops
 
 from benchmarks import metadata
 from benchmarks.results import Result
-from ovserve.config import ModelSettings
 from ovserve.device.stepwise.compiled import Components, Layout, run_unet
 from ovserve.profile import read_profile
+from ovserve.settings.options import ModelSettings
 
 SIDES = (1024, 2048, 3072)  # of the matrices: the peak is not at one size on every machine
 LEAST_S = 0.5  # of each measurement

@@ -221,8 +221,8 @@ def receive_ovserve(receiver: Receiver, spool: Any) -> None:
 @functools.cache
 def announced(size: int) -> tuple[Any, Any]:
     """Settings, and the head of a request with a body of this size."""
-    from ovserve.config import Settings
     from ovserve.front.http1.head import HeadParser
+    from ovserve.settings.options import Settings
 
     settings = Settings()
     text = f"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {size}\r\n\r\n"

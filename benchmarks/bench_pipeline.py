@@ -29,11 +29,11 @@ import openvino_genai as og
 from benchmarks import metadata, stats
 from benchmarks.results import Result
 from benchmarks.traces import chrome_trace, svg
-from ovserve.config import ModelSettings, Resolution
 from ovserve.device.engine import Pixels, Work
 from ovserve.device.stepwise.engine import Call, StepwiseEngine
 from ovserve.device.stepwise.slots import Finished
 from ovserve.profile import ModelProfile, read_profile
+from ovserve.settings.options import ModelSettings, Resolution
 
 SHAPES = ("red circle", "blue star on green", "two yellow squares", "gray heart", "orange triangle and white moon")
 SPREAD = (1.0, 0.5, 1.5, 0.75, 1.25, 1.0, 0.67, 2.0)  # of the number of steps, from work to work

@@ -22,11 +22,11 @@ import numpy as np
 
 from benchmarks import metadata
 from benchmarks.results import Result
-from ovserve.config import ModelSettings, Resolution
 from ovserve.device.engine import Pixels, Work
 from ovserve.device.stepwise.engine import Call, StepwiseEngine
 from ovserve.device.stepwise.slots import Finished
 from ovserve.profile import ModelProfile, read_profile
+from ovserve.settings.options import ModelSettings, Resolution
 from tests.reader import COLOURS, SHAPES, Figure, draw_scene, read_picture
 
 IDENTICAL_DB = 60.0  # a picture without any difference would be infinitely near: the mean needs a number

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 from benchmarks.edits import picture, prompt
-from ovserve.config import ModelSettings, Settings
 from ovserve.device.engine import Engine, choose_engine
 from ovserve.device.pixels.edit import prepare
 from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.dispatch.link.spool import Blob
 from ovserve.profile import ModelProfile, read_profile
+from ovserve.settings.options import ModelSettings, Settings
 
 
 def make_engine(profile: ModelProfile, model: ModelSettings) -> Engine:

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ovserve import __version__
-from ovserve.config import ModelSettings, Option, Settings, options_of
 from ovserve.errors import StartupError
 from ovserve.logs import configure_logs, fields
-from ovserve.options import ENVIRONMENT_PREFIX, load_settings, service_variables
 from ovserve.server import Server
+from ovserve.settings.options import ModelSettings, Option, Settings, options_of
+from ovserve.settings.sources import ENVIRONMENT_PREFIX, load_settings, service_variables
 
 __all__ = ["EXIT_OK", "EXIT_STARTUP", "main", "parse_arguments"]
 

@@ -17,8 +17,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ovserve.config import ModelSettings, Resolution
 from ovserve.errors import ModelError, SettingsError
+from ovserve.settings.options import ModelSettings, Resolution
 
 __all__ = [
     "Defaults",

@@ -20,7 +20,6 @@ from multiprocessing import resource_tracker
 from ovserve import systemd
 from ovserve.api.catalog import Catalog, ServedModel, read_catalog
 from ovserve.api.routes import ImagesApi
-from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
 from ovserve.device import worker
 from ovserve.dispatch.dispatcher import Dispatcher
@@ -33,6 +32,7 @@ from ovserve.front.listener import Listener
 from ovserve.logs import fields
 from ovserve.metrics import Metrics
 from ovserve.profile import ModelProfile
+from ovserve.settings.options import ModelSettings, Settings
 
 __all__ = ["Server"]
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from ovserve.api.parameters.fields import EXCLUSIONS, FIELDS
 from ovserve.api.routes import ROUTES
-from ovserve.config import ModelSettings, Settings, options_of
 from ovserve.errors import ApiError
 from ovserve.metrics import WATCHED, Metrics
-from ovserve.options import ENVIRONMENT_PREFIX
+from ovserve.settings.options import ModelSettings, Settings, options_of
+from ovserve.settings.sources import ENVIRONMENT_PREFIX
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 

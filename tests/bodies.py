@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ovserve.config import Settings
 from ovserve.errors import ApiError
 from ovserve.front.forms.multipart import Event, MultipartParser, PartBegin, PartData, PartEnd
 from ovserve.front.http1.chunks import ChunkDecoder
-from ovserve.options import load_settings
+from ovserve.settings.options import Settings
+from ovserve.settings.sources import load_settings
 
 __all__ = [
     "MemoryBody",

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, ServerEvent, StreamReply
-from ovserve.config import Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import ApiError, ClientGone, InvalidValue, MethodNotAllowed, NotFound, QueueFull, WorkerCrashed
 from ovserve.front.listener import Listener
+from ovserve.settings.options import Settings
 
 __all__ = ["ToyApi", "serving"]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.jobs import Client, Job, JobEvent, State
@@ -21,6 +20,7 @@ from ovserve.dispatch.link.spool import Spool
 from ovserve.dispatch.supervision.supervisor import Supervisor
 from ovserve.errors import ApiError
 from ovserve.profile import ModelProfile
+from ovserve.settings.options import ModelSettings, Settings
 from tests import toys
 
 PATIENCE_S = 20.0  # a wait that runs into this is a failure

@@ -41,7 +41,6 @@ import time
 from pathlib import Path
 from zlib import crc32
 
-from ovserve.config import ModelSettings, Resolution, Settings
 from ovserve.dispatch.link.ipc import (
     Beat,
     Cancel,
@@ -62,6 +61,7 @@ from ovserve.dispatch.link.ipc import (
 from ovserve.dispatch.link.spool import fill, open_blob
 from ovserve.errors import ImageError, InternalError
 from ovserve.profile import Defaults, ModelProfile, Scheduling
+from ovserve.settings.options import ModelSettings, Resolution, Settings
 
 BEAT_S = 0.05
 

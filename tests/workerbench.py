@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ovserve.config import ModelSettings, Settings
 from ovserve.device import worker
 from ovserve.dispatch.link.ipc import (
     Beat,
@@ -37,6 +36,7 @@ from ovserve.dispatch.link.ipc import (
 from ovserve.dispatch.link.spool import Blob, Segment, Spool
 from ovserve.dispatch.supervision.supervisor import WorkerMain
 from ovserve.profile import read_profile
+from ovserve.settings.options import ModelSettings, Settings
 
 PATIENCE_S = 60.0
 

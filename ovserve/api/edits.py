@@ -10,13 +10,13 @@ from ovserve.api.parameters.params import Parameters, parse_parameters
 from ovserve.api.parameters.values import check_range
 from ovserve.api.replies import completed_event, images_reply, partial_event, progress_comment
 from ovserve.api.store import Store
-from ovserve.config import Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.jobs import Client, Job, JobEvent, Partial, Result, State
 from ovserve.dispatch.link.ipc import Prepared, Progress
 from ovserve.errors import ApiError, ClientGone, DeadlineExceeded, Draining, InternalError, InvalidValue, SpoolFull
 from ovserve.metrics import Metrics
+from ovserve.settings.options import Settings
 
 __all__ = ["Images"]
 

@@ -21,7 +21,6 @@ from ovserve.api.page import front_page
 from ovserve.api.parameters.fields import EDIT, GENERATION, VARIATION
 from ovserve.api.replies import json_reply, model_object, models_object
 from ovserve.api.store import Store, parse_range
-from ovserve.config import Settings
 from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
 from ovserve.errors import (
     ApiError,
@@ -34,6 +33,7 @@ from ovserve.errors import (
     StartupError,
 )
 from ovserve.metrics import CONTENT_TYPE, Metrics
+from ovserve.settings.options import Settings
 
 __all__ = ["ROUTES", "ImagesApi", "Route", "is_open"]
 

@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovserve.config import Settings
 from ovserve.errors import NotFound, RangeNotSatisfiable, SettingsError
+from ovserve.settings.options import Settings
 
 __all__ = ["MEDIA_TYPES", "Store", "StoredPicture", "default_store", "parse_range"]
 

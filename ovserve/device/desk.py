@@ -26,7 +26,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
 from ovserve.device.engine import Engine, Preview, Work
 from ovserve.device.finish import Finish, Held
@@ -52,6 +51,7 @@ from ovserve.dispatch.link.ipc import (
 from ovserve.errors import ApiError, DeadlineExceeded, InternalError, ModelError
 from ovserve.logs import fields
 from ovserve.profile import ModelProfile
+from ovserve.settings.options import ModelSettings, Settings
 
 __all__ = ["BROKEN", "LOAD_FAILED", "Desk"]
 

@@ -17,10 +17,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ovserve.config import ModelSettings
 from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.errors import ApiError, InvalidValue, ModelError
 from ovserve.profile import ModelProfile, is_lcm
+from ovserve.settings.options import ModelSettings
 
 __all__ = [
     "CLIP_WINDOW",

@@ -23,7 +23,6 @@ import numpy as np
 import openvino as ov
 import openvino_genai as og
 
-from ovserve.config import ModelSettings
 from ovserve.device.denoising.schedulers import LIBRARY_SCHEDULERS
 from ovserve.device.engine import (
     CLIP_WINDOW,
@@ -38,6 +37,7 @@ from ovserve.device.pixels.images import Pixels
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.profile import ModelProfile, is_lcm, steps_run
+from ovserve.settings.options import ModelSettings
 
 __all__ = ["GenaiEngine", "generation_options"]
 

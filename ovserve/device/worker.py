@@ -11,10 +11,10 @@ import os
 import warnings
 from typing import TYPE_CHECKING, NoReturn
 
-from ovserve.config import ModelSettings, Settings
 from ovserve.dispatch.link.ipc import WorkerEnd
 from ovserve.logs import configure_logs
 from ovserve.profile import ModelProfile
+from ovserve.settings.options import ModelSettings, Settings
 
 if TYPE_CHECKING:
     from ovserve.device.engine import Engine

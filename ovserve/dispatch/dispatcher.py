@@ -24,7 +24,6 @@ import threading
 import time
 from collections.abc import Callable
 
-from ovserve.config import Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.inbox import Inbox
 from ovserve.dispatch.jobs import Job, State
@@ -35,6 +34,7 @@ from ovserve.dispatch.reports import Reports
 from ovserve.dispatch.roster import NOT_READY_RETRY_S, Model, ModelStatus, Worker, largest_picture_bytes
 from ovserve.errors import ApiError, DeadlineExceeded, Draining, ModelNotFound, WorkerCrashed
 from ovserve.logs import fields
+from ovserve.settings.options import Settings
 
 __all__ = ["Dispatcher", "ModelStatus"]
 

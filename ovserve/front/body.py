@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from ovserve.config import Settings
 from ovserve.errors import ClientGone, ContentTooLarge, Draining, RequestTimeout
 from ovserve.front.http1.chunks import ChunkDecoder
 from ovserve.front.http1.head import Head
 from ovserve.front.transport import Transport
+from ovserve.settings.options import Settings
 
 __all__ = ["Body"]
 

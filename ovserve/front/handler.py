@@ -18,7 +18,6 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Protocol
 
 from ovserve.api.exchange import Api, FileReply, JsonReply, Reply, ServerEvent, StreamReply
-from ovserve.config import Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import (
@@ -41,6 +40,7 @@ from ovserve.front.request import Request, failed, harmless, new_request_id
 from ovserve.front.transport import Transport
 from ovserve.front.turns import Turn, Turns
 from ovserve.logs import fields
+from ovserve.settings.options import Settings
 
 __all__ = ["Connection", "Host"]
 

@@ -11,10 +11,10 @@ import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ovserve.config import Settings
 from ovserve.errors import SettingsError, Unauthorized
 from ovserve.front.request import Request
 from ovserve.logs import fields
+from ovserve.settings.options import Settings
 
 __all__ = ["Keys", "read_keys"]
 

@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from ovserve.options import load_settings
+from ovserve.settings.sources import load_settings
 from tests.e2e.test_proxies import START_LIMIT_S, free_port
 from tests.live import LiveServer
 

@@ -12,13 +12,13 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from ovserve.config import ModelSettings, Resolution
 from ovserve.device.engine import Outcome, Preview, Work
 from ovserve.device.stepwise.compiled import Components, Layout, Requests
 from ovserve.device.stepwise.engine import Call, StepwiseEngine
 from ovserve.device.stepwise.slots import Finished
 from ovserve.errors import InternalError, InvalidValue, ModelError
 from ovserve.profile import ModelProfile, read_profile
+from ovserve.settings.options import ModelSettings, Resolution
 from tests.pictures import (
     directory_of,
     drive,

@@ -24,12 +24,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from ovserve.config import ModelSettings
 from ovserve.device.engine import Work, overruns
 from ovserve.device.genai import GenaiEngine, generation_options
 from ovserve.dispatch.link.ipc import Done, Prepared, Progress
 from ovserve.errors import ApiError, InvalidValue
 from ovserve.profile import ModelProfile, builtin_directory, read_profile
+from ovserve.settings.options import ModelSettings
 from tests.reader import Figure, draw_scene, read_picture
 from tests.workerbench import WorkerBench, pixels_of
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import pytest
 
-from ovserve.config import Settings
 from ovserve.front.http1.chunks import ChunkDecoder
 from ovserve.front.http1.head import Head, HeadParser
 from ovserve.front.listener import Listener
+from ovserve.settings.options import Settings
 from tests.rawclient import RawClient
 from tests.toyapi import ToyApi, serving
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from ovserve.config import Settings
 from ovserve.errors import ApiError, ClientGone, ContentTooLarge, MalformedRequest, RequestTimeout
 from ovserve.front.body import Body
 from ovserve.front.http1.head import Head, HeadParser
 from ovserve.front.transport import Transport
+from ovserve.settings.options import Settings
 from tests.sockets import connected_pair, sending
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from ovserve.config import ModelSettings
 from ovserve.profile import builtin_directory, read_profile
+from ovserve.settings.options import ModelSettings
 
 MAX_BYTES = 15_000_000
 

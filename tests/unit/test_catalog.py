@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from ovserve.api.catalog import ServedModel
-from ovserve.config import ModelSettings
 from ovserve.profile import read_profile
+from ovserve.settings.options import ModelSettings
 from tests.forms import catalog
 
 

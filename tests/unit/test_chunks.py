@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovserve.config import Settings
 from ovserve.errors import ApiError, ContentTooLarge, FieldsTooLarge, MalformedRequest
 from ovserve.front.http1.chunks import ChunkDecoder
+from ovserve.settings.options import Settings
 
 DOCUMENTED = (MalformedRequest, ContentTooLarge, FieldsTooLarge)
 SMALL = Settings(

@@ -15,7 +15,6 @@ from typing import TypeVar
 
 import pytest
 
-from ovserve.config import ModelSettings, Resolution, Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.jobs import Client, Job, JobEvent, Partial, Result, State
@@ -52,6 +51,7 @@ from ovserve.errors import (
     SpoolUnusable,
     WorkerCrashed,
 )
+from ovserve.settings.options import ModelSettings, Resolution, Settings
 
 CONTEXT = multiprocessing.get_context("spawn")
 PATIENCE_S = 10.0  # a wait that runs into this is a failure

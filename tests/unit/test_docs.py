@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.config import ModelSettings, Settings, options_of
+from ovserve.settings.options import ModelSettings, Settings, options_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image, ImageCms
 
 from ovserve import __version__
-from ovserve.config import ModelSettings, Resolution, Settings
 from ovserve.device.engine import Engine
 from ovserve.device.pixels import masks
 from ovserve.device.pixels.edit import Edit, prepare
@@ -24,6 +23,7 @@ from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.dispatch.link.spool import Blob, Spool
 from ovserve.errors import ApiError, ImageError, InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.profile import ModelProfile, read_profile
+from ovserve.settings.options import ModelSettings, Resolution, Settings
 
 MODEL = ModelSettings(name="shapes")
 PROFILE = read_profile(MODEL)

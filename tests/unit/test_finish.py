@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
 from ovserve.device.engine import Outcome, Preview
 from ovserve.device.finish import Finish, Held
@@ -20,6 +19,7 @@ from ovserve.device.replies import Replies
 from ovserve.dispatch.link.ipc import ImageRequest, Link, Need, Picture, Room, Run, open_link
 from ovserve.errors import ApiError, InternalError
 from ovserve.profile import read_profile
+from ovserve.settings.options import ModelSettings, Settings
 from tests.flatengine import FlatEngine
 
 MODEL = ModelSettings(name="shapes")

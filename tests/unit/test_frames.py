@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ovserve.config import Resolution
 from ovserve.device.pixels.frames import Fitting, Placement, fit_into, scale_mask, size_of
 from ovserve.device.pixels.images import Pixels
+from ovserve.settings.options import Resolution
 
 SIDES = st.integers(1, 60)
 SIZES = st.builds(Resolution, SIDES, SIDES)

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ovserve.config import Settings
 from ovserve.errors import (
     ApiError,
     ContentTooLarge,
@@ -21,6 +20,7 @@ from ovserve.errors import (
     TargetTooLong,
 )
 from ovserve.front.http1.head import Head, HeadParser
+from ovserve.settings.options import Settings
 
 DOCUMENTED = (
     MalformedRequest,

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ovserve.api.parameters.imagehead import read_head
-from ovserve.config import Settings
 from ovserve.errors import ImageError
+from ovserve.settings.options import Settings
 from tests.forms import encoded
 
 SETTINGS = Settings()
@@ -38,7 +38,7 @@ def test_every_format_is_read_by_a_process_that_has_read_none_before(form: str) 
     picture = Image.new("RGB", (9, 7))
     picture.save(stream, form, **({"save_all": True, "append_images": [picture]} if form == "MPO" else {}))
     code = (
-        "import sys; from ovserve.api.parameters.imagehead import read_head; from ovserve.config import Settings;"
+        "import sys; from ovserve.api.parameters.imagehead import read_head; from ovserve.settings.options import Settings;"
         "print(read_head(memoryview(sys.stdin.buffer.read()), 'image', Settings()).format)"
     )
     done = subprocess.run(

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from ovserve.api.routes import is_open
-from ovserve.config import Settings
 from ovserve.errors import SettingsError, Unauthorized
 from ovserve.front.http1.head import HeadParser
 from ovserve.front.keys import Keys, read_keys
 from ovserve.front.request import Request
-from ovserve.options import load_settings
+from ovserve.settings.options import Settings
+from ovserve.settings.sources import load_settings
 
 KEY = "sk-one"
 

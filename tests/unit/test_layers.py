@@ -27,7 +27,7 @@ FOUNDATIONS = {
 MAY: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"server", "models", "options"},
+    "cli": {"server", "models"},
     "server": {"front", "api", "dispatch", "fleet", "wire", "models", "worker.main", "device.worker", "profile"},
     "front": {"api", "wire", "dispatch.link"},
     "api": {"dispatch", "wire", "models", "profile"},
@@ -45,9 +45,7 @@ MAY: dict[str, set[str]] = {
     "systemd": {"errors"},
     "settings": {"errors"},
     # Places that are about to be moved.
-    "config": {"errors"},
-    "options": {"config"},
-    "profile": {"config"},
+    "profile": set(),
     "device": {"wire", "models", "dispatch.link", "profile"},
 }
 # What a package inside another may import of that other one, besides itself.

@@ -13,7 +13,6 @@ from PIL import Image
 
 from ovserve.api.parameters.fields import EDIT, FIELDS, GENERATION, VARIATION
 from ovserve.api.parameters.params import Parameters, parse_parameters
-from ovserve.config import ModelSettings, Resolution, Settings
 from ovserve.errors import (
     ApiError,
     BadRequest,
@@ -24,6 +23,7 @@ from ovserve.errors import (
     UnknownParameter,
     UnsupportedParameter,
 )
+from ovserve.settings.options import ModelSettings, Resolution, Settings
 from tests.forms import FakeForm, FakeUpload, catalog, encoded
 
 IMAGE = FakeUpload("image", encoded())

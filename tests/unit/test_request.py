@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from ovserve.config import Settings
 from ovserve.front.http1.head import HeadParser
 from ovserve.front.request import Request, harmless, new_request_id
+from ovserve.settings.options import Settings
 
 
 def request(fields: str = "", target: str = "/", address: str = "192.0.2.1") -> Request:

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from ovserve.config import Settings
 from ovserve.errors import InvalidValue, MethodNotAllowed, QueueFull, Unauthorized, WorkerCrashed
 from ovserve.front.http1.response import Responses, error_content, error_fields
+from ovserve.settings.options import Settings
 
 
 def lines(head: bytes) -> list[str]:

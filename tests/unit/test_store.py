@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovserve.api.store import Store, default_store, parse_range
-from ovserve.config import Settings
 from ovserve.errors import NotFound, RangeNotSatisfiable
+from ovserve.settings.options import Settings
 
 MIB = 1024 * 1024
 

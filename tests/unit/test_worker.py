@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ovserve.config import ModelSettings, Settings
 from ovserve.device.desk import LOAD_FAILED, Desk
 from ovserve.device.engine import Engine
 from ovserve.device.genai import GenaiEngine
@@ -26,6 +25,7 @@ from ovserve.dispatch.link.ipc import Done, Failed, LinkClosed, Need, Picture, P
 from ovserve.dispatch.supervision.processes import resident_bytes
 from ovserve.errors import ModelError
 from ovserve.profile import ModelProfile, builtin_directory, read_profile
+from ovserve.settings.options import ModelSettings, Settings
 from tests.reader import Figure, draw_scene, read_picture
 from tests.workerbench import WorkerBench, pixels_of, png
 

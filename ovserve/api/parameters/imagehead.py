@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ovserve.config import Settings
 from ovserve.errors import ImageError
+from ovserve.settings.options import Settings
 
 __all__ = ["STEPS", "ImageHead", "read_head"]
 

@@ -19,7 +19,6 @@ from ovserve.api.exchange import Form, Upload
 from ovserve.api.parameters.fields import EDIT, EXCLUSIONS, FIELDS, GENERATION, SPELLINGS, VARIATION, Field, field_named
 from ovserve.api.parameters.imagehead import ImageHead, read_head
 from ovserve.api.parameters.values import check_range, expected, parse_value
-from ovserve.config import Resolution, Settings
 from ovserve.dispatch.link.ipc import SEEDS, ImageRequest
 from ovserve.errors import (
     BadRequest,
@@ -30,6 +29,7 @@ from ovserve.errors import (
     UnsupportedParameter,
 )
 from ovserve.profile import is_lcm, least_steps, least_strength, steps_run
+from ovserve.settings.options import Resolution, Settings
 
 __all__ = ["Parameters", "parse_parameters"]
 

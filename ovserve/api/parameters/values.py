@@ -11,8 +11,8 @@ import re
 from typing import Any
 
 from ovserve.api.parameters.fields import Field
-from ovserve.config import Resolution
 from ovserve.errors import InvalidType, InvalidValue
+from ovserve.settings.options import Resolution
 
 __all__ = ["check_range", "expected", "parse_value"]
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ovserve import __version__
-from ovserve.config import ModelSettings, Resolution, Settings
 from ovserve.device.engine import CLIP_WINDOW, Engine, Work, check_served, has_t5, read_by_clip_alone
 from ovserve.device.pixels.frames import Fitting, Placement, fit_into, size_of
 from ovserve.device.pixels.images import (
@@ -33,6 +32,7 @@ from ovserve.dispatch.link.spool import Blob, open_blob
 from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.logs import fields
 from ovserve.profile import ModelProfile, is_lcm, least_strength, steps_run
+from ovserve.settings.options import ModelSettings, Resolution, Settings
 
 __all__ = ["Edit", "check_steps", "prepare"]
 

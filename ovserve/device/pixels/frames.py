@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ovserve.config import Resolution
 from ovserve.device.pixels.images import Pixels
+from ovserve.settings.options import Resolution
 
 __all__ = ["Fitting", "Placement", "fit_into", "scale_mask", "size_of"]
 

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from openvino import opset13 as ops
 from openvino.preprocess import PrePostProcessor
 
-from ovserve.config import ModelSettings
 from ovserve.device.denoising.noise import Array
 from ovserve.errors import ModelError
 from ovserve.profile import ModelProfile
+from ovserve.settings.options import ModelSettings
 
 __all__ = ["Components", "Layout", "Requests", "component_config"]
 

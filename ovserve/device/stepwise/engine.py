@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovserve.config import ModelSettings
 from ovserve.device.denoising.noise import Array, read_scheduler_config
 from ovserve.device.denoising.schedulers import SCHEDULERS, Plan, Scheduler, scheduler_name
 from ovserve.device.denoising.shortcuts import parse_shortcuts
@@ -47,6 +46,7 @@ from ovserve.device.stepwise.tuning import LARGE_CALL_S, tune, warm_up
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.profile import ModelProfile
+from ovserve.settings.options import ModelSettings
 
 __all__ = ["Call", "Row", "StepwiseEngine"]
 

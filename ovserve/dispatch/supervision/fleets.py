@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from ovserve.config import ModelSettings, Settings
 from ovserve.dispatch.link.ipc import Link
 from ovserve.profile import ModelProfile
+from ovserve.settings.options import ModelSettings, Settings
 
 __all__ = ["Fleet", "Place", "load_failure", "make_fleets"]
 

@@ -33,7 +33,6 @@ from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 
 from ovserve import systemd
-from ovserve.config import ModelSettings, Settings
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.link.ipc import Link, WorkerEnd, open_link
@@ -43,6 +42,7 @@ from ovserve.dispatch.supervision.fleets import Fleet, Place, load_failure, make
 from ovserve.errors import ModelNotFound
 from ovserve.logs import fields
 from ovserve.profile import ModelProfile
+from ovserve.settings.options import ModelSettings, Settings
 
 __all__ = ["Supervisor", "WorkerMain"]
 

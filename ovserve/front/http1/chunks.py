@@ -12,9 +12,9 @@ from __future__ import annotations
 import enum
 import re
 
-from ovserve.config import Settings
 from ovserve.errors import ContentTooLarge, FieldsTooLarge, MalformedRequest
 from ovserve.front.http1.headers import TOKEN
+from ovserve.settings.options import Settings
 
 __all__ = ["ChunkDecoder"]
 

@@ -13,7 +13,6 @@ import re
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
-from ovserve.config import Settings
 from ovserve.errors import (
     ApiError,
     ContentTooLarge,
@@ -25,6 +24,7 @@ from ovserve.errors import (
     TargetTooLong,
 )
 from ovserve.front.http1.headers import TOKEN, list_members
+from ovserve.settings.options import Settings
 
 __all__ = ["METHODS", "Head", "HeadParser"]
 

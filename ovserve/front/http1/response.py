@@ -10,8 +10,8 @@ import time
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from ovserve.config import Settings, parse_origins
 from ovserve.errors import ApiError
+from ovserve.settings.options import Settings, parse_origins
 
 __all__ = ["CONTINUE", "JSON_TYPE", "NO_CONTENT", "Responses", "error_content", "error_fields"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.config import ModelSettings, Resolution, Settings, options_of, parse_origins
 from ovserve.errors import SettingsError
-from ovserve.options import load_settings, service_variables
+from ovserve.settings.options import ModelSettings, Resolution, Settings, options_of, parse_origins
+from ovserve.settings.sources import load_settings, service_variables
 
 
 def test_defaults_serve_the_builtin_model_on_loopback() -> None:

@@ -2,7 +2,7 @@
 
 Flags (`--max_body_bytes`, also `--max-body-bytes`), the environment (`OVSERVE_MAX_BODY_BYTES`), the TOML file and the
 reference page are all made from the two tables below, `Settings` (the server) and `ModelSettings` (one `[[model]]`).
-`ovserve.options` makes settings from them. Nothing reads the environment at import.
+`ovserve.settings.sources` makes settings from them. Nothing reads the environment at import.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings from flags, the environment and a TOML file, checked by the tables of `ovserve.config`.
+"""Settings from flags, the environment and a TOML file, checked by the tables of `ovserve.settings.options`.
 
 Precedence: flag, then environment, then file, then default. An empty environment variable gives nothing.
 """
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ovserve.config import ModelSettings, Option, Resolution, Settings, options_of, parse_origins
 from ovserve.errors import SettingsError
+from ovserve.settings.options import ModelSettings, Option, Resolution, Settings, options_of, parse_origins
 
 __all__ = ["ENVIRONMENT_PREFIX", "load_settings", "service_variables"]
 
