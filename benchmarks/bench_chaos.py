@@ -34,7 +34,7 @@ if __package__ in (None, ""):  # run as a file: the package is found beside it
 from benchmarks.metadata import collect
 from benchmarks.probe import Prober
 from benchmarks.results import Result
-from ovserve.profile import builtin_directory
+from ovserve.models.profile import builtin_directory
 from tests.chaos import run_chaos
 from tests.faultserver import FaultServer
 from tests.live import resident_bytes

@@ -23,7 +23,7 @@ from openvino import opset13 as ops
 from benchmarks import metadata
 from benchmarks.results import Result
 from ovserve.device.stepwise.compiled import Components, Layout, run_unet
-from ovserve.profile import read_profile
+from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings
 
 SIDES = (1024, 2048, 3072)  # of the matrices: the peak is not at one size on every machine

@@ -32,7 +32,7 @@ from benchmarks.traces import chrome_trace, svg
 from ovserve.device.engine import Pixels, Work
 from ovserve.device.stepwise.engine import Call, StepwiseEngine
 from ovserve.device.stepwise.slots import Finished
-from ovserve.profile import ModelProfile, read_profile
+from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Resolution
 
 SHAPES = ("red circle", "blue star on green", "two yellow squares", "gray heart", "orange triangle and white moon")

@@ -25,7 +25,7 @@ import httpx
 if __package__ in (None, ""):  # run as a file: the package is found beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ovserve.profile import builtin_directory
+from ovserve.models.profile import builtin_directory
 from tests.faultserver import FaultServer
 
 IMAGE = Path(__file__).resolve().parents[1] / "tests" / "data" / "red_circle.png"

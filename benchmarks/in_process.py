@@ -19,7 +19,7 @@ from ovserve.device.engine import Engine, choose_engine
 from ovserve.device.pixels.edit import prepare
 from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.dispatch.link.spool import Blob
-from ovserve.profile import ModelProfile, read_profile
+from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Settings
 
 

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 
 from ovserve import systemd
-from ovserve.api.catalog import Catalog, ServedModel, read_catalog
 from ovserve.api.routes import ImagesApi
 from ovserve.deadline import Deadline
 from ovserve.device import worker
@@ -31,7 +30,8 @@ from ovserve.front.keys import read_keys
 from ovserve.front.listener import Listener
 from ovserve.logs import fields
 from ovserve.metrics import Metrics
-from ovserve.profile import ModelProfile
+from ovserve.models.catalog import Catalog, ServedModel, read_catalog
+from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 
 __all__ = ["Server"]

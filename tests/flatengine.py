@@ -11,7 +11,7 @@ import numpy as np
 from ovserve.device.desk import Desk
 from ovserve.device.engine import Outcome, Preview, Work
 from ovserve.dispatch.link.ipc import WorkerEnd
-from ovserve.profile import ModelProfile
+from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 
 BROKEN = "the first preview is broken"  # a prompt

@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from ovserve.api.catalog import Catalog, ServedModel
 from ovserve.dispatch.link.spool import Blob
-from ovserve.profile import read_profile
+from ovserve.models.catalog import Catalog, ServedModel
+from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings
 
 __all__ = ["FakeForm", "FakeUpload", "catalog", "encoded"]

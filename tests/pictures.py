@@ -14,7 +14,7 @@ import openvino_genai as og
 from ovserve.device.engine import Engine, Outcome, Pixels, Work
 from ovserve.device.stepwise.engine import Call, StepwiseEngine
 from ovserve.device.stepwise.slots import Finished
-from ovserve.profile import ModelProfile, builtin_directory, read_profile
+from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings
 
 MODELS = Path(__file__).parent / "fixtures" / "models"

@@ -19,7 +19,7 @@ from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.dispatch.link.spool import Spool
 from ovserve.dispatch.supervision.supervisor import Supervisor
 from ovserve.errors import ApiError
-from ovserve.profile import ModelProfile
+from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from tests import toys
 

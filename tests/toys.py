@@ -60,7 +60,7 @@ from ovserve.dispatch.link.ipc import (
 )
 from ovserve.dispatch.link.spool import fill, open_blob
 from ovserve.errors import ImageError, InternalError
-from ovserve.profile import Defaults, ModelProfile, Scheduling
+from ovserve.models.profile import Defaults, ModelProfile, Scheduling
 from ovserve.settings.options import ModelSettings, Resolution, Settings
 
 BEAT_S = 0.05

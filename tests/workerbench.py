@@ -35,7 +35,7 @@ from ovserve.dispatch.link.ipc import (
 )
 from ovserve.dispatch.link.spool import Blob, Segment, Spool
 from ovserve.dispatch.supervision.supervisor import WorkerMain
-from ovserve.profile import read_profile
+from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Settings
 
 PATIENCE_S = 60.0

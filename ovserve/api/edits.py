@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from ovserve.api.catalog import Catalog
 from ovserve.api.exchange import Exchange, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.api.parameters.params import Parameters, parse_parameters
 from ovserve.api.parameters.values import check_range
@@ -16,6 +15,7 @@ from ovserve.dispatch.jobs import Client, Job, JobEvent, Partial, Result, State
 from ovserve.dispatch.link.ipc import Prepared, Progress
 from ovserve.errors import ApiError, ClientGone, DeadlineExceeded, Draining, InternalError, InvalidValue, SpoolFull
 from ovserve.metrics import Metrics
+from ovserve.models.catalog import Catalog
 from ovserve.settings.options import Settings
 
 __all__ = ["Images"]

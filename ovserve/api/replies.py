@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ovserve.api.catalog import Catalog, ServedModel
 from ovserve.api.exchange import JsonReply, ServerEvent
 from ovserve.api.parameters.params import Parameters
 from ovserve.dispatch.jobs import Job, Partial, Result
 from ovserve.dispatch.link.ipc import Prepared, Progress
+from ovserve.models.catalog import Catalog, ServedModel
 
 __all__ = [
     "completed_event",

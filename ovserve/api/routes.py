@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 
 from ovserve import __version__
-from ovserve.api.catalog import Catalog
 from ovserve.api.edits import Images
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, StreamReply
 from ovserve.api.openapi import openapi_document
@@ -33,6 +32,7 @@ from ovserve.errors import (
     StartupError,
 )
 from ovserve.metrics import CONTENT_TYPE, Metrics
+from ovserve.models.catalog import Catalog
 from ovserve.settings.options import Settings
 
 __all__ = ["ROUTES", "ImagesApi", "Route", "is_open"]

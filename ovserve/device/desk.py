@@ -50,7 +50,7 @@ from ovserve.dispatch.link.ipc import (
 )
 from ovserve.errors import ApiError, DeadlineExceeded, InternalError, ModelError
 from ovserve.logs import fields
-from ovserve.profile import ModelProfile
+from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 
 __all__ = ["BROKEN", "LOAD_FAILED", "Desk"]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.errors import ApiError, InvalidValue, ModelError
-from ovserve.profile import ModelProfile, is_lcm
+from ovserve.models.profile import ModelProfile, is_lcm
 from ovserve.settings.options import ModelSettings
 
 __all__ = [

@@ -36,7 +36,7 @@ from ovserve.device.engine import (
 from ovserve.device.pixels.images import Pixels
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
-from ovserve.profile import ModelProfile, is_lcm, steps_run
+from ovserve.models.profile import ModelProfile, is_lcm, steps_run
 from ovserve.settings.options import ModelSettings
 
 __all__ = ["GenaiEngine", "generation_options"]

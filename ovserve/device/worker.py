@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ovserve.dispatch.link.ipc import WorkerEnd
 from ovserve.logs import configure_logs
-from ovserve.profile import ModelProfile
+from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ovserve.profile import builtin_directory
+from ovserve.models.profile import builtin_directory
 from scripts.builtin_model import evaluate
 
 CASES = 12

@@ -14,7 +14,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from ovserve.profile import builtin_directory
+from ovserve.models.profile import builtin_directory
 from tests.live import LiveServer, is_alive
 
 START_LIMIT_S = 60

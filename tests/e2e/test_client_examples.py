@@ -19,7 +19,7 @@ import openai
 import pytest
 from PIL import Image
 
-from ovserve.profile import builtin_directory
+from ovserve.models.profile import builtin_directory
 from tests.live import LiveServer
 from tests.reader import COLOURS, SHAPES, Scene, read_picture
 

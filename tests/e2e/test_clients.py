@@ -16,7 +16,7 @@ import openai
 import pytest
 from PIL import Image
 
-from ovserve.profile import builtin_directory
+from ovserve.models.profile import builtin_directory
 from tests.live import LiveServer
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from ovserve.device.denoising.noise import read_scheduler_config
 from ovserve.device.engine import Work
 from ovserve.device.stepwise.engine import Call, StepwiseEngine
 from ovserve.device.stepwise.slots import Finished
-from ovserve.profile import ModelProfile, read_profile
+from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import Resolution
 from tests.pictures import (
     TYPES,

@@ -13,7 +13,7 @@ from ovserve.device.engine import Pixels, Work
 from ovserve.device.stepwise.engine import Call, StepwiseEngine
 from ovserve.device.stepwise.slots import Finished
 from ovserve.errors import InternalError, ModelError
-from ovserve.profile import read_profile
+from ovserve.models.profile import read_profile
 from tests.pictures import directory_of, drive, load_stepwise, pixels_of, settings_of, with_scheduler, work_of
 
 BUILTIN = directory_of("builtin")

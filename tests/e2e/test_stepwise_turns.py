@@ -17,7 +17,7 @@ from ovserve.device.stepwise.compiled import Components, Layout, Requests
 from ovserve.device.stepwise.engine import Call, StepwiseEngine
 from ovserve.device.stepwise.slots import Finished
 from ovserve.errors import InternalError, InvalidValue, ModelError
-from ovserve.profile import ModelProfile, read_profile
+from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Resolution
 from tests.pictures import (
     directory_of,

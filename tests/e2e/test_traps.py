@@ -28,7 +28,7 @@ from ovserve.device.engine import Work, overruns
 from ovserve.device.genai import GenaiEngine, generation_options
 from ovserve.dispatch.link.ipc import Done, Prepared, Progress
 from ovserve.errors import ApiError, InvalidValue
-from ovserve.profile import ModelProfile, builtin_directory, read_profile
+from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings
 from tests.reader import Figure, draw_scene, read_picture
 from tests.workerbench import WorkerBench, pixels_of

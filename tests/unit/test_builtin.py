@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ovserve.profile import builtin_directory, read_profile
+from ovserve.models.profile import builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings
 
 MAX_BYTES = 15_000_000

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from ovserve.api.catalog import ServedModel
-from ovserve.profile import read_profile
+from ovserve.models.catalog import ServedModel
+from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings
 from tests.forms import catalog
 

@@ -22,7 +22,7 @@ from ovserve.device.pixels.masks import feather
 from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.dispatch.link.spool import Blob, Spool
 from ovserve.errors import ApiError, ImageError, InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
-from ovserve.profile import ModelProfile, read_profile
+from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Resolution, Settings
 
 MODEL = ModelSettings(name="shapes")

@@ -10,7 +10,7 @@ import pytest
 from ovserve.device.engine import check_served, choose_engine, longest_fitting, overruns
 from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.errors import InvalidValue, ModelError
-from ovserve.profile import ModelProfile, is_lcm, read_profile
+from ovserve.models.profile import ModelProfile, is_lcm, read_profile
 from ovserve.settings.options import ModelSettings
 
 PROFILE = read_profile(ModelSettings(name="shapes"))

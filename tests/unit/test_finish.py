@@ -18,7 +18,7 @@ from ovserve.device.pixels.edit import Edit, prepare
 from ovserve.device.replies import Replies
 from ovserve.dispatch.link.ipc import ImageRequest, Link, Need, Picture, Room, Run, open_link
 from ovserve.errors import ApiError, InternalError
-from ovserve.profile import read_profile
+from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Settings
 from tests.flatengine import FlatEngine
 

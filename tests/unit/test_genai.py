@@ -16,7 +16,7 @@ from ovserve.device.genai import GenaiEngine, generation_options
 from ovserve.device.pixels.edit import check_steps
 from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.errors import InternalError, InvalidValue, ModelError
-from ovserve.profile import ModelProfile, read_profile
+from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings
 
 MODELS = Path(__file__).parent.parent / "fixtures" / "models"

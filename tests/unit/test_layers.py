@@ -28,11 +28,11 @@ MAY: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
     "cli": {"server", "models"},
-    "server": {"front", "api", "dispatch", "fleet", "wire", "models", "worker.main", "device.worker", "profile"},
+    "server": {"front", "api", "dispatch", "fleet", "wire", "models", "worker.main", "device.worker"},
     "front": {"api", "wire", "dispatch.link"},
-    "api": {"dispatch", "wire", "models", "profile"},
+    "api": {"dispatch", "wire", "models"},
     "fleet": {"dispatch", "wire", "models"},
-    "dispatch": {"wire", "models", "profile"},
+    "dispatch": {"wire", "models"},
     "worker": {"engines", "pixels", "wire", "models"},
     "engines": {"pixels", "wire", "models"},
     "pixels": {"wire", "models"},
@@ -45,12 +45,11 @@ MAY: dict[str, set[str]] = {
     "systemd": {"errors"},
     "settings": {"errors"},
     # Places that are about to be moved.
-    "profile": set(),
-    "device": {"wire", "models", "dispatch.link", "profile"},
+    "device": {"wire", "models", "dispatch.link"},
 }
 # What a package inside another may import of that other one, besides itself.
 INSIDE: dict[str, set[str]] = {
-    "api.parameters": {"api.exchange", "api.catalog"},
+    "api.parameters": {"api.exchange"},
     "front.http1": set(),
     "front.forms": {"front.http1"},
     "engines.schedulers": set(),

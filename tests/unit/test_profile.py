@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovserve.errors import ModelError, SettingsError
-from ovserve.profile import builtin_directory, least_steps, least_strength, read_profile, steps_run
+from ovserve.models.profile import builtin_directory, least_steps, least_strength, read_profile, steps_run
 from ovserve.settings.options import ModelSettings, Resolution
 
 

@@ -13,7 +13,7 @@ from openvino import opset13 as ops
 from ovserve.device.stepwise import compiled, tuning
 from ovserve.device.stepwise.compiled import Components, Layout, run_unet
 from ovserve.device.stepwise.tuning import Tuning, tune
-from ovserve.profile import read_profile
+from ovserve.models.profile import read_profile
 from tests.pictures import directory_of, settings_of, with_scheduler
 
 SD = directory_of("sd")

@@ -24,7 +24,7 @@ from ovserve.device.worker import main as worker_main
 from ovserve.dispatch.link.ipc import Done, Failed, LinkClosed, Need, Picture, Prepared, Progress, Ready, Stop
 from ovserve.dispatch.supervision.processes import resident_bytes
 from ovserve.errors import ModelError
-from ovserve.profile import ModelProfile, builtin_directory, read_profile
+from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings, Settings
 from tests.reader import Figure, draw_scene, read_picture
 from tests.workerbench import WorkerBench, pixels_of, png

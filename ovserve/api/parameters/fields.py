@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ovserve.profile import ModelProfile
+from ovserve.models.profile import ModelProfile
 
 __all__ = [
     "EDIT",

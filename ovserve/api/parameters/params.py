@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ovserve.api.catalog import Catalog, ServedModel
 from ovserve.api.exchange import Form, Upload
 from ovserve.api.parameters.fields import EDIT, EXCLUSIONS, FIELDS, GENERATION, SPELLINGS, VARIATION, Field, field_named
 from ovserve.api.parameters.imagehead import ImageHead, read_head
@@ -28,7 +27,8 @@ from ovserve.errors import (
     UnknownParameter,
     UnsupportedParameter,
 )
-from ovserve.profile import is_lcm, least_steps, least_strength, steps_run
+from ovserve.models.catalog import Catalog, ServedModel
+from ovserve.models.profile import is_lcm, least_steps, least_strength, steps_run
 from ovserve.settings.options import Resolution, Settings
 
 __all__ = ["Parameters", "parse_parameters"]

@@ -31,7 +31,7 @@ from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.dispatch.link.spool import Blob, open_blob
 from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.logs import fields
-from ovserve.profile import ModelProfile, is_lcm, least_strength, steps_run
+from ovserve.models.profile import ModelProfile, is_lcm, least_strength, steps_run
 from ovserve.settings.options import ModelSettings, Resolution, Settings
 
 __all__ = ["Edit", "check_steps", "prepare"]

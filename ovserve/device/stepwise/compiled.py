@@ -28,7 +28,7 @@ from openvino.preprocess import PrePostProcessor
 
 from ovserve.device.denoising.noise import Array
 from ovserve.errors import ModelError
-from ovserve.profile import ModelProfile
+from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings
 
 __all__ = ["Components", "Layout", "Requests", "component_config"]

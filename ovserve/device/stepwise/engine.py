@@ -45,7 +45,7 @@ from ovserve.device.stepwise.slots import Finished, Slots
 from ovserve.device.stepwise.tuning import LARGE_CALL_S, tune, warm_up
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
-from ovserve.profile import ModelProfile
+from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings
 
 __all__ = ["Call", "Row", "StepwiseEngine"]

@@ -20,7 +20,7 @@ from ovserve.device.denoising.noise import Array, f32
 from ovserve.device.engine import Work, longest_fitting
 from ovserve.device.stepwise.cache import ArrayCache
 from ovserve.device.stepwise.compiled import component_config
-from ovserve.profile import ModelProfile
+from ovserve.models.profile import ModelProfile
 
 __all__ = ["Conditions", "TextSide", "guidance_embedding"]
 

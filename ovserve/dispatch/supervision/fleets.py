@@ -13,7 +13,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from ovserve.dispatch.link.ipc import Link
-from ovserve.profile import ModelProfile
+from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 
 __all__ = ["Fleet", "Place", "load_failure", "make_fleets"]

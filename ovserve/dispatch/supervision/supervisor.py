@@ -41,7 +41,7 @@ from ovserve.dispatch.supervision import processes
 from ovserve.dispatch.supervision.fleets import Fleet, Place, load_failure, make_fleets
 from ovserve.errors import ModelNotFound
 from ovserve.logs import fields
-from ovserve.profile import ModelProfile
+from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 
 __all__ = ["Supervisor", "WorkerMain"]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ovserve.errors import MissingParameter, ModelNotFound
-from ovserve.profile import ModelProfile, read_profile
+from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Settings
 
 __all__ = ["Catalog", "ServedModel", "read_catalog"]
