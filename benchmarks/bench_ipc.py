@@ -6,7 +6,7 @@
 Each way has a child process of its own, in a fresh start for each round, that answers what it is sent: a message with a message,
 bytes with their length after it has read every page of them. The ways take turns within each round. Figures are round trips.
 
-link      a JSON line through a private pipe (ovserve.dispatch.link.ipc); bytes in a spool segment (ovserve.dispatch.link.spool)
+link      a JSON line through a private pipe (ovserve.wire.messages); bytes in a spool segment (ovserve.wire.local.spool)
 queue     multiprocessing.Queue, its feeder thread and pickle, for messages and bytes alike
 pipe      multiprocessing.Pipe and pickle: the least that the standard library can do
 """
@@ -30,8 +30,8 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the package is found beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ovserve.dispatch.link.ipc import Done, LinkClosed, Message, Need, Run, WorkerEnd, open_link
-from ovserve.dispatch.link.spool import Blob, Spool, default_directory, open_blob
+from ovserve.wire.local.spool import Blob, Spool, default_directory, open_blob
+from ovserve.wire.messages import Done, LinkClosed, Message, Need, Run, WorkerEnd, open_link
 
 MESSAGE = Run("job_0123456789abcdef0123456789abcdef", "/dev/shm/ovserve-spool-abcdefgh/0123456789abcdef01234567", 599.5)
 ANSWER = Done("job_0123456789abcdef0123456789abcdef", 1.5, 120.25, 3.75)

@@ -360,7 +360,7 @@ def measure_parser(name: str, case: str, repetitions: int) -> dict[str, Any]:
 
 def measure_receiver(name: str, case: str, repetitions: int) -> dict[str, Any]:
     """One way from the socket to the spool, for an upload of one size."""
-    from ovserve.dispatch.link.spool import Spool, default_directory
+    from ovserve.wire.local.spool import Spool, default_directory
 
     receive, warm_bytes = RECEIVERS[name]
     size = len(upload_body(int(case) * MIB))

@@ -73,11 +73,11 @@ def serve_ovserve() -> None:
     import json
 
     from ovserve.api.exchange import Exchange, JsonReply, Reply
-    from ovserve.dispatch.link.spool import Spool, default_directory
     from ovserve.errors import ApiError, NotFound
     from ovserve.front.listener import Listener
     from ovserve.logs import configure_logs
     from ovserve.settings.options import Settings
+    from ovserve.wire.local.spool import Spool, default_directory
 
     class Toy:
         def is_health(self, path: str) -> bool:

@@ -17,10 +17,10 @@ from pathlib import Path
 from benchmarks.edits import picture, prompt
 from ovserve.device.engine import Engine, choose_engine
 from ovserve.device.pixels.edit import prepare
-from ovserve.dispatch.link.ipc import ImageRequest
-from ovserve.dispatch.link.spool import Blob
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.local.spool import Blob
+from ovserve.wire.messages import ImageRequest
 
 
 def make_engine(profile: ModelProfile, model: ModelSettings) -> Engine:

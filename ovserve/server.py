@@ -22,8 +22,6 @@ from ovserve.api.routes import ImagesApi
 from ovserve.deadline import Deadline
 from ovserve.device import worker
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.dispatch.link.spool import Spool, default_directory
-from ovserve.dispatch.link.warm import MOST_FILES
 from ovserve.dispatch.supervision.supervisor import Supervisor
 from ovserve.errors import ModelError, StartupError
 from ovserve.front.keys import read_keys
@@ -33,6 +31,8 @@ from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog, ServedModel, read_catalog
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.local.spool import Spool, default_directory
+from ovserve.wire.local.warm import MOST_FILES
 
 __all__ = ["Server"]
 

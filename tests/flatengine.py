@@ -10,9 +10,9 @@ import numpy as np
 
 from ovserve.device.desk import Desk
 from ovserve.device.engine import Outcome, Preview, Work
-from ovserve.dispatch.link.ipc import WorkerEnd
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.messages import WorkerEnd
 
 BROKEN = "the first preview is broken"  # a prompt
 

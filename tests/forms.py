@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from ovserve.dispatch.link.spool import Blob
 from ovserve.models.catalog import Catalog, ServedModel
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings
+from ovserve.wire.local.spool import Blob
 
 __all__ = ["FakeForm", "FakeUpload", "catalog", "encoded"]
 

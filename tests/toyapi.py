@@ -14,10 +14,10 @@ from typing import Any
 
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.deadline import Deadline
-from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import ApiError, ClientGone, InvalidValue, MethodNotAllowed, NotFound, QueueFull, WorkerCrashed
 from ovserve.front.listener import Listener
 from ovserve.settings.options import Settings
+from ovserve.wire.local.spool import Spool
 
 __all__ = ["ToyApi", "serving"]
 

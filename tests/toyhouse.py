@@ -15,12 +15,12 @@ from typing import Any, Self
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.jobs import Client, Job, JobEvent, State
-from ovserve.dispatch.link.ipc import ImageRequest
-from ovserve.dispatch.link.spool import Spool
 from ovserve.dispatch.supervision.supervisor import Supervisor
 from ovserve.errors import ApiError
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.local.spool import Spool
+from ovserve.wire.messages import ImageRequest
 from tests import toys
 
 PATIENCE_S = 20.0  # a wait that runs into this is a failure

@@ -41,7 +41,11 @@ import time
 from pathlib import Path
 from zlib import crc32
 
-from ovserve.dispatch.link.ipc import (
+from ovserve.errors import ImageError, InternalError
+from ovserve.models.profile import Defaults, ModelProfile, Scheduling
+from ovserve.settings.options import ModelSettings, Resolution, Settings
+from ovserve.wire.local.spool import fill, open_blob
+from ovserve.wire.messages import (
     Beat,
     Cancel,
     Done,
@@ -58,10 +62,6 @@ from ovserve.dispatch.link.ipc import (
     Stop,
     WorkerEnd,
 )
-from ovserve.dispatch.link.spool import fill, open_blob
-from ovserve.errors import ImageError, InternalError
-from ovserve.models.profile import Defaults, ModelProfile, Scheduling
-from ovserve.settings.options import ModelSettings, Resolution, Settings
 
 BEAT_S = 0.05
 

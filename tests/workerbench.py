@@ -16,7 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ovserve.device import worker
-from ovserve.dispatch.link.ipc import (
+from ovserve.dispatch.supervision.supervisor import WorkerMain
+from ovserve.models.profile import read_profile
+from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.local.spool import Blob, Segment, Spool
+from ovserve.wire.messages import (
     Beat,
     Cancel,
     Done,
@@ -33,10 +37,6 @@ from ovserve.dispatch.link.ipc import (
     Run,
     open_link,
 )
-from ovserve.dispatch.link.spool import Blob, Segment, Spool
-from ovserve.dispatch.supervision.supervisor import WorkerMain
-from ovserve.models.profile import read_profile
-from ovserve.settings.options import ModelSettings, Settings
 
 PATIENCE_S = 60.0
 

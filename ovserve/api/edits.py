@@ -12,11 +12,11 @@ from ovserve.api.store import Store
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.jobs import Client, Job, JobEvent, Partial, Result, State
-from ovserve.dispatch.link.ipc import Prepared, Progress
 from ovserve.errors import ApiError, ClientGone, DeadlineExceeded, Draining, InternalError, InvalidValue, SpoolFull
 from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog
 from ovserve.settings.options import Settings
+from ovserve.wire.messages import Prepared, Progress
 
 __all__ = ["Images"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ovserve.deadline import Deadline
-from ovserve.dispatch.link.spool import Blob
 from ovserve.errors import ApiError
+from ovserve.wire.local.spool import Blob
 
 __all__ = ["Api", "Exchange", "FileReply", "Form", "JsonReply", "Reply", "ServerEvent", "StreamReply", "Upload"]
 

@@ -12,8 +12,8 @@ from typing import Any
 from ovserve.api.exchange import JsonReply, ServerEvent
 from ovserve.api.parameters.params import Parameters
 from ovserve.dispatch.jobs import Job, Partial, Result
-from ovserve.dispatch.link.ipc import Prepared, Progress
 from ovserve.models.catalog import Catalog, ServedModel
+from ovserve.wire.messages import Prepared, Progress
 
 __all__ = [
     "completed_event",

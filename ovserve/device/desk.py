@@ -32,7 +32,11 @@ from ovserve.device.finish import Finish, Held
 from ovserve.device.loop import DeviceLoop
 from ovserve.device.pixels.edit import prepare
 from ovserve.device.replies import SHORT_TEXT_CHARS, Replies, end_process
-from ovserve.dispatch.link.ipc import (
+from ovserve.errors import ApiError, DeadlineExceeded, InternalError, ModelError
+from ovserve.logs import fields
+from ovserve.models.profile import ModelProfile
+from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.messages import (
     MAX_CAPACITY,
     Beat,
     Cancel,
@@ -48,10 +52,6 @@ from ovserve.dispatch.link.ipc import (
     Stop,
     WorkerEnd,
 )
-from ovserve.errors import ApiError, DeadlineExceeded, InternalError, ModelError
-from ovserve.logs import fields
-from ovserve.models.profile import ModelProfile
-from ovserve.settings.options import ModelSettings, Settings
 
 __all__ = ["BROKEN", "LOAD_FAILED", "Desk"]
 

@@ -17,10 +17,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.errors import ApiError, InvalidValue, ModelError
 from ovserve.models.profile import ModelProfile, is_lcm
 from ovserve.settings.options import ModelSettings
+from ovserve.wire.messages import ImageRequest
 
 __all__ = [
     "CLIP_WINDOW",

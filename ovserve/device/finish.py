@@ -23,10 +23,10 @@ from ovserve.deadline import Deadline
 from ovserve.device.engine import Outcome, Preview, Work
 from ovserve.device.pixels.edit import Edit
 from ovserve.device.replies import Replies, end_process
-from ovserve.dispatch.link.ipc import LinkClosed, Need, Picture, Room, Run
-from ovserve.dispatch.link.spool import fill
 from ovserve.errors import ApiError, InternalError, SpoolFull
 from ovserve.logs import fields
+from ovserve.wire.local.spool import fill
+from ovserve.wire.messages import LinkClosed, Need, Picture, Room, Run
 
 __all__ = ["Finish", "Held"]
 

@@ -8,8 +8,8 @@ import os
 from typing import NoReturn
 
 from ovserve.device.pixels.edit import Edit
-from ovserve.dispatch.link.ipc import Failed, LinkClosed, Message, Prepared, WorkerEnd
 from ovserve.errors import ApiError
+from ovserve.wire.messages import Failed, LinkClosed, Message, Prepared, WorkerEnd
 
 __all__ = ["SHORT_TEXT_CHARS", "Replies", "end_process"]
 

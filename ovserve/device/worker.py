@@ -11,10 +11,10 @@ import os
 import warnings
 from typing import TYPE_CHECKING, NoReturn
 
-from ovserve.dispatch.link.ipc import WorkerEnd
 from ovserve.logs import configure_logs
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.messages import WorkerEnd
 
 if TYPE_CHECKING:
     from ovserve.device.engine import Engine

@@ -27,14 +27,14 @@ from collections.abc import Callable
 from ovserve.deadline import Deadline
 from ovserve.dispatch.inbox import Inbox
 from ovserve.dispatch.jobs import Job, State
-from ovserve.dispatch.link.ipc import Cancel, Link, LinkClosed, LinkGarbage, Message, Run, Stop
-from ovserve.dispatch.link.spool import Spool
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.dispatch.reports import Reports
 from ovserve.dispatch.roster import NOT_READY_RETRY_S, Model, ModelStatus, Worker, largest_picture_bytes
 from ovserve.errors import ApiError, DeadlineExceeded, Draining, ModelNotFound, WorkerCrashed
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
+from ovserve.wire.local.spool import Spool
+from ovserve.wire.messages import Cancel, Link, LinkClosed, LinkGarbage, Message, Run, Stop
 
 __all__ = ["Dispatcher", "ModelStatus"]
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ovserve.deadline import Deadline
-from ovserve.dispatch.link.ipc import ImageRequest, Prepared, Progress
-from ovserve.dispatch.link.spool import Segment
 from ovserve.errors import ApiError, SpoolFull
+from ovserve.wire.local.spool import Segment
+from ovserve.wire.messages import ImageRequest, Prepared, Progress
 
 __all__ = ["Job", "JobEvent", "Partial", "Result", "State"]
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ovserve.dispatch.jobs import Client, Job
-from ovserve.dispatch.link.spool import Segment
+from ovserve.wire.local.spool import Segment
 
 __all__ = ["FairQueue", "Ticket"]
 

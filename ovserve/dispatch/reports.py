@@ -14,7 +14,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ovserve.dispatch.jobs import Job, Partial, Result, State
-from ovserve.dispatch.link.ipc import (
+from ovserve.dispatch.queues import Ticket
+from ovserve.dispatch.roster import Model, Worker
+from ovserve.errors import ApiError, DeadlineExceeded, InternalError, SpoolFull, from_wire
+from ovserve.logs import fields
+from ovserve.wire.local.spool import Spool
+from ovserve.wire.messages import (
     Beat,
     Done,
     Failed,
@@ -27,11 +32,6 @@ from ovserve.dispatch.link.ipc import (
     Ready,
     Room,
 )
-from ovserve.dispatch.link.spool import Spool
-from ovserve.dispatch.queues import Ticket
-from ovserve.dispatch.roster import Model, Worker
-from ovserve.errors import ApiError, DeadlineExceeded, InternalError, SpoolFull, from_wire
-from ovserve.logs import fields
 
 __all__ = ["Reports", "Settle"]
 

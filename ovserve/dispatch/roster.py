@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import Client
-from ovserve.dispatch.link.ipc import Done, Failed, Link, Need, Picture, Prepared, Progress
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.errors import ModelFailed, NotReady, QueueFull
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.messages import Done, Failed, Link, Need, Picture, Prepared, Progress
 
 __all__ = ["NOT_READY_RETRY_S", "Model", "ModelStatus", "Worker", "largest_picture_bytes"]
 

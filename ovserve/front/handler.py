@@ -19,7 +19,6 @@ from typing import Protocol
 
 from ovserve.api.exchange import Api, FileReply, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.deadline import Deadline
-from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import (
     ApiError,
     ClientGone,
@@ -41,6 +40,7 @@ from ovserve.front.transport import Transport
 from ovserve.front.turns import Turn, Turns
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
+from ovserve.wire.local.spool import Spool
 
 __all__ = ["Connection", "Host"]
 

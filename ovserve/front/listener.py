@@ -20,7 +20,6 @@ import time
 from http.server import ThreadingHTTPServer
 
 from ovserve.api.exchange import Api
-from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import StartupError
 from ovserve.front.handler import Connection
 from ovserve.front.http1.response import Responses
@@ -29,6 +28,7 @@ from ovserve.front.overflow import Overflow
 from ovserve.front.turns import Turns
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
+from ovserve.wire.local.spool import Spool
 
 __all__ = ["Listener"]
 

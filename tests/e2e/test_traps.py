@@ -26,10 +26,10 @@ from PIL import Image
 
 from ovserve.device.engine import Work, overruns
 from ovserve.device.genai import GenaiEngine, generation_options
-from ovserve.dispatch.link.ipc import Done, Prepared, Progress
 from ovserve.errors import ApiError, InvalidValue
 from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings
+from ovserve.wire.messages import Done, Prepared, Progress
 from tests.reader import Figure, draw_scene, read_picture
 from tests.workerbench import WorkerBench, pixels_of
 

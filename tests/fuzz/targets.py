@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import (
     ApiError,
     BadRequest,
@@ -25,6 +24,7 @@ from ovserve.front.forms.form import read_form
 from ovserve.front.forms.multipart import MultipartParser
 from ovserve.front.http1.chunks import ChunkDecoder
 from ovserve.front.http1.head import Head, HeadParser
+from ovserve.wire.local.spool import Spool
 from tests.bodies import MemoryBody, Part, parts_of, settings
 
 __all__ = ["TARGETS"]

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import ApiError
 from ovserve.front.forms.form import read_form
 from ovserve.front.forms.spooled import SpooledForm
 from ovserve.front.http1.headers import parse_options
+from ovserve.wire.local.spool import Spool
 from tests.bodies import MemoryBody, Part, content_of, head_and_rest, outcome, pieces_of, settings
 
 FOLDER = Path(__file__).parent / "captures"

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import ApiError
 from ovserve.front.forms.form import read_form
+from ovserve.wire.local.spool import Spool
 from tests.bodies import MemoryBody, settings
 
 FOLDER = Path(__file__).parent / "corpus" / "forms"

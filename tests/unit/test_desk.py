@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ovserve.dispatch.link.ipc import MAX_CAPACITY, Done, Need, Picture
+from ovserve.wire.messages import MAX_CAPACITY, Done, Need, Picture
 from tests import flatengine
 from tests.workerbench import WorkerBench
 

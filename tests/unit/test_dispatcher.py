@@ -18,7 +18,23 @@ import pytest
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.jobs import Client, Job, JobEvent, Partial, Result, State
-from ovserve.dispatch.link.ipc import (
+from ovserve.errors import (
+    ContentTooLarge,
+    DeadlineExceeded,
+    Draining,
+    ImageError,
+    InternalError,
+    ModelFailed,
+    ModelNotFound,
+    NotReady,
+    QueueFull,
+    SpoolFull,
+    SpoolUnusable,
+    WorkerCrashed,
+)
+from ovserve.settings.options import ModelSettings, Resolution, Settings
+from ovserve.wire.local.spool import Blob, Spool, fill
+from ovserve.wire.messages import (
     Beat,
     Cancel,
     Done,
@@ -36,22 +52,6 @@ from ovserve.dispatch.link.ipc import (
     Stop,
     open_link,
 )
-from ovserve.dispatch.link.spool import Blob, Spool, fill
-from ovserve.errors import (
-    ContentTooLarge,
-    DeadlineExceeded,
-    Draining,
-    ImageError,
-    InternalError,
-    ModelFailed,
-    ModelNotFound,
-    NotReady,
-    QueueFull,
-    SpoolFull,
-    SpoolUnusable,
-    WorkerCrashed,
-)
-from ovserve.settings.options import ModelSettings, Resolution, Settings
 
 CONTEXT = multiprocessing.get_context("spawn")
 PATIENCE_S = 10.0  # a wait that runs into this is a failure

@@ -19,11 +19,11 @@ from ovserve.device.pixels.edit import Edit, prepare
 from ovserve.device.pixels.frames import size_of
 from ovserve.device.pixels.images import Pixels
 from ovserve.device.pixels.masks import feather
-from ovserve.dispatch.link.ipc import ImageRequest
-from ovserve.dispatch.link.spool import Blob, Spool
 from ovserve.errors import ApiError, ImageError, InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Resolution, Settings
+from ovserve.wire.local.spool import Blob, Spool
+from ovserve.wire.messages import ImageRequest
 
 MODEL = ModelSettings(name="shapes")
 PROFILE = read_profile(MODEL)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from ovserve.device.engine import check_served, choose_engine, longest_fitting, overruns
-from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.errors import InvalidValue, ModelError
 from ovserve.models.profile import ModelProfile, is_lcm, read_profile
 from ovserve.settings.options import ModelSettings
+from ovserve.wire.messages import ImageRequest
 
 PROFILE = read_profile(ModelSettings(name="shapes"))
 

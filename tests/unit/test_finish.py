@@ -16,10 +16,10 @@ from ovserve.device.engine import Outcome, Preview
 from ovserve.device.finish import Finish, Held
 from ovserve.device.pixels.edit import Edit, prepare
 from ovserve.device.replies import Replies
-from ovserve.dispatch.link.ipc import ImageRequest, Link, Need, Picture, Room, Run, open_link
 from ovserve.errors import ApiError, InternalError
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.messages import ImageRequest, Link, Need, Picture, Room, Run, open_link
 from tests.flatengine import FlatEngine
 
 MODEL = ModelSettings(name="shapes")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from ovserve.dispatch.link.ipc import Beat, Failed, Link, Ready, open_link
 from ovserve.dispatch.supervision.fleets import Fleet, Place, load_failure, make_fleets
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.messages import Beat, Failed, Link, Ready, open_link
 from tests.toys import toy_profile
 
 CONTEXT = multiprocessing.get_context("spawn")

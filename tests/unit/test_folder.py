@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.dispatch.link.folder import Folder, sweep
 from ovserve.errors import SpoolFull, SpoolUnusable
+from ovserve.wire.local.folder import Folder, sweep
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import (
     ApiError,
     BadRequest,
@@ -24,6 +23,7 @@ from ovserve.errors import (
 )
 from ovserve.front.forms.form import read_form
 from ovserve.front.forms.spooled import SpooledForm
+from ovserve.wire.local.spool import Spool
 from tests.bodies import MemoryBody, Part, build, settings
 
 MULTIPART = "multipart/form-data; boundary=B0"

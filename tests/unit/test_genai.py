@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from ovserve.device.engine import STEPWISE_FAMILIES, Work
 from ovserve.device.genai import GenaiEngine, generation_options
 from ovserve.device.pixels.edit import check_steps
-from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.errors import InternalError, InvalidValue, ModelError
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings
+from ovserve.wire.messages import ImageRequest
 
 MODELS = Path(__file__).parent.parent / "fixtures" / "models"
 NOISE: NDArray[np.uint8] = np.random.default_rng(2).integers(0, 256, (64, 64, 3), np.uint8)

@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import ApiError, BadRequest, InvalidValue, PartTooLarge, TooManyParts, UnknownParameter
 from ovserve.front.forms.form import read_form
 from ovserve.front.forms.jsonform import decode_in_place
 from ovserve.front.forms.spooled import SpooledForm
+from ovserve.wire.local.spool import Spool
 from tests.bodies import MemoryBody, settings
 
 PNG = b"\x89PNG\r\n\x1a\n\0\0\xff\xfe"

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import StartupError
 from ovserve.front import listener as listener_module
 from ovserve.front.handler import Connection
 from ovserve.front.listener import Listener
 from ovserve.settings.options import Settings
+from ovserve.wire.local.spool import Spool
 from tests.rawclient import RawClient
 from tests.toyapi import ToyApi, serving
 

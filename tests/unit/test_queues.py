@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import Client, Job
-from ovserve.dispatch.link.ipc import ImageRequest
 from ovserve.dispatch.queues import FairQueue, Ticket
+from ovserve.wire.messages import ImageRequest
 
 REQUEST = ImageRequest(task="edit", prompt="x")
 

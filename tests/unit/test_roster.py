@@ -7,9 +7,9 @@ import pytest
 
 from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import Client, Job
-from ovserve.dispatch.link.ipc import ImageRequest, Ready, open_link
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.dispatch.roster import Model, Worker
+from ovserve.wire.messages import ImageRequest, Ready, open_link
 
 CONTEXT = multiprocessing.get_context("spawn")
 

@@ -14,9 +14,9 @@ import pytest
 from ovserve.api.exchange import FileReply, JsonReply
 from ovserve.api.routes import ROUTES, ImagesApi
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.dispatch.link.spool import Spool
 from ovserve.errors import ApiError, BadRequest, Forbidden, MethodNotAllowed, ModelNotFound, NotFound, SettingsError
 from ovserve.settings.options import Settings
+from ovserve.wire.local.spool import Spool
 from tests.forms import FakeForm, catalog
 
 

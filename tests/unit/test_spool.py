@@ -13,9 +13,9 @@ from types import ModuleType
 
 import pytest
 
-from ovserve.dispatch.link.folder import sweep
-from ovserve.dispatch.link.spool import Blob, Segment, Spool, default_directory, fill, open_blob
 from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull
+from ovserve.wire.local.folder import sweep
+from ovserve.wire.local.spool import Blob, Segment, Spool, default_directory, fill, open_blob
 
 MIB = 1024 * 1024
 
@@ -283,7 +283,7 @@ def test_living_front_ends_share_a_directory(tmp_path: Path) -> None:
 
 def test_next_front_end_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
     code = (
-        "import os, sys, signal; from pathlib import Path; from ovserve.dispatch.link.spool import Spool\n"
+        "import os, sys, signal; from pathlib import Path; from ovserve.wire.local.spool import Spool\n"
         "Spool(Path(sys.argv[1]), 1 << 20).store(b'orphan'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=False)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.dispatch.link.spool import Spool, open_blob
 from ovserve.errors import ContentTooLarge, RequestTimeout, SpoolFull
 from ovserve.front.forms.spooled import SpooledForm, SpooledUpload, receive
+from ovserve.wire.local.spool import Spool, open_blob
 from tests.bodies import MemoryBody
 
 MIB = 1 << 20

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.dispatch.link.spool import Blob, Segment, Spool, open_blob
-from ovserve.dispatch.link.warm import MOST_FILES, join
 from ovserve.errors import ContentTooLarge
+from ovserve.wire.local.spool import Blob, Segment, Spool, open_blob
+from ovserve.wire.local.warm import MOST_FILES, join
 
 MIB = 1 << 20
 
@@ -127,7 +127,7 @@ def test_a_worker_that_opened_the_file_before_and_joins_after_it_was_lent_gets_n
 def test_a_worker_that_was_killed_holds_nothing(spool: Spool) -> None:
     first = filled(spool, b"first")
     script = (
-        "import sys; from ovserve.dispatch.link.spool import Blob, open_blob\n"
+        "import sys; from ovserve.wire.local.spool import Blob, open_blob\n"
         "with open_blob(Blob(sys.argv[1], 0, 5)): print('open', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, first.path]

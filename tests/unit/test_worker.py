@@ -21,11 +21,11 @@ from ovserve.device.engine import Engine
 from ovserve.device.genai import GenaiEngine
 from ovserve.device.worker import create_engine
 from ovserve.device.worker import main as worker_main
-from ovserve.dispatch.link.ipc import Done, Failed, LinkClosed, Need, Picture, Prepared, Progress, Ready, Stop
 from ovserve.dispatch.supervision.processes import resident_bytes
 from ovserve.errors import ModelError
 from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.messages import Done, Failed, LinkClosed, Need, Picture, Prepared, Progress, Ready, Stop
 from tests.reader import Figure, draw_scene, read_picture
 from tests.workerbench import WorkerBench, pixels_of, png
 

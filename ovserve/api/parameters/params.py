@@ -18,7 +18,6 @@ from ovserve.api.exchange import Form, Upload
 from ovserve.api.parameters.fields import EDIT, EXCLUSIONS, FIELDS, GENERATION, SPELLINGS, VARIATION, Field, field_named
 from ovserve.api.parameters.imagehead import ImageHead, read_head
 from ovserve.api.parameters.values import check_range, expected, parse_value
-from ovserve.dispatch.link.ipc import SEEDS, ImageRequest
 from ovserve.errors import (
     BadRequest,
     InvalidType,
@@ -30,6 +29,7 @@ from ovserve.errors import (
 from ovserve.models.catalog import Catalog, ServedModel
 from ovserve.models.profile import is_lcm, least_steps, least_strength, steps_run
 from ovserve.settings.options import Resolution, Settings
+from ovserve.wire.messages import SEEDS, ImageRequest
 
 __all__ = ["Parameters", "parse_parameters"]
 

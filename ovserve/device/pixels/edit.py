@@ -27,12 +27,12 @@ from ovserve.device.pixels.images import (
     has_alpha,
 )
 from ovserve.device.pixels.masks import Seam, check_selects, holes, match_mask, pool, read_mask
-from ovserve.dispatch.link.ipc import ImageRequest
-from ovserve.dispatch.link.spool import Blob, open_blob
 from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile, is_lcm, least_strength, steps_run
 from ovserve.settings.options import ModelSettings, Resolution, Settings
+from ovserve.wire.local.spool import Blob, open_blob
+from ovserve.wire.messages import ImageRequest
 
 __all__ = ["Edit", "check_steps", "prepare"]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from ovserve.dispatch.link.ipc import Link
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.messages import Link
 
 __all__ = ["Fleet", "Place", "load_failure", "make_fleets"]
 

@@ -35,7 +35,6 @@ from multiprocessing.context import SpawnProcess
 from ovserve import systemd
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.dispatch.link.ipc import Link, WorkerEnd, open_link
 from ovserve.dispatch.roster import ModelStatus
 from ovserve.dispatch.supervision import processes
 from ovserve.dispatch.supervision.fleets import Fleet, Place, load_failure, make_fleets
@@ -43,6 +42,7 @@ from ovserve.errors import ModelNotFound
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.messages import Link, WorkerEnd, open_link
 
 __all__ = ["Supervisor", "WorkerMain"]
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 
-from ovserve.dispatch.link.spool import Segment, Spool
 from ovserve.errors import BadRequest, InvalidType, InvalidValue, PartTooLarge, UnsupportedMediaType
 from ovserve.front.forms.jsonform import decode_in_place, read_json
 from ovserve.front.forms.multipart import MultipartParser, PartBegin, PartEnd
 from ovserve.front.forms.spooled import Body, SpooledForm, SpooledUpload, receive
 from ovserve.front.http1.headers import parse_options
 from ovserve.settings.options import Settings
+from ovserve.wire.local.spool import Segment, Spool
 
 __all__ = ["read_form"]
 

@@ -15,10 +15,10 @@ import re
 import secrets
 from typing import Any, NamedTuple, NoReturn
 
-from ovserve.dispatch.link.spool import Segment, Spool
 from ovserve.errors import BadRequest, InvalidValue, PartTooLarge, TooManyParts, UnknownParameter
 from ovserve.front.forms.spooled import Body, SpooledForm, SpooledUpload, receive
 from ovserve.settings.options import Settings
+from ovserve.wire.local.spool import Segment, Spool
 
 __all__ = ["decode_in_place", "read_json"]
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ovserve.dispatch.link.spool import Blob, Segment, Spool
 from ovserve.errors import ContentTooLarge
+from ovserve.wire.local.spool import Blob, Segment, Spool
 
 __all__ = ["Body", "SpooledForm", "SpooledUpload", "receive"]
 

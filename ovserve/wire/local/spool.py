@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovserve.dispatch.link.folder import FULL_RETRY_S, NO_DESCRIPTORS, NO_ROOM, Folder
-from ovserve.dispatch.link.warm import WarmFile, WarmPool, join
 from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull
 from ovserve.logs import fields
+from ovserve.wire.local.folder import FULL_RETRY_S, NO_DESCRIPTORS, NO_ROOM, Folder
+from ovserve.wire.local.warm import WarmFile, WarmPool, join
 
 __all__ = ["Blob", "Segment", "Spool", "default_directory", "fill", "open_blob"]
 

@@ -30,8 +30,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
 from typing import Any, ClassVar
 
-from ovserve.dispatch.link.spool import Blob
 from ovserve.errors import OvserveError
+from ovserve.wire.local.spool import Blob
 
 __all__ = [
     "MAX_CAPACITY", "MESSAGE_BYTES", "Beat", "Cancel", "Done", "Failed", "ImageRequest", "Link", "LinkClosed",

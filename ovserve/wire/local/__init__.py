@@ -1,0 +1,1 @@
+"""The boundary on one machine: pipes, and segments in a tmpfs."""
