@@ -22,8 +22,8 @@ from ovserve.api.routes import ImagesApi
 from ovserve.deadline import Deadline
 from ovserve.device import worker
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.dispatch.supervision.supervisor import Supervisor
 from ovserve.errors import ModelError, StartupError
+from ovserve.fleet.supervisor import Supervisor
 from ovserve.front.keys import read_keys
 from ovserve.front.listener import Listener
 from ovserve.logs import fields

@@ -15,8 +15,8 @@ from typing import Any, Self
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.jobs import Client, Job, JobEvent, State
-from ovserve.dispatch.supervision.supervisor import Supervisor
 from ovserve.errors import ApiError
+from ovserve.fleet.supervisor import Supervisor
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.spool import Spool

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ovserve.device import worker
-from ovserve.dispatch.supervision.supervisor import WorkerMain
+from ovserve.fleet.supervisor import WorkerMain
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.spool import Blob, Segment, Spool

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ovserve.dispatch.supervision.fleets import Fleet, Place, load_failure, make_fleets
+from ovserve.fleet.fleets import Fleet, Place, load_failure, make_fleets
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.messages import Beat, Failed, Link, Ready, open_link
 from tests.toys import toy_profile

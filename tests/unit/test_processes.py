@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.dispatch.supervision.processes import explain_exit, machine_memory_bytes, prefer_for_oom, resident_bytes
+from ovserve.fleet.processes import explain_exit, machine_memory_bytes, prefer_for_oom, resident_bytes
 
 MIB = 1024 * 1024
 
@@ -117,7 +117,7 @@ sys.stdin.read()
 """
 CHILD = """
 import os, sys, threading
-from ovserve.dispatch.supervision.processes import enter
+from ovserve.fleet.processes import enter
 enter(int(sys.argv[1]))
 print("entered", flush=True)
 threading.Event().wait()

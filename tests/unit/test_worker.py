@@ -21,8 +21,8 @@ from ovserve.device.engine import Engine
 from ovserve.device.genai import GenaiEngine
 from ovserve.device.worker import create_engine
 from ovserve.device.worker import main as worker_main
-from ovserve.dispatch.supervision.processes import resident_bytes
 from ovserve.errors import ModelError
+from ovserve.fleet.processes import resident_bytes
 from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.messages import Done, Failed, LinkClosed, Need, Picture, Prepared, Progress, Ready, Stop

@@ -36,9 +36,9 @@ from ovserve import systemd
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.roster import ModelStatus
-from ovserve.dispatch.supervision import processes
-from ovserve.dispatch.supervision.fleets import Fleet, Place, load_failure, make_fleets
 from ovserve.errors import ModelNotFound
+from ovserve.fleet import processes
+from ovserve.fleet.fleets import Fleet, Place, load_failure, make_fleets
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
