@@ -22,7 +22,7 @@ from openvino import opset13 as ops
 
 from benchmarks import metadata
 from benchmarks.results import Result
-from ovserve.device.stepwise.compiled import Components, Layout, run_unet
+from ovserve.engines.stepwise.compiled import Components, Layout, run_unet
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings
 

@@ -29,9 +29,9 @@ import openvino_genai as og
 from benchmarks import metadata, stats
 from benchmarks.results import Result
 from benchmarks.traces import chrome_trace, svg
-from ovserve.device.engine import Pixels, Work
-from ovserve.device.stepwise.engine import Call, StepwiseEngine
-from ovserve.device.stepwise.slots import Finished
+from ovserve.engines.protocol import Pixels, Work
+from ovserve.engines.stepwise.engine import Call, StepwiseEngine
+from ovserve.engines.stepwise.slots import Finished
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Resolution
 

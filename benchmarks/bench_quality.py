@@ -22,9 +22,9 @@ import numpy as np
 
 from benchmarks import metadata
 from benchmarks.results import Result
-from ovserve.device.engine import Pixels, Work
-from ovserve.device.stepwise.engine import Call, StepwiseEngine
-from ovserve.device.stepwise.slots import Finished
+from ovserve.engines.protocol import Pixels, Work
+from ovserve.engines.stepwise.engine import Call, StepwiseEngine
+from ovserve.engines.stepwise.slots import Finished
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Resolution
 from tests.reader import COLOURS, SHAPES, Figure, draw_scene, read_picture

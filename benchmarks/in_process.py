@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from benchmarks.edits import picture, prompt
-from ovserve.device.engine import Engine, choose_engine
 from ovserve.device.pixels.edit import prepare
+from ovserve.engines.protocol import Engine, choose_engine
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.spool import Blob
@@ -28,11 +28,11 @@ def make_engine(profile: ModelProfile, model: ModelSettings) -> Engine:
     name, _ = choose_engine(profile, model)
     engine: Engine
     if name == "stepwise":
-        from ovserve.device.stepwise.engine import StepwiseEngine
+        from ovserve.engines.stepwise.engine import StepwiseEngine
 
         engine = StepwiseEngine(profile, model)
     else:
-        from ovserve.device.genai import GenaiEngine
+        from ovserve.engines.genai import GenaiEngine
 
         engine = GenaiEngine(profile, model)
     engine.load(lambda _phase: None)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from ovserve.device.stepwise.engine import Call
-from ovserve.device.stepwise.slots import Finished
+from ovserve.engines.stepwise.engine import Call
+from ovserve.engines.stepwise.slots import Finished
 
 __all__ = ["chrome_trace", "svg"]
 

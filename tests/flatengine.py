@@ -9,7 +9,7 @@ from typing import NoReturn
 import numpy as np
 
 from ovserve.device.desk import Desk
-from ovserve.device.engine import Outcome, Preview, Work
+from ovserve.engines.protocol import Outcome, Preview, Work
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.messages import WorkerEnd

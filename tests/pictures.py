@@ -11,9 +11,9 @@ import numpy as np
 import openvino as ov
 import openvino_genai as og
 
-from ovserve.device.engine import Engine, Outcome, Pixels, Work
-from ovserve.device.stepwise.engine import Call, StepwiseEngine
-from ovserve.device.stepwise.slots import Finished
+from ovserve.engines.protocol import Engine, Outcome, Pixels, Work
+from ovserve.engines.stepwise.engine import Call, StepwiseEngine
+from ovserve.engines.stepwise.slots import Finished
 from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings
 

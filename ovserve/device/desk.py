@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from ovserve.deadline import Deadline
-from ovserve.device.engine import Engine, Preview, Work
 from ovserve.device.finish import Finish, Held
 from ovserve.device.loop import DeviceLoop
 from ovserve.device.pixels.edit import prepare
 from ovserve.device.replies import SHORT_TEXT_CHARS, Replies, end_process
+from ovserve.engines.protocol import Engine, Preview, Work
 from ovserve.errors import ApiError, DeadlineExceeded, InternalError, ModelError
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile

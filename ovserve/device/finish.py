@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ovserve.deadline import Deadline
-from ovserve.device.engine import Outcome, Preview, Work
 from ovserve.device.pixels.edit import Edit
 from ovserve.device.replies import Replies, end_process
+from ovserve.engines.protocol import Outcome, Preview, Work
 from ovserve.errors import ApiError, InternalError, SpoolFull
 from ovserve.logs import fields
 from ovserve.wire.local.spool import fill

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ovserve.device.engine import Engine, Outcome, Work
+from ovserve.engines.protocol import Engine, Outcome, Work
 
 __all__ = ["DeviceLoop"]
 

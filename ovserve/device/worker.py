@@ -17,7 +17,7 @@ from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.messages import WorkerEnd
 
 if TYPE_CHECKING:
-    from ovserve.device.engine import Engine
+    from ovserve.engines.protocol import Engine
 
 __all__ = ["ModelProfile", "create_engine", "main"]
 
@@ -49,13 +49,13 @@ def create_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[Engin
     Raises:
         ModelError: the configured engine cannot serve this model.
     """
-    from ovserve.device.engine import choose_engine  # noqa: PLC0415
+    from ovserve.engines.protocol import choose_engine  # noqa: PLC0415
 
     name, why = choose_engine(profile, settings)
     if name == "stepwise":
-        from ovserve.device.stepwise.engine import StepwiseEngine  # noqa: PLC0415
+        from ovserve.engines.stepwise.engine import StepwiseEngine  # noqa: PLC0415
 
         return StepwiseEngine(profile, settings), why
-    from ovserve.device.genai import GenaiEngine  # noqa: PLC0415
+    from ovserve.engines.genai import GenaiEngine  # noqa: PLC0415
 
     return GenaiEngine(profile, settings), why

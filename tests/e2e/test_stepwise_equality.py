@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ovserve.device.denoising.noise import read_scheduler_config
-from ovserve.device.engine import Work
-from ovserve.device.stepwise.engine import Call, StepwiseEngine
-from ovserve.device.stepwise.slots import Finished
+from ovserve.engines.protocol import Work
+from ovserve.engines.schedulers.noise import read_scheduler_config
+from ovserve.engines.stepwise.engine import Call, StepwiseEngine
+from ovserve.engines.stepwise.slots import Finished
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import Resolution
 from tests.pictures import (

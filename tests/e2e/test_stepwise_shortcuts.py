@@ -9,9 +9,9 @@ from threading import Event
 import numpy as np
 import pytest
 
-from ovserve.device.engine import Pixels, Work
-from ovserve.device.stepwise.engine import Call, StepwiseEngine
-from ovserve.device.stepwise.slots import Finished
+from ovserve.engines.protocol import Pixels, Work
+from ovserve.engines.stepwise.engine import Call, StepwiseEngine
+from ovserve.engines.stepwise.slots import Finished
 from ovserve.errors import InternalError, ModelError
 from ovserve.models.profile import read_profile
 from tests.pictures import directory_of, drive, load_stepwise, pixels_of, settings_of, with_scheduler, work_of

@@ -12,10 +12,10 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from ovserve.device.engine import Outcome, Preview, Work
-from ovserve.device.stepwise.compiled import Components, Layout, Requests
-from ovserve.device.stepwise.engine import Call, StepwiseEngine
-from ovserve.device.stepwise.slots import Finished
+from ovserve.engines.protocol import Outcome, Preview, Work
+from ovserve.engines.stepwise.compiled import Components, Layout, Requests
+from ovserve.engines.stepwise.engine import Call, StepwiseEngine
+from ovserve.engines.stepwise.slots import Finished
 from ovserve.errors import InternalError, InvalidValue, ModelError
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Resolution

@@ -24,8 +24,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from ovserve.device.engine import Work, overruns
-from ovserve.device.genai import GenaiEngine, generation_options
+from ovserve.engines.genai import GenaiEngine, generation_options
+from ovserve.engines.protocol import Work, overruns
 from ovserve.errors import ApiError, InvalidValue
 from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings

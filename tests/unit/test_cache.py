@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovserve.device.stepwise.cache import ArrayCache, digest
+from ovserve.engines.stepwise.cache import ArrayCache, digest
 
 
 def floats(count: int, value: float = 0.0) -> np.ndarray:

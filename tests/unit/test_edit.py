@@ -13,12 +13,12 @@ import pytest
 from PIL import Image, ImageCms
 
 from ovserve import __version__
-from ovserve.device.engine import Engine
 from ovserve.device.pixels import masks
 from ovserve.device.pixels.edit import Edit, prepare
 from ovserve.device.pixels.frames import size_of
 from ovserve.device.pixels.images import Pixels
 from ovserve.device.pixels.masks import feather
+from ovserve.engines.protocol import Engine
 from ovserve.errors import ApiError, ImageError, InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Resolution, Settings

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from ovserve.deadline import Deadline
-from ovserve.device.engine import Outcome, Preview
 from ovserve.device.finish import Finish, Held
 from ovserve.device.pixels.edit import Edit, prepare
 from ovserve.device.replies import Replies
+from ovserve.engines.protocol import Outcome, Preview
 from ovserve.errors import ApiError, InternalError
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Settings

@@ -11,9 +11,9 @@ import openvino_genai as og
 import pytest
 from numpy.typing import NDArray
 
-from ovserve.device.engine import STEPWISE_FAMILIES, Work
-from ovserve.device.genai import GenaiEngine, generation_options
 from ovserve.device.pixels.edit import check_steps
+from ovserve.engines.genai import GenaiEngine, generation_options
+from ovserve.engines.protocol import STEPWISE_FAMILIES, Work
 from ovserve.errors import InternalError, InvalidValue, ModelError
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ovserve.device.engine import Preview, Work
-from ovserve.device.stepwise.previews import WAITING_LIMIT, Previews, choose_shrink, shrunk
+from ovserve.engines.protocol import Preview, Work
+from ovserve.engines.stepwise.previews import WAITING_LIMIT, Previews, choose_shrink, shrunk
 
 WAIT_S = 10.0
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ovserve.device.denoising.noise import Array, SchedulerConfig, karras_sigmas, spaced_timesteps
-from ovserve.device.denoising.schedulers import SCHEDULERS, Plan, Scheduler, scheduler_name
+from ovserve.engines.schedulers.noise import Array, SchedulerConfig, karras_sigmas, spaced_timesteps
+from ovserve.engines.schedulers.schedulers import SCHEDULERS, Plan, Scheduler, scheduler_name
 from ovserve.errors import InvalidValue, ModelError
 
 DOCUMENT: dict[str, Any] = {

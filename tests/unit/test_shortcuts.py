@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovserve.device.denoising.shortcuts import EXACT, Shortcuts, parse_shortcuts
+from ovserve.engines.stepwise.shortcuts import EXACT, Shortcuts, parse_shortcuts
 
 
 def test_nothing_asked_for_is_the_exact_walk() -> None:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ovserve.device.stepwise.slots import Slots
+from ovserve.engines.stepwise.slots import Slots
 
 WAIT_S = 10.0
 

@@ -10,9 +10,9 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from ovserve.device.stepwise import compiled, tuning
-from ovserve.device.stepwise.compiled import Components, Layout, run_unet
-from ovserve.device.stepwise.tuning import Tuning, tune
+from ovserve.engines.stepwise import compiled, tuning
+from ovserve.engines.stepwise.compiled import Components, Layout, run_unet
+from ovserve.engines.stepwise.tuning import Tuning, tune
 from ovserve.models.profile import read_profile
 from tests.pictures import directory_of, settings_of, with_scheduler
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from ovserve.device.desk import LOAD_FAILED, Desk
-from ovserve.device.engine import Engine
-from ovserve.device.genai import GenaiEngine
 from ovserve.device.worker import create_engine
 from ovserve.device.worker import main as worker_main
+from ovserve.engines.genai import GenaiEngine
+from ovserve.engines.protocol import Engine
 from ovserve.errors import ModelError
 from ovserve.fleet.processes import resident_bytes
 from ovserve.models.profile import ModelProfile, builtin_directory, read_profile

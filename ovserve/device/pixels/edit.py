@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ovserve import __version__
-from ovserve.device.engine import CLIP_WINDOW, Engine, Work, check_served, has_t5, read_by_clip_alone
 from ovserve.device.pixels.frames import Fitting, Placement, fit_into, size_of
 from ovserve.device.pixels.images import (
     Limits,
@@ -27,6 +26,7 @@ from ovserve.device.pixels.images import (
     has_alpha,
 )
 from ovserve.device.pixels.masks import Seam, check_selects, holes, match_mask, pool, read_mask
+from ovserve.engines.protocol import CLIP_WINDOW, Engine, Work, check_served, has_t5, read_by_clip_alone
 from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile, is_lcm, least_strength, steps_run

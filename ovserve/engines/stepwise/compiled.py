@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from openvino import opset13 as ops
 from openvino.preprocess import PrePostProcessor
 
-from ovserve.device.denoising.noise import Array
+from ovserve.engines.schedulers.noise import Array
 from ovserve.errors import ModelError
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings

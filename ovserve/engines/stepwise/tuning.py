@@ -28,7 +28,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from ovserve.deadline import Deadline
-from ovserve.device.stepwise.compiled import Components, Layout, Requests, run_decoder, run_encoder, run_unet
+from ovserve.engines.stepwise.compiled import Components, Layout, Requests, run_decoder, run_encoder, run_unet
 from ovserve.logs import fields
 
 __all__ = ["LARGE_CALL_S", "Tuning", "available_bytes", "tune", "warm_up"]

@@ -32,17 +32,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovserve.device.denoising.noise import Array, read_scheduler_config
-from ovserve.device.denoising.schedulers import SCHEDULERS, Plan, Scheduler, scheduler_name
-from ovserve.device.denoising.shortcuts import parse_shortcuts
-from ovserve.device.engine import STEPWISE_FAMILIES, Outcome, Pixels, Work, warm_up_work
-from ovserve.device.stepwise.compiled import Components, Requests, run_decoder, run_encoder, run_unet
-from ovserve.device.stepwise.encoding import Encoding
-from ovserve.device.stepwise.picture import Picture, Start
-from ovserve.device.stepwise.previews import Previews, choose_shrink
-from ovserve.device.stepwise.prompts import TextSide
-from ovserve.device.stepwise.slots import Finished, Slots
-from ovserve.device.stepwise.tuning import LARGE_CALL_S, tune, warm_up
+from ovserve.engines.protocol import STEPWISE_FAMILIES, Outcome, Pixels, Work, warm_up_work
+from ovserve.engines.schedulers.noise import Array, read_scheduler_config
+from ovserve.engines.schedulers.schedulers import SCHEDULERS, Plan, Scheduler, scheduler_name
+from ovserve.engines.stepwise.compiled import Components, Requests, run_decoder, run_encoder, run_unet
+from ovserve.engines.stepwise.encoding import Encoding
+from ovserve.engines.stepwise.picture import Picture, Start
+from ovserve.engines.stepwise.previews import Previews, choose_shrink
+from ovserve.engines.stepwise.prompts import TextSide
+from ovserve.engines.stepwise.shortcuts import parse_shortcuts
+from ovserve.engines.stepwise.slots import Finished, Slots
+from ovserve.engines.stepwise.tuning import LARGE_CALL_S, tune, warm_up
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile

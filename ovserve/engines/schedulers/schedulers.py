@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from ovserve.device.denoising.noise import (
+from ovserve.engines.schedulers.noise import (
     Array,
     SchedulerConfig,
     alphas_cumprod,

@@ -12,9 +12,9 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from ovserve.device.denoising.noise import Array
-from ovserve.device.engine import Preview, Work
-from ovserve.device.stepwise.compiled import run_decoder
+from ovserve.engines.protocol import Preview, Work
+from ovserve.engines.schedulers.noise import Array
+from ovserve.engines.stepwise.compiled import run_decoder
 
 __all__ = ["Previews", "choose_shrink", "shrunk"]
 

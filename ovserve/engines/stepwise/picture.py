@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ovserve.device.denoising.noise import Array, f32
-from ovserve.device.denoising.schedulers import History, Plan
-from ovserve.device.denoising.shortcuts import EXACT, Shortcuts
-from ovserve.device.engine import Work
-from ovserve.device.stepwise.prompts import Conditions
+from ovserve.engines.protocol import Work
+from ovserve.engines.schedulers.noise import Array, f32
+from ovserve.engines.schedulers.schedulers import History, Plan
+from ovserve.engines.stepwise.prompts import Conditions
+from ovserve.engines.stepwise.shortcuts import EXACT, Shortcuts
 
 __all__ = ["Blend", "Draw", "Picture", "Start", "latent_mask"]
 

@@ -23,8 +23,8 @@ import numpy as np
 import openvino as ov
 import openvino_genai as og
 
-from ovserve.device.denoising.schedulers import LIBRARY_SCHEDULERS
-from ovserve.device.engine import (
+from ovserve.device.pixels.images import Pixels
+from ovserve.engines.protocol import (
     CLIP_WINDOW,
     Outcome,
     Work,
@@ -33,7 +33,7 @@ from ovserve.device.engine import (
     longest_fitting,
     warm_up_work,
 )
-from ovserve.device.pixels.images import Pixels
+from ovserve.engines.schedulers.schedulers import LIBRARY_SCHEDULERS
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile, is_lcm, steps_run

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ovserve.device.engine import check_served, choose_engine, longest_fitting, overruns
+from ovserve.engines.protocol import check_served, choose_engine, longest_fitting, overruns
 from ovserve.errors import InvalidValue, ModelError
 from ovserve.models.profile import ModelProfile, is_lcm, read_profile
 from ovserve.settings.options import ModelSettings

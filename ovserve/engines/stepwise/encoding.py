@@ -11,13 +11,13 @@ import numpy as np
 import openvino as ov
 import openvino_genai as og
 
-from ovserve.device.denoising.noise import Array, f32
-from ovserve.device.denoising.schedulers import Plan
-from ovserve.device.engine import Pixels, Work
-from ovserve.device.stepwise.cache import ArrayCache, digest
-from ovserve.device.stepwise.compiled import Components, Requests, normalised_levels, run_encoder
-from ovserve.device.stepwise.picture import Blend, Draw, Start, latent_mask
-from ovserve.device.stepwise.prompts import TextSide
+from ovserve.engines.protocol import Pixels, Work
+from ovserve.engines.schedulers.noise import Array, f32
+from ovserve.engines.schedulers.schedulers import Plan
+from ovserve.engines.stepwise.cache import ArrayCache, digest
+from ovserve.engines.stepwise.compiled import Components, Requests, normalised_levels, run_encoder
+from ovserve.engines.stepwise.picture import Blend, Draw, Start, latent_mask
+from ovserve.engines.stepwise.prompts import TextSide
 
 __all__ = ["Encoding"]
 

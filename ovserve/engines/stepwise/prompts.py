@@ -16,10 +16,10 @@ import numpy as np
 import openvino_genai as og
 from numpy.typing import NDArray
 
-from ovserve.device.denoising.noise import Array, f32
-from ovserve.device.engine import Work, longest_fitting
-from ovserve.device.stepwise.cache import ArrayCache
-from ovserve.device.stepwise.compiled import component_config
+from ovserve.engines.protocol import Work, longest_fitting
+from ovserve.engines.schedulers.noise import Array, f32
+from ovserve.engines.stepwise.cache import ArrayCache
+from ovserve.engines.stepwise.compiled import component_config
 from ovserve.models.profile import ModelProfile
 
 __all__ = ["Conditions", "TextSide", "guidance_embedding"]

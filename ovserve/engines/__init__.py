@@ -1,0 +1,1 @@
+"""What denoises: the Engine protocol and its two implementations."""
