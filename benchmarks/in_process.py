@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from benchmarks.edits import picture, prompt
-from ovserve.device.pixels.edit import prepare
+from ovserve.device.prepare import prepare
 from ovserve.engines.protocol import Engine, choose_engine
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Settings

@@ -29,7 +29,7 @@ from typing import NoReturn
 from ovserve.deadline import Deadline
 from ovserve.device.finish import Finish, Held
 from ovserve.device.loop import DeviceLoop
-from ovserve.device.pixels.edit import prepare
+from ovserve.device.prepare import prepare
 from ovserve.device.replies import SHORT_TEXT_CHARS, Replies, end_process
 from ovserve.engines.protocol import Engine, Preview, Work
 from ovserve.errors import ApiError, DeadlineExceeded, InternalError, ModelError

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ovserve.deadline import Deadline
-from ovserve.device.pixels.edit import Edit
+from ovserve.device.prepare import Edit
 from ovserve.device.replies import Replies, end_process
 from ovserve.engines.protocol import Outcome, Preview, Work
 from ovserve.errors import ApiError, InternalError, SpoolFull

@@ -7,7 +7,7 @@ import logging
 import os
 from typing import NoReturn
 
-from ovserve.device.pixels.edit import Edit
+from ovserve.device.prepare import Edit
 from ovserve.errors import ApiError
 from ovserve.wire.messages import Failed, LinkClosed, Message, Prepared, WorkerEnd
 

@@ -23,7 +23,6 @@ import numpy as np
 import openvino as ov
 import openvino_genai as og
 
-from ovserve.device.pixels.images import Pixels
 from ovserve.engines.protocol import (
     CLIP_WINDOW,
     Outcome,
@@ -37,6 +36,7 @@ from ovserve.engines.schedulers.schedulers import LIBRARY_SCHEDULERS
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile, is_lcm, steps_run
+from ovserve.pixels.images import Pixels
 from ovserve.settings.options import ModelSettings
 
 __all__ = ["GenaiEngine", "generation_options"]

@@ -13,7 +13,7 @@ import pytest
 
 from ovserve.deadline import Deadline
 from ovserve.device.finish import Finish, Held
-from ovserve.device.pixels.edit import Edit, prepare
+from ovserve.device.prepare import Edit, prepare
 from ovserve.device.replies import Replies
 from ovserve.engines.protocol import Outcome, Preview
 from ovserve.errors import ApiError, InternalError

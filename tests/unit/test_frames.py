@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ovserve.device.pixels.frames import Fitting, Placement, fit_into, scale_mask, size_of
-from ovserve.device.pixels.images import Pixels
+from ovserve.pixels.frames import Fitting, Placement, fit_into, scale_mask, size_of
+from ovserve.pixels.images import Pixels
 from ovserve.settings.options import Resolution
 
 SIDES = st.integers(1, 60)

@@ -11,7 +11,7 @@ import openvino_genai as og
 import pytest
 from numpy.typing import NDArray
 
-from ovserve.device.pixels.edit import check_steps
+from ovserve.device.prepare import check_steps
 from ovserve.engines.genai import GenaiEngine, generation_options
 from ovserve.engines.protocol import STEPWISE_FAMILIES, Work
 from ovserve.errors import InternalError, InvalidValue, ModelError

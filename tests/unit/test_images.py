@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 
-from ovserve.device.pixels.images import (
+from ovserve.errors import ImageError
+from ovserve.pixels.images import (
     FORMATS,
     Limits,
     Pixels,
@@ -24,7 +25,6 @@ from ovserve.device.pixels.images import (
     flatten,
     has_alpha,
 )
-from ovserve.errors import ImageError
 
 LIMITS = Limits(pixels=1_000_000, side_px=2_000)
 NOISE = np.random.default_rng(7)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovserve.device.pixels.images import Pixels
-from ovserve.device.pixels.masks import RINGS_LIMIT_PX, Seam, check_selects, feather, holes, match_mask, pool, read_mask
 from ovserve.errors import InvalidValue
+from ovserve.pixels.images import Pixels
+from ovserve.pixels.masks import RINGS_LIMIT_PX, Seam, check_selects, feather, holes, match_mask, pool, read_mask
 from ovserve.settings.options import Resolution
 
 NOISE = np.random.default_rng(11)

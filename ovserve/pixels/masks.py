@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ovserve.device.pixels.frames import scale_mask, size_of
-from ovserve.device.pixels.images import Pixels, flatten, has_alpha
 from ovserve.errors import InvalidValue
+from ovserve.pixels.frames import scale_mask, size_of
+from ovserve.pixels.images import Pixels, flatten, has_alpha
 from ovserve.settings.options import Resolution
 
 __all__ = ["Seam", "check_selects", "feather", "holes", "match_mask", "pool", "read_mask"]

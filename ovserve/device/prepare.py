@@ -15,8 +15,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ovserve import __version__
-from ovserve.device.pixels.frames import Fitting, Placement, fit_into, size_of
-from ovserve.device.pixels.images import (
+from ovserve.engines.protocol import CLIP_WINDOW, Engine, Work, check_served, has_t5, read_by_clip_alone
+from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
+from ovserve.logs import fields
+from ovserve.models.profile import ModelProfile, is_lcm, least_strength, steps_run
+from ovserve.pixels.frames import Fitting, Placement, fit_into, size_of
+from ovserve.pixels.images import (
     Limits,
     Pixels,
     colour_profile,
@@ -25,11 +29,7 @@ from ovserve.device.pixels.images import (
     flatten,
     has_alpha,
 )
-from ovserve.device.pixels.masks import Seam, check_selects, holes, match_mask, pool, read_mask
-from ovserve.engines.protocol import CLIP_WINDOW, Engine, Work, check_served, has_t5, read_by_clip_alone
-from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
-from ovserve.logs import fields
-from ovserve.models.profile import ModelProfile, is_lcm, least_strength, steps_run
+from ovserve.pixels.masks import Seam, check_selects, holes, match_mask, pool, read_mask
 from ovserve.settings.options import ModelSettings, Resolution, Settings
 from ovserve.wire.local.spool import Blob, open_blob
 from ovserve.wire.messages import ImageRequest

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ovserve.device.pixels.images import Pixels
+from ovserve.pixels.images import Pixels
 from ovserve.settings.options import Resolution
 
 __all__ = ["Fitting", "Placement", "fit_into", "scale_mask", "size_of"]

@@ -13,14 +13,14 @@ import pytest
 from PIL import Image, ImageCms
 
 from ovserve import __version__
-from ovserve.device.pixels import masks
-from ovserve.device.pixels.edit import Edit, prepare
-from ovserve.device.pixels.frames import size_of
-from ovserve.device.pixels.images import Pixels
-from ovserve.device.pixels.masks import feather
+from ovserve.device.prepare import Edit, prepare
 from ovserve.engines.protocol import Engine
 from ovserve.errors import ApiError, ImageError, InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.models.profile import ModelProfile, read_profile
+from ovserve.pixels import masks
+from ovserve.pixels.frames import size_of
+from ovserve.pixels.images import Pixels
+from ovserve.pixels.masks import feather
 from ovserve.settings.options import ModelSettings, Resolution, Settings
 from ovserve.wire.local.spool import Blob, Spool
 from ovserve.wire.messages import ImageRequest
