@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 from benchmarks.edits import picture, prompt
-from ovserve.device.prepare import prepare
 from ovserve.engines.protocol import Engine, choose_engine
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.spool import Blob
 from ovserve.wire.messages import ImageRequest
+from ovserve.worker.prepare import prepare
 
 
 def make_engine(profile: ModelProfile, model: ModelSettings) -> Engine:

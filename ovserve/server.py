@@ -20,7 +20,6 @@ from multiprocessing import resource_tracker
 from ovserve import systemd
 from ovserve.api.routes import ImagesApi
 from ovserve.deadline import Deadline
-from ovserve.device import worker
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.errors import ModelError, StartupError
 from ovserve.fleet.supervisor import Supervisor
@@ -33,6 +32,7 @@ from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.spool import Spool, default_directory
 from ovserve.wire.local.warm import MOST_FILES
+from ovserve.worker import main as worker
 
 __all__ = ["Server"]
 

@@ -8,11 +8,11 @@ from typing import NoReturn
 
 import numpy as np
 
-from ovserve.device.desk import Desk
 from ovserve.engines.protocol import Outcome, Preview, Work
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.messages import WorkerEnd
+from ovserve.worker.runner import Desk
 
 BROKEN = "the first preview is broken"  # a prompt
 

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ovserve.device import worker
 from ovserve.fleet.supervisor import WorkerMain
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Settings
@@ -37,6 +36,7 @@ from ovserve.wire.messages import (
     Run,
     open_link,
 )
+from ovserve.worker import main as worker
 
 PATIENCE_S = 60.0
 

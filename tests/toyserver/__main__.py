@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from ovserve import cli
-from ovserve.device import worker
+from ovserve.worker import main as worker
 from tests import toys
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from ovserve.deadline import Deadline
-from ovserve.device.finish import Finish, Held
-from ovserve.device.prepare import Edit, prepare
-from ovserve.device.replies import Replies
 from ovserve.engines.protocol import Outcome, Preview
 from ovserve.errors import ApiError, InternalError
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.messages import ImageRequest, Link, Need, Picture, Room, Run, open_link
+from ovserve.worker.finish import Finish, Held
+from ovserve.worker.prepare import Edit, prepare
+from ovserve.worker.reports import Replies
 from tests.flatengine import FlatEngine
 
 MODEL = ModelSettings(name="shapes")

@@ -11,13 +11,13 @@ import openvino_genai as og
 import pytest
 from numpy.typing import NDArray
 
-from ovserve.device.prepare import check_steps
 from ovserve.engines.genai import GenaiEngine, generation_options
 from ovserve.engines.protocol import STEPWISE_FAMILIES, Work
 from ovserve.errors import InternalError, InvalidValue, ModelError
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings
 from ovserve.wire.messages import ImageRequest
+from ovserve.worker.prepare import check_steps
 
 MODELS = Path(__file__).parent.parent / "fixtures" / "models"
 NOISE: NDArray[np.uint8] = np.random.default_rng(2).integers(0, 256, (64, 64, 3), np.uint8)

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from ovserve.device.loop import DeviceLoop
 from ovserve.engines.protocol import Outcome, Work
+from ovserve.worker.loop import DeviceLoop
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
 

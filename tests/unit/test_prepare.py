@@ -13,7 +13,6 @@ import pytest
 from PIL import Image, ImageCms
 
 from ovserve import __version__
-from ovserve.device.prepare import Edit, prepare
 from ovserve.engines.protocol import Engine
 from ovserve.errors import ApiError, ImageError, InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.models.profile import ModelProfile, read_profile
@@ -24,6 +23,7 @@ from ovserve.pixels.masks import feather
 from ovserve.settings.options import ModelSettings, Resolution, Settings
 from ovserve.wire.local.spool import Blob, Spool
 from ovserve.wire.messages import ImageRequest
+from ovserve.worker.prepare import Edit, prepare
 
 MODEL = ModelSettings(name="shapes")
 PROFILE = read_profile(MODEL)

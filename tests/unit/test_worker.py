@@ -16,9 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ovserve.device.desk import LOAD_FAILED, Desk
-from ovserve.device.worker import create_engine
-from ovserve.device.worker import main as worker_main
 from ovserve.engines.genai import GenaiEngine
 from ovserve.engines.protocol import Engine
 from ovserve.errors import ModelError
@@ -26,6 +23,9 @@ from ovserve.fleet.processes import resident_bytes
 from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.messages import Done, Failed, LinkClosed, Need, Picture, Prepared, Progress, Ready, Stop
+from ovserve.worker.main import create_engine
+from ovserve.worker.main import main as worker_main
+from ovserve.worker.runner import LOAD_FAILED, Desk
 from tests.reader import Figure, draw_scene, read_picture
 from tests.workerbench import WorkerBench, pixels_of, png
 

@@ -7,9 +7,9 @@ import logging
 import os
 from typing import NoReturn
 
-from ovserve.device.prepare import Edit
 from ovserve.errors import ApiError
 from ovserve.wire.messages import Failed, LinkClosed, Message, Prepared, WorkerEnd
+from ovserve.worker.prepare import Edit
 
 __all__ = ["SHORT_TEXT_CHARS", "Replies", "end_process"]
 

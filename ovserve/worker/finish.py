@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ovserve.deadline import Deadline
-from ovserve.device.prepare import Edit
-from ovserve.device.replies import Replies, end_process
 from ovserve.engines.protocol import Outcome, Preview, Work
 from ovserve.errors import ApiError, InternalError, SpoolFull
 from ovserve.logs import fields
 from ovserve.wire.local.spool import fill
 from ovserve.wire.messages import LinkClosed, Need, Picture, Room, Run
+from ovserve.worker.prepare import Edit
+from ovserve.worker.reports import Replies, end_process
 
 __all__ = ["Finish", "Held"]
 

@@ -27,10 +27,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from ovserve.deadline import Deadline
-from ovserve.device.finish import Finish, Held
-from ovserve.device.loop import DeviceLoop
-from ovserve.device.prepare import prepare
-from ovserve.device.replies import SHORT_TEXT_CHARS, Replies, end_process
 from ovserve.engines.protocol import Engine, Preview, Work
 from ovserve.errors import ApiError, DeadlineExceeded, InternalError, ModelError
 from ovserve.logs import fields
@@ -52,6 +48,10 @@ from ovserve.wire.messages import (
     Stop,
     WorkerEnd,
 )
+from ovserve.worker.finish import Finish, Held
+from ovserve.worker.loop import DeviceLoop
+from ovserve.worker.prepare import prepare
+from ovserve.worker.reports import SHORT_TEXT_CHARS, Replies, end_process
 
 __all__ = ["BROKEN", "LOAD_FAILED", "Desk"]
 

@@ -34,7 +34,7 @@ def main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: 
     configure_logs(settings.log_level, settings.log_format)
     from PIL import Image  # noqa: PLC0415
 
-    from ovserve.device.desk import Desk  # noqa: PLC0415
+    from ovserve.worker.runner import Desk  # noqa: PLC0415
 
     Image.MAX_IMAGE_PIXELS = None  # our own limit, checked before decoding, takes its place
     warnings.filterwarnings(
