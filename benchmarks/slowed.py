@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 
-from ovserve import cli
+from ovserve.cli import main as cli
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.jobs import Job
 

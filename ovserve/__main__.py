@@ -1,8 +1,8 @@
-"""`python -m ovserve`: hands over to cli.main."""
+"""`python -m ovserve`: run `ovserve.cli.main.main`."""
 
 import sys
 
-from ovserve.cli import main
+from ovserve.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

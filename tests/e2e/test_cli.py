@@ -150,7 +150,8 @@ def test_a_missing_directory_stops_the_start_though_another_model_is_right(tmp_p
 OUTLIVED = """
 import multiprocessing, signal, sys, time
 from multiprocessing import resource_tracker
-from ovserve import cli, errors
+from ovserve import errors
+from ovserve.cli import main as cli
 
 class Server:
     def __init__(self, *_): pass

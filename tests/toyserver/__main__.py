@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from ovserve import cli
+from ovserve.cli import main as cli
 from ovserve.worker import main as worker
 from tests import toys
 
