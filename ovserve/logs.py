@@ -16,7 +16,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class _Text(logging.Formatter):
-    """`2026-01-02T03:04:05.678Z INFO dispatch.supervision.supervisor: message key=value`"""
+    """`2026-01-02T03:04:05.678Z INFO fleet.supervisor: message key=value`"""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))

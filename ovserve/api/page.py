@@ -16,7 +16,7 @@ __all__ = ["front_page"]
 @cache
 def front_page() -> FileReply:
     """The page, which may run its own script and style alone (Content Security Policy Level 3, section 6.7.2.3) and ask this server."""
-    content = (files("ovserve.api") / "page.html").read_bytes()
+    content = (files("ovserve.web") / "page.html").read_bytes()
     script, style = (_hash_of(content, tag) for tag in (b"script", b"style"))
     policy = (
         f"default-src 'none'; script-src {script}; style-src {style}; img-src data: blob:; connect-src 'self'; "

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 
 from ovserve import __version__
-from ovserve.api.edits import Images
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, StreamReply
+from ovserve.api.images import Images
 from ovserve.api.openapi import openapi_document
 from ovserve.api.page import front_page
 from ovserve.api.parameters.fields import EDIT, GENERATION, VARIATION

@@ -38,6 +38,7 @@ MAY: dict[str, set[str]] = {
     "pixels": {"wire", "models"},
     "wire": {"models"},
     "models": set(),
+    "web": set(),
     "errors": set(),
     "deadline": set(),
     "logs": set(),
