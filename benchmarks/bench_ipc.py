@@ -30,8 +30,11 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the package is found beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ovserve.wire.local.spool import Blob, Spool, default_directory, open_blob
-from ovserve.wire.messages import Done, LinkClosed, Message, Need, Run, WorkerEnd, open_link
+from ovserve.errors import LinkClosed
+from ovserve.wire.blobs import Blob
+from ovserve.wire.local.pipes import WorkerEnd, open_link
+from ovserve.wire.local.spool import Spool, default_directory, open_blob
+from ovserve.wire.messages import Done, Message, Need, Run
 
 MESSAGE = Run("job_0123456789abcdef0123456789abcdef", "/dev/shm/ovserve-spool-abcdefgh/0123456789abcdef01234567", 599.5)
 ANSWER = Done("job_0123456789abcdef0123456789abcdef", 1.5, 120.25, 3.75)

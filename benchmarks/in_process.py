@@ -18,8 +18,8 @@ from benchmarks.edits import picture, prompt
 from ovserve.engines.protocol import Engine, choose_engine
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.local.spool import Blob
-from ovserve.wire.messages import ImageRequest
+from ovserve.wire.blobs import Blob
+from ovserve.wire.request import ImageRequest
 from ovserve.worker.prepare import prepare
 
 

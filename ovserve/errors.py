@@ -5,6 +5,8 @@
     │   ├── SettingsError             an option, the environment or the configuration file is wrong
     │   └── ModelError                a model directory is wrong or incomplete
     ├── ClientGone                    the client closed its connection: nothing is answered
+    ├── LinkClosed                    the other side of a link is gone: end-of-file or a broken pipe
+    ├── LinkGarbage                   the other side of a link sent something that is no message
     └── ApiError                      becomes an answer: OpenAI's error object with `status`
         ├── BadRequest                400 and its kinds: MalformedRequest, MissingParameter, InvalidValue, ...
         ├── 401 .. 431                Unauthorized, NotFound, MethodNotAllowed, RequestTimeout, ContentTooLarge, ...
@@ -38,6 +40,8 @@ __all__ = [
     "InvalidType",
     "InvalidValue",
     "LengthRequired",
+    "LinkClosed",
+    "LinkGarbage",
     "MalformedRequest",
     "MethodNotAllowed",
     "MissingParameter",
@@ -91,6 +95,14 @@ class ModelError(StartupError):
 
 class ClientGone(OvserveError):
     """The client closed its connection while its request was in flight. Logged as 499, never answered."""
+
+
+class LinkClosed(OvserveError):
+    """The other side of a link is gone: end-of-file or a broken pipe."""
+
+
+class LinkGarbage(OvserveError):
+    """The other side of a link sent something that is no message."""
 
 
 class ApiError(OvserveError):

@@ -11,7 +11,7 @@ import numpy as np
 from ovserve.engines.protocol import Outcome, Preview, Work
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.messages import WorkerEnd
+from ovserve.wire.local.pipes import WorkerEnd
 from ovserve.worker.runner import Desk
 
 BROKEN = "the first preview is broken"  # a prompt

@@ -12,7 +12,7 @@ from PIL import Image
 from ovserve.models.catalog import Catalog, ServedModel
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings
-from ovserve.wire.local.spool import Blob
+from ovserve.wire.blobs import Blob
 
 __all__ = ["FakeForm", "FakeUpload", "catalog", "encoded"]
 

@@ -20,7 +20,7 @@ from ovserve.fleet.supervisor import Supervisor
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.spool import Spool
-from ovserve.wire.messages import ImageRequest
+from ovserve.wire.request import ImageRequest
 from tests import toys
 
 PATIENCE_S = 20.0  # a wait that runs into this is a failure

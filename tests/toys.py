@@ -41,27 +41,13 @@ import time
 from pathlib import Path
 from zlib import crc32
 
-from ovserve.errors import ImageError, InternalError
+from ovserve.errors import ImageError, InternalError, LinkClosed
 from ovserve.models.profile import Defaults, ModelProfile, Scheduling
 from ovserve.settings.options import ModelSettings, Resolution, Settings
+from ovserve.wire.local.pipes import WorkerEnd
 from ovserve.wire.local.spool import fill, open_blob
-from ovserve.wire.messages import (
-    Beat,
-    Cancel,
-    Done,
-    Failed,
-    ImageRequest,
-    LinkClosed,
-    Need,
-    Picture,
-    Prepared,
-    Progress,
-    Ready,
-    Room,
-    Run,
-    Stop,
-    WorkerEnd,
-)
+from ovserve.wire.messages import Beat, Cancel, Done, Failed, Need, Picture, Prepared, Progress, Ready, Room, Run, Stop
+from ovserve.wire.request import ImageRequest
 
 BEAT_S = 0.05
 

@@ -18,14 +18,14 @@ from PIL import Image
 from ovserve.fleet.supervisor import WorkerMain
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.local.spool import Blob, Segment, Spool
+from ovserve.wire.blobs import Blob
+from ovserve.wire.local.pipes import Link, open_link
+from ovserve.wire.local.spool import Segment, Spool
 from ovserve.wire.messages import (
     Beat,
     Cancel,
     Done,
     Failed,
-    ImageRequest,
-    Link,
     Message,
     Need,
     Picture,
@@ -34,8 +34,8 @@ from ovserve.wire.messages import (
     Ready,
     Room,
     Run,
-    open_link,
 )
+from ovserve.wire.request import ImageRequest
 from ovserve.worker import main as worker
 
 PATIENCE_S = 60.0

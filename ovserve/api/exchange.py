@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError
-from ovserve.wire.local.spool import Blob
+from ovserve.wire.blobs import Blob
 
 __all__ = ["Api", "Exchange", "FileReply", "Form", "JsonReply", "Reply", "ServerEvent", "StreamReply", "Upload"]
 

@@ -30,11 +30,12 @@ from ovserve.dispatch.jobs import Job, State
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.dispatch.reports import Reports
 from ovserve.dispatch.roster import NOT_READY_RETRY_S, Model, ModelStatus, Worker, largest_picture_bytes
-from ovserve.errors import ApiError, DeadlineExceeded, Draining, ModelNotFound, WorkerCrashed
+from ovserve.errors import ApiError, DeadlineExceeded, Draining, LinkClosed, LinkGarbage, ModelNotFound, WorkerCrashed
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
+from ovserve.wire.local.pipes import Link
 from ovserve.wire.local.spool import Spool
-from ovserve.wire.messages import Cancel, Link, LinkClosed, LinkGarbage, Message, Run, Stop
+from ovserve.wire.messages import Cancel, Message, Run, Stop
 
 __all__ = ["Dispatcher", "ModelStatus"]
 

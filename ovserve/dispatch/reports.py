@@ -16,22 +16,10 @@ from typing import Protocol
 from ovserve.dispatch.jobs import Job, Partial, Result, State
 from ovserve.dispatch.queues import Ticket
 from ovserve.dispatch.roster import Model, Worker
-from ovserve.errors import ApiError, DeadlineExceeded, InternalError, SpoolFull, from_wire
+from ovserve.errors import ApiError, DeadlineExceeded, InternalError, LinkGarbage, SpoolFull, from_wire
 from ovserve.logs import fields
 from ovserve.wire.local.spool import Spool
-from ovserve.wire.messages import (
-    Beat,
-    Done,
-    Failed,
-    LinkGarbage,
-    Message,
-    Need,
-    Picture,
-    Prepared,
-    Progress,
-    Ready,
-    Room,
-)
+from ovserve.wire.messages import Beat, Done, Failed, Message, Need, Picture, Prepared, Progress, Ready, Room
 
 __all__ = ["Reports", "Settle"]
 

@@ -13,7 +13,8 @@ from ovserve.dispatch.jobs import Client
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.errors import ModelFailed, NotReady, QueueFull
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.messages import Done, Failed, Link, Need, Picture, Prepared, Progress
+from ovserve.wire.local.pipes import Link
+from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progress
 
 __all__ = ["NOT_READY_RETRY_S", "Model", "ModelStatus", "Worker", "largest_picture_bytes"]
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ovserve.errors import ApiError, InvalidValue, ModelError
 from ovserve.models.profile import ModelProfile, is_lcm
 from ovserve.settings.options import ModelSettings
-from ovserve.wire.messages import ImageRequest
+from ovserve.wire.request import ImageRequest
 
 __all__ = [
     "CLIP_WINDOW",

@@ -14,7 +14,7 @@ from typing import Any
 
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.messages import Link
+from ovserve.wire.local.pipes import Link
 
 __all__ = ["Fleet", "Place", "load_failure", "make_fleets"]
 

@@ -42,7 +42,7 @@ from ovserve.fleet.fleets import Fleet, Place, load_failure, make_fleets
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.messages import Link, WorkerEnd, open_link
+from ovserve.wire.local.pipes import Link, WorkerEnd, open_link
 
 __all__ = ["Supervisor", "WorkerMain"]
 

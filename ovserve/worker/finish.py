@@ -21,10 +21,10 @@ from typing import Protocol
 
 from ovserve.deadline import Deadline
 from ovserve.engines.protocol import Outcome, Preview, Work
-from ovserve.errors import ApiError, InternalError, SpoolFull
+from ovserve.errors import ApiError, InternalError, LinkClosed, SpoolFull
 from ovserve.logs import fields
 from ovserve.wire.local.spool import fill
-from ovserve.wire.messages import LinkClosed, Need, Picture, Room, Run
+from ovserve.wire.messages import Need, Picture, Room, Run
 from ovserve.worker.prepare import Edit
 from ovserve.worker.reports import Replies, end_process
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ovserve.logs import configure_logs
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.messages import WorkerEnd
+from ovserve.wire.local.pipes import WorkerEnd
 
 if TYPE_CHECKING:
     from ovserve.engines.protocol import Engine

@@ -31,8 +31,9 @@ from ovserve.pixels.images import (
 )
 from ovserve.pixels.masks import Seam, check_selects, holes, match_mask, pool, read_mask
 from ovserve.settings.options import ModelSettings, Resolution, Settings
-from ovserve.wire.local.spool import Blob, open_blob
-from ovserve.wire.messages import ImageRequest
+from ovserve.wire.blobs import Blob
+from ovserve.wire.local.spool import open_blob
+from ovserve.wire.request import ImageRequest
 
 __all__ = ["Edit", "check_steps", "prepare"]
 

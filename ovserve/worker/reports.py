@@ -7,8 +7,9 @@ import logging
 import os
 from typing import NoReturn
 
-from ovserve.errors import ApiError
-from ovserve.wire.messages import Failed, LinkClosed, Message, Prepared, WorkerEnd
+from ovserve.errors import ApiError, LinkClosed
+from ovserve.wire.local.pipes import WorkerEnd
+from ovserve.wire.messages import Failed, Message, Prepared
 from ovserve.worker.prepare import Edit
 
 __all__ = ["SHORT_TEXT_CHARS", "Replies", "end_process"]

@@ -28,26 +28,13 @@ from typing import NoReturn
 
 from ovserve.deadline import Deadline
 from ovserve.engines.protocol import Engine, Preview, Work
-from ovserve.errors import ApiError, DeadlineExceeded, InternalError, ModelError
+from ovserve.errors import ApiError, DeadlineExceeded, InternalError, LinkClosed, LinkGarbage, ModelError
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.messages import (
-    MAX_CAPACITY,
-    Beat,
-    Cancel,
-    Done,
-    ImageRequest,
-    LinkClosed,
-    LinkGarbage,
-    Message,
-    Progress,
-    Ready,
-    Room,
-    Run,
-    Stop,
-    WorkerEnd,
-)
+from ovserve.wire.local.pipes import MAX_CAPACITY, WorkerEnd
+from ovserve.wire.messages import Beat, Cancel, Done, Message, Progress, Ready, Room, Run, Stop
+from ovserve.wire.request import ImageRequest
 from ovserve.worker.finish import Finish, Held
 from ovserve.worker.loop import DeviceLoop
 from ovserve.worker.prepare import prepare

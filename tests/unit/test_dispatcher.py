@@ -24,6 +24,7 @@ from ovserve.errors import (
     Draining,
     ImageError,
     InternalError,
+    LinkClosed,
     ModelFailed,
     ModelNotFound,
     NotReady,
@@ -33,14 +34,14 @@ from ovserve.errors import (
     WorkerCrashed,
 )
 from ovserve.settings.options import ModelSettings, Resolution, Settings
-from ovserve.wire.local.spool import Blob, Spool, fill
+from ovserve.wire.blobs import Blob
+from ovserve.wire.local.pipes import open_link
+from ovserve.wire.local.spool import Spool, fill
 from ovserve.wire.messages import (
     Beat,
     Cancel,
     Done,
     Failed,
-    ImageRequest,
-    LinkClosed,
     Message,
     Need,
     Picture,
@@ -50,8 +51,8 @@ from ovserve.wire.messages import (
     Room,
     Run,
     Stop,
-    open_link,
 )
+from ovserve.wire.request import ImageRequest
 
 CONTEXT = multiprocessing.get_context("spawn")
 PATIENCE_S = 10.0  # a wait that runs into this is a failure

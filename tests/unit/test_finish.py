@@ -16,7 +16,9 @@ from ovserve.engines.protocol import Outcome, Preview
 from ovserve.errors import ApiError, InternalError
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.messages import ImageRequest, Link, Need, Picture, Room, Run, open_link
+from ovserve.wire.local.pipes import Link, open_link
+from ovserve.wire.messages import Need, Picture, Room, Run
+from ovserve.wire.request import ImageRequest
 from ovserve.worker.finish import Finish, Held
 from ovserve.worker.prepare import Edit, prepare
 from ovserve.worker.reports import Replies

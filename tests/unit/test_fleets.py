@@ -8,7 +8,8 @@ import pytest
 
 from ovserve.fleet.fleets import Fleet, Place, load_failure, make_fleets
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.messages import Beat, Failed, Link, Ready, open_link
+from ovserve.wire.local.pipes import Link, open_link
+from ovserve.wire.messages import Beat, Failed, Ready
 from tests.toys import toy_profile
 
 CONTEXT = multiprocessing.get_context("spawn")

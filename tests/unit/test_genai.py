@@ -16,7 +16,7 @@ from ovserve.engines.protocol import STEPWISE_FAMILIES, Work
 from ovserve.errors import InternalError, InvalidValue, ModelError
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings
-from ovserve.wire.messages import ImageRequest
+from ovserve.wire.request import ImageRequest
 from ovserve.worker.prepare import check_steps
 
 MODELS = Path(__file__).parent.parent / "fixtures" / "models"

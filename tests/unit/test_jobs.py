@@ -15,7 +15,8 @@ from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import Client, Job, Partial, Result, State
 from ovserve.errors import DeadlineExceeded, SpoolFull, WorkerCrashed
 from ovserve.wire.local.spool import Spool
-from ovserve.wire.messages import ImageRequest, Prepared, Progress
+from ovserve.wire.messages import Prepared, Progress
+from ovserve.wire.request import ImageRequest
 
 PREPARED = Prepared("id", "image2image", 64, 64, 4, 5, 0, 0)
 SETTLED = [State.DONE, State.FAILED, State.CANCELLED, State.EXPIRED]

@@ -51,6 +51,7 @@ INSIDE: dict[str, set[str]] = {
     "api.parameters": {"api.exchange"},
     "front.http1": set(),
     "front.forms": {"front.http1"},
+    "wire.local": {"wire.blobs", "wire.codec", "wire.messages"},
     "engines.schedulers": set(),
     "engines.stepwise": {"engines.protocol", "engines.schedulers"},
 }

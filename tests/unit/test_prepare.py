@@ -21,8 +21,9 @@ from ovserve.pixels.frames import size_of
 from ovserve.pixels.images import Pixels
 from ovserve.pixels.masks import feather
 from ovserve.settings.options import ModelSettings, Resolution, Settings
-from ovserve.wire.local.spool import Blob, Spool
-from ovserve.wire.messages import ImageRequest
+from ovserve.wire.blobs import Blob
+from ovserve.wire.local.spool import Spool
+from ovserve.wire.request import ImageRequest
 from ovserve.worker.prepare import Edit, prepare
 
 MODEL = ModelSettings(name="shapes")

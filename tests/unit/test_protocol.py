@@ -11,7 +11,7 @@ from ovserve.engines.protocol import check_served, choose_engine, longest_fittin
 from ovserve.errors import InvalidValue, ModelError
 from ovserve.models.profile import ModelProfile, is_lcm, read_profile
 from ovserve.settings.options import ModelSettings
-from ovserve.wire.messages import ImageRequest
+from ovserve.wire.request import ImageRequest
 
 PROFILE = read_profile(ModelSettings(name="shapes"))
 

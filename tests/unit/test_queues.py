@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import Client, Job
 from ovserve.dispatch.queues import FairQueue, Ticket
-from ovserve.wire.messages import ImageRequest
+from ovserve.wire.request import ImageRequest
 
 REQUEST = ImageRequest(task="edit", prompt="x")
 

@@ -9,7 +9,9 @@ from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import Client, Job
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.dispatch.roster import Model, Worker
-from ovserve.wire.messages import ImageRequest, Ready, open_link
+from ovserve.wire.local.pipes import open_link
+from ovserve.wire.messages import Ready
+from ovserve.wire.request import ImageRequest
 
 CONTEXT = multiprocessing.get_context("spawn")
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ovserve.wire.messages import MAX_CAPACITY, Done, Need, Picture
+from ovserve.wire.local.pipes import MAX_CAPACITY
+from ovserve.wire.messages import Done, Need, Picture
 from tests import flatengine
 from tests.workerbench import WorkerBench
 

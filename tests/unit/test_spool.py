@@ -14,8 +14,9 @@ from types import ModuleType
 import pytest
 
 from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull
+from ovserve.wire.blobs import Blob
 from ovserve.wire.local.folder import sweep
-from ovserve.wire.local.spool import Blob, Segment, Spool, default_directory, fill, open_blob
+from ovserve.wire.local.spool import Segment, Spool, default_directory, fill, open_blob
 
 MIB = 1024 * 1024
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from ovserve.errors import ContentTooLarge
-from ovserve.wire.local.spool import Blob, Segment, Spool, open_blob
+from ovserve.wire.blobs import Blob
+from ovserve.wire.local.spool import Segment, Spool, open_blob
 from ovserve.wire.local.warm import MOST_FILES, join
 
 MIB = 1 << 20

@@ -18,11 +18,11 @@ import pytest
 
 from ovserve.engines.genai import GenaiEngine
 from ovserve.engines.protocol import Engine
-from ovserve.errors import ModelError
+from ovserve.errors import LinkClosed, ModelError
 from ovserve.fleet.processes import resident_bytes
 from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.messages import Done, Failed, LinkClosed, Need, Picture, Prepared, Progress, Ready, Stop
+from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progress, Ready, Stop
 from ovserve.worker.main import create_engine
 from ovserve.worker.main import main as worker_main
 from ovserve.worker.runner import LOAD_FAILED, Desk

@@ -29,7 +29,7 @@ from ovserve.errors import (
 from ovserve.models.catalog import Catalog, ServedModel
 from ovserve.models.profile import is_lcm, least_steps, least_strength, steps_run
 from ovserve.settings.options import Resolution, Settings
-from ovserve.wire.messages import SEEDS, ImageRequest
+from ovserve.wire.request import SEEDS, ImageRequest
 
 __all__ = ["Parameters", "parse_parameters"]
 

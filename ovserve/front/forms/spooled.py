@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ovserve.errors import ContentTooLarge
-from ovserve.wire.local.spool import Blob, Segment, Spool
+from ovserve.wire.blobs import Blob
+from ovserve.wire.local.spool import Segment, Spool
 
 __all__ = ["Body", "SpooledForm", "SpooledUpload", "receive"]
 

@@ -15,15 +15,15 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull
 from ovserve.logs import fields
+from ovserve.wire.blobs import Blob
 from ovserve.wire.local.folder import FULL_RETRY_S, NO_DESCRIPTORS, NO_ROOM, Folder
 from ovserve.wire.local.warm import WarmFile, WarmPool, join
 
-__all__ = ["Blob", "Segment", "Spool", "default_directory", "fill", "open_blob"]
+__all__ = ["Segment", "Spool", "default_directory", "fill", "open_blob"]
 
 _WARM_SHARE = 4  # one part in so many of what the spool can hold may be kept warm: the rest is for what is in flight
 
@@ -34,15 +34,6 @@ def default_directory() -> Path:
     """The machine's shared-memory tmpfs where there is one, else the temporary directory."""
     shared = Path("/dev/shm")  # noqa: S108 - tmpfs is the point; segments lie in a folder of mode 0700
     return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
-
-
-@dataclass(frozen=True, slots=True)
-class Blob:
-    """Encoded bytes in a spool segment: `size` bytes from `offset` in the file at `path`."""
-
-    path: str
-    offset: int
-    size: int
 
 
 class Segment:

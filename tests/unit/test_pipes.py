@@ -13,18 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovserve.wire.local.spool import Blob
+from ovserve.errors import LinkClosed, LinkGarbage
+from ovserve.wire.blobs import Blob
+from ovserve.wire.codec import MESSAGE_BYTES, decode, encode
+from ovserve.wire.local.pipes import MAX_CAPACITY, Link, WorkerEnd, open_link
 from ovserve.wire.messages import (
-    MAX_CAPACITY,
-    MESSAGE_BYTES,
     Beat,
     Cancel,
     Done,
     Failed,
-    ImageRequest,
-    Link,
-    LinkClosed,
-    LinkGarbage,
     Message,
     Need,
     Picture,
@@ -34,9 +31,8 @@ from ovserve.wire.messages import (
     Room,
     Run,
     Stop,
-    WorkerEnd,
-    open_link,
 )
+from ovserve.wire.request import ImageRequest
 
 CONTEXT = multiprocessing.get_context("spawn")
 
@@ -88,11 +84,11 @@ def read_all(link: Link) -> list[Message]:
 
 @given(messages)
 def test_every_message_survives_encoding(message: Message) -> None:
-    line = messages.encode(message)
+    line = encode(message)
     assert line.endswith(b"\n")
     assert line.count(b"\n") == 1
     assert len(line) <= MESSAGE_BYTES
-    assert messages.decode(line) == message
+    assert decode(line) == message
 
 
 @given(requests)
@@ -115,7 +111,7 @@ def test_wrong_request_is_link_garbage(data: bytes) -> None:
 @given(st.binary(max_size=300))
 def test_random_bytes_raise_only_link_garbage(line: bytes) -> None:
     try:
-        messages.decode(line)
+        decode(line)
     except LinkGarbage:
         return
     pytest.fail("random bytes were taken for a message")
@@ -130,11 +126,11 @@ json_values = st.recursive(
 
 @given(messages, st.data())
 def test_mutated_messages_raise_only_link_garbage_or_are_well_typed(message: Message, data: st.DataObject) -> None:
-    values: dict[str, Any] = json.loads(messages.encode(message))
+    values: dict[str, Any] = json.loads(encode(message))
     key = data.draw(st.sampled_from(sorted(values)))
     values[key] = data.draw(json_values)
     try:
-        found = messages.decode(json.dumps(values).encode())
+        found = decode(json.dumps(values).encode())
     except LinkGarbage:
         return
     for field in dataclasses.fields(found):
@@ -172,20 +168,20 @@ def test_mutated_messages_raise_only_link_garbage_or_are_well_typed(message: Mes
 )
 def test_line_that_is_no_message_is_refused(line: bytes) -> None:
     with pytest.raises(LinkGarbage):
-        messages.decode(line)
+        decode(line)
 
 
 def test_message_longer_than_a_pipe_takes_whole_is_a_bug_of_the_sender() -> None:
     with pytest.raises(ValueError, match="4096"):
-        messages.encode(Cancel("x" * MESSAGE_BYTES))
+        encode(Cancel("x" * MESSAGE_BYTES))
 
 
 def test_message_of_exactly_the_limit_crosses(ends: tuple[Link, WorkerEnd]) -> None:
     link, end = ends
-    room = MESSAGE_BYTES - len(messages.encode(Cancel("")))
+    room = MESSAGE_BYTES - len(encode(Cancel("")))
     link.send(Cancel("x" * room))
     assert end.receive() == Cancel("x" * room)
-    end.send(Failed("x" * (MESSAGE_BYTES - len(messages.encode(Failed("", {})))), {}))
+    end.send(Failed("x" * (MESSAGE_BYTES - len(encode(Failed("", {})))), {}))
     assert len(read_all(link)) == 1
 
 
@@ -200,7 +196,7 @@ def test_line_beyond_the_limit_is_garbage_finished_or_not(ends: tuple[Link, Work
 def test_messages_arrive_in_order_and_whole_whatever_the_split(ends: tuple[Link, WorkerEnd]) -> None:
     link, end = ends
     sent = [Progress("j", 0, step, 9) for step in range(9)]
-    data = b"".join(messages.encode(message) for message in sent)
+    data = b"".join(encode(message) for message in sent)
     found = []
     for offset in range(0, len(data), 7):
         os.write(end.reports.fileno(), data[offset : offset + 7])
