@@ -42,7 +42,8 @@ from pathlib import Path
 from zlib import crc32
 
 from ovserve.errors import ImageError, InternalError, LinkClosed
-from ovserve.models.profile import Defaults, ModelProfile, Scheduling
+from ovserve.models.families import Defaults
+from ovserve.models.profile import ModelProfile, Scheduling
 from ovserve.settings.options import ModelSettings, Resolution, Settings
 from ovserve.wire.local.pipes import WorkerEnd
 from ovserve.wire.local.spool import fill, open_blob

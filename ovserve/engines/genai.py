@@ -35,7 +35,8 @@ from ovserve.engines.protocol import (
 from ovserve.engines.schedulers.schedulers import LIBRARY_SCHEDULERS
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
-from ovserve.models.profile import ModelProfile, is_lcm, steps_run
+from ovserve.models.profile import ModelProfile
+from ovserve.models.steps import is_lcm, steps_run
 from ovserve.pixels.images import Pixels
 from ovserve.settings.options import ModelSettings
 

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovserve.errors import ApiError, InvalidValue, ModelError
-from ovserve.models.profile import ModelProfile, is_lcm
+from ovserve.models.profile import ModelProfile
+from ovserve.models.steps import is_lcm
 from ovserve.settings.options import ModelSettings
 from ovserve.wire.request import ImageRequest
 

@@ -11,36 +11,22 @@ import dataclasses
 import json
 import math
 import os
-import struct
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ovserve.errors import ModelError, SettingsError
+from ovserve.models.families import T5_ENCODERS, Defaults, family_of
+from ovserve.models.presets import PRESETS, limited_presets
 from ovserve.settings.options import ModelSettings, Resolution
 
 __all__ = [
-    "Defaults",
     "ModelProfile",
     "Scheduling",
     "builtin_directory",
-    "least_steps",
-    "least_strength",
     "read_profile",
-    "steps_run",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Defaults:
-    """What a request gets that leaves the field out."""
-
-    num_inference_steps: int
-    guidance_scale: float
-    strength: float  # image-to-image
-    strength_inpainting: float
-    strength_variation: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,24 +90,7 @@ class ModelProfile:
         return Resolution(*(min(high, max(low, side)) for side in sides))
 
 
-# Class-name stems as diffusers writes them, and what OpenVINO GenAI does with an omitted option for each (measured).
-_FAMILIES: dict[str, tuple[str, Defaults]] = {
-    "StableDiffusionXL": ("sdxl", Defaults(50, 5.0, 0.5, 0.9999, 0.5)),
-    "StableDiffusion3": ("sd3", Defaults(28, 7.0, 0.6, 0.6, 0.6)),
-    "StableDiffusion": ("stable-diffusion", Defaults(50, 7.5, 0.8, 1.0, 0.6)),
-    "LatentConsistencyModel": ("lcm", Defaults(4, 8.5, 0.8, 1.0, 0.6)),
-    "Flux": ("flux", Defaults(28, 3.5, 0.6, 0.6, 0.6)),
-}
-
-
-# Families whose last text encoder is a T5, which reads the whole prompt (the CLIP encoders beside it read the beginning), and
-# the tokens the library gives it.
-_T5: dict[str, tuple[str, int]] = {"sd3": ("text_encoder_3", 256), "flux": ("text_encoder_2", 512)}
-
-
-PRESETS = ("low", "medium", "high")
 SIZE_KEYS = ("native", "min_side_px", "max_side_px", "side_multiple_px")
-PRESET_KEYS = ("num_inference_steps", "guidance_scale", "scheduler", "shortcuts")
 INPAINTING_CHANNELS = 9  # latents, mask, and the masked image's latents
 _FLOW_MATCHING = Scheduling("FlowMatchEulerDiscrete", 1000, "linspace", 50)
 
@@ -143,15 +112,6 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ModelError(f"{path}: expected a JSON object")
     return document
-
-
-def _family(class_name: str, directory: Path) -> tuple[str, Defaults]:
-    for stem, found in _FAMILIES.items():
-        if class_name.startswith(stem):
-            return found
-    raise ModelError(
-        f"{directory}: model_index.json names the class {class_name!r}, which is not an image pipeline ovserve serves"
-    )
 
 
 def _check_component(directory: Path, name: str, stem: str = "openvino_model") -> Path:
@@ -204,7 +164,7 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
     if not directory.is_dir():
         raise ModelError(f"{directory}: no such directory")
     index = _read_json(directory / "model_index.json", "the model index")
-    family, defaults = _family(str(index.get("_class_name", "")), directory)
+    family, defaults = family_of(str(index.get("_class_name", "")), directory)
     is_transformer = (directory / "transformer").is_dir()
     denoiser = _component_config(directory, "transformer" if is_transformer else "unet", "the denoiser's configuration")
     vae = _component_config(directory, "vae_decoder", "the VAE's configuration")
@@ -235,7 +195,7 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
         takes_negative_prompt=family in ("stable-diffusion", "sdxl", "sd3"),
         scheduling=_FLOW_MATCHING if is_transformer else _scheduling(directory, index),
         defaults=_defaults(defaults, declared.get("defaults", {}), settings),
-        presets=_presets(declared.get("presets", {}), settings),
+        presets=limited_presets(declared.get("presets", {}), settings),
     )
 
 
@@ -250,27 +210,6 @@ def _check_declared(declared: dict[str, Any]) -> None:
     for name, value in declared.get("sizes", {}).items():
         if name != "native" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"ovserve.json: sizes: {name}: expected a number of pixels, but got {value!r}")
-
-
-def _presets(declared: dict[str, dict[str, Any]], settings: ModelSettings) -> dict[str, dict[str, Any]]:
-    """The directory's presets within the operator's limits; where the operator sets a default, `high` is that default."""
-    presets = {}
-    for name, fields in declared.items():
-        if unknown := sorted(fields.keys() - PRESET_KEYS):
-            raise ValueError(f"ovserve.json: presets: {name}: {unknown[0]!r} is none of {', '.join(PRESET_KEYS)}")
-        preset = dict(fields)
-        if name == "high" and settings.default_num_inference_steps is not None:
-            preset.pop("num_inference_steps", None)
-        if name == "high" and settings.default_guidance_scale is not None:
-            preset.pop("guidance_scale", None)
-        for field_name, most in (
-            ("num_inference_steps", settings.max_num_inference_steps),
-            ("guidance_scale", settings.max_guidance_scale),
-        ):
-            if field_name in preset:
-                preset[field_name] = min(preset[field_name], most)
-        presets[name] = preset
-    return presets
 
 
 def _component_config(directory: Path, name: str, what: str) -> dict[str, Any]:
@@ -289,7 +228,7 @@ def _tasks(directory: Path, *, inpainting_unet: bool) -> frozenset[str]:
 
 def _prompt_tokens(directory: Path, family: str, text: dict[str, Any]) -> int:
     """The window of the encoder that reads the whole prompt: T5 where the family and the directory have one."""
-    t5_encoder, t5_tokens = _T5.get(family, ("", 0))
+    t5_encoder, t5_tokens = T5_ENCODERS.get(family, ("", 0))
     if t5_encoder and (directory / t5_encoder).is_dir():
         return t5_tokens
     return int(_number(text, "max_position_embeddings", 77))
@@ -326,35 +265,3 @@ def _check_defaults(profile: ModelProfile, settings: ModelSettings) -> None:
             raise SettingsError(
                 f"model {profile.name}: the default {name} {value:g} is outside the limits {low:g}..{high:g}"
             )
-
-
-def steps_run(num_inference_steps: int, strength: float) -> int:
-    """How many of `num_inference_steps` an edit at `strength` runs: the product in float32, cut, as the library computes it."""
-
-    def single(value: float) -> float:  # float32 without numpy: the front end does not pay for it
-        return float(struct.unpack("f", struct.pack("f", value))[0])
-
-    return min(int(single(single(num_inference_steps) * single(strength))), num_inference_steps)
-
-
-def is_lcm(profile: ModelProfile, scheduler: str) -> bool:
-    """Whether a request for `scheduler`, empty for the model's own, runs on LCM's schedule (arXiv:2310.04378).
-
-    There the steps are taken from the part of a longer schedule that strength leaves: all of them run, or none.
-    """
-    return (scheduler or profile.scheduling.name.lower()) == "lcm"
-
-
-def least_steps(strength: float) -> int:
-    """The fewest `num_inference_steps` of which an edit at `strength` (above 0) runs one."""
-    # The product is taken in float32, so one fewer may do, or one more be needed.
-    count = max(1, math.ceil(1 / strength) - 1)
-    while not steps_run(count, strength):
-        count += 1
-    return count
-
-
-def least_strength(num_inference_steps: int) -> float:
-    """The smallest strength, to two decimals or as many as the count of steps has digits, at which one step runs."""
-    scale: int = 10 ** max(2, len(str(num_inference_steps)))
-    return math.ceil(scale / num_inference_steps) / scale

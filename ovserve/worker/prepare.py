@@ -18,7 +18,8 @@ from ovserve import __version__
 from ovserve.engines.protocol import CLIP_WINDOW, Engine, Work, check_served, has_t5, read_by_clip_alone
 from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.logs import fields
-from ovserve.models.profile import ModelProfile, is_lcm, least_strength, steps_run
+from ovserve.models.profile import ModelProfile
+from ovserve.models.steps import is_lcm, least_strength, steps_run
 from ovserve.pixels.frames import Fitting, Placement, fit_into, size_of
 from ovserve.pixels.images import (
     Limits,

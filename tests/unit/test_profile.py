@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovserve.errors import ModelError, SettingsError
-from ovserve.models.profile import builtin_directory, least_steps, least_strength, read_profile, steps_run
+from ovserve.models.profile import builtin_directory, read_profile
+from ovserve.models.steps import least_steps, least_strength, steps_run
 from ovserve.settings.options import ModelSettings, Resolution
 
 

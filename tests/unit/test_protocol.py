@@ -9,7 +9,8 @@ import pytest
 
 from ovserve.engines.protocol import check_served, choose_engine, longest_fitting, overruns
 from ovserve.errors import InvalidValue, ModelError
-from ovserve.models.profile import ModelProfile, is_lcm, read_profile
+from ovserve.models.profile import ModelProfile, read_profile
+from ovserve.models.steps import is_lcm
 from ovserve.settings.options import ModelSettings
 from ovserve.wire.request import ImageRequest
 

@@ -27,7 +27,7 @@ from ovserve.errors import (
     UnsupportedParameter,
 )
 from ovserve.models.catalog import Catalog, ServedModel
-from ovserve.models.profile import is_lcm, least_steps, least_strength, steps_run
+from ovserve.models.steps import is_lcm, least_steps, least_strength, steps_run
 from ovserve.settings.options import Resolution, Settings
 from ovserve.wire.request import SEEDS, ImageRequest
 

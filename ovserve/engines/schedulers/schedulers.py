@@ -40,7 +40,7 @@ from ovserve.engines.schedulers.noise import (
     spaced_timesteps_shifted,
 )
 from ovserve.errors import InvalidValue, ModelError
-from ovserve.models.profile import steps_run
+from ovserve.models.steps import steps_run
 
 __all__ = ["LIBRARY_SCHEDULERS", "SCHEDULERS", "Plan", "Scheduler", "Stepped", "scheduler_name"]
 
