@@ -12,7 +12,7 @@ from ovserve.engines.protocol import Outcome, Preview, Work
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.pipes import WorkerEnd
-from ovserve.worker.runner import Desk
+from ovserve.worker.runner import JobRunner
 
 BROKEN = "the first preview is broken"  # a prompt
 
@@ -60,4 +60,4 @@ class FlatEngine:
 
 def main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: Settings) -> NoReturn:
     """The spawn target."""
-    Desk(end, profile, model, settings, lambda _profile, _model: (FlatEngine(), "for a test")).run()
+    JobRunner(end, profile, model, settings, lambda _profile, _model: (FlatEngine(), "for a test")).run()

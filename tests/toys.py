@@ -47,7 +47,20 @@ from ovserve.models.profile import ModelProfile, Scheduling
 from ovserve.settings.options import ModelSettings, Resolution, Settings
 from ovserve.wire.local.pipes import WorkerEnd
 from ovserve.wire.local.spool import fill, open_blob
-from ovserve.wire.messages import Beat, Cancel, Done, Failed, Need, Picture, Prepared, Progress, Ready, Room, Run, Stop
+from ovserve.wire.messages import (
+    Cancel,
+    Done,
+    Failed,
+    Grant,
+    Heartbeat,
+    Need,
+    Picture,
+    Prepared,
+    Progress,
+    Ready,
+    Run,
+    Stop,
+)
 from ovserve.wire.request import ImageRequest
 
 BEAT_S = 0.05
@@ -156,7 +169,7 @@ class _Toy:
                 threading.Thread(target=self.serve, args=(job,), daemon=True).start()
             elif isinstance(message, Cancel) and (job := self.jobs.get(message.job)):
                 job.cancelled.set()
-            elif isinstance(message, Room) and (job := self.jobs.get(message.job)):
+            elif isinstance(message, Grant) and (job := self.jobs.get(message.job)):
                 with job.room_came:
                     job.rooms[message.picture] = message.path
                     job.room_came.notify_all()
@@ -263,7 +276,7 @@ def worker_main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, set
     toy = _Toy(end)
     told = json.loads(model.plugin_config or "{}")
     threading.Thread(target=toy.read_commands, daemon=True).start()
-    end.send(Beat("load"))
+    end.send(Heartbeat("load"))
     command = str(told.get("load", ""))
     time.sleep(float(told.get("load_s", 0)))
     if command.startswith("until "):
@@ -280,6 +293,6 @@ def worker_main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, set
     end.send(Ready(int(told.get("capacity", 2)), "toy", f"threads={tuned['threads']}", tuned))
     while not (toy.stopping.is_set() and not toy.jobs):
         if not toy.is_silent:
-            end.send(Beat("denoise" if toy.jobs else "idle"))
+            end.send(Heartbeat("denoise" if toy.jobs else "idle"))
         toy.stopping.wait(BEAT_S) if not toy.stopping.is_set() else time.sleep(BEAT_S / 10)
     os._exit(0)

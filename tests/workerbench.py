@@ -22,17 +22,17 @@ from ovserve.wire.blobs import Blob
 from ovserve.wire.local.pipes import Link, open_link
 from ovserve.wire.local.spool import Segment, Spool
 from ovserve.wire.messages import (
-    Beat,
     Cancel,
     Done,
     Failed,
+    Grant,
+    Heartbeat,
     Message,
     Need,
     Picture,
     Prepared,
     Progress,
     Ready,
-    Room,
     Run,
 )
 from ovserve.wire.request import ImageRequest
@@ -57,7 +57,7 @@ class WorkerBench:
         self.spool = Spool(spool, 1 << 30)
         self.grants_room = self.grants_previews = True
         self.log: list[Message] = []
-        self.beats: list[Beat] = []
+        self.beats: list[Heartbeat] = []
         self.pictures: dict[tuple[str, int, int], bytes] = {}
         self._rooms: dict[tuple[str, int, int], Segment] = {}
         self._jobs = 0
@@ -91,7 +91,7 @@ class WorkerBench:
         return True
 
     def _note(self, message: Message) -> None:
-        if isinstance(message, Beat):
+        if isinstance(message, Heartbeat):
             self.beats.append(message)
             return
         self.log.append(message)
@@ -101,7 +101,7 @@ class WorkerBench:
                 room = self.spool.create(message.size, reserve=message.size)
                 self._rooms[message.job, message.picture, message.partial] = room
                 path = room.path
-            self.link.send(Room(message.job, message.picture, path))
+            self.link.send(Grant(message.job, message.picture, path))
         elif isinstance(message, Picture):
             room = self._rooms.pop((message.job, message.picture, message.partial))
             self.pictures[message.job, message.picture, message.partial] = bytes(room.view[: message.size])
@@ -114,7 +114,7 @@ class WorkerBench:
             room = self.spool.create(need.size, reserve=need.size)
             self._rooms[need.job, need.picture, need.partial] = room
             path = room.path
-        self.link.send(Room(need.job, need.picture, path))
+        self.link.send(Grant(need.job, need.picture, path))
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Read until the condition holds."""

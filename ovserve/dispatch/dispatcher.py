@@ -27,9 +27,15 @@ from collections.abc import Callable
 from ovserve.deadline import Deadline
 from ovserve.dispatch.inbox import Inbox
 from ovserve.dispatch.jobs import Job, State
+from ovserve.dispatch.model_queue import (
+    NOT_READY_RETRY_S,
+    AttachedWorker,
+    ModelQueue,
+    ModelStatus,
+    largest_picture_bytes,
+)
 from ovserve.dispatch.queues import FairQueue, Ticket
-from ovserve.dispatch.reports import Reports
-from ovserve.dispatch.roster import NOT_READY_RETRY_S, Model, ModelStatus, Worker, largest_picture_bytes
+from ovserve.dispatch.reports import ReportApplier
 from ovserve.errors import ApiError, DeadlineExceeded, Draining, LinkClosed, LinkGarbage, ModelNotFound, WorkerCrashed
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
@@ -61,18 +67,18 @@ class Dispatcher:
         self.turned_at = time.monotonic()  # when its last turn began: what was said by then has been read
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, ModelQueue] = {}
         self._in_flight: set[Job] = set()
         self._is_draining = False
         self._next_deadline = Deadline(float("inf"))
         self._inbox = Inbox()
         self._poll = select.poll()
         self._poll.register(self._inbox, select.POLLIN)
-        self._workers: dict[int, Worker] = {}  # by report descriptor
-        self._writers: dict[int, Worker] = {}  # by command descriptor, those with a backlog
+        self._workers: dict[int, AttachedWorker] = {}  # by report descriptor
+        self._writers: dict[int, AttachedWorker] = {}  # by command descriptor, those with a backlog
         self._stuck_checked_at = 0.0
         self._is_closing = False
-        self._reports = Reports(spool, self._send, self._settle, self._note_ready)
+        self._reports = ReportApplier(spool, self._send, self._settle, self._note_ready)
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
         self._thread.start()
 
@@ -112,7 +118,7 @@ class Dispatcher:
             if not self._settle_locked(job, State.CANCELLED, None):
                 return False
         if ticket is None:
-            self._inbox.put(lambda: self._tell_cancelled(job))
+            self._inbox.put(lambda: self._send_cancel(job))
         return True
 
     def in_flight(self) -> int:
@@ -122,20 +128,20 @@ class Dispatcher:
 
     def status(self, model: str) -> ModelStatus:
         """How a model stands. Raises ModelNotFound."""
-        hindrance = self._hindrance()
+        unavailable_reason = self._unavailable_reason()
         with self._lock:
             found = self._models.get(model)
             if found is None:
                 raise ModelNotFound(f"no model {model!r}", param="model")
-            return found.status(hindrance)
+            return found.status(unavailable_reason)
 
     def statuses(self) -> list[ModelStatus]:
         """How every model stands at one moment, in the order they were added."""
-        hindrance = self._hindrance()
+        unavailable_reason = self._unavailable_reason()
         with self._lock:
-            return [model.status(hindrance) for model in self._models.values()]
+            return [model.status(unavailable_reason) for model in self._models.values()]
 
-    def _hindrance(self) -> str:
+    def _unavailable_reason(self) -> str:
         """Why no model takes jobs now. Asked for without the lock: the spool may have to look into its directory."""
         return "draining" if self._is_draining else self._spool.trouble
 
@@ -158,17 +164,17 @@ class Dispatcher:
         with self._lock:
             model = self._models.get(name)
             if model is None:
-                self._models[name] = Model(name, FairQueue(queue_limit), largest)
+                self._models[name] = ModelQueue(name, FairQueue(queue_limit), largest)
             else:
                 # Pictures admitted under the old limits are still to come.
                 largest = max(largest, model.largest_picture_bytes)
-                model.queue.limit, model.largest_picture_bytes, model.is_leaving = queue_limit, largest, False
+                model.queue.limit, model.largest_picture_bytes, model.is_removed = queue_limit, largest, False
 
     def remove_model(self, name: str) -> None:
         """Take no more jobs for a model; it is forgotten when the last of its jobs and workers is gone."""
         with self._lock:
             if model := self._models.get(name):
-                model.is_leaving = True
+                model.is_removed = True
                 self._forget_locked(model)
 
     def attach(self, link: Link, settings: Settings | None = None) -> None:
@@ -226,7 +232,7 @@ class Dispatcher:
 
     # --- under the lock -----------------------------------------------------------------------------------------------
 
-    def _check_admission(self, job: Job) -> Model:
+    def _check_admission(self, job: Job) -> ModelQueue:
         model = self._models.get(job.model)
         if model is None:
             raise ModelNotFound(f"no model {job.model!r}", param="model")
@@ -249,9 +255,9 @@ class Dispatcher:
             self._forget_locked(model)  # this may have been the last that waited
         return True
 
-    def _forget_locked(self, model: Model) -> None:
+    def _forget_locked(self, model: ModelQueue) -> None:
         is_known = self._models.get(model.name) is model  # and no other that was named like it since
-        if is_known and model.is_leaving and not model.workers and not len(model.queue):
+        if is_known and model.is_removed and not model.workers and not len(model.queue):
             del self._models[model.name]
 
     # --- the dispatcher thread ----------------------------------------------------------------------------------------
@@ -305,7 +311,7 @@ class Dispatcher:
         descriptor = link.fileno()
         with self._lock:
             if model := self._models.get(link.model):
-                self._workers[descriptor] = worker = Worker(link, model, hang_limit_s)
+                self._workers[descriptor] = worker = AttachedWorker(link, model, hang_limit_s)
                 model.workers.append(worker)
         if model is not None:
             self._poll.register(descriptor, select.POLLIN)
@@ -315,7 +321,7 @@ class Dispatcher:
         if self.on_change:
             self.on_change()
 
-    def _find(self, link: Link) -> Worker | None:
+    def _find(self, link: Link) -> AttachedWorker | None:
         return None if link.lost else self._workers.get(link.fileno())
 
     def _retire(self, link: Link) -> None:
@@ -331,7 +337,7 @@ class Dispatcher:
                 return
         self._lose(worker, why)
 
-    def _lose(self, worker: Worker, why: str, *, is_broken: bool = False) -> None:
+    def _lose(self, worker: AttachedWorker, why: str, *, is_broken: bool = False) -> None:
         """Let go of a worker: give its jobs back or end them, close its link, tell the supervisor."""
         link = worker.link
         self._poll.unregister(link.fileno())
@@ -342,7 +348,7 @@ class Dispatcher:
         was_read = [ticket for ticket in lost if ticket.given_at < read_bytes]
         link.jobs_lost, link.lost_second_try = len(was_read), any(ticket.is_alone for ticket in was_read)
         for ticket in lost:
-            self._give_back(worker, ticket, why, was_read=ticket in was_read)
+            self._requeue(worker, ticket, why, was_read=ticket in was_read)
         with self._lock:  # at once, and not before: a removed model without workers and waiting jobs is forgotten
             worker.held.clear()
             worker.model.workers.remove(worker)
@@ -352,7 +358,7 @@ class Dispatcher:
         if self.on_change:
             self.on_change()
 
-    def _give_back(self, worker: Worker, ticket: Ticket, why: str, *, was_read: bool) -> None:
+    def _requeue(self, worker: AttachedWorker, ticket: Ticket, why: str, *, was_read: bool) -> None:
         """Let another worker have the job. One that was not even read has no part in the death."""
         job, link = ticket.job, worker.link
         ticket.deaths += was_read
@@ -369,16 +375,16 @@ class Dispatcher:
             if worker.model.failure:
                 self._settle_locked(job, State.FAILED, worker.model.failed_error(self._settings.failed_retry_s))
             elif job.move(State.QUEUED):
-                worker.model.queue.push_front(ticket)
+                worker.model.queue.requeue(ticket)
 
-    def _send(self, worker: Worker, message: Message) -> None:
+    def _send(self, worker: AttachedWorker, message: Message) -> None:
         try:
             worker.link.send(message)
         except LinkClosed:
             return  # its end-of-file is on the way: `_read` gives its jobs back, after all it has still said
         self._watch_writes(worker, worker.link.has_backlog)
 
-    def _flush(self, worker: Worker) -> None:
+    def _flush(self, worker: AttachedWorker) -> None:
         try:
             worker.link.flush()
         except LinkClosed:
@@ -386,7 +392,7 @@ class Dispatcher:
             return
         self._watch_writes(worker, worker.link.has_backlog)
 
-    def _watch_writes(self, worker: Worker, wanted: bool) -> None:
+    def _watch_writes(self, worker: AttachedWorker, wanted: bool) -> None:
         if wanted == worker.watches_writes:
             return
         worker.watches_writes = wanted
@@ -400,7 +406,7 @@ class Dispatcher:
 
     # --- jobs to workers ----------------------------------------------------------------------------------------------
 
-    def _fill(self, model: Model) -> None:
+    def _fill(self, model: ModelQueue) -> None:
         """Give waiting jobs to workers with room."""
         while len(model.queue):
             with self._lock:
@@ -441,13 +447,13 @@ class Dispatcher:
         with self._lock:
             self._next_deadline = min(self._next_deadline, upcoming)
 
-    def _tell_cancelled(self, job: Job) -> None:
+    def _send_cancel(self, job: Job) -> None:
         for worker in self._workers.values():
             if ticket := worker.held.get(job.id):
                 self._cancel_held(worker, ticket)
                 return
 
-    def _cancel_held(self, worker: Worker, ticket: Ticket) -> None:
+    def _cancel_held(self, worker: AttachedWorker, ticket: Ticket) -> None:
         if not ticket.cancelled_at:
             ticket.cancelled_at = time.monotonic()
             self._send(worker, Cancel(ticket.job.id))
@@ -462,7 +468,7 @@ class Dispatcher:
 
     # --- reports from workers -----------------------------------------------------------------------------------------
 
-    def _read(self, worker: Worker) -> bool:
+    def _read(self, worker: AttachedWorker) -> bool:
         """Handle what a worker reports; False when it was let go of."""
         try:
             for message in worker.link.receive():
@@ -481,7 +487,7 @@ class Dispatcher:
             return False
         return True
 
-    def _note_ready(self, worker: Worker) -> None:
+    def _note_ready(self, worker: AttachedWorker) -> None:
         with self._lock:
             worker.model.was_ready |= not worker.link.is_retired  # else it came too late: it takes no jobs
         if self.on_change:

@@ -9,7 +9,7 @@ may add a job while it holds fewer than `_SHARE` times the places still free (th
 1998), and a key while it holds fewer than `_SHARE` times what its address may still add. An address can so fill eight ninths
 of a long queue, one key eight ninths of that, and either all of a queue of up to eight.
 
-Jobs given back by a dead worker stand before everybody (`push_front`) and beyond the limit: they were admitted once already.
+Jobs given back by a dead worker stand before everybody (`requeue`) and beyond the limit: they were admitted once already.
 
 Thread-safe: no; the dispatcher's lock guards it.
 """
@@ -128,7 +128,7 @@ class FairQueue:
         for waiting in self._addresses.values():
             yield from waiting
 
-    def has_place_for(self, client: Client, free_workers: int = 0) -> bool:
+    def has_space_for(self, client: Client, free_workers: int = 0) -> bool:
         """Whether this client may add one more job. `free_workers`: how many of those here do not wait, but are on their way."""
         free = self.limit + free_workers - len(self)
         waiting = self._addresses.get(client.address)
@@ -138,23 +138,23 @@ class FairQueue:
         return held_by_key < _SHARE * addable
 
     def push(self, ticket: Ticket) -> None:
-        """Add a job behind its client's others. The caller has asked `has_place_for`."""
+        """Add a job behind its client's others. The caller has asked `has_space_for`."""
         self._addresses.setdefault(ticket.job.client.address, _Address()).push(ticket)
         self._size += 1
 
-    def push_front(self, ticket: Ticket) -> None:
+    def requeue(self, ticket: Ticket) -> None:
         """Give a job back: it is the next but for those given back before it."""
         self._front.append(ticket)
 
-    def first_given_back(self) -> Ticket | None:
+    def first_requeued(self) -> Ticket | None:
         """The next of those given back; they come before all others."""
         return self._front[0] if self._front else None
 
-    def pop_given_back(self) -> Ticket:
+    def pop_requeued(self) -> Ticket:
         """Take the next of those given back. Raises IndexError when there is none."""
         return self._front.popleft()
 
-    def pop_beside(self, may_have: Callable[[str], bool] = _anybody) -> Ticket | None:
+    def pop_shared(self, may_have: Callable[[str], bool] = _anybody) -> Ticket | None:
         """Take the next job that may run beside others: of those given back, then of the addresses that `may_have` one taken."""
         for ticket in self._front:  # at most the jobs of a few dead workers
             if not ticket.is_alone:

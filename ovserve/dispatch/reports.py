@@ -14,14 +14,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ovserve.dispatch.jobs import Job, Partial, Result, State
+from ovserve.dispatch.model_queue import AttachedWorker, ModelQueue
 from ovserve.dispatch.queues import Ticket
-from ovserve.dispatch.roster import Model, Worker
 from ovserve.errors import ApiError, DeadlineExceeded, InternalError, LinkGarbage, SpoolFull, from_wire
 from ovserve.logs import fields
 from ovserve.wire.local.spool import Spool
-from ovserve.wire.messages import Beat, Done, Failed, Message, Need, Picture, Prepared, Progress, Ready, Room
+from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Message, Need, Picture, Prepared, Progress, Ready
 
-__all__ = ["Reports", "Settle"]
+__all__ = ["ReportApplier", "Settle"]
 
 _ABSURD_FACTOR = 4  # of the largest picture: up to here a worker may have misjudged one, beyond it counts wrongly
 _RETRY_S = 2  # segments and descriptors live for as long as one exchange
@@ -35,7 +35,7 @@ class Settle(Protocol):
     def __call__(self, job: Job, state: State, error: ApiError | None = None) -> bool: ...
 
 
-class Reports:
+class ReportApplier:
     """Applies reports.
 
     Args:
@@ -48,20 +48,20 @@ class Reports:
     def __init__(
         self,
         spool: Spool,
-        send: Callable[[Worker, Message], None],
+        send: Callable[[AttachedWorker, Message], None],
         settle: Settle,
-        on_ready: Callable[[Worker], None],
+        on_ready: Callable[[AttachedWorker], None],
     ) -> None:
         self._spool = spool
         self._send = send
         self._settle = settle
         self._on_ready = on_ready
 
-    def apply(self, worker: Worker, message: Message) -> None:
+    def apply(self, worker: AttachedWorker, message: Message) -> None:
         """One report. Raises LinkGarbage when it does not fit what the worker holds."""
-        if isinstance(message, Beat):  # noted on the link
-            if worker.link.ready is None and message.phase != worker.told_phase:
-                worker.told_phase = message.phase
+        if isinstance(message, Heartbeat):  # noted on the link
+            if worker.link.ready is None and message.phase != worker.logged_phase:
+                worker.logged_phase = message.phase
                 log.debug("worker on its way", extra=fields(worker=worker.link.name, phase=message.phase))
             return
         if isinstance(message, Ready):
@@ -79,25 +79,25 @@ class Reports:
         if isinstance(message, Done | Failed):
             self._end(worker, ticket, message)
         elif isinstance(message, Need):
-            self._make_room(worker, ticket, message)
+            self._grant(worker, ticket, message)
         elif isinstance(message, Picture):
             self._take_picture(ticket, message)
         elif isinstance(message, Progress) or ticket.job.prepared is None:
             ticket.job.post(message)
 
-    def _make_room(self, worker: Worker, ticket: Ticket, message: Need) -> None:
+    def _grant(self, worker: AttachedWorker, ticket: Ticket, message: Need) -> None:
         job, key = ticket.job, (message.picture, message.partial)
         _check_asked_for(ticket, message)
         if key in ticket.announced:
             raise LinkGarbage(f"picture {message.picture} announced twice")
         if not 1 <= message.size <= _ABSURD_FACTOR * worker.model.largest_picture_bytes:
             raise LinkGarbage(f"a picture of {message.size} bytes")
-        path = "" if job.is_settled else self._lay_out(worker.model, ticket, message)
+        path = "" if job.is_settled else self._make_segment(worker.model, ticket, message)
         if not path and message.partial < 0 and not ticket.cancelled_at:
             ticket.cancelled_at = time.monotonic()  # the empty path tells the worker as much as a Cancel
-        self._send(worker, Room(job.id, message.picture, path))
+        self._send(worker, Grant(job.id, message.picture, path))
 
-    def _lay_out(self, model: Model, ticket: Ticket, message: Need) -> str:
+    def _make_segment(self, model: ModelQueue, ticket: Ticket, message: Need) -> str:
         """The path of a segment; empty where there is none, which ends the job. A preview is only left out."""
         job, failure = ticket.job, None
         try:
@@ -137,7 +137,7 @@ class Reports:
         elif is_new:
             job.post(Partial(message.picture, message.partial, segment, message.size))
 
-    def _end(self, worker: Worker, ticket: Ticket, message: Done | Failed) -> None:
+    def _end(self, worker: AttachedWorker, ticket: Ticket, message: Done | Failed) -> None:
         job = ticket.job
         if isinstance(message, Failed):
             worker.release(job.id, has_failed=True)

@@ -1,4 +1,4 @@
-"""The workers of one model in one configuration: their places, and the rules for silence, death, back-off and crash loops.
+"""The workers of one model in one configuration: their slots, and the rules for silence, death, back-off and crash loops.
 
 Runs in: the supervisor thread. No processes are touched here; that is the supervisor's own work.
 """
@@ -16,7 +16,7 @@ from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.pipes import Link
 
-__all__ = ["Fleet", "Place", "load_failure", "make_fleets"]
+__all__ = ["Fleet", "Slot", "load_failure", "make_fleets"]
 
 _LOADING = frozenset({"spawn", "load", "warm-up"})
 _JITTER = (0.75, 1.25)  # replicas that died together do not start in step
@@ -26,7 +26,7 @@ _DOUBLINGS = 32  # beyond any largest delay; keeps the power finite
 
 
 @dataclass(slots=True, eq=False)
-class Place:
+class Slot:
     """One of a fleet's workers: the process that fills it now, or when the next one is due.
 
     Attributes:
@@ -103,20 +103,20 @@ class Fleet:
     """The workers of one model in one configuration.
 
     Attributes:
-        deaths: in a row over all places, without a job finished by any of them in between.
+        deaths: in a row over all slots, without a job finished by any of them in between.
         failure: why the model was declared failed; empty when it was not.
         was_ready: a worker of it has passed its warm-up once.
-        undying: its processes that SIGKILL has not ended, and that are still there.
+        unkillable: its processes that SIGKILL has not ended, and that are still there.
     """
 
     settings: Settings
     model: ModelSettings
     profile: ModelProfile
-    places: list[Place] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
     deaths: int = 0
     failure: str = ""
     was_ready: bool = False
-    undying: int = 0
+    unkillable: int = 0
     _jobs_done_by_the_gone: int = 0
     _jobs_done_at_death: int = 0
 
@@ -126,24 +126,24 @@ class Fleet:
         return self.model.name
 
     @property
-    def ready_places(self) -> list[Place]:
+    def ready_slots(self) -> list[Slot]:
         """Those that take jobs."""
-        return [place for place in self.places if place.is_ready]
+        return [slot for slot in self.slots if slot.is_ready]
 
     @property
-    def staying_places(self) -> list[Place]:
+    def staying_slots(self) -> list[Slot]:
         """Those that have not been told to end."""
-        return [place for place in self.places if not place.is_retired]
+        return [slot for slot in self.slots if not slot.is_retired]
 
     @property
     def is_loading(self) -> bool:
         """Whether one of its processes has not worked yet."""
-        return any(place.process is not None and not place.ready_at for place in self.places)
+        return any(slot.process is not None and not slot.ready_at for slot in self.slots)
 
     @property
-    def half_failure(self) -> str:
-        """Why one of its places will not be filled, whatever the others do; empty while each may be."""
-        worst = max(self.staying_places, key=lambda place: place.deaths, default=None)
+    def crash_loop_reason(self) -> str:
+        """Why one of its slots will not be filled, whatever the others do; empty while each may be."""
+        worst = max(self.staying_slots, key=lambda slot: slot.deaths, default=None)
         if worst is None or worst.deaths < self.settings.crash_loop_limit:
             return ""
         return f"worker {worst.index} died {worst.deaths} times in a row without finishing a job"
@@ -151,52 +151,50 @@ class Fleet:
     @property
     def is_wedged(self) -> bool:
         """Whether its processes do not end, nor do those that came for them: what holds them would hold any further one."""
-        return self.undying > self.model.replicas
+        return self.unkillable > self.model.replicas
 
     def restore(self) -> None:
-        """Make places anew for those that have been told to end: their successors did not come."""
-        taken = {place.index for place in self.staying_places}
-        self.places += [Place(self, index) for index in range(self.model.replicas) if index not in taken]
+        """Make slots anew for those that have been told to end: their successors did not come."""
+        taken = {slot.index for slot in self.staying_slots}
+        self.slots += [Slot(self, index) for index in range(self.model.replicas) if index not in taken]
 
-    def may_start(self, place: Place) -> bool:
-        """One place tries a model that has not worked yet, or has failed; the others follow when it has worked.
+    def may_start(self, slot: Slot) -> bool:
+        """One slot tries a model that has not worked yet, or has failed; the others follow when it has worked.
 
         They find its compiled model in the cache, and its division of the device in the settings.
         """
         if self.is_wedged:
             return False
-        return (self.was_ready and not self.failure) or place is next(iter(self.staying_places), None)
+        return (self.was_ready and not self.failure) or slot is next(iter(self.staying_slots), None)
 
-    def note_ready(self, place: Place, link: Link, now: float) -> None:
+    def note_ready(self, slot: Slot, link: Link, now: float) -> None:
         """A worker has passed its warm-up. What the first one measured and chose holds for all that follow."""
-        place.ready_at, self.was_ready, self.failure = now, True, ""
+        slot.ready_at, self.was_ready, self.failure = now, True, ""
         if link.ready is not None:
             self.model = _tuned(self.model, link.ready.tuned)
 
-    def note_death(self, place: Place, link: Link, reason: str, now: float) -> None:
+    def note_death(self, slot: Slot, link: Link, reason: str, now: float) -> None:
         """Count a death, and declare the model failed where that is due (`failure` is set).
 
         A worker that has finished a job, or that died without one after a long life, starts the count anew: a crash loop is a
         worker that does no work, again and again. The second death under one job says more about the job than about the worker
         and is not counted, else three bad requests could take a model away from everybody.
         """
-        done = self._jobs_done_by_the_gone + sum(p.link.jobs_done for p in self.places if p.link)
+        done = self._jobs_done_by_the_gone + sum(p.link.jobs_done for p in self.slots if p.link)
         has_worked = link.jobs_done > 0
-        is_old = (
-            bool(place.ready_at) and now - place.ready_at > self.settings.max_restart_delay_s and not link.jobs_lost
-        )
+        is_old = bool(slot.ready_at) and now - slot.ready_at > self.settings.max_restart_delay_s and not link.jobs_lost
         if has_worked or is_old:
-            place.deaths = self.deaths = 0
+            slot.deaths = self.deaths = 0
         elif not link.lost_second_try:
-            place.deaths += 1
+            slot.deaths += 1
             self.deaths = self.deaths + 1 if done == self._jobs_done_at_death else 1
         self._jobs_done_by_the_gone += link.jobs_done
         self._jobs_done_at_death = done
-        place.empty()
-        if self.ready_places:
+        slot.empty()
+        if self.ready_slots:
             return  # the model works
-        if self.is_wedged and not any(other.process for other in self.places):
-            self.failure = f"{self.undying} of its processes do not end, and no more are started until one does; the last: {reason}"
+        if self.is_wedged and not any(other.process for other in self.slots):
+            self.failure = f"{self.unkillable} of its processes do not end, and no more are started until one does; the last: {reason}"
             return
         if link.failure is not None and not self.was_ready:
             self.failure = reason  # it said itself that it cannot load: trying at once again would change nothing
@@ -205,10 +203,10 @@ class Fleet:
 
 
 def make_fleets(settings: Settings, profiles: Mapping[str, ModelProfile]) -> dict[str, Fleet]:
-    """A fleet for each model, every place due at once."""
+    """A fleet for each model, every slot due at once."""
     fleets = {model.name: Fleet(settings, model, profiles[model.name]) for model in settings.models}
     for fleet in fleets.values():
-        fleet.places = [Place(fleet, index) for index in range(fleet.model.replicas)]
+        fleet.slots = [Slot(fleet, index) for index in range(fleet.model.replicas)]
     return fleets
 
 

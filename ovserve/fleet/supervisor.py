@@ -1,12 +1,12 @@
 """Sole owner of the worker processes: spawns them, watches them, kills the hung, restarts the dead with back-off.
 
-    fleet = the workers of one model in one configuration; place = one of its `replicas`, filled by one incarnation at a time
+    fleet = the workers of one model in one configuration; slot = one of its `replicas`, filled by one incarnation at a time
 
     waiting ──restart_at──▶ starting ──Ready──▶ ready ──retire──▶ stopping
        ▲                        │                  │                  │
        └────────── died ◀───────┴──────────────────┘             gone (or killed at end_by)
 
-    A process that SIGKILL does not end is one that has died, to all but `_undying`: a driver holds it in an uninterruptible call.
+    A process that SIGKILL does not end is one that has died, to all but `_unkillable`: a driver holds it in an uninterruptible call.
 
 Laws of this file:
 - One thread does everything; other threads leave an order and wake it. It waits on every process, and on the wake-up, in one call.
@@ -35,10 +35,10 @@ from multiprocessing.context import SpawnProcess
 from ovserve import systemd
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.dispatch.roster import ModelStatus
+from ovserve.dispatch.model_queue import ModelStatus
 from ovserve.errors import ModelNotFound
 from ovserve.fleet import processes
-from ovserve.fleet.fleets import Fleet, Place, load_failure, make_fleets
+from ovserve.fleet.fleets import Fleet, Slot, load_failure, make_fleets
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
@@ -85,14 +85,14 @@ class Supervisor:
         self._longest_job_s = settings.max_timeout_s  # under any settings there were: jobs of each may still run
         self._incoming: dict[str, Fleet] = {}  # those of a reload that are to take over
         self._leaving: list[Fleet] = []  # those of removed models with jobs still to finish
-        self._outgoing: list[Fleet] = []  # those whose places are all retired
-        self._undying: list[tuple[SpawnProcess, Fleet]] = []  # killed in vain, and done without
+        self._outgoing: list[Fleet] = []  # those whose slots are all retired
+        self._unkillable: list[tuple[SpawnProcess, Fleet]] = []  # killed in vain, and done without
         self._incarnations: dict[tuple[str, int], int] = {}
         self._restarts: Counter[str] = Counter()
         self._orders: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._stop_by: Deadline | None = None
-        self._amnesty_at = 0.0
+        self._ignore_silence_before = 0.0
         self._memory_limit = processes.machine_memory_bytes() * 3 // 4
         self.turned_at = time.monotonic()  # when the loop last turned; systemd's watchdog is fed by it
         self._watchdog = systemd.Watchdog()
@@ -117,11 +117,11 @@ class Supervisor:
 
         def is_decided() -> bool:
             fleets = list(self._fleets.values())  # a reload may come in between
-            return any(fleet.ready_places for fleet in fleets) or all(fleet.failure for fleet in fleets)
+            return any(fleet.ready_slots for fleet in fleets) or all(fleet.failure for fleet in fleets)
 
         with self._changed:
             self._changed.wait_for(is_decided, timeout=deadline.remaining())
-            return any(fleet.ready_places for fleet in list(self._fleets.values()))
+            return any(fleet.ready_slots for fleet in list(self._fleets.values()))
 
     def status(self) -> dict[str, ModelStatus]:
         """How each model stands, by name."""
@@ -130,11 +130,11 @@ class Supervisor:
     def worker_pids(self) -> dict[str, int]:
         """The process id of each living worker, by its name `model/index#incarnation`."""
         fleets = [*self._fleets.values(), *self._incoming.values(), *self._leaving, *self._outgoing]
-        places = [place for fleet in fleets for place in list(fleet.places)]
-        return {place.link.name: place.pid for place in places if place.link and place.pid and not place.exit_reason}
+        slots = [slot for fleet in fleets for slot in list(fleet.slots)]
+        return {slot.link.name: slot.pid for slot in slots if slot.link and slot.pid and not slot.exit_reason}
 
     def restarts(self) -> dict[str, int]:
-        """By model: workers that died, or were killed, and whose places were to be filled again, since the start."""
+        """By model: workers that died, or were killed, and whose slots were to be filled again, since the start."""
         return {name: self._restarts[name] for name in self._dispatcher.models()}
 
     def reload(self, settings: Settings, profiles: Mapping[str, ModelProfile]) -> None:
@@ -197,7 +197,7 @@ class Supervisor:
                 time.sleep(0.5)
 
     def _turn(self) -> bool:
-        """Wait for something to happen, then look after every place. False when everything has been stopped."""
+        """Wait for something to happen, then look after every slot. False when everything has been stopped."""
         while self._orders:
             try:
                 self._orders[0]()
@@ -205,10 +205,10 @@ class Supervisor:
                 self._orders.popleft()  # not before: `wait_reloaded` waits for an empty list
         now = time.monotonic()
         for fleet in self._all_fleets():
-            for place in list(fleet.places):
-                self._look_after(place, now)
+            for slot in list(fleet.slots):
+                self._check(slot, now)
         self._change_over()
-        self._reap_undying()
+        self._reap_unkillable()
         with self._changed:
             self._changed.notify_all()
         if now - self._dispatcher.turned_at < _DISPATCHER_LATE_S:
@@ -222,63 +222,63 @@ class Supervisor:
         return [*self._fleets.values(), *self._incoming.values(), *self._leaving, *self._outgoing]
 
     def _wait(self) -> None:
-        living = [p.process.sentinel for f in self._all_fleets() for p in f.places if p.process and not p.exit_reason]
-        living += [process.sentinel for process, _ in self._undying]
+        living = [p.process.sentinel for f in self._all_fleets() for p in f.slots if p.process and not p.exit_reason]
+        living += [process.sentinel for process, _ in self._unkillable]
         before = time.monotonic()
-        waiting = [p for f in self._all_fleets() for p in f.places if not p.process and self._may_start(p)]
-        due = min((place.restart_at for place in waiting), default=float("inf"))
+        waiting = [p for f in self._all_fleets() for p in f.slots if not p.process and self._may_start(p)]
+        due = min((slot.restart_at for slot in waiting), default=float("inf"))
         timeout_s = max(0.0, min(_TICK_S, due - before))
         if self._wakeup in wait([self._wakeup, *living], timeout=timeout_s):
             os.eventfd_read(self._wakeup)
         self.turned_at = time.monotonic()
         if self.turned_at - before > _TICK_S + _LATE_S:
-            self._amnesty_at = self.turned_at
+            self._ignore_silence_before = self.turned_at
 
-    def _look_after(self, place: Place, now: float) -> None:
+    def _check(self, slot: Slot, now: float) -> None:
         if self._stop_by is not None:
-            self._retire(place, self._stop_by.at)
-        if place.process is None:
-            if place.is_retired:
-                place.fleet.places.remove(place)
-            elif now >= place.restart_at and self._may_start(place):
-                self._start(place)
+            self._retire(slot, self._stop_by.at)
+        if slot.process is None:
+            if slot.is_retired:
+                slot.fleet.slots.remove(slot)
+            elif now >= slot.restart_at and self._may_start(slot):
+                self._start(slot)
             return
-        if place.exit_reason:
-            self._bury(place)
+        if slot.exit_reason:
+            self._note_gone(slot)
             return
-        if place.process.is_alive():
-            if now >= place.abandon_at:
-                self._abandon(place)
+        if slot.process.is_alive():
+            if now >= slot.abandon_at:
+                self._abandon(slot)
             else:
-                self._watch(place, now)
+                self._watch(slot, now)
             return
-        self._note_exit(place)
-        self._bury(place)
+        self._note_exit(slot)
+        self._note_gone(slot)
 
-    def _may_start(self, place: Place) -> bool:
+    def _may_start(self, slot: Slot) -> bool:
         """New workers wait for those that were turned away for them: each reload would add a model being loaded, to memory and cores."""
-        fleet = place.fleet
+        fleet = slot.fleet
         is_incoming = fleet is self._incoming.get(fleet.name)
         if is_incoming and any(gone.name == fleet.name and gone.is_loading for gone in self._outgoing):
             return False
-        return fleet.may_start(place)
+        return fleet.may_start(slot)
 
-    def _start(self, place: Place) -> None:
-        fleet = place.fleet
-        key = (fleet.name, place.index)
+    def _start(self, slot: Slot) -> None:
+        fleet = slot.fleet
+        key = (fleet.name, slot.index)
         incarnation = self._incarnations.get(key, 0)
         self._incarnations[key] = incarnation + 1
         try:
-            link, process = self._spawn(fleet, place.index, incarnation)
+            link, process = self._spawn(fleet, slot.index, incarnation)
         except OSError as error:  # no descriptors, no memory, no process ids: a time to wait, whatever the cause
-            place.deaths += 1
-            place.restart_at = time.monotonic() + place.delay_s()
-            log.warning("worker cannot be started", extra=fields(model=fleet.name, index=place.index, why=str(error)))
+            slot.deaths += 1
+            slot.restart_at = time.monotonic() + slot.delay_s()
+            log.warning("worker cannot be started", extra=fields(model=fleet.name, index=slot.index, why=str(error)))
             return
-        place.fill(process, link, time.monotonic())
-        processes.prefer_for_oom(place.pid)
+        slot.fill(process, link, time.monotonic())
+        processes.prefer_for_oom(slot.pid)
         self._dispatcher.attach(link, fleet.settings)
-        log.info("worker started", extra=fields(worker=link.name, pid=place.pid))
+        log.info("worker started", extra=fields(worker=link.name, pid=slot.pid))
 
     def _spawn(self, fleet: Fleet, index: int, incarnation: int) -> tuple[Link, SpawnProcess]:
         link, end = open_link(self._context, fleet.name, index, incarnation)
@@ -302,110 +302,110 @@ class Supervisor:
 
     # --- the living ---------------------------------------------------------------------------------------------------
 
-    def _watch(self, place: Place, now: float) -> None:
-        link, fleet = place.link, place.fleet
+    def _watch(self, slot: Slot, now: float) -> None:
+        link, fleet = slot.link, slot.fleet
         if link is None:
             return
-        if link.ready is not None and not place.ready_at and not place.is_retired and not place.is_killed:
-            self._note_ready(place, now)
-        if link.lost and place.end_by == float("inf"):
-            place.end_by = now if link.is_broken else now + fleet.settings.terminate_timeout_s
-            place.kill_reason = link.lost if link.is_broken else ""
+        if link.ready is not None and not slot.ready_at and not slot.is_retired and not slot.is_killed:
+            self._note_ready(slot, now)
+        if link.lost and slot.end_by == float("inf"):
+            slot.end_by = now if link.is_broken else now + fleet.settings.terminate_timeout_s
+            slot.kill_reason = link.lost if link.is_broken else ""
         # What the dispatcher has not read is no silence.
-        silence_s = self._dispatcher.turned_at - max(link.beat_at, self._amnesty_at)
-        resident = processes.resident_bytes(place.pid)
-        if now >= place.end_by:
-            self._kill(place, place.kill_reason or "it did not end within its grace")
-        elif fault := place.fault(link, silence_s, resident, self._memory_limit):
-            self._kill(place, fault)
+        silence_s = self._dispatcher.turned_at - max(link.beat_at, self._ignore_silence_before)
+        resident = processes.resident_bytes(slot.pid)
+        if now >= slot.end_by:
+            self._kill(slot, slot.kill_reason or "it did not end within its grace")
+        elif fault := slot.fault(link, silence_s, resident, self._memory_limit):
+            self._kill(slot, fault)
 
-    def _note_ready(self, place: Place, now: float) -> None:
-        fleet, link = place.fleet, place.link
+    def _note_ready(self, slot: Slot, now: float) -> None:
+        fleet, link = slot.fleet, slot.link
         if link is None or link.ready is None:
             return
-        fleet.note_ready(place, link, now)
+        fleet.note_ready(slot, link, now)
         self._dispatcher.clear_failure(fleet.name)
-        took_s = round(now - place.started_at, 2)
+        took_s = round(now - slot.started_at, 2)
         found = link.ready
         log.info(
             "worker ready",
             extra=fields(worker=link.name, seconds=took_s, engine=found.engine, why=found.why, capacity=found.capacity),
         )
 
-    def _kill(self, place: Place, reason: str) -> None:
-        if place.process is None or place.link is None or place.is_killed:
+    def _kill(self, slot: Slot, reason: str) -> None:
+        if slot.process is None or slot.link is None or slot.is_killed:
             return
-        place.is_killed, place.kill_reason = True, reason
-        self._dispatcher.retire(place.link)  # no job from now on, though it may take long to go
-        place.process.kill()
-        place.abandon_at = time.monotonic() + place.fleet.settings.terminate_timeout_s
-        log.warning("worker killed", extra=fields(worker=place.process.name, pid=place.pid, why=reason))
+        slot.is_killed, slot.kill_reason = True, reason
+        self._dispatcher.retire(slot.link)  # no job from now on, though it may take long to go
+        slot.process.kill()
+        slot.abandon_at = time.monotonic() + slot.fleet.settings.terminate_timeout_s
+        log.warning("worker killed", extra=fields(worker=slot.process.name, pid=slot.pid, why=reason))
 
-    def _retire(self, place: Place, end_by: float) -> None:
+    def _retire(self, slot: Slot, end_by: float) -> None:
         """No more jobs, an orderly end, SIGKILL at `end_by`. One that is still loading hears no message: it gets less time."""
-        if place.is_retired:
-            place.end_by = min(place.end_by, end_by)
+        if slot.is_retired:
+            slot.end_by = min(slot.end_by, end_by)
             return
-        place.is_retired = True
-        if place.link is None:
+        slot.is_retired = True
+        if slot.link is None:
             return
-        if not place.ready_at:
-            end_by = min(end_by, time.monotonic() + place.fleet.settings.terminate_timeout_s)
-        place.end_by = min(place.end_by, end_by)
-        self._dispatcher.retire(place.link)
+        if not slot.ready_at:
+            end_by = min(end_by, time.monotonic() + slot.fleet.settings.terminate_timeout_s)
+        slot.end_by = min(slot.end_by, end_by)
+        self._dispatcher.retire(slot.link)
 
     # --- the dead -----------------------------------------------------------------------------------------------------
 
-    def _abandon(self, place: Place) -> None:
-        """Go on without a process that SIGKILL does not end: its jobs, and its place, would wait for a driver that may never return."""
-        if place.link is None:
+    def _abandon(self, slot: Slot) -> None:
+        """Go on without a process that SIGKILL does not end: its jobs, and its slot, would wait for a driver that may never return."""
+        if slot.link is None:
             return
-        place.exit_reason = f"{place.kill_reason}; SIGKILL does not end it"
-        log.error("worker does not end, and is done without", extra=fields(worker=place.link.name, pid=place.pid))
-        self._dispatcher.detach(place.link, place.exit_reason)
+        slot.exit_reason = f"{slot.kill_reason}; SIGKILL does not end it"
+        log.error("worker does not end, and is done without", extra=fields(worker=slot.link.name, pid=slot.pid))
+        self._dispatcher.detach(slot.link, slot.exit_reason)
 
-    def _reap_undying(self) -> None:
-        for process, fleet in [each for each in self._undying if not each[0].is_alive()]:
-            self._undying.remove((process, fleet))
-            fleet.undying -= 1
+    def _reap_unkillable(self) -> None:
+        for process, fleet in [each for each in self._unkillable if not each[0].is_alive()]:
+            self._unkillable.remove((process, fleet))
+            fleet.unkillable -= 1
             log.info("worker ended at last", extra=fields(worker=process.name, pid=process.pid))
             process.close()
 
-    def _note_exit(self, place: Place) -> None:
+    def _note_exit(self, slot: Slot) -> None:
         """Reap the process, and have the dispatcher read its last words before anything is concluded from its death."""
-        if place.process is None or place.link is None:
+        if slot.process is None or slot.link is None:
             return
-        reason = processes.explain_exit(place.process.exitcode)
-        place.exit_reason = place.kill_reason or reason
-        self._dispatcher.detach(place.link, place.exit_reason)
+        reason = processes.explain_exit(slot.process.exitcode)
+        slot.exit_reason = slot.kill_reason or reason
+        self._dispatcher.detach(slot.link, slot.exit_reason)
 
-    def _bury(self, place: Place) -> None:
-        process, link, fleet = place.process, place.link, place.fleet
+    def _note_gone(self, slot: Slot) -> None:
+        process, link, fleet = slot.process, slot.link, slot.fleet
         if process is None or link is None or not link.lost:
             return
-        now, reason = time.monotonic(), load_failure(link) or place.exit_reason
+        now, reason = time.monotonic(), load_failure(link) or slot.exit_reason
         if process.is_alive():
-            self._undying.append((process, fleet))
-            fleet.undying += 1
+            self._unkillable.append((process, fleet))
+            fleet.unkillable += 1
         else:
             process.close()
-        if place.is_retired:
-            place.empty()
-            log.info("worker ended", extra=fields(worker=link.name, why=place.exit_reason))
+        if slot.is_retired:
+            slot.empty()
+            log.info("worker ended", extra=fields(worker=link.name, why=slot.exit_reason))
             return
         failed_before = fleet.failure
-        fleet.note_death(place, link, reason, now)
+        fleet.note_death(slot, link, reason, now)
         self._restarts[fleet.name] += 1
-        delay_s = place.delay_s()
-        place.restart_at = now + delay_s
+        delay_s = slot.delay_s()
+        slot.restart_at = now + delay_s
         log.warning(
             "worker died",
-            extra=fields(worker=link.name, pid=place.pid, why=reason, deaths=fleet.deaths, restart_s=round(delay_s, 2)),
+            extra=fields(worker=link.name, pid=slot.pid, why=reason, deaths=fleet.deaths, restart_s=round(delay_s, 2)),
         )
         if fleet.failure != failed_before:
             log.error("model failed", extra=fields(model=fleet.name, why=fleet.failure))
             successor = self._incoming.get(fleet.name)
-            is_alone = successor is None or not successor.ready_places
+            is_alone = successor is None or not successor.ready_slots
             if self._fleets.get(fleet.name, fleet) is fleet and is_alone:  # the one that serves, or one that is leaving
                 self._dispatcher.fail_model(fleet.name, fleet.failure)
 
@@ -415,7 +415,7 @@ class Supervisor:
         if self._stop_by is not None:
             return
         for fleet in list(self._incoming.values()):
-            self._turn_away(fleet)
+            self._abort_incoming(fleet)
         self._settings = settings
         self._longest_job_s = max(self._longest_job_s, settings.max_timeout_s)
         names = {model.name for model in settings.models}
@@ -430,19 +430,19 @@ class Supervisor:
             (self._incoming if name in self._fleets else self._fleets)[name] = fleet
 
     def _change_over(self) -> None:
-        """Let ready new workers take the places of old ones, and let go of fleets that are done."""
+        """Let ready new workers take the slots of old ones, and let go of fleets that are done."""
         for name, fleet in list(self._incoming.items()):
             # Half a fleet that works is better than an old one of which nothing does.
-            is_needed = fleet.ready_places and not self._fleets[name].ready_places
-            if failure := fleet.failure or ("" if is_needed else fleet.half_failure):
+            is_needed = fleet.ready_slots and not self._fleets[name].ready_slots
+            if failure := fleet.failure or ("" if is_needed else fleet.crash_loop_reason):
                 log.error("reload failed, the old workers stay", extra=fields(model=name, why=failure))
-                self._turn_away(fleet)
+                self._abort_incoming(fleet)
                 continue
-            old, ready = self._fleets[name], len(fleet.ready_places)
-            staying = sorted(old.staying_places, key=lambda place: place.is_ready)  # those go first that do not work
+            old, ready = self._fleets[name], len(fleet.ready_slots)
+            staying = sorted(old.staying_slots, key=lambda slot: slot.is_ready)  # those go first that do not work
             to_stay = 0 if ready == fleet.model.replicas else max(0, old.model.replicas - ready)
-            for place in staying[: max(0, len(staying) - to_stay)]:
-                self._retire(place, self._longest_end())
+            for slot in staying[: max(0, len(staying) - to_stay)]:
+                self._retire(slot, self._longest_end())
             if not to_stay:
                 self._take_over(fleet)
         for fleet in list(self._leaving):
@@ -450,7 +450,7 @@ class Supervisor:
                 self._leaving.remove(fleet)
                 self._dismiss(fleet)
                 self._dispatcher.remove_model(fleet.name)  # again: without a worker left, nobody else may forget it
-        self._outgoing = [fleet for fleet in self._outgoing if fleet.places]
+        self._outgoing = [fleet for fleet in self._outgoing if fleet.slots]
 
     def _take_over(self, fleet: Fleet) -> None:
         """No old worker gets a job any more: from here on requests are meant for the new ones."""
@@ -463,18 +463,18 @@ class Supervisor:
             self._on_serving(fleet.profile, fleet.model)
         log.info("new workers have taken over", extra=fields(model=name))
 
-    def _turn_away(self, fleet: Fleet) -> None:
+    def _abort_incoming(self, fleet: Fleet) -> None:
         """New workers have failed, or were overtaken by yet newer ones: the old fleet is whole again."""
         del self._incoming[fleet.name]
         self._dismiss(fleet)
         old = self._fleets[fleet.name]
         old.restore()
-        if old.failure and not old.ready_places:
+        if old.failure and not old.ready_slots:
             self._dispatcher.fail_model(old.name, old.failure)
 
     def _dismiss(self, fleet: Fleet) -> None:
-        for place in fleet.places:
-            self._retire(place, self._longest_end())
+        for slot in fleet.slots:
+            self._retire(slot, self._longest_end())
         self._outgoing.append(fleet)
 
     def _longest_end(self) -> float:
@@ -490,11 +490,11 @@ class Supervisor:
             return 0
 
     def _is_stopped(self, now: float) -> bool:
-        living = [place for fleet in self._all_fleets() for place in fleet.places if place.process]
+        living = [slot for fleet in self._all_fleets() for slot in fleet.slots if slot.process]
         if not living:
             return True
         if self._stop_by and now > self._stop_by.at + self._settings.terminate_timeout_s:
-            for place in living:  # SIGKILL was sent; a driver holds it in an uninterruptible call
-                log.error("worker does not end", extra=fields(worker=place.link and place.link.name, pid=place.pid))
+            for slot in living:  # SIGKILL was sent; a driver holds it in an uninterruptible call
+                log.error("worker does not end", extra=fields(worker=slot.link and slot.link.name, pid=slot.pid))
             return True
         return False

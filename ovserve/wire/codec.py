@@ -12,17 +12,17 @@ from typing import Any
 
 from ovserve.errors import LinkGarbage
 from ovserve.wire.messages import (
-    Beat,
     Cancel,
     Done,
     Failed,
+    Grant,
+    Heartbeat,
     Message,
     Need,
     Picture,
     Prepared,
     Progress,
     Ready,
-    Room,
     Run,
     Stop,
 )
@@ -32,7 +32,7 @@ __all__ = ["MESSAGE_BYTES", "LineBuffer", "decode", "encode"]
 MESSAGE_BYTES = 4096  # PIPE_BUF on Linux: a write up to this size is atomic
 
 _KINDS: dict[str, type[Any]] = {
-    m.kind: m for m in (Run, Cancel, Room, Stop, Ready, Beat, Prepared, Progress, Need, Picture, Done, Failed)
+    m.kind: m for m in (Run, Cancel, Grant, Stop, Ready, Heartbeat, Prepared, Progress, Need, Picture, Done, Failed)
 }
 # JSON gives exactly these types: a bool is no int here.
 _TYPES: dict[str, frozenset[type]] = {

@@ -1,6 +1,6 @@
 """The messages between the front end and a worker: small, flat, frozen records.
 
-    to the worker: Run Cancel Room Stop        from the worker: Ready Beat Prepared Progress Need Picture Done Failed
+    to the worker: Run Cancel Grant Stop        from the worker: Ready Heartbeat Prepared Progress Need Picture Done Failed
 
 Longer text and all pictures travel as blobs. `wire.codec` writes each message as one line.
 """
@@ -11,7 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 __all__ = [
-    "Beat", "Cancel", "Done", "Failed", "Message", "Need", "Picture", "Prepared", "Progress", "Ready", "Room", "Run", "Stop",
+    "Cancel",
+    "Done",
+    "Failed",
+    "Grant",
+    "Heartbeat",
+    "Message",
+    "Need",
+    "Picture",
+    "Prepared",
+    "Progress",
+    "Ready",
+    "Run",
+    "Stop",
 ]  # fmt: skip
 
 
@@ -37,14 +49,14 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Grant:
     """To the worker: the segment for the bytes a Need announced. An empty path: there is no room, give the job up."""
 
     job: str
     picture: int
     path: str
 
-    kind: ClassVar[str] = "room"
+    kind: ClassVar[str] = "grant"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +83,13 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
+class Heartbeat:
     """From the device loop: alive, in `phase`; the next beat may take up to `allow_s` seconds (0: the configured limit)."""
 
     phase: str  # load, warm-up, idle, encode, denoise, decode, finish
     allow_s: float = 0.0
 
-    kind: ClassVar[str] = "beat"
+    kind: ClassVar[str] = "heartbeat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,4 +169,4 @@ class Failed:
     kind: ClassVar[str] = "failed"
 
 
-Message = Run | Cancel | Room | Stop | Ready | Beat | Prepared | Progress | Need | Picture | Done | Failed
+Message = Run | Cancel | Grant | Stop | Ready | Heartbeat | Prepared | Progress | Need | Picture | Done | Failed

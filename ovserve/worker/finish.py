@@ -1,6 +1,6 @@
 """The finish thread: outcomes and previews to encoded pictures, and those into the segments that the front end gives for them.
 
-    device loop ──deliver──▶ paste back, encode ──Need──▶ front end ──Room──▶ fill ──Picture──▶
+    device loop ──deliver──▶ paste back, encode ──Need──▶ front end ──Grant─▶ fill ──Picture──▶
     engine ───────preview──▶ (the same at preview size; dropped where too many wait)
 
 Laws of this file:
@@ -24,11 +24,11 @@ from ovserve.engines.protocol import Outcome, Preview, Work
 from ovserve.errors import ApiError, InternalError, LinkClosed, SpoolFull
 from ovserve.logs import fields
 from ovserve.wire.local.spool import fill
-from ovserve.wire.messages import Need, Picture, Room, Run
-from ovserve.worker.prepare import Edit
-from ovserve.worker.reports import Replies, end_process
+from ovserve.wire.messages import Grant, Need, Picture, Run
+from ovserve.worker.prepare import PreparedRequest
+from ovserve.worker.reports import ReportSender, end_process
 
-__all__ = ["Finish", "Held"]
+__all__ = ["Finisher", "WorkerJob"]
 
 FINISH_LIMIT = 4  # outcomes waiting to be encoded; then the device waits
 PREVIEW_LIMIT = 8  # previews waiting to be encoded; further ones are dropped
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class Held:
+class WorkerJob:
     """One job the worker holds. Changed under the desk's lock.
 
     Attributes:
@@ -52,7 +52,7 @@ class Held:
     job: str
     run: Run
     deadline: Deadline
-    edit: Edit | None = None
+    edit: PreparedRequest | None = None
     is_preparing: bool = True
     given: int = 0
     returned: int = 0
@@ -81,13 +81,13 @@ class Held:
 class Jobs(Protocol):
     """What finishing asks of the desk. Thread-safe."""
 
-    def find(self, job: str) -> Held | None:
+    def find(self, job: str) -> WorkerJob | None:
         """The job, unless it has ended."""
 
-    def fail(self, held: Held, error: ApiError) -> None:
+    def fail(self, held: WorkerJob, error: ApiError) -> None:
         """The job ends with this error as soon as everything has let go of it; the first error counts."""
 
-    def settle(self, held: Held, *, returned: int = 0) -> None:
+    def settle(self, held: WorkerJob, *, returned: int = 0) -> None:
         """So many more of its outcomes are dealt with; report the end of the job if it has come."""
 
 
@@ -116,14 +116,14 @@ class _Encoded:
     partial: int
 
 
-class Finish:
+class Finisher:
     """One instance in a worker. `run` is the finish thread's; the other methods are for any thread."""
 
-    def __init__(self, jobs: Jobs, replies: Replies) -> None:
+    def __init__(self, jobs: Jobs, replies: ReportSender) -> None:
         self.busy_since: float | None = None  # since when it has been at one item, on the monotonic clock
         self._jobs = jobs
         self._replies = replies
-        self._items: queue.SimpleQueue[_Finished | _Estimate | Room] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[_Finished | _Estimate | Grant] = queue.SimpleQueue()
         self._places = threading.Semaphore(FINISH_LIMIT)
         self._preview_places = threading.Semaphore(PREVIEW_LIMIT)
         # Finish thread only; by job and picture, in order of Need.
@@ -143,7 +143,7 @@ class Finish:
         if self._preview_places.acquire(blocking=False):
             self._items.put(_Estimate(work, preview))
 
-    def room(self, room: Room) -> None:
+    def room(self, room: Grant) -> None:
         """Take a segment for a picture that was asked for."""
         self._items.put(room)
 
@@ -158,18 +158,18 @@ class Finish:
             self.busy_since = None
             del item  # not kept while waiting: the last job's picture would stay in memory until the next one
 
-    def _finish(self, item: _Finished | _Estimate | Room) -> None:
+    def _finish(self, item: _Finished | _Estimate | Grant) -> None:
         if isinstance(item, _Estimate):
             self._preview_places.release()
         elif isinstance(item, _Finished):
             self._places.release()
         job = _job_of(item)
         held = self._jobs.find(job)
-        if held is None:  # a Room or a preview that came after its job had failed
+        if held is None:  # a Grant or a preview that came after its job had failed
             self._forget(job)
             return
         try:
-            if isinstance(item, Room):
+            if isinstance(item, Grant):
                 self._fill(held, item)
             elif isinstance(item, _Estimate):
                 self._try_preview(held, item)
@@ -192,7 +192,7 @@ class Finish:
         """Let go of what was encoded for a job that has failed."""
         self._waiting = {key: value for key, value in self._waiting.items() if key[0] != job}
 
-    def _finish_outcome(self, held: Held, item: _Finished) -> None:
+    def _finish_outcome(self, held: WorkerJob, item: _Finished) -> None:
         outcome = item.outcome
         held.note_denoised(item.ended_at - item.seconds, item.ended_at)
         if outcome.error is not None:
@@ -205,13 +205,13 @@ class Finish:
         held.finish_ms += (time.monotonic() - started) * 1000
         self._ask_room(held, picture, data, -1)
 
-    def _try_preview(self, held: Held, item: _Estimate) -> None:
+    def _try_preview(self, held: WorkerJob, item: _Estimate) -> None:
         try:
             self._finish_preview(held, item)
         except Exception:  # a preview is a courtesy: the picture does not depend on it
             log.exception("preview failed", extra=fields(job=held.job))
 
-    def _finish_preview(self, held: Held, item: _Estimate) -> None:
+    def _finish_preview(self, held: WorkerJob, item: _Estimate) -> None:
         if held.edit is None or held.stopped.is_set():
             return
         picture = item.work.picture
@@ -221,13 +221,13 @@ class Finish:
             held.partials[picture] = index + 1  # one that cannot be encoded leaves its number to the next
             self._ask_room(held, picture, data, index)
 
-    def _ask_room(self, held: Held, picture: int, data: bytes, partial: int) -> None:
+    def _ask_room(self, held: WorkerJob, picture: int, data: bytes, partial: int) -> None:
         waiting = self._waiting.setdefault((held.job, picture), deque())
         waiting.append(_Encoded(data, partial))
         self._replies.send(Need(held.job, picture, len(data), partial))
 
-    def _fill(self, held: Held, room: Room) -> None:
-        """The dispatcher answers each Need with one Room, in order; a preview without room is left out."""
+    def _fill(self, held: WorkerJob, room: Grant) -> None:
+        """The dispatcher answers each Need with one Grant, in order; a preview without room is left out."""
         waiting = self._waiting.get((held.job, room.picture))
         if not waiting:
             return
@@ -245,7 +245,7 @@ class Finish:
             held.filled += 1
 
 
-def _job_of(item: _Finished | _Estimate | Room) -> str:
-    if isinstance(item, Room):
+def _job_of(item: _Finished | _Estimate | Grant) -> str:
+    if isinstance(item, Grant):
         return item.job
     return item.work.job if isinstance(item, _Estimate) else item.outcome.work.job

@@ -34,13 +34,13 @@ def main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: 
     configure_logs(settings.log_level, settings.log_format)
     from PIL import Image  # noqa: PLC0415
 
-    from ovserve.worker.runner import Desk  # noqa: PLC0415
+    from ovserve.worker.runner import JobRunner  # noqa: PLC0415
 
     Image.MAX_IMAGE_PIXELS = None  # our own limit, checked before decoding, takes its place
     warnings.filterwarnings(
         "ignore", module=r"PIL\."
     )  # what a client's file has to say is said in the answer, if anywhere
-    Desk(end, profile, model, settings, create_engine).run()
+    JobRunner(end, profile, model, settings, create_engine).run()
 
 
 def create_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[Engine, str]:

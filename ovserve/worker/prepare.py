@@ -1,9 +1,9 @@
 """The way of one request through the pixels: from its uploads to work for an engine, and from results to encoded pictures.
 
-    ImageRequest ──prepare──▶ Edit ──work(k)──▶ Work ──engine──▶ Outcome ──Edit.assemble──▶ ──Edit.encode──▶ bytes
+    ImageRequest ──prepare──▶ PreparedRequest ──work(k)──▶ Work ──engine──▶ Outcome ──PreparedRequest.assemble──▶ ──PreparedRequest.encode──▶ bytes
 
 `prepare` raises for everything that can be wrong with a request, so that what goes wrong after it is ours.
-Runs in: worker; `prepare` in the prepare thread, `assemble` and `encode` in the finish thread; an Edit is never changed.
+Runs in: worker; `prepare` in the prepare thread, `assemble` and `encode` in the finish thread; a PreparedRequest is never changed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ovserve.wire.blobs import Blob
 from ovserve.wire.local.spool import open_blob
 from ovserve.wire.request import ImageRequest
 
-__all__ = ["Edit", "check_steps", "prepare"]
+__all__ = ["PreparedRequest", "check_steps", "prepare"]
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Backdrop:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Edit:
+class PreparedRequest:
     """A request that can be served, with its pixels ready.
 
     Attributes:
@@ -191,7 +191,7 @@ def _with_alpha(result: Pixels, original: Pixels) -> Pixels:
 
 def prepare(
     request: ImageRequest, profile: ModelProfile, model: ModelSettings, settings: Settings, engine: Engine
-) -> Edit:
+) -> PreparedRequest:
     """Decode, orient and fit the images, read the mask, count the tokens.
 
     Raises:
@@ -217,7 +217,7 @@ def prepare(
     laid = _lay_out(request, source, mask, profile, model, keeps_alpha=keeps_alpha)
     preview_frame = fit_into(laid.frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
     cells = math.prod((laid.placement.canvas.width, laid.placement.canvas.height)) // profile.side_multiple_px**2
-    return Edit(
+    return PreparedRequest(
         request=request,
         model=profile.name,
         sampler=request.scheduler or profile.scheduling.name,
@@ -246,7 +246,7 @@ def prepare(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Laid:
-    """The pixels of a request at the sizes they are worked with; the attributes are those of Edit."""
+    """The pixels of a request at the sizes they are worked with; the attributes are those of PreparedRequest."""
 
     frame: Resolution
     placement: Placement

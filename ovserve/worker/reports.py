@@ -10,14 +10,14 @@ from typing import NoReturn
 from ovserve.errors import ApiError, LinkClosed
 from ovserve.wire.local.pipes import WorkerEnd
 from ovserve.wire.messages import Failed, Message, Prepared
-from ovserve.worker.prepare import Edit
+from ovserve.worker.prepare import PreparedRequest
 
-__all__ = ["SHORT_TEXT_CHARS", "Replies", "end_process"]
+__all__ = ["SHORT_TEXT_CHARS", "ReportSender", "end_process"]
 
 SHORT_TEXT_CHARS = 300  # of a message that does not fit a link: at most 12 bytes for each character in JSON
 
 
-class Replies:
+class ReportSender:
     """One worker's reports. Thread-safe."""
 
     def __init__(self, end: WorkerEnd) -> None:
@@ -42,7 +42,7 @@ class Replies:
             short = type(error)(error.message[:SHORT_TEXT_CHARS], param=error.param, retry_after_s=error.retry_after_s)
             self.send(Failed(job, short.to_wire()))
 
-    def prepared(self, job: str, edit: Edit) -> None:
+    def prepared(self, job: str, edit: PreparedRequest) -> None:
         """What a request has become, with as much of a cut prompt as fits."""
         message = Prepared(
             job=job,

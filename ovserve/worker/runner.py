@@ -4,7 +4,7 @@
                                                   │ works
                                              device thread       the device loop: admit, turn, beat
                                                   │ outcomes
-                     Room ─────────────────▶ finish thread       paste back, encode ──Need──▶ ◀──Room── fill ──Picture──▶  (`finish`)
+                     Grant ─────────────────▶ finish thread       paste back, encode ──Need──▶ ◀──Grant─ fill ──Picture──▶  (`finish`)
 
 Laws of this file:
 - A job that came in goes out in exactly one Done or Failed, when the worker has let go of it: nothing of it is on the device or
@@ -33,14 +33,14 @@ from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.pipes import MAX_CAPACITY, WorkerEnd
-from ovserve.wire.messages import Beat, Cancel, Done, Message, Progress, Ready, Room, Run, Stop
+from ovserve.wire.messages import Cancel, Done, Grant, Heartbeat, Message, Progress, Ready, Run, Stop
 from ovserve.wire.request import ImageRequest
-from ovserve.worker.finish import Finish, Held
+from ovserve.worker.finish import Finisher, WorkerJob
 from ovserve.worker.loop import DeviceLoop
 from ovserve.worker.prepare import prepare
-from ovserve.worker.reports import SHORT_TEXT_CHARS, Replies, end_process
+from ovserve.worker.reports import SHORT_TEXT_CHARS, ReportSender, end_process
 
-__all__ = ["BROKEN", "LOAD_FAILED", "Desk"]
+__all__ = ["BROKEN", "LOAD_FAILED", "JobRunner"]
 
 LOAD_FAILED = 3  # exit code: the model cannot be loaded; the reason went out as a Failed without a job
 BROKEN = 4  # exit code: a thread of the worker has failed, or the link carries no messages
@@ -51,7 +51,7 @@ CreateEngine = Callable[[ModelProfile, ModelSettings], tuple[Engine, str]]
 log = logging.getLogger(__name__)
 
 
-class Desk:
+class JobRunner:
     """Everything between the link and the engine. One instance in a worker process, run by its main thread."""
 
     def __init__(
@@ -68,12 +68,12 @@ class Desk:
         self._model = model
         self._settings = settings
         self._lock = threading.Lock()
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, WorkerJob] = {}
         self._is_stopping = False
-        self._to_prepare: queue.SimpleQueue[Held] = queue.SimpleQueue()
+        self._to_prepare: queue.SimpleQueue[WorkerJob] = queue.SimpleQueue()
         self._prepare_since: float | None = None  # since when the prepare thread has been at one job
-        self._replies = Replies(end)
-        self._finish = Finish(self, self._replies)
+        self._replies = ReportSender(end)
+        self._finish = Finisher(self, self._replies)
         self._engine: Engine | None = None
         self._loop: DeviceLoop | None = None
 
@@ -98,7 +98,7 @@ class Desk:
 
     def _obey(self, message: Message) -> None:
         if isinstance(message, Run):
-            held = Held(message.job, message, Deadline.after(message.timeout_s))
+            held = WorkerJob(message.job, message, Deadline.after(message.timeout_s))
             with self._lock:
                 self._held[message.job] = held
             self._to_prepare.put(held)
@@ -106,7 +106,7 @@ class Desk:
             found = self.find(message.job)
             if found is not None:
                 self.fail(found, InternalError("the job was cancelled"))
-        elif isinstance(message, Room):
+        elif isinstance(message, Grant):
             self._finish.room(message)
         elif isinstance(message, Stop):
             self._is_stopping = True
@@ -124,12 +124,12 @@ class Desk:
 
     # --- what becomes of a job ----------------------------------------------------------------------------------------
 
-    def find(self, job: str) -> Held | None:
+    def find(self, job: str) -> WorkerJob | None:
         """The job, unless it has ended. Thread-safe."""
         with self._lock:
             return self._held.get(job)
 
-    def fail(self, held: Held, error: ApiError) -> None:
+    def fail(self, held: WorkerJob, error: ApiError) -> None:
         """The job ends with this error as soon as everything has let go of it. Thread-safe; the first error counts."""
         with self._lock:
             if held.error is None:
@@ -139,7 +139,7 @@ class Desk:
             self._loop.wake()
         self.settle(held)
 
-    def settle(self, held: Held, *, returned: int = 0) -> None:
+    def settle(self, held: WorkerJob, *, returned: int = 0) -> None:
         """So many more of its outcomes are dealt with; report the end of a job if it has come.
 
         Thread-safe; exactly one report for each job.
@@ -166,7 +166,7 @@ class Desk:
         self._expire(held)
         return False
 
-    def _expire(self, held: Held) -> None:
+    def _expire(self, held: WorkerJob) -> None:
         # Not _fail: this is called by the device loop with its own lock held, and the outcomes to come settle the job.
         with self._lock:
             held.error = held.error or DeadlineExceeded("the job's deadline passed while it was on the device")
@@ -192,11 +192,11 @@ class Desk:
             finally:
                 self._prepare_since = None
 
-    def _end_preparing(self, held: Held, error: ApiError) -> None:
+    def _end_preparing(self, held: WorkerJob, error: ApiError) -> None:
         held.is_preparing = False
         self.fail(held, error)
 
-    def _prepare(self, held: Held) -> None:
+    def _prepare(self, held: WorkerJob) -> None:
         if self._engine is None or self._loop is None:
             raise InternalError("a job came before the worker was ready")
         if held.deadline.is_expired():
@@ -213,7 +213,7 @@ class Desk:
             held.edit, held.given, held.is_preparing = edit, request.n, False
         self._loop.add(works)
 
-    def _follow(self, held: Held, request: ImageRequest, work: Work) -> Work:
+    def _follow(self, held: WorkerJob, request: ImageRequest, work: Work) -> Work:
         """Tie a piece of work to its job: progress, previews, deadline and cancellation."""
 
         def on_step(step: int, steps: int) -> None:
@@ -288,7 +288,7 @@ class Desk:
             if since is not None and now - since > self._settings.hang_limit_s:
                 log.error("thread is stuck: no more beats", extra=fields(thread=name, seconds=round(now - since)))
                 return
-        self._replies.send(Beat(phase, allow_s))
+        self._replies.send(Heartbeat(phase, allow_s))
 
 
 def _reason_of(error: Exception) -> str:

@@ -38,17 +38,17 @@ from ovserve.wire.blobs import Blob
 from ovserve.wire.local.pipes import open_link
 from ovserve.wire.local.spool import Spool, fill
 from ovserve.wire.messages import (
-    Beat,
     Cancel,
     Done,
     Failed,
+    Grant,
+    Heartbeat,
     Message,
     Need,
     Picture,
     Prepared,
     Progress,
     Ready,
-    Room,
     Run,
     Stop,
 )
@@ -97,7 +97,7 @@ class FakeWorker:
 
     def deliver(self, job: str, picture: int = 0, data: bytes = b"picture", partial: int = -1) -> None:
         self.say(Prepared(job, "image2image", 8, 8, 1, 1, 1, 1), Need(job, picture, len(data), partial))
-        room = self.expect(Room)
+        room = self.expect(Grant)
         fill(room.path, data)
         self.say(Picture(job, picture, 40 + picture, len(data), partial))
 
@@ -297,7 +297,7 @@ def test_least_loaded_worker_is_filled_first(house: House) -> None:
 def test_among_equals_the_worker_heard_of_last_is_taken(house: House) -> None:
     first, second = house.worker(), house.worker()
     heard_at = first.link.beat_at
-    first.say(Beat("idle"))
+    first.say(Heartbeat("idle"))
     house.until(lambda: first.link.beat_at > heard_at)
     house.admit()
     first.expect(Run)
@@ -589,7 +589,7 @@ def test_cancelled_while_its_result_is_written(house: House) -> None:
     job = house.admit()
     worker.expect(Run)
     worker.say(Need(job.id, 0, 7))
-    room = worker.expect(Room)
+    room = worker.expect(Grant)
     house.dispatcher.cancel(job)
     job.close()
     with pytest.raises(FileNotFoundError):
@@ -606,7 +606,7 @@ def test_need_of_a_cancelled_job_gets_no_room(house: House) -> None:
     house.dispatcher.cancel(job)
     worker.expect(Cancel)
     worker.say(Need(job.id, 0, 7))
-    assert worker.expect(Room) == Room(job.id, 0, "")
+    assert worker.expect(Grant) == Grant(job.id, 0, "")
 
 
 def test_job_whose_exchange_ended_before_admission_is_dropped(house: House) -> None:
@@ -670,7 +670,7 @@ def test_no_room_for_the_result_is_spool_full_and_the_worker_is_told(house: Hous
     worker.expect(Run)
     hog = house.spool.create(16 << 20, reserve=(16 << 20) - house.spool.used_bytes - 3)
     worker.say(Need(job.id, 0, 7))
-    assert worker.expect(Room).path == ""
+    assert worker.expect(Grant).path == ""
     assert house.settled(job) is State.FAILED
     assert isinstance(job.error, SpoolFull)
     worker.say(Failed(job.id, SpoolFull("no room").to_wire()))
@@ -693,7 +693,7 @@ def test_results_that_never_fit_together_are_the_clients_to_change(house: House)
     job = house.admit(n=4)
     worker.expect(Run)
     worker.say(*(Need(job.id, picture, 5 << 20) for picture in range(4)))
-    paths = [worker.expect(Room).path for _ in range(4)]
+    paths = [worker.expect(Grant).path for _ in range(4)]
     assert [bool(path) for path in paths] == [True, True, True, False]
     assert house.settled(job) is State.FAILED
     assert isinstance(job.error, ContentTooLarge)
@@ -708,7 +708,7 @@ def test_file_that_cannot_be_made_costs_its_own_job_only(house: House) -> None:
     shutil.rmtree(house.spool.directory)
     house.spool.directory.write_bytes(b"in the way")
     worker.say(Need(job.id, 0, 7), Done(other.id, 0, 0, 0))
-    assert worker.expect(Room) == Room(job.id, 0, "")
+    assert worker.expect(Grant) == Grant(job.id, 0, "")
     assert house.settled(job) is State.FAILED
     assert isinstance(job.error, SpoolUnusable)
     assert house.settled(other) is State.DONE
@@ -736,7 +736,7 @@ def test_result_larger_than_any_picture_fails_its_job_and_not_the_worker(house: 
     job = house.admit()
     worker.expect(Run)
     worker.say(Need(job.id, 0, 512 * 512 * 5 + (4 << 20)))
-    assert worker.expect(Room) == Room(job.id, 0, "")
+    assert worker.expect(Grant) == Grant(job.id, 0, "")
     assert house.settled(job) is State.FAILED
     assert isinstance(job.error, InternalError)
     worker.say(Failed(job.id, SpoolFull("no room").to_wire()))
@@ -748,7 +748,7 @@ def test_small_picture_with_the_longest_prompts_has_room(house: House) -> None:
     job = house.admit()
     worker.expect(Run)
     worker.say(Need(job.id, 0, 512 * 512 * 4 + 2 * 2 * 2 * 256 * 1024))
-    assert worker.expect(Room).path
+    assert worker.expect(Grant).path
 
 
 def test_preview_without_room_is_left_out_and_its_picture_is_made(house: House) -> None:
@@ -757,7 +757,7 @@ def test_preview_without_room_is_left_out_and_its_picture_is_made(house: House) 
     worker.expect(Run)
     hog = house.spool.create(16 << 20, reserve=(16 << 20) - house.spool.used_bytes - 3)
     worker.say(Need(job.id, 0, 7, 0))
-    assert worker.expect(Room) == Room(job.id, 0, "")
+    assert worker.expect(Grant) == Grant(job.id, 0, "")
     assert not job.is_settled
     hog.release()
     worker.deliver(job.id)
@@ -951,7 +951,7 @@ def test_cancelled_job_is_not_given_back(house: House) -> None:
         lambda job: [Need(job, 0, 1 << 45)],
         lambda job: [Run(job, "/etc/passwd", 1.0)],
         lambda job: [Cancel(job)],
-        lambda job: [Room(job, 0, "/etc/passwd")],
+        lambda job: [Grant(job, 0, "/etc/passwd")],
         lambda job: [Stop()],
         lambda job: [Ready(0, "x")],
         lambda job: [Ready(-1, "x")],
@@ -1096,7 +1096,7 @@ def test_worker_that_was_retired_before_it_was_ready_makes_no_model_ready(house:
     late = house.worker(ready=False)
     house.dispatcher.retire(late.link)
     late.expect(Stop)
-    late.say(Ready(1, "fake"), Beat("denoise"))
+    late.say(Ready(1, "fake"), Heartbeat("denoise"))
     house.until(lambda: late.link.phase == "denoise")
     with pytest.raises(NotReady, match="loading"):
         house.admit()
@@ -1164,7 +1164,7 @@ def test_loop_turns_though_nothing_happens(house: House) -> None:
 
 def test_beats_reach_the_link(house: House) -> None:
     worker = house.worker()
-    worker.say(Beat("denoise", 3.0))
+    worker.say(Heartbeat("denoise", 3.0))
     house.until(lambda: worker.link.phase == "denoise")
     assert worker.link.allow_s == 3.0
 
@@ -1182,14 +1182,14 @@ def test_many_threads_admit_and_cancel_without_losing_a_job(house: House) -> Non
                 continue
             if isinstance(message, Run):
                 worker.say(Prepared(message.job, "image2image", 8, 8, 1, 1, 1, 1), Need(message.job, 0, 3))
-            elif isinstance(message, Room) and message.path:
+            elif isinstance(message, Grant) and message.path:
                 try:
                     fill(message.path, b"abc")
                 except FileNotFoundError:
                     worker.say(Failed(message.job, {}))
                 else:
                     worker.say(Picture(message.job, 0, 1, 3), Done(message.job, 0, 0, 0))
-            elif isinstance(message, Room):
+            elif isinstance(message, Grant):
                 worker.say(Failed(message.job, {}))
 
     server = threading.Thread(target=serve)

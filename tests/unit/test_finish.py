@@ -1,4 +1,4 @@
-"""Finishing without a desk: which encoded pictures are kept in memory until their Room comes, and which are let go of."""
+"""Finishing without a desk: which encoded pictures are kept in memory until their Grant comes, and which are let go of."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ovserve.errors import ApiError, InternalError
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.pipes import Link, open_link
-from ovserve.wire.messages import Need, Picture, Room, Run
+from ovserve.wire.messages import Grant, Need, Picture, Run
 from ovserve.wire.request import ImageRequest
-from ovserve.worker.finish import Finish, Held
-from ovserve.worker.prepare import Edit, prepare
-from ovserve.worker.reports import Replies
+from ovserve.worker.finish import Finisher, WorkerJob
+from ovserve.worker.prepare import PreparedRequest, prepare
+from ovserve.worker.reports import ReportSender
 from tests.flatengine import FlatEngine
 
 MODEL = ModelSettings(name="shapes")
 PROFILE = read_profile(MODEL)
 PIXELS = np.zeros((PROFILE.native.height, PROFILE.native.width, 3), np.uint8)
-LAST = Room("the last item", 0, "")
+LAST = Grant("the last item", 0, "")
 FAILURE = InternalError("the engine failed")
 
 
 class Followed:
     """An edit that tells how many of its encoded pictures are still in memory."""
 
-    def __init__(self, edit: Edit) -> None:
+    def __init__(self, edit: PreparedRequest) -> None:
         self._edit = edit
         self._made: list[weakref.ref[memoryview]] = []
 
@@ -58,16 +58,16 @@ class NothingLeft(Exception):
 class Bench:
     """What a finish thread works with, run here: the jobs that have not ended, and the front end's side of the link."""
 
-    def __init__(self, link: Link, replies: Replies) -> None:
-        self.held: dict[str, Held] = {}
-        self.finish = Finish(self, replies)
+    def __init__(self, link: Link, replies: ReportSender) -> None:
+        self.held: dict[str, WorkerJob] = {}
+        self.finish = Finisher(self, replies)
         self._link = link
 
     def add(self, job: str) -> Followed:
         """A job with two pictures on the device."""
         request = ImageRequest(task="generation", prompt="", num_inference_steps=4, guidance_scale=1.0, n=2)
         edit: Any = Followed(prepare(request, PROFILE, MODEL, Settings(), FlatEngine()))
-        self.held[job] = Held(job, Run(job, "", 60.0), Deadline.after(60.0), edit, is_preparing=False, given=2)
+        self.held[job] = WorkerJob(job, Run(job, "", 60.0), Deadline.after(60.0), edit, is_preparing=False, given=2)
         return edit
 
     def deliver(self, job: str, picture: int, error: ApiError | None = None) -> None:
@@ -86,23 +86,23 @@ class Bench:
 
     # --- finish.Jobs ---
 
-    def find(self, job: str) -> Held | None:
+    def find(self, job: str) -> WorkerJob | None:
         if job == LAST.job:
             raise NothingLeft
         return self.held.get(job)
 
-    def fail(self, held: Held, error: ApiError) -> None:
+    def fail(self, held: WorkerJob, error: ApiError) -> None:
         held.error = held.error or error
         held.stopped.set()
 
-    def settle(self, held: Held, *, returned: int = 0) -> None:
+    def settle(self, held: WorkerJob, *, returned: int = 0) -> None:
         held.returned += returned
 
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     link, end = open_link(multiprocessing.get_context("spawn"), MODEL.name, 0, 0)
-    yield Bench(link, Replies(end))
+    yield Bench(link, ReportSender(end))
     link.close()
     end.close()
 
@@ -119,7 +119,7 @@ def test_a_failed_jobs_pictures_are_let_go_of_and_its_neighbours_are_kept(bench:
     assert (failing.in_memory, other.in_memory) == (0, 1)
     segment = tmp_path / "segment"
     segment.touch()
-    bench.finish.room(Room("other", 0, str(segment)))
+    bench.finish.room(Grant("other", 0, str(segment)))
     bench.run()
     assert bench.said(Picture) == [("other", 0)]
     assert segment.stat().st_size
@@ -137,7 +137,7 @@ def test_pictures_of_a_job_that_ended_while_they_waited_are_let_go_of_with_what_
     assert edit.in_memory == 2
     del bench.held["cancelled"]  # as the desk does, in another thread
     if late == "room":
-        bench.finish.room(Room("cancelled", 0, ""))
+        bench.finish.room(Grant("cancelled", 0, ""))
     else:
         bench.finish.preview(edit.work("cancelled", 1), Preview(1, PIXELS))
     bench.run()
@@ -145,7 +145,7 @@ def test_pictures_of_a_job_that_ended_while_they_waited_are_let_go_of_with_what_
 
 
 def test_pictures_denoised_at_the_same_time_count_once() -> None:
-    held = Held("a", Run("a", "", 60.0), Deadline.after(60.0))
+    held = WorkerJob("a", Run("a", "", 60.0), Deadline.after(60.0))
     for begun_at, ended_at in ((10.0, 11.0), (10.5, 12.0), (9.5, 12.5), (20.0, 21.0)):
         held.note_denoised(begun_at, ended_at)
     assert held.denoise_ms == pytest.approx(4000)  # 9.5 to 12.5, and 20 to 21

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from ovserve.fleet.fleets import Fleet, Place, load_failure, make_fleets
+from ovserve.fleet.fleets import Fleet, Slot, load_failure, make_fleets
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.pipes import Link, open_link
-from ovserve.wire.messages import Beat, Failed, Ready
+from ovserve.wire.messages import Failed, Heartbeat, Ready
 from tests.toys import toy_profile
 
 CONTEXT = multiprocessing.get_context("spawn")
@@ -46,19 +46,19 @@ def new_link(links: list[Link], *, ready: bool = True) -> Link:
     return link
 
 
-def die(fleet: Fleet, place: Place, link: Link, *, after_s: float = 0.0, reason: str = "killed") -> None:
+def die(fleet: Fleet, slot: Slot, link: Link, *, after_s: float = 0.0, reason: str = "killed") -> None:
     now = time.monotonic()
-    place.link = link
+    slot.link = link
     if link.ready:
-        fleet.note_ready(place, link, now)
-    fleet.note_death(place, link, reason, now + after_s)
+        fleet.note_ready(slot, link, now)
+    fleet.note_death(slot, link, reason, now + after_s)
 
 
 def test_deaths_in_a_row_without_a_finished_job_are_a_crash_loop(fleet: Fleet, links: list[Link]) -> None:
     for _ in range(2):
-        die(fleet, fleet.places[0], new_link(links))
+        die(fleet, fleet.slots[0], new_link(links))
         assert fleet.failure == ""
-    die(fleet, fleet.places[1], new_link(links), reason="killed by signal 11")
+    die(fleet, fleet.slots[1], new_link(links), reason="killed by signal 11")
     assert fleet.failure == "3 workers in a row died without finishing a job; the last: killed by signal 11"
 
 
@@ -66,51 +66,51 @@ def test_worker_that_finished_a_job_starts_the_count_anew(fleet: Fleet, links: l
     for number in range(12):
         link = new_link(links)
         link.jobs_done = int(number % 3 == 2)
-        die(fleet, fleet.places[0], link)
+        die(fleet, fleet.slots[0], link)
     assert fleet.failure == ""
 
 
-def test_job_finished_by_a_neighbour_starts_the_models_count_anew_and_not_the_places(
+def test_job_finished_by_a_neighbour_starts_the_models_count_anew_and_not_the_slots(
     fleet: Fleet, links: list[Link]
 ) -> None:
-    neighbour = fleet.places[1]
+    neighbour = fleet.slots[1]
     neighbour.link = new_link(links)
     for number in range(6):
         neighbour.link.jobs_done = number
-        die(fleet, fleet.places[0], new_link(links))
-    assert (fleet.deaths, fleet.places[0].deaths) == (1, 6)
+        die(fleet, fleet.slots[0], new_link(links))
+    assert (fleet.deaths, fleet.slots[0].deaths) == (1, 6)
 
 
 def test_model_with_a_ready_worker_is_not_failed(fleet: Fleet, links: list[Link]) -> None:
-    neighbour = fleet.places[1]
+    neighbour = fleet.slots[1]
     neighbour.link = new_link(links)
     fleet.note_ready(neighbour, neighbour.link, time.monotonic())
     for _ in range(9):
-        die(fleet, fleet.places[0], new_link(links, ready=False))
+        die(fleet, fleet.slots[0], new_link(links, ready=False))
     assert fleet.failure == ""
     die(fleet, neighbour, neighbour.link)
     assert fleet.failure != ""
 
 
 def test_place_that_is_never_filled_is_told_though_its_neighbour_works(fleet: Fleet, links: list[Link]) -> None:
-    neighbour = fleet.places[0]
+    neighbour = fleet.slots[0]
     neighbour.link = new_link(links)
     fleet.note_ready(neighbour, neighbour.link, time.monotonic())
     for number in range(3):
         neighbour.link.jobs_done = number
-        assert fleet.half_failure == ""
-        die(fleet, fleet.places[1], new_link(links, ready=False))
-    assert fleet.half_failure == "worker 1 died 3 times in a row without finishing a job"
+        assert fleet.crash_loop_reason == ""
+        die(fleet, fleet.slots[1], new_link(links, ready=False))
+    assert fleet.crash_loop_reason == "worker 1 died 3 times in a row without finishing a job"
 
 
 def test_long_idle_life_is_no_crash_loop_but_death_under_a_job_is(fleet: Fleet, links: list[Link]) -> None:
     for _ in range(9):
-        die(fleet, fleet.places[0], new_link(links), after_s=11.0)
+        die(fleet, fleet.slots[0], new_link(links), after_s=11.0)
     assert (fleet.failure, fleet.deaths) == ("", 0)
     for _ in range(3):
         link = new_link(links)
         link.jobs_lost = 1
-        die(fleet, fleet.places[0], link, after_s=11.0)
+        die(fleet, fleet.slots[0], link, after_s=11.0)
     assert fleet.failure != ""
 
 
@@ -118,27 +118,27 @@ def test_second_death_under_one_job_is_the_jobs_and_not_the_workers(fleet: Fleet
     for number in range(4):
         link = new_link(links)
         link.jobs_lost, link.lost_second_try = 1, bool(number % 2)
-        die(fleet, fleet.places[0], link)
+        die(fleet, fleet.slots[0], link)
     assert (fleet.failure, fleet.deaths) == ("", 2)
 
 
 def test_worker_that_says_why_it_cannot_load_fails_the_model_at_once(fleet: Fleet, links: list[Link]) -> None:
     link = new_link(links, ready=False)
     link.failure = Failed("", {"message": "no such device"})
-    die(fleet, fleet.places[0], link, reason=load_failure(link))
+    die(fleet, fleet.slots[0], link, reason=load_failure(link))
     assert fleet.failure == "no such device"
 
 
 def test_model_that_has_worked_gets_its_tries_though_a_worker_says_why(fleet: Fleet, links: list[Link]) -> None:
-    die(fleet, fleet.places[0], new_link(links))
+    die(fleet, fleet.slots[0], new_link(links))
     link = new_link(links, ready=False)
     link.failure = Failed("", {"message": "device busy"})
-    die(fleet, fleet.places[0], link)
+    die(fleet, fleet.slots[0], link)
     assert fleet.failure == ""
 
 
 def test_one_worker_tries_a_model_first_and_the_others_follow(fleet: Fleet, links: list[Link]) -> None:
-    first, second = fleet.places
+    first, second = fleet.slots
     assert fleet.may_start(first)
     assert not fleet.may_start(second)
     fleet.note_ready(first, new_link(links), time.monotonic())
@@ -146,7 +146,7 @@ def test_one_worker_tries_a_model_first_and_the_others_follow(fleet: Fleet, link
 
 
 def test_ready_worker_clears_the_failure_and_lets_the_others_start(fleet: Fleet, links: list[Link]) -> None:
-    first, second = fleet.places
+    first, second = fleet.slots
     fleet.note_ready(first, new_link(links), time.monotonic())
     fleet.failure = "reason"
     assert fleet.may_start(first)
@@ -157,7 +157,7 @@ def test_ready_worker_clears_the_failure_and_lets_the_others_start(fleet: Fleet,
 
 
 def test_what_the_first_worker_chose_holds_for_all_that_follow(fleet: Fleet, links: list[Link]) -> None:
-    first, second = fleet.places
+    first, second = fleet.slots
     link = new_link(links)
     link.ready = Ready(1, "toy", "", {"threads": 1, "streams": 2, "max_batch": 0, "path": "/nowhere", "replicas": 9})
     fleet.note_ready(first, link, time.monotonic())
@@ -169,45 +169,45 @@ def test_what_the_first_worker_chose_holds_for_all_that_follow(fleet: Fleet, lin
 
 
 def test_back_off_doubles_up_to_its_limit_with_jitter(fleet: Fleet) -> None:
-    place = fleet.places[0]
+    slot = fleet.slots[0]
     for deaths, middle in ((0, 1), (1, 1), (2, 2), (3, 4), (4, 8), (5, 10), (60, 10), (10**6, 10)):
-        place.deaths = deaths
-        delays = [place.delay_s() for _ in range(50)]
+        slot.deaths = deaths
+        delays = [slot.delay_s() for _ in range(50)]
         assert 0.75 * middle <= min(delays) < max(delays) <= 1.25 * middle
     fleet.failure = "reason"
-    assert place.delay_s() == 100.0
+    assert slot.delay_s() == 100.0
 
 
 @pytest.mark.parametrize(
     ("ready", "beat", "limit_s"),
     [
-        (False, Beat("spawn"), 300),
-        (False, Beat("load", 500.0), 500),
-        (False, Beat("warm-up", 20.0), 300),
-        (True, Beat("idle"), 6),
-        (True, Beat("idle", 7.0), 7),
-        (True, Beat("denoise"), 60),
-        (True, Beat("decode", 90.0), 90),
-        (True, Beat("encode", 1.0), 60),
+        (False, Heartbeat("spawn"), 300),
+        (False, Heartbeat("load", 500.0), 500),
+        (False, Heartbeat("warm-up", 20.0), 300),
+        (True, Heartbeat("idle"), 6),
+        (True, Heartbeat("idle", 7.0), 7),
+        (True, Heartbeat("denoise"), 60),
+        (True, Heartbeat("decode", 90.0), 90),
+        (True, Heartbeat("encode", 1.0), 60),
     ],
 )
 def test_silence_is_judged_by_the_phase(
-    fleet: Fleet, links: list[Link], ready: bool, beat: Beat, limit_s: float
+    fleet: Fleet, links: list[Link], ready: bool, beat: Heartbeat, limit_s: float
 ) -> None:
     link = new_link(links, ready=ready)
     link.phase, link.allow_s = beat.phase, beat.allow_s
-    assert fleet.places[0].silence_limit_s(link) == limit_s
+    assert fleet.slots[0].silence_limit_s(link) == limit_s
 
 
 def test_fleet_whose_processes_do_not_end_starts_no_more_and_fails_when_none_is_left(
     fleet: Fleet, links: list[Link]
 ) -> None:
-    first, second = fleet.places
+    first, second = fleet.slots
     fleet.was_ready = True
-    fleet.undying = 2  # each place may have one successor
+    fleet.unkillable = 2  # each slot may have one successor
     assert fleet.may_start(first)
     assert fleet.may_start(second)
-    fleet.undying = 3
+    fleet.unkillable = 3
     assert not fleet.may_start(first)
     second.process = CONTEXT.Process()
     die(fleet, first, new_link(links, ready=False))
@@ -215,7 +215,7 @@ def test_fleet_whose_processes_do_not_end_starts_no_more_and_fails_when_none_is_
     die(fleet, second, new_link(links, ready=False), reason="hung")
     assert fleet.failure.startswith("3 of its processes do not end")
     assert fleet.failure.endswith("hung")
-    fleet.undying = 2
+    fleet.unkillable = 2
     assert fleet.may_start(first)
     assert not fleet.may_start(second)
     assert first.delay_s() == SETTINGS.failed_retry_s

@@ -18,17 +18,17 @@ from ovserve.wire.blobs import Blob
 from ovserve.wire.codec import MESSAGE_BYTES, decode, encode
 from ovserve.wire.local.pipes import MAX_CAPACITY, Link, WorkerEnd, open_link
 from ovserve.wire.messages import (
-    Beat,
     Cancel,
     Done,
     Failed,
+    Grant,
+    Heartbeat,
     Message,
     Need,
     Picture,
     Prepared,
     Progress,
     Ready,
-    Room,
     Run,
     Stop,
 )
@@ -42,10 +42,10 @@ seconds = st.floats(min_value=0, max_value=1e9, allow_nan=False)
 messages = st.one_of(
     st.builds(Run, short, short, seconds, st.booleans()),
     st.builds(Cancel, short),
-    st.builds(Room, short, whole, short),
+    st.builds(Grant, short, whole, short),
     st.builds(Stop),
     st.builds(Ready, whole, short, short, st.dictionaries(short, whole, max_size=3)),
-    st.builds(Beat, short, seconds),
+    st.builds(Heartbeat, short, seconds),
     st.builds(Prepared, short, short, whole, whole, whole, whole, whole, whole, short),
     st.builds(Progress, short, whole, whole, whole),
     st.builds(Need, short, whole, whole, whole),
@@ -232,9 +232,9 @@ def test_worker_that_never_reads_is_given_up(ends: tuple[Link, WorkerEnd]) -> No
 
 def test_dead_worker_reads_as_end_of_file_after_its_last_words(ends: tuple[Link, WorkerEnd]) -> None:
     link, end = ends
-    end.send(Beat("idle"))
+    end.send(Heartbeat("idle"))
     end.close()
-    assert link.receive() == [Beat("idle")]
+    assert link.receive() == [Heartbeat("idle")]
     with pytest.raises(LinkClosed):
         link.receive()
     with pytest.raises(LinkClosed):
@@ -247,7 +247,7 @@ def test_dead_front_end_reads_as_end_of_file_for_the_worker(ends: tuple[Link, Wo
     with pytest.raises(LinkClosed):
         end.receive()
     with pytest.raises(LinkClosed):
-        end.send(Beat("idle"))
+        end.send(Heartbeat("idle"))
 
 
 def test_link_notes_beats_readiness_and_failure_and_leaves_jobs_to_who_checks_them(
@@ -256,7 +256,7 @@ def test_link_notes_beats_readiness_and_failure_and_leaves_jobs_to_who_checks_th
     link, end = ends
     before = link.beat_at
     end.send(Ready(3, "toy", "because"))
-    end.send(Beat("denoise", 7.5))
+    end.send(Heartbeat("denoise", 7.5))
     end.send(Done("j", 1, 2, 3))
     end.send(Failed("j2", {"message": "of a job"}))
     read_all(link)
@@ -271,7 +271,7 @@ def test_link_notes_beats_readiness_and_failure_and_leaves_jobs_to_who_checks_th
 
 def test_readiness_ends_the_long_silence_of_loading(ends: tuple[Link, WorkerEnd]) -> None:
     link, end = ends
-    end.send(Beat("load", 500.0))
+    end.send(Heartbeat("load", 500.0))
     end.send(Ready(1, "toy"))
     read_all(link)
     assert (link.phase, link.allow_s) == ("idle", 0.0)

@@ -24,7 +24,7 @@ from ovserve.settings.options import ModelSettings, Resolution, Settings
 from ovserve.wire.blobs import Blob
 from ovserve.wire.local.spool import Spool
 from ovserve.wire.request import ImageRequest
-from ovserve.worker.prepare import Edit, prepare
+from ovserve.worker.prepare import PreparedRequest, prepare
 
 MODEL = ModelSettings(name="shapes")
 PROFILE = read_profile(MODEL)
@@ -78,7 +78,7 @@ def request(**values: Any) -> ImageRequest:
     )
 
 
-def edit(profile: ModelProfile = WIDE, model: ModelSettings = MODEL, **values: Any) -> Edit:
+def edit(profile: ModelProfile = WIDE, model: ModelSettings = MODEL, **values: Any) -> PreparedRequest:
     return prepare(request(**values), profile, model, Settings(), ENGINE)
 
 

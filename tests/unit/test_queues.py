@@ -65,12 +65,12 @@ def test_given_back_jobs_stand_before_all_in_the_order_they_came_back() -> None:
     queue = FairQueue(1)
     queue.push(ticket("a"))
     first, second = ticket("b", "first"), ticket("c", "second")
-    queue.push_front(first)
-    queue.push_front(second)
+    queue.requeue(first)
+    queue.requeue(second)
     assert len(queue) == 3
-    assert queue.first_given_back() is first
-    assert [queue.pop_given_back(), queue.pop_given_back()] == [first, second]
-    assert queue.first_given_back() is None
+    assert queue.first_requeued() is first
+    assert [queue.pop_requeued(), queue.pop_requeued()] == [first, second]
+    assert queue.first_requeued() is None
     assert names(queue) == ["a"]
 
 
@@ -79,9 +79,9 @@ def test_given_back_job_that_may_have_neighbours_is_not_passed_while_one_that_ma
     lone, unread, ordinary = ticket("a"), ticket("b"), ticket("c")
     lone.deaths = 1
     queue.push(ordinary)
-    queue.push_front(lone)
-    queue.push_front(unread)
-    assert [queue.pop_beside(), queue.pop_beside(), queue.pop_beside()] == [unread, ordinary, None]
+    queue.requeue(lone)
+    queue.requeue(unread)
+    assert [queue.pop_shared(), queue.pop_shared(), queue.pop_shared()] == [unread, ordinary, None]
     assert list(queue) == [lone]
 
 
@@ -90,7 +90,7 @@ def test_removed_job_is_gone_from_wherever_it_stood() -> None:
     waiting, other, given_back = ticket("a"), ticket("a", "other"), ticket("b")
     for item in (waiting, other):
         queue.push(item)
-    queue.push_front(given_back)
+    queue.requeue(given_back)
     assert queue.remove(waiting.job) is waiting
     assert queue.remove(waiting.job) is None
     assert queue.remove(given_back.job) is given_back
@@ -101,12 +101,12 @@ def test_removed_job_is_gone_from_wherever_it_stood() -> None:
 def test_limit_holds_at_n_and_refuses_n_plus_one() -> None:
     queue = FairQueue(3)
     for number in range(3):
-        assert queue.has_place_for(Client(str(number)))
+        assert queue.has_space_for(Client(str(number)))
         queue.push(ticket(str(number)))
-    assert not queue.has_place_for(Client("late"))
-    assert queue.has_place_for(Client("late"), free_workers=1)
+    assert not queue.has_space_for(Client("late"))
+    assert queue.has_space_for(Client("late"), free_workers=1)
     queue.pop()
-    assert queue.has_place_for(Client("late"))
+    assert queue.has_space_for(Client("late"))
 
 
 @pytest.mark.parametrize(
@@ -116,16 +116,16 @@ def test_one_key_leaves_places_to_others_of_its_address_and_that_to_other_addres
     limit: int, by_key: int, by_address: int
 ) -> None:
     queue = FairQueue(limit)
-    while queue.has_place_for(Client("greedy", "k")):
+    while queue.has_space_for(Client("greedy", "k")):
         queue.push(ticket("greedy", key="k"))
     assert len(queue) == by_key
-    assert queue.has_place_for(Client("greedy", "other")) == (by_key < limit)
+    assert queue.has_space_for(Client("greedy", "other")) == (by_key < limit)
     number = 0
-    while queue.has_place_for(Client("greedy", str(number))):
+    while queue.has_space_for(Client("greedy", str(number))):
         queue.push(ticket("greedy", key=str(number)))
         number += 1
     assert len(queue) == by_address
-    assert queue.has_place_for(Client("other")) == (by_address < limit)
+    assert queue.has_space_for(Client("other")) == (by_address < limit)
 
 
 def test_a_new_key_for_each_job_wins_no_turns() -> None:

@@ -16,7 +16,7 @@ from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import State
 from ovserve.errors import ModelFailed, NotReady, WorkerCrashed
 from tests.live import children_of, is_alive
-from tests.toyhouse import PATIENCE_S, ToyHouse, finish, toy_model
+from tests.toysystem import PATIENCE_S, ToyHouse, finish, toy_model
 
 pytestmark = pytest.mark.usefixtures("tracker", "leak_guard")
 

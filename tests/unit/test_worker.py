@@ -25,7 +25,7 @@ from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progress, Ready, Stop
 from ovserve.worker.main import create_engine
 from ovserve.worker.main import main as worker_main
-from ovserve.worker.runner import LOAD_FAILED, Desk
+from ovserve.worker.runner import LOAD_FAILED, JobRunner
 from tests.reader import Figure, draw_scene, read_picture
 from tests.workerbench import WorkerBench, pixels_of, png
 
@@ -425,7 +425,7 @@ def main_of_an_unfamiliar_export(end: Any, profile: ModelProfile, model: ModelSe
         first.append(weakref.ref(engine))
         return engine, "proven"
 
-    Desk(end, profile, model, settings, create).run()
+    JobRunner(end, profile, model, settings, create).run()
 
 
 def test_what_fails_in_any_way_in_stepwise_is_given_to_genai_which_then_has_the_memory_alone(tmp_path: Path) -> None:

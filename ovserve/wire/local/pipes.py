@@ -1,8 +1,8 @@
 """The two ends of a link over a private pair of one-way pipes for each worker incarnation.
 
     front end                                             worker
-    Link.send  ── Run Cancel Room Stop ──────────────▶  WorkerEnd.receive
-    Link.receive ◀── Ready Beat Prepared Progress ────  WorkerEnd.send
+    Link.send  ── Run Cancel Grant Stop ──────────────▶  WorkerEnd.receive
+    Link.receive ◀── Ready Heartbeat Prepared Progress ────  WorkerEnd.send
                      Need Done Failed
 
 - The front end's side never blocks: a worker stopped in mid-write must not stop the dispatcher.
@@ -25,7 +25,7 @@ from multiprocessing.context import SpawnContext
 
 from ovserve.errors import LinkClosed, LinkGarbage
 from ovserve.wire.codec import LineBuffer, decode, encode
-from ovserve.wire.messages import Beat, Failed, Message, Ready
+from ovserve.wire.messages import Failed, Heartbeat, Message, Ready
 
 __all__ = ["MAX_CAPACITY", "Link", "WorkerEnd", "open_link"]
 
@@ -167,7 +167,7 @@ class Link:
         return messages
 
     def _note(self, message: Message) -> None:
-        if isinstance(message, Beat):
+        if isinstance(message, Heartbeat):
             self.phase, self.allow_s, self.beat_at = message.phase, message.allow_s, time.monotonic()
         elif isinstance(message, Ready):
             if not 1 <= message.capacity <= MAX_CAPACITY:

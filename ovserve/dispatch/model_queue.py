@@ -16,7 +16,7 @@ from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.pipes import Link
 from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progress
 
-__all__ = ["NOT_READY_RETRY_S", "Model", "ModelStatus", "Worker", "largest_picture_bytes"]
+__all__ = ["NOT_READY_RETRY_S", "AttachedWorker", "ModelQueue", "ModelStatus", "largest_picture_bytes"]
 
 NOT_READY_RETRY_S = 5  # a small model loads within seconds, a large one within a few tries
 _ENDED_KEPT = 64  # ids of ended jobs kept for each worker, to tell a late report from a made-up job
@@ -55,16 +55,16 @@ class ModelStatus:
 
 
 @dataclass(slots=True, eq=False)
-class Worker:
+class AttachedWorker:
     """One attached link with what its worker holds: tickets by job id, settled ones too until the worker has let go of them."""
 
     link: Link
-    model: Model
+    model: ModelQueue
     hang_limit_s: float  # of the settings it was started with
     held: dict[str, Ticket] = field(default_factory=dict)
     ended: dict[str, bool] = field(default_factory=dict)  # newest last; whether each has failed
     watches_writes: bool = False
-    told_phase: str = ""  # the last one in the log
+    logged_phase: str = ""  # the last one in the log
 
     @property
     def capacity(self) -> int:
@@ -114,19 +114,19 @@ class Worker:
 
 
 @dataclass(slots=True, eq=False)
-class Model:
+class ModelQueue:
     """One model's queue, workers and standing."""
 
     name: str
     queue: FairQueue
     largest_picture_bytes: int
-    workers: list[Worker] = field(default_factory=list)
+    workers: list[AttachedWorker] = field(default_factory=list)
     failure: str = ""
     was_ready: bool = False
-    is_leaving: bool = False
+    is_removed: bool = False
     job_s: float = 0.0
 
-    def take_next(self) -> tuple[Worker, Ticket] | None:
+    def take_next(self) -> tuple[AttachedWorker, Ticket] | None:
         """The next job with the worker for it, the least loaded; None while no worker has room, or nothing waits.
 
         A job that must run alone takes an empty worker. While there is none, the emptiest gets nothing else, so that one comes.
@@ -134,18 +134,18 @@ class Model:
         open_workers = [worker for worker in self.workers if worker.has_room]
         if not open_workers:
             return None
-        first = self.queue.first_given_back()
+        first = self.queue.first_requeued()
         if first is not None and not first.is_alone:
-            return min(open_workers, key=_load), self.queue.pop_given_back()
+            return min(open_workers, key=_load), self.queue.pop_requeued()
         if first is not None:
             able = [worker for worker in self.workers if worker.capacity]
             emptiest = min(able, key=lambda worker: len(worker.held))
             if not emptiest.held:
-                return emptiest, self.queue.pop_given_back()
+                return emptiest, self.queue.pop_requeued()
             open_workers = [worker for worker in open_workers if worker is not emptiest]
             if not open_workers:
                 return None  # before a job is taken out of the queue that nobody would get
-        ticket = self.queue.pop_beside(lambda address: any(worker.takes_from(address) for worker in open_workers))
+        ticket = self.queue.pop_shared(lambda address: any(worker.takes_from(address) for worker in open_workers))
         if ticket is None:
             return None
         takers = [worker for worker in open_workers if worker.takes_from(ticket.job.client.address)]
@@ -153,13 +153,13 @@ class Model:
 
     def check_admission(self, client: Client, failed_retry_s: float) -> None:
         """Whether this client may add one more job now. Raises NotReady, ModelFailed or QueueFull."""
-        if self.is_leaving:
+        if self.is_removed:
             raise NotReady(f"model {self.name!r} is being unloaded", retry_after_s=NOT_READY_RETRY_S)
         if self.failure:
             raise self.failed_error(failed_retry_s)
         if not self.was_ready:
             raise NotReady(f"model {self.name!r} is loading", retry_after_s=NOT_READY_RETRY_S)
-        if not self.has_place_for(client):
+        if not self.has_space_for(client):
             raise QueueFull(
                 f"{len(self.queue)} jobs wait for model {self.name!r} already; its limit is {self.queue.limit}",
                 retry_after_s=self.expected_wait_s(),
@@ -169,10 +169,10 @@ class Model:
         """What a job of a model that was declared failed is answered."""
         return ModelFailed(f"model {self.name!r} failed: {self.failure}", retry_after_s=retry_s)
 
-    def has_place_for(self, client: Client) -> bool:
+    def has_space_for(self, client: Client) -> bool:
         """Whether this client may add one more job: the limit is for those beyond the workers' places."""
         free = sum(max(0, worker.capacity - len(worker.held)) for worker in self.workers)
-        return self.queue.has_place_for(client, free)
+        return self.queue.has_space_for(client, free)
 
     def note_job_time(self, seconds: float) -> None:
         """One more job has spent `seconds` in a worker."""
@@ -186,15 +186,15 @@ class Model:
         held = sum(len(worker.held) for worker in self.workers) or 1
         return len(self.queue) * (self.job_s or _FIRST_GUESS_S) / held
 
-    def status(self, hindrance: str = "") -> ModelStatus:
-        """How it stands now. `hindrance`: why no model takes jobs, whatever its own standing."""
+    def status(self, unavailable_reason: str = "") -> ModelStatus:
+        """How it stands now. `unavailable_reason`: why no model takes jobs, whatever its own standing."""
         ready = [worker for worker in self.workers if worker.capacity]
         reason = ""
         if self.failure:
             reason = f"failed: {self.failure}"
-        elif hindrance:
-            reason = hindrance
-        elif self.is_leaving:
+        elif unavailable_reason:
+            reason = unavailable_reason
+        elif self.is_removed:
             reason = "unloading"
         elif not ready:
             reason = "restarting" if self.was_ready else "loading"
@@ -214,7 +214,7 @@ class Model:
         )
 
 
-def _load(worker: Worker) -> tuple[int, float]:
+def _load(worker: AttachedWorker) -> tuple[int, float]:
     """Fewer jobs first; among equals the one heard of last, for a worker that stands still falls silent."""
     return len(worker.held), -worker.link.beat_at
 
