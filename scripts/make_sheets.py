@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Write the contact sheets under docs/sheets: what strength, masks, fitting and previews do, on the built-in model.
+"""Write the contact sheets of docs/gallery.md: strength, masks, fitting and previews on the built-in model.
 
-Starts a server of its own on a free port, asks it as any client would, and lays the pictures out with their labels, each row under
-the prompt that was sent.
+Starts a server on a free port and sends it ordinary requests. Each row of a sheet shows the prompt and labelled
+pictures.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.live import LiveServer  # noqa: E402  the path above makes it importable
+from tests.live import LiveServer  # noqa: E402  needs the path above
 from tests.reader import Figure, draw_scene  # noqa: E402
 
+MODEL = "ovserve-builtin"
 SIDE_PX = 256
 SHEETS = ROOT / "docs" / "sheets"
 CELL_PX, LABEL_PX, CAPTION_PX = 164, 16, 18
@@ -31,29 +32,29 @@ CELL_PX, LABEL_PX, CAPTION_PX = 164, 16, 18
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a sheet: the prompt that was sent, and the pictures under their labels."""
+    """One row of a sheet: the prompt of its requests, and pictures with their labels."""
 
     prompt: str
     cells: Sequence[tuple[str, Image.Image]]
 
 
 class Client:
-    """Asks the server for pictures; the seed is fixed, so that a sheet can be made again."""
+    """Requests pictures from the server. The seed is fixed, so that a sheet can be made again."""
 
     def __init__(self, url: str) -> None:
         self._http = httpx.Client(base_url=url, timeout=120)
 
     def edit(self, image: Image.Image, prompt: str, mask: Image.Image | None = None, **fields: object) -> Image.Image:
-        """One edited picture."""
+        """Return one edited picture."""
         files = {"image": ("i.png", _png(image)), **({"mask": ("m.png", _png(mask))} if mask else {})}
-        data = {"prompt": prompt, "seed": "7", **{name: str(value) for name, value in fields.items()}}
+        data = {"model": MODEL, "prompt": prompt, "seed": "7", **{name: str(value) for name, value in fields.items()}}
         reply = self._http.post("/v3/images/edits", data=data, files=files)
         reply.raise_for_status()
         return _picture(reply.json()["data"][0]["b64_json"])
 
     def previews(self, prompt: str, **fields: object) -> list[Image.Image]:
-        """The previews of a generation, then its picture."""
-        document = {"prompt": prompt, "seed": 7, "stream": True, "partial_images": 3, **fields}
+        """Return the previews of a generation, then its picture."""
+        document = {"model": MODEL, "prompt": prompt, "seed": 7, "stream": True, "partial_images": 3, **fields}
         reply = self._http.post("/v3/images/generations", json=document)
         reply.raise_for_status()
         events = [block for block in reply.text.split("\n\n") if block.startswith("event:")]
@@ -89,12 +90,12 @@ def _sheet(rows: Iterable[Row]) -> Image.Image:
 
 
 def _scene(background: str, *figures: tuple[str, str, float, float, float]) -> Image.Image:
-    """A drawing of the size that the built-in model works at."""
+    """Return a drawing in the built-in model's size."""
     return Image.fromarray(draw_scene(background, [Figure(*figure) for figure in figures], SIDE_PX))
 
 
 def strengths(client: Client) -> list[Row]:
-    """Recolouring and reshaping at strengths from 0.2 to 1.0."""
+    """Return edits at strengths from 0.2 to 1.0."""
     cases = (
         (_scene("yellow", ("white", "star", 128, 128, 68)), "a green star on a yellow background"),
         (_scene("black", ("white", "circle", 128, 128, 68)), "a red circle on a black background"),
@@ -109,7 +110,7 @@ def strengths(client: Client) -> list[Row]:
 
 
 def masks(client: Client) -> list[Row]:
-    """Source, mask, and what comes back; outside the mask nothing changes."""
+    """Return rows of source, mask and result. Outside the mask, source and result are equal."""
     rows: list[Row] = []
     pair = _scene("green", ("black", "cross", 68, 128, 48), ("yellow", "square", 188, 128, 48))
     circle = _scene("blue", ("red", "circle", 128, 128, 68))
@@ -130,7 +131,7 @@ def masks(client: Client) -> list[Row]:
 
 
 def fittings(client: Client) -> list[Row]:
-    """One wide picture served at other shapes, in each resize_mode."""
+    """Return a wide picture edited at several sizes, in each resize_mode."""
     wide = _scene("purple", ("yellow", "star", 128, 128, 80)).resize((512, 256))
     prompt = "a yellow star on a purple background"
     modes = ("crop", "pad", "stretch")
@@ -151,7 +152,7 @@ def fittings(client: Client) -> list[Row]:
 
 
 def previews(client: Client) -> list[Row]:
-    """The previews that a stream carries, then the picture."""
+    """Return the previews of a stream, then its picture."""
     prompts = (
         "a red heart on a white background",
         "three white stars on a blue background",
@@ -166,7 +167,7 @@ def previews(client: Client) -> list[Row]:
 
 
 def main() -> None:
-    """Make every sheet."""
+    """Write every sheet."""
     SHEETS.mkdir(exist_ok=True)
     with LiveServer() as live:
         client = Client(live.url)

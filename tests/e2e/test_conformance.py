@@ -1,6 +1,6 @@
-"""The reference server's vectors against ours: each passes, or is listed with the rule on which ours differs on purpose.
+"""Conformance with OpenVINO Model Server: each vector passes, or is listed with the rule by which ovserve differs.
 
-The list is a page, docs/conformance.md, made by this test: run it with WRITE_PAGES=1 to write the page anew.
+This test also writes that list, docs/conformance.md, when it runs with WRITE_PAGES=1.
 """
 
 from __future__ import annotations
@@ -45,19 +45,27 @@ GUARDED = ("apikey", "apikey_metrics")  # servers that ask for a key
 
 @dataclass(frozen=True)
 class Difference:
-    """Vectors (by pattern) on which ours differs: the status ours gives, and the rule it follows."""
+    """Vectors (by pattern) for which ovserve differs: its status code and the rule behind it."""
 
     pattern: str
-    status: int | None  # None: not run, for ours has nothing to run it against
+    status: int | None  # None: not run, because ovserve does not have the tested feature
     rule: str
 
 
-LATER_LORA = "LoRA: later"
-LATER_HUB = "hub, conversion and the reference server's own configuration files: later, or not planned"
-UNAUTHORIZED = "status: a missing or wrong key is 401"
-EVERY_PATH = "API keys: every path asks for the key but health, the page, and kept pictures"
+LATER_LORA = "LoRA is not supported yet."
+LATER_HUB = (
+    "The model hub, conversion and the reference server's configuration files are not supported yet, or not planned."
+)
+UNAUTHORIZED = "A missing or wrong API key gets 401."
+EVERY_PATH = (
+    "If API keys are configured, every path requires one, except health checks, the page at `/` and kept pictures."
+)
 KEY = "1234"
-UNKNOWN = "unknown field: every name that a shipped client has is in our table, and served where it can be"
+UNKNOWN = "The field table contains every field that existing clients send; each is served where possible."
+NULL = "`null` means that the field is absent."
+REPEATED = "A repeated field is accepted if its values are equal, and gets 400 if they differ."
+SAME_VALUE = "Two fields for one value are accepted if they agree, and get 400 if they differ."
+DEFAULT_MODEL = "If `model` is absent or empty, the default model is used, or the only one."
 DIFFERENCES = (
     Difference("lora.*", None, LATER_LORA),
     Difference("edit.err.unknown.lora_bracket", None, LATER_LORA),
@@ -69,78 +77,94 @@ DIFFERENCES = (
     Difference("auth.[2345]", 401, UNAUTHORIZED),
     Difference("auth.before_parsing", 401, UNAUTHORIZED),
     Difference("auth.open.*", 401, EVERY_PATH),
-    Difference("auth.empty_key_file", None, "a key file without a key stops the start"),
+    Difference("auth.empty_key_file", None, "The server does not start with a key file that contains no key."),
+    Difference("auth.key_file_right_trim", None, "Blanks around a key in the file are ignored; unit tests check this."),
+    Difference("resp.*", None, "Unit and end-to-end tests check how a reply contains the pictures."),
     Difference(
-        "auth.key_file_right_trim", None, "blanks around a key in the file are no part of it: held by unit tests"
-    ),
-    Difference("resp.*", None, "what a reply makes of the pictures is held by unit and end-to-end tests"),
-    Difference("*.static.*", None, "one compiled shape for a model (NPU): later; ours serves any size within limits"),
-    Difference(
-        "*.na.*", None, "which tasks a model has is read from its directory, not configured: held by unit tests"
+        "*.static.*",
+        None,
+        "One fixed compiled shape for a model (NPU) is not supported yet; any size within the limits is served.",
     ),
     Difference(
-        "edit.genai_fields_all", 400, "fields of text encoders that a model lacks are 400 before any device time"
+        "*.na.*", None, "The tasks of a model are read from its directory, not configured; unit tests check this."
     ),
-    Difference("edit.backend.max_sequence_length_513", None, "no model of that family is packaged: held by unit tests"),
-    Difference("edit.above_max_resolution", 400, "limits: the operator's are enforced on each request"),
-    Difference("edit.err.uint64.0", 200, "seed: -1 is a random one, as many clients mean it"),
-    Difference("edit.seed_absent_is_42", 200, "seed: random unless given, always reported"),
-    Difference("edit.duplicate_text_field_first_wins", 400, "doubles: fine when equal, 400 when not"),
-    Difference("edit.duplicate_image_first_wins", 400, "several images: never a silent first image"),
-    Difference("edit.mask_empty_file_ignored", 400, "an empty mask is a mistake of the client's, and is told"),
-    Difference("edit.err.image_array_brackets", 200, "field forms: x[] is x"),
-    Difference("edit.err.no_boundary", 400, "status: a malformed form is the client's mistake"),
-    Difference("edit.err.empty_filename", 400, "status: a malformed form is the client's mistake"),
-    Difference("edit.err.text_plain", 415, "status: a media type that the path does not take"),
-    Difference("edit.err.float.3", 200, "field forms: the text null is absent"),
+    Difference(
+        "edit.genai_fields_all",
+        400,
+        "A field for a text encoder that the model lacks gets 400 before any device time is spent.",
+    ),
+    Difference(
+        "edit.backend.max_sequence_length_513", None, "The package has no model of that family; unit tests check this."
+    ),
+    Difference("edit.above_max_resolution", 400, "The operator's limits apply to every request."),
+    Difference("edit.err.uint64.0", 200, "`seed` = -1 means a random seed, as many clients expect."),
+    Difference("edit.seed_absent_is_42", 200, "The seed is random unless given, and is always reported."),
+    Difference("edit.duplicate_text_field_first_wins", 400, REPEATED),
+    Difference(
+        "edit.duplicate_image_first_wins",
+        400,
+        "A request with several images gets 400; the first one is never used silently.",
+    ),
+    Difference("edit.mask_empty_file_ignored", 400, "An empty mask file gets 400."),
+    Difference("edit.err.image_array_brackets", 200, "`x[]` and `x` are the same field."),
+    Difference("edit.err.no_boundary", 400, "A malformed form is a client error: 400."),
+    Difference("edit.err.empty_filename", 400, "A malformed form is a client error: 400."),
+    Difference("edit.err.text_plain", 415, "A media type that the path does not accept gets 415."),
+    Difference("edit.err.float.3", 200, "The text `null` means that the field is absent."),
     Difference("edit.err.unknown.user", 200, UNKNOWN),
     Difference("edit.err.unknown.seed", 200, UNKNOWN),
-    Difference("edit.err.unknown.empty_value", 200, "field forms: an empty value is absent"),
+    Difference("edit.err.unknown.empty_value", 200, "An empty value means that the field is absent."),
     Difference("edit.err.stream_false", 200, UNKNOWN),
-    Difference("edit.err.stream_true", 200, "stream: served"),
-    Difference("edit.backend.size_not_multiple", 200, "size: any WxH is served exactly"),
-    Difference("edit.err.size_and_width*", 200, "doubles: fine when equal, 400 when not"),
+    Difference("edit.err.stream_true", 200, "Streams are supported."),
+    Difference("edit.backend.size_not_multiple", 200, "Any WxH is served exactly."),
+    Difference("edit.err.size_and_width*", 200, SAME_VALUE),
     Difference(
-        "edit.default_steps_above_max", None, "defaults are checked against the limits at start, which is then refused"
+        "edit.default_steps_above_max",
+        None,
+        "Defaults are checked against the limits at start; the server does not start if they contradict.",
     ),
-    Difference("edit.prompt_longer_than_context", 400, "prompt too long: 400 with both numbers, never silently cut"),
-    Difference("edit.err.n_and_num_images", 200, "doubles: fine when equal, 400 when not"),
-    Difference("gen.err.n_and_num", 200, "doubles: fine when equal, 400 when not"),
-    Difference("gen.err.size_w_h", 200, "doubles: fine when equal, 400 when not"),
-    Difference("gen.err.size_h", 200, "doubles: fine when equal, 400 when not"),
-    Difference("gen.err.size_type.1", 200, "field forms: null is absent"),
-    Difference("gen.err.negative_prompt_type.2", 200, "field forms: null is absent"),
-    Difference("gen.err.int.2", 200, "field forms: null is absent"),
-    Difference("gen.err.int64.2", 200, "field forms: null is absent"),
-    Difference("gen.err.uint.4", 200, "field forms: null is absent"),
-    Difference("gen.err.response_format_null", 200, "field forms: null is absent"),
-    Difference("gen.err.float.3", 200, "numbers: a whole number is a number"),
+    Difference(
+        "edit.prompt_longer_than_context",
+        400,
+        "A prompt that is too long gets 400 with its length and the limit; it is never cut silently.",
+    ),
+    Difference("edit.err.n_and_num_images", 200, SAME_VALUE),
+    Difference("gen.err.n_and_num", 200, SAME_VALUE),
+    Difference("gen.err.size_w_h", 200, SAME_VALUE),
+    Difference("gen.err.size_h", 200, SAME_VALUE),
+    Difference("gen.err.size_type.1", 200, NULL),
+    Difference("gen.err.negative_prompt_type.2", 200, NULL),
+    Difference("gen.err.int.2", 200, NULL),
+    Difference("gen.err.int64.2", 200, NULL),
+    Difference("gen.err.uint.4", 200, NULL),
+    Difference("gen.err.response_format_null", 200, NULL),
+    Difference("gen.err.float.3", 200, "A whole number is accepted where a number is expected."),
     Difference("gen.err.unknown.user", 200, UNKNOWN),
-    Difference("gen.ok.image_ignored", 400, "a field that an endpoint does not take is told, never ignored"),
-    Difference("gen.err.multipart", 200, "body: generations take multipart too"),
-    Difference("gen.err.model_not_string", 400, "status: 400, not 412"),
-    Difference("gen.err.json_depth", 400, "status: 400, not 412"),
-    Difference("*.no_model", 200, "model left out: the configured default"),
-    Difference("gen.err.model_empty", 200, "model left out: the configured default"),
-    Difference("route.multipart_without_model", 200, "model left out: the configured default"),
-    Difference("route.multipart_no_model_empty_path", 404, "status: an unknown path is 404"),
-    Difference("route.variations", 200, "variations: served"),
-    Difference("route.other_v3_path", 404, "status: an unknown path is 404"),
-    Difference("route.get_edits", 405, "status: 405 with Allow"),
-    Difference("srv.health.post", 405, "status: 405 with Allow"),
-    Difference("srv.health.not_ready", None, "held by the start-up tests"),
-    Difference("srv.models.retrieve_unknown", 404, "status: an unknown model is 404"),
-    Difference("srv.models.retrieve_empty", 200, "a trailing slash is the list"),
-    Difference("srv.config.reload_get", 405, "status: 405 with Allow"),
+    Difference("gen.ok.image_ignored", 400, "A field that the endpoint does not accept gets 400 and is never ignored."),
+    Difference("gen.err.multipart", 200, "Generations also accept multipart forms."),
+    Difference("gen.err.model_not_string", 400, "The status code is 400, not 412."),
+    Difference("gen.err.json_depth", 400, "The status code is 400, not 412."),
+    Difference("*.no_model", 200, DEFAULT_MODEL),
+    Difference("gen.err.model_empty", 200, DEFAULT_MODEL),
+    Difference("route.multipart_without_model", 200, DEFAULT_MODEL),
+    Difference("route.multipart_no_model_empty_path", 404, "An unknown path gets 404."),
+    Difference("route.variations", 200, "Variations are supported."),
+    Difference("route.other_v3_path", 404, "An unknown path gets 404."),
+    Difference("route.get_edits", 405, "A method that the path does not support gets 405 with Allow."),
+    Difference("srv.health.post", 405, "A method that the path does not support gets 405 with Allow."),
+    Difference("srv.health.not_ready", None, "The start-up tests check this."),
+    Difference("srv.models.retrieve_unknown", 404, "An unknown model gets 404."),
+    Difference("srv.models.retrieve_empty", 200, "A trailing slash is ignored, so this is the list of models."),
+    Difference("srv.config.reload_get", 405, "A method that the path does not support gets 405 with Allow."),
     Difference(
         "srv.config.reload_changed",
         None,
-        "reload: held by the fault tests; the answer is 200 as soon as new workers start",
+        "The fault tests check reloads; the reply is 200 as soon as the new workers start.",
     ),
-    Difference("srv.metrics.disabled", 200, "metrics: always on"),
-    Difference("srv.options", 204, "OPTIONS has no content"),
+    Difference("srv.metrics.disabled", 200, "Metrics are always on."),
+    Difference("srv.options", 204, "The reply to OPTIONS has no content."),
     Difference(
-        "route.path_traversal", 404, "status: a path is a name in our table or it is 404; no file is served by path"
+        "route.path_traversal", 404, "A path that is not in the route table gets 404; no file is served by its path."
     ),
 )
 
@@ -300,35 +324,44 @@ def test_every_difference_is_used_and_has_its_rule() -> None:
 
 
 def page() -> str:
-    """The page: what passes as it stands, what differs and why, what is for later."""
-    passes, differs, later = [], [], []
+    """Return the page: vectors that differ on purpose, vectors that are not run, and vectors that pass."""
+    passes: list[str] = []
+    differs: list[str] = []
+    skipped: dict[str, list[str]] = {}  # names by reason
     for vector in VECTORS["vectors"]:
-        found = difference(vector)
-        if found is None or not found.rule:
-            (passes if vector.get("method") else later).append((vector["id"], ""))
+        name, found = f"`{vector['id']}`", difference(vector)
+        if found is None:
+            assert vector.get("method"), vector["id"]
+            passes.append(name)
         elif found.status is None:
-            later.append((vector["id"], found.rule))
+            skipped.setdefault(found.rule, []).append(name)
         else:
-            differs.append((vector["id"], f"{vector['expect'].get('status')} there, {found.status} here: {found.rule}"))
+            wanted = vector["expect"]["status"]
+            shown = " or ".join(map(str, wanted)) if isinstance(wanted, list) else wanted
+            differs.append(f"| {name} | {shown} | {found.status} | {found.rule} |")
     lines = [
-        "# Conformance with the reference server",
+        "# Conformance with OpenVINO Model Server",
         "",
-        "Made by `tests/e2e/test_conformance.py` from vectors that describe OpenVINO Model Server's image endpoint; each is sent to a live",
-        "server with the built-in model. `WRITE_PAGES=1 scripts/test tests/e2e/test_conformance.py` writes this page.",
+        "This page compares ovserve with the image endpoint of OpenVINO Model Server. Each test vector describes one request and",
+        "the server's reply. `tests/e2e/test_conformance.py` sends the vectors to a live ovserve server with the built-in model.",
+        "The test also writes this page: run `WRITE_PAGES=1 scripts/test tests/e2e/test_conformance.py`.",
         "",
-        f"{len(passes)} vectors pass as they stand, {len(differs)} differ on purpose, {len(later)} have nothing here to run against.",
+        f"{len(passes)} vectors give the same result. {len(differs)} differ on purpose.",
+        f"{sum(map(len, skipped.values()))} are not run: ovserve does not have the tested feature, or other tests cover it.",
         "",
         "## Different on purpose",
         "",
-        *(f"- `{name}`: {why}" for name, why in differs),
+        "| vector | Model Server | ovserve | reason |",
+        "|---|---|---|---|",
+        *differs,
         "",
         "## Not run",
         "",
-        *(f"- `{name}`: {why}" for name, why in later),
+        *(f"- {reason} {', '.join(names)}" for reason, names in skipped.items()),
         "",
         "## The same",
         "",
-        ", ".join(f"`{name}`" for name, _ in passes),
+        ", ".join(passes),
         "",
     ]
     return "\n".join(lines)
