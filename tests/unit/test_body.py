@@ -56,7 +56,7 @@ def test_content_is_received_and_what_follows_is_left(framing: str, view_size: i
         with connected_pair() as (ours, theirs), sending(ours, pieces):
             transport = Transport(theirs, 5)
             first = transport.receive(5)
-            transport.put_back(first, 0)
+            transport.unread(first, 0)
             body = Body(transport, CHUNKED if framing in sizes else length(len(content)), Settings())
             assert body.expected == (None if framing in sizes else len(content))
             assert not body.is_complete
@@ -98,7 +98,7 @@ def test_the_client_is_told_to_go_on_once_and_only_when_it_is_waited_for() -> No
             assert told == [1]
         with connected_pair() as (_, theirs):
             transport = Transport(theirs, 5)
-            transport.put_back(data, 0)
+            transport.unread(data, 0)
             assert read(Body(transport, head, Settings(), lambda: pytest.fail("all of it was there")), 4) == b"x" * 10
 
 

@@ -479,7 +479,7 @@ def test_the_line_of_an_error_says_what_was_wrong(client: RawClient, caplog: pyt
 def test_a_refused_request_leaves_a_line_too(client: RawClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ovserve")
     response = client.send(b"nonsense\r\n\r\n").read_response()
-    record = line_of(caplog, "refused 400")
+    record = line_of(caplog, "rejected 400")
     assert record.__dict__["fields"]["id"] == response.fields["x-request-id"]
 
 

@@ -99,8 +99,8 @@ def test_the_file_holds_one_key_on_each_line(tmp_path: Path) -> None:
     ("content", "told"),
     [
         (None, "No such file"),
-        (b"", "no key in it"),
-        (b"# only words\n\n", "no key in it"),
+        (b"", "no key found"),
+        (b"# only words\n\n", "no key found"),
         (b"good\nsecret with blanks\n", "line 2"),
         ("kočka\n".encode(), "line 1"),
         (b"x" * 513, "line 1"),

@@ -210,7 +210,7 @@ def served_again(listener: Listener) -> None:
 
 
 def test_the_connection_that_was_idle_longest_makes_place_for_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener_module, "IDLE_ENOUGH_S", 0.0)
+    monkeypatch.setattr(listener_module, "MIN_IDLE_S", 0.0)
     with serving(max_connections=3) as (listener, api), RawClient(listener.port) as busy:
         busy.send(WAIT)
         with RawClient(listener.port) as first, RawClient(listener.port) as second:
@@ -254,7 +254,7 @@ def test_a_connection_that_has_begun_a_request_meanwhile_is_left_alone() -> None
 
 def test_a_connection_whose_request_has_come_but_is_not_read_yet_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     woken, go_on = threading.Event(), threading.Event()
-    wake = Connection._wake
+    wake = Connection._clear_idle
 
     def wake_late(connection: Connection) -> None:
         if connection.idle_since:
@@ -262,7 +262,7 @@ def test_a_connection_whose_request_has_come_but_is_not_read_yet_is_left_alone(m
             assert go_on.wait(10)
         wake(connection)
 
-    monkeypatch.setattr(Connection, "_wake", wake_late)
+    monkeypatch.setattr(Connection, "_clear_idle", wake_late)
     with serving() as (listener, api), RawClient(listener.port) as client:
         client.send(HEALTH).read_response()
         connection = only_connection(listener)

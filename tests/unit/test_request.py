@@ -7,7 +7,7 @@ import re
 import pytest
 
 from ovserve.front.http1.head import HeadParser
-from ovserve.front.request import Request, harmless, new_request_id
+from ovserve.front.request import Request, escape_for_log, new_request_id
 from ovserve.settings.options import Settings
 
 
@@ -78,5 +78,5 @@ def test_a_client_s_own_id_is_known_only_when_it_can_do_no_harm() -> None:
 
 
 def test_what_a_client_wrote_is_harmless_in_a_log() -> None:
-    assert harmless("expected \x1b[2J\x9b\r\nü") == r"expected \x1b[2J\x9b\x0d\x0a\xfc"
-    assert len(harmless("x" * 1000)) == 200
+    assert escape_for_log("expected \x1b[2J\x9b\r\nü") == r"expected \x1b[2J\x9b\x0d\x0a\xfc"
+    assert len(escape_for_log("x" * 1000)) == 200

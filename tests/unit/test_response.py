@@ -87,6 +87,6 @@ def test_errors_say_what_to_do() -> None:
 
 
 def test_a_refusal_is_whole() -> None:
-    head, content = Responses(Settings()).refusal(InvalidValue("no"), "req_1")
+    head, content = Responses(Settings()).closing_error(InvalidValue("no"), "req_1")
     assert f"Content-Length: {len(content)}" in lines(head)
     assert "Connection: close" in lines(head)

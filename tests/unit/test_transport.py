@@ -24,7 +24,7 @@ def test_received_bytes_can_be_given_back_and_taken_in_part() -> None:
         data = transport.receive(5)
         assert data == b"head body"
         assert not transport.has_pending
-        transport.put_back(data, 5)
+        transport.unread(data, 5)
         view = memoryview(bytearray(3))
         assert transport.take_into(view) == 3
         assert bytes(view) == b"bod"
@@ -200,7 +200,7 @@ def test_linger_reads_until_the_client_closes_or_a_limit_is_reached() -> None:
 
 
 def test_a_wait_longer_than_a_tick_is_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ovserve.front.transport.TICK_S", 0.03)
+    monkeypatch.setattr("ovserve.front.transport.MAX_KERNEL_WAIT_S", 0.03)
     with connected_pair() as (ours, theirs):
         transport = Transport(theirs, 5)
         later = threading.Timer(0.15, ours.sendall, (b"late",))
@@ -214,7 +214,7 @@ def test_a_wait_longer_than_a_tick_is_one_wait(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_client_that_takes_a_few_bytes_now_and_then_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport_module, "SLOWEST_READER", 10**8)  # so that what the kernel buffers buys no time
+    monkeypatch.setattr(transport_module, "MIN_READ_BYTES_PER_S", 10**8)  # so that what the kernel buffers buys no time
     ended = threading.Event()
     with connected_pair() as (ours, theirs):
 
