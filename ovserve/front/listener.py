@@ -269,8 +269,8 @@ class Listener(ThreadingHTTPServer):
         self.is_draining = True
         self.shutdown()
         self._accept_backlog()
+        self.server_close()  # at once: a connection that the kernel still accepted would be reset when the socket closes
         self._overflow.stop()
-        self.server_close()
         with self._changed:
             threads = list(self._connections.values())
             for connection in self._connections:

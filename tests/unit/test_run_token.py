@@ -12,8 +12,8 @@ import pytest
 
 from ovserve.deadline import Deadline
 from ovserve.front import run_token as run_token_module
-from ovserve.front.transport import Transport
 from ovserve.front.run_token import RunHandle, RunToken
+from ovserve.front.transport import Transport
 from tests.sockets import connected_pair
 
 
