@@ -1,4 +1,4 @@
-"""Taking token: one thread of those that are ready runs, and nobody waits for ever for one that does not let go."""
+"""Run token: one ready thread runs at a time, in order, and a holder that keeps the token is preempted."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def running(work: Callable[[], object]) -> Iterator[threading.Thread]:
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is deposed, however slow the machine: a handle that is kept shows."""
+def no_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disable preemption, so that a token that is not released is noticed even on a slow machine."""
     monkeypatch.setattr(run_token_module, "MAX_HOLD_S", 1000.0)
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("no_preemption")
 def test_one_thread_runs_at_a_time() -> None:
     token, inside, most = RunToken(), [0], [0]
 
@@ -51,7 +51,7 @@ def test_one_thread_runs_at_a_time() -> None:
             handle.acquire()
             inside[0] += 1
             most[0] = max(most[0], inside[0])
-            time.sleep(0)  # the interpreter's lock goes to whoever wants it
+            time.sleep(0)  # release the interpreter's lock
             inside[0] -= 1
             handle.release()
 
@@ -60,7 +60,7 @@ def test_one_thread_runs_at_a_time() -> None:
     assert most == [1]
 
 
-def test_a_turn_that_is_not_held_can_be_given_away() -> None:
+def test_release_without_acquire_does_nothing() -> None:
     handle = RunHandle(RunToken())
     handle.release()
     handle.acquire()
@@ -68,7 +68,7 @@ def test_a_turn_that_is_not_held_can_be_given_away() -> None:
     handle.release()
 
 
-def test_a_holder_that_does_not_let_go_loses_its_turn_and_those_behind_go_one_by_one() -> None:
+def test_stuck_holder_is_preempted_and_the_waiters_run_one_at_a_time() -> None:
     token, inside, most, done = RunToken(), [0], [0], [0]
     stuck = RunHandle(token)
     stuck.acquire()
@@ -86,17 +86,17 @@ def test_a_holder_that_does_not_let_go_loses_its_turn_and_those_behind_go_one_by
     with running(work), running(work), running(work), running(work):
         pass
     assert (done, most) == ([4], [1])
-    stuck.release()  # which is nothing any more
+    stuck.release()  # no effect: the handle was preempted
     stuck.acquire()
     stuck.release()
 
 
-@pytest.mark.usefixtures("patient")
-def test_who_always_has_more_to_do_lets_the_others_in_after_its_slice() -> None:
+@pytest.mark.usefixtures("no_preemption")
+def test_busy_holder_yields_after_its_time_slice() -> None:
     token = RunToken()
     busy, other = RunHandle(token), RunHandle(token)
     busy.acquire()
-    busy.yield_to_waiters()  # to nobody
+    busy.yield_to_waiters()  # there are none yet
     had = threading.Event()
 
     def take_once() -> None:
@@ -112,12 +112,12 @@ def test_who_always_has_more_to_do_lets_the_others_in_after_its_slice() -> None:
     assert had.is_set()
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("no_preemption")
 @pytest.mark.parametrize(
     ("urgent", "expected"),
     [((), [0, 1, 2, 3, 4, 5, 6]), ((3, 5), [3, 5, 0, 1, 2, 4, 6]), (range(1, 7), [1, 2, 3, 4, 0, 5, 6])],
 )
-def test_turns_come_in_the_order_of_asking_but_for_the_urgent(urgent: Sequence[int], expected: list[int]) -> None:
+def test_waiters_get_the_token_in_order_and_urgent_ones_first(urgent: Sequence[int], expected: list[int]) -> None:
     token, order = RunToken(), list[int]()
     first = RunHandle(token)
     first.acquire()
@@ -189,9 +189,9 @@ WAITS: dict[str, Callable[[Transport], None]] = {
 }
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("no_preemption")
 @pytest.mark.parametrize("way", WAITS)
-def test_a_wait_for_the_client_gives_the_turn_away(way: str) -> None:
+def test_wait_for_the_client_releases_the_token(way: str) -> None:
     token, had = RunToken(), threading.Event()
     mine, other = RunHandle(token), RunHandle(token)
 
@@ -207,14 +207,14 @@ def test_a_wait_for_the_client_gives_the_turn_away(way: str) -> None:
         mine.release()
 
 
-@pytest.mark.usefixtures("patient")
-def test_a_long_answer_gives_the_turn_away() -> None:
+@pytest.mark.usefixtures("no_preemption")
+def test_send_that_blocks_releases_the_token() -> None:
     token = RunToken()
     mine, other = RunHandle(token), RunHandle(token)
     content = b"x" * 20_000_000
     with connected_pair() as (ours, theirs):
 
-        def read() -> None:  # only once it is the reader's handle
+        def read() -> None:  # only after it has held the token
             other.acquire()
             other.release()
             left = len(content)
@@ -227,8 +227,8 @@ def test_a_long_answer_gives_the_turn_away() -> None:
             mine.release()
 
 
-@pytest.mark.usefixtures("patient")
-def test_what_can_be_had_at_once_keeps_the_turn() -> None:
+@pytest.mark.usefixtures("no_preemption")
+def test_calls_that_do_not_block_keep_the_token() -> None:
     token = RunToken()
     mine, other, had = RunHandle(token), RunHandle(token), threading.Event()
     mine.acquire()
@@ -243,8 +243,8 @@ def test_what_can_be_had_at_once_keeps_the_turn() -> None:
         mine.release()
 
 
-@pytest.mark.usefixtures("patient")
-def test_a_long_upload_lets_others_in_between_its_pieces() -> None:
+@pytest.mark.usefixtures("no_preemption")
+def test_fill_yields_to_waiters_after_the_time_slice() -> None:
     token = RunToken()
     mine, other, had = RunHandle(token), RunHandle(token), threading.Event()
     mine.acquire()
