@@ -56,7 +56,7 @@ class ToyApi:
         return path == "/health" or method == "OPTIONS"
 
     def count_refused(self, error: ApiError) -> None:
-        """Nobody counts."""
+        """Do nothing."""
 
     def answer(self, exchange: Exchange) -> Reply:
         """Do what the path says."""

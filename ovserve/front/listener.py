@@ -269,7 +269,7 @@ class Listener(ThreadingHTTPServer):
         self.is_draining = True
         self.shutdown()
         self._accept_backlog()
-        self.server_close()  # at once: a connection that the kernel still accepted would be reset when the socket closes
+        self.server_close()  # before any wait: it resets the connections that have entered the backlog meanwhile
         self._overflow.stop()
         with self._changed:
             threads = list(self._connections.values())

@@ -16,7 +16,7 @@ SMALL = Settings(
 
 
 def decode(data: bytes, cuts: list[int], limits: Settings) -> tuple[bytes, bytes | None]:
-    """Decode data in pieces that end at `cuts`; return the content and what follows the body, None if it is incomplete."""
+    """Decode data in pieces that end at `cuts`; return the content and the bytes after the body, None if incomplete."""
     decoder, content, start = ChunkDecoder(limits), b"", 0
     for end in sorted({*(cut for cut in cuts if 0 < cut < len(data)), len(data)}):
         piece, position = data[start:end], 0

@@ -1,4 +1,4 @@
-"""One connection: order of exchanges, persistence, Expect, errors, event streams, waits, timeouts and the access log."""
+"""One connection: order of exchanges, persistence, Expect, errors, event streams, waits, timeouts, access log."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_large_answer_of_many_chunks_arrives_whole(client: RawClient) -> None:
     assert response.content[20001 * 25 : 20001 * 25 + 3] == b"ZZZ"
 
 
-# --- persistent connections --------------------------------------------------------------------------------------------
+# --- persistent connections -------------------------------------------------------------------------------------------
 
 
 def test_connection_close_ends_the_connection(client: RawClient) -> None:
@@ -175,7 +175,7 @@ def test_malformed_chunk_is_400_and_ends_the_connection(client: RawClient) -> No
     assert client.read_rest() == b""
 
 
-# --- Expect ------------------------------------------------------------------------------------------------------------
+# --- Expect -----------------------------------------------------------------------------------------------------------
 
 
 def test_continue_is_sent_when_the_route_reads_the_form(client: RawClient) -> None:
@@ -203,7 +203,7 @@ def test_unsupported_media_type_is_415_without_continue(client: RawClient) -> No
     assert client.read_response().status == 415
 
 
-# --- errors ------------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_error_has_the_error_object_and_its_fields(client: RawClient) -> None:
@@ -239,7 +239,7 @@ def test_response_field_with_a_line_end_is_500(client: RawClient) -> None:
     assert "set-cookie" not in response.fields
 
 
-# --- streams -----------------------------------------------------------------------------------------------------------
+# --- streams ----------------------------------------------------------------------------------------------------------
 
 
 def chunks(client: RawClient) -> list[bytes]:
@@ -300,7 +300,7 @@ def test_client_that_leaves_ends_the_stream(running: Any, api: ToyApi) -> None:
             assert api.closed.get(timeout=10) == "/stream"
 
 
-# --- waits -------------------------------------------------------------------------------------------------------------
+# --- waits ------------------------------------------------------------------------------------------------------------
 
 
 def test_wait_ends_when_the_descriptor_is_readable(client: RawClient, api: ToyApi) -> None:
@@ -321,7 +321,7 @@ def test_wait_ends_when_the_client_leaves(running: Any, api: ToyApi, leave: str)
         assert api.gone.get(timeout=10) == "/wait/" + leave
 
 
-# --- timeouts ----------------------------------------------------------------------------------------------------------
+# --- timeouts ---------------------------------------------------------------------------------------------------------
 
 
 def test_slow_head_is_408() -> None:
@@ -438,7 +438,7 @@ def test_client_that_does_not_read_is_disconnected() -> None:
         assert len(client.read_rest()) < 30_000_000
 
 
-# --- the log -----------------------------------------------------------------------------------------------------------
+# --- the log ----------------------------------------------------------------------------------------------------------
 
 
 def line_of(caplog: pytest.LogCaptureFixture, message: str) -> logging.LogRecord:

@@ -115,7 +115,7 @@ def test_open_connections_and_active_exchanges_are_counted() -> None:
         eventually(lambda: (listener.open_connections, listener.active_exchanges) == (0, 0))
 
 
-# --- stop --------------------------------------------------------------------------------------------------------------
+# --- stop -------------------------------------------------------------------------------------------------------------
 
 
 def test_stop_closes_idle_connections_at_once_and_waits_for_requests_in_flight() -> None:
@@ -127,7 +127,7 @@ def test_stop_closes_idle_connections_at_once_and_waits_for_requests_in_flight()
         stopping = threading.Thread(target=listener.stop, args=(30,))
         stopping.start()
         assert idle.read_rest() == b""
-        # A connection that becomes idle after the drain has begun ends itself, which may be before the socket is closed.
+        # A connection that becomes idle after the drain has begun ends itself, maybe before the socket is closed.
         eventually(lambda: listener.socket.fileno() < 0)
         with pytest.raises(ConnectionError):
             RawClient(listener.port)
@@ -197,7 +197,7 @@ def test_stop_is_idempotent_and_needs_no_start(tmp_path: Path) -> None:
         listener.stop(0)
 
 
-# --- connection limit --------------------------------------------------------------------------------------------------
+# --- connection limit -------------------------------------------------------------------------------------------------
 
 
 def test_connections_beyond_the_limit_get_503_and_health_still_answers() -> None:
