@@ -25,6 +25,8 @@ OPTIONS = {
     " application/json ; charset=utf-8 ;": ("application/json", {"charset": "utf-8"}),
     'text/plain; ;; a="\\"\\\\x"': ("text/plain", {"a": '"\\x'}),
     'text/plain; a=""': ("text/plain", {"a": ""}),
+    # An escape that nobody needs stays: a boundary or a charset with a backslash in it is refused later.
+    'text/plain; a="\\x"': ("text/plain", {"a": "\\x"}),
 }
 
 
@@ -84,6 +86,10 @@ DISPOSITIONS = {
     'form-data; name="image"; filename="C:\\"': ("form-data", "image", "C:\\"),
     # curl --form-escape and Go.
     'form-data; name="image"; filename="a \\"q\\" back\\\\slash.png"': ("form-data", "image", 'a "q" back\\slash.png'),
+    # httpx, and with it the official Python client: `"` as %22, a backslash as two.
+    'form-data; name="image"; filename="a %22q%22 back\\\\slash.png"': ("form-data", "image", 'a "q" back\\slash.png'),
+    # Browsers: two backslashes are two where the value ends in one.
+    'form-data; name="image"; filename="a\\\\b\\"': ("form-data", "image", "a\\\\b\\"),
     'attachment; filename="cat.png"': ("attachment", None, "cat.png"),
 }
 

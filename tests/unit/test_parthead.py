@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NoReturn
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ovserve.front.forms.parthead import PartHead, parse_part_head
 
@@ -78,3 +80,51 @@ def test_what_is_malformed_is_refused_with_its_place(lines: list[str | bytes], w
     with pytest.raises(Refused) as caught:
         parse(*lines)
     assert caught.value.args == (what, at)
+
+
+lines = st.lists(
+    st.sampled_from(
+        [
+            b'Content-Disposition: form-data; name="a"',
+            b"content-disposition:",
+            b"form-data",
+            b"; name=",
+            b'; filename="',
+            b"; filename*=utf-8''",
+            b"%22",
+            b"%FF",
+            b"\\",
+            b'"',
+            b";",
+            b"=",
+            b"Content-Length: 1",
+            b"Content-Type:",
+            b"Content-Transfer-Encoding: base64",
+            b":",
+            b" ",
+            b"\t",
+            b"\r",
+            b"\n",
+            b"\r\n",
+            b"\0",
+            b"\xff",
+            b"\xc4\x8d",
+        ]
+    )
+    | st.binary(max_size=3),
+    max_size=20,
+).map(b"".join)
+
+
+@given(lines)
+def test_any_head_is_parsed_or_refused_at_a_place_inside_it(data: bytes) -> None:
+    head = data + b"\r\n\r\n"
+    try:
+        part = parse_part_head(head, refuse)
+    except Refused as refusal:
+        what, at = refusal.args
+        assert what
+        assert 0 <= at < len(head)
+    else:
+        assert part.name
+        assert part.content_length is None or part.content_length >= 0
