@@ -186,14 +186,14 @@ MALFORMED = {
     "empty_body.http": ("MalformedRequest", "no delimiter was found"),
     "boundary_never_occurs.http": ("MalformedRequest", "no delimiter was found"),
     "part_without_name.http": ("MalformedRequest", "without a name"),
-    "part_without_disposition.http": ("MalformedRequest", "no Content-Disposition"),
+    "part_without_disposition.http": ("MalformedRequest", "Content-Disposition is missing"),
     "part_headers_unterminated.http": ("MalformedRequest", "ends inside the head of a part (part 1"),
     "huge_part_header.http": ("MalformedRequest", "longer than 8192 bytes"),
     "many_parts.http": ("TooManyParts", "more than 128 parts"),
     "invalid_utf8_field.http": ("InvalidValue", "'prompt' is not UTF-8"),
     "no_content_type.http": ("UnsupportedMediaType", "missing"),
     # Content that holds the boundary at the start of a line: two readers would disagree, so neither reading is taken.
-    "boundary_prefix_in_data.http": ("MalformedRequest", "a delimiter follows the head at once (part 1"),
+    "boundary_prefix_in_data.http": ("MalformedRequest", "a delimiter directly follows the head (part 1"),
 }
 
 

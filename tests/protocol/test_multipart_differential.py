@@ -37,7 +37,7 @@ WE_REFUSE = {
     "Content-Disposition: malformed filename*": "the package never looks at filename*",
     "Content-Disposition: filename* is not": "the same",
     "a delimiter before the blank line": "a head that holds the delimiter is two parts to some; the package reads a field line",
-    "a delimiter follows the head at once": "an empty part to RFC 2046, content to the package: neither reading is taken",
+    "a delimiter directly follows the head": "an empty part to RFC 2046, content to the package: neither reading is taken",
     "followed by more than blanks": "RFC 2046 allows blanks and a line end behind the close delimiter; the package looks no further",
     "the body ends inside the line of the close delimiter": "the same, with half a line end",
     "the head is longer than": "our limit is of a whole head, the package's of one line",

@@ -210,10 +210,10 @@ def test_other_types_are_answered_415_with_what_is_taken(spool: Spool, content_t
         (Part("image", b"x", "a", "multipart/mixed; boundary=x"), "nested multipart/mixed"),
         (Part("image", b"x", "a", "image"), None),
         (Part("image", b"x", "a", "image/"), "Content-Type"),
-        (Part("prompt", b"x", None, "text/plain; charset=utf-16"), "charset 'utf-16': send UTF-8"),
+        (Part("prompt", b"x", None, "text/plain; charset=utf-16"), "charset 'utf-16' is not supported; send UTF-8"),
         (Part("prompt", b"a\x81", None, "text/plain; charset=windows-1252"), "'prompt' is not windows-1252 text"),
         (Part("prompt", b"x", fields=("Content-Transfer-Encoding: quoted-printable",)), "'quoted-printable'"),
-        (Part("image", b"!", "a", fields=("Content-Transfer-Encoding: base64",)), "no base64 text"),
+        (Part("image", b"!", "a", fields=("Content-Transfer-Encoding: base64",)), "invalid base64"),
     ],
 )
 def test_what_a_parts_head_announces_must_be_readable(spool: Spool, part: Part, words: str | None) -> None:

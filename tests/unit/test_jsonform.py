@@ -194,7 +194,7 @@ def test_a_string_that_only_begins_like_a_data_url_is_text_with_its_limit(spool:
     prompt = "data:" + "x" * 1500 + '"'
     document = json.dumps({"prompt": prompt}).encode()
     assert told(read(spool, document, max_json_text_bytes=len(document)))[0] == [("prompt", prompt)]
-    with pytest.raises(PartTooLarge, match="bytes of text beside"):
+    with pytest.raises(PartTooLarge, match="bytes of text outside"):
         read(spool, document, max_json_text_bytes=len(document) - 1)
 
 
@@ -262,39 +262,43 @@ def test_depth_passes_at_its_limit_and_not_beyond(spool: Spool) -> None:
     [
         (b"", BadRequest, "empty (byte 0)"),
         (b"[]", BadRequest, "expected an object"),
-        (b'{"prompt":"x', BadRequest, "the string that begins at byte 10 has no end"),
+        (b'{"prompt":"x', BadRequest, "the string at byte 10 has no closing quotation mark"),
         (b'{"prompt":"\xff"}', BadRequest, "not UTF-8 (byte 11)"),
-        (b'{"n":1,"n":1}', BadRequest, "the key 'n' stands twice"),
-        (b'{"n":1,"x":{"a":1,"b":2,"a":3}}', BadRequest, "the key 'a' stands twice"),
-        (b'{"n":NaN}', BadRequest, "NaN is no JSON value"),
+        (b'{"n":1,"n":1}', BadRequest, "the key 'n' is given twice"),
+        (b'{"n":1,"x":{"a":1,"b":2,"a":3}}', BadRequest, "the key 'a' is given twice"),
+        (b'{"n":NaN}', BadRequest, "NaN is not a JSON value"),
         (b'{"n":1e400}', BadRequest, "the number 1e400 is too large"),
         (b'{"n":' + b"9" * 5000 + b"}", BadRequest, "too many digits"),
         (b'{"n":1 1}', BadRequest, "(byte 7)"),
-        (b'{"n":"\\ud800"}', InvalidValue, "n: half of a surrogate pair"),
-        (b'{"data:x":1}', BadRequest, "a key that begins with data: (byte 2)"),
-        (b'{"user":{"data:x":1}}', BadRequest, "a key that begins with data: (byte 10)"),
-        (b'{"user":"data:\\x"}', BadRequest, "the string that begins at byte 9 does not parse"),
+        (b'{"n":"\\ud800"}', InvalidValue, "n: the text has half of a surrogate pair"),
+        (b'{"data:x":1}', BadRequest, "a key must not begin with data: (byte 2)"),
+        (b'{"user":{"data:x":1}}', BadRequest, "a key must not begin with data: (byte 10)"),
+        (b'{"user":"data:\\x"}', BadRequest, "the string at byte 9 is not valid JSON"),
         (b'{"user":"data:' + b"x" * 600 + b'"}', PartTooLarge, "user: longer than 500 bytes (byte 9)"),
         (b'{"user":["' + b"x" * 501 + b'"]}', PartTooLarge, "user: longer than 500 bytes"),
         (b'{"image":"data:image/png,abc"}', InvalidValue, "image: expected data:image/png;base64,"),
-        (b'{"image":"\\u0064ata:;base64,AAAA"}', InvalidValue, "image: a data URL without escapes"),
-        (b'{"image":"data:;base64,AA\\"AA"}', InvalidValue, "image: a data URL without escapes"),
-        (b'{"image":"data:;base64,AAAA', BadRequest, "the string that begins at byte 9 has no end"),
-        (b'{"prompt":"data:\\"', BadRequest, "the string that begins at byte 10 has no end"),
-        (b'{"image":"data:;base64,A"}', InvalidValue, "image: no base64 text"),
+        (b'{"image":"\\u0064ata:;base64,AAAA"}', InvalidValue, "image: a data URL must be written without escapes"),
+        (b'{"image":"data:;base64,AA\\"AA"}', InvalidValue, "image: a data URL must be written without escapes"),
+        (b'{"image":"data:;base64,AAAA', BadRequest, "the string at byte 9 has no closing quotation mark"),
+        (b'{"prompt":"data:\\"', BadRequest, "the string at byte 10 has no closing quotation mark"),
+        (b'{"image":"data:;base64,A"}', InvalidValue, "image: invalid base64"),
         (
             b'{"image":{"image_url":"data:;base64,AAAA","detail":"most"}}',
             UnknownParameter,
-            "image: 'detail' beside image_url",
+            "image: unsupported 'detail' next to image_url",
         ),
         (
             b'{"image":{"image_url":{"url":"data:;base64,AAAA","size":1}}}',
             UnknownParameter,
-            "image.image_url: 'size' beside url",
+            "image.image_url: unsupported 'size' next to url",
         ),
-        (b'{"image":{"image_url":"data:;base64,AAAA","type":[]}}', UnknownParameter, "image: 'type' beside image_url"),
-        (b'{"user":' + b" " * 9000 + b"1}", PartTooLarge, "more than 8192 bytes of text beside its data URLs"),
-        (b'{"user":"' + b"\\\\" * 5000 + b'"}', PartTooLarge, "more than 8192 bytes of text beside its data URLs"),
+        (
+            b'{"image":{"image_url":"data:;base64,AAAA","type":[]}}',
+            UnknownParameter,
+            "image: unsupported 'type' next to image_url",
+        ),
+        (b'{"user":' + b" " * 9000 + b"1}", PartTooLarge, "more than 8192 bytes of text outside its data URLs"),
+        (b'{"user":"' + b"\\\\" * 5000 + b'"}', PartTooLarge, "more than 8192 bytes of text outside its data URLs"),
     ],
 )
 def test_what_is_malformed_is_refused_with_its_place(

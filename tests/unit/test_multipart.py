@@ -145,11 +145,11 @@ REST = HEAD + b"x\r\n--B0--"
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"--B0 x\r\n" + REST, "a delimiter line goes on after its padding (byte 5)"),
+        (b"--B0 x\r\n" + REST, "text after the padding of a delimiter line (byte 5)"),
         (b"--B0\n" + REST, "neither a line end nor two dashes (byte 4)"),
         (b"--B0\r\n--B0\r\n" + REST, "a delimiter before the blank line that ends the head (part 1, byte 6)"),
         (b"--B0\r\nX: 1\r\n--B0\r\n" + REST, "a delimiter before the blank line that ends the head (part 1, byte 6)"),
-        (b"--B0\r\n" + HEAD + b"--B0--", f"a delimiter follows the head at once (part 1, byte {6 + len(HEAD)})"),
+        (b"--B0\r\n" + HEAD + b"--B0--", f"a delimiter directly follows the head (part 1, byte {6 + len(HEAD)})"),
         (
             b"--B0\r\n" + REST + b"x",
             f"the close delimiter is followed by more than blanks (part 1, byte {6 + len(REST)})",
@@ -171,7 +171,7 @@ def test_what_is_malformed_is_refused_whole_and_in_single_bytes(body: bytes, wor
 def test_a_parts_own_length_must_be_true() -> None:
     body = form(b"four").replace(b"\r\n\r\n", b"\r\nContent-Length: 4\r\n\r\n", 1)
     assert only_part(body).data == b"four"
-    with pytest.raises(MalformedRequest, match="the part has 4 bytes, its own Content-Length says 5"):
+    with pytest.raises(MalformedRequest, match="the part has 4 bytes, but its Content-Length is 5"):
         parse([body.replace(b"Length: 4", b"Length: 5")], "B0")
 
 

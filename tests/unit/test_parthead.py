@@ -58,8 +58,8 @@ DISPOSITION = 'Content-Disposition: form-data; name="a"'
 @pytest.mark.parametrize(
     ("lines", "what", "at"),
     [
-        (["Content-Type: text/plain"], "no Content-Disposition", 0),
-        ([], "no Content-Disposition", 0),
+        (["Content-Type: text/plain"], "Content-Disposition is missing", 0),
+        ([], "Content-Disposition is missing", 0),
         ([DISPOSITION, " folded"], "folded field line", 42),
         ([DISPOSITION, "X-A"], "field line without a colon", 42),
         ([DISPOSITION, "X-A : 1"], "field name is not a token", 42),
@@ -67,7 +67,7 @@ DISPOSITION = 'Content-Disposition: form-data; name="a"'
         ([DISPOSITION, "X-A: 1\0"], "control character 0x00 in a field line", 48),
         ([DISPOSITION, b"X-A: \xff"], "field line is not UTF-8", 47),
         ([DISPOSITION, b"X-A:  \t\xff"], "field line is not UTF-8", 49),
-        ([DISPOSITION, DISPOSITION.lower()], "content-disposition twice", 42),
+        ([DISPOSITION, DISPOSITION.lower()], "content-disposition is given twice", 42),
         (["X-A: 1", "Content-Disposition: attachment; name=a"], "Content-Disposition is not form-data", 8),
         (["X-A: 1", "Content-Disposition: form-data"], "Content-Disposition without a name", 8),
         (["X-A: 1", "Content-Disposition: form-data; name"], "Content-Disposition: malformed parameter at offset 9", 8),

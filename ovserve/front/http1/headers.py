@@ -2,15 +2,17 @@
 
 Clients deviate from the RFCs. What they send is accepted as long as only one reading is possible:
 
-- An unquoted parameter value may hold every character of a boundary (`=`, `:`, `/`, ...), not only token characters, because some
-  clients do not quote such boundaries.
-- In Content-Disposition, browsers write `"` as `%22`, CR and LF as `%0D` and `%0A`, and a backslash as itself (WHATWG HTML,
-  multipart/form-data encoding). curl --form-escape and Go write backslash escapes (RFC 9110 section 5.6.4). httpx, and with it the
-  official Python client, writes `"` as `%22` but a backslash as two. A value is read by the RFC's grammar first, then by the browsers'.
+- An unquoted parameter value may hold every character of a boundary (`=`, `:`, `/`, ...), not only token characters,
+  because some clients do not quote such boundaries.
+- In Content-Disposition, browsers write `"` as `%22`, CR and LF as `%0D` and `%0A`, and a backslash as itself (WHATWG
+  HTML, multipart/form-data encoding). curl --form-escape and Go write backslash escapes (RFC 9110 section 5.6.4).
+  httpx, and with it the official Python client, writes `"` as `%22` but a backslash as two. A value is read by the
+  RFC's grammar first, then by the browsers'.
 
-The grammar, the check for repeated parameters and `filename*` are implemented here. The `multipart` package undoes the backslash
-escapes. Its `parse_options_header` is not used: it skips what it cannot read, keeps the last of two parameters with one name, cuts
-an unquoted value at the first character that is not a token character, and its grammar differs between releases.
+The grammar, the check for repeated parameters and `filename*` are implemented here. The `multipart` package undoes the
+backslash escapes. Its `parse_options_header` is not used: it skips what it cannot read, keeps the last of two
+parameters with one name, cuts an unquoted value at the first character that is not a token character, and its grammar
+differs between releases.
 """
 
 from __future__ import annotations
@@ -26,12 +28,10 @@ __all__ = ["TOKEN", "Disposition", "is_token", "list_members", "parse_dispositio
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # noqa: S105 - RFC 9110 section 5.6.2, not a password
 
 _QUOTED_VALUE = r'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*"'
-# An unquoted value: visible characters, except those that end or nest a parameter. Includes every `bcharsnospace` of RFC 2046.
+# Visible characters, except those that end or nest a parameter. Includes every `bcharsnospace` of RFC 2046.
 _UNQUOTED_VALUE = r'[^\x00-\x20\x7f";\\]+'
 # RFC 9110 section 5.6.6: parameters = *( OWS ";" OWS [ parameter ] ). A parameter must end where the next one begins.
-_parameter = re.compile(
-    rf"[ \t]*+;[ \t]*+(?:({TOKEN})=({_QUOTED_VALUE}|{_UNQUOTED_VALUE}))?(?=[ \t]*+(?:;|\Z))",
-)
+_parameter = re.compile(rf"[ \t]*+;[ \t]*+(?:({TOKEN})=({_QUOTED_VALUE}|{_UNQUOTED_VALUE}))?(?=[ \t]*+(?:;|\Z))")
 _main_value = re.compile(rf"[ \t]*+({TOKEN}(?:/{TOKEN})?)[ \t]*+(?=;|\Z)")
 _token = re.compile(TOKEN)
 # The characters that browsers escape, in either case. None of the replacements can form a new escape.
@@ -60,11 +60,11 @@ def list_members(value: str) -> list[str]:
 def parse_options(value: str) -> tuple[str, dict[str, str]]:
     """Parse `type/subtype; name=value; name="value"` as in Content-Type.
 
-    The last of two parameters with one name wins: `curl -F` with a Content-Type set by the user sends two boundaries, and the second
-    one is the boundary of the body.
+    The last of two parameters with one name wins: `curl -F` with a Content-Type set by the user sends two boundaries,
+    and the second one is the boundary of the body.
 
-    A backslash escapes only `"` and another backslash. It stays in front of any other character, where RFC 9110 section 5.6.4 drops
-    it: no client needs such an escape, and a boundary or charset with a backslash in it is then refused.
+    A backslash escapes only `"` and another backslash. It stays in front of any other character, where RFC 9110 section
+    5.6.4 drops it: no client needs such an escape, and a boundary or charset with a backslash in it is then refused.
 
     Returns:
         The main value in lower case, and the parameters by lower-case name.
@@ -82,12 +82,12 @@ def parse_disposition(value: str) -> Disposition:
     `filename*` (RFC 8187) counts only where there is no `filename`: RFC 7578 forbids it in forms, and .NET sends both.
 
     Raises:
-        ValueError: the text does not follow the grammar, or has one parameter twice; the message has the offset or the name.
+        ValueError: the text does not follow the grammar (the message has the offset), or a parameter is given twice.
     """
     try:
         kind, pairs = _split(value)
     except ValueError as error:
-        # A backslash before the closing quotation mark: a browser means it as itself, for which the RFC's grammar needs two.
+        # A browser leaves a backslash at the end of a value as it is. The RFC's grammar reads it when it is doubled.
         try:
             kind, pairs = _split(value.replace("\\", "\\\\"))
         except ValueError:
