@@ -1,6 +1,7 @@
-"""Our Content-Disposition parser against the one of the `multipart` package: every difference is listed with its reason.
+"""Our Content-Disposition parser against the `multipart` package's: every difference is listed with its reason.
 
-Values: every part head of the captures and the corpus, values that Hypothesis builds, and one example of each known difference.
+Values: every part head of the captures and the corpus, values that Hypothesis builds, and an example of each known
+difference.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def test_captures_and_corpus_differ_only_where_we_refuse(capsys: pytest.CaptureF
 
 
 def test_content_disposition_unquote_misreads_two_clients() -> None:
-    """httpx doubles a backslash and writes `"` as %22; the package undoes one of the two ways of escaping, never both."""
+    """httpx doubles a backslash and writes `"` as %22. The package undoes one of the two ways of escaping, not both."""
     different = set()
     for value, files in VALUES.items():
         with contextlib.suppress(ValueError):

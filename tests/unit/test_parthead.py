@@ -1,4 +1,4 @@
-"""The head of a part: what real clients send is understood, the rest is refused with its place."""
+"""Tests of the part head parser: heads of real clients are accepted, others are refused with an offset."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def parse(*lines: str | bytes) -> PartHead:
         (['Content-Disposition: form-data; name="../../etc/passwd"'], PartHead("../../etc/passwd")),
     ],
 )  # fmt: skip
-def test_what_clients_send_is_understood(lines: list[str], expected: PartHead) -> None:
+def test_heads_of_real_clients_are_parsed(lines: list[str], expected: PartHead) -> None:
     assert parse(*lines) == expected
 
 
@@ -76,7 +76,7 @@ DISPOSITION = 'Content-Disposition: form-data; name="a"'
         ([DISPOSITION, "Content-Length: " + "9" * 19], "Content-Length is not a number", 42),
     ],
 )
-def test_what_is_malformed_is_refused_with_its_place(lines: list[str | bytes], what: str, at: int) -> None:
+def test_malformed_heads_are_refused_with_the_offset(lines: list[str | bytes], what: str, at: int) -> None:
     with pytest.raises(Refused) as caught:
         parse(*lines)
     assert caught.value.args == (what, at)
@@ -117,7 +117,7 @@ lines = st.lists(
 
 
 @given(lines)
-def test_any_head_is_parsed_or_refused_at_a_place_inside_it(data: bytes) -> None:
+def test_random_heads_raise_only_the_documented_error(data: bytes) -> None:
     head = data + b"\r\n\r\n"
     try:
         part = parse_part_head(head, refuse)
