@@ -1,10 +1,10 @@
 """The `ovserve` command: choose the subcommand and run it.
 
-An argument list that does not begin with a subcommand's name belongs to the default one: `python -m ovserve --port 9000` is
-`ovserve serve --port 9000`.
+An argument list that does not begin with a subcommand's name belongs to the default one: `python -m ovserve --port
+9000` is `ovserve serve --port 9000`.
 
-A subcommand's module is imported when it runs, and not before: a process that the console script spawns as a worker imports
-this module again, and must not load the front end with it.
+A subcommand's module is imported when it runs, and not before: a process that the console script spawns as a worker
+imports this module again, and must not load the front end with it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _open_standard_streams() -> None:
     """Open those of the descriptors 0, 1 and 2 that are closed, on /dev/null.
 
-    Otherwise `sys.stdout` would be None, faulthandler would have no stderr in a worker, and the next file or socket would get
-    the number.
+    Otherwise `sys.stdout` would be None, faulthandler would have no stderr in a worker, and the next file or socket
+    would get the number.
     """
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:

@@ -24,9 +24,10 @@ __all__ = ["parse_arguments", "run"]
 
 log = logging.getLogger(__name__)
 
-_DESCRIPTION = """Start the server: OpenAI's images API over OpenVINO GenAI. Without options it serves the built-in model on
-http://127.0.0.1:8000. An option can be written with underscores or hyphens, as an environment variable (OVSERVE_PORT for
---port), or as a line in the TOML file that --config names. Several models are [[model]] tables in that file."""
+_DESCRIPTION = """Start the server: OpenAI's images API over OpenVINO GenAI. Without options it serves the built-in
+model on http://127.0.0.1:8000. An option can be written with underscores or hyphens, as an environment variable
+(OVSERVE_PORT for --port), or as a line in the TOML file that --config names. Several models are [[model]] tables in
+that file."""
 
 
 def _parser() -> ArgumentParser:
