@@ -32,6 +32,7 @@ import httpx
 if __package__ in (None, ""):  # run as a file: put the repository on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.edits import BUILTIN_NAME
 from benchmarks.metadata import collect
 from benchmarks.probe import Prober
 from benchmarks.results import Result
@@ -41,7 +42,7 @@ from tests.faultserver import FaultServer
 from tests.live import resident_bytes
 
 IMAGE = Path(__file__).resolve().parents[1] / "tests" / "data" / "red_circle.png"
-FIELDS = {"prompt": "a green circle on a blue background", "strength": "0.7"}
+FIELDS = {"model": BUILTIN_NAME, "prompt": "a green circle on a blue background", "strength": "0.7"}
 READY_S = 180.0
 HEALTH = "/v2/health/live"
 QUEUE = 8

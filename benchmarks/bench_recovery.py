@@ -25,11 +25,12 @@ import httpx
 if __package__ in (None, ""):  # run as a file: put the repository on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.edits import BUILTIN_NAME
 from ovserve.profile import builtin_directory
 from tests.faultserver import FaultServer
 
 IMAGE = Path(__file__).resolve().parents[1] / "tests" / "data" / "red_circle.png"
-FIELDS = {"prompt": "a green circle on a blue background", "strength": "0.7", "seed": "1"}
+FIELDS = {"model": BUILTIN_NAME, "prompt": "a green circle on a blue background", "strength": "0.7", "seed": "1"}
 CASES = {"none": 1, "idle": 1, "mid-job": 1, "one of two": 2}  # case to number of workers
 READY_S = 120.0
 

@@ -39,6 +39,7 @@ from typing import Annotated, Any
 if __package__ in (None, ""):  # run as a file: put the repository on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.edits import BUILTIN_NAME
 from benchmarks.metadata import collect
 from benchmarks.results import Result
 from benchmarks.stats import estimate, ratio
@@ -199,7 +200,7 @@ def run_server(name: str) -> Iterator[tuple[int, int]]:
 
 def request_bytes(image: bytes) -> bytes:
     """Return one edit as the official Python client sends it."""
-    fields = {"prompt": "crc", "n": "1", "size": "256x256"}
+    fields = {"model": BUILTIN_NAME, "prompt": "crc", "n": "1", "size": "256x256"}
     body = b"".join(
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
         for name, value in fields.items()

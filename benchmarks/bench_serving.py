@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import metadata
-from benchmarks.edits import parse_kind
+from benchmarks.edits import BUILTIN_NAME, parse_kind
 from benchmarks.load import Load, Report, Target, apply_load
 from benchmarks.results import Case, Result
 from benchmarks.run import RUN_TIMEOUT_S, run_once
@@ -32,10 +32,11 @@ from benchmarks.servers import SERVICES, RunningServer, bench_home, model_path
 __all__ = ["main"]
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILTIN, FULL_SIZE = "builtin", "sd15"
+BUILTIN, FULL_SIZE = "builtin", "sd15"  # the models' names in result files
 OURS = "ovserve stepwise"
-# The built-in model's defaults, in every request, so that every server does the same work.
+# The built-in model and its defaults, in every request, so that every server does the same work. Peers ignore `model`.
 USUAL_FIELDS = {
+    "model": BUILTIN_NAME,
     "num_inference_steps": "12",
     "guidance_scale": "3.0",
     "strength": "0.7",
@@ -430,6 +431,7 @@ def _timed_start(bench: Bench, model: str, cache: str, extra: Sequence[str]) -> 
 def full_size_fields(side_px: int, steps: int) -> dict[str, str]:
     """Return the form fields of an edit with the full-size model, at strength 1, so that every step runs."""
     return {
+        "model": FULL_SIZE,
         "num_inference_steps": str(steps),
         "guidance_scale": "7.5",
         "strength": "1.0",

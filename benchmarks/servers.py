@@ -23,7 +23,7 @@ from typing import Self
 __all__ = ["SERVICES", "RunningServer", "Service", "bench_home", "memory_of_tree", "model_path"]
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILTIN = "builtin"
+BUILTIN = "builtin"  # the built-in model in result files; in requests it is benchmarks.edits.BUILTIN_NAME
 READY_TIMEOUT_S = 400.0  # a full-size model on a slow machine
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.02
