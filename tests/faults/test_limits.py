@@ -76,7 +76,7 @@ def test_full_tmpfs_is_503_and_later_requests_succeed(tiny: Path) -> None:
 
 def test_request_larger_than_the_tmpfs_is_413_and_logged_at_start(tiny: Path) -> None:
     with FaultServer(tiny) as server, server.client() as client:
-        assert server.logged("WARNING", "the spool cannot hold the largest request", f"bytes={2 << 20}")
+        assert server.logged("WARNING", "the spool is smaller than max_body_bytes", f"bytes={2 << 20}")
         files = {"image": ("a.png", b"\x89PNG\r\n\x1a\n" + b"y" * (2 << 20))}
         reply = client.post("/v3/images/edits", data={"prompt": "echo"}, files=files)
         assert (reply.status_code, reply.json()["error"]["code"]) == (413, "content_too_large")
