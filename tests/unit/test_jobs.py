@@ -170,7 +170,7 @@ def test_progress_does_not_swallow_other_events(job: Job, spool: Spool) -> None:
 def test_close_releases_what_the_job_owns(spool: Spool) -> None:
     job = make_job()
     segment = spool.store(b"x" * 100)
-    assert job.own(segment)
+    assert job.add_segment(segment)
     job.results[0] = Result(segment, 100, 7)
     job.close()
     job.close()
@@ -181,7 +181,7 @@ def test_close_releases_what_the_job_owns(spool: Spool) -> None:
 def test_closed_job_owns_nothing_more_and_is_told_nothing(spool: Spool) -> None:
     job = make_job()
     job.close()
-    assert not job.own(spool.store(b"late"))
+    assert not job.add_segment(spool.store(b"late"))
     assert spool.used_bytes == 0
     job.post(PREPARED)
     assert job.take_events() == []

@@ -104,7 +104,7 @@ def test_limit_holds_at_n_and_refuses_n_plus_one() -> None:
         assert queue.has_space_for(Client(str(number)))
         queue.push(ticket(str(number)))
     assert not queue.has_space_for(Client("late"))
-    assert queue.has_space_for(Client("late"), free_workers=1)
+    assert queue.has_space_for(Client("late"), free_capacity=1)
     queue.pop()
     assert queue.has_space_for(Client("late"))
 
