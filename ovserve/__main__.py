@@ -1,4 +1,4 @@
-"""`python -m ovserve`: run `ovserve.cli.main.main`."""
+"""`python -m ovserve`: run the `ovserve` command."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Absolute monotonic instants by which something must have happened."""
+"""Deadlines: absolute instants on the monotonic clock."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["Deadline"]
 class Deadline:
     """One instant on the monotonic clock, in seconds. Thread-safe: immutable.
 
-    Between processes travel durations (`remaining`), never instants, so that a message means the same on another host.
+    Messages between processes carry durations (`remaining`), never instants: clocks differ between hosts.
     """
 
     at: float
 
     @classmethod
     def after(cls, seconds: float) -> Deadline:
-        """The instant `seconds` from now."""
+        """Return the instant `seconds` from now."""
         return cls(time.monotonic() + seconds)
 
     def remaining(self) -> float:
-        """Seconds left, never below 0."""
+        """Return the seconds left, never below 0."""
         return max(0.0, self.at - time.monotonic())
 
     def is_expired(self) -> bool:
-        """Whether the instant has passed."""
+        """Return whether the instant has passed."""
         return time.monotonic() >= self.at

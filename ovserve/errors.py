@@ -1,22 +1,22 @@
-"""The exceptions a caller can meet, each of which knows its HTTP status and public code.
+"""The exception tree. Each class has its HTTP status and public error code.
 
     OvserveError
-    ├── StartupError                  the process cannot start: one line for the operator, exit code 2
+    ├── StartupError                  the process cannot start: one line on standard error, exit code 2
     │   ├── SettingsError             an option, the environment or the configuration file is wrong
     │   └── ModelError                a model directory is wrong or incomplete
-    ├── ClientGone                    the client closed its connection: nothing is answered
+    ├── ClientGone                    the client closed its connection: no response is sent
     ├── LinkClosed                    the other side of a link is gone: end-of-file or a broken pipe
-    ├── LinkGarbage                   the other side of a link sent something that is no message
-    └── ApiError                      becomes an answer: OpenAI's error object with `status`
+    ├── LinkGarbage                   the other side of a link broke the protocol
+    └── ApiError                      becomes a response: OpenAI's error object with `status`
         ├── BadRequest                400 and its kinds: MalformedRequest, MissingParameter, InvalidValue, ...
         ├── 401 .. 431                Unauthorized, NotFound, MethodNotAllowed, RequestTimeout, ContentTooLarge, ...
         └── ServerError               500 and its kinds: WorkerCrashed, NotReady, SpoolFull, DeadlineExceeded, ...
 
-An error is raised deep and turned into a response in one place, `front.handler`. A worker sends an error over its link as the
-class name and its arguments (`to_wire`); `from_wire` makes it an object again. Nothing is ever compared by message.
+An error is raised where it is found and becomes a response in one place, `front.handler`. A worker sends an error over
+its link as class name and arguments (`to_wire`); `from_wire` restores it. Messages are never compared.
 
-Statuses follow what the official OpenAI clients do with them: 408, 409, 429 and every 5xx are retried twice, so a client's own
-mistake never gets one of those.
+The official OpenAI clients retry 408, 409, 429 and every 5xx twice. A client's own mistake therefore never gets one of
+these statuses.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class ModelError(StartupError):
 
 
 class ClientGone(OvserveError):
-    """The client closed its connection while its request was in flight. Logged as 499, never answered."""
+    """The client closed its connection while its request was in flight. Logged as status 499; no response is sent."""
 
 
 class LinkClosed(OvserveError):
@@ -102,24 +102,24 @@ class LinkClosed(OvserveError):
 
 
 class LinkGarbage(OvserveError):
-    """The other side of a link sent something that is no message."""
+    """The other side of a link broke the protocol: a line that is not a message, or one that does not fit the state."""
 
 
 class ApiError(OvserveError):
-    """An error that becomes an HTTP answer.
+    """An error that becomes an HTTP response.
 
     Args:
-        message: what is wrong, for a person; names the field when there is one.
+        message: what is wrong, for a person; it names the field when there is one.
         param: the field at fault, as the client spelled it.
-        retry_after_s: seconds for the Retry-After field, clamped to 1..60; None sends no such field.
+        retry_after_s: seconds for the Retry-After field, clamped to 1..60; None: no such field.
         headers: further response fields, e.g. Allow.
     """
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | None] = None
-    should_retry: ClassVar[bool | None] = None  # the x-should-retry field; None leaves it to the client's own rule
-    closes_connection: ClassVar[bool] = False  # the rest of the connection cannot be trusted to be a request
+    should_retry: ClassVar[bool | None] = None  # the x-should-retry field; None: the client decides by status
+    closes_connection: ClassVar[bool] = False  # the following bytes cannot be trusted to begin a request
 
     def __init__(
         self,
@@ -136,11 +136,11 @@ class ApiError(OvserveError):
 
     @property
     def message(self) -> str:
-        """The text for a person."""
+        """Return the text for a person."""
         return str(self.args[0])
 
     def to_wire(self) -> dict[str, Any]:
-        """The class name and its arguments, as plain data for one link message."""
+        """Return the class name and its arguments as plain data for one link message."""
         return {
             "error": type(self).__name__,
             "message": self.message,
@@ -149,18 +149,18 @@ class ApiError(OvserveError):
         }
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object: all four keys, always."""
+        """Return OpenAI's error object. It always has all four keys."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
 
 def clamp_retry_after(seconds: float) -> int:
-    """Seconds as a whole number within 1..60."""
+    """Round the seconds to a whole number within 1..60."""
     low, high = RETRY_AFTER_RANGE_S
     return max(low, min(high, round(seconds)))
 
 
-# --- 4xx: the client's side -------------------------------------------------------------------------------------------
+# --- 4xx: the client's fault ------------------------------------------------------------------------------------------
 
 
 class BadRequest(ApiError):
@@ -172,7 +172,7 @@ class BadRequest(ApiError):
 
 
 class MalformedRequest(BadRequest):
-    """400: the message framing or its syntax is wrong (RFC 9112), and the connection with it."""
+    """400: the message framing or its syntax is wrong (RFC 9112); the connection is closed."""
 
     code = "malformed_request"
     closes_connection = True
@@ -191,7 +191,7 @@ class InvalidValue(BadRequest):
 
 
 class InvalidType(BadRequest):
-    """400: a field's value is of another type than the field."""
+    """400: a field's value has the wrong type."""
 
     code = "invalid_type"
 
@@ -203,13 +203,13 @@ class UnknownParameter(BadRequest):
 
 
 class UnsupportedParameter(BadRequest):
-    """400: the field is known, and this endpoint or model does not take it."""
+    """400: the field is known, but this endpoint or model does not take it."""
 
     code = "unsupported_parameter"
 
 
 class ImageError(BadRequest):
-    """400: an upload is not an image that can be read."""
+    """400: an upload cannot be read as an image."""
 
     code = "invalid_image_file"
 
@@ -228,7 +228,7 @@ class TooManyParts(BadRequest):
 
 
 class PartTooLarge(BadRequest):
-    """413: one field or part is over its own limit."""
+    """413: one field or part is over its limit."""
 
     status = 413
     code = "part_too_large"
@@ -236,7 +236,7 @@ class PartTooLarge(BadRequest):
 
 
 class Unauthorized(ApiError):
-    """401: no key, or a wrong one."""
+    """401: the API key is missing or unknown."""
 
     status = 401
     type = "invalid_request_error"
@@ -244,7 +244,7 @@ class Unauthorized(ApiError):
 
 
 class Forbidden(ApiError):
-    """403: only the machine itself may do this."""
+    """403: only clients on the same machine may do this."""
 
     status = 403
     type = "invalid_request_error"
@@ -252,7 +252,7 @@ class Forbidden(ApiError):
 
 
 class NotFound(ApiError):
-    """404: no such path."""
+    """404: unknown path."""
 
     status = 404
     type = "invalid_request_error"
@@ -260,7 +260,7 @@ class NotFound(ApiError):
 
 
 class ModelNotFound(NotFound):
-    """404: no such model."""
+    """404: unknown model."""
 
     code = "model_not_found"
 
@@ -274,7 +274,7 @@ class MethodNotAllowed(ApiError):
 
 
 class RequestTimeout(ApiError):
-    """408: the head or the body came too slowly."""
+    """408: the head or the body arrived too slowly."""
 
     status = 408
     type = "invalid_request_error"
@@ -283,7 +283,7 @@ class RequestTimeout(ApiError):
 
 
 class LengthRequired(ApiError):
-    """411: a body without any framing."""
+    """411: a request with a body has neither Content-Length nor Transfer-Encoding."""
 
     status = 411
     type = "invalid_request_error"
@@ -292,7 +292,7 @@ class LengthRequired(ApiError):
 
 
 class ContentTooLarge(ApiError):
-    """413: the body is over the limit, or the request with its results over what the spool can hold."""
+    """413: the body is over the limit, or the request and its results are larger than the spool."""
 
     status = 413
     type = "invalid_request_error"
@@ -310,7 +310,7 @@ class TargetTooLong(ApiError):
 
 
 class UnsupportedMediaType(ApiError):
-    """415: a Content-Type (or Content-Encoding) that this path does not take."""
+    """415: this path does not take this Content-Type or Content-Encoding."""
 
     status = 415
     type = "invalid_request_error"
@@ -318,7 +318,7 @@ class UnsupportedMediaType(ApiError):
 
 
 class RangeNotSatisfiable(ApiError):
-    """416: a Range that lies outside the file; carries Content-Range."""
+    """416: the Range lies outside the file; carries Content-Range."""
 
     status = 416
     type = "invalid_request_error"
@@ -326,7 +326,7 @@ class RangeNotSatisfiable(ApiError):
 
 
 class ExpectationFailed(ApiError):
-    """417: an Expect field that is not 100-continue."""
+    """417: the Expect field is not 100-continue."""
 
     status = 417
     type = "invalid_request_error"
@@ -335,7 +335,7 @@ class ExpectationFailed(ApiError):
 
 
 class QueueFull(ApiError):
-    """429: the model's queue is at its limit; Retry-After tells when a place is likely."""
+    """429: the model's queue is at its limit; Retry-After estimates when there is space."""
 
     status = 429
     type = "requests"
@@ -344,7 +344,7 @@ class QueueFull(ApiError):
 
 
 class FieldsTooLarge(ApiError):
-    """431: field lines over the limit, one or all together."""
+    """431: one field line, or all together, are over the limit."""
 
     status = 431
     type = "invalid_request_error"
@@ -352,11 +352,12 @@ class FieldsTooLarge(ApiError):
     closes_connection = True
 
 
-# --- 5xx: our side ----------------------------------------------------------------------------------------------------
+# --- 5xx: the server's fault
+# -------------------------------------------------------------------------------------------------
 
 
 class ServerError(ApiError):
-    """500: the fault is ours."""
+    """500: a fault of the server."""
 
     status = 500
     type = "server_error"
@@ -364,18 +365,18 @@ class ServerError(ApiError):
 
 
 class InternalError(ServerError):
-    """500: a bug. The log has the traceback under the request id."""
+    """500: a bug in the server. The log has the traceback with the request id."""
 
 
 class WorkerCrashed(ServerError):
-    """500: two workers died with this job; a third try would take another one down."""
+    """500: two workers died while they ran this job; it is not tried again."""
 
     code = "worker_crashed"
     should_retry = False
 
 
 class NotImplementedMethod(ServerError):
-    """501: a method this server does not know at all (RFC 9110 section 15.6.2)."""
+    """501: the server does not implement this method for any path (RFC 9110 section 15.6.2)."""
 
     status = 501
     type = "invalid_request_error"
@@ -392,19 +393,19 @@ class NotReady(ServerError):
 
 
 class ModelFailed(NotReady):
-    """503: the model was declared failed; the message has the reason."""
+    """503: the model has failed; the message has the reason."""
 
     code = "model_failed"
 
 
 class Draining(NotReady):
-    """503: the server is going down and takes no new jobs."""
+    """503: the server is shutting down and accepts no new jobs."""
 
     code = "draining"
 
 
 class TooManyConnections(ServerError):
-    """503: every connection place is taken."""
+    """503: the maximum number of connections is reached."""
 
     status = 503
     code = "too_many_connections"
@@ -412,14 +413,14 @@ class TooManyConnections(ServerError):
 
 
 class SpoolFull(ServerError):
-    """503: no room in the spool directory for the upload or the result, or no descriptor left for one of them."""
+    """503: no space in the spool for the upload or the result, or no file descriptor left for one of them."""
 
     status = 503
     code = "spool_full"
 
 
 class SpoolUnusable(ServerError):
-    """503: no file can be made in the spool directory, whatever its room; the message, and the health documents, say why."""
+    """503: no file can be created in the spool directory; the message and the health replies have the reason."""
 
     status = 503
     code = "spool_unusable"
@@ -451,7 +452,7 @@ def _tree(root: type[ApiError]) -> dict[str, type[ApiError]]:
 
 
 def from_wire(record: Mapping[str, Any]) -> ApiError:
-    """Make an error again from what `to_wire` gave; an unknown class becomes InternalError."""
+    """Restore an error from the record of `to_wire`; an unknown class becomes InternalError."""
     kind = _tree(ApiError).get(str(record.get("error")), InternalError)
     param = record.get("param")
     retry = record.get("retry_after_s")

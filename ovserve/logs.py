@@ -1,4 +1,4 @@
-"""Log lines for operators: one line each, UTC, plain text or JSON."""
+"""Log format: one line for each record, UTC, plain text or JSON."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from typing import Any
 
 __all__ = ["configure_logs", "fields"]
 
-_APART = re.compile(r'[\s="]')
+_NEEDS_QUOTES = re.compile(r'[\s="]')
 LEVELS = ("debug", "info", "warning", "error")
 
 
 class _Text(logging.Formatter):
-    """`2026-01-02T03:04:05.678Z INFO fleet.supervisor: message key=value`"""
+    """Format a record as `2026-01-02T03:04:05.678Z INFO fleet.supervisor: message key=value`."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         stamp = f"{moment}.{int(record.msecs):03d}Z"
         extra = "".join(f" {key}={_quoted(value)}" for key, value in getattr(record, "fields", {}).items())
-        # A log line is one line whatever a client put into a name: no forged entries.
-        message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
-        line = f"{stamp} {record.levelname} {record.name.removeprefix('ovserve.')}: {message}{_flat(extra)}"
+        # Values from clients may hold line ends: escaped, so that a client cannot forge a log line.
+        line = (
+            f"{stamp} {record.levelname} {record.name.removeprefix('ovserve.')}: "
+            f"{_one_line(record.getMessage() + extra)}"
+        )
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 class _Json(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, then the fields."""
+    """Format a record as one JSON object: time, level, logger, message, then the fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -45,17 +47,22 @@ class _Json(logging.Formatter):
 
 
 def _quoted(value: object) -> str:
-    """A value as one token, so that a line can be taken apart again: in JSON's quotation marks where it would be several."""
+    """Return a value as one token that a log reader can split at blanks; quoted as in JSON where that is needed."""
     text = str(value)
-    return json.dumps(text, ensure_ascii=False) if not text or _APART.search(text) else text
+    return json.dumps(text, ensure_ascii=False) if not text or _NEEDS_QUOTES.search(text) else text
 
 
-def _flat(text: str) -> str:
+def _one_line(text: str) -> str:
     return text.replace("\r", "\\r").replace("\n", "\\n")
 
 
 def configure_logs(level: str, form: str) -> None:
-    """Send everything under `ovserve` to standard error. `level`: one of LEVELS; `form`: text or json."""
+    """Send the log of every module of ovserve to standard error.
+
+    Args:
+        level: one of LEVELS.
+        form: text or json.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if form == "json" else _Text())
     logger = logging.getLogger("ovserve")
@@ -65,5 +72,5 @@ def configure_logs(level: str, form: str) -> None:
 
 
 def fields(**values: object) -> dict[str, dict[str, object]]:
-    """The `extra` of a log call: `log.info("settled", extra=fields(job=job.id, state="done"))`."""
+    """Return the `extra` of a log call: `log.info("settled", extra=fields(job=job.id, state="done"))`."""
     return {"fields": values}

@@ -1,4 +1,4 @@
-"""What is counted for Prometheus: requests, jobs, stages, workers, spool."""
+"""Metrics in the Prometheus format: requests, jobs, stages, workers, spool."""
 
 from __future__ import annotations
 
@@ -16,38 +16,39 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A figure that is read when somebody asks."""
+    """A metric whose value is read at each scrape."""
 
     text: str
     labels: tuple[str, ...] = ()
-    is_counter: bool = False  # it never falls, and its name ends with `_total`
+    is_counter: bool = False  # never decreases; its name ends with `_total`
 
 
 WATCHED = {
-    "ovserve_queued_jobs": Watched("Jobs that wait, by model.", ("model",)),
-    "ovserve_running_jobs": Watched("Jobs that workers hold, by model.", ("model",)),
-    "ovserve_ready_workers": Watched("Workers that take jobs, by model.", ("model",)),
+    "ovserve_queued_jobs": Watched("Waiting jobs by model.", ("model",)),
+    "ovserve_running_jobs": Watched("Jobs held by workers, by model.", ("model",)),
+    "ovserve_ready_workers": Watched("Ready workers by model.", ("model",)),
     "ovserve_worker_restarts_total": Watched(
-        "Workers that died or were killed, and had to be started again, by model.", ("model",), is_counter=True
+        "Restarts of workers that died or were killed, by model.", ("model",), is_counter=True
     ),
     "ovserve_spool_bytes": Watched("Bytes of uploads, requests and results in flight in the spool."),
-    "ovserve_spool_warm_bytes": Watched("Bytes of spool files that are kept for the next uploads."),
+    "ovserve_spool_warm_bytes": Watched("Bytes of spool files kept mapped for the next uploads."),
     "ovserve_spool_limit_bytes": Watched(
-        "Bytes that the spool holds at most: spool_bytes, or where that is less the size of its file system and the fallback's together."
+        "Capacity of the spool in bytes: spool_bytes, or the size of its file system and of the fallback's together "
+        "if that is less."
     ),
 }
 
 
 class Metrics:
-    """The counters of one server. Thread-safe: yes (prometheus_client's own locks)."""
+    """The metrics of one server. Thread-safe: yes (locks of prometheus_client)."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.responses = Counter(
-            "ovserve_http_responses", "Answers by route and status code.", ["route", "status"], registry=self.registry
+            "ovserve_http_responses", "Responses by route and status code.", ["route", "status"], registry=self.registry
         )
         self.jobs = Counter(
-            "ovserve_jobs", "Settled jobs by model and end.", ["model", "state"], registry=self.registry
+            "ovserve_jobs", "Settled jobs by model and final state.", ["model", "state"], registry=self.registry
         )
         self.pictures = Counter("ovserve_pictures", "Finished pictures by model.", ["model"], registry=self.registry)
         self.stages = Histogram(
@@ -59,7 +60,7 @@ class Metrics:
         )
 
     def watch(self, name: str, read: Callable[[], Iterable[tuple[list[str], float]]]) -> None:
-        """Add a figure of `WATCHED`: `read` gives (label values, value) pairs."""
+        """Register a metric of `WATCHED`; `read` returns pairs of label values and value."""
         watched = WATCHED[name]
 
         class _Family:
@@ -73,5 +74,5 @@ class Metrics:
         self.registry.register(_Family())
 
     def page(self) -> bytes:
-        """Everything in the text exposition format."""
+        """Return all metrics in the text exposition format."""
         return generate_latest(self.registry)

@@ -1,8 +1,8 @@
-"""Puts the parts together: listen, start, announce ready, drain, stop.
+"""The server: create the parts, listen, start, announce readiness, reload, drain, stop.
 
-The main thread waits for signals and for nothing else. SIGTERM and SIGINT drain, a second one ends at once; SIGHUP reloads.
-They are blocked in every thread and taken with sigtimedwait, so that no handler ever runs between two bytecodes of
-somebody's critical section; processes that the supervisor spawns inherit the mask and never see Ctrl-C.
+The main thread only waits for signals. SIGTERM and SIGINT drain; a second one ends the process at once. SIGHUP reloads.
+Signals are blocked in every thread and received with sigtimedwait, so that no handler interrupts a critical section.
+Spawned processes inherit the mask, so Ctrl-C does not reach them.
 """
 
 from __future__ import annotations
@@ -37,28 +37,29 @@ from ovserve.worker import main as worker
 __all__ = ["Server"]
 
 SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
-POLL_S = 0.1  # how often the main thread looks up between signals while something is under way
-REFUSING_POLL_S = 0.01  # once no job is left: between two refusals of a busy server the moment to end is short
-LAST_ANSWERS_S = 1.0  # for answers that are on their way when the server stops to listen
-STOP_TIMEOUT_S = 10.0  # for processes to end once nothing is in flight
-# Enough for any number of threads a machine has; some libraries walk over all that there may be.
-MOST_DESCRIPTORS = 65536
-OWN_DESCRIPTORS = 128 + 2 * MOST_FILES  # of the front end itself and its links to workers, and of the warm files
-# The socket; the upload's segment and its map, the request's segment and the job's eventfd. Each picture and preview adds one.
+POLL_S = 0.1  # interval at which the main thread checks progress between signals
+REFUSING_POLL_S = 0.01  # once no job is left; under load the moments without an active exchange are short
+LAST_RESPONSES_S = 1.0  # for responses still being written when the server stops listening
+STOP_TIMEOUT_S = 10.0  # for workers to exit once nothing is in flight
+# Enough for any thread count; some libraries iterate over all possible descriptors.
+MAX_DESCRIPTORS = 65536
+OWN_DESCRIPTORS = 128 + 2 * MOST_FILES  # of the front end, its links, and the warm files
+# Socket, the upload's segment and its mapping, the request's segment, the job's eventfd. Each picture and preview adds
+# one.
 CONNECTION_DESCRIPTORS = 5
 
 log = logging.getLogger(__name__)
 
 
 class Server:
-    """One front end and everything it owns. `run` is called once, from the main thread."""
+    """One front end and all its parts. Call `run` once, from the main thread."""
 
     def __init__(self, settings: Settings, reread: Callable[[], Settings]) -> None:
-        """Check everything that can be checked without a process, and take the port.
+        """Check the configuration as far as possible without a worker, and bind the port.
 
         Args:
-            settings: how to run.
-            reread: makes the settings anew, for a reload.
+            settings: the settings.
+            reread: reads the settings again, for a reload.
 
         Raises:
             StartupError: a model directory is wrong, the port is taken, the spool directory cannot be used.
@@ -66,10 +67,11 @@ class Server:
         self._settings = settings
         self._reread = reread
         self._reloading = threading.Lock()
-        self._serving = threading.Lock()  # over the API's settings and catalogue, which two threads replace
+        self._serving = threading.Lock()  # guards the API's settings and catalog, which two threads replace
         self._is_announced = False
-        # Before the tracker starts, which inherits this (a SIGHUP to the group would end it), and again: its start unblocks SIGINT
-        # and SIGTERM in this thread.
+        # Block before the resource tracker starts: it inherits the mask (a SIGHUP to the group would end it). Block
+        # again
+        # afterwards: its start unblocks SIGINT and SIGTERM in this thread.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -83,7 +85,7 @@ class Server:
         )
         if self._spool.most_bytes < settings.max_body_bytes:
             log.warning(
-                "the spool cannot hold the largest request that is allowed: some will get 413",
+                "the spool is smaller than max_body_bytes: larger requests get 413",
                 extra=fields(
                     spool=self._spool.directory.parent,
                     bytes=self._spool.most_bytes,
@@ -103,14 +105,14 @@ class Server:
             raise
 
     def run(self) -> int:
-        """Serve until a signal ends it; the exit code. Raises StartupError when no model can be served."""
+        """Serve until a signal; return the exit code. Raises StartupError when no model can be served."""
         self._supervisor.start()
         self._listener.start()
         try:
             if not self._await_ready():
                 return 0
             host = f"[{self._listener.host}]" if ":" in self._listener.host else self._listener.host
-            _say(f"ready http://{host}:{self._listener.port}")
+            _print_line(f"ready http://{host}:{self._listener.port}")
             self._is_announced = True
             self._announce()
             self._await_end()
@@ -120,16 +122,16 @@ class Server:
         return 0
 
     def _await_ready(self) -> bool:
-        """Wait for the first model that has answered its warm-up; False when told to stop before."""
+        """Wait until a model has passed its warm-up; return False if a signal came first."""
         while not self._supervisor.wait_ready(Deadline.after(0)):
-            # First this, then the statuses: who takes over clears the failure then.
+            # In this order: a reload that takes over clears the failure before it is settled.
             is_settled = self._supervisor.wait_reloaded(Deadline.after(0))
             statuses = self._supervisor.status().values()
             if is_settled and statuses and all(status.failed for status in statuses):
                 raise ModelError("; ".join(f"model {status.name}: {status.reason}" for status in statuses))
             number = _next_signal(POLL_S)
             if number == signal.SIGHUP:
-                self._obey_reload()
+                self._reload_on_signal()
             elif number:
                 return False
         return True
@@ -142,25 +144,25 @@ class Server:
                     "draining", extra=fields(signal=signal.Signals(number).name, grace_s=self._settings.grace_period_s)
                 )
                 return
-            self._obey_reload()
+            self._reload_on_signal()
 
-    def _obey_reload(self) -> None:
-        """Reload as told by a signal: nobody is there to hear of a failure but the log."""
+    def _reload_on_signal(self) -> None:
+        """Reload on SIGHUP. Failures are only logged."""
         try:
             self.reload()
         except StartupError as error:
-            log.error("not reloaded: %s", error)  # noqa: TRY400 - the message says all there is
-        except Exception:  # a bug in reading the configuration must not end a server that runs
-            log.exception("not reloaded")
+            log.error("reload failed, the old configuration stays: %s", error)  # noqa: TRY400 - a traceback adds nothing
+        except Exception:  # a bug must not end a running server
+            log.exception("reload failed, the old configuration stays")
 
     def reload(self) -> None:
         """Read the configuration again; new workers take over when they are ready. Thread-safe: yes, one at a time.
 
-        What bounds every request takes effect at once, what belongs to a model when its new workers take over, and never
-        when they fail. What was fixed when the server started is named in the log.
+        Limits of the server take effect at once. Options of a model take effect when its new workers take over, and not
+        at all if they fail. Options that are fixed at start are named in the log.
 
         Raises:
-            StartupError: the new configuration is wrong, and nothing was changed.
+            StartupError: the new configuration is wrong; nothing was changed.
         """
         with self._reloading:
             if self._is_announced:
@@ -172,95 +174,95 @@ class Server:
                 with self._serving:
                     self._api.take(settings, self._api.catalog.announcing(catalog))
                 if self._listener.keys and not keys:
-                    log.warning("no API key is known any more: everybody is answered")
+                    log.warning("no API key is configured any more: requests without a key are served")
                 self._listener.keys = keys
                 log.info("reloaded", extra=fields(models=", ".join(catalog.models), api_keys=len(keys)))
                 if fixed := _fixed(self._settings, settings):
-                    log.warning("takes effect at the next start: %s", ", ".join(fixed))
+                    log.warning("changed options that take effect at the next start: %s", ", ".join(fixed))
             finally:
                 self._announce()
 
     def _note_serving(self, profile: ModelProfile, model: ModelSettings) -> None:
-        """A model's new workers have taken over. Runs in: the supervisor thread."""
+        """Switch the catalog to a model whose new workers have taken over. Runs in: the supervisor thread."""
         with self._serving:
             self._api.take(self._api.settings, self._api.catalog.with_serving(ServedModel(profile, model)))
 
     def _announce(self) -> None:
-        """Tell systemd that the service answers; not before a model has worked, and not while it goes down."""
+        """Report readiness to systemd, once a model is ready and while the server does not drain."""
         if self._is_announced and not self._dispatcher.is_draining:
             systemd.notify_ready("serving " + ", ".join(self._api.catalog.models))
 
     def _drain(self) -> None:
-        """Take no new jobs, and let those in flight finish within the grace period. A second signal ends the process now."""
+        """Reject new jobs and wait for those in flight, up to the grace period. A second signal ends the process."""
         self._dispatcher.drain()
-        self._listener.is_draining = True  # a client that is refused is told to come back on another connection
+        self._listener.is_draining = True  # responses close their connections
         systemd.notify_stopping()
         grace = Deadline.after(self._settings.grace_period_s)
         while self._listener.active_exchanges and not grace.is_expired():
             poll_s = POLL_S if self._dispatcher.in_flight() else REFUSING_POLL_S
             if _next_signal(poll_s) in (signal.SIGTERM, signal.SIGINT):
-                log.warning("second signal: ending now", extra=fields(in_flight=self._listener.active_exchanges))
+                log.warning("second signal: aborting", extra=fields(in_flight=self._listener.active_exchanges))
                 self._supervisor.stop(Deadline.after(0))
                 self._spool.close()
                 os._exit(1)
 
     def _stop(self) -> None:
-        """End everything. Jobs that the grace did not suffice for are answered before their connections are cut."""
+        """Stop all parts. Jobs over the grace period get an error response before their connections are closed."""
         self._dispatcher.drain()
         self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S if not self._listener.active_exchanges else 0))
         self._dispatcher.close()
-        self._listener.stop(LAST_ANSWERS_S)  # also for requests that came after the last look at what is active
+        self._listener.stop(LAST_RESPONSES_S)  # also for requests that arrived after the last check
         self._spool.close()
         left = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
         if left:
-            log.debug("threads left: %s", ", ".join(left))
+            log.debug("threads still running: %s", ", ".join(left))
 
 
-# Options that are read at each request, or by workers and dispatch from what a reload hands them; all others are fixed at start.
+# Options that a reload changes; all others are fixed at start.
 RELOADED = frozenset((
-    "models", "default_model", "max_images", "max_image_pixels", "max_image_side_px", "default_timeout_s", "max_timeout_s", "public_url",
-    "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s", "restart_delay_s", "max_restart_delay_s",
-    "crash_loop_limit", "failed_retry_s", "api_key", "api_key_file",
+    "models", "default_model", "max_images", "max_image_pixels", "max_image_side_px", "default_timeout_s", "max_timeout_s",
+    "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s", "restart_delay_s",
+    "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "api_key", "api_key_file",
 ))  # fmt: skip
 
 
 def _fixed(old: Settings, new: Settings) -> list[str]:
-    """Options that changed and that only a start can bring in."""
+    """Return the names of changed options that a reload does not apply."""
     names = (entry.name for entry in dataclasses.fields(Settings) if entry.name not in RELOADED)
     return [name for name in names if getattr(old, name) != getattr(new, name)]
 
 
 def _raise_descriptor_limit(settings: Settings) -> None:
-    """Take as many descriptors as the process may have: a login shell's usual 1024 are meant for programs that call select(2)."""
+    """Raise the soft limit of descriptors to the hard one; the usual 1024 are for programs that call select(2)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return
-    limit = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if limit > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     limit = max(limit, soft)
     needed = OWN_DESCRIPTORS + settings.overflow_connections + CONNECTION_DESCRIPTORS * settings.max_connections
     if limit < needed:
         log.warning(
-            "max_connections may need more descriptors than the limit of this process",
+            "max_connections may need more descriptors than this process is allowed",
             extra=fields(limit=limit, needed=needed, max_connections=settings.max_connections),
         )
 
 
-def _say(line: str) -> None:
-    """One line on standard output, where nobody need be reading and the disk may be full: that ends no server."""
+def _print_line(line: str) -> None:
+    """Print one line to standard output. A closed pipe or a full disk must not end the server."""
     try:
         print(line, flush=True)
     except OSError as error:
         log.warning("standard output cannot be written", extra=fields(why=str(error)))
-        # The line is still in the buffer, and would turn the exit code into 120 when the interpreter flushes that at its end.
+        # The line stays in the buffer; flushing it at exit would fail and change the exit code to 120.
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
 
 
 def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
-    """Have what the API does not know of shown among its metrics."""
+    """Register the metrics of parts that the API does not know."""
     metrics.watch("ovserve_spool_bytes", lambda: [([], spool.used_bytes)])
     metrics.watch("ovserve_spool_warm_bytes", lambda: [([], spool.warm.size)])
     metrics.watch("ovserve_spool_limit_bytes", lambda: [([], spool.most_bytes)])

@@ -1,7 +1,7 @@
-"""Tells systemd how the service stands: the sd_notify protocol over its datagram socket, without a dependency.
+"""Notify systemd of readiness, reload, stop and watchdog: the sd_notify protocol, without a dependency.
 
-sd_notify(3): newline-separated assignments in one datagram to the address in NOTIFY_SOCKET, a path or, with a leading `@`, a name
-in the abstract namespace. Outside systemd every function does nothing. Thread-safe: yes.
+sd_notify(3): newline-separated assignments in one datagram to the address in NOTIFY_SOCKET, a path or, with a leading
+`@`, a name in the abstract namespace. Outside systemd every function does nothing. Thread-safe: yes.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import time
 __all__ = ["Watchdog", "notify", "notify_ready", "notify_reloading", "notify_status", "notify_stopping"]
 
 
-STATE_TIMEOUT_S = 5.0  # for the manager to take a change of state: without READY=1 it ends a service that works
+STATE_TIMEOUT_S = 5.0  # to deliver a change of state: without READY=1 systemd ends a working service
 
 log = logging.getLogger(__name__)
 
 
 def notify(*assignments: str, timeout_s: float = 0.0) -> bool:
-    """Send assignments such as `READY=1` in one datagram; False when there is nobody to tell or nobody listens.
+    """Send assignments such as `READY=1` in one datagram; return False without a manager or on error.
 
     Args:
-        assignments: what to tell.
-        timeout_s: how long to wait while the manager does not read and its queue of a few datagrams is full.
+        assignments: the assignments.
+        timeout_s: time to wait while the manager's queue of a few datagrams is full.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
@@ -35,18 +35,16 @@ def notify(*assignments: str, timeout_s: float = 0.0) -> bool:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
             sender.settimeout(timeout_s)  # a manager that does not read must not stop the service
-            sender.connect(
-                address
-            )  # the wait for room is one for the peer's queue: without a peer there is none to wait for
+            sender.connect(address)  # unconnected sends would not wait for space in the peer's queue
             return sender.send(message.encode()) > 0
     except OSError as error:
         if timeout_s:
-            log.warning("the service manager was not told: %s (%s)", message.partition("\n")[0], error)
+            log.warning("systemd was not notified of %s: %s", message.partition("\n")[0], error)
         return False
 
 
 def notify_ready(status: str) -> bool:
-    """The service can answer (again); `status` is the line that `systemctl status` shows."""
+    """Report that the service is ready; `status` is the line that `systemctl status` shows."""
     return notify("READY=1", f"STATUS={status}", timeout_s=STATE_TIMEOUT_S)
 
 
@@ -56,30 +54,30 @@ def notify_status(status: str) -> bool:
 
 
 def notify_reloading() -> bool:
-    """A reload begins; `notify_ready` ends it. The instant tells the manager which of several reloads is meant."""
+    """Report that a reload begins; `notify_ready` ends it. The instant identifies the reload."""
     instant = f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
     return notify("RELOADING=1", instant, "STATUS=reloading", timeout_s=STATE_TIMEOUT_S)
 
 
 def notify_stopping() -> bool:
-    """The service goes down; jobs in flight are finished."""
+    """Report that the service is stopping; jobs in flight are finished."""
     return notify("STOPPING=1", "STATUS=draining", timeout_s=STATE_TIMEOUT_S)
 
 
 class Watchdog:
-    """Feeds systemd's watchdog, three times in each of its intervals at most. Thread-safe: no.
+    """Feed systemd's watchdog, at most three times in each interval. Thread-safe: no.
 
-    WATCHDOG_USEC is the interval; WATCHDOG_PID, where set, names the one process that is meant (sd_watchdog_enabled(3)).
+    WATCHDOG_USEC is the interval; WATCHDOG_PID, where set, is the process that must feed it (sd_watchdog_enabled(3)).
     """
 
     def __init__(self) -> None:
         text, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
-        meant = not pid or pid == str(os.getpid())
-        self.interval_s = int(text) / 1_000_000 if meant and text.isascii() and text.isdigit() else 0.0
+        is_ours = not pid or pid == str(os.getpid())
+        self.interval_s = int(text) / 1_000_000 if is_ours and text.isascii() and text.isdigit() else 0.0
         self._fed_at = float("-inf")
 
     def feed(self) -> None:
-        """Say that the service lives, if it is time to."""
+        """Notify the watchdog if a third of the interval has passed."""
         now = time.monotonic()
         if self.interval_s and now - self._fed_at >= self.interval_s / 3:
             self._fed_at = now

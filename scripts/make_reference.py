@@ -13,6 +13,7 @@ from typing import Any
 
 from ovserve.api.parameters.fields import EXCLUSIONS, FIELDS
 from ovserve.api.routes import ROUTES
+from ovserve.cli.commands import COMMANDS
 from ovserve.errors import ApiError
 from ovserve.metrics import WATCHED, Metrics
 from ovserve.settings.options import ModelSettings, Settings, options_of
@@ -109,6 +110,18 @@ def _metrics() -> Iterator[str]:
         yield f"| `{name}` | {', '.join(watched.labels)} | {_cell(watched.text)} |"
 
 
+def _commands() -> Iterator[str]:
+    yield "| command | what it does | exit codes |"
+    yield "|---|---|---|"
+    for command in COMMANDS.values():
+        yield f"| `ovserve {command.name}` | {command.text} | {', '.join(f'{code:d}' for code in command.exit_codes)} |"
+    yield ""
+    yield "| exit code | meaning |"
+    yield "|---|---|"
+    codes = sorted({code for command in COMMANDS.values() for code in command.exit_codes})
+    yield from (f"| {code:d} | {code.text} |" for code in codes)
+
+
 def make_reference() -> str:
     """The whole page."""
     served = [field for field in FIELDS.values() if not field.served]
@@ -116,6 +129,12 @@ def make_reference() -> str:
         "# Reference",
         "",
         "Made by `scripts/make_reference.py` from the tables in the code; do not edit.",
+        "",
+        "## Commands",
+        "",
+        "`python -m ovserve` runs the same commands. Without a command's name the arguments belong to `serve`.",
+        "",
+        *_commands(),
         "",
         "## Options of the server",
         "",

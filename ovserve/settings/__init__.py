@@ -1,1 +1,1 @@
-"""The options of the server: what they are, and how they are read."""
+"""Options of the server and its models, and the sources they are read from."""

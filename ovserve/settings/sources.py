@@ -1,6 +1,6 @@
-"""Settings from flags, the environment and a TOML file, checked by the tables of `ovserve.settings.options`.
+"""Read the settings from flags, the environment and a TOML file; check them by the tables of options.
 
-Precedence: flag, then environment, then file, then default. An empty environment variable gives nothing.
+Precedence: flag, environment, file, default. An empty environment variable counts as unset.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ __all__ = ["ENVIRONMENT_PREFIX", "load_settings", "service_variables"]
 
 ENVIRONMENT_PREFIX = "OVSERVE_"
 _FLAG = re.compile(r"[a-z][a-z0-9_]*")
-# What Kubernetes puts into the environment of every pod beside a Service called `ovserve` or `ovserve-SOMETHING`
-# (its documentation: Service, Discovering services, Environment variables).
+# Variables that Kubernetes sets in every pod for a Service called `ovserve` or `ovserve-SOMETHING` (its documentation:
+# Service, Discovering services, Environment variables).
 _SERVICE = re.compile(
     ENVIRONMENT_PREFIX
     + r"([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
 _SERVICE_PORT = re.compile(ENVIRONMENT_PREFIX + r"([A-Z0-9_]+_)?PORT=(tcp|udp|sctp)://.*")
-_SHOWN_CHARS = 100  # of a wrong value in a message
+_SHOWN_CHARS = 100  # of a wrong value, quoted in a message
 
 
 def _parse_text(kind: str, text: str) -> Any:
-    """One value from a flag or the environment, by the annotation of its option. Raises ValueError."""
-    if "\0" in text:  # every system call that gets it as a path or a name would raise
-        raise ValueError("must not hold a NUL character")
+    """Parse one value of a flag or a variable by the annotation of its option. Raises ValueError."""
+    if "\0" in text:  # a system call with such a path or name raises
+        raise ValueError("must not contain a NUL character")
     base = kind.removesuffix(" | None")
     if base != kind and text in ("", "none"):
         return None
@@ -52,7 +52,7 @@ def _parse_text(kind: str, text: str) -> Any:
 
 
 def _from_toml(kind: str, value: object) -> Any:
-    """One value from the file, by the annotation of its option. Raises ValueError."""
+    """Check one value of the file by the annotation of its option. Raises ValueError."""
     base = kind.removesuffix(" | None")
     if base in ("str", "Path", "Resolution"):
         if not isinstance(value, str):
@@ -63,14 +63,14 @@ def _from_toml(kind: str, value: object) -> Any:
     try:
         return int(value) if base == "int" else float(value)
     except OverflowError:
-        raise ValueError("too large a number") from None
+        raise ValueError("the number is too large") from None
 
 
 def _check(value: Any, option: Option, default: Any) -> None:
-    """Raise ValueError unless the value obeys its option's bounds."""
+    """Raise ValueError if the value is outside the bounds of its option."""
     if value is None:
         return
-    if value == "" and default:  # where nothing may be chosen, nothing is the default, or `none` says so
+    if value == "" and default:  # options that can be unset have no default, or accept `none`
         raise ValueError("must not be empty")
     if option.choices and value not in option.choices:
         raise ValueError(f"expected one of {', '.join(option.choices)}")
@@ -85,13 +85,13 @@ def _check(value: Any, option: Option, default: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """One place that gives options.
+    """One source of options: the flags, the environment, or a table of the file.
 
     Attributes:
-        title: what messages call it.
-        values: raw, by the name under which they were given.
-        parse: makes a value of an option's annotation and a raw value. Raises ValueError.
-        spell: what messages call an option of it, by the name.
+        title: its name in messages.
+        values: raw values, by the name as given.
+        parse: converts an option's annotation and a raw value to a value. Raises ValueError.
+        spell: converts an option's name to the form used in messages.
     """
 
     title: str
@@ -100,23 +100,25 @@ class _Source:
     spell: Callable[[str], str]
 
     def only(self, names: set[str]) -> _Source:
-        """Its options of these names."""
+        """Return the source with only these names."""
         return dataclasses.replace(self, values={key: value for key, value in self.values.items() if key in names})
 
 
 def _table(title: str, values: Mapping[str, Any]) -> _Source:
-    """A table of the file as a source."""
+    """Return a table of the file as a source."""
     return _Source(title, values, _from_toml, lambda name: f"{title}: {name}")
 
 
 def _gather(table: type, sources: Sequence[_Source]) -> dict[str, Any]:
-    """Values by option name, from the first source that has one. Raises SettingsError."""
+    """Return the values by option name, each from the first source that has it. Raises SettingsError."""
     found: dict[str, Any] = {}
     for name, (entry, option) in options_of(table).items():
         for source in sources:
             keys = [key for key in (name, *option.aliases) if key in source.values]
             if len(keys) > 1:
-                raise SettingsError(f"{source.title}: {keys[0]} and {keys[1]} are two names of one option: give one")
+                raise SettingsError(
+                    f"{source.title}: {keys[0]} and {keys[1]} are two names of the same option; give only one"
+                )
             if not keys:
                 continue
             raw = source.values[keys[0]]
@@ -124,32 +126,29 @@ def _gather(table: type, sources: Sequence[_Source]) -> dict[str, Any]:
                 value = source.parse(str(entry.type), raw)
                 _check(value, option, entry.default)
             except ValueError as error:
-                told = (
-                    str(error)
-                    if "invalid literal" not in str(error) and "could not" not in str(error)
-                    else "not a number"
-                )
+                not_numeric = "invalid literal" in str(error) or "could not" in str(error)
+                problem = "not a number" if not_numeric else str(error)
                 shown = _shown(raw) if entry.repr else "(hidden)"
-                raise SettingsError(f"{source.spell(keys[0])}={shown}: {told}") from None
+                raise SettingsError(f"{source.spell(keys[0])}={shown}: {problem}") from None
             found[name] = value
             break
     return found
 
 
 def _shown(raw: object) -> str:
-    """A wrong value in a message: one short line, whatever somebody wrote."""
+    """Return a wrong value as one short line for a message."""
     if isinstance(raw, dict | list):
-        # It may be nested as deep as it likes: its text would take as deep a stack.
+        # Not written out: deep nesting would overflow the stack.
         return "{...}" if isinstance(raw, dict) else "[...]"
     if isinstance(raw, int) and raw.bit_length() > _SHOWN_CHARS:
-        return f"a number of {raw.bit_length()} bits"  # the interpreter refuses to write out the largest
+        return f"a number of {raw.bit_length()} bits"  # str() refuses very large integers
     text = str(raw)
     begin = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:_SHOWN_CHARS])
     return begin if len(text) <= _SHOWN_CHARS else f"{begin}..."
 
 
 def _names(table: type) -> set[str]:
-    """Every name of every option of a table."""
+    """Return all names of all options of a table."""
     return {key for name, (_, option) in options_of(table).items() for key in (name, *option.aliases)}
 
 
@@ -161,11 +160,11 @@ def _check_names(source: _Source, *tables: type) -> None:
 
 
 def _hint(name: str, known: set[str]) -> str:
-    """What somebody who wrote an unknown option probably meant."""
+    """Return the likely correction of an unknown option name, or an empty string."""
     if name in _names(ModelSettings):
-        return ": it is an option of a model, and belongs into a [[model]] table"
+        return ": it is an option of a model; put it into a [[model]] table"
     if name in _names(Settings):
-        return ": it is an option of the server, and belongs before the first [[model]] table"
+        return ": it is an option of the server; put it before the first [[model]] table"
     near = difflib.get_close_matches(name[:_SHOWN_CHARS], known, n=1)
     return f": did you mean {near[0]!r}?" if near else ""
 
@@ -181,26 +180,42 @@ def _model_name(model: ModelSettings) -> ModelSettings:
 
 
 def _check_model(model: ModelSettings) -> None:
-    """Rules between options of one model. Raises SettingsError."""
+    """Check the options of one model against each other. Raises SettingsError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,127}", model.name):
-        raise SettingsError(f"model name {model.name!r}: letters, digits and ._/:@- only, at most 128")
+        raise SettingsError(
+            f"model name {model.name!r}: expected at most 128 letters, digits and ._/:@-, beginning with a letter or "
+            "digit"
+        )
     if model.min_strength > model.max_strength:
-        raise SettingsError(f"model {model.name}: min_strength is above max_strength")
+        raise SettingsError(
+            f"model {model.name}: min_strength {model.min_strength:g} is above max_strength {model.max_strength:g}"
+        )
     if model.default_strength is not None and not model.min_strength <= model.default_strength <= model.max_strength:
-        raise SettingsError(f"model {model.name}: default_strength is outside min_strength..max_strength")
+        raise SettingsError(
+            f"model {model.name}: default_strength {model.default_strength:g} is outside "
+            f"{model.min_strength:g}..{model.max_strength:g}"
+        )
     steps = model.default_num_inference_steps
     if steps is not None and steps > model.max_num_inference_steps:
-        raise SettingsError(f"model {model.name}: default_num_inference_steps is above max_num_inference_steps")
+        raise SettingsError(
+            f"model {model.name}: default_num_inference_steps {steps} is above max_num_inference_steps "
+            f"{model.max_num_inference_steps}"
+        )
     guidance = model.default_guidance_scale
     if guidance is not None and guidance > model.max_guidance_scale:
-        raise SettingsError(f"model {model.name}: default_guidance_scale is above max_guidance_scale")
+        raise SettingsError(
+            f"model {model.name}: default_guidance_scale {guidance:g} is above max_guidance_scale "
+            f"{model.max_guidance_scale:g}"
+        )
     size = model.default_resolution
     if size and (size.width > model.max_resolution.width or size.height > model.max_resolution.height):
         raise SettingsError(
             f"model {model.name}: default_resolution {size} is above max_resolution {model.max_resolution}"
         )
     if len(model.device.split()) not in (1, 3):
-        raise SettingsError(f"model {model.name}: device: expected one device, or three: text encoder, denoiser, VAE")
+        raise SettingsError(
+            f"model {model.name}: device: expected one device, or three for text encoder, denoiser and VAE"
+        )
     if model.plugin_config:
         try:
             if not isinstance(json.loads(model.plugin_config), dict):
@@ -213,17 +228,17 @@ def _check_model(model: ModelSettings) -> None:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors begin a file with a byte order mark
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors write a byte order mark
     except OSError as error:
         raise SettingsError(f"--config {path}: {error.strerror}") from None
-    except ValueError as error:  # no TOML, no UTF-8, a number of thousands of digits
+    except ValueError as error:  # not TOML, not UTF-8, or a number with thousands of digits
         raise SettingsError(f"--config {path}: {error}") from None
     except RecursionError:
         raise SettingsError(f"--config {path}: nested too deeply") from None
 
 
 def _tables(document: dict[str, Any], title: str) -> list[_Source]:
-    """Take the [[model]] tables out of the file's document. Raises SettingsError."""
+    """Remove the [[model]] tables from the document; return them as sources. Raises SettingsError."""
     tables = document.pop("model", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise SettingsError(f"{title}: write each model as a [[model]] table")
@@ -237,7 +252,7 @@ def _tables(document: dict[str, Any], title: str) -> list[_Source]:
 
 
 def service_variables(environment: Mapping[str, str]) -> list[str]:
-    """The variables that are no options of ours: Kubernetes has made them for a Service whose name begins with ours."""
+    """Return the variables that Kubernetes set for a Service named like this program; they are not options."""
     return [
         key
         for key, value in environment.items()
@@ -246,10 +261,10 @@ def service_variables(environment: Mapping[str, str]) -> list[str]:
 
 
 def _from_environment(environment: Mapping[str, str]) -> _Source:
-    """The options that the environment gives. Raises SettingsError for a variable that names none.
+    """Return the options of the environment. Raises SettingsError for an unknown one.
 
-    An empty variable gives nothing: that is what a file of services makes of `OVSERVE_HOST=${HOST}` where HOST is not set, and
-    an empty host would mean every interface.
+    An empty variable counts as unset: service files make one from `OVSERVE_HOST=${HOST}` when HOST is not set, and an
+        empty host would mean every interface.
     """
     foreign = {f"{ENVIRONMENT_PREFIX}CONFIG", *service_variables(environment)}
     own = {
@@ -265,13 +280,14 @@ def _from_environment(environment: Mapping[str, str]) -> _Source:
 
 
 def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], config: Path | None = None) -> Settings:
-    """Make the settings from flags (`{"max_body_bytes": "1000"}`), the environment and a TOML file.
+    """Return the settings from flags (`{"max_body_bytes": "1000"}`), the environment and a TOML file.
 
-    The options of a model given as flags or in the environment describe the only model; with `[[model]]` tables in the file
-    they are refused, for it would be unclear which one they mean.
+    Options of a model given as flags or in the environment describe the only model. With `[[model]]` tables in the file
+    they
+    are an error: it would be unclear which model they describe.
 
     Raises:
-        SettingsError: an unknown option, a wrong value, or options that contradict one another.
+        SettingsError: an unknown option, a wrong value, or contradictory options.
     """
     sources = (_Source("flag", flags, _parse_text, "--{}".format), _from_environment(environment))
     _check_names(sources[0], Settings, ModelSettings)
@@ -282,22 +298,24 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
     file = _table(str(config), document)
     _check_names(file, Settings)
     if tables and (loose := [source.spell(name) for source in of_model for name in source.values]):
-        raise SettingsError(f"{loose[0]} was given beside [[model]] tables: put it into the table it is meant for")
+        raise SettingsError(f"{loose[0]} cannot be combined with [[model]] tables; put it into the table of its model")
     given = [[table] for table in tables] or [of_model]
     models = [_model_name(ModelSettings(**_gather(ModelSettings, each))) for each in given]
     for model in models:
         _check_model(model)
     names = [model.name for model in models]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise SettingsError(f"two models are called {twice[0]!r}")
+        raise SettingsError(f"two models have the name {twice[0]!r}")
     values = _gather(Settings, [*of_server, file])
     settings = Settings(**values, models=tuple(models))
     if settings.default_model and settings.default_model not in names:
-        raise SettingsError(f"default_model {settings.default_model!r} is none of the models: {', '.join(names)}")
+        raise SettingsError(f"default_model {settings.default_model!r} is not one of the models: {', '.join(names)}")
     try:
         parse_origins(settings.allowed_origins)
     except ValueError as error:
         raise SettingsError(f"allowed_origins: {error}") from None
     if settings.default_timeout_s > settings.max_timeout_s:
-        raise SettingsError("default_timeout_s is above max_timeout_s")
+        raise SettingsError(
+            f"default_timeout_s {settings.default_timeout_s:g} is above max_timeout_s {settings.max_timeout_s:g}"
+        )
     return settings

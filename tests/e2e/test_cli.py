@@ -14,6 +14,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from ovserve.cli.commands import ExitCode
 from ovserve.models.profile import builtin_directory
 from tests.live import LiveServer, is_alive
 
@@ -69,8 +70,33 @@ def test_an_occupied_port_is_told() -> None:
 def test_version_and_help() -> None:
     assert run("--version").stdout.startswith("ovserve ")
     told = run("--help").stdout
-    for flag in ("--model_path", "--model-path", "--rest_port", "--target-device", "--config"):
+    for flag in ("--model_path", "--rest_port", "--target_device", "--config"):
         assert flag in told
+    for row in ("serve", *(code.text for code in ExitCode)):
+        assert row in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prot", "80"], "unknown option --prot; did you mean --port?"),
+        (["serve", "--modelpath=x"], "unknown option --modelpath; did you mean --model_path?"),
+        (["--model-pth", "x"], "unknown option --model_pth; did you mean --model_path?"),
+        (["--zzzzzz"], "unknown option --zzzzzz"),
+        (["serv"], "unknown command 'serv'; did you mean serve?"),
+        (["--port"], "--port: expected a value"),
+        (["--port", "0", "stray"], "unexpected argument 'stray'"),
+    ],
+)
+def test_wrong_command_line_is_one_line_with_the_nearest_name(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (ExitCode.USAGE, "", f"ovserve: {message}\n")
+
+
+def test_process_spawned_by_the_console_script_imports_no_front_end() -> None:
+    code = "import sys, ovserve.cli.main; print([m for m in sys.modules if m.startswith(('ovserve.front', 'ovserve.server'))])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_users_own_directory_under_its_own_name(tmp_path: Path) -> None:
@@ -151,7 +177,7 @@ OUTLIVED = """
 import multiprocessing, signal, sys, time
 from multiprocessing import resource_tracker
 from ovserve import errors
-from ovserve.cli import main as cli
+from ovserve.cli import serve
 
 class Server:
     def __init__(self, *_): pass
@@ -166,8 +192,8 @@ class Server:
         return int(sys.argv[1])
 
 if __name__ == "__main__":
-    cli.Server = Server
-    sys.exit(cli.main([]))
+    serve.Server = Server
+    sys.exit(serve.run([]))
 """
 
 
@@ -185,4 +211,4 @@ def test_a_worker_that_no_signal_ends_does_not_keep_the_server_from_ending(tmp_p
         finally:
             server.kill()
             os.kill(int(told.read_text()), signal.SIGKILL)
-    assert "ending without workers" in errors.read_text()
+    assert "exiting while workers that survived SIGKILL still run" in errors.read_text()

@@ -76,7 +76,7 @@ def test_full_tmpfs_is_503_and_the_next_request_works(tiny: Path) -> None:
 
 def test_request_that_never_fits_is_413_and_told_at_the_start(tiny: Path) -> None:
     with FaultServer(tiny) as server, server.client() as client:
-        assert server.logged("WARNING", "the spool cannot hold the largest request", f"bytes={2 << 20}")
+        assert server.logged("WARNING", "the spool is smaller than max_body_bytes", f"bytes={2 << 20}")
         files = {"image": ("a.png", b"\x89PNG\r\n\x1a\n" + b"y" * (2 << 20))}
         reply = client.post("/v3/images/edits", data={"prompt": "echo"}, files=files)
         assert (reply.status_code, reply.json()["error"]["code"]) == (413, "content_too_large")

@@ -1,4 +1,4 @@
-"""What shipped clients really send is understood: every captured request, whole, in single bytes and in random pieces."""
+"""Captured requests of released clients are parsed: whole, in single bytes and in random pieces."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ FOLDER = Path(__file__).parent / "captures"
 CAPTURES = json.loads((FOLDER / "index.json").read_text("utf-8"))["captures"]
 MULTIPART = [capture for capture in CAPTURES if "boundary" in capture]
 
-# Hand-written captures that strictness refuses on purpose, with the words of the refusal.
+# Hand-written captures that are refused on purpose, with the words of the error.
 REFUSED_BY_PARSER = {
-    # Bare LF as a line end: RFC 2046 knows CRLF only, and readers that take both disagree about where content ends.
+    # Bare LF as a line end: RFC 2046 allows only CRLF, and parsers that accept both disagree about the end of content.
     "http.client-py3.11__http_client_bare_lf.http": "neither a line end nor two dashes (byte 8)",
-    # Folded field lines: obsolete since RFC 7230, sent by no client that was measured, read in three ways by servers.
+    # Folded field lines: obsolete since RFC 7230, sent by none of the captured clients, read in three ways by servers.
     "http.client-py3.11__http_client_folded_header.http": "folded field line (part 1, byte 41)",
 }
 REFUSED_BY_FORM = {
-    # Several files in a nested multipart/mixed: deprecated by RFC 7578 section 4.3; image[] says the same.
+    # Several files in a nested multipart/mixed: deprecated by RFC 7578 section 4.3; image[] has the same meaning.
     "curl-7.88.1__nested_mixed.http": ("InvalidValue", "nested multipart/mixed"),
     "curl-7.88.1__data_binary_no_ct.http": ("UnsupportedMediaType", "Content-Type is missing"),
     "curl-7.88.1__no_body_post.http": ("UnsupportedMediaType", "Content-Type is missing"),
     "curl-7.88.1__urlencoded_d.http": ("UnsupportedMediaType", "application/x-www-form-urlencoded"),
     "requests-2.34.2__requests_urlencoded_no_file.http": ("UnsupportedMediaType", "application/x-www-form-urlencoded"),
-    # Refused by its Content-Encoding before anybody reads it; read all the same, it is no JSON.
+    # The server refuses its Content-Encoding before it reads the body; here the body is read, and is not JSON.
     "requests-2.34.2__requests_gzip_body.http": ("BadRequest", "not UTF-8"),
 }
 
@@ -54,16 +54,16 @@ def splits(capture: dict[str, Any]) -> Iterator[list[int]]:
         yield [dice.randint(1, longest) for _ in range(capture["body_length"])]
 
 
-def meant(wire: str) -> str:
-    """Browsers, curl and httpx escape three characters; the index has them as they were on the wire."""
+def unescaped(wire: str) -> str:
+    """Undo the escapes of browsers, curl and httpx, which the index has as they were sent."""
     return wire.replace("%22", '"').replace("%0D", "\r").replace("%0A", "\n")
 
 
 def expected_parts(capture: dict[str, Any]) -> list[tuple[str, str | None, str | None, str]]:
     return [
         (
-            meant(part["name"]),
-            meant(part["filename"]) if "filename" in part else None,
+            unescaped(part["name"]),
+            unescaped(part["filename"]) if "filename" in part else None,
             part.get("content_type"),
             part["sha256"],
         )
@@ -71,7 +71,7 @@ def expected_parts(capture: dict[str, Any]) -> list[tuple[str, str | None, str |
     ]
 
 
-def told(parts: list[Part]) -> list[tuple[str, str | None, str | None, str]]:
+def summary_of(parts: list[Part]) -> list[tuple[str, str | None, str | None, str]]:
     return [(part.name, part.filename, part.content_type, hashlib.sha256(part.data).hexdigest()) for part in parts]
 
 
@@ -89,7 +89,7 @@ def test_every_capture_is_listed() -> None:
 
 
 @pytest.mark.parametrize("capture", CAPTURES, ids=lambda capture: capture["file"])
-def test_bytes_and_content_are_as_captured(capture: dict[str, Any]) -> None:
+def test_bytes_and_content_match_the_index(capture: dict[str, Any]) -> None:
     raw = raw_of(capture)
     assert hashlib.sha256(raw).hexdigest() == capture["raw_sha256"]
     for sizes in splits({"file": capture["file"], "body_length": len(raw)}):
@@ -99,13 +99,13 @@ def test_bytes_and_content_are_as_captured(capture: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("capture", MULTIPART, ids=lambda capture: capture["file"])
-def test_content_type_names_the_boundary(capture: dict[str, Any]) -> None:
+def test_content_type_has_the_boundary_of_the_index(capture: dict[str, Any]) -> None:
     main, parameters = parse_options(head_and_rest(raw_of(capture))[0]["content-type"])
     assert (main, parameters["boundary"]) == ("multipart/form-data", capture["boundary"])
 
 
 @pytest.mark.parametrize("capture", MULTIPART, ids=lambda capture: capture["file"])
-def test_parts_are_those_of_the_index_however_the_body_is_split(capture: dict[str, Any]) -> None:
+def test_parts_match_the_index_in_every_split(capture: dict[str, Any]) -> None:
     content = content_of(raw_of(capture))
     for sizes in splits(capture):
         result = outcome(list(pieces_of(content, sizes)), capture["boundary"])
@@ -115,7 +115,7 @@ def test_parts_are_those_of_the_index_however_the_body_is_split(capture: dict[st
             assert REFUSED_BY_PARSER[capture["file"]] in result[1]
         else:
             assert isinstance(result, list), result
-            assert told(result) == expected_parts(capture)
+            assert summary_of(result) == expected_parts(capture)
 
 
 def is_picture(part: dict[str, Any]) -> bool:
@@ -123,7 +123,7 @@ def is_picture(part: dict[str, Any]) -> bool:
 
 
 def assert_holds_parts(form: SpooledForm, capture: dict[str, Any]) -> None:
-    fields = [(meant(part["name"]), part["sha256"]) for part in capture["parts"] if not is_picture(part)]
+    fields = [(unescaped(part["name"]), part["sha256"]) for part in capture["parts"] if not is_picture(part)]
     assert [(name, hashlib.sha256(text.encode()).hexdigest()) for name, text in form.fields] == fields
     pictures = [part for part in capture["parts"] if is_picture(part)]
     assert [(upload.name, hashlib.sha256(upload.view()).hexdigest(), upload.size) for upload in form.uploads] == [
@@ -152,7 +152,7 @@ def assert_holds_json(form: SpooledForm, document: dict[str, Any]) -> None:
     ids=lambda capture: capture["file"],
 )
 @pytest.mark.parametrize("longest", [1, 50, 1 << 20])
-def test_form_holds_what_the_client_meant(capture: dict[str, Any], longest: int, spool: Spool) -> None:
+def test_form_matches_the_index(capture: dict[str, Any], longest: int, spool: Spool) -> None:
     raw = raw_of(capture)
     dice = random.Random(capture["file"])
     sizes = [dice.randint(1, longest) for _ in range(capture["body_length"])]
@@ -178,7 +178,7 @@ def test_form_holds_what_the_client_meant(capture: dict[str, Any], longest: int,
     assert spool.used_bytes == 0
 
 
-# Of the hand-made malformed requests, those that a form can judge; the others are of the framing or of the API's values.
+# The hand-written malformed requests that `read_form` refuses. The others break the framing or have wrong values.
 MALFORMED = {
     "empty_boundary.http": ("MalformedRequest", "boundary"),
     "no_closing_delimiter.http": ("MalformedRequest", "no close delimiter was found"),
@@ -186,14 +186,14 @@ MALFORMED = {
     "empty_body.http": ("MalformedRequest", "no delimiter was found"),
     "boundary_never_occurs.http": ("MalformedRequest", "no delimiter was found"),
     "part_without_name.http": ("MalformedRequest", "without a name"),
-    "part_without_disposition.http": ("MalformedRequest", "no Content-Disposition"),
+    "part_without_disposition.http": ("MalformedRequest", "Content-Disposition is missing"),
     "part_headers_unterminated.http": ("MalformedRequest", "ends inside the head of a part (part 1"),
     "huge_part_header.http": ("MalformedRequest", "longer than 8192 bytes"),
     "many_parts.http": ("TooManyParts", "more than 128 parts"),
     "invalid_utf8_field.http": ("InvalidValue", "'prompt' is not UTF-8"),
     "no_content_type.http": ("UnsupportedMediaType", "missing"),
-    # Content that holds the boundary at the start of a line: two readers would disagree, so neither reading is taken.
-    "boundary_prefix_in_data.http": ("MalformedRequest", "a delimiter follows the head at once (part 1"),
+    # Content with the boundary at the start of a line: two parsers would read it differently, so it is refused.
+    "boundary_prefix_in_data.http": ("MalformedRequest", "a delimiter directly follows the head (part 1"),
 }
 
 
@@ -207,7 +207,7 @@ def test_malformed_requests_are_refused(file: str, spool: Spool) -> None:
     assert spool.used_bytes == 0
 
 
-def test_what_is_not_the_forms_to_judge_reaches_the_api(spool: Spool) -> None:
+def test_forms_with_wrong_values_reach_the_api(spool: Spool) -> None:
     def read(file: str) -> SpooledForm:
         raw = (FOLDER / "malformed" / file).read_bytes()
         return read_form(MemoryBody(content_of(raw)), head_and_rest(raw)[0]["content-type"], spool, settings())

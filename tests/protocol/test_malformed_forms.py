@@ -1,4 +1,4 @@
-"""A corpus of malformed bodies: each is refused by the rule that it breaks, with words that say what and where."""
+"""Corpus of malformed bodies: each one is refused with the error of the rule that it breaks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.bodies import MemoryBody, settings
 
 FOLDER = Path(__file__).parent / "corpus" / "forms"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.body"))
-MOST_CASES_OF_A_RULE = 5  # many cases of one rule would only look like many rules
+MOST_CASES_OF_A_RULE = 5  # more cases of one rule would not test more rules
 
 
 def expected(name: str) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def spool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spool]:
     spool.close()
 
 
-def test_rules_and_their_cases(capsys: pytest.CaptureFixture[str]) -> None:
+def test_corpus_covers_many_rules(capsys: pytest.CaptureFixture[str]) -> None:
     rules = defaultdict(list)
     for name in NAMES:
         rules[expected(name)["rule"]].append(name)
@@ -47,7 +47,7 @@ def test_rules_and_their_cases(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_is_refused_whatever_the_pieces(name: str, spool: Spool) -> None:
+def test_bodies_are_refused_in_every_split(name: str, spool: Spool) -> None:
     case = expected(name)
     data = (FOLDER / f"{name}.body").read_bytes()
     dice = random.Random(name)

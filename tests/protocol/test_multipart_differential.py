@@ -1,6 +1,7 @@
-"""Our parser and the `multipart` package on the same bodies: every way in which they differ is listed, with its reason.
+"""Our parser against the one of the `multipart` package: every difference is listed with its reason.
 
-The package gets each body whole: what it makes of a preamble depends on how the body is split. Bodies: the captures, the malformed corpus, forms that Hypothesis builds, and bodies that nearly are forms.
+Bodies: the captures, the malformed corpus, forms that Hypothesis builds, and bodies that are almost forms. The package
+gets each body whole, because its result for a preamble depends on how the body is split.
 """
 
 from __future__ import annotations
@@ -23,34 +24,34 @@ from tests.bodies import Part, build, content_of, outcome, pieces_of
 from tests.strategies import almost_forms, boundaries, parts
 
 HERE = Path(__file__).parent
-FEW = 300  # bytes of a head: a limit of ours that bodies of this size can reach
+HEAD_BYTES = 300  # limit of a part head that the bodies of these tests can reach
 
-# What we refuse and the package takes: the words of our refusal, and why.
+# Why we refuse bodies that the package accepts, by the words of our error.
 WE_REFUSE = {
-    "1 to 70 characters": "RFC 2046 section 5.1.1 limits a boundary's length and characters; the package takes any",
-    "folded field line": "obsolete folding is read in three ways by servers; no measured client folds",
-    "control character": "RFC 9110 section 5.5 allows none in a field; the package lets NUL and bare CR through",
+    "1 to 70 characters": "RFC 2046 section 5.1.1 limits a boundary's length and characters; the package accepts any",
+    "folded field line": "obsolete folding is read in three ways by servers; no captured client folds",
+    "control character": "RFC 9110 section 5.5 allows none in a field; the package accepts NUL and bare CR",
     "field name is not a token": "a blank before the colon (RFC 9112 section 5.1); the package strips it",
-    "twice": "two Content-Dispositions or Content-Types, or one parameter twice, mean two things to two readers",
-    "without a name": "RFC 7578 section 4.2 requires a name; the package makes it empty unless strict",
+    "twice": "two parsers read a repeated Content-Disposition, Content-Type or parameter differently",
+    "without a name": "RFC 7578 section 4.2 requires a name; the package returns an empty one unless strict",
     "malformed parameter": "the package skips what it cannot read in a Content-Disposition",
-    "Content-Disposition: malformed filename*": "the package never looks at filename*",
-    "Content-Disposition: filename* is not": "the same",
-    "a delimiter before the blank line": "a head that holds the delimiter is two parts to some; the package reads a field line",
-    "a delimiter follows the head at once": "an empty part to RFC 2046, content to the package: neither reading is taken",
-    "followed by more than blanks": "RFC 2046 allows blanks and a line end behind the close delimiter; the package looks no further",
-    "the body ends inside the line of the close delimiter": "the same, with half a line end",
-    "the head is longer than": "our limit is of a whole head, the package's of one line",
+    "Content-Disposition: malformed filename*": "the package does not read filename*",
+    "Content-Disposition: filename* is not": "the package does not read filename*",
+    "a delimiter before the blank line": "some parsers read two parts; the package reads a field line",
+    "a delimiter directly follows the head": "an empty part in RFC 2046, content for the package",
+    "followed by more than blanks": "RFC 2046 allows only blanks and a line end there; the package does not check",
+    "the body ends inside the line of the close delimiter": "the same rule, with half a line end",
+    "the head is longer than": "our limit is for a whole head, the package's for one line",
 }  # fmt: skip
 
-# What the package refuses and we take: its words, and why.
+# Why we accept bodies that the package refuses, by the words of its error.
 THEY_REFUSE = {
-    "Unexpected byte after first boundary": "transport padding (RFC 2046 section 5.1.1): a capture has it",
-    "Unexpected bytes after boundary": "the same, later",
-    "Unexpected byte in front of first boundary": "the boundary in the middle of a preamble line is preamble",
-    "Invalid segment header name": "any token is a field name (RFC 9110 section 5.1), unknown fields mean nothing",
-    "Invalid segment Content-Length": "leading zeros are digits (RFC 9110 section 8.6)",
-    "Maximum segment header count": "the package takes eight fields in a head; our limit is bytes",
+    "Unexpected byte after first boundary": "transport padding (RFC 2046 section 5.1.1), which a capture has",
+    "Unexpected bytes after boundary": "transport padding after a later delimiter",
+    "Unexpected byte in front of first boundary": "inside a preamble line, the boundary belongs to the preamble",
+    "Invalid segment header name": "any token is a field name (RFC 9110 section 5.1), and unknown fields are ignored",
+    "Invalid segment Content-Length": "leading zeros are allowed (RFC 9110 section 8.6)",
+    "Maximum segment header count": "the package accepts eight fields in a head; our limit is in bytes",
 }  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def theirs(body: bytes, boundary: str) -> list[Part] | str:
     found: list[Part] = []
     data = b""
     try:
-        with multipart.PushMultipartParser(boundary, max_header_size=FEW) as parser:
+        with multipart.PushMultipartParser(boundary, max_header_size=HEAD_BYTES) as parser:
             for event in parser.parse(body):
                 if isinstance(event, multipart.MultipartSegment):
                     kind = event.header("Content-Type")
@@ -78,10 +79,9 @@ def theirs(body: bytes, boundary: str) -> list[Part] | str:
 
 
 def normal(part: Part) -> Part:
-    """A part without what the two are known to write in different ways.
+    """Return a part without the known differences in names.
 
-    In names the package cuts Windows paths, knows %0D and %0A in capitals only, and undoes one of two ways of escaping where both
-    were used.
+    The package cuts Windows paths, reads %0D and %0A in capitals only, and undoes only one of two ways of escaping.
     """
     name = unescaped(part.name).replace("\\", "")
     filename = None if part.filename is None else unescaped(part.filename).rpartition("\\")[-1]
@@ -95,22 +95,22 @@ def unescaped(name: str) -> str:
 
 
 def reason(pieces: list[bytes], boundary: str) -> str:
-    """How the two compare: `same`, `both refuse`, or the listed reason. Fails for one that is not listed."""
-    ours = outcome(pieces, boundary, max_parts=1000, max_part_head_bytes=FEW)
+    """Return `same`, `both refuse`, or the listed reason of a difference. Fails when the difference is not listed."""
+    ours = outcome(pieces, boundary, max_parts=1000, max_part_head_bytes=HEAD_BYTES)
     their = theirs(b"".join(pieces), boundary)
     if isinstance(ours, tuple):
         if isinstance(their, str):
             return "both refuse"
         words = [words for words in WE_REFUSE if words in ours[1]]
-        assert words, f"we refuse with {ours[1]!r}, the package reads {their}"
+        assert words, f"we refuse with {ours[1]!r}, but the package returns {their}"
         return f"we: {words[0]}"
     if isinstance(their, str):
         words = [words for words in THEY_REFUSE if words in their]
-        assert words, f"the package refuses with {their!r}, we read {ours}"
+        assert words, f"the package refuses with {their!r}, but we return {ours}"
         return f"they: {words[0]}"
     mine, others = [normal(part) for part in ours], [normal(part) for part in their]
     if mine != others and b"filename*" in b"".join(pieces):
-        # RFC 7578 forbids it in forms, .NET sends it all the same; the package never looks at it.
+        # RFC 7578 forbids filename* in forms, but .NET sends it. The package does not read it.
         others = [
             replace(other, filename=other.filename or one.filename) for one, other in zip(mine, others, strict=True)
         ]
@@ -136,7 +136,7 @@ def corpus() -> Iterator[tuple[str, str, bytes]]:
 
 
 HEAD = b'Content-Disposition: form-data; name="a"'
-# What neither captures nor the corpus hold.
+# Bodies for differences that neither the captures nor the corpus show.
 FURTHER = {
     "a token as field name": ("B0", b"--B0\r\n" + HEAD + b"\r\nX!: 1\r\n\r\nx\r\n--B0--"),
     "leading zeros": ("B0", b"--B0\r\n" + HEAD + b"\r\nContent-Length: 01\r\n\r\nx\r\n--B0--"),
@@ -149,7 +149,7 @@ FURTHER = {
 }
 
 
-def test_every_divergence_on_real_and_malformed_bodies_is_listed_and_every_listed_one_occurs(
+def test_differences_on_captures_and_corpus_are_those_listed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     found: Counter[str] = Counter()
@@ -164,7 +164,7 @@ def test_every_divergence_on_real_and_malformed_bodies_is_listed_and_every_liste
             why = {"we": WE_REFUSE, "they": THEY_REFUSE}.get(side, {}).get(words, "")
             print(f"  {count:4} {outcome_}  {why}")
     listed = {f"we: {words}" for words in WE_REFUSE} | {f"they: {words}" for words in THEY_REFUSE} | {FILENAME_STAR}
-    assert listed <= set(found), f"listed, and never seen: {sorted(listed - set(found))}"
+    assert listed <= set(found), f"listed but never seen: {sorted(listed - set(found))}"
 
 
 @st.composite
@@ -175,11 +175,11 @@ def forms(draw: st.DrawFn) -> tuple[str, bytes]:
 
 @budget(suppress_health_check=[HealthCheck.too_slow])
 @given(forms(), st.integers(1, 100))
-def test_built_forms_are_read_alike(form: tuple[str, bytes], size: int) -> None:
+def test_built_forms_are_parsed_alike(form: tuple[str, bytes], size: int) -> None:
     boundary, body = form
     assert reason(list(pieces_of(body, [size] * len(body))), boundary) == "same"
 
 
 @given(almost_forms, st.integers(1, 100))
-def test_bodies_that_nearly_are_forms_differ_in_listed_ways_only(body: bytes, size: int) -> None:
+def test_almost_forms_differ_only_in_listed_ways(body: bytes, size: int) -> None:
     assert reason(list(pieces_of(body, [size] * len(body))), "B0")

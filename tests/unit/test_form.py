@@ -1,4 +1,4 @@
-"""Multipart forms: which parts are uploads, which are text, what text may be, and that nothing stays behind."""
+"""Tests of read_form with multipart bodies: uploads, text and its charsets, limits, and released segments."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def read(spool: Spool, *parts: Part, content_type: str | None = MULTIPART, **opt
     return read_form(MemoryBody(build(parts, "B0")), content_type, spool, settings(**options))
 
 
-def told(form: SpooledForm) -> tuple[list[tuple[str, Any]], list[tuple[str, str | None, bytes]]]:
-    """Fields, and uploads with their bytes; the form is released."""
+def contents_of(form: SpooledForm) -> tuple[list[tuple[str, Any]], list[tuple[str, str | None, bytes]]]:
+    """Return the fields, and the uploads with their bytes, and release the form."""
     uploads = [(upload.name, upload.filename, bytes(upload.view())) for upload in form.uploads]
     assert all(upload.size == len(data) for upload, (_, _, data) in zip(form.uploads, uploads, strict=True))
     fields = list(form.fields)
@@ -52,7 +52,7 @@ def told(form: SpooledForm) -> tuple[list[tuple[str, Any]], list[tuple[str, str 
 
 
 def test_fields_and_uploads_keep_names_values_and_order(spool: Spool) -> None:
-    fields, uploads = told(
+    fields, uploads = contents_of(
         read(
             spool,
             Part("mask", PNG, "m.png", "image/png"),
@@ -84,14 +84,14 @@ def test_fields_and_uploads_keep_names_values_and_order(spool: Spool) -> None:
         ("cat.txt", "text/plain", True),
         (None, "image/png", True),  # openai-python: (None, bytes, type)
         (None, "application/octet-stream", True),
-        (None, None, False),  # a string where a file belongs: the API says so
-        (None, "text/plain; charset=utf-8", False),  # aiohttp's strings
+        (None, None, False),  # a string instead of a file: the API rejects it
+        (None, "text/plain; charset=utf-8", False),  # aiohttp sends strings this way
     ],
 )
-def test_a_picture_is_known_by_its_name(
+def test_the_name_decides_whether_a_part_is_a_picture(
     spool: Spool, name: str, filename: str | None, content_type: str | None, is_upload: bool
 ) -> None:
-    fields, uploads = told(read(spool, Part(name, b"text", filename, content_type)))
+    fields, uploads = contents_of(read(spool, Part(name, b"text", filename, content_type)))
     assert (fields, uploads) == (([], [(name, filename, b"text")]) if is_upload else ([(name, "text")], []))
 
 
@@ -100,32 +100,32 @@ def test_a_picture_is_known_by_its_name(
     ("filename", "content_type"),
     [(None, None), ("prompt.txt", "text/plain"), ("blob", "application/octet-stream"), (None, "application/json")],
 )
-def test_other_names_are_text_however_they_came(
+def test_parts_with_other_names_are_text(
     spool: Spool, name: str, filename: str | None, content_type: str | None
 ) -> None:
-    assert told(read(spool, Part(name, b'{"a":1}', filename, content_type))) == ([(name, '{"a":1}')], [])
+    assert contents_of(read(spool, Part(name, b'{"a":1}', filename, content_type))) == ([(name, '{"a":1}')], [])
 
 
-def test_a_file_that_is_no_text_under_another_name_is_an_upload_for_the_api_to_refuse(spool: Spool) -> None:
-    fields, uploads = told(
+def test_binary_or_long_files_under_other_names_are_uploads(spool: Spool) -> None:
+    fields, uploads = contents_of(
         read(spool, Part("markup", PNG, "m.png"), Part("file", b"x" * 100, "long.txt"), max_text_field_bytes=50)
     )
     assert not fields
     assert uploads == [("markup", "m.png", PNG), ("file", "long.txt", b"x" * 100)]
 
 
-def test_an_empty_file_is_an_upload_of_no_bytes(spool: Spool) -> None:
-    assert told(read(spool, Part("image", b"", "empty.png"))) == ([], [("image", "empty.png", b"")])
+def test_an_empty_file_is_an_upload_of_zero_bytes(spool: Spool) -> None:
+    assert contents_of(read(spool, Part("image", b"", "empty.png"))) == ([], [("image", "empty.png", b"")])
 
 
-def test_text_passes_at_its_limit_and_not_beyond(spool: Spool) -> None:
-    assert told(read(spool, Part("prompt", b"x" * 100), max_text_field_bytes=100))[0] == [("prompt", "x" * 100)]
+def test_text_is_accepted_up_to_its_limit(spool: Spool) -> None:
+    assert contents_of(read(spool, Part("prompt", b"x" * 100), max_text_field_bytes=100))[0] == [("prompt", "x" * 100)]
     with pytest.raises(PartTooLarge) as caught:
         read(spool, Part("prompt", b"x" * 101), max_text_field_bytes=100)
     assert (caught.value.status, caught.value.param) == (413, "prompt")
 
 
-def test_long_text_is_refused_before_all_of_it_has_come(spool: Spool) -> None:
+def test_long_text_is_refused_before_it_is_received_completely(spool: Spool) -> None:
     body = MemoryBody(build([Part("prompt", b"x" * (4 << 20))], "B0"))
     with pytest.raises(PartTooLarge):
         read_form(body, MULTIPART, spool, settings(max_text_field_bytes=1000))
@@ -134,7 +134,7 @@ def test_long_text_is_refused_before_all_of_it_has_come(spool: Spool) -> None:
 
 @pytest.mark.parametrize("name", ["image", "image[]", "mask"])
 @pytest.mark.parametrize("size", [1500, 4 << 20])
-def test_a_data_url_where_a_file_belongs_is_told_as_such(spool: Spool, name: str, size: int) -> None:
+def test_a_data_url_instead_of_a_file_gets_a_specific_error(spool: Spool, name: str, size: int) -> None:
     body = MemoryBody(build([Part(name, b"data:image/png;base64," + b"A" * size)], "B0"))
     with pytest.raises(InvalidType, match="expected a file") as caught:
         read_form(body, MULTIPART, spool, settings(max_text_field_bytes=1000))
@@ -158,25 +158,27 @@ def test_text_must_be_utf_8_and_the_error_names_the_field(spool: Spool) -> None:
         ("us-ascii", b"green", "green"),
     ],
 )
-def test_text_is_read_in_the_charset_it_declares(spool: Spool, charset: str, data: bytes, text: str) -> None:
-    assert told(read(spool, Part("prompt", data, None, f"text/plain; charset={charset}")))[0] == [("prompt", text)]
+def test_text_is_decoded_with_the_declared_charset(spool: Spool, charset: str, data: bytes, text: str) -> None:
+    assert contents_of(read(spool, Part("prompt", data, None, f"text/plain; charset={charset}")))[0] == [
+        ("prompt", text)
+    ]
 
 
 @pytest.mark.parametrize("content_type", ["text/plain; charset=UTF-8", 'text/plain;charset="us-ascii"', "text/plain"])
-def test_charsets_within_utf_8_are_taken(spool: Spool, content_type: str) -> None:
-    assert told(read(spool, Part("prompt", b"x", None, content_type)))[0] == [("prompt", "x")]
+def test_utf_8_and_its_subsets_are_accepted(spool: Spool, content_type: str) -> None:
+    assert contents_of(read(spool, Part("prompt", b"x", None, content_type)))[0] == [("prompt", "x")]
 
 
 @pytest.mark.parametrize("encoding", ["binary", "8bit", "7BIT"])
 def test_identity_encodings_are_ignored(spool: Spool, encoding: str) -> None:
     part = Part("image", PNG, "a.png", fields=(f"Content-Transfer-Encoding: {encoding}",))
-    assert told(read(spool, part))[1] == [("image", "a.png", PNG)]
+    assert contents_of(read(spool, part))[1] == [("image", "a.png", PNG)]
 
 
 def test_base64_parts_are_decoded_in_place(spool: Spool) -> None:
     data = bytes(range(256)) * 1000
     line = ("Content-Transfer-Encoding: BASE64",)
-    fields, uploads = told(
+    fields, uploads = contents_of(
         read(
             spool,
             Part("image", base64.encodebytes(data).replace(b"\n", b"\r\n"), "a.png", fields=line),
@@ -191,12 +193,12 @@ def test_base64_parts_are_decoded_in_place(spool: Spool) -> None:
 @pytest.mark.parametrize(
     "content_type", ["Multipart/Form-Data; BOUNDARY=B0", "multipart/form-data; boundary=other; boundary=B0"]
 )
-def test_the_last_boundary_counts(spool: Spool, content_type: str) -> None:
-    assert told(read(spool, Part("prompt", b"x"), content_type=content_type))[0] == [("prompt", "x")]
+def test_the_last_boundary_is_used(spool: Spool, content_type: str) -> None:
+    assert contents_of(read(spool, Part("prompt", b"x"), content_type=content_type))[0] == [("prompt", "x")]
 
 
 @pytest.mark.parametrize("content_type", [None, "", "text/plain", "application/octet-stream", "image/png"])
-def test_other_types_are_answered_415_with_what_is_taken(spool: Spool, content_type: str | None) -> None:
+def test_other_types_get_415_with_the_supported_types(spool: Spool, content_type: str | None) -> None:
     body = MemoryBody(b"x")
     with pytest.raises(UnsupportedMediaType, match="multipart/form-data or application/json") as caught:
         read_form(body, content_type, spool, settings())
@@ -210,13 +212,15 @@ def test_other_types_are_answered_415_with_what_is_taken(spool: Spool, content_t
         (Part("image", b"x", "a", "multipart/mixed; boundary=x"), "nested multipart/mixed"),
         (Part("image", b"x", "a", "image"), None),
         (Part("image", b"x", "a", "image/"), "Content-Type"),
-        (Part("prompt", b"x", None, "text/plain; charset=utf-16"), "charset 'utf-16': send UTF-8"),
+        (Part("prompt", b"x", None, "text/plain; charset=utf-16"), "charset 'utf-16' is not supported; send UTF-8"),
         (Part("prompt", b"a\x81", None, "text/plain; charset=windows-1252"), "'prompt' is not windows-1252 text"),
         (Part("prompt", b"x", fields=("Content-Transfer-Encoding: quoted-printable",)), "'quoted-printable'"),
-        (Part("image", b"!", "a", fields=("Content-Transfer-Encoding: base64",)), "no base64 text"),
+        (Part("image", b"!", "a", fields=("Content-Transfer-Encoding: base64",)), "invalid base64"),
     ],
 )
-def test_what_a_parts_head_announces_must_be_readable(spool: Spool, part: Part, words: str | None) -> None:
+def test_unsupported_encodings_types_and_charsets_of_parts_are_refused(
+    spool: Spool, part: Part, words: str | None
+) -> None:
     if words is None:
         read(spool, part).release()
         return
@@ -225,7 +229,7 @@ def test_what_a_parts_head_announces_must_be_readable(spool: Spool, part: Part, 
     assert caught.value.param == part.name
 
 
-def test_json_is_utf_8(spool: Spool) -> None:
+def test_json_in_another_charset_is_refused(spool: Spool) -> None:
     with pytest.raises(UnsupportedMediaType, match="JSON is UTF-8"):
         read(spool, content_type="application/json; charset=utf-16")
 
@@ -237,7 +241,7 @@ def test_a_body_over_the_limit_is_refused(spool: Spool) -> None:
 
 
 class BrokenBody(MemoryBody):
-    """A client that goes away, or a spool that is full, in mid-body."""
+    """A body whose second read raises: the client disconnects, or the spool is full."""
 
     def __init__(self, data: bytes, error: Exception, after: int) -> None:
         super().__init__(data, [after])
@@ -252,7 +256,7 @@ class BrokenBody(MemoryBody):
 @pytest.mark.parametrize("after", [1, 10, 60, 100, 5000])
 @pytest.mark.parametrize("error", [ClientGone("gone"), SpoolFull("full"), KeyboardInterrupt()])
 @pytest.mark.parametrize("content_type", [MULTIPART, "application/json"])
-def test_a_body_that_breaks_off_leaves_nothing(spool: Spool, error: Exception, after: int, content_type: str) -> None:
+def test_an_incomplete_body_releases_its_segment(spool: Spool, error: Exception, after: int, content_type: str) -> None:
     body = BrokenBody(build([Part("image", b"x" * 9000, "a")], "B0"), error, after)
     with pytest.raises(type(error)):
         read_form(body, content_type, spool, settings())
@@ -260,7 +264,7 @@ def test_a_body_that_breaks_off_leaves_nothing(spool: Spool, error: Exception, a
     assert [path.name for path in spool.directory.iterdir()] == ["lock"]
 
 
-def test_a_refused_body_leaves_nothing(spool: Spool) -> None:
+def test_a_refused_body_releases_its_segment(spool: Spool) -> None:
     for content_type in (MULTIPART, "application/json"):
         with pytest.raises(BadRequest):
             read_form(MemoryBody(b"\xff" * 500_000), content_type, spool, settings())
@@ -268,7 +272,7 @@ def test_a_refused_body_leaves_nothing(spool: Spool) -> None:
         assert [path.name for path in spool.directory.iterdir()] == ["lock"]
 
 
-def test_errors_of_the_head_come_before_the_body_is_read(spool: Spool) -> None:
+def test_content_type_is_checked_before_the_body_is_read(spool: Spool) -> None:
     for content_type in ("multipart/form-data", "multipart/form-data; boundary=", "text/plain", "a;b"):
         body = MemoryBody(b"x" * 100)
         with pytest.raises(ApiError):
@@ -276,7 +280,7 @@ def test_errors_of_the_head_come_before_the_body_is_read(spool: Spool) -> None:
         assert body.given == 0
 
 
-def test_views_that_are_still_held_do_not_keep_a_form_alive(spool: Spool) -> None:
+def test_a_form_is_released_while_a_view_is_still_held(spool: Spool) -> None:
     form = read(spool, Part("image", PNG, "a.png"))
     view = form.uploads[0].view()
     form.release()

@@ -1,4 +1,4 @@
-"""JSON bodies: pictures in data URLs become uploads, everything else a field with its JSON type, and text stays small."""
+"""Tests of JSON bodies: data URLs become uploads, other members become fields with their JSON type, text is limited."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read(spool: Spool, document: Any, **options: Any) -> SpooledForm:
     return read_form(MemoryBody(data), "application/json; charset=UTF-8", spool, settings(**options))
 
 
-def told(form: SpooledForm) -> tuple[list[tuple[str, Any]], list[tuple[str, bytes]]]:
+def contents_of(form: SpooledForm) -> tuple[list[tuple[str, Any]], list[tuple[str, bytes]]]:
     assert form.is_json
     uploads = [(upload.name, bytes(upload.view())) for upload in form.uploads]
     assert all(upload.filename is None for upload in form.uploads)
@@ -63,7 +63,7 @@ def test_fields_keep_their_types_and_order(spool: Spool) -> None:
         "svg": {"reasoning": {"effort": "low"}},
         "big": 2**70,
     }
-    fields, uploads = told(read(spool, document))
+    fields, uploads = contents_of(read(spool, document))
     assert fields == list(document.items())
     assert [type(value) for _, value in fields] == [type(value) for value in document.values()]
     assert not uploads
@@ -103,10 +103,10 @@ def test_fields_keep_their_types_and_order(spool: Spool) -> None:
         ({"image": "iVBORw0KGgo="}, [("image", "iVBORw0KGgo=")], []),
     ],
 )
-def test_pictures_become_uploads_and_the_rest_fields(
+def test_pictures_become_uploads_and_other_members_fields(
     spool: Spool, document: dict[str, Any], fields: list[tuple[str, Any]], uploads: list[str]
 ) -> None:
-    assert told(read(spool, document)) == (fields, [(name, PNG) for name in uploads])
+    assert contents_of(read(spool, document)) == (fields, [(name, PNG) for name in uploads])
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_pictures_become_uploads_and_the_rest_fields(
         "data:image\\/png;base64,",
     ],
 )
-def test_prefixes_of_data_urls(spool: Spool, prefix: str) -> None:
+def test_prefixes_of_data_urls_are_accepted(spool: Spool, prefix: str) -> None:
     document = b'{"image":"%b%b"}' % (prefix.encode(), base64.b64encode(PNG))
-    assert told(read(spool, document))[1] == [("image", PNG)]
+    assert contents_of(read(spool, document))[1] == [("image", PNG)]
 
 
 def dot_net(text: str) -> str:
@@ -142,16 +142,18 @@ def unpadded(text: str) -> str:
 
 @pytest.mark.parametrize("escape", [str, dot_net, php, lines, unpadded], ids=lambda escape: escape.__name__)
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 48 * 1024 - 1, 48 * 1024, 200_003])
-def test_base64_is_decoded_whatever_encoders_do_to_it(spool: Spool, escape: Callable[[str], str], size: int) -> None:
+def test_base64_is_decoded_with_the_escapes_of_all_encoders(
+    spool: Spool, escape: Callable[[str], str], size: int
+) -> None:
     data = (b"\xfb\xef\xbe\xff\xff\xff" + bytes(range(256))) * (size // 200 + 1)
     data = data[:size]
     text = escape(base64.b64encode(data).decode())
     document = b'{"image":"data:image/png;base64,%b","n":1}' % text.encode()
-    assert told(read(spool, document)) == ([("n", 1)], [("image", data)])
+    assert contents_of(read(spool, document)) == ([("n", 1)], [("image", data)])
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 400), max_size=8), st.sampled_from(["\r\n", "\n", " ", "\t"]))
-def test_decoding_in_place_is_decoding(data: bytes, breaks: list[int], blank: str) -> None:
+def test_decode_in_place_gives_the_encoded_data(data: bytes, breaks: list[int], blank: str) -> None:
     text = base64.b64encode(data).decode()
     for at in sorted(breaks, reverse=True):
         text = text[:at] + blank + text[at:]
@@ -168,7 +170,7 @@ def test_padding_in_the_middle_of_a_long_text_is_refused() -> None:
         decode_in_place(view, 0, len(text), "image")
 
 
-def test_a_large_data_url_is_decoded_without_a_copy_of_it_on_the_heap(spool: Spool) -> None:
+def test_a_large_data_url_is_not_copied_to_the_heap(spool: Spool) -> None:
     data = bytes(16 << 20)
     body = MemoryBody(b'{"images":[{"image_url":"data:image/png;base64,%b"}]}' % base64.b64encode(data))
     tracemalloc.start()
@@ -180,30 +182,30 @@ def test_a_large_data_url_is_decoded_without_a_copy_of_it_on_the_heap(spool: Spo
     assert most < 2 << 20
 
 
-def test_text_passes_at_its_limits_and_not_beyond(spool: Spool) -> None:
+def test_text_is_accepted_up_to_its_limits(spool: Spool) -> None:
     document = b'{"prompt":"%b"}' % (b"x" * 1500)
     form = read(spool, document, max_json_text_bytes=len(document), max_text_field_bytes=1500)
-    assert told(form)[0] == [("prompt", "x" * 1500)]
+    assert contents_of(form)[0] == [("prompt", "x" * 1500)]
     for options in ({"max_json_text_bytes": len(document) - 1}, {"max_text_field_bytes": 1499}):
         with pytest.raises(PartTooLarge) as caught:
             read(spool, document, **options)
         assert caught.value.status == 413
 
 
-def test_a_string_that_only_begins_like_a_data_url_is_text_with_its_limit(spool: Spool) -> None:
+def test_text_that_begins_like_a_data_url_counts_as_text(spool: Spool) -> None:
     prompt = "data:" + "x" * 1500 + '"'
     document = json.dumps({"prompt": prompt}).encode()
-    assert told(read(spool, document, max_json_text_bytes=len(document)))[0] == [("prompt", prompt)]
-    with pytest.raises(PartTooLarge, match="bytes of text beside"):
+    assert contents_of(read(spool, document, max_json_text_bytes=len(document)))[0] == [("prompt", prompt)]
+    with pytest.raises(PartTooLarge, match="bytes of text outside"):
         read(spool, document, max_json_text_bytes=len(document) - 1)
 
 
 @pytest.mark.parametrize("behind", [b"", b" " * 3, b" " * 30])
-def test_the_limit_of_text_holds_at_n_and_not_beyond_around_a_data_url(spool: Spool, behind: bytes) -> None:
+def test_text_around_a_data_url_is_accepted_up_to_its_limit(spool: Spool, behind: bytes) -> None:
     before = b'{"a":"%b","image":' % (b"x" * 1500)
     document = before + b'"%b"' % URL.encode() + behind + b"}"
     text = len(before) + len(behind) + 1
-    assert told(read(spool, document, max_json_text_bytes=text))[1] == [("image", PNG)]
+    assert contents_of(read(spool, document, max_json_text_bytes=text))[1] == [("image", PNG)]
     for limit in (text - 1, len(before) - 1):
         with pytest.raises(PartTooLarge, match=f"more than {limit} bytes of text"):
             read(spool, document, max_json_text_bytes=limit)
@@ -211,14 +213,14 @@ def test_the_limit_of_text_holds_at_n_and_not_beyond_around_a_data_url(spool: Sp
 
 def test_data_urls_do_not_count_as_text(spool: Spool) -> None:
     document = {"image": "data:;base64," + "QUJD" * 1000, "prompt": "x"}
-    assert told(read(spool, document, max_json_text_bytes=1024))[1] == [("image", b"ABC" * 1000)]
+    assert contents_of(read(spool, document, max_json_text_bytes=1024))[1] == [("image", b"ABC" * 1000)]
 
 
-def test_the_number_of_data_urls_has_the_limit_of_parts(spool: Spool) -> None:
+def test_data_urls_are_limited_like_parts(spool: Spool) -> None:
     def urls(count: int) -> dict[str, Any]:
         return {"images": [URL] * count}
 
-    assert len(told(read(spool, urls(5), max_parts=5))[1]) == 5
+    assert len(contents_of(read(spool, urls(5), max_parts=5))[1]) == 5
     with pytest.raises(TooManyParts, match="more than 5 data URLs"):
         read(spool, urls(6), max_parts=5)
 
@@ -228,10 +230,10 @@ def test_the_number_of_data_urls_has_the_limit_of_parts(spool: Spool) -> None:
     [b'"",', b'"\\"",', b"[],", b'"data",', b'{"a":"b"},', b'"\\\\",', b'"data:\\"",', b"\\", b'"', b" "],
     ids=repr,
 )
-def test_four_times_the_text_takes_about_four_times_as_long(spool: Spool, unit: bytes) -> None:
+def test_time_grows_linearly_with_the_text(spool: Spool, unit: bytes) -> None:
     def seconds(size: int) -> float:
         document = b'{"a":[' + unit * (size // len(unit)) + b"1]}"
-        gc.disable()  # many lists set it off, and it walks over all that the tests before have left
+        gc.disable()  # many lists trigger a collection, which would also scan the objects of earlier tests
         try:
             begun = time.thread_time()
             with contextlib.suppress(BadRequest):
@@ -240,7 +242,7 @@ def test_four_times_the_text_takes_about_four_times_as_long(spool: Spool, unit: 
         finally:
             gc.enable()
 
-    for attempt in range(3):  # the machine may be busy; quadratic time would take 16 times as long every time
+    for attempt in range(3):  # the machine may be busy; quadratic time takes 16 times as long in every attempt
         short = min(seconds(50_000 << attempt) for _ in range(3))
         long = min(seconds(200_000 << attempt) for _ in range(3))
         if long <= 9 * short:
@@ -248,7 +250,7 @@ def test_four_times_the_text_takes_about_four_times_as_long(spool: Spool, unit: 
     pytest.fail(f"{short * 1e3:.1f} ms, and {long * 1e3:.1f} ms for four times as much")
 
 
-def test_depth_passes_at_its_limit_and_not_beyond(spool: Spool) -> None:
+def test_nesting_is_accepted_up_to_its_limit(spool: Spool) -> None:
     def nested(depth: int) -> bytes:
         return b'{"a":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
 
@@ -262,74 +264,78 @@ def test_depth_passes_at_its_limit_and_not_beyond(spool: Spool) -> None:
     [
         (b"", BadRequest, "empty (byte 0)"),
         (b"[]", BadRequest, "expected an object"),
-        (b'{"prompt":"x', BadRequest, "the string that begins at byte 10 has no end"),
+        (b'{"prompt":"x', BadRequest, "the string at byte 10 has no closing quotation mark"),
         (b'{"prompt":"\xff"}', BadRequest, "not UTF-8 (byte 11)"),
-        (b'{"n":1,"n":1}', BadRequest, "the key 'n' stands twice"),
-        (b'{"n":1,"x":{"a":1,"b":2,"a":3}}', BadRequest, "the key 'a' stands twice"),
-        (b'{"n":NaN}', BadRequest, "NaN is no JSON value"),
+        (b'{"n":1,"n":1}', BadRequest, "the key 'n' is given twice"),
+        (b'{"n":1,"x":{"a":1,"b":2,"a":3}}', BadRequest, "the key 'a' is given twice"),
+        (b'{"n":NaN}', BadRequest, "NaN is not a JSON value"),
         (b'{"n":1e400}', BadRequest, "the number 1e400 is too large"),
         (b'{"n":' + b"9" * 5000 + b"}", BadRequest, "too many digits"),
         (b'{"n":1 1}', BadRequest, "(byte 7)"),
-        (b'{"n":"\\ud800"}', InvalidValue, "n: half of a surrogate pair"),
-        (b'{"data:x":1}', BadRequest, "a key that begins with data: (byte 2)"),
-        (b'{"user":{"data:x":1}}', BadRequest, "a key that begins with data: (byte 10)"),
-        (b'{"user":"data:\\x"}', BadRequest, "the string that begins at byte 9 does not parse"),
+        (b'{"n":"\\ud800"}', InvalidValue, "n: the text has half of a surrogate pair"),
+        (b'{"data:x":1}', BadRequest, "a key must not begin with data: (byte 2)"),
+        (b'{"user":{"data:x":1}}', BadRequest, "a key must not begin with data: (byte 10)"),
+        (b'{"user":"data:\\x"}', BadRequest, "the string at byte 9 is not valid JSON"),
         (b'{"user":"data:' + b"x" * 600 + b'"}', PartTooLarge, "user: longer than 500 bytes (byte 9)"),
         (b'{"user":["' + b"x" * 501 + b'"]}', PartTooLarge, "user: longer than 500 bytes"),
         (b'{"image":"data:image/png,abc"}', InvalidValue, "image: expected data:image/png;base64,"),
-        (b'{"image":"\\u0064ata:;base64,AAAA"}', InvalidValue, "image: a data URL without escapes"),
-        (b'{"image":"data:;base64,AA\\"AA"}', InvalidValue, "image: a data URL without escapes"),
-        (b'{"image":"data:;base64,AAAA', BadRequest, "the string that begins at byte 9 has no end"),
-        (b'{"prompt":"data:\\"', BadRequest, "the string that begins at byte 10 has no end"),
-        (b'{"image":"data:;base64,A"}', InvalidValue, "image: no base64 text"),
+        (b'{"image":"\\u0064ata:;base64,AAAA"}', InvalidValue, "image: a data URL must be written without escapes"),
+        (b'{"image":"data:;base64,AA\\"AA"}', InvalidValue, "image: a data URL must be written without escapes"),
+        (b'{"image":"data:;base64,AAAA', BadRequest, "the string at byte 9 has no closing quotation mark"),
+        (b'{"prompt":"data:\\"', BadRequest, "the string at byte 10 has no closing quotation mark"),
+        (b'{"image":"data:;base64,A"}', InvalidValue, "image: invalid base64"),
         (
             b'{"image":{"image_url":"data:;base64,AAAA","detail":"most"}}',
             UnknownParameter,
-            "image: 'detail' beside image_url",
+            "image: unsupported 'detail' next to image_url",
         ),
         (
             b'{"image":{"image_url":{"url":"data:;base64,AAAA","size":1}}}',
             UnknownParameter,
-            "image.image_url: 'size' beside url",
+            "image.image_url: unsupported 'size' next to url",
         ),
-        (b'{"image":{"image_url":"data:;base64,AAAA","type":[]}}', UnknownParameter, "image: 'type' beside image_url"),
-        (b'{"user":' + b" " * 9000 + b"1}", PartTooLarge, "more than 8192 bytes of text beside its data URLs"),
-        (b'{"user":"' + b"\\\\" * 5000 + b'"}', PartTooLarge, "more than 8192 bytes of text beside its data URLs"),
+        (
+            b'{"image":{"image_url":"data:;base64,AAAA","type":[]}}',
+            UnknownParameter,
+            "image: unsupported 'type' next to image_url",
+        ),
+        (b'{"user":' + b" " * 9000 + b"1}", PartTooLarge, "more than 8192 bytes of text outside its data URLs"),
+        (b'{"user":"' + b"\\\\" * 5000 + b'"}', PartTooLarge, "more than 8192 bytes of text outside its data URLs"),
     ],
 )
-def test_what_is_malformed_is_refused_with_its_place(
+def test_malformed_documents_are_refused_with_the_offset(
     spool: Spool, document: bytes, error: type[ApiError], words: str
 ) -> None:
     with pytest.raises(error, match=re.escape(words)):
         read(spool, document, max_json_text_bytes=8192, max_text_field_bytes=500)
 
 
-def test_an_escape_at_the_end_of_a_piece_is_not_torn(spool: Spool) -> None:
+def test_an_escape_across_two_pieces_is_decoded(spool: Spool) -> None:
     for lead in range(64 * 1024 - 12, 64 * 1024 + 4):
         text = "A" * (lead // 4 * 4) + "\\r\\n" * (lead % 4) + dot_net("+///") * 4
         document = b'{"image":"data:;base64,%b"}' % text.encode()
         data = base64.b64decode("A" * (lead // 4 * 4) + "+///" * 4)
-        assert told(read(spool, document))[1] == [("image", data)]
+        assert contents_of(read(spool, document))[1] == [("image", data)]
 
 
 def test_brackets_inside_strings_do_not_nest(spool: Spool) -> None:
     document = {"prompt": "[" * 500 + '"' + "{" * 500 + "\\"}
-    assert told(read(spool, document))[0] == list(document.items())
+    assert contents_of(read(spool, document))[0] == list(document.items())
 
 
-def test_an_error_behind_a_data_url_names_its_place_in_the_body(spool: Spool) -> None:
+def test_an_error_after_a_data_url_has_its_offset_in_the_body(spool: Spool) -> None:
     document = b'{"image":"%b","prompt":nothing}' % URL.encode()
     with pytest.raises(BadRequest) as caught:
         read(spool, document)
     assert f"byte {document.index(b'nothing')}" in caught.value.message
 
 
-def test_a_placeholder_cannot_be_forged_by_repeating_the_shape_of_one(spool: Spool) -> None:
+def test_text_in_the_form_of_a_placeholder_stays_text(spool: Spool) -> None:
     document = {"image": URL, "prompt": "0" * 16 + "0", "user": "f" * 17}
-    assert told(read(spool, document)) == ([("prompt", "0" * 17), ("user", "f" * 17)], [("image", PNG)])
+    assert contents_of(read(spool, document)) == ([("prompt", "0" * 17), ("user", "f" * 17)], [("image", PNG)])
 
 
-# No text that begins with data: and needs an escape, for such strings are pictures or nothing.
+# No text that begins with `data:`: with an escape in it, it would be refused.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(
     lambda text: not text.lower().startswith("data:")
 )
@@ -349,16 +355,17 @@ values = st.recursive(
 @given(
     st.dictionaries(texts.filter(lambda name: name not in ("image", "images", "mask", "markup")), values), st.booleans()
 )
-def test_any_object_is_read_as_the_standard_library_reads_it(
+def test_objects_are_parsed_like_the_standard_library_does(
     spool: Spool, document: dict[str, Any], ascii_only: bool
 ) -> None:
-    fields, uploads = told(read(spool, json.dumps(document, ensure_ascii=ascii_only).encode()))
+    fields, uploads = contents_of(read(spool, json.dumps(document, ensure_ascii=ascii_only).encode()))
     assert fields == list(document.items())
     assert not uploads
 
 
 tokens = st.sampled_from(
-    [b'"', b'"a"', b":", b",", b"{", b"}", b"[", b"]", b"1", b"\\", b'"image"', b'"data:;base64,', b"QUJD", b"=", b" ", b"null", b"-", b"NaN", b"\xff", b"\\u00"]
+    [b'"', b'"a"', b":", b",", b"{", b"}", b"[", b"]", b"1", b"\\", b'"image"',
+     b'"data:;base64,', b"QUJD", b"=", b" ", b"null", b"-", b"NaN", b"\xff", b"\\u00"]
 )  # fmt: skip
 
 
@@ -371,7 +378,7 @@ def test_random_documents_raise_only_documented_errors(spool: Spool, document: b
         form = read(spool, document, max_json_text_bytes=1024)
     except ApiError as error:
         assert error.status in (400, 413)
-        # What is refused is no JSON object with unique keys, or has a picture that is none.
+        # A refused document is not a JSON object with unique keys, or it has a data URL.
         with pytest.raises((ValueError, AssertionError)):
             assert_is_plain_object(document)
     else:

@@ -138,7 +138,9 @@ def test_every_package_has_its_arrows() -> None:
 
 def test_the_front_end_never_loads_openvino_nor_a_decoder() -> None:
     # server names worker.main as the spawn target: openvino, its threads and contexts exist only in children.
-    code = "import sys, ovserve.cli.main; print([name for name in sys.modules if name.startswith(('openvino', 'PIL'))])"
+    code = (
+        "import sys, ovserve.cli.serve; print([name for name in sys.modules if name.startswith(('openvino', 'PIL'))])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 

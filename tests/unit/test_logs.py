@@ -1,4 +1,4 @@
-"""Log lines are one line each, and can be taken apart again."""
+"""Log records are one line each and can be parsed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _own_handlers() -> Iterator[None]:
     root.handlers[:], root.level, root.propagate = kept
 
 
-def test_a_value_of_several_words_is_one_token_of_a_text_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_value_of_several_words_is_one_token(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs("info", "text")
     log.info("loaded", extra=fields(model="m", why="it is quick", path='a="b"', note="", count=3, name="a\nb"))
     line = capsys.readouterr().err
@@ -29,7 +29,7 @@ def test_a_value_of_several_words_is_one_token_of_a_text_line(capsys: pytest.Cap
     assert line.count("\n") == 1
 
 
-def test_a_json_line_carries_the_fields_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_line_has_the_fields_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs("info", "json")
     log.warning("refused", extra=fields(status=400, why="a\nb"))
     entry = json.loads(capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""The multipart parser: its events, what of a body is content, how much it holds, and that time grows with the input only."""
+"""Tests of the multipart parser: events, content, errors, bytes held between calls, and linear time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_events_of_a_form_in_one_piece() -> None:
     ]
 
 
-def test_events_come_as_soon_as_they_can() -> None:
+def test_events_are_returned_as_soon_as_possible() -> None:
     push = parser()
     assert push.feed(b"--B0\r\n" + HEAD[:-1]) == []
     assert [type(event) for event in push.feed(b"\n")] == [PartBegin]
@@ -57,7 +57,9 @@ def test_events_come_as_soon_as_they_can() -> None:
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-def test_any_kind_of_buffer_is_taken_and_none_is_kept(kind: Callable[[bytes], bytes | bytearray | memoryview]) -> None:
+def test_every_buffer_type_is_accepted_and_none_is_kept(
+    kind: Callable[[bytes], bytes | bytearray | memoryview],
+) -> None:
     body = form(b"x" * 100_000, b"y")
     buffer = bytearray(body)
     push = parser()
@@ -67,7 +69,7 @@ def test_any_kind_of_buffer_is_taken_and_none_is_kept(kind: Callable[[bytes], by
     assert [part.data for part in parts_of(events, body)] == [b"x" * 100_000, b"y"]
 
 
-def test_a_view_is_released() -> None:
+def test_a_memoryview_is_released_after_feed() -> None:
     buffer = bytearray(form(b"x" * 100_000))
     push = parser()
     with memoryview(buffer) as view:
@@ -94,7 +96,7 @@ def test_a_view_is_released() -> None:
     ],
     ids=repr,
 )
-def test_what_is_no_delimiter_is_content(content: bytes) -> None:
+def test_bytes_like_a_delimiter_are_content(content: bytes) -> None:
     body = form(b"." + content + b".", content if not content.startswith(b"--B0") else b"")
     assert parts_of(parse([body], "B0"), body)[0].data == b"." + content + b"."
     assert outcome([body], "B0") == outcome(list(pieces_of(body, [1] * len(body))), "B0")
@@ -106,30 +108,30 @@ def test_preamble_padding_and_epilogue_are_dropped() -> None:
 
 
 @pytest.mark.parametrize("end", [b"--B0--", b"--B0--\r\n", b"--B0--  ", b"--B0--\t\r\n\r\n"])
-def test_nothing_need_follow_the_close_delimiter(end: bytes) -> None:
+def test_the_line_end_after_the_close_delimiter_is_optional(end: bytes) -> None:
     assert only_part(b"--B0\r\n" + HEAD + b"x\r\n" + end).data == b"x"
 
 
-def test_a_form_without_parts_is_a_form() -> None:
+def test_a_form_without_parts_is_accepted() -> None:
     assert parse([b"--B0--\r\n"], "B0") == []
 
 
 @pytest.mark.parametrize(
     ("boundary", "other"), [("B", "B0"), ("a b:c(d)", "a b:c(e)"), ("-" * 70, "-" * 69 + "x"), ("'()+_,-./:=?", "x")]
 )
-def test_every_boundary_of_the_grammar_works(boundary: str, other: str) -> None:
+def test_every_valid_boundary_is_accepted(boundary: str, other: str) -> None:
     part = Part("prompt", b"x\r\n--" + other.encode()[: len(boundary) - 1] + b"!")
     assert only_part(build([part], boundary), boundary) == part
 
 
-def test_a_boundary_is_checked() -> None:
+def test_invalid_boundaries_are_refused() -> None:
     assert check_boundary("-" * 70) == "-" * 70
     for wrong in ("", " ", "x ", "x" * 71, 'a"b', "a\r\nb", "é", "a\n"):
         with pytest.raises(MalformedRequest):
             check_boundary(wrong)
 
 
-def test_an_error_says_what_and_where() -> None:
+def test_an_error_has_the_part_and_the_offset() -> None:
     body = form(b"x", b"y").replace(b"y\r\n--B0", b"y\r\n--B0!")
     with pytest.raises(BadRequest) as caught:
         parser().feed(body)
@@ -145,11 +147,11 @@ REST = HEAD + b"x\r\n--B0--"
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"--B0 x\r\n" + REST, "a delimiter line goes on after its padding (byte 5)"),
+        (b"--B0 x\r\n" + REST, "text after the padding of a delimiter line (byte 5)"),
         (b"--B0\n" + REST, "neither a line end nor two dashes (byte 4)"),
         (b"--B0\r\n--B0\r\n" + REST, "a delimiter before the blank line that ends the head (part 1, byte 6)"),
         (b"--B0\r\nX: 1\r\n--B0\r\n" + REST, "a delimiter before the blank line that ends the head (part 1, byte 6)"),
-        (b"--B0\r\n" + HEAD + b"--B0--", f"a delimiter follows the head at once (part 1, byte {6 + len(HEAD)})"),
+        (b"--B0\r\n" + HEAD + b"--B0--", f"a delimiter directly follows the head (part 1, byte {6 + len(HEAD)})"),
         (
             b"--B0\r\n" + REST + b"x",
             f"the close delimiter is followed by more than blanks (part 1, byte {6 + len(REST)})",
@@ -160,7 +162,7 @@ REST = HEAD + b"x\r\n--B0--"
         (form(*[b"x"] * 9), "more than 8 parts (byte"),
     ],
 )
-def test_what_is_malformed_is_refused_whole_and_in_single_bytes(body: bytes, words: str) -> None:
+def test_malformed_bodies_are_refused_whole_and_in_single_bytes(body: bytes, words: str) -> None:
     limits = {"max_parts": 8, "max_part_head_bytes": 1024}
     whole = outcome([body], "B0", **limits)
     assert isinstance(whole, tuple)
@@ -168,14 +170,14 @@ def test_what_is_malformed_is_refused_whole_and_in_single_bytes(body: bytes, wor
     assert outcome(list(pieces_of(body, [1] * len(body))), "B0", **limits) == whole
 
 
-def test_a_parts_own_length_must_be_true() -> None:
+def test_content_length_of_a_part_must_match() -> None:
     body = form(b"four").replace(b"\r\n\r\n", b"\r\nContent-Length: 4\r\n\r\n", 1)
     assert only_part(body).data == b"four"
-    with pytest.raises(MalformedRequest, match="the part has 4 bytes, its own Content-Length says 5"):
+    with pytest.raises(MalformedRequest, match="the part has 4 bytes, but its Content-Length is 5"):
         parse([body.replace(b"Length: 4", b"Length: 5")], "B0")
 
 
-def test_held_bytes_are_a_delimiter_at_most_outside_of_heads() -> None:
+def test_outside_of_heads_at_most_a_delimiter_is_held() -> None:
     push = parser(max_part_head_bytes=1024)
     body = form(b"\r\n--B" * 500, b"x")
     most = 0
@@ -187,7 +189,7 @@ def test_held_bytes_are_a_delimiter_at_most_outside_of_heads() -> None:
     assert most < len(HEAD)
 
 
-def test_held_bytes_within_a_head_are_at_most_its_limit() -> None:
+def test_inside_a_head_at_most_its_limit_is_held() -> None:
     push = parser(max_part_head_bytes=300)
     push.feed(b"--B0\r\nX: ")
     for _ in range(296):
@@ -223,7 +225,7 @@ def seconds(boundary: str, pieces: Iterator[bytes]) -> float:
     push = MultipartParser(boundary, max_parts=8, max_part_head_bytes=1 << 30)
     fed = [
         part for piece in pieces for part in pieces_of(piece, [1 << 16] * (len(piece) >> 16))
-    ]  # as a socket gives them
+    ]  # in pieces as from a socket
     begun = time.thread_time()
     for piece in fed:
         push.feed(piece)
@@ -231,9 +233,9 @@ def seconds(boundary: str, pieces: Iterator[bytes]) -> float:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_four_times_the_input_takes_about_four_times_as_long(name: str) -> None:
+def test_time_grows_linearly_with_the_input(name: str) -> None:
     boundary, make = HOSTILE[name]
-    for attempt in range(3):  # the machine may be busy; quadratic time would take 16 times as long every time
+    for attempt in range(3):  # the machine may be busy; quadratic time takes 16 times as long in every attempt
         short = min(seconds(boundary, make(BLOCK << attempt)) for _ in range(3))
         long = min(seconds(boundary, make(4 * BLOCK << attempt)) for _ in range(3))
         if long <= 9 * short:

@@ -1,10 +1,12 @@
-"""The head of a part: what real clients send is understood, the rest is refused with its place."""
+"""Tests of the part head parser: heads of real clients are accepted, others are refused with an offset."""
 
 from __future__ import annotations
 
 from typing import NoReturn
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ovserve.front.forms.parthead import PartHead, parse_part_head
 
@@ -46,7 +48,7 @@ def parse(*lines: str | bytes) -> PartHead:
         (['Content-Disposition: form-data; name="../../etc/passwd"'], PartHead("../../etc/passwd")),
     ],
 )  # fmt: skip
-def test_what_clients_send_is_understood(lines: list[str], expected: PartHead) -> None:
+def test_heads_of_real_clients_are_parsed(lines: list[str], expected: PartHead) -> None:
     assert parse(*lines) == expected
 
 
@@ -56,8 +58,8 @@ DISPOSITION = 'Content-Disposition: form-data; name="a"'
 @pytest.mark.parametrize(
     ("lines", "what", "at"),
     [
-        (["Content-Type: text/plain"], "no Content-Disposition", 0),
-        ([], "no Content-Disposition", 0),
+        (["Content-Type: text/plain"], "Content-Disposition is missing", 0),
+        ([], "Content-Disposition is missing", 0),
         ([DISPOSITION, " folded"], "folded field line", 42),
         ([DISPOSITION, "X-A"], "field line without a colon", 42),
         ([DISPOSITION, "X-A : 1"], "field name is not a token", 42),
@@ -65,7 +67,7 @@ DISPOSITION = 'Content-Disposition: form-data; name="a"'
         ([DISPOSITION, "X-A: 1\0"], "control character 0x00 in a field line", 48),
         ([DISPOSITION, b"X-A: \xff"], "field line is not UTF-8", 47),
         ([DISPOSITION, b"X-A:  \t\xff"], "field line is not UTF-8", 49),
-        ([DISPOSITION, DISPOSITION.lower()], "content-disposition twice", 42),
+        ([DISPOSITION, DISPOSITION.lower()], "content-disposition is given twice", 42),
         (["X-A: 1", "Content-Disposition: attachment; name=a"], "Content-Disposition is not form-data", 8),
         (["X-A: 1", "Content-Disposition: form-data"], "Content-Disposition without a name", 8),
         (["X-A: 1", "Content-Disposition: form-data; name"], "Content-Disposition: malformed parameter at offset 9", 8),
@@ -74,7 +76,55 @@ DISPOSITION = 'Content-Disposition: form-data; name="a"'
         ([DISPOSITION, "Content-Length: " + "9" * 19], "Content-Length is not a number", 42),
     ],
 )
-def test_what_is_malformed_is_refused_with_its_place(lines: list[str | bytes], what: str, at: int) -> None:
+def test_malformed_heads_are_refused_with_the_offset(lines: list[str | bytes], what: str, at: int) -> None:
     with pytest.raises(Refused) as caught:
         parse(*lines)
     assert caught.value.args == (what, at)
+
+
+lines = st.lists(
+    st.sampled_from(
+        [
+            b'Content-Disposition: form-data; name="a"',
+            b"content-disposition:",
+            b"form-data",
+            b"; name=",
+            b'; filename="',
+            b"; filename*=utf-8''",
+            b"%22",
+            b"%FF",
+            b"\\",
+            b'"',
+            b";",
+            b"=",
+            b"Content-Length: 1",
+            b"Content-Type:",
+            b"Content-Transfer-Encoding: base64",
+            b":",
+            b" ",
+            b"\t",
+            b"\r",
+            b"\n",
+            b"\r\n",
+            b"\0",
+            b"\xff",
+            b"\xc4\x8d",
+        ]
+    )
+    | st.binary(max_size=3),
+    max_size=20,
+).map(b"".join)
+
+
+@given(lines)
+def test_random_heads_raise_only_the_documented_error(data: bytes) -> None:
+    head = data + b"\r\n\r\n"
+    try:
+        part = parse_part_head(head, refuse)
+    except Refused as refusal:
+        what, at = refusal.args
+        assert what
+        assert 0 <= at < len(head)
+    else:
+        assert part.name
+        assert part.content_length is None or part.content_length >= 0

@@ -1,4 +1,4 @@
-"""A body in a segment: received in place, growing with what came, within its limit, given back at the end."""
+"""Tests of receiving a body into a segment: order, growth, limits, and release."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def form() -> Iterator[SpooledForm]:
 
 @pytest.mark.parametrize("announced", [True, False])
 @pytest.mark.parametrize("size", [0, 1, 4096, 16 * 1024, 16 * 1024 + 1, 256 * 1024, 256 * 1024 + 1, 3 * MIB])
-def test_all_of_a_body_is_received_in_order(spool: Spool, form: SpooledForm, size: int, announced: bool) -> None:
+def test_a_body_is_received_completely_and_in_order(
+    spool: Spool, form: SpooledForm, size: int, announced: bool
+) -> None:
     data = bytes(k % 251 for k in range(size))
     pieces = list(receive(MemoryBody(data, announced=announced), form, spool, 4 * MIB))
     assert b"".join(segment.view[begin:end] for segment, begin, end in pieces) == data
@@ -39,8 +41,8 @@ def test_all_of_a_body_is_received_in_order(spool: Spool, form: SpooledForm, siz
     assert len({segment.path for segment, _, _ in pieces}) <= 1
 
 
-class Waiting(MemoryBody):
-    """A client of whose body nothing has come, or nothing more."""
+class SlowBody(MemoryBody):
+    """A body whose client sends nothing after the first read."""
 
     def readinto(self, view: memoryview, /) -> int:
         if self.given:
@@ -49,7 +51,7 @@ class Waiting(MemoryBody):
 
 
 def test_a_head_alone_reserves_nothing(spool: Spool, form: SpooledForm) -> None:
-    body = Waiting(b"x" * 7 * MIB)
+    body = SlowBody(b"x" * 7 * MIB)
     body.given = 1
     with pytest.raises(RequestTimeout):
         list(receive(body, form, spool, 8 * MIB))
@@ -57,7 +59,7 @@ def test_a_head_alone_reserves_nothing(spool: Spool, form: SpooledForm) -> None:
     assert [path.name for path in spool.directory.iterdir()] == ["lock"]
 
 
-def test_a_segment_grows_with_what_has_come_not_with_what_is_promised(spool: Spool, form: SpooledForm) -> None:
+def test_a_segment_grows_with_the_received_bytes(spool: Spool, form: SpooledForm) -> None:
     body = MemoryBody(b"x" * (7 * MIB), [1000] * 8000)
     most_ahead = 0
     for _, _, end in receive(body, form, spool, 8 * MIB):
@@ -69,7 +71,7 @@ def test_a_segment_grows_with_what_has_come_not_with_what_is_promised(spool: Spo
     assert spool.used_bytes == 0
 
 
-def test_a_body_at_its_limit_passes_and_one_byte_more_does_not(spool: Spool, form: SpooledForm) -> None:
+def test_a_body_is_accepted_up_to_its_limit(spool: Spool, form: SpooledForm) -> None:
     for limit in (1000, 16 * 1024, 300_000):
         pieces = list(receive(MemoryBody(b"x" * limit, announced=False), form, spool, limit))
         assert pieces[-1][2] == limit
@@ -77,7 +79,7 @@ def test_a_body_at_its_limit_passes_and_one_byte_more_does_not(spool: Spool, for
             list(receive(MemoryBody(b"x" * (limit + 1), announced=False), form, spool, limit))
 
 
-def test_a_full_spool_is_an_error_that_can_be_answered(spool: Spool, form: SpooledForm) -> None:
+def test_a_full_spool_raises_spool_full(spool: Spool, form: SpooledForm) -> None:
     hog = spool.create(MIB, reserve=MIB)
     body = MemoryBody(b"x" * (8 * MIB))
     with pytest.raises(SpoolFull):
@@ -88,7 +90,7 @@ def test_a_full_spool_is_an_error_that_can_be_answered(spool: Spool, form: Spool
     hog.release()
 
 
-def test_a_body_that_never_fits_is_refused_before_it_takes_the_room_of_others(spool: Spool, form: SpooledForm) -> None:
+def test_a_body_larger_than_the_spool_is_refused_before_it_takes_space(spool: Spool, form: SpooledForm) -> None:
     body = MemoryBody(b"x" * (8 * MIB + 1))
     with pytest.raises(ContentTooLarge, match=f"holds {8 * MIB}"):
         list(receive(body, form, spool, 16 * MIB))
@@ -98,7 +100,7 @@ def test_a_body_that_never_fits_is_refused_before_it_takes_the_room_of_others(sp
         list(receive(unannounced, form, spool, 16 * MIB))
 
 
-def test_an_upload_is_a_place_in_the_segment_that_workers_can_open(spool: Spool) -> None:
+def test_the_blob_of_an_upload_can_be_opened(spool: Spool) -> None:
     form = SpooledForm(is_json=False)
     segment = form.own(spool.store(b"head|picture|tail"))
     upload = SpooledUpload("image", "cat.png", segment, 5, 7)
@@ -110,7 +112,7 @@ def test_an_upload_is_a_place_in_the_segment_that_workers_can_open(spool: Spool)
         pass
 
 
-def test_releasing_a_form_twice_gives_its_bytes_back_once(spool: Spool) -> None:
+def test_releasing_a_form_is_idempotent(spool: Spool) -> None:
     form = SpooledForm(is_json=True)
     form.own(spool.store(b"x" * 1000))
     form.own(spool.store(b"y" * 500))

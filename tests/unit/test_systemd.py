@@ -43,7 +43,7 @@ def test_status(manager: socket.socket) -> None:
     assert heard(manager) == {"STATUS": "loading"}
 
 
-def test_reloading_names_its_instant_on_the_monotonic_clock(manager: socket.socket) -> None:
+def test_reloading_sends_the_monotonic_instant(manager: socket.socket) -> None:
     before = time.monotonic_ns() // 1000
     assert systemd.notify_reloading()
     told = heard(manager)
@@ -56,13 +56,13 @@ def test_stopping(manager: socket.socket) -> None:
     assert heard(manager)["STOPPING"] == "1"
 
 
-def test_newline_in_a_status_forges_no_assignment(manager: socket.socket) -> None:
+def test_newline_in_a_status_adds_no_assignment(manager: socket.socket) -> None:
     systemd.notify_status("model\nWATCHDOG=1")
     assert heard(manager) == {"STATUS": "model WATCHDOG=1"}
 
 
 @pytest.mark.parametrize("address", ["", "relative", "vsock:2:1234", "/nowhere/at/all"])
-def test_nobody_to_tell(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+def test_notification_without_a_manager_returns_false(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     assert not systemd.notify_ready("x")
 
@@ -72,7 +72,7 @@ def test_outside_systemd_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not systemd.notify("READY=1")
 
 
-def test_manager_that_does_not_read_stops_nobody(manager: socket.socket) -> None:
+def test_manager_that_does_not_read_does_not_block(manager: socket.socket) -> None:
     sent = 0
     while systemd.notify_status("x" * 1000):
         sent += 1
@@ -81,7 +81,7 @@ def test_manager_that_does_not_read_stops_nobody(manager: socket.socket) -> None
 
 
 @pytest.mark.parametrize("tell", [lambda: systemd.notify_ready("x"), systemd.notify_reloading, systemd.notify_stopping])
-def test_change_of_state_waits_for_a_manager_that_is_behind(manager: socket.socket, tell: Callable[[], bool]) -> None:
+def test_change_of_state_waits_for_a_slow_manager(manager: socket.socket, tell: Callable[[], bool]) -> None:
     while systemd.notify_status("x"):
         pass
     told: list[bool] = []
@@ -90,12 +90,12 @@ def test_change_of_state_waits_for_a_manager_that_is_behind(manager: socket.sock
     teller.join(0.3)
     assert teller.is_alive()
     while not heard(manager).keys() & {"READY", "RELOADING", "STOPPING"}:
-        pass  # what it had not read before
+        pass  # earlier datagrams
     teller.join()
     assert told == [True]
 
 
-def test_change_of_state_is_given_up_when_the_manager_never_reads(
+def test_change_of_state_is_dropped_when_the_manager_never_reads(
     manager: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(systemd, "STATE_TIMEOUT_S", 0.3)
@@ -104,11 +104,11 @@ def test_change_of_state_is_given_up_when_the_manager_never_reads(
     started, worked = time.monotonic(), time.thread_time()
     assert not systemd.notify_ready("x")
     assert 0.3 <= time.monotonic() - started < 3
-    assert time.thread_time() - worked < 0.1  # it sleeps meanwhile
+    assert time.thread_time() - worked < 0.1  # it waits without polling
     assert "READY=1" in caplog.text
 
 
-def test_watchdog_is_fed_within_its_interval_and_not_at_every_call(
+def test_watchdog_is_fed_at_most_three_times_in_an_interval(
     manager: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "300000")
@@ -132,7 +132,7 @@ def test_watchdog_is_fed_within_its_interval_and_not_at_every_call(
     "environment",
     [{}, {"WATCHDOG_USEC": "soon"}, {"WATCHDOG_USEC": "300000", "WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": ""}],
 )
-def test_no_watchdog_is_fed_that_is_not_ours(
+def test_watchdog_of_another_process_is_not_fed(
     manager: socket.socket, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:
     for name in ("WATCHDOG_USEC", "WATCHDOG_PID"):
@@ -149,7 +149,7 @@ def test_no_watchdog_is_fed_that_is_not_ours(
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze on this machine")
 def test_unit_file_passes_systemd_analyze(tmp_path: Path) -> None:
-    # The unit names the program where an operator puts it; here it need only exist.
+    # systemd-analyze checks that the program exists.
     text = UNIT.read_text().replace("/opt/ovserve/bin/python", shutil.which("true") or "/bin/true")
     unit = tmp_path / "ovserve.service"
     unit.write_text(text)

@@ -1,1 +1,1 @@
-"""Request bodies to named fields and spooled uploads."""
+"""Parsers that turn request bodies into named fields and spooled uploads."""

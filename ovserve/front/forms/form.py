@@ -1,6 +1,6 @@
-"""Request bodies to named fields and spooled uploads, under their limits: multipart here, JSON in `jsonform`.
+"""Reader for request bodies: named fields and spooled uploads, within the limits. Multipart here, JSON in `jsonform`.
 
-Names and values go to the API as they came; what `x[]`, `x[key]` and repeated names mean is decided there.
+Names and values reach the API as they were sent. The API gives `x[]`, `x[key]` and repeated names their meaning.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ from ovserve.wire.local.spool import Segment, Spool
 
 __all__ = ["read_form"]
 
-# Whether a part is a picture is decided by its name: openai-python sends bytes without a filename, curl a prompt with one.
+# The name of a part decides whether it is a picture: openai-python sends bytes without a filename, curl a prompt with
+# one.
 _IMAGE_NAME = re.compile(r"(?:images?|mask)(?:\[[^\[\]]*\])?")
 _UTF_8 = ("utf-8", "utf8", "us-ascii", "ascii")
-# Of the other charsets, those that clients declare by default for text they have not looked at (RFC 7578 section 5.1.2).
+# The other charsets here are those that clients declare by default, whatever the text is (RFC 7578 section 5.1.2).
 _CHARSETS = {
     **dict.fromkeys(_UTF_8, "utf-8"),
     **dict.fromkeys(("iso-8859-1", "iso8859-1", "latin1", "latin-1"), "latin-1"),
     **dict.fromkeys(("windows-1252", "cp1252"), "cp1252"),
 }
 _IDENTITY = ("binary", "8bit", "7bit")  # RFC 2045 section 6.2: no transformation
-_TAKEN = "multipart/form-data or application/json"
+_SUPPORTED = "multipart/form-data or application/json"
 
 
 def read_form(body: Body, content_type: str | None, spool: Spool, settings: Settings) -> SpooledForm:
-    """Receive and parse one body; the caller releases the form when its exchange ends.
+    """Receive and parse one body. The caller must release the form when the exchange ends.
 
     Raises:
-        UnsupportedMediaType: neither multipart/form-data nor JSON in UTF-8.
-        BadRequest: its kinds, for whatever is malformed or over a limit.
-        ContentTooLarge, SpoolFull: no room.
-        ApiError, ClientGone: what `body.readinto` raises.
+        UnsupportedMediaType: the body is neither multipart/form-data nor JSON in UTF-8.
+        BadRequest: and its subclasses, when the body is malformed or above a limit.
+        ContentTooLarge, SpoolFull: the body does not fit the spool or its limit.
+        ApiError, ClientGone: raised by `body.readinto`.
     """
     main, parameters = _parse_content_type(content_type)
     if main == "multipart/form-data":
@@ -49,10 +50,12 @@ def read_form(body: Body, content_type: str | None, spool: Spool, settings: Sett
         )
     elif main == "application/json":
         if parameters.get("charset", "utf-8").lower() not in _UTF_8:
-            raise UnsupportedMediaType(f"Content-Type: charset {parameters['charset']}: JSON is UTF-8 (RFC 8259)")
+            raise UnsupportedMediaType(
+                f"Content-Type: charset {parameters['charset']} is not supported; JSON is UTF-8 (RFC 8259)"
+            )
         form, parser = SpooledForm(is_json=True), None
     else:
-        raise UnsupportedMediaType(f"Content-Type {main}: expected {_TAKEN}")
+        raise UnsupportedMediaType(f"Content-Type {main} is not supported; expected {_SUPPORTED}")
     try:
         if parser:
             _read_multipart(body, parser, form, spool, settings)
@@ -66,7 +69,7 @@ def read_form(body: Body, content_type: str | None, spool: Spool, settings: Sett
 
 def _parse_content_type(content_type: str | None) -> tuple[str, dict[str, str]]:
     if not content_type:
-        raise UnsupportedMediaType(f"Content-Type is missing: expected {_TAKEN}")
+        raise UnsupportedMediaType(f"Content-Type is missing; expected {_SUPPORTED}")
     try:
         return parse_options(content_type)
     except ValueError as error:
@@ -74,7 +77,7 @@ def _parse_content_type(content_type: str | None) -> tuple[str, dict[str, str]]:
 
 
 def _read_multipart(body: Body, parser: MultipartParser, form: SpooledForm, spool: Spool, settings: Settings) -> None:
-    """Receive and parse; a part lies in the segment where it lay in the body."""
+    """Receive and parse a multipart body. The content of a part has the same offset in the segment as in the body."""
     part: PartBegin | None = None
     limit = settings.max_text_field_bytes
     for segment, begin, end in receive(body, form, spool, settings.max_body_bytes):
@@ -88,16 +91,16 @@ def _read_multipart(body: Body, parser: MultipartParser, form: SpooledForm, spoo
                 _add_part(form, segment, part, event.size, limit)
                 part = None
         if part is not None and part.filename is None and not _is_image(part) and end - part.offset > 2 * limit:
-            _refuse_text_size(part, limit)  # no need to receive the rest of it
+            _refuse_text_size(part, limit)  # without receiving the rest
     parser.finish()
 
 
 def _check_part(part: PartBegin) -> None:
-    """Refuse what a part's head announces and nobody here can read."""
+    """Raise InvalidValue when a part has an encoding, type or charset that is not supported."""
     if part.transfer_encoding not in (*_IDENTITY, "base64"):
         raise InvalidValue(
-            f"field {part.name!r}: Content-Transfer-Encoding {part.transfer_encoding!r} is not understood; send the bytes as"
-            " they are",
+            f"field {part.name!r}: Content-Transfer-Encoding {part.transfer_encoding!r} is not supported;"
+            " send the bytes without an encoding",
             param=part.name,
         )
     if part.content_type is None:
@@ -108,16 +111,17 @@ def _check_part(part: PartBegin) -> None:
         raise InvalidValue(f"field {part.name!r}: Content-Type: {error}", param=part.name) from None
     if main.startswith("multipart/"):
         raise InvalidValue(
-            f"field {part.name!r}: nested {main} is not understood (RFC 7578 section 4.3); send each file as a part of its own",
+            f"field {part.name!r}: nested {main} is not supported (RFC 7578 section 4.3);"
+            " send each file as a separate part",
             param=part.name,
         )
     charset = parameters.get("charset", "utf-8").lower()
     if charset not in _CHARSETS:
-        raise InvalidValue(f"field {part.name!r}: charset {charset!r}: send UTF-8", param=part.name)
+        raise InvalidValue(f"field {part.name!r}: charset {charset!r} is not supported; send UTF-8", param=part.name)
 
 
 def _is_image(part: PartBegin) -> bool:
-    """Whether a part is an upload by its name, and came as more than a plain string."""
+    """Return whether a part has the name of a picture and is more than a plain string."""
     if not _IMAGE_NAME.fullmatch(part.name):
         return False
     plain = part.content_type is None or parse_options(part.content_type)[0] == "text/plain"
@@ -125,7 +129,7 @@ def _is_image(part: PartBegin) -> bool:
 
 
 def _add_part(form: SpooledForm, segment: Segment, part: PartBegin, size: int, limit: int) -> None:
-    """Put a complete part into the form: a picture by its name, else text, else a file that the API will refuse by name."""
+    """Add a complete part to the form: as a picture by its name, else as text, else as a file for the API to reject."""
     if part.transfer_encoding == "base64":
         size = decode_in_place(segment.view, part.offset, size, part.name)
     if not _is_image(part):
@@ -140,7 +144,7 @@ def _add_part(form: SpooledForm, segment: Segment, part: PartBegin, size: int, l
 
 
 def _decode_text(segment: Segment, part: PartBegin, size: int) -> str | None:
-    """The part as text; None for a file that is not text. Raises InvalidValue for a field that is not in its charset."""
+    """Decode a part; None for a file that is not text. Raises InvalidValue for a field that is not in its charset."""
     declared = (
         "utf-8" if part.content_type is None else parse_options(part.content_type)[1].get("charset", "utf-8").lower()
     )
@@ -151,9 +155,9 @@ def _decode_text(segment: Segment, part: PartBegin, size: int) -> str | None:
         except UnicodeDecodeError as error:
             if part.filename is not None:
                 return None
-            told = "UTF-8" if charset == "utf-8" else declared
+            expected = "UTF-8" if charset == "utf-8" else declared
             raise InvalidValue(
-                f"field {part.name!r} is not {told} text (part {part.number}, byte {part.offset + error.start})",
+                f"field {part.name!r} is not {expected} text (part {part.number}, byte {part.offset + error.start})",
                 param=part.name,
             ) from None
 
@@ -161,8 +165,8 @@ def _decode_text(segment: Segment, part: PartBegin, size: int) -> str | None:
 def _refuse_text_size(part: PartBegin, limit: int) -> None:
     if _IMAGE_NAME.fullmatch(part.name):
         raise InvalidType(
-            f"field {part.name!r}: expected a file (a part with a filename), but got a long text; a data URL is taken in a"
-            " JSON body",
+            f"field {part.name!r}: expected a file (a part with a filename), but got a long text;"
+            " data URLs are accepted only in JSON bodies",
             param=part.name,
         )
     raise PartTooLarge(f"field {part.name!r} is longer than {limit} bytes", param=part.name)

@@ -1,8 +1,9 @@
-"""JSON bodies to fields and spooled uploads: data URLs are found by their bounds and decoded where they lie.
+"""Parser for JSON bodies: fields and spooled uploads. Data URLs are located first and decoded in place.
 
-A data URL of 50 MB must never pass through `json.loads`, which would hold the interpreter lock for long and make three copies.
-So the strings of the document are found first. Those that begin with `data:` are cut out and leave a placeholder; what remains
-is small, is limited, and goes to the standard library, with every freedom that it takes beyond RFC 8259 refused.
+A data URL of 50 MB must not pass through `json.loads`, which would hold the interpreter lock for a long time and make
+three copies. Therefore the strings of the document are located first. Those that begin with `data:` are replaced with a
+placeholder. The rest is small and limited, and is parsed by the standard library; everything that it accepts beyond RFC
+8259 is refused.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ from ovserve.wire.local.spool import Segment, Spool
 __all__ = ["decode_in_place", "read_json"]
 
 MAX_DEPTH = 100  # of nested arrays and objects; the API needs four
-PIECE_BYTES = 64 * 1024  # searched or decoded at once: fits the cache, and other threads may run in between
-PREFIX_BYTES = 256  # within which a data URL must come to its comma
-PICTURES = ("image", "images", "mask", "markup")  # the members in which the API takes pictures
+PIECE_BYTES = 64 * 1024  # searched or decoded per step: fits the CPU's cache, and other threads can run in between
+PREFIX_BYTES = 256  # the comma of a data URL must be within these
+PICTURES = ("image", "images", "mask", "markup")  # the members in which the API accepts pictures
 
-# OpenAI has three forms for a picture: `{"image_url": URL}` (images), `{"type": "image_url", "image_url": {"url": URL}}` (chat) and
-# `{"type": "input_image", "image_url": URL}` (responses). `detail` says how closely a model looks, which means nothing here.
-_BESIDE: dict[str, tuple[str, ...]] = {"type": ("image_url", "input_image"), "detail": ("low", "high", "auto")}
+# OpenAI has three forms for a picture: `{"image_url": URL}` (images), `{"type": "input_image", "image_url": URL}`
+# (responses) and `{"type": "image_url", "image_url": {"url": URL}}` (chat). `detail`, how closely a model looks at the
+# picture, has no meaning here. These members and values are ignored.
+_IGNORED: dict[str, tuple[str, ...]] = {"type": ("image_url", "input_image"), "detail": ("low", "high", "auto")}
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _TOKEN = re.compile(rb'[\[\]{}]|"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-# Everything up to the next string that may be a data URL, or has no end.
+# Everything up to the next string that may be a data URL or has no closing quotation mark.
 _ORDINARY = re.compile(rb'(?:[^"]*+"(?!(?i:data:))(?:[^"\\]++|\\.)*+")*+[^"]*+', re.DOTALL)
 _BLANKS = b"\r\n\t "
-# What encoders make of base64 text inside a JSON string: PHP escapes the slash, .NET the plus sign, Gson the equals sign, and
-# some break the text into lines. A backslash that is left after these is another escape, for which base64 has no use.
+# Escapes that encoders write in base64 text inside a JSON string: PHP escapes the slash, .NET the plus sign, Gson the
+# equals sign, and some break the text into lines. Any other escape is not valid base64.
 _ESCAPES = (
     (b"\\/", b"/"),
     (b"\\u002B", b"+"),
@@ -53,16 +55,19 @@ _LONGEST_ESCAPE = 6
 
 
 class _Cut(NamedTuple):
-    """A string that begins with `data:`, by the offsets of what stands between its quotation marks."""
+    """The offsets of a string that begins with `data:`, without its quotation marks."""
 
     begin: int
     end: int
 
 
 def read_json(body: Body, form: SpooledForm, spool: Spool, settings: Settings) -> None:
-    """Receive a JSON object into a segment and put its members into the form.
+    """Receive a JSON object into a segment and add its members to the form.
 
-    Raises BadRequest and its kinds, ContentTooLarge, SpoolFull, and what `body.readinto` raises.
+    Raises:
+        BadRequest: and its subclasses, when the body is malformed or above a limit.
+        ContentTooLarge, SpoolFull: the body does not fit the spool or its limit.
+        ApiError, ClientGone: raised by `body.readinto`.
     """
     segment, size = None, 0
     for piece in receive(body, form, spool, settings.max_body_bytes):
@@ -79,15 +84,15 @@ def read_json(body: Body, form: SpooledForm, spool: Spool, settings: Settings) -
 
 
 class _Scan:
-    """Cuts the data URLs out of a document and keeps the rest, at most `limit` bytes of it."""
+    """Scanner that cuts the data URLs out of a document and keeps the rest, at most `limit` bytes of it."""
 
     def __init__(self, document: memoryview, limit: int, most_cuts: int) -> None:
         self.document = document
         self.cuts: list[_Cut] = []
         self._limit = limit
-        self._room = limit  # what is left of it
+        self._remaining = limit  # bytes left of the limit
         self._most_cuts = most_cuts
-        self._mark = secrets.token_hex(8)  # so that nobody can send a placeholder of ours
+        self._mark = secrets.token_hex(8)  # random, so that a client cannot forge a placeholder
         self._kept = bytearray()
         self._places: list[tuple[int, int]] = []  # (offset in the kept text, offset in the document) of each piece
         self._depth = 0
@@ -98,7 +103,7 @@ class _Scan:
         return bytes(self._kept)
 
     def run(self) -> None:
-        """Walk from data URL to data URL. Raises BadRequest: a string without an end, too deep, or too much of something."""
+        """Scan the document. Raises BadRequest for a string without an end, deep nesting, or an exceeded limit."""
         position = 0
         while position < len(self.document):
             position = self._keep(position, _ORDINARY)
@@ -107,34 +112,34 @@ class _Scan:
                 position = self._cut(position, end) if end else self._keep(position, _STRING)
 
     def cut_of(self, value: object) -> _Cut | None:
-        """The data URL that a value stands for; None when it is an ordinary value."""
+        """Return the data URL that a placeholder stands for, or None for any other value."""
         if isinstance(value, str) and value.startswith(self._mark):
             return self.cuts[int(value[len(self._mark) :])]
         return None
 
     def place_of(self, kept_offset: int) -> int:
-        """Where in the body a byte of the kept text stood."""
+        """Return the offset in the body of a byte of the kept text."""
         index = bisect.bisect_right(self._places, (kept_offset, len(self.document))) - 1
         start, begin = self._places[index] if index >= 0 else (0, 0)
         return begin + kept_offset - start
 
     def _keep(self, begin: int, pattern: re.Pattern[bytes]) -> int:
-        """Keep what the pattern matches at `begin`; the offset after it."""
-        room, ahead = self._room, len(self.document) - begin
-        match = pattern.match(self.document, begin, begin + room + 1)
+        """Keep the text that the pattern matches at `begin`, and return the offset after it."""
+        remaining, ahead = self._remaining, len(self.document) - begin
+        match = pattern.match(self.document, begin, begin + remaining + 1)
         end = match.end() if match else begin
         size = end - begin
-        goes_on = size <= room < ahead  # in a string of which no end comes within the limit, or in a data URL
-        if size > room or (goes_on and not (pattern is _ORDINARY and self._is_url(end))):
+        cut_off = size <= remaining < ahead  # inside a string that has no end within the limit, or before a data URL
+        if size > remaining or (cut_off and not (pattern is _ORDINARY and self._is_url(end))):
             raise PartTooLarge(
-                f"JSON body: more than {self._limit} bytes of text beside its data URLs (byte {begin}); pictures are sent as"
-                ' "data:image/png;base64,..."'
+                f"JSON body: more than {self._limit} bytes of text outside its data URLs (byte {begin});"
+                ' send pictures as "data:image/png;base64,..."'
             )
         if pattern is _STRING and not size:
-            raise BadRequest(f"JSON body: the string that begins at byte {begin} has no end")
+            raise BadRequest(f"JSON body: the string at byte {begin} has no closing quotation mark")
         piece = bytes(self.document[begin:end])
         self._check_depth(piece, begin)
-        self._room -= size
+        self._remaining -= size
         self._append(piece, begin)
         return end
 
@@ -151,17 +156,17 @@ class _Scan:
                 self._depth -= 1
 
     def _find_end_of_url(self, quote: int) -> int:
-        """The closing quotation mark of the data URL whose opening one is at `quote`; 0 when it is an ordinary string."""
+        """Return the offset of the closing quotation mark of the data URL at `quote`; 0 when it is another string."""
         if not self._is_url(quote):
             return 0
-        begin, size = quote + 6, PREFIX_BYTES  # a text that only looks like a data URL is short
+        begin, size = quote + 6, PREFIX_BYTES  # short first: text that begins like a data URL is short
         while begin < len(self.document):
             at = bytes(self.document[begin : begin + size]).find(b'"')
             if at >= 0:
-                # No base64 text ends in a backslash: what looks like it is a text with an escaped quotation mark.
+                # base64 never ends in a backslash, so this quotation mark is escaped and the string is ordinary text.
                 return 0 if self.document[begin + at - 1] == ord("\\") else begin + at
             begin, size = begin + size, PIECE_BYTES
-        raise BadRequest(f"JSON body: the string that begins at byte {quote} has no end")
+        raise BadRequest(f"JSON body: the string at byte {quote} has no closing quotation mark")
 
     def _cut(self, quote: int, end: int) -> int:
         if len(self.cuts) == self._most_cuts:
@@ -176,7 +181,7 @@ class _Scan:
 
 
 def _parse(scan: _Scan) -> dict[str, Any]:
-    """The members of the kept text, which must be one object. Raises BadRequest."""
+    """Return the members of the kept text, which must be one object. Raises BadRequest."""
     try:
         text = scan.text.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -191,7 +196,7 @@ def _parse(scan: _Scan) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         place = scan.place_of(len(text[: error.pos].encode()))
         raise BadRequest(f"JSON body: {error.msg} (byte {place})") from None
-    except ValueError:  # the interpreter's own limit of digits in an integer
+    except ValueError:  # the interpreter limits the digits of an integer
         raise BadRequest("JSON body: a number has too many digits") from None
     if not isinstance(parsed, dict):
         raise BadRequest("JSON body: expected an object")
@@ -204,13 +209,13 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise BadRequest(f"JSON body: the key {name[:100]!r} stands twice in one object", param=name[:100])
+                raise BadRequest(f"JSON body: the key {name[:100]!r} is given twice in one object", param=name[:100])
             seen.add(name)
     return members
 
 
 def _refuse_constant(text: str) -> NoReturn:
-    raise BadRequest(f"JSON body: {text} is no JSON value")
+    raise BadRequest(f"JSON body: {text} is not a JSON value")
 
 
 def _finite(text: str) -> float:
@@ -221,7 +226,7 @@ def _finite(text: str) -> float:
 
 
 class _Reader:
-    """Puts members into a form: pictures become uploads, all else a field."""
+    """Adds members to a form: pictures as uploads, everything else as fields."""
 
     def __init__(self, form: SpooledForm, segment: Segment, scan: _Scan, limit: int) -> None:
         self._form = form
@@ -230,7 +235,7 @@ class _Reader:
         self._limit = limit
 
     def add(self, name: str, value: Any) -> None:
-        """Add one member. The k-th of a list of pictures is named `name[k]`, as is one that is no data URL."""
+        """Add one member. Item k of a list of pictures gets the name `name[k]`, whether it is a data URL or not."""
         self._check_key(name)
         if name not in PICTURES:
             self._form.fields.append((name, self._restore(value, name)))
@@ -242,15 +247,15 @@ class _Reader:
             cut = self._scan.cut_of(url)
             if cut is None:
                 if isinstance(url, str) and url[:5].lower() == "data:":
-                    raise InvalidValue(f"{label}: a data URL without escapes is expected", param=label)
+                    raise InvalidValue(f"{label}: a data URL must be written without escapes", param=label)
                 self._form.fields.append((label, self._restore(item, label)))
                 continue
-            _check_beside(item, "image_url", label)
-            _check_beside(inner, "url", f"{label}.image_url")
+            _check_neighbours(item, "image_url", label)
+            _check_neighbours(inner, "url", f"{label}.image_url")
             self._form.uploads.append(self._decode(cut, label))
 
     def _decode(self, cut: _Cut, name: str) -> SpooledUpload:
-        """Decode a data URL where it lies (RFC 2397; its media type says nothing that the bytes do not say better)."""
+        """Decode a data URL in place (RFC 2397). Its media type is ignored: the bytes identify the format better."""
         prefix = bytes(self._scan.document[cut.begin : min(cut.end, cut.begin + PREFIX_BYTES)])
         head, comma, _ = prefix.partition(b",")
         if not comma or not self._text_of(cut.begin, head).lower().endswith(";base64"):
@@ -262,7 +267,13 @@ class _Reader:
         return SpooledUpload(name, None, self._segment, begin, size)
 
     def _restore(self, value: Any, name: str) -> Any:
-        """A value as the client wrote it. Raises InvalidValue: half a surrogate pair, or a data URL where no picture goes."""
+        """Return a value with its placeholders replaced by the text that the client sent.
+
+        Raises:
+            InvalidValue: a text has half of a surrogate pair.
+            PartTooLarge: a text is longer than the limit.
+            BadRequest: a key begins with `data:`, or a text that begins with it is not valid JSON.
+        """
         if isinstance(value, str):
             cut = self._scan.cut_of(value)
             if cut is not None:
@@ -270,7 +281,7 @@ class _Reader:
             try:
                 size = len(value.encode())
             except UnicodeEncodeError:
-                raise InvalidValue(f"{name}: half of a surrogate pair is no text", param=name) from None
+                raise InvalidValue(f"{name}: the text has half of a surrogate pair", param=name) from None
             if size > self._limit:
                 raise PartTooLarge(f"{name}: longer than {self._limit} bytes", param=name)
             return value
@@ -285,37 +296,43 @@ class _Reader:
     def _check_key(self, key: str) -> None:
         cut = self._scan.cut_of(key)
         if cut is not None:
-            raise BadRequest(f"JSON body: a key that begins with data: (byte {cut.begin})")
+            raise BadRequest(f"JSON body: a key must not begin with data: (byte {cut.begin})")
         self._restore(key, f"the key {key[:100]!r}")
 
     def _restore_cut(self, cut: _Cut, name: str) -> str:
-        """The text of a string that only looked like a picture, such as a prompt that begins with `data:`."""
+        """Return the text of a string that is not a picture, such as a prompt that begins with `data:`."""
         if cut.end - cut.begin > self._limit:
             raise PartTooLarge(f"{name}: longer than {self._limit} bytes (byte {cut.begin})", param=name)
         return self._text_of(cut.begin, bytes(self._scan.document[cut.begin : cut.end]))
 
     def _text_of(self, begin: int, quoted: bytes) -> str:
-        """What stands between quotation marks, unescaped."""
+        """Return the text between two quotation marks without its escapes."""
         try:
             return str(json.loads(b'"%b"' % quoted))
         except ValueError:
-            raise BadRequest(f"JSON body: the string that begins at byte {begin} does not parse") from None
+            raise BadRequest(f"JSON body: the string at byte {begin} is not valid JSON") from None
 
 
-def _check_beside(item: Any, picture: str, label: str) -> None:
-    """What stands beside a picture must be known to mean nothing here. Raises UnknownParameter."""
+def _check_neighbours(item: Any, picture: str, label: str) -> None:
+    """Raise UnknownParameter when a member next to a picture is not one of the ignored ones."""
     if not isinstance(item, dict):
         return
     for key, other in item.items():
-        if key != picture and other is not None and other not in _BESIDE.get(key, ()):
-            raise UnknownParameter(f"{label}: {key[:100]!r} beside {picture}", param=f"{label}.{key[:100]}")
+        if key != picture and other is not None and other not in _IGNORED.get(key, ()):
+            name = key[:100]
+            raise UnknownParameter(f"{label}: unsupported {name!r} next to {picture}", param=f"{label}.{name}")
 
 
 def decode_in_place(view: memoryview, offset: int, size: int, name: str, *, in_json: bool = False) -> int:
-    """Decode base64 text over itself; the number of bytes from `offset` then.
+    """Decode base64 text in place: the decoded bytes overwrite the text from `offset` on.
 
-    Lines and blanks are allowed in it (RFC 2045 section 6.8), inside a JSON string as escapes.
-    Raises InvalidValue where it is no base64 (RFC 4648 section 4; the padding may be left out, nothing may follow it).
+    Line breaks and blanks are allowed in the text (RFC 2045 section 6.8), inside a JSON string as escapes.
+
+    Returns:
+        The number of decoded bytes.
+
+    Raises:
+        InvalidValue: not base64 (RFC 4648 section 4). The padding may be left out; nothing may follow it.
     """
     taken, end, written = offset, offset + size, offset
     text = b""
@@ -323,7 +340,7 @@ def decode_in_place(view: memoryview, offset: int, size: int, name: str, *, in_j
         piece = bytes(view[taken : min(end, taken + PIECE_BYTES)])
         escape = piece.rfind(b"\\", len(piece) - _LONGEST_ESCAPE + 1) if taken + len(piece) < end else -1
         if escape > 0:
-            piece = piece[:escape]  # it may go on in the next piece
+            piece = piece[:escape]  # the escape may continue in the next piece
         taken += len(piece)
         if not in_json:
             piece = piece.translate(None, _BLANKS)
@@ -338,9 +355,9 @@ def decode_in_place(view: memoryview, offset: int, size: int, name: str, *, in_j
         try:
             data = binascii.a2b_base64(quads, strict_mode=True)
         except binascii.Error as error:
-            raise InvalidValue(f"{name}: no base64 text: {error} (before byte {taken})", param=name) from None
+            raise InvalidValue(f"{name}: invalid base64: {error} (before byte {taken})", param=name) from None
         if taken < end and len(data) < len(quads) // 4 * 3:
-            raise InvalidValue(f"{name}: base64 text goes on after its padding (before byte {taken})", param=name)
+            raise InvalidValue(f"{name}: base64 text continues after its padding (before byte {taken})", param=name)
         view[written : written + len(data)] = data
         written += len(data)
     return written - offset

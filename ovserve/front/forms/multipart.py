@@ -1,19 +1,21 @@
-"""Sans-I/O push parser for multipart/form-data: bytes in, PartBegin / PartData / PartEnd out (RFC 7578, RFC 2046 section 5.1).
+"""Sans-I/O push parser for multipart/form-data: bytes in, PartBegin / PartData / PartEnd out.
+
+Grammar: RFC 7578, RFC 2046 section 5.1.
 
     PREAMBLE ──delimiter──▶ DELIMITED ──CRLF──▶ HEAD ──blank line──▶ CONTENT ──delimiter──▶ DELIMITED
                               │    └─blank─▶ PADDED ──CRLF──▶ HEAD
-                              └──"--"──▶ CLOSED ──CRLF──▶ EPILOGUE        (HEAD goes through OPENED, which only looks ahead)
+                              └──"--"──▶ CLOSED ──CRLF──▶ EPILOGUE        (HEAD leads to CONTENT through OPENED)
 
-Laws of this file:
-- All transitions are made by the steps in `_STEPS`, one for each state. A step consumes what it can from the window and returns
-  the place it reached; it either moves on to another state or needs more bytes.
-- Any split of the input gives the same events (PartData merged) or the same error: nothing is decided by where a window ends.
-- What is held between two calls is bounded: a delimiter that may have begun, or a part head, never content.
-- Every byte is searched a bounded number of times, whatever it is.
+Invariants:
+- All transitions are made by the steps in `_STEPS`, one for each state. A step consumes what it can of the window and
+  returns the position it reached. It either changes the state or needs more bytes.
+- Any split of the input gives the same events (PartData merged) or the same error. The end of a window decides nothing.
+- The bytes held between two calls are bounded: the beginning of a possible delimiter, or a part head, never content.
+- Every byte is searched a bounded number of times, for any input.
 
-A delimiter is CRLF, two dashes and the boundary; the first one may stand at the very beginning, as if a CRLF came before the body.
-Bytes that look like a delimiter and do not go on like one are refused, as they mean that the boundary occurs in the content, which
-RFC 2046 section 5.1.1 forbids; two readers would disagree about them.
+A delimiter is CRLF, two dashes and the boundary. The first one may be at the very beginning, as if a CRLF preceded the
+body. Bytes that begin like a delimiter but do not continue as one are refused: the boundary then occurs in the content,
+which RFC 2046 section 5.1.1 forbids, and two parsers would read them differently.
 """
 
 from __future__ import annotations
@@ -28,31 +30,31 @@ from ovserve.front.forms.parthead import parse_part_head
 
 __all__ = ["Event", "MultipartParser", "PartBegin", "PartData", "PartEnd", "check_boundary"]
 
-WINDOW_BYTES = 64 * 1024  # searched at once: fits the cache, and is long enough for bytes.find to take linear time
-SMALL_BYTES = 2048  # below 2500 bytes bytes.find has no table to set up first
+WINDOW_BYTES = 64 * 1024  # searched in one step: fits the cache, and is long enough for linear time in bytes.find
+SMALL_BYTES = 2048  # below 2500 bytes, bytes.find does not build a table first
 VIEW_BYTES = 1024  # content shorter than this is cheaper to copy than to wrap in a memoryview
 
 
 class PartBegin(NamedTuple):
-    """A part's head is complete; its content begins at `offset`. Offsets count bytes from the beginning of the body."""
+    """The head of a part is complete; its content begins at `offset`. Offsets count from the start of the body."""
 
     number: int  # from 1
     offset: int
     name: str
     filename: str | None
     content_type: str | None  # as sent
-    transfer_encoding: str  # lower case; "binary" when the part names none
+    transfer_encoding: str  # lower case; "binary" when the part declares none
 
 
 class PartData(NamedTuple):
-    """Some of the content of the part that began last; never empty."""
+    """A piece of the content of the current part; never empty."""
 
     offset: int
     data: bytes | memoryview
 
 
 class PartEnd(NamedTuple):
-    """The part that began last is complete: `size` bytes, the last of them before `offset`."""
+    """The current part is complete: it has `size` bytes and ends before `offset`."""
 
     number: int
     offset: int
@@ -63,7 +65,7 @@ Event = PartBegin | PartData | PartEnd
 
 
 class State(enum.Enum):
-    """What the next byte belongs to."""
+    """The element that the next byte belongs to; the values are used in error messages."""
 
     PREAMBLE = "the preamble: no delimiter was found"
     DELIMITED = "a delimiter line"
@@ -74,59 +76,61 @@ class State(enum.Enum):
     CLOSED = "the line of the close delimiter"
     EPILOGUE = "the epilogue"
 
-    __hash__ = object.__hash__  # members are single objects; Enum's own hash is a Python call on the hot path
+    __hash__ = object.__hash__  # members are singletons; the hash of Enum is a Python call on the hot path
 
 
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")  # RFC 2046 section 5.1.1
-# Behind a delimiter, the head that nearly every client sends: the disposition, perhaps a type, the blank line; no dashes after it,
-# which want a closer look. Whatever else, escapes and non-ASCII included, takes the long way.
+# After a delimiter, the head that most clients send: the disposition, an optional type, the blank line. Not followed by
+# two dashes, which may begin a delimiter. All other heads, those with escapes and non-ASCII included, are parsed by
+# `parse_part_head`.
 _USUAL_HEAD = re.compile(
     rb'\r\nContent-Disposition: form-data; name="([ !#$&-\[\]-~]++)"(?:; filename="([ !#$&-\[\]-~]*+)")?+\r\n'
     rb"(?:Content-Type: ([!-~]++)\r\n)?+\r\n(?!--)"
 )
-_new = tuple.__new__  # a NamedTuple's own constructor is a Python call that costs as much as finding the part
+_new = tuple.__new__  # the constructor of a NamedTuple is a Python call that costs as much as finding the part
 _PADDING = re.compile(rb"[ \t]*")
 
 
 def check_boundary(boundary: str) -> str:
-    """The boundary itself, when it is one. Raises MalformedRequest."""
+    """Return the boundary unchanged. Raises MalformedRequest when it is not valid (RFC 2046 section 5.1.1)."""
     if not boundary:
         raise MalformedRequest("Content-Type: the boundary of the multipart body is missing or empty")
     if not _BOUNDARY.fullmatch(boundary):
         raise MalformedRequest(
-            "Content-Type: a boundary has 1 to 70 characters, letters, digits and '()+_,-./:=? only, and no blank at its end"
+            "Content-Type: a boundary must have 1 to 70 characters (letters, digits, blanks and '()+_,-./:=?)"
+            " and no blank at its end"
         )
     return boundary
 
 
 class MultipartParser:
-    """Parses one body. Thread-safe: no.
+    """Parser for one body. Thread-safe: no.
 
     Args:
         boundary: from the Content-Type field, unquoted.
-        max_parts: more than that many parts are refused.
-        max_part_head_bytes: longest head of a part, its blank line included.
+        max_parts: the largest number of parts that is accepted.
+        max_part_head_bytes: the longest head of a part that is accepted, its blank line included.
 
     Raises:
         MalformedRequest: from the constructor, `feed` and `finish`; the message has the part's number and the offset.
         TooManyParts: from `feed`.
 
-    After an error the parser is of no more use.
+    The parser must not be used after an error.
     """
 
     def __init__(self, boundary: str, *, max_parts: int, max_part_head_bytes: int) -> None:
         self._delimiter = b"\r\n--" + check_boundary(boundary).encode("ascii")
-        self._reach = len(self._delimiter) - 1  # bytes of a delimiter that a window can hold and not show it
+        self._reach = len(self._delimiter) - 1  # the longest beginning of a delimiter that a window can end with
         self._max_parts = max_parts
         self._max_head = max_part_head_bytes
         self._state = State.PREAMBLE
         self._held = bytearray(b"\r\n")  # as if a line had ended just before the body
-        self._base = -2  # offset in the body of the first byte that is held, or that comes next
-        self._searched = 0  # how much of a held head is known to have no end in it
+        self._base = -2  # offset in the body of the first held byte, or else of the next byte
+        self._searched = 0  # bytes of a held head that were searched for its end
         self._number = 0
-        self._begun_at = 0  # where the content of the current part began
-        self._events: list[Event] = []  # of the call to `feed` that is running
-        self._declared: int | None = None  # the current part's own Content-Length
+        self._begun_at = 0  # offset of the content of the current part
+        self._events: list[Event] = []  # of the current call to `feed`
+        self._declared: int | None = None  # the Content-Length field of the current part
 
     @property
     def held_bytes(self) -> int:
@@ -135,11 +139,11 @@ class MultipartParser:
 
     @property
     def offset(self) -> int:
-        """Bytes fed so far."""
+        """The number of bytes fed so far."""
         return self._base + len(self._held)
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[Event]:
-        """Take the next bytes of the body; the events they complete. `data` is not kept."""
+        """Parse the next bytes of the body and return the events that they complete. `data` is not kept."""
         if not isinstance(data, bytes):
             return self._feed_view(data)
         events: list[Event] = []
@@ -163,13 +167,13 @@ class MultipartParser:
         return events
 
     def finish(self) -> None:
-        """Say that the body has ended. Raises MalformedRequest where the close delimiter is missing."""
+        """Check that the body is complete. Raises MalformedRequest when the close delimiter is missing."""
         if self._state is State.EPILOGUE or (self._state is State.CLOSED and not self._held):
             return
         self._refuse(f"the body ends inside {self._state.value}", self.offset)
 
     def _feed_view(self, data: bytes | bytearray | memoryview) -> list[Event]:
-        """Feed copies that fit the cache: bytes.find is several times faster than any search of a memoryview."""
+        """Feed copies that fit the CPU's cache: bytes.find is several times faster than any search in a memoryview."""
         events: list[Event] = []
         with memoryview(data) as view:
             for start in range(0, len(view), WINDOW_BYTES):
@@ -177,7 +181,7 @@ class MultipartParser:
         return events
 
     def _is_head_whole(self) -> bool:
-        """Look for the blank line in the bytes that came since the last look, so that a head in single bytes costs no more."""
+        """Return whether the held bytes have the blank line. Only new bytes are searched, to keep the time linear."""
         if self._held.find(b"\r\n\r\n", max(0, self._searched - 3)) >= 0 or self._held.startswith(b"\r\n"):
             return True
         self._searched = len(self._held)
@@ -213,10 +217,10 @@ class MultipartParser:
         return position
 
     def _read_usual_parts(self, window: bytes, position: int) -> int:
-        """Take the parts with a usual head in one turn, as the other steps would take them in several.
+        """Parse parts with a usual head in one loop, with the same result as the other steps in several calls.
 
-        Begins behind a delimiter and ends behind another one, or behind the head of a part that is long or not whole. A form of
-        many small fields is parsed in a third of the time.
+        Starts after a delimiter. Ends after another one, or after the head of a part that is long or incomplete. A form
+        of many small fields is parsed in a third of the time.
         """
         delimiter, append, base = self._delimiter, self._events.append, self._base
         number, most, length = self._number, self._max_parts, len(self._delimiter)
@@ -250,7 +254,7 @@ class MultipartParser:
         if pair == b"\r\n":
             return self._begin_head(position + 2)
         if pair not in (b"", b"\r"):
-            self._refuse("a delimiter line goes on after its padding", self._base + position)
+            self._refuse("text after the padding of a delimiter line", self._base + position)
         return position
 
     def _read_head(self, window: bytes, position: int) -> int:
@@ -273,11 +277,11 @@ class MultipartParser:
         return end
 
     def _look_ahead(self, window: bytes, position: int) -> int:
-        """Refuse a delimiter that follows the blank line at once: to RFC 2046 a part without a body, to most readers content."""
+        """Refuse a delimiter right after the blank line: an empty part in RFC 2046, but content for most parsers."""
         line = self._delimiter[2:]
         ahead = window[position : position + len(line)]
         if ahead == line:
-            self._refuse("a delimiter follows the head at once", self._begun_at)
+            self._refuse("a delimiter directly follows the head", self._begun_at)
         if not line.startswith(ahead):
             self._state = State.CONTENT
         return position
@@ -288,9 +292,9 @@ class MultipartParser:
         if found < 0:
             end = len(window)
             tail = end - self._reach
-            last = window.rfind(b"\r", tail if tail > position else position)  # noqa: FURB136 - a call costs as much
+            last = window.rfind(b"\r", tail if tail > position else position)  # noqa: FURB136 - max() is slower
             if last >= 0 and delimiter.startswith(window[last:]):
-                end = last  # only the last CR needs a look: no delimiter has a second one
+                end = last  # only the last CR can begin a delimiter, which has no second CR
         if end > position:
             data: bytes | memoryview = window
             if end - position < len(window):
@@ -300,7 +304,7 @@ class MultipartParser:
             return end
         size = base + end - self._begun_at
         if self._declared is not None and size != self._declared:
-            self._refuse(f"the part has {size} bytes, its own Content-Length says {self._declared}", base + end)
+            self._refuse(f"the part has {size} bytes, but its Content-Length is {self._declared}", base + end)
         self._events.append(PartEnd(self._number, base + end, size))
         self._state = State.DELIMITED
         return end + len(delimiter)
@@ -318,7 +322,7 @@ class MultipartParser:
     def _skip_epilogue(self, window: bytes, _position: int) -> int:
         return len(window)
 
-    # --- what the steps share ------------------------------------------------------------------------------------------
+    # --- shared by the steps ------------------------------------------------------------------------------------------
 
     def _begin_head(self, position: int) -> int:
         self._number += 1

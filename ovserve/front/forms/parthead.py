@@ -1,9 +1,9 @@
-"""The head of one part of a multipart body: field lines to a PartHead, or a refusal that says where.
+"""Parser for the head of one part of a multipart body: field lines to a PartHead, or an error with its offset.
 
     part-head = *( field-line CRLF ) CRLF         RFC 2046 section 5.1 and RFC 7578 section 4, without folded lines
 
-Strict in syntax, for two readers of one head must not disagree: no folded lines, no bare CR or LF, no control characters, no
-known field twice. Forgiving in what clients do send: fields in any order and case, and fields that mean nothing here.
+The syntax is strict, because two parsers must not read one head differently: no folded lines, no bare CR or LF, no
+control characters, no known field twice. Fields may come in any order and case, and unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ovserve.front.http1.headers import TOKEN, parse_disposition
 
 __all__ = ["PartHead", "parse_part_head"]
 
-Refuse = Callable[[str, int], NoReturn]  # (what is wrong, at which byte of the head)
+Refuse = Callable[[str, int], NoReturn]  # (what is wrong, offset in the head)
 
 
 class PartHead(NamedTuple):
-    """What the head of a part declares. Nothing in it is ever a path."""
+    """The declarations of a part's head. The filename is never used as a path."""
 
     name: str
     filename: str | None = None
-    content_type: str | None = None  # as sent, without the blanks around it
+    content_type: str | None = None  # as sent, without leading and trailing blanks
     transfer_encoding: str = "binary"  # lower case
     content_length: int | None = None
 
@@ -36,10 +36,15 @@ _KNOWN = ("content-disposition", "content-type", "content-transfer-encoding", "c
 
 
 def parse_part_head(head: bytes, refuse: Refuse) -> PartHead:
-    """Parse a head that ends with its blank line; `refuse` is called with what is wrong and must raise."""
+    """Parse a head that ends with its blank line.
+
+    Args:
+        head: the field lines and the blank line, in bytes as received.
+        refuse: is called with the error text and its offset in the head; must raise. Nothing else is raised.
+    """
     fields = _parse_field_lines(head, refuse)
     if "content-disposition" not in fields:
-        refuse("no Content-Disposition", 0)
+        refuse("Content-Disposition is missing", 0)
     value, at = fields["content-disposition"]
     try:
         kind, name, filename = parse_disposition(value)
@@ -61,7 +66,7 @@ def parse_part_head(head: bytes, refuse: Refuse) -> PartHead:
 
 
 def _parse_field_lines(head: bytes, refuse: Refuse) -> dict[str, tuple[str, int]]:
-    """The known fields by lower-case name, each with the place of its line; every line is checked, known or not."""
+    """Return the known fields by lower-case name, each with the offset of its line. Unknown fields are checked too."""
     fields: dict[str, tuple[str, int]] = {}
     at = 0
     for line in head[:-2].split(b"\r\n")[:-1]:
@@ -81,7 +86,7 @@ def _parse_field_lines(head: bytes, refuse: Refuse) -> dict[str, tuple[str, int]
             refuse("field line is not UTF-8", at + len(raw_name) + 1 + error.start)
         if name in _KNOWN:
             if name in fields:
-                refuse(f"{name} twice", at)
+                refuse(f"{name} is given twice", at)
             fields[name] = (value, at)
         at += len(line) + 2
     return fields

@@ -1,8 +1,8 @@
-"""A request body in a spool segment, received as it arrives, and the form whose uploads are places in that segment.
+"""Receiver for a request body in a spool segment, and the form whose uploads are ranges of that segment.
 
     socket ──readinto──▶ segment.view[filled:] ──window──▶ parser
 
-No byte of an upload is copied after it was received. The segment grows with what has come in, never by what a head promises.
+No byte of an upload is copied after it was received. It grows with the received bytes, not to the announced length.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ovserve.wire.local.spool import Segment, Spool
 
 __all__ = ["Body", "SpooledForm", "SpooledUpload", "receive"]
 
-RECEIVE_BYTES = 1024 * 1024  # received and parsed at once: few waits, and the bytes are still in a cache near by
-FIRST_BYTES = 16 * 1024  # on the heap: what a client may keep us waiting for before it costs room in the spool
-GROWTH_BYTES = (256 * 1024, 1024 * 1024)  # how far a segment is reserved ahead of what has come in: at first, at most
+RECEIVE_BYTES = 1024 * 1024  # received and parsed in one step: few waits, and the bytes are still in the CPU's cache
+FIRST_BYTES = 16 * 1024  # received on the heap, so that a client that sends nothing takes no space in the spool
+GROWTH_BYTES = (256 * 1024, 1024 * 1024)  # reserved ahead of the received bytes: at first, at most
 
 
 class Body(Protocol):
@@ -27,15 +27,18 @@ class Body(Protocol):
 
     @property
     def expected(self) -> int | None:
-        """Bytes in all, where the head says so."""
+        """The total number of bytes, or None when the head does not announce it."""
 
     def readinto(self, view: memoryview, /) -> int:
-        """Receive into `view`, which is not empty; the number of bytes, 0 at the end. Raises ApiError and ClientGone."""
+        """Receive into `view`, which must not be empty, and return the byte count, 0 at the end.
+
+        Raises ApiError and ClientGone.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class SpooledUpload:
-    """One uploaded file: `size` bytes from `offset` in a segment of the form."""
+    """An uploaded file: `size` bytes from `offset` in a segment of the form."""
 
     name: str
     filename: str | None
@@ -45,18 +48,18 @@ class SpooledUpload:
 
     @property
     def blob(self) -> Blob:
-        """Where its bytes lie, for a worker."""
+        """The location of its bytes, for a worker."""
         return self.segment.blob(self.offset, self.size)
 
     def view(self) -> memoryview:
-        """Its bytes. Valid until the form is released; the caller releases what it slices."""
+        """Return its bytes. The view is valid until the form is released; the caller must release its slices."""
         return self.segment.view[self.offset : self.offset + self.size]
 
 
 class SpooledForm:
-    """Fields and uploads of one body, in the order of the body, as `api.exchange.Form` asks; owns their segments.
+    """Fields and uploads of one body, in its order. Owns their segments; implements `api.exchange.Form`.
 
-    Thread-safe: no; it lives in one handler thread.
+    Thread-safe: no; used by one handler thread.
     """
 
     def __init__(self, *, is_json: bool) -> None:
@@ -67,35 +70,41 @@ class SpooledForm:
 
     @property
     def is_json(self) -> bool:
-        """Whether values have JSON types."""
+        """Whether the values have JSON types."""
         return self._is_json
 
     def own(self, segment: Segment) -> Segment:
-        """Release this segment with the form."""
+        """Make the form the owner of a segment: it is released with the form."""
         self._segments.append(segment)
         return segment
 
     def release(self) -> None:
-        """Give the segments back. Safe to call twice."""
+        """Release the segments. Idempotent."""
         while self._segments:
             self._segments.pop().release()
 
 
 def receive(body: Body, form: SpooledForm, spool: Spool, limit: int) -> Iterator[tuple[Segment, int, int]]:
-    """Receive the body into one segment of the form; yields the segment, and begin and end of each piece in it.
+    """Receive the body into one segment of the form.
 
-    A head alone reserves nothing: there is a segment when the first bytes have come, and it grows with those that follow.
+    A head alone reserves nothing: the segment is created when the first bytes have arrived, and grows as more arrive.
 
-    Raises ContentTooLarge beyond `limit` bytes or what the spool can hold, SpoolFull, and what `body.readinto` raises.
+    Yields:
+        The segment, and the begin and the end of each piece in it.
+
+    Raises:
+        ContentTooLarge: the body is larger than `limit` bytes or than the spool.
+        SpoolFull: the spool has no space at present.
+        ApiError, ClientGone: raised by `body.readinto`.
     """
     ceiling = limit if body.expected is None else min(body.expected, limit)
     if body.expected is not None:
-        spool.check_size(ceiling)  # before it has filled the spool, and taken the room of others
+        spool.check_size(ceiling)  # fail before the body takes the space of other requests
     first = memoryview(bytearray(min(FIRST_BYTES, ceiling)))
     filled = body.readinto(first) if ceiling else 0
     if not filled:
         return
-    # Without a length in the head, no more is known to come than has come.
+    # Without an announced length, only the bytes received so far are certain.
     segment = form.own(spool.borrow(ceiling, filled if body.expected is None else ceiling))
     segment.reserve(min(ceiling, GROWTH_BYTES[0]))
     segment.view[:filled] = first[:filled]

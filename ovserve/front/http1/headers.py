@@ -1,12 +1,18 @@
 """RFC 9110 field grammar: token, quoted-string, parameters, Content-Type, Content-Disposition.
 
-Where the RFCs and the bytes of real clients differ, the clients win as long as no two readings are possible:
+Clients deviate from the RFCs. What they send is accepted as long as only one reading is possible:
 
-- an unquoted parameter value may hold what a boundary may (`=`, `:`, `/`, ...), not only token characters: JavaMail and others
-  do not quote them;
-- in Content-Disposition, browsers write `"` as `%22`, CR and LF as `%0D` and `%0A`, and a backslash as itself (WHATWG HTML,
-  multipart/form-data encoding), curl --form-escape and Go write backslash escapes (RFC 9110 section 5.6.4). A quoted string is
-  read by the RFC's grammar first, then by the browsers'.
+- An unquoted parameter value may hold every character of a boundary (`=`, `:`, `/`, ...), not only token characters,
+  because some clients do not quote such boundaries.
+- In Content-Disposition, browsers write `"` as `%22`, CR and LF as `%0D` and `%0A`, and a backslash as itself (WHATWG
+  HTML, multipart/form-data encoding). curl --form-escape and Go write backslash escapes (RFC 9110 section 5.6.4).
+  httpx, and with it the official Python client, writes `"` as `%22` but a backslash as two. A value is read by the
+  RFC's grammar first, then by the browsers'.
+
+The grammar, the check for repeated parameters and `filename*` are implemented here. The `multipart` package undoes the
+backslash escapes. Its `parse_options_header` is not used: it skips what it cannot read, keeps the last of two
+parameters with one name, cuts an unquoted value at the first character that is not a token character, and its grammar
+differs between releases.
 """
 
 from __future__ import annotations
@@ -15,36 +21,26 @@ import re
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
+from multipart import header_unquote
+
 __all__ = ["TOKEN", "Disposition", "is_token", "list_members", "parse_disposition", "parse_options"]
 
-TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # noqa: S105 - RFC 9110 section 5.6.2, no secret
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # noqa: S105 - RFC 9110 section 5.6.2, not a password
 
-# An unquoted value: visible, and nothing that ends or nests a parameter. Includes every `bcharsnospace` of RFC 2046.
-_LOOSE_VALUE = r'[^\x00-\x20\x7f";\\]+'
-_RFC_QUOTED = r'"((?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*)"'
-_BROWSER_QUOTED = r'"([^"\x00-\x08\x0a-\x1f\x7f]*)"'
-
-
-def _parameter(quoted: str) -> re.Pattern[str]:
-    """RFC 9110 section 5.6.6: parameters = *( OWS ";" OWS [ parameter ] ), and a parameter ends where the next begins."""
-    return re.compile(rf"[ \t]*+;[ \t]*+(?:({TOKEN})=(?:{quoted}|({_LOOSE_VALUE})))?(?=[ \t]*+(?:;|\Z))")
-
-
-_rfc_parameter = _parameter(_RFC_QUOTED)
-_browser_parameter = _parameter(_BROWSER_QUOTED)
+_QUOTED_VALUE = r'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*"'
+# Visible characters, except those that end or nest a parameter. Includes every `bcharsnospace` of RFC 2046.
+_UNQUOTED_VALUE = r'[^\x00-\x20\x7f";\\]+'
+# RFC 9110 section 5.6.6: parameters = *( OWS ";" OWS [ parameter ] ). A parameter must end where the next one begins.
+_parameter = re.compile(rf"[ \t]*+;[ \t]*+(?:({TOKEN})=({_QUOTED_VALUE}|{_UNQUOTED_VALUE}))?(?=[ \t]*+(?:;|\Z))")
 _main_value = re.compile(rf"[ \t]*+({TOKEN}(?:/{TOKEN})?)[ \t]*+(?=;|\Z)")
 _token = re.compile(TOKEN)
-_escape = re.compile(r"\\(.)")
-_browser_escape = re.compile(r'\\(["\\])|%(22|0[AaDd])')
-_BROWSER_ESCAPES = {"22": '"', "0A": "\n", "0D": "\r"}
+# The characters that browsers escape, in either case. None of the replacements can form a new escape.
+_PERCENT_ESCAPES = {"%22": '"', "%0D": "\r", "%0d": "\r", "%0A": "\n", "%0a": "\n"}
 _extended_value = re.compile(r"(?i:(utf-8|iso-8859-1))'[^']*'((?:[!#$&+\-.^_`|~0-9A-Za-z]|%[0-9A-Fa-f]{2})*)")
-
-# What nearly every client sends for a part, free of escapes: read by one match.
-_plain_disposition = re.compile(r'form-data; name="([^"\\%\x00-\x1f\x7f]*)"(?:; filename="([^"\\%\x00-\x1f\x7f]*)")?')
 
 
 class Disposition(NamedTuple):
-    """A Content-Disposition field: the kind in lower case, and its two parameters as the client meant them."""
+    """A Content-Disposition field: the kind in lower case, and its two parameters without quotes and escapes."""
 
     kind: str
     name: str | None
@@ -52,75 +48,82 @@ class Disposition(NamedTuple):
 
 
 def is_token(text: str) -> bool:
-    """Whether the text is a token of RFC 9110 section 5.6.2."""
+    """Return whether the text is a token of RFC 9110 section 5.6.2."""
     return _token.fullmatch(text) is not None
 
 
 def list_members(value: str) -> list[str]:
-    """The members of a comma-separated list without empty ones (RFC 9110 section 5.6.1), for lists that hold tokens only."""
+    """Return the non-empty members of a comma-separated list (RFC 9110 section 5.6.1). Only for lists of tokens."""
     return [member for part in value.split(",") if (member := part.strip(" \t"))]
 
 
 def parse_options(value: str) -> tuple[str, dict[str, str]]:
-    """Read `type/subtype; name=value; name="value"` as in Content-Type: the value in lower case, parameters by lower-case name.
+    """Parse `type/subtype; name=value; name="value"` as in Content-Type.
 
-    Of two parameters with one name the last wins: `curl -F` with a Content-Type of the user's own sends two boundaries, and the
-    second is the true one.
+    The last of two parameters with one name wins: `curl -F` with a Content-Type set by the user sends two boundaries,
+    and the second one is the boundary of the body.
+
+    A backslash escapes only `"` and another backslash. It stays in front of any other character, where RFC 9110 section
+    5.6.4 drops it: no client needs such an escape, and a boundary or charset with a backslash in it is then refused.
+
+    Returns:
+        The main value in lower case, and the parameters by lower-case name.
 
     Raises:
-        ValueError: the text does not follow the grammar; the message says where.
+        ValueError: the text does not follow the grammar; the message has the offset.
     """
-    main, pairs = _scan(value, _rfc_parameter)
-    return main, {name: _escape.sub(r"\1", quoted) if quoted else loose for name, quoted, loose in pairs}
+    main, pairs = _split(value)
+    return main, {name: header_unquote(raw) for name, raw in pairs}
 
 
 def parse_disposition(value: str) -> Disposition:
-    """Read a Content-Disposition field (RFC 6266 section 4.1, RFC 7578 section 4.2), with either way of escaping.
+    """Parse a Content-Disposition field (RFC 6266 section 4.1, RFC 7578 section 4.2) with any of the ways of escaping.
 
     `filename*` (RFC 8187) counts only where there is no `filename`: RFC 7578 forbids it in forms, and .NET sends both.
 
     Raises:
-        ValueError: the text does not follow the grammar, or names one parameter twice; the message says where.
+        ValueError: the text does not follow the grammar (the message has the offset), or a parameter is given twice.
     """
-    if plain := _plain_disposition.fullmatch(value):
-        return Disposition("form-data", plain[1], plain[2])
     try:
-        kind, pairs = _scan(value, _rfc_parameter)
-    except ValueError:
-        kind, pairs = _scan(value, _browser_parameter)
+        kind, pairs = _split(value)
+    except ValueError as error:
+        # A browser leaves a backslash at the end of a value as it is. The RFC's grammar reads it when it is doubled.
+        try:
+            kind, pairs = _split(value.replace("\\", "\\\\"))
+        except ValueError:
+            raise error from None
     options: dict[str, str] = {}
-    for name, quoted, loose in pairs:
+    for name, raw in pairs:
         if name in options:
             raise ValueError(f"parameter {name!r} is given twice")
-        options[name] = _browser_escape.sub(_undo_escape, quoted or loose)
+        options[name] = header_unquote(raw)
+        for escape, character in _PERCENT_ESCAPES.items():
+            options[name] = options[name].replace(escape, character)
     filename = options.get("filename")
     if filename is None and "filename*" in options:
         filename = _decode_extended(options["filename*"])
     return Disposition(kind, options.get("name"), filename)
 
 
-def _scan(value: str, parameter: re.Pattern[str]) -> tuple[str, list[tuple[str, str, str]]]:
-    """The main value, and (name, quoted value, unquoted value) of each parameter. Raises ValueError."""
+def _split(value: str) -> tuple[str, list[tuple[str, str]]]:
+    """Return the main value, and the name and the raw value (quoted or not) of each parameter. Raises ValueError."""
     main = _main_value.match(value)
     if not main:
         raise ValueError("expected a token at offset 0")
-    pairs: list[tuple[str, str, str]] = []
+    pairs: list[tuple[str, str]] = []
     position, end = main.end(), len(value.rstrip(" \t"))
     while position < end:
-        match = parameter.match(value, position)
+        match = _parameter.match(value, position)
         if not match:
             raise ValueError(f"malformed parameter at offset {position}")
         if match[1]:
-            pairs.append((match[1].lower(), match[2] or "", match[3] or ""))
+            pairs.append((match[1].lower(), match[2]))
         position = match.end()
     return main[1].lower(), pairs
 
 
-def _undo_escape(match: re.Match[str]) -> str:
-    return match[1] or _BROWSER_ESCAPES[match[2].upper()]
-
-
 def _decode_extended(value: str) -> str:
+    """Decode the value of `filename*` (RFC 8187 section 3.2). Raises ValueError."""
     match = _extended_value.fullmatch(value)
     if not match:
         raise ValueError("malformed filename*")

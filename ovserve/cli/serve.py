@@ -1,0 +1,93 @@
+"""`ovserve serve`: settings from the command line, the environment and a file; then the server."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ovserve import __version__
+from ovserve.cli.arguments import ArgumentParser
+from ovserve.cli.commands import ExitCode
+from ovserve.errors import StartupError
+from ovserve.logs import configure_logs, fields
+from ovserve.server import Server
+from ovserve.settings.options import ModelSettings, Settings, options_of
+from ovserve.settings.sources import ENVIRONMENT_PREFIX, load_settings, service_variables
+
+__all__ = ["parse_arguments", "run"]
+
+log = logging.getLogger(__name__)
+
+_DESCRIPTION = """Start the server: OpenAI's images API over OpenVINO GenAI. Without options it serves the built-in
+model on http://127.0.0.1:8000. An option can be written with underscores or hyphens, as an environment variable
+(OVSERVE_PORT for --port), or as a line in the TOML file that --config names. Several models are [[model]] tables in
+that file."""
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("serve", _DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"ovserve {__version__}")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file with options and [[model]] tables.")
+    for title, table in (("server", Settings), ("the model", ModelSettings)):
+        group = parser.add_argument_group(title)
+        for name, (entry, option) in options_of(table).items():
+            unit = f" ({option.unit})" if option.unit else ""
+            choices = f" One of {', '.join(option.choices)}." if option.choices else ""
+            default = "" if entry.default in (None, "") else f" Default: {entry.default}."
+            text = f"{option.text}{choices}{default}{unit}".replace("%", "%%")
+            flags = [f"--{each}" for each in (name, *option.aliases)]
+            group.add_argument(*flags, dest=name, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """Return the settings. A wrong flag ends the process with `ExitCode.USAGE`.
+
+    Raises:
+        SettingsError: an option, a variable or the file is wrong.
+    """
+    flags = _parser().parse(arguments)
+    config = flags.pop("config", None) or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG") or None
+    values = {name: str(value) for name, value in flags.items()}
+    return load_settings(values, environment, Path(str(config)) if config else None)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the server until a signal stops it; return the exit code."""
+    try:
+        settings = parse_arguments(arguments, os.environ)
+        configure_logs(settings.log_level, settings.log_format)
+        if foreign := service_variables(os.environ):
+            log.info(
+                "ignored environment variables that Kubernetes sets for a Service",
+                extra=fields(ignored=", ".join(foreign)),
+            )
+        return _end(Server(settings, lambda: parse_arguments(arguments, os.environ)).run())
+    except StartupError as error:
+        with contextlib.suppress(OSError):  # the exit code says it as well
+            print(f"ovserve: {error}", file=sys.stderr)
+        return _end(ExitCode.USAGE)
+
+
+def _end(code: int) -> int:
+    """Return the exit code, or end the process here where a worker survived SIGKILL.
+
+    At interpreter exit multiprocessing joins every child, without a timeout.
+    """
+    if left := multiprocessing.active_children():
+        log.error(
+            "exiting while workers that survived SIGKILL still run",
+            extra=fields(workers=", ".join(each.name for each in left)),
+        )
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    return code
