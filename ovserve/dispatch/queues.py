@@ -114,7 +114,7 @@ class _Address:
 class FairQueue:
     """Waiting tickets of one model.
 
-    Operations take constant time, except iteration and skipping of requeued jobs and of addresses that are not eligible.
+    Operations take constant time, except iteration and skipping of requeued jobs and addresses that are not eligible.
     """
 
     def __init__(self, limit: int) -> None:
@@ -142,8 +142,8 @@ class FairQueue:
         free = self.limit + free_capacity - len(self)
         waiting = self._addresses.get(client.address)
         by_address, by_key = (len(waiting), waiting.count_of(client.key)) if waiting else (0, 0)
-        # Each job that an address adds takes one from `free` and adds one to `by_address`: it may add this many, rounded
-        # up.
+        # Each job that an address adds takes one from `free` and adds one to `by_address`: it may add this many
+        # (rounded up).
         addable = -((by_address - _SHARE * free) // (_SHARE + 1))
         return by_key < _SHARE * addable
 
