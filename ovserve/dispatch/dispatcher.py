@@ -150,7 +150,7 @@ class Dispatcher:
         with self._lock:
             found = self._models.get(model)
             if found is None:
-                raise ModelNotFound(f"There is no model {model!r}.", param="model")
+                raise ModelNotFound(f"The model {model!r} does not exist.", param="model")
             return found.status(unavailable_reason)
 
     def statuses(self) -> list[ModelStatus]:
@@ -264,7 +264,7 @@ class Dispatcher:
     def _check_admission(self, job: Job) -> ModelQueue:
         model = self._models.get(job.model)
         if model is None:
-            raise ModelNotFound(f"There is no model {job.model!r}.", param="model")
+            raise ModelNotFound(f"The model {job.model!r} does not exist.", param="model")
         if self._is_draining:
             raise Draining("The server is shutting down and accepts no new jobs.", retry_after_s=NOT_READY_RETRY_S)
         model.check_admission(job.client, self._settings.failed_retry_s)
