@@ -211,7 +211,7 @@ class Supervisor:
         self._reap_unkillable()
         with self._changed:
             self._changed.notify_all()
-        if now - self._dispatcher.turned_at < _DISPATCHER_LATE_S:
+        if now - self._dispatcher.polled_at < _DISPATCHER_LATE_S:
             self._watchdog.feed()
         if self._stop_by is not None and self._is_stopped(now):
             return False
@@ -312,7 +312,7 @@ class Supervisor:
             slot.end_by = now if link.is_broken else now + fleet.settings.terminate_timeout_s
             slot.kill_reason = link.lost if link.is_broken else ""
         # What the dispatcher has not read is no silence.
-        silence_s = self._dispatcher.turned_at - max(link.beat_at, self._ignore_silence_before)
+        silence_s = self._dispatcher.polled_at - max(link.beat_at, self._ignore_silence_before)
         resident = processes.resident_bytes(slot.pid)
         if now >= slot.end_by:
             self._kill(slot, slot.kill_reason or "it did not end within its grace")
