@@ -195,7 +195,7 @@ def receive_memory(receiver: Receiver, _: Any) -> None:
 
 def receive_segment(receiver: Receiver, spool: Any) -> None:
     """Into a segment that grows as `read_form` makes it grow, unparsed and unchecked."""
-    segment = spool.borrow(receiver.size)
+    segment = spool.create_for_upload(receiver.size)
     filled = 0
     while filled < receiver.size:
         if filled >= segment.reserved:

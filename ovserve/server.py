@@ -30,8 +30,8 @@ from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog, ServedModel, read_catalog
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.local.file_pool import MAX_POOLED_FILES
 from ovserve.wire.local.spool import Spool, default_directory
-from ovserve.wire.local.warm import MOST_FILES
 from ovserve.worker import main as worker
 
 __all__ = ["Server"]
@@ -43,7 +43,7 @@ LAST_ANSWERS_S = 1.0  # for answers that are on their way when the server stops 
 STOP_TIMEOUT_S = 10.0  # for processes to end once nothing is in flight
 # Enough for any number of threads a machine has; some libraries walk over all that there may be.
 MOST_DESCRIPTORS = 65536
-OWN_DESCRIPTORS = 128 + 2 * MOST_FILES  # of the front end itself and its links to workers, and of the warm files
+OWN_DESCRIPTORS = 128 + 2 * MAX_POOLED_FILES  # the front end itself, its links to workers, and pooled spool files
 # The socket; the upload's segment and its map, the request's segment and the job's eventfd. Each picture and preview adds one.
 CONNECTION_DESCRIPTORS = 5
 
@@ -81,12 +81,12 @@ class Server:
             settings.spool_fallback_dir,
             settings.spool_warm_bytes,
         )
-        if self._spool.most_bytes < settings.max_body_bytes:
+        if self._spool.capacity_bytes < settings.max_body_bytes:
             log.warning(
                 "the spool cannot hold the largest request that is allowed: some will get 413",
                 extra=fields(
                     spool=self._spool.directory.parent,
-                    bytes=self._spool.most_bytes,
+                    bytes=self._spool.capacity_bytes,
                     max_body_bytes=settings.max_body_bytes,
                 ),
             )
@@ -262,8 +262,8 @@ def _say(line: str) -> None:
 def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
     """Have what the API does not know of shown among its metrics."""
     metrics.watch("ovserve_spool_bytes", lambda: [([], spool.used_bytes)])
-    metrics.watch("ovserve_spool_warm_bytes", lambda: [([], spool.warm.size)])
-    metrics.watch("ovserve_spool_limit_bytes", lambda: [([], spool.most_bytes)])
+    metrics.watch("ovserve_spool_warm_bytes", lambda: [([], spool.file_pool.size_bytes)])
+    metrics.watch("ovserve_spool_limit_bytes", lambda: [([], spool.capacity_bytes)])
     metrics.watch("ovserve_worker_restarts_total", lambda: [([name], n) for name, n in supervisor.restarts().items()])
 
 

@@ -143,7 +143,7 @@ class Dispatcher:
 
     def _unavailable_reason(self) -> str:
         """Why no model takes jobs now. Asked for without the lock: the spool may have to look into its directory."""
-        return "draining" if self._is_draining else self._spool.trouble
+        return "draining" if self._is_draining else self._spool.unusable_reason
 
     @property
     def is_draining(self) -> bool:
@@ -344,9 +344,9 @@ class Dispatcher:
         del self._workers[link.fileno()]
         self._watch_writes(worker, False)
         lost = [ticket for ticket in worker.held.values() if not ticket.job.is_settled]
-        read_bytes = link.read_bytes
-        was_read = [ticket for ticket in lost if ticket.given_at < read_bytes]
-        link.jobs_lost, link.lost_second_try = len(was_read), any(ticket.is_alone for ticket in was_read)
+        consumed_bytes = link.consumed_bytes
+        was_read = [ticket for ticket in lost if ticket.given_at < consumed_bytes]
+        link.jobs_lost, link.lost_retried_job = len(was_read), any(ticket.is_alone for ticket in was_read)
         for ticket in lost:
             self._requeue(worker, ticket, why, was_read=ticket in was_read)
         with self._lock:  # at once, and not before: a removed model without workers and waiting jobs is forgotten
@@ -420,7 +420,7 @@ class Dispatcher:
                 worker.held[job.id] = ticket
             job.attempts += 1
             job.timings.dispatched_at = time.monotonic()
-            ticket.given_at = worker.link.given_bytes
+            ticket.given_at = worker.link.sent_bytes
             self._send(worker, Run(job.id, ticket.request, job.deadline.remaining(), alone=ticket.is_alone))
 
     def _expire(self) -> None:

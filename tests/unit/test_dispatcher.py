@@ -814,7 +814,7 @@ def test_second_death_is_the_end(house: House) -> None:
         assert worker.expect(Run).alone == bool(number)
         worker.die()
         house.until(lambda worker=worker: bool(worker.link.lost))  # type: ignore[misc]
-        assert (worker.link.jobs_lost, worker.link.lost_second_try) == (1, bool(number))
+        assert (worker.link.jobs_lost, worker.link.lost_retried_job) == (1, bool(number))
     assert job is not None
     assert house.settled(job) is State.FAILED
     assert isinstance(job.error, WorkerCrashed)
@@ -829,7 +829,7 @@ def test_job_that_dead_workers_never_read_has_no_part_in_their_deaths(house: Hou
         house.until(lambda: house.dispatcher.status("toy").running == 1)
         doomed.die()
         house.until(lambda doomed=doomed: bool(doomed.link.lost))  # type: ignore[misc]
-        assert (doomed.link.jobs_lost, doomed.link.lost_second_try) == (0, False)
+        assert (doomed.link.jobs_lost, doomed.link.lost_retried_job) == (0, False)
     assert job
     last = house.worker()
     run = last.expect(Run)

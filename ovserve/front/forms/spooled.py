@@ -96,7 +96,7 @@ def receive(body: Body, form: SpooledForm, spool: Spool, limit: int) -> Iterator
     if not filled:
         return
     # Without a length in the head, no more is known to come than has come.
-    segment = form.own(spool.borrow(ceiling, filled if body.expected is None else ceiling))
+    segment = form.own(spool.create_for_upload(ceiling, filled if body.expected is None else ceiling))
     segment.reserve(min(ceiling, GROWTH_BYTES[0]))
     segment.view[:filled] = first[:filled]
     yield segment, 0, filled
