@@ -161,7 +161,7 @@ class Dispatcher:
 
     def _unavailable_reason(self) -> str:
         """Return why no model accepts jobs now, or "". Called without the lock: the spool may access its directory."""
-        return "draining" if self._is_draining else self._spool.trouble
+        return "draining" if self._is_draining else self._spool.unusable_reason
 
     @property
     def is_draining(self) -> bool:
@@ -380,9 +380,9 @@ class Dispatcher:
         del self._workers[link.fileno()]
         self._poll_writes(worker, False)
         unsettled = [ticket for ticket in worker.assigned.values() if not ticket.job.is_settled]
-        read_bytes = link.read_bytes
-        was_read = [ticket for ticket in unsettled if ticket.run_offset < read_bytes]
-        link.jobs_lost, link.lost_second_try = len(was_read), any(ticket.must_run_alone for ticket in was_read)
+        consumed_bytes = link.consumed_bytes
+        was_read = [ticket for ticket in unsettled if ticket.run_offset < consumed_bytes]
+        link.jobs_lost, link.lost_retried_job = len(was_read), any(ticket.must_run_alone for ticket in was_read)
         for ticket in unsettled:
             self._requeue(worker, ticket, why, was_read=ticket in was_read)
         with self._lock:  # only after requeueing: a removed model without workers and queued jobs is deleted
@@ -456,7 +456,7 @@ class Dispatcher:
                 worker.assigned[job.id] = ticket
             job.attempts += 1
             job.timings.dispatched_at = time.monotonic()
-            ticket.run_offset = worker.link.given_bytes
+            ticket.run_offset = worker.link.sent_bytes
             self._send(worker, Run(job.id, ticket.request, job.deadline.remaining(), alone=ticket.must_run_alone))
 
     def _expire_jobs(self) -> None:

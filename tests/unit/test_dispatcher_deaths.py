@@ -65,7 +65,7 @@ def test_job_whose_second_worker_dies_is_failed(harness: DispatcherHarness) -> N
         assert worker.expect(Run).alone == bool(number)
         worker.die()
         harness.wait_until(lambda worker=worker: bool(worker.link.lost))  # type: ignore[misc]
-        assert (worker.link.jobs_lost, worker.link.lost_second_try) == (1, bool(number))
+        assert (worker.link.jobs_lost, worker.link.lost_retried_job) == (1, bool(number))
     assert job is not None
     assert harness.wait_settled(job) is State.FAILED
     assert isinstance(job.error, WorkerCrashed)
@@ -80,7 +80,7 @@ def test_worker_deaths_do_not_count_for_a_job_that_was_not_read(harness: Dispatc
         harness.wait_until(lambda: harness.dispatcher.status("toy").running == 1)
         dying.die()
         harness.wait_until(lambda dying=dying: bool(dying.link.lost))  # type: ignore[misc]
-        assert (dying.link.jobs_lost, dying.link.lost_second_try) == (0, False)
+        assert (dying.link.jobs_lost, dying.link.lost_retried_job) == (0, False)
     assert job
     last = harness.add_worker()
     run = last.expect(Run)
