@@ -55,7 +55,7 @@ class WorkerBench:
         self.settings = settings or Settings(models=(self.model,))
         self.profile = read_profile(self.model)
         self.spool = Spool(spool, 1 << 30)
-        self.grants_room = self.grants_previews = True
+        self.grants_room = self.grants_previews = self.answers_needs = True
         self.log: list[Message] = []
         self.beats: list[Heartbeat] = []
         self.pictures: dict[tuple[str, int, int], bytes] = {}
@@ -96,12 +96,8 @@ class WorkerBench:
             return
         self.log.append(message)
         if isinstance(message, Need):
-            path = ""
-            if self.grants_room and (self.grants_previews or message.partial < 0):
-                room = self.spool.create(message.size, reserve=message.size)
-                self._rooms[message.job, message.picture, message.partial] = room
-                path = room.path
-            self.link.send(Grant(message.job, message.picture, path))
+            if self.answers_needs:
+                self.answer(message)
         elif isinstance(message, Picture):
             room = self._rooms.pop((message.job, message.picture, message.partial))
             self.pictures[message.job, message.picture, message.partial] = bytes(room.view[: message.size])
@@ -110,7 +106,7 @@ class WorkerBench:
     def answer(self, need: Need) -> None:
         """Give the room that was asked for, or tell that there is none."""
         path = ""
-        if self.grants_room:
+        if self.grants_room and (self.grants_previews or need.partial < 0):
             room = self.spool.create(need.size, reserve=need.size)
             self._rooms[need.job, need.picture, need.partial] = room
             path = room.path
