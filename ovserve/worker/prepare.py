@@ -19,7 +19,7 @@ from ovserve.engines.protocol import CLIP_WINDOW, Engine, Work, check_served, ha
 from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
-from ovserve.models.steps import is_lcm, least_strength, steps_run
+from ovserve.models.steps import is_lcm, min_strength_for, steps_run
 from ovserve.pixels.frames import Fitting, Placement, fit_into, size_of
 from ovserve.pixels.images import (
     Limits,
@@ -423,7 +423,7 @@ def check_steps(request: ImageRequest, mode: str, strength: float, profile: Mode
     if steps < 1:
         raise InvalidValue(
             f"strength: {strength:g} of {count} steps is less than one step: "
-            f"the smallest strength that works is {least_strength(count):g}",
+            f"the smallest strength that works is {min_strength_for(count):g}",
             param="strength",
         )
     if mode != "text2image" and profile.family in ("sd3", "flux"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ovserve.errors import ModelError, SettingsError
 from ovserve.models.profile import builtin_directory, read_profile
-from ovserve.models.steps import least_steps, least_strength, steps_run
+from ovserve.models.steps import min_steps_for, min_strength_for, steps_run
 from ovserve.settings.options import ModelSettings, Resolution
 
 
@@ -151,13 +151,13 @@ def test_steps_run_agrees_with_float32(steps: int, strength: float) -> None:
 
 
 @given(steps=st.integers(1, 1000))
-def test_the_least_strength_runs_a_step(steps: int) -> None:
-    assert steps_run(steps, least_strength(steps)) >= 1
+def test_the_min_strength_for_runs_a_step(steps: int) -> None:
+    assert steps_run(steps, min_strength_for(steps)) >= 1
 
 
 @given(strength=st.floats(0.001, 1))
-def test_the_least_steps_run_one_and_one_fewer_runs_none(strength: float) -> None:
-    count = least_steps(strength)
+def test_the_min_steps_for_run_one_and_one_fewer_runs_none(strength: float) -> None:
+    count = min_steps_for(strength)
     assert steps_run(count, strength) == 1
     assert count == 1 or steps_run(count - 1, strength) == 0
 

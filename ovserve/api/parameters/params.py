@@ -27,7 +27,7 @@ from ovserve.errors import (
     UnsupportedParameter,
 )
 from ovserve.models.catalog import Catalog, ServedModel
-from ovserve.models.steps import is_lcm, least_steps, least_strength, steps_run
+from ovserve.models.steps import is_lcm, min_steps_for, min_strength_for, steps_run
 from ovserve.settings.options import Resolution, Settings
 from ovserve.wire.request import SEEDS, ImageRequest
 
@@ -419,7 +419,7 @@ def _preferred_strength(resolved: Mapping[str, Any], model: ServedModel) -> floa
     """What `input_fidelity` = high stands for; None without it. The worker knows whether the whole image is edited."""
     if resolved["input_fidelity"] != "high":
         return None
-    least = least_strength(resolved["num_inference_steps"])
+    least = min_strength_for(resolved["num_inference_steps"])
     preferred = max(model.profile.defaults.strength * FIDELITY, model.limits.min_strength, least)
     return min(preferred, model.limits.max_strength)
 
@@ -437,7 +437,7 @@ def _enough_steps(endpoint: str, resolved: Mapping[str, Any], model: ServedModel
         strength = min(resolved["preferred_strength"] or defaults.strength, defaults.strength_inpainting)
     if is_lcm(model.profile, resolved["scheduler"]) or not steps_run(model.limits.max_num_inference_steps, strength):
         return steps
-    return max(steps, least_steps(strength))
+    return max(steps, min_steps_for(strength))
 
 
 def _check_a_step_runs(
@@ -451,6 +451,6 @@ def _check_a_step_runs(
     most = steps if "num_inference_steps" in values else model.limits.max_num_inference_steps
     told = (
         f"Invalid value for 'strength': {strength:g} of {most} steps leaves no step to run; "
-        f"the smallest strength that works is {least_strength(most):g}."
+        f"the smallest strength that works is {min_strength_for(most):g}."
     )
     raise InvalidValue(told, param=spelled.get("strength", "strength"))
