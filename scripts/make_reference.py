@@ -124,7 +124,7 @@ def _commands() -> Iterator[str]:
 
 def make_reference() -> str:
     """The whole page."""
-    served = [field for field in FIELDS.values() if not field.served]
+    unsupported = [field for field in FIELDS.values() if not field.served]
     lines = [
         "# Reference",
         "",
@@ -157,13 +157,13 @@ def make_reference() -> str:
         "",
         *_fields(),
         "",
-        "Known to clients, and answered with 400 `unsupported_parameter`: "
-        + ", ".join(f"`{field.name}`" for field in served)
+        "Fields that clients know and no model supports; they get 400 `unsupported_parameter`: "
+        + ", ".join(f"`{field.name}`" for field in unsupported)
         + ".",
         "",
-        "What cannot go together:",
+        "These cannot be combined:",
         "",
-        *(f"- {rule.first_told} with {rule.second_told}" for rule in EXCLUSIONS),
+        *(f"- {rule.first_value} with {rule.second_value}" for rule in EXCLUSIONS),
         "",
         "## Paths",
         "",

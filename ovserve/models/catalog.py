@@ -58,8 +58,8 @@ class Catalog:
     def announcing(self, new: Catalog) -> Catalog:
         """Return the catalog to serve while the workers of `new` are loading.
 
-        The names and the default of `new` apply at once. Models that are already served keep their current entries, so that
-        requests are checked against the profile of the workers that will run them.
+        The names and the default of `new` apply at once. Models that are already served keep their current entries, so
+        that requests are checked against the profile of the workers that will run them.
         """
         return replace(new, models={name: self.models.get(name, model) for name, model in new.models.items()})
 

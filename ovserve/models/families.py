@@ -21,7 +21,8 @@ class Defaults:
     strength_variation: float
 
 
-# Prefixes of the pipeline class names of diffusers, and the values that OpenVINO GenAI uses for omitted options (measured).
+# Prefixes of the pipeline class names of diffusers, and the values that OpenVINO GenAI uses for omitted options
+# (measured).
 FAMILIES: dict[str, tuple[str, Defaults]] = {
     "StableDiffusionXL": ("sdxl", Defaults(50, 5.0, 0.5, 0.9999, 0.5)),
     "StableDiffusion3": ("sd3", Defaults(28, 7.0, 0.6, 0.6, 0.6)),
@@ -30,8 +31,8 @@ FAMILIES: dict[str, tuple[str, Defaults]] = {
     "Flux": ("flux", Defaults(28, 3.5, 0.6, 0.6, 0.6)),
 }
 
-# Families whose last text encoder is a T5, which reads the whole prompt (the CLIP encoders read only its beginning): the
-# component's directory and the number of tokens that OpenVINO GenAI passes to it.
+# Families whose last text encoder is a T5, which reads the whole prompt (the CLIP encoders read only its beginning):
+# the component's directory and the number of tokens that OpenVINO GenAI passes to it.
 T5_ENCODERS: dict[str, tuple[str, int]] = {"sd3": ("text_encoder_3", 256), "flux": ("text_encoder_2", 512)}
 
 

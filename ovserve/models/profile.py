@@ -1,7 +1,8 @@
 """The profile of a model: family, tasks, sizes, defaults, limits. Used by the front end and by the workers.
 
-It is read from the JSON files in the model's directory, without OpenVINO: this takes about a millisecond, and a wrong directory
-is reported before a process is started. An optional file `ovserve.json` beside `model_index.json` declares what those files do
+It is read from the JSON files in the model's directory, without OpenVINO: this takes about a millisecond, and a wrong
+directory is reported before a process is started. An optional file `ovserve.json` beside `model_index.json` declares
+what those files do
 not contain: the sizes the model was trained for, its best defaults, its presets.
 """
 
@@ -79,8 +80,8 @@ class ModelProfile:
     def working_size(self, width: int, height: int) -> Resolution:
         """Return the size at which the model works on a picture of `width` x `height` pixels.
 
-        It is the nearest size in the native range with the same aspect ratio, as far as side_multiple_px and the range allow.
-        Sides are rounded up, so that fitting the result back only crops and scales.
+        It is the nearest size in the native range with the same aspect ratio, as far as side_multiple_px and the range
+        allow. Sides are rounded up, so that fitting the result back only crops and scales.
         """
         step, low, high = self.side_multiple_px, self.min_side_px, self.max_side_px
         scale = 1.0
@@ -205,7 +206,7 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
 
 
 def _check_overrides(declared: dict[str, Any]) -> None:
-    """Raise ValueError for an unknown name or a wrong size in ovserve.json: a mistyped name would be ignored silently."""
+    """Raise ValueError for an unknown name or a wrong size in ovserve.json: a typo would be ignored silently."""
     known = {"defaults": tuple(f.name for f in dataclasses.fields(Defaults)), "sizes": SIZE_KEYS, "presets": PRESETS}
     for section, names in (("", tuple(known)), *known.items()):
         for name in declared.get(section, {}) if section else declared:
