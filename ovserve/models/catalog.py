@@ -51,7 +51,7 @@ class Catalog:
             raise MissingParameter(message, param="model")
         found = self.models.get(name)
         if found is None:
-            message = f"Model {name[:200]!r} does not exist; available: {_quoted(self.models)}."
+            message = f"The model {name[:200]!r} does not exist; available: {_quoted(self.models)}."
             raise ModelNotFound(message, param="model")
         return found
 

@@ -37,6 +37,7 @@ def test_any_form_is_accepted_or_rejected_with_a_param(
     except ApiError as error:
         assert error.status in (400, 404)
         assert error.param is not None
+        assert error.param in error.message or repr(error.param) in error.message
 
 
 @given(fields=st.dictionaries(NAMES, JSON, max_size=6), endpoint=st.sampled_from([EDIT, GENERATION]))
@@ -46,6 +47,7 @@ def test_any_json_is_accepted_or_rejected_with_a_param(fields: dict[str, Any], e
     except ApiError as error:
         assert error.status in (400, 404)
         assert error.param is not None
+        assert error.param in error.message or repr(error.param) in error.message
 
 
 # Valid form values of each field. Left out: second names for one value (size and width, n and num_images_per_prompt).

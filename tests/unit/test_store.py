@@ -78,8 +78,9 @@ def test_default_directory_follows_systemd_and_xdg(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("value", "part"),
-    [(None, None), ("bytes=0-0", (0, 1)), ("bytes=2-", (2, 10)), ("bytes=-3", (7, 10)), ("bytes=0-99", (0, 10)), ("bytes=-99", (0, 10)),
-     ("bytes=5-2", None), ("bytes=0-1,3-4", None), ("lines=0-1", None), ("bytes=-", None), ("bytes=a-b", None)],
+    [(None, None), ("bytes=0-0", (0, 1)), ("bytes=2-", (2, 10)), ("bytes=-3", (7, 10)), ("bytes=0-99", (0, 10)),
+     ("bytes=-99", (0, 10)), ("bytes=5-2", None), ("bytes=0-1,3-4", None), ("lines=0-1", None), ("bytes=-", None),
+     ("bytes=a-b", None)],
 )  # fmt: skip
 def test_range_is_parsed(value: str | None, part: tuple[int, int] | None) -> None:
     assert parse_range(value, 10) == part

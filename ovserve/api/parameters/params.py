@@ -260,7 +260,7 @@ def parse_parameters(
         _check_task(model, mask, heads[0])
     elif "text2image" not in model.profile.tasks:
         raise BadRequest(
-            f"Model {model.name!r} is an inpainting model and needs an image; use images/edits.",
+            f"The model {model.name!r} is an inpainting model and needs an image; use images/edits.",
             param="model",
         )
     resolved["preferred_strength"] = _preferred_strength(resolved, model)
@@ -435,7 +435,10 @@ def _check_task(model: ServedModel, mask: Upload | None, head: ImageHead) -> Non
         raise UnsupportedParameter(f"mask is not supported: model {model.name!r} cannot inpaint.", param="mask")
     if mask is None and "image2image" not in tasks and not ("inpainting" in tasks and head.may_be_transparent):
         if "inpainting" not in tasks:
-            raise MissingParameter(f"Model {model.name!r} cannot edit images; use images/generations.", param="mask")
+            raise MissingParameter(
+                f"The model {model.name!r} cannot edit images, with or without a mask; use images/generations.",
+                param="mask",
+            )
         raise MissingParameter(
             f"mask is missing; model {model.name!r} only inpaints: send a mask, or an image with transparent pixels.",
             param="mask",
