@@ -102,11 +102,11 @@ class Store:
             if not _NAME.fullmatch(path.name) and not path.name.startswith(_UNFINISHED):
                 continue  # the operator may have chosen a directory with other files in it
             with contextlib.suppress(OSError):
-                about = path.stat()
-                if about.st_mtime + self._ttl_s <= now:
+                info = path.stat()
+                if info.st_mtime + self._ttl_s <= now:
                     path.unlink()
                 else:
-                    kept.append((about.st_mtime, about.st_size, path))
+                    kept.append((info.st_mtime, info.st_size, path))
         total = sum(size for _, size, _ in kept) + coming
         for _, size, path in sorted(kept):
             if total <= self._limit:

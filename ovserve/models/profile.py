@@ -2,8 +2,7 @@
 
 It is read from the JSON files in the model's directory, without OpenVINO: this takes about a millisecond, and a wrong
 directory is reported before a process is started. An optional file `ovserve.json` beside `model_index.json` declares
-what those files do
-not contain: the sizes the model was trained for, its best defaults, its presets.
+what those files do not contain: the sizes the model was trained for, its best defaults, its presets.
 """
 
 from __future__ import annotations

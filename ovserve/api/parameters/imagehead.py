@@ -43,7 +43,7 @@ class ImageHead:
     Attributes:
         format: the format as Pillow names it.
         width, height: in pixels, before any EXIF orientation.
-        mode: the mode as Pillow names it, 8 bits per sample.
+        mode: the mode as Pillow names it for 8 bits per sample, whatever the file has.
         may_be_transparent: whether some pixels may be transparent.
     """
 
@@ -77,7 +77,7 @@ class _HeaderReader:
         """
         self._reads_left -= 1
         if self._reads_left < 0:
-            raise ValueError("too many chunks, segments or tags")
+            raise ValueError(f"too many chunks, segments or tags: more than {MAX_READS} reads")
         return struct.unpack_from(form, self._data, at)
 
     def find(self, pattern: re.Pattern[bytes], at: int) -> int:
@@ -123,7 +123,7 @@ def read_head(data: memoryview, param: str, settings: Settings) -> ImageHead:
     if max(width, height) > settings.max_image_side_px or width * height > settings.max_image_pixels:
         raise ImageError(
             f"{param} is {width}x{height}; this server allows at most {settings.max_image_pixels} pixels and "
-            f"{settings.max_image_side_px} pixels on a side.",
+            f"{settings.max_image_side_px} pixels on a side. Send a smaller image.",
             param=param,
         )
     if min(width, height) < 1:
