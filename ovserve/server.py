@@ -172,7 +172,7 @@ class Server:
                 catalog, keys = read_catalog(settings), read_keys(settings)
                 self._supervisor.reload(settings, _profiles(catalog))
                 with self._serving:
-                    self._api.take(settings, self._api.catalog.announcing(catalog))
+                    self._api.configure(settings, self._api.catalog.announcing(catalog))
                 if self._listener.keys and not keys:
                     log.warning("no API key is configured any more: requests without a key are served")
                 self._listener.keys = keys
@@ -185,7 +185,7 @@ class Server:
     def _note_serving(self, profile: ModelProfile, model: ModelSettings) -> None:
         """Switch the catalog to a model whose new workers have taken over. Runs in: the supervisor thread."""
         with self._serving:
-            self._api.take(self._api.settings, self._api.catalog.with_serving(ServedModel(profile, model)))
+            self._api.configure(self._api.settings, self._api.catalog.with_serving(ServedModel(profile, model)))
 
     def _announce(self) -> None:
         """Report readiness to systemd, once a model is ready and while the server does not drain."""

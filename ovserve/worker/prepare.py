@@ -14,7 +14,7 @@ import numpy as np
 from ovserve.engines.protocol import Engine, check_served
 from ovserve.errors import InvalidValue, MissingParameter, UnsupportedParameter
 from ovserve.models.profile import ModelProfile
-from ovserve.models.steps import is_lcm, least_strength, steps_run
+from ovserve.models.steps import is_lcm, min_strength_for, steps_run
 from ovserve.pixels.frames import Fitting, Placement, fit_into, size_of
 from ovserve.pixels.images import Limits, Pixels, decode_image, extract_colour_profile, flatten, has_alpha
 from ovserve.pixels.masks import Seam, check_not_empty, mask_from_holes, mask_from_image, match_mask, pool
@@ -245,7 +245,7 @@ def check_steps(request: ImageRequest, mode: str, strength: float, profile: Mode
     if steps < 1:
         raise InvalidValue(
             f"strength: {strength:g} of {count} steps is less than one step; "
-            f"the smallest strength that works is {least_strength(count):g}",
+            f"the smallest strength that works is {min_strength_for(count):g}",
             param="strength",
         )
     if mode != "text2image" and profile.family in ("sd3", "flux"):
