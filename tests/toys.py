@@ -4,6 +4,7 @@ prompt              what the worker does
 ------------------  ------------------------------------------------------------------------------------------------------
 echo TEXT           gives each picture the bytes `echo TEXT|seed`, or the first image's bytes where there is one
 crc                 gives a picture of 1024 bytes, the last four of them the CRC-32 of the first image
+bytes N             gives each picture N bytes that follow from its seed (`bytes_of`), and as many to each requested preview
 sleep S             the same after S seconds, stopping when cancelled
 steps N S           the same after N steps of S seconds with a Progress for each, stopping when cancelled
 previews N          a Partial for each of N previews, then the result
@@ -35,6 +36,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import threading
 import time
@@ -83,6 +85,11 @@ def toy_profile(name: str = "toy") -> ModelProfile:
         scheduling=Scheduling("DDIM", 1000, "leading", 50),
         defaults=Defaults(1, 1.0, 1.0, 1.0, 1.0),
     )
+
+
+def bytes_of(seed: int, size: int) -> bytes:
+    """Return the bytes of a picture with this seed for the prompt `bytes SIZE`."""
+    return random.Random(seed).randbytes(size)
 
 
 class _Stopped(Exception):
@@ -142,6 +149,10 @@ class _ToyJob:
                     data = bytes(1020) + crc32(view).to_bytes(4, "big") if self.request.prompt == "crc" else bytes(view)
             else:
                 data = f"{self.request.prompt}|{self.request.seed + picture}".encode()
+            if self.request.prompt.startswith("bytes "):
+                data = bytes_of(self.request.seed + picture, int(self.request.prompt.split()[1]))
+                for index in range(self.request.partial_images):
+                    self.deliver(picture, data, partial=index)
             self.deliver(picture, data)
         self.end.send(Done(self.id, 1.0, 2.0, 3.0))
         self.pass_point("done")

@@ -6,6 +6,7 @@ They survive a restart of the server.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -15,7 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovserve.errors import NotFound, RangeNotSatisfiable, SettingsError
+from ovserve.api.windows import FileWindows
+from ovserve.errors import NotFound, RangeNotSatisfiable, SettingsError, SpoolFull
 from ovserve.settings.options import Settings
 
 __all__ = ["MEDIA_TYPES", "Store", "StoredPicture", "default_store", "parse_range"]
@@ -23,22 +25,36 @@ __all__ = ["MEDIA_TYPES", "Store", "StoredPicture", "default_store", "parse_rang
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 _NAME = re.compile(r"[A-Za-z0-9_-]{32}\.(png|jpeg|webp)")
 _UNFINISHED = ".ovserve-new-"
+_NO_DESCRIPTOR_ERRNOS = (errno.EMFILE, errno.ENFILE)
+_RETRY_S = 2  # descriptors are released as exchanges end
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredPicture:
-    """One stored picture. Names are unique, so the name is the entity tag (RFC 9110 section 8.8.3)."""
+    """One stored picture, open for reading until `close`, even if its file is removed meanwhile.
+
+    Names are unique, so the name is the entity tag (RFC 9110 section 8.8.3).
+    """
 
     name: str
     media_type: str
-    data: bytes
+    size: int
     expires_in_s: float
+    descriptor: int
 
     @property
     def etag(self) -> str:
         """The entity tag, quoted."""
         return f'"{self.name}"'
+
+    def part(self, start: int, end: int) -> FileWindows:
+        """Return the bytes from `start` to `end` (exclusive), which are read while they are written."""
+        return FileWindows(self.descriptor, start, end)
+
+    def close(self) -> None:
+        """Close the file. Call it once."""
+        os.close(self.descriptor)
 
 
 def default_store() -> Path:
@@ -82,14 +98,27 @@ class Store:
         return name
 
     def find(self, name: str) -> StoredPicture:
-        """Return a stored picture. Raises NotFound for an unknown name or an expired picture."""
+        """Open a stored picture; the caller closes it.
+
+        Raises:
+            NotFound: unknown name, or expired picture.
+            SpoolFull: no descriptor is left.
+        """
         match = _NAME.fullmatch(name)
         if match:
-            path = self._directory / name
-            with contextlib.suppress(OSError):
-                left = path.stat().st_mtime + self._ttl_s - time.time()
+            try:
+                descriptor = os.open(self._directory / name, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno in _NO_DESCRIPTOR_ERRNOS:
+                    raise SpoolFull(
+                        f"The server cannot open the picture ({error.strerror}); retry later.", retry_after_s=_RETRY_S
+                    ) from None
+            else:
+                info = os.fstat(descriptor)
+                left = info.st_mtime + self._ttl_s - time.time()
                 if left > 0:
-                    return StoredPicture(name, MEDIA_TYPES[match[1]], path.read_bytes(), left)
+                    return StoredPicture(name, MEDIA_TYPES[match[1]], info.st_size, left, descriptor)
+                os.close(descriptor)
         raise NotFound(
             f"Picture {name[:100]!r} does not exist or has expired; pictures are kept for {self._ttl_s:g} s."
         )

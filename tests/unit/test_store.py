@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovserve.api.store import Store, default_store, parse_range
-from ovserve.errors import NotFound, RangeNotSatisfiable
+from ovserve.api.store import Store, StoredPicture, default_store, parse_range
+from ovserve.errors import NotFound, RangeNotSatisfiable, SpoolFull
 from ovserve.settings.options import Settings
 
 MIB = 1024 * 1024
@@ -21,12 +22,21 @@ def store(folder: Path, **settings: float) -> Store:
     return Store(Settings(store_dir=folder, **settings))  # type: ignore[arg-type]
 
 
+def content_of(found: StoredPicture, start: int = 0, end: int | None = None) -> bytes:
+    """Read a picture and close it."""
+    try:
+        return b"".join(found.part(start, found.size if end is None else end).windows())
+    finally:
+        found.close()
+
+
 def test_picture_is_found_by_its_name(tmp_path: Path) -> None:
     kept = store(tmp_path / "s")
     names = {kept.keep(memoryview(b"data"), "png") for _ in range(20)}
     assert len(names) == 20
     found = kept.find(names.pop())
-    assert (found.data, found.media_type) == (b"data", "image/png")
+    assert (found.size, found.media_type) == (4, "image/png")
+    assert content_of(found) == b"data"
     assert 3500 < found.expires_in_s <= 3600
 
 
@@ -60,7 +70,37 @@ def test_oldest_pictures_are_removed_at_the_size_limit(tmp_path: Path) -> None:
 
 def test_new_store_finds_the_pictures_of_an_old_one(tmp_path: Path) -> None:
     name = store(tmp_path).keep(memoryview(b"data"), "jpeg")
-    assert store(tmp_path).find(name).data == b"data"
+    assert content_of(store(tmp_path).find(name)) == b"data"
+
+
+def test_open_picture_is_readable_after_its_file_is_removed(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    name = kept.keep(memoryview(b"data"), "jpeg")
+    found = kept.find(name)
+    (tmp_path / name).unlink()
+    assert content_of(found, 1, 3) == b"at"
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_picture_that_is_not_found_leaves_no_descriptor(tmp_path: Path) -> None:
+    kept = store(tmp_path, url_ttl_s=60.0)
+    name = kept.keep(memoryview(b"old"), "webp")
+    os.utime(tmp_path / name, (time.time() - 61,) * 2)
+    for wrong in (name, "x" * 32 + ".png"):
+        with pytest.raises(NotFound):
+            kept.find(wrong)
+
+
+def test_picture_without_a_free_descriptor_is_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = store(tmp_path)
+    name = kept.keep(memoryview(b"data"), "png")
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(SpoolFull, match="Too many open files"):
+        kept.find(name)
 
 
 def test_directory_is_readable_by_its_owner_only(tmp_path: Path) -> None:
