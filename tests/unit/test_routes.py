@@ -65,7 +65,9 @@ def api(tmp_path: Path) -> Any:
         if len(reloads) > 1:
             raise SettingsError("port=x: not a number")
 
-    yield ImagesApi(Settings(store_dir=tmp_path / "kept"), catalog(), dispatcher, reload)
+    api = ImagesApi(Settings(store_dir=tmp_path / "kept"), catalog(), dispatcher, reload)
+    yield api
+    api.store.close()
     dispatcher.close()
     spool.close()
 
