@@ -25,7 +25,13 @@ class LiveServer:
     """`with LiveServer("--max_body_bytes", "1000") as server:`; `server.url` has no trailing slash."""
 
     def __init__(
-        self, *arguments: str, spool: Path | None = None, wait_ready: bool = True, module: Sequence[str] = ("ovserve",)
+        self,
+        *arguments: str,
+        spool: Path | None = None,
+        wait_ready: bool = True,
+        module: Sequence[str] = ("ovserve",),
+        program: Sequence[str] = (),
+        cwd: Path | None = None,
     ) -> None:
         own = ["--port", "0"] if "--port" not in arguments else []
         if "--config" not in arguments and "--engine" not in arguments:
@@ -37,7 +43,8 @@ class LiveServer:
         self.log: list[str] = []
         self._ready = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *module, *own, *arguments],
+            [*(program or (sys.executable, "-m", *module)), *own, *arguments],
+            cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
