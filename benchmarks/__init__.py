@@ -1,1 +1,1 @@
-"""Benchmarks: each figure against a baseline measured in the same run. How to repeat them: benchmarks/README.md."""
+"""Benchmarks: each figure is compared with a baseline from the same run. See benchmarks/README.md."""

@@ -1,14 +1,14 @@
-"""What a message and a segment cost between two processes, against pickle through a multiprocessing.Queue.
+"""Measure round trips of messages and bytes between two processes: our link against the standard library.
 
     python benchmarks/bench_ipc.py
     python benchmarks/bench_ipc.py --rounds 5 --save
 
-Each way has a child process of its own, in a fresh start for each round, that answers what it is sent: a message with a message,
-bytes with their length after it has read every page of them. The ways take turns within each round. Figures are round trips.
+Each transport has its own child process, started again in each round. The child answers a message with a message, and
+bytes with their length after it has read every page of them. The transports are interleaved within each round.
 
-link      a JSON line through a private pipe (ovserve.wire.messages); bytes in a spool segment (ovserve.wire.local.spool)
-queue     multiprocessing.Queue, its feeder thread and pickle, for messages and bytes alike
-pipe      multiprocessing.Pipe and pickle: the least that the standard library can do
+link      a JSON line through a private pipe; bytes in a spool segment
+queue     multiprocessing.Queue, with its feeder thread and pickle, for messages and bytes
+pipe      multiprocessing.Pipe and pickle, for messages and bytes: the smallest overhead in the standard library
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the package is found beside it
+if __package__ in (None, ""):  # run as a file: put the repository on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ovserve.errors import LinkClosed
@@ -46,15 +46,15 @@ CONTEXT = multiprocessing.get_context("spawn")
 
 
 def read_pages(data: bytes | memoryview) -> int:
-    """Touch every page, as a decoder would; the length."""
+    """Read one byte of every page, as a decoder would, and return the length."""
     return len(data) + 0 * sum(data[::PAGE])
 
 
-# --- the children -----------------------------------------------------------------------------------------------------
+# --- child processes --------------------------------------------------------------------------------------------------
 
 
 def answer_link(end: WorkerEnd) -> None:
-    """A message with a message; a message that names a segment with the segment's length, once it is read."""
+    """Answer each message with a message; if it names a segment, read the segment and answer with its length."""
     try:
         while True:
             message = end.receive()
@@ -70,23 +70,23 @@ def answer_link(end: WorkerEnd) -> None:
 
 
 def answer_queue(commands: Queue[Any], reports: Queue[Any]) -> None:
-    """The same over two queues."""
+    """Answer as `answer_link` does, over two queues."""
     while (message := commands.get()) is not None:
         reports.put(ANSWER if isinstance(message, Run) else Need("", 0, read_pages(message)))
 
 
 def answer_pipe(commands: Connection, reports: Connection) -> None:
-    """The same over two pipes."""
+    """Answer as `answer_link` does, over two pipes."""
     while (message := commands.recv()) is not None:
         reports.send(ANSWER if isinstance(message, Run) else Need("", 0, read_pages(message)))
 
 
-# --- the ways: each yields a function that makes one round trip of a message (size 0) or of bytes ------------------------
+# --- transports: each yields a function that makes one round trip of a message (no data) or of bytes ------------------
 
 
 @contextmanager
 def over_link() -> Iterator[Callable[[bytes], None]]:
-    """Our own."""
+    """Open a link of ovserve, with a spool for bytes."""
     link, end = open_link(CONTEXT, "bench", 0, 0)
     child = CONTEXT.Process(target=answer_link, args=(end,))
     child.start()
@@ -120,7 +120,7 @@ def over_link() -> Iterator[Callable[[bytes], None]]:
 
 @contextmanager
 def over_queue() -> Iterator[Callable[[bytes], None]]:
-    """What the standard library offers first."""
+    """Open a pair of multiprocessing queues."""
     commands: Queue[Any] = CONTEXT.Queue()
     reports: Queue[Any] = CONTEXT.Queue()
     child = CONTEXT.Process(target=answer_queue, args=(commands, reports))
@@ -139,12 +139,12 @@ def over_queue() -> Iterator[Callable[[bytes], None]]:
 
 @contextmanager
 def over_pipe() -> Iterator[Callable[[bytes], None]]:
-    """The least that the standard library can do."""
-    (theirs, commands), (reports, back) = CONTEXT.Pipe(duplex=False), CONTEXT.Pipe(duplex=False)
-    child = CONTEXT.Process(target=answer_pipe, args=(theirs, back))
+    """Open a pair of multiprocessing pipes."""
+    (child_commands, commands), (reports, child_reports) = CONTEXT.Pipe(duplex=False), CONTEXT.Pipe(duplex=False)
+    child = CONTEXT.Process(target=answer_pipe, args=(child_commands, child_reports))
     child.start()
-    theirs.close()
-    back.close()
+    child_commands.close()
+    child_reports.close()
 
     def round_trip(data: bytes) -> None:
         commands.send(data or MESSAGE)
@@ -157,14 +157,14 @@ def over_pipe() -> Iterator[Callable[[bytes], None]]:
     child.join()
 
 
-WAYS = {"link": over_link, "queue": over_queue, "pipe": over_pipe}
+TRANSPORTS = {"link": over_link, "queue": over_queue, "pipe": over_pipe}
 
 
-def measure(way: str, size: int) -> list[float]:
-    """Seconds of each round trip, in a fresh child."""
+def measure(transport: str, size: int) -> list[float]:
+    """Return the seconds of each round trip, with a fresh child process."""
     data = os.urandom(size)
     times = []
-    with WAYS[way]() as round_trip:
+    with TRANSPORTS[transport]() as round_trip:
         count = REPEATS[size]
         for number in range(-int(count * WARM_UP) - 1, count):
             started = time.perf_counter()
@@ -175,9 +175,9 @@ def measure(way: str, size: int) -> list[float]:
 
 
 def main() -> None:
-    """Measure, print, and save when asked to."""
+    """Measure, print the result, and save it if --save is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="fresh starts of each child process (%(default)s)")
     parser.add_argument("--save", action="store_true", help="write a result file")
     options = parser.parse_args()
     from benchmarks.metadata import collect
@@ -187,14 +187,15 @@ def main() -> None:
     result = Result("ipc", collect())
     for _ in range(options.rounds):
         for size in (0, *SIZES):
-            for way in WAYS:
-                result.add("round trip", measure(way, size), case={"way": way, "bytes": size})
+            for transport in TRANSPORTS:
+                # "way" is the name of this key in the committed result files.
+                result.add("round trip", measure(transport, size), case={"way": transport, "bytes": size})
     print(result.report())
     for size in (0, *SIZES):
         ours = result.find("round trip", way="link", bytes=size).values
-        for way in ("queue", "pipe"):
-            theirs = result.find("round trip", way=way, bytes=size).values
-            print(f"round trip link / {way}, {size or 'message'}: {ratio(ours, theirs)}")
+        for transport in ("queue", "pipe"):
+            theirs = result.find("round trip", way=transport, bytes=size).values
+            print(f"round trip link / {transport}, {size or 'message'}: {ratio(ours, theirs)}")
     if options.save:
         print(result.save())
 

@@ -1,9 +1,10 @@
-"""How near the engine comes to what the machine can do: the UNet's floating-point operations against the measured bf16 peak.
+"""Measure the share of the machine's peak rate that the UNet reaches, in floating-point operations per second.
 
     python -m benchmarks.bench_limit --model DIRECTORY --side_px 256 --rows 2 --save
 
-The peak is the best rate of large matrix products through the same library, at the same precision, with all cores. The UNet's
-operations are counted from its graph (convolutions, matrix products and attention; two for each multiplication and addition).
+The peak is the best rate of large matrix products through the same library, at the same precision (bf16 by default), on
+all cores. The UNet's operations are counted from its graph: convolutions, matrix products and attention; a
+multiplication with its addition counts as two.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from ovserve.engines.stepwise.compiled import Components, Layout, run_unet
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings
 
-SIDES = (1024, 2048, 3072)  # of the matrices: the peak is not at one size on every machine
-LEAST_S = 0.5  # of each measurement
+SIDES = (1024, 2048, 3072)  # of the matrices: the size with the best rate differs between machines
+MIN_DURATION_S = 0.5  # of each measurement
 
 
 def count_operations(model: Any) -> float:
-    """Floating-point operations of one inference of a model with static shapes."""
+    """Return the floating-point operations of one inference of a model with static shapes."""
     return float(sum(_operations_of(node) for node in model.get_ops()))
 
 
 def _operations_of(node: Any) -> int:
     kind = node.get_type_name()
     if kind in ("Convolution", "GroupConvolution"):
-        # Weights (out, in, kernel...), or (groups, out, in, kernel...): each output value sums over in x kernel.
+        # Weights are (out, in, kernel...) or (groups, out, in, kernel...): each output value is a sum over in x kernel.
         weights = list(node.input(1).get_shape())
         return 2 * math.prod(node.output(0).get_shape()) * math.prod(weights[2 if kind == "GroupConvolution" else 1 :])
     if kind == "MatMul":
@@ -52,12 +53,12 @@ def _operations_of(node: Any) -> int:
 
 
 def best_rate(run: Callable[[], object], repeats: int) -> float:
-    """Calls a second: the best of some measurements."""
+    """Return calls per second, the best of `repeats` measurements."""
     run()
     best = 0.0
     for _ in range(repeats):
         count, began = 0, time.perf_counter()
-        while not count or time.perf_counter() - began < LEAST_S:
+        while not count or time.perf_counter() - began < MIN_DURATION_S:
             run()
             count += 1
         best = max(best, count / (time.perf_counter() - began))
@@ -65,7 +66,7 @@ def best_rate(run: Callable[[], object], repeats: int) -> float:
 
 
 def measure_peak(core: Any, precision: str, repeats: int) -> float:
-    """Floating-point operations a second of large matrix products."""
+    """Return the floating-point operations per second of large matrix products."""
     peak = 0.0
     for side in SIDES:
         left = ops.parameter(ov.PartialShape([side, side]), np.float32)
@@ -78,7 +79,7 @@ def measure_peak(core: Any, precision: str, repeats: int) -> float:
 
 
 def measure(result: Result, options: argparse.Namespace) -> None:
-    """Peak, operations, and the rate of calls as the engine makes them: every slot busy."""
+    """Add the peak, the operations of a UNet call and their rate to the result, with calls as the engine makes them."""
     settings = ModelSettings(name="model", path=options.model, engine="stepwise")
     components = Components(read_profile(settings), settings)
     components.read()
@@ -102,13 +103,13 @@ def measure(result: Result, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Measure, print, and save when asked to."""
+    """Measure, print the result, and save it if --save is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="model directory; left out: the built-in model")
-    parser.add_argument("--side_px", type=int, default=0, help="left out: the model's own")
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="model directory; default: the built-in model")
+    parser.add_argument("--side_px", type=int, default=0, help="side of the picture; default: the model's native size")
+    parser.add_argument("--rows", type=int, default=2, help="rows in a UNet call (%(default)s)")
+    parser.add_argument("--precision", default="bf16", help="of the peak (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each rate (%(default)s)")
     parser.add_argument("--save", action="store_true", help="write a result file")
     options = parser.parse_args()
     result = Result("limit-full-size" if options.model else "limit", metadata.collect(options.model))

@@ -1,19 +1,20 @@
-"""How fast forms are parsed, and how fast an upload goes from the socket to the spool, against the other parsers and the floor.
+"""Measure the multipart parser, and the path of an upload from the socket to the spool, against other parsers.
 
     python benchmarks/bench_multipart.py
     python benchmarks/bench_multipart.py --rounds 7 --sizes 1 10 50 --save
 
-Parser alone: a body in memory, fed in pieces of 64 kB; every event is taken, nothing is done with it. `find` only searches each
-piece for the delimiter: no parser that looks at all bytes can be faster.
+Parser alone: a body in memory, fed in pieces of 64 kB; every event is read and discarded. `find` only searches each
+piece for the delimiter: no parser that reads all bytes can be faster.
 
-Socket to spool: another process sends the body over loopback. `memory` receives it into one buffer again and again and looks at
-nothing; `fresh segment` and `warm segment` receive it into a spool segment and look at nothing; `ovserve, fresh` and
-`ovserve, warm` are `read_form`, with every check. The others receive pieces of 64 kB and write the file to the same directory.
+Socket to spool: another process sends the body over loopback. `memory` receives it into one buffer, which is
+overwritten; `fresh segment` and `warm segment` receive it into a spool segment. These three do not parse. `ovserve,
+fresh` and `ovserve, warm` are `read_form`, with every check. The others receive pieces of 64 kB and write the file to
+the same directory.
 
-Each measurement is a process of its own: a warm-up, then some repetitions. The subjects take turns within each round, so that what
-disturbs the machine disturbs all of them; beside the rate by the clock there is the rate by the CPU time of the process, which
-other work on the machine moves far less. Peak memory is what the resident set grew by, mapped spool pages included; the heap's
-peak is measured by tracemalloc in a run that is not timed.
+Each measurement runs in a fresh process: a warm-up, then some repetitions. The subjects are interleaved within each
+round, so that a disturbance of the machine affects all of them. Rates are given by the clock and by the CPU time of the
+process; other work on the machine changes the second one far less. Peak memory is the growth of the resident set,
+mapped spool pages included; the peak of the heap is measured by tracemalloc in a run that is not timed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the package is found beside it
+if __package__ in (None, ""):  # run as a file: put the repository on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 MIB = 1 << 20
@@ -43,12 +44,12 @@ PIECE = 64 * 1024
 BOUNDARY = "4f1c7d2e9a6b48d3b0c5e8f7a1d2c3b4"
 CONTENT_TYPE = f"multipart/form-data; boundary={BOUNDARY}"
 SMALL_FIELDS = 1000
-SMALL_REPEAT = 20  # forms of small fields in one repetition: a single one is over in a millisecond
+SMALL_REPEAT = 20  # forms of small fields in one repetition, since a single one takes only a millisecond
 TIMEOUT_S = 120.0
 
 
 def upload_body(size: int) -> bytes:
-    """A prompt and a file of random bytes, as the official Python client sends them."""
+    """Return a form with a prompt and a file of random bytes, as the official Python client sends it."""
     head = (
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na red hat\r\n'
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="cat.png"\r\n'
@@ -58,7 +59,7 @@ def upload_body(size: int) -> bytes:
 
 
 def fields_body() -> bytes:
-    """Many text fields of some ten bytes."""
+    """Return a form with SMALL_FIELDS text fields of about ten bytes."""
     fields = (
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="field{k}"\r\n\r\nvalue {k}\r\n'
         for k in range(SMALL_FIELDS)
@@ -66,17 +67,17 @@ def fields_body() -> bytes:
     return "".join(fields).encode() + f"--{BOUNDARY}--\r\n".encode()
 
 
-# --- parsers alone: pieces in, the number of events out --------------------------------------------------------------------
+# --- parsers: pieces to the number of events --------------------------------------------------------------------------
 
 
 def parse_find(pieces: list[Any]) -> int:
-    """Search for the delimiter and do nothing else."""
+    """Search each piece for the delimiter, without parsing. No parser can be faster."""
     delimiter = f"\r\n--{BOUNDARY}".encode()
     return sum(piece.find(delimiter) >= 0 for piece in pieces)
 
 
 def parse_ovserve(pieces: list[Any]) -> int:
-    """This project's parser."""
+    """Parse with ovserve's parser."""
     from ovserve.front.forms.multipart import MultipartParser
 
     parser = MultipartParser(BOUNDARY, max_parts=10 * SMALL_FIELDS, max_part_head_bytes=8192)
@@ -89,7 +90,7 @@ def parse_ovserve(pieces: list[Any]) -> int:
 
 
 def parse_multipart_push(pieces: list[Any]) -> int:
-    """The push parser of `multipart`."""
+    """Parse with the push parser of `multipart`."""
     import multipart
 
     count = 0
@@ -101,7 +102,7 @@ def parse_multipart_push(pieces: list[Any]) -> int:
 
 
 def parse_multipart_buffered(pieces: list[Any]) -> int:
-    """The buffered parser of `multipart`, which keeps each part, in memory here as far as it goes."""
+    """Parse with the buffered parser of `multipart`, with limits so high that every part is kept in memory."""
     import multipart
 
     stream = io.BytesIO(b"".join(pieces))
@@ -113,7 +114,7 @@ def parse_multipart_buffered(pieces: list[Any]) -> int:
 
 
 def parse_python_multipart(pieces: list[Any]) -> int:
-    """The callback parser of `python-multipart`, as Starlette uses it."""
+    """Parse with the callback parser of `python-multipart`, as Starlette uses it."""
     import python_multipart
 
     count = 0
@@ -143,7 +144,7 @@ def parse_python_multipart(pieces: list[Any]) -> int:
 
 
 def parse_werkzeug(pieces: list[Any]) -> int:
-    """Werkzeug's sans-I/O decoder."""
+    """Parse with Werkzeug's sans-I/O decoder."""
     from werkzeug.sansio.multipart import Epilogue, MultipartDecoder, NeedData
 
     decoder = MultipartDecoder(BOUNDARY.encode())
@@ -165,11 +166,11 @@ PARSERS: dict[str, Callable[[list[Any]], int]] = {
     "werkzeug": parse_werkzeug,
 }
 
-# --- from the socket to the spool ------------------------------------------------------------------------------------------
+# --- from the socket to the spool -------------------------------------------------------------------------------------
 
 
 class Receiver:
-    """One connection on which a body of known length comes, and the directory into which it goes."""
+    """A connection that delivers a body of known length, and the directory to store its file in."""
 
     def __init__(self, connection: socket.socket, size: int, folder: Path) -> None:
         self.connection = connection
@@ -177,7 +178,7 @@ class Receiver:
         self.folder = folder
 
     def pieces(self) -> Iterator[bytes]:
-        """The body in pieces, as a server hands it to a parser."""
+        """Yield the body in pieces of at most PIECE bytes, as a server passes it to a parser."""
         left = self.size
         while left:
             piece = self.connection.recv(min(PIECE, left))
@@ -186,7 +187,7 @@ class Receiver:
 
 
 def receive_memory(receiver: Receiver, _: Any) -> None:
-    """Into one buffer, again and again."""
+    """Receive into one buffer, which is overwritten."""
     view = memoryview(bytearray(256 * 1024))
     left = receiver.size
     while left:
@@ -194,7 +195,7 @@ def receive_memory(receiver: Receiver, _: Any) -> None:
 
 
 def receive_segment(receiver: Receiver, spool: Any) -> None:
-    """Into a segment that grows as `read_form` makes it grow, unparsed and unchecked."""
+    """Receive into a segment that grows as in `read_form`, without parsing and checks."""
     segment = spool.borrow(receiver.size)
     filled = 0
     while filled < receiver.size:
@@ -206,12 +207,12 @@ def receive_segment(receiver: Receiver, spool: Any) -> None:
 
 
 def receive_ovserve(receiver: Receiver, spool: Any) -> None:
-    """The server's own way, from its transport to a form with an upload."""
+    """Receive as the server does, from its transport to a form with an upload."""
     from ovserve.front.body import Body
     from ovserve.front.forms.form import read_form
     from ovserve.front.transport import Transport
 
-    settings, head = announced(receiver.size)
+    settings, head = settings_and_head(receiver.size)
     body = Body(Transport(receiver.connection, settings.write_timeout_s), head, settings)
     form = read_form(body, CONTENT_TYPE, spool, settings)
     assert form.uploads[0].size >= receiver.size - 1000
@@ -219,8 +220,8 @@ def receive_ovserve(receiver: Receiver, spool: Any) -> None:
 
 
 @functools.cache
-def announced(size: int) -> tuple[Any, Any]:
-    """Settings, and the head of a request with a body of this size."""
+def settings_and_head(size: int) -> tuple[Any, Any]:
+    """Return default settings, and the head of a request with a body of this size."""
     from ovserve.front.http1.head import HeadParser
     from ovserve.settings.options import Settings
 
@@ -230,7 +231,7 @@ def announced(size: int) -> tuple[Any, Any]:
 
 
 def receive_multipart_push(receiver: Receiver, _: Any) -> None:
-    """`multipart`'s push parser, file parts written as they come."""
+    """Parse with `multipart`'s push parser and write file data as it arrives."""
     import multipart
 
     with (
@@ -247,7 +248,7 @@ def receive_multipart_push(receiver: Receiver, _: Any) -> None:
 
 
 def receive_python_multipart(receiver: Receiver, _: Any) -> None:
-    """`python-multipart`, file parts written as they come."""
+    """Parse with `python-multipart` and write file data as it arrives."""
     import python_multipart
 
     with tempfile.TemporaryFile(dir=receiver.folder, buffering=0) as file:
@@ -269,7 +270,7 @@ def receive_python_multipart(receiver: Receiver, _: Any) -> None:
 
 
 def receive_werkzeug(receiver: Receiver, _: Any) -> None:
-    """Werkzeug's form parser over a stream, its files in the same directory."""
+    """Parse with Werkzeug's form parser over a stream, with its files in the same directory."""
     from werkzeug.formparser import MultiPartParser
 
     def open_file(*_: Any, **__: Any) -> Any:
@@ -284,14 +285,14 @@ def receive_werkzeug(receiver: Receiver, _: Any) -> None:
 
 
 class _Limited:
-    """A stream that ends with the body."""
+    """A stream that ends at the end of the body."""
 
     def __init__(self, raw: Any, left: int) -> None:
         self.raw = raw
         self.left = left
 
     def read(self, size: int = -1) -> bytes:
-        """Some bytes."""
+        """Return at most `size` bytes; empty at the end of the body."""
         data: bytes = self.raw.read(min(size, self.left)) if self.left else b""
         self.left -= len(data)
         return data
@@ -308,11 +309,11 @@ RECEIVERS: dict[str, tuple[Callable[[Receiver, Any], None], int]] = {
     "werkzeug": (receive_werkzeug, 0),
 }
 
-# --- one measurement, in a process of its own --------------------------------------------------------------------------------
+# --- one measurement, in a fresh process ------------------------------------------------------------------------------
 
 
 def resident_bytes(field: str) -> int:
-    """A figure of this process's memory: VmRSS now, VmHWM at its highest."""
+    """Return a memory figure of this process: VmRSS (current) or VmHWM (peak)."""
     for line in Path("/proc/self/status").read_text("ascii").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -320,12 +321,12 @@ def resident_bytes(field: str) -> int:
 
 
 def reset_peak() -> None:
-    """Let VmHWM begin anew."""
+    """Reset VmHWM."""
     Path("/proc/self/clear_refs").write_text("5", "ascii")
 
 
 def repeat(work: Callable[[], None], repetitions: int) -> dict[str, Any]:
-    """Times of the repetitions after a warm-up, by the clock and of this process's CPU, and the peaks of memory."""
+    """Warm up, then return the time of each repetition by the clock and by CPU time, and the peaks of memory."""
     work()
     tracemalloc.start()
     work()
@@ -335,15 +336,15 @@ def repeat(work: Callable[[], None], repetitions: int) -> dict[str, Any]:
     reset_peak()
     before = resident_bytes("VmRSS")
     for _ in range(repetitions):
-        begun, begun_cpu = time.perf_counter(), time.process_time()
+        began, began_cpu = time.perf_counter(), time.process_time()
         work()
-        seconds.append(time.perf_counter() - begun)
-        cpu.append(time.process_time() - begun_cpu)
+        seconds.append(time.perf_counter() - began)
+        cpu.append(time.process_time() - began_cpu)
     return {"seconds": seconds, "cpu": cpu, "peak": max(0, resident_bytes("VmHWM") - before), "heap": heap}
 
 
 def measure_parser(name: str, case: str, repetitions: int) -> dict[str, Any]:
-    """One parser on one body."""
+    """Measure one parser on one body."""
     body = fields_body() if case == "fields" else upload_body(int(case) * MIB)
     pieces: list[Any] = [body[at : at + PIECE] for at in range(0, len(body), PIECE)]
     if name == "ovserve, views":
@@ -359,12 +360,12 @@ def measure_parser(name: str, case: str, repetitions: int) -> dict[str, Any]:
 
 
 def measure_receiver(name: str, case: str, repetitions: int) -> dict[str, Any]:
-    """One way from the socket to the spool, for an upload of one size."""
+    """Measure one receiver, for an upload of one size."""
     from ovserve.wire.local.spool import Spool, default_directory
 
     receive, warm_bytes = RECEIVERS[name]
     size = len(upload_body(int(case) * MIB))
-    with tempfile.TemporaryDirectory(dir=default_directory()) as directory, sending(int(case)) as listening:
+    with tempfile.TemporaryDirectory(dir=default_directory()) as directory, body_sender(int(case)) as listening:
         spool = Spool(Path(directory), 1 << 32, warm_bytes=warm_bytes)
 
         def work() -> None:
@@ -373,14 +374,14 @@ def measure_receiver(name: str, case: str, repetitions: int) -> dict[str, Any]:
                 connection.settimeout(TIMEOUT_S)
                 receive(Receiver(connection, size, Path(directory)), spool)
 
-        found = repeat(work, repetitions)
+        measured = repeat(work, repetitions)
         spool.close()
-    return {**found, "bytes": size}
+    return {**measured, "bytes": size}
 
 
 @contextlib.contextmanager
-def sending(mebibytes: int) -> Iterator[socket.socket]:
-    """A process that connects again and again and sends the body each time."""
+def body_sender(mebibytes: int) -> Iterator[socket.socket]:
+    """Run a process that connects repeatedly and sends the body each time; yield the listening socket."""
     listening = socket.create_server(("127.0.0.1", 0))
     sender = os.fork()
     if not sender:
@@ -391,7 +392,7 @@ def sending(mebibytes: int) -> Iterator[socket.socket]:
             while True:
                 with socket.create_connection(address, TIMEOUT_S) as connection:
                     connection.sendall(body)
-                    connection.recv(1)  # until the receiver has closed
+                    connection.recv(1)  # wait until the receiver has closed
         os._exit(0)
     try:
         listening.settimeout(TIMEOUT_S)
@@ -405,22 +406,24 @@ def sending(mebibytes: int) -> Iterator[socket.socket]:
 MEASURES = {"parser": measure_parser, "socket": measure_receiver}
 
 
-def in_a_process(path: str, name: str, case: str, repetitions: int) -> dict[str, Any]:
-    """One measurement in a fresh process."""
+def measure_in_process(path: str, name: str, case: str, repetitions: int) -> dict[str, Any]:
+    """Run one measurement in a fresh process."""
     command = [sys.executable, __file__, "--measure", path, name, case, str(repetitions)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    measured: dict[str, Any] = json.loads(done.stdout)
+    return measured
 
 
 def main() -> None:
-    """Measure, print, and save when asked to."""
+    """Measure, print the result, and save it if --save is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 10, 50], help="of uploads, in MiB")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repetitions", type=int, default=3, help="in each process, after a warm-up")
-    parser.add_argument("--only", choices=MEASURES)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 10, 50], help="sizes of uploads in MiB")
+    parser.add_argument("--rounds", type=int, default=5, help="fresh processes for each subject (%(default)s)")
+    parser.add_argument(
+        "--repetitions", type=int, default=3, help="repetitions in each process, after a warm-up (%(default)s)"
+    )
+    parser.add_argument("--only", choices=MEASURES, help="measure only this path")
     parser.add_argument("--save", action="store_true", help="write a result file")
     options = parser.parse_args()
     if options.measure:
@@ -437,13 +440,13 @@ def main() -> None:
     for _ in range(options.rounds):
         for path, name, case in plan:
             if options.only in (None, path):
-                found = in_a_process(path, name, case, options.repetitions)
+                measured = measure_in_process(path, name, case, options.repetitions)
                 labels = {"path": path, "subject": name, "body": case}
-                for figure, times in (("throughput", found["seconds"]), ("cpu", found["cpu"])):
-                    rates = [found["bytes"] / seconds for seconds in times]
+                for figure, times in (("throughput", measured["seconds"]), ("cpu", measured["cpu"])):
+                    rates = [measured["bytes"] / seconds for seconds in times]
                     result.add(figure, rates, unit="B/s", better="higher", case=labels)
-                result.add("peak", [found["peak"]], unit="bytes", case=labels)
-                result.add("heap", [found["heap"]], unit="bytes", case=labels)
+                result.add("peak", [measured["peak"]], unit="bytes", case=labels)
+                result.add("heap", [measured["heap"]], unit="bytes", case=labels)
     print(result.report())
     print_aims(result, sizes)
     if options.save:
@@ -467,13 +470,13 @@ AIMS = (
 
 
 def print_aims(result: Any, sizes: list[str]) -> None:
-    """Each ratio that the design names, by the clock and by CPU time, with its aim where it has one."""
+    """Print the ratios in AIMS, by the clock and by CPU time, with the aim where there is one."""
     from benchmarks.stats import ratio
 
     for path, ours, theirs, body, aim in AIMS:
         for case in sizes if body == "uploads" else [body]:
             try:
-                by = [
+                ratios = [
                     ratio(
                         result.find(figure, path=path, subject=ours, body=case).values,
                         result.find(figure, path=path, subject=theirs, body=case).values,
@@ -483,7 +486,7 @@ def print_aims(result: Any, sizes: list[str]) -> None:
             except KeyError:
                 continue
             verdict = f"  (aim {aim})" if aim else ""
-            print(f"{path}: {ours} / {theirs}, {case}: {by[0]} by the clock, {by[1]} by CPU time{verdict}")
+            print(f"{path}: {ours} / {theirs}, {case}: {ratios[0]} by the clock, {ratios[1]} by CPU time{verdict}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""What fewer steps, other schedulers and engine shortcuts save, and how far their pictures are from the exact ones.
+"""Measure quality presets (fewer steps, schedulers, shortcuts): their cost, and the distance from exact pictures.
 
-    python -m benchmarks.bench_quality --save                                     the built-in model: distance and cost
-    python -m benchmarks.bench_quality --model DIRECTORY --side_px 256 --works 2 --steps 20 --few     a large one: cost alone
+    # the built-in model: distance and cost
+    python -m benchmarks.bench_quality --save
+    # a large model: cost only
+    python -m benchmarks.bench_quality --model DIRECTORY --side_px 256 --works 2 --steps 20 --few
 
-Exact is the model's own scheduler at `--steps` (left out: the model's default), guided at every step. Distance is judged where a
-picture can be read: on the built-in model, by peak signal-to-noise ratio (decibels, pixels 0..255) and by whether the reader of
-the test suite sees the same scene, background and every shape with its colour. Cost is in UNet rows and in seconds of CPU.
+Exact means: the model's own scheduler at `--steps` (default: the model's default), guided at every step. Distance is
+measured on the built-in model only, because the test suite can read its pictures: by peak signal-to-noise ratio
+(decibels, pixels 0..255), and by whether the reader finds the same scene, that is the background and every shape with
+its colour. Cost is in UNet rows and in seconds of CPU time.
 """
 
 from __future__ import annotations
@@ -29,63 +32,69 @@ from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Resolution
 from tests.reader import COLOURS, SHAPES, Figure, draw_scene, read_picture
 
-IDENTICAL_DB = 60.0  # a picture without any difference would be infinitely near: the mean needs a number
+IDENTICAL_DB = 60.0  # upper limit: for equal pictures the ratio is infinite, and the mean requires a finite number
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """One way to make a picture: a share of the exact number of steps, a scheduler, shortcuts."""
+class Variant:
+    """One way to make a picture.
+
+    Attributes:
+        share: part of the exact number of steps.
+        scheduler: empty: the model's own.
+        shortcuts: of the engine; empty: none.
+    """
 
     share: float = 1.0
     scheduler: str = ""
     shortcuts: str = ""
 
-    def of(self, work: Work) -> Work:
-        """The work made in this way."""
+    def apply(self, work: Work) -> Work:
+        """Return the work with this variant's steps, scheduler and shortcuts."""
         steps = max(1, round(work.num_inference_steps * self.share))
         return replace(
             work, num_inference_steps=steps, scheduler=self.scheduler, shortcuts=self.shortcuts, cancelled=Event()
         )
 
 
-WAYS = (
-    Way(shortcuts="guidance_every=2"),
-    Way(shortcuts="guidance_every=3"),
-    Way(shortcuts="guidance_until=0.7"),
-    Way(shortcuts="guidance_until=0.5"),
-    Way(shortcuts="guidance_every=2,guidance_until=0.7"),
-    Way(0.75),
-    Way(0.75, "dpmpp_2m"),
-    Way(0.75, "unipc"),
-    Way(0.75, "dpmpp_2m", "guidance_every=2"),
-    Way(0.67, "dpmpp_2m", "guidance_every=2,guidance_until=0.7"),
-    Way(0.5),
-    Way(0.5, "dpmpp_2m"),
-    Way(0.5, "unipc"),
-    Way(0.5, "dpmpp_2m", "guidance_every=2,guidance_until=0.7"),
-    Way(0.42, "dpmpp_2m"),
-    Way(0.42, "dpmpp_2m", "guidance_until=0.6"),
-    Way(0.42, "dpmpp_2m", "guidance_every=2,guidance_until=0.7"),
-    Way(0.33, "dpmpp_2m"),
-    Way(0.33, "dpmpp_2m", "guidance_until=0.6"),
+VARIANTS = (
+    Variant(shortcuts="guidance_every=2"),
+    Variant(shortcuts="guidance_every=3"),
+    Variant(shortcuts="guidance_until=0.7"),
+    Variant(shortcuts="guidance_until=0.5"),
+    Variant(shortcuts="guidance_every=2,guidance_until=0.7"),
+    Variant(0.75),
+    Variant(0.75, "dpmpp_2m"),
+    Variant(0.75, "unipc"),
+    Variant(0.75, "dpmpp_2m", "guidance_every=2"),
+    Variant(0.67, "dpmpp_2m", "guidance_every=2,guidance_until=0.7"),
+    Variant(0.5),
+    Variant(0.5, "dpmpp_2m"),
+    Variant(0.5, "unipc"),
+    Variant(0.5, "dpmpp_2m", "guidance_every=2,guidance_until=0.7"),
+    Variant(0.42, "dpmpp_2m"),
+    Variant(0.42, "dpmpp_2m", "guidance_until=0.6"),
+    Variant(0.42, "dpmpp_2m", "guidance_every=2,guidance_until=0.7"),
+    Variant(0.33, "dpmpp_2m"),
+    Variant(0.33, "dpmpp_2m", "guidance_until=0.6"),
 )
-# The presets medium and low, and what lies about them; for large models, where every way would take an hour.
-FEW = (
-    Way(0.75, "dpmpp_2m", "guidance_every=2"),
-    Way(0.5, "dpmpp_2m"),
-    Way(0.42, "dpmpp_2m", "guidance_until=0.6"),
-    Way(0.3, "dpmpp_2m", "guidance_until=0.6"),
+# The presets medium and low, and variants close to them; for large models, where all variants would take an hour.
+FEW_VARIANTS = (
+    Variant(0.75, "dpmpp_2m", "guidance_every=2"),
+    Variant(0.5, "dpmpp_2m"),
+    Variant(0.42, "dpmpp_2m", "guidance_until=0.6"),
+    Variant(0.3, "dpmpp_2m", "guidance_until=0.6"),
 )
 
 
 def make_works(profile: ModelProfile, options: argparse.Namespace) -> list[Work]:
-    """Pictures from prompts alone and recoloured shapes, in turns."""
+    """Return works that alternate between text to image and edits that change the colour of a shape."""
     side = Resolution(options.side_px, options.side_px) if options.side_px else profile.native
-    chosen = random.Random(1)
+    rng = random.Random(1)
     works = []
     for place in range(options.works):
-        background, colour, other = chosen.sample(sorted(COLOURS), 3)
-        shape = chosen.choice(SHAPES)
+        background, colour, other = rng.sample(sorted(COLOURS), 3)
+        shape = rng.choice(SHAPES)
         drawn = draw_scene(
             background, [Figure(colour, shape, side.width / 2, side.height / 2, side.width / 4)], side.width
         )
@@ -110,35 +119,35 @@ def make_works(profile: ModelProfile, options: argparse.Namespace) -> list[Work]
 
 
 def make(engine: StepwiseEngine, works: Sequence[Work]) -> list[Pixels]:
-    """The pictures, as many at once as the engine takes."""
-    waiting, found = list(works), dict[Work, Pixels]()
+    """Return the pictures of the works, with as many in flight as the engine takes."""
+    waiting, pictures = list(works), dict[Work, Pixels]()
     in_flight = 0
-    while len(found) < len(works):
+    while len(pictures) < len(works):
         while waiting and in_flight < engine.capacity:
             engine.admit(waiting.pop(0))
             in_flight += 1
         for outcome in engine.turn():
             if outcome.pixels is None:
                 raise RuntimeError(f"no picture: {outcome.error}")
-            found[outcome.work] = outcome.pixels
+            pictures[outcome.work] = outcome.pixels
             in_flight -= 1
-    return [found[work] for work in works]
+    return [pictures[work] for work in works]
 
 
 def decibels(first: Pixels, second: Pixels) -> float:
-    """Peak signal-to-noise ratio."""
+    """Return the peak signal-to-noise ratio, at most IDENTICAL_DB."""
     error = float(np.mean((first.astype(np.float64) - second) ** 2))
     return IDENTICAL_DB if error == 0 else min(IDENTICAL_DB, float(10 * np.log10(255**2 / error)))
 
 
-def scene(pixels: Pixels) -> tuple[str, list[tuple[str, str]]]:
-    """What the reader sees."""
-    seen = read_picture(pixels)
-    return seen.background, sorted((one.shape, one.colour) for one in seen.objects)
+def read_scene(pixels: Pixels) -> tuple[str, list[tuple[str, str]]]:
+    """Return the background, and the shape and colour of each object, as the reader finds them."""
+    scene = read_picture(pixels)
+    return scene.background, sorted((item.shape, item.colour) for item in scene.objects)
 
 
 def measure(result: Result, options: argparse.Namespace) -> None:
-    """Every way against the exact one."""
+    """Make the works with every variant, and add cost and distance from the exact pictures to the result."""
     settings = ModelSettings(name="model", path=options.model, engine="stepwise")
     profile = read_profile(settings)
     calls: list[Finished[Call]] = []
@@ -146,11 +155,15 @@ def measure(result: Result, options: argparse.Namespace) -> None:
     engine.load(lambda _phase: None)
     works = make_works(profile, options)
     exact: list[Pixels] = []
-    for way in (Way(), *(FEW if options.few else WAYS)):
-        case = {"share of steps": way.share, "scheduler": way.scheduler or "own", "shortcuts": way.shortcuts or "none"}
+    for variant in (Variant(), *(FEW_VARIANTS if options.few else VARIANTS)):
+        case = {
+            "share of steps": variant.share,
+            "scheduler": variant.scheduler or "own",
+            "shortcuts": variant.shortcuts or "none",
+        }
         calls.clear()
         began, cpu = time.perf_counter(), time.process_time()
-        pictures = make(engine, [way.of(work) for work in works])
+        pictures = make(engine, [variant.apply(work) for work in works])
         seconds = time.perf_counter() - began
         exact = exact or pictures
         rows = sum(len(call.subject.rows) for call in calls if call.subject.kind == "denoise")
@@ -158,24 +171,27 @@ def measure(result: Result, options: argparse.Namespace) -> None:
         result.add("cpu for a picture", [(time.process_time() - cpu) / len(works)], case=case)
         result.add("time for a picture", [seconds / len(works)], case=case)
         if options.model is None:
-            near = [decibels(first, second) for first, second in zip(exact, pictures, strict=True)]
-            same = [float(scene(first) == scene(second)) for first, second in zip(exact, pictures, strict=True)]
-            result.add("distance", near, unit="dB", better="higher", case=case)
+            distances = [decibels(first, second) for first, second in zip(exact, pictures, strict=True)]
+            same = [
+                float(read_scene(first) == read_scene(second)) for first, second in zip(exact, pictures, strict=True)
+            ]
+            result.add("distance", distances, unit="dB", better="higher", case=case)
             result.add("same scene", [sum(same) / len(same)], unit="", better="higher", case=case)
-            print(f"{case}  rows {rows / len(works):.1f}  mean {np.mean(near):.1f} dB  same scene {np.mean(same):.2f}")
+            outcome = f"mean {np.mean(distances):.1f} dB  same scene {np.mean(same):.2f}"
         else:
-            print(f"{case}  rows {rows / len(works):.1f}  {seconds / len(works):.2f} s for a picture")
+            outcome = f"{seconds / len(works):.2f} s per picture"
+        print(f"{case}  rows {rows / len(works):.1f}  {outcome}")
     engine.close()
 
 
 def main() -> None:
-    """Measure, print, and save when asked to."""
+    """Measure, print the result, and save it if --save is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="model directory; left out: the built-in model")
-    parser.add_argument("--works", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=0)
-    parser.add_argument("--side_px", type=int, default=0)
-    parser.add_argument("--few", action="store_true", help="only a few ways beside the exact one")
+    parser.add_argument("--model", type=Path, help="model directory; default: the built-in model")
+    parser.add_argument("--works", type=int, default=48, help="pictures for each variant (%(default)s)")
+    parser.add_argument("--steps", type=int, default=0, help="exact number of steps; default: the model's default")
+    parser.add_argument("--side_px", type=int, default=0, help="side of the pictures; default: the model's native size")
+    parser.add_argument("--few", action="store_true", help="only a few variants beside the exact one")
     parser.add_argument("--save", action="store_true", help="write a result file")
     options = parser.parse_args()
     result = Result("quality-full-size" if options.model else "quality", metadata.collect(options.model))

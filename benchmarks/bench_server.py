@@ -1,17 +1,19 @@
-"""Requests a second and latency of the HTTP front end alone, against FastAPI + uvicorn and a bare standard-library server.
+"""Measure requests per second and latency of the HTTP front end, against FastAPI and a bare standard-library server.
 
     python benchmarks/bench_server.py
     python benchmarks/bench_server.py --clients 1 8 64 --rounds 5 --save
 
-Each server does the same work in a process of its own: a POST of a multipart edit with a 64 kB image on a persistent connection,
-the image's CRC-32 (the toy engine), a JSON reply of 1.4 kB. Every reply is checked. `ovserve+worker` is the whole server: routes,
-validation, dispatcher, and a worker process in which the toy engine runs; the others compute in the thread or task of the
-request. The servers take turns in short slices, and
-throughputs are compared slice by slice, so that what disturbs the machine disturbs all of them; besides the clock, the CPU time
-of the server process is counted, which other work on the machine moves less.
+Each server runs in its own process and does the same work: it receives a POST of a multipart edit with a 64 kB image on
+a persistent connection, computes the CRC-32 of the image (the toy engine), and sends a JSON reply of 1.4 kB. Every
+reply is checked. `ovserve+worker` is the whole server: routes, validation, dispatcher, and a worker process in which
+the toy engine runs; the others compute in the thread or task of the request.
 
-The baselines are at their best: uvicorn with uvloop and httptools and an async route; the standard library with buffered writes,
-and without most of what makes a server safe. All of them log each request, to nowhere.
+The servers are loaded one after another in short slices, and throughputs are compared slice by slice, so that a
+disturbance of the machine affects all of them. The CPU time of the server process is measured too; other work on the
+machine changes it less.
+
+The baselines use their fastest set-up: uvicorn with uvloop and httptools and an async route; the standard library with
+buffered writes, and without most checks of a safe server. All of them log each request, to /dev/null.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-if __package__ in (None, ""):  # run as a file: the package is found beside it
+if __package__ in (None, ""):  # run as a file: put the repository on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.edits import BUILTIN_NAME
 from benchmarks.metadata import collect
 from benchmarks.results import Result
 from benchmarks.stats import estimate, ratio
@@ -45,31 +48,31 @@ PATH = "/v1/images/edits"
 IMAGE_BYTES = 64 * 1024
 PICTURE = base64.b64encode(bytes(range(256)) * 4).decode()
 BOUNDARY = "4f1c7d2e9a6b48d3b0c5e8f7a1d2c3b4"
-# What a server reads of a picture before a worker does: 64 by 64 pixels.
+# The front end reads only this head of a picture: PNG, 64 by 64 pixels.
 PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0@\0\0\0@\x08\2\0\0\0%\x0b\xe6\x89\0\0\xff\0IDAT"
 STOP_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 30.0
 WARM_UP_S = 0.5
-VALUES_KEPT = 200  # latencies of one slice
+VALUES_KEPT = 200  # latencies kept from one slice
 
 
 def reply_of(image: bytes | memoryview, prompt: str) -> dict[str, Any]:
-    """The toy engine: what is computed from the picture, and a reply of an ordinary shape."""
+    """Run the toy engine: return a reply of the usual form, with the CRC-32 of the picture."""
     return {"created": 1713833628, "crc": zlib.crc32(image), "prompt": prompt, "data": [{"b64_json": PICTURE}]}
 
 
 def announce(port: int) -> None:
-    """Tell the port, then send everything else that is printed nowhere: nobody reads it, and uvicorn logs there."""
+    """Print the port, then redirect standard output to /dev/null: nothing reads it any more, and uvicorn logs there."""
     print(port, flush=True)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
 
 
-# --- the servers, each in a process of its own ---------------------------------------------------------------------------
+# --- servers, each in its own process ---------------------------------------------------------------------------------
 
 
 def serve_ovserve() -> None:
-    """The front end of this project, with every check on."""
+    """Serve with ovserve's front end, with every check on."""
     import json
 
     from ovserve.api.exchange import Exchange, JsonReply, Reply
@@ -108,7 +111,7 @@ def serve_ovserve() -> None:
 
 
 def serve_fastapi() -> None:
-    """FastAPI on uvicorn, with uvloop and httptools."""
+    """Serve with FastAPI on uvicorn, with uvloop and httptools."""
     import uvicorn
     from fastapi import FastAPI, File, Form, UploadFile
 
@@ -117,7 +120,7 @@ def serve_fastapi() -> None:
     async def edit(image, prompt, n=1, size="auto"):  # type: ignore[no-untyped-def]
         return reply_of(await image.read(), prompt)
 
-    # FastAPI looks the types up among a module's globals; given as objects they need not be there.
+    # FastAPI resolves annotations given as text in the module's globals, where these types are not.
     edit.__annotations__ = {
         "image": Annotated[UploadFile, File()],
         "prompt": Annotated[str, Form()],
@@ -132,7 +135,7 @@ def serve_fastapi() -> None:
 
 
 def serve_stdlib() -> None:
-    """http.server as it comes, with a reader of forms that takes everything for granted."""
+    """Serve with http.server and a form reader without checks."""
     import json
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -165,18 +168,17 @@ def serve_stdlib() -> None:
 
 
 SERVERS: dict[str, Callable[[], None]] = {"ovserve": serve_ovserve, "fastapi": serve_fastapi, "stdlib": serve_stdlib}
-# The whole server, with a toy in the place of the model; the toy takes any number of jobs at once.
-WHOLE = "ovserve+worker"
-WHOLE_COMMAND = [sys.executable, "-m", "tests.toyserver", "--port", "0", "--plugin_config", '{"capacity": 64}']
+# The whole server, with a toy engine instead of the model; the toy takes any number of jobs at once.
+WHOLE_SERVER = "ovserve+worker"
+WHOLE_SERVER_COMMAND = [sys.executable, "-m", "tests.toyserver", "--port", "0", "--plugin_config", '{"capacity": 64}']
 
-
-NAMES = ["ovserve", WHOLE, "fastapi", "stdlib"]
+NAMES = ["ovserve", WHOLE_SERVER, "fastapi", "stdlib"]
 
 
 @contextlib.contextmanager
-def running(name: str) -> Iterator[tuple[int, int]]:
-    """A server in a fresh process: its port and its process id."""
-    command = WHOLE_COMMAND if name == WHOLE else [sys.executable, __file__, "--serve", name]
+def run_server(name: str) -> Iterator[tuple[int, int]]:
+    """Run a server in a fresh process; yield its port and its process id."""
+    command = WHOLE_SERVER_COMMAND if name == WHOLE_SERVER else [sys.executable, __file__, "--serve", name]
     server = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -193,12 +195,12 @@ def running(name: str) -> Iterator[tuple[int, int]]:
         server.communicate(timeout=STOP_TIMEOUT_S)
 
 
-# --- the load -------------------------------------------------------------------------------------------------------------
+# --- load -------------------------------------------------------------------------------------------------------------
 
 
 def request_bytes(image: bytes) -> bytes:
-    """One edit as the official Python client sends it."""
-    fields = {"prompt": "crc", "n": "1", "size": "256x256"}
+    """Return one edit as the official Python client sends it."""
+    fields = {"model": BUILTIN_NAME, "prompt": "crc", "n": "1", "size": "256x256"}
     body = b"".join(
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
         for name, value in fields.items()
@@ -217,7 +219,7 @@ def request_bytes(image: bytes) -> bytes:
 
 
 class Client:
-    """One connection of a closed loop: it sends when it has its answer."""
+    """One connection of a closed loop: it sends the next request when it has the answer."""
 
     def __init__(self, port: int, request: bytes, expected: Sequence[bytes]) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), ANSWER_TIMEOUT_S)
@@ -230,14 +232,14 @@ class Client:
         self.started = 0.0
 
     def begin(self) -> bool:
-        """Send the next request; whether all of it was taken."""
+        """Start to send the next request. Return whether all of it was sent."""
         self.started = time.perf_counter()
         self._rest = memoryview(self._request)
         self._answer = b""
-        return self.go_on()
+        return self.send_rest()
 
-    def go_on(self) -> bool:
-        """Send what is left."""
+    def send_rest(self) -> bool:
+        """Send what is left of the request. Return whether all of it was sent."""
         try:
             while self._rest:
                 self._rest = self._rest[self.socket.send(self._rest) :]
@@ -246,7 +248,11 @@ class Client:
         return True
 
     def has_answer(self) -> bool:
-        """Receive; whether the answer is whole. Raises RuntimeError for a wrong one."""
+        """Receive, and return whether the answer is complete.
+
+        Raises:
+            RuntimeError: the status is not 200, or the reply is wrong.
+        """
         self._answer += self.socket.recv(65536)
         head, found, content = self._answer.partition(b"\r\n\r\n")
         if not found:
@@ -260,25 +266,27 @@ class Client:
 
 
 def load(port: int, clients: int, seconds: float) -> list[float]:
-    """The latency in seconds of each request of a closed loop with so many clients, that was answered in the given time."""
+    """Run a closed loop, and return the latency in seconds of each request that was answered in time."""
     image = PNG_HEAD + random.Random(1).randbytes(IMAGE_BYTES - len(PNG_HEAD))
     request, crc = request_bytes(image), zlib.crc32(image)
-    # As a number, or as the last bytes of the picture that the toy worker makes.
+    # The reply holds the CRC as a number, or in the last bytes of the toy worker's picture.
     expected = [b"%d," % crc, base64.b64encode(crc.to_bytes(4, "big"))]
-    connections = {one.socket.fileno(): one for one in (Client(port, request, expected) for _ in range(clients))}
+    connections = {
+        client.socket.fileno(): client for client in (Client(port, request, expected) for _ in range(clients))
+    }
     poll = select.epoll()
     end = time.perf_counter() + seconds
     for client in connections.values():
         poll.register(client.socket, select.EPOLLIN if client.begin() else select.EPOLLOUT)
     latencies: list[float] = []
     while time.perf_counter() < end:
-        found = poll.poll(ANSWER_TIMEOUT_S)
-        if not found:
+        events = poll.poll(ANSWER_TIMEOUT_S)
+        if not events:
             raise RuntimeError(f"no answer within {ANSWER_TIMEOUT_S:g} s")
-        for descriptor, mask in found:
+        for descriptor, mask in events:
             client = connections[descriptor]
             if mask & select.EPOLLOUT:
-                if client.go_on():
+                if client.send_rest():
                     poll.modify(descriptor, select.EPOLLIN)
             elif client.has_answer():
                 now = time.perf_counter()
@@ -293,24 +301,24 @@ def load(port: int, clients: int, seconds: float) -> list[float]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far."""
+    """Return the user and system time that a process has used, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def thinned(values: Sequence[float]) -> list[float]:
-    """At most VALUES_KEPT of them, evenly spread by rank: a slice has thousands, and a result file is kept for ever."""
+def thin_out(values: Sequence[float]) -> list[float]:
+    """Return at most VALUES_KEPT of the values, evenly spread by rank, to keep result files small."""
     step = max(1.0, len(values) / VALUES_KEPT)
     ordered = sorted(values)
     return [ordered[int((place + 0.5) * step)] for place in range(int(len(values) / step))]
 
 
 def measure_round(result: Result, servers: Sequence[str], clients: Sequence[int], slices: int, seconds: float) -> None:
-    """Fresh processes of all servers, and slices of load on one after the other, so that neighbours saw the same machine."""
+    """Start all servers in fresh processes, and load them in short slices one after another."""
     requests: Counter[tuple[str, int]] = Counter()
     cpu: Counter[tuple[str, int]] = Counter()
     with contextlib.ExitStack() as stack:
-        started = {server: stack.enter_context(running(server)) for server in servers}
+        started = {server: stack.enter_context(run_server(server)) for server in servers}
         for port, _ in started.values():
             load(port, 8, WARM_UP_S)
         for number, _ in itertools.product(clients, range(slices)):
@@ -321,13 +329,13 @@ def measure_round(result: Result, servers: Sequence[str], clients: Sequence[int]
                 requests[server, number] += len(latencies)
                 case = {"server": server, "clients": number}
                 result.add("throughput", [len(latencies) / seconds], unit="1/s", better="higher", case=case)
-                result.add("latency", thinned(latencies), case=case)
+                result.add("latency", thin_out(latencies), case=case)
     for (server, number), count in requests.items():
         result.add("cpu", [cpu[server, number] / max(1, count)], case={"server": server, "clients": number})
 
 
 def compare(result: Result, servers: Sequence[str], clients: Sequence[int]) -> str:
-    """Throughput of ours over each other's, slice by slice, and the CPU time of the front end's process over theirs."""
+    """Return lines with ratios to each baseline: throughput, slice by slice, and CPU time per request."""
     lines = []
     for number, server, other in itertools.product(clients, servers, servers):
         if not server.startswith("ovserve") or other.startswith("ovserve"):
@@ -342,14 +350,16 @@ def compare(result: Result, servers: Sequence[str], clients: Sequence[int]) -> s
 
 
 def main() -> None:
-    """Measure, print, and save when asked to."""
+    """Measure, print the result, and save it if --save is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", choices=SERVERS, help=argparse.SUPPRESS)
-    parser.add_argument("--servers", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64])
-    parser.add_argument("--seconds", type=float, default=0.5, help="of one slice of load")
-    parser.add_argument("--slices", type=int, default=8, help="of each server and number of clients, in one round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--servers", nargs="+", choices=NAMES, default=NAMES, help="default: all")
+    parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64], help="numbers of clients (1 8 64)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="length of one slice of load (%(default)s)")
+    parser.add_argument(
+        "--slices", type=int, default=8, help="slices for each server and number of clients in a round (%(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="fresh starts of each server (%(default)s)")
     parser.add_argument("--save", action="store_true", help="write a result file")
     options = parser.parse_args()
     if options.serve:

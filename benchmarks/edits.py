@@ -1,7 +1,7 @@
-"""Requests for a load: pictures, masks, prompts and fields, different for each request, as bytes ready to send.
+"""Encoded requests for a load: pictures, masks, prompts and form fields.
 
-Every request differs from those before it in its picture, its prompt and its seed, so that no server answers from a cache of
-earlier work unless a workload asks for that (`same=1`).
+Each request has a different picture, prompt and seed, so that no server can answer from a cache; `same=1` switches that
+off.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = ["Body", "Kind", "parse_kind"]
+__all__ = ["BUILTIN_NAME", "Body", "Kind", "parse_kind"]
 
+BUILTIN_NAME = "ovserve-builtin"  # the built-in model in the request field `model`
 BOUNDARY = "----ovserve-benchmark-7c1f0a"
 TASKS = {"edit": "edits", "masked": "edits", "generate": "generations", "variation": "variations"}
-OWN_KEYS = {"picture_px", "upload_bytes", "same"}  # of a kind; any other key is a form field
+OWN_KEYS = {"picture_px", "upload_bytes", "same"}  # attributes of a kind; any other key is a form field
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white", "black")
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "ring", "cross")
-PICTURES = 256  # different pictures of ordinary size
-LARGE_PICTURES = 4  # and of uploads of a given size, where each may take megabytes
+PICTURES = 256  # number of different drawn pictures
+LARGE_PICTURES = 4  # number of different noise pictures; each may take megabytes
 SEED = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A request body with the media type it goes under."""
+    """A request body with its media type."""
 
-    task: str  # edits, generations, variations: the last segment of the path
+    task: str  # edits, generations or variations: the last segment of the path
     media_type: str
     content: bytes
 
@@ -42,12 +43,12 @@ class Kind:
     """One kind of request in a mix.
 
     Attributes:
-        name: as given, for the report.
-        task: edit, masked (an edit with a mask), generate, variation.
-        weight: how often it comes, against the other kinds.
+        name: the text it was parsed from; used in the report.
+        task: edit, masked (an edit with a mask), generate or variation.
+        weight: its share of the mix, relative to the other kinds.
         picture_px: side of the uploaded picture.
-        upload_bytes: about how large the upload is to be; 0: as small as the picture is.
-        same: every request carries the same picture, prompt and seed.
+        upload_bytes: approximate size of the upload; 0: the size of the drawn picture.
+        same: send the same picture, prompt and seed in every request.
         fields: further form fields.
     """
 
@@ -60,7 +61,7 @@ class Kind:
     fields: Mapping[str, str] = field(default_factory=dict)
 
     def body(self, index: int) -> Body:
-        """The request with this number, the same bytes each time."""
+        """Return request number `index`; the same bytes each time."""
         number = 0 if self.same else index
         texts = {"prompt": prompt(number), "seed": str(number), **self.fields}
         if self.task == "variation":
@@ -75,21 +76,24 @@ class Kind:
 
 
 def parse_kind(text: str, shared: Mapping[str, str] | None = None) -> Kind:
-    """`TASK[*WEIGHT][:key=value[;key=value]]`, such as `masked*2:num_inference_steps=4;size=256x256`. Raises ValueError.
+    """Parse a kind of request, such as `masked*2:num_inference_steps=4;size=256x256`.
 
     Args:
-        text: the kind.
-        shared: form fields of every kind; the kind's own win.
+        text: `TASK[*WEIGHT][:key=value[;key=value]]`.
+        shared: form fields of every kind; fields in `text` override them.
+
+    Raises:
+        ValueError: `text` does not have this form.
     """
     head, _, tail = text.partition(":")
     task, _, weight = head.partition("*")
     if task not in TASKS:
-        raise ValueError(f"{task!r}: expected one of {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
     keys = dict(shared or {})
     for item in filter(None, tail.split(";")):
         key, equals, value = item.partition("=")
         if not equals:
-            raise ValueError(f"{item!r}: expected key=value")
+            raise ValueError(f"{item!r} is not of the form key=value")
         keys[key] = value
     own = {key: int(keys.pop(key)) for key in OWN_KEYS & keys.keys()}
     return Kind(
@@ -104,15 +108,15 @@ def parse_kind(text: str, shared: Mapping[str, str] | None = None) -> Kind:
 
 
 def prompt(index: int) -> str:
-    """One of 720 prompts that the built-in model understands."""
+    """Return one of 720 prompts that the built-in model was trained for."""
     shape, rest = SHAPES[index % 8], index // 8
     colour = COLOURS[rest % 10]
-    ground = COLOURS[(rest % 10 + 1 + rest // 10 % 9) % 10]
-    return f"a {colour} {shape} on a {ground} background"
+    background = COLOURS[(rest % 10 + 1 + rest // 10 % 9) % 10]
+    return f"a {colour} {shape} on a {background} background"
 
 
 def picture(side_px: int, upload_bytes: int, index: int) -> bytes:
-    """A PNG; with `upload_bytes` one of noise that takes about that many bytes, whatever `side_px` says."""
+    """Return a PNG; with `upload_bytes`, a noise picture of about that many bytes, and `side_px` is ignored."""
     if upload_bytes:
         return noise_picture(max(8, round((upload_bytes / 3) ** 0.5)), index % LARGE_PICTURES)
     return drawn_picture(side_px, index % PICTURES)
@@ -120,35 +124,35 @@ def picture(side_px: int, upload_bytes: int, index: int) -> bytes:
 
 @functools.cache
 def drawn_picture(side_px: int, index: int) -> bytes:
-    """A disc on a plain ground, placed and coloured by chance."""
-    chance = random.Random(SEED * 1_000_003 + index)
-    ground, ink = (tuple(chance.randrange(256) for _ in range(3)) for _ in range(2))
-    image = Image.new("RGB", (side_px, side_px), ground)
-    radius = side_px * chance.uniform(0.15, 0.3)
-    x, y = (chance.uniform(radius, side_px - radius) for _ in range(2))
-    ImageDraw.Draw(image).ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
+    """Return a PNG of a disc on a plain background, with random position, size and colours."""
+    rng = random.Random(SEED * 1_000_003 + index)
+    background, foreground = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
+    image = Image.new("RGB", (side_px, side_px), background)
+    radius = side_px * rng.uniform(0.15, 0.3)
+    x, y = (rng.uniform(radius, side_px - radius) for _ in range(2))
+    ImageDraw.Draw(image).ellipse((x - radius, y - radius, x + radius, y + radius), fill=foreground)
     return _png(image)
 
 
 @functools.cache
 def noise_picture(side_px: int, index: int) -> bytes:
-    """Noise, which no format makes smaller: the size of the file is the number of its pixels times three."""
+    """Return an uncompressed PNG of noise: its size in bytes is about three times the number of its pixels."""
     pixels = np.random.default_rng(SEED + index).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
     return _png(Image.fromarray(pixels), compress_level=0)
 
 
 @functools.lru_cache(maxsize=64)
 def mask(side_px: int, index: int) -> bytes:
-    """A white rectangle on black: white is repainted by every server measured here."""
-    chance = random.Random(SEED + index % 32)
+    """Return a PNG of a white rectangle on black; every server measured here repaints white."""
+    rng = random.Random(SEED + index % 32)
     image = Image.new("L", (side_px, side_px), 0)
-    left, top = (chance.randrange(side_px // 2) for _ in range(2))
+    left, top = (rng.randrange(side_px // 2) for _ in range(2))
     ImageDraw.Draw(image).rectangle((left, top, left + side_px // 2 - 1, top + side_px // 2 - 1), fill=255)
     return _png(image)
 
 
 def encode_form(texts: Mapping[str, str], files: Mapping[str, bytes]) -> bytes:
-    """A multipart/form-data body (RFC 7578): text fields, then PNG files."""
+    """Return a multipart/form-data body (RFC 7578): text fields, then PNG files."""
     pieces = [
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'.encode()
         for name, text in texts.items()

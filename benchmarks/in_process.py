@@ -1,8 +1,9 @@
-"""An edit's whole work in one process, by the package's own device code and without server, link or spool: what a server adds to.
+"""Measure edits in one process, with ovserve's device code but without server, link and spool.
 
     python -m benchmarks.in_process --engine genai --side_px 512 --edits 30
 
-Prints a JSON object for benchmarks/run.py: seconds for each edit from encoded upload to base64 text, and what of them was encoding.
+It is the baseline for the time that a server adds. Prints a JSON object for benchmarks/run.py: the seconds of each edit
+from encoded upload to base64 text, and the part of them that was encoding.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ovserve.worker.prepare import prepare
 
 
 def make_engine(profile: ModelProfile, model: ModelSettings) -> Engine:
-    """The engine that a worker would take, loaded."""
+    """Load the engine that a worker would choose."""
     name, _ = choose_engine(profile, model)
     engine: Engine
     if name == "stepwise":
@@ -40,12 +41,12 @@ def make_engine(profile: ModelProfile, model: ModelSettings) -> Engine:
 
 
 def main() -> None:
-    """Load, then one edit after the other; the first two are dropped."""
+    """Load the engine, then make one edit after another; the first two are dropped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=("auto", "genai", "stepwise"), default="auto")
-    parser.add_argument("--side_px", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--edits", type=int, default=30)
+    parser.add_argument("--engine", choices=("auto", "genai", "stepwise"), default="auto", help="(%(default)s)")
+    parser.add_argument("--side_px", type=int, default=512, help="side of upload and result (%(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="denoising steps (%(default)s)")
+    parser.add_argument("--edits", type=int, default=30, help="edits that are measured (%(default)s)")
     options = parser.parse_args()
     model = ModelSettings(name="builtin", engine=options.engine)
     profile, settings = read_profile(model), Settings(models=(model,))
@@ -77,7 +78,7 @@ def main() -> None:
                 outcomes = engine.turn()
             pixels = outcomes[0].pixels
             if pixels is None:
-                raise SystemExit(f"no picture: {outcomes[0].error}")
+                raise SystemExit(f"the engine made no picture: {outcomes[0].error}")
             result = edit.assemble(pixels)
             before = time.perf_counter()
             encoded = edit.encode(result, 0)

@@ -1,11 +1,12 @@
-"""A load on a running images server: an open loop at a fixed arrival rate, or a closed loop with k clients.
+"""Load a running images server: an open loop at a fixed arrival rate, or a closed loop with k clients.
 
     python benchmarks/load.py http://127.0.0.1:8000 --clients 8 --seconds 10
-    python benchmarks/load.py http://127.0.0.1:8000 --rate 12 --seconds 20 --kind edit*4 --kind masked:num_inference_steps=4
+    python benchmarks/load.py http://127.0.0.1:8000 --rate 12 --kind edit*4 --kind masked:num_inference_steps=4
 
-In an open loop requests are due at fixed times, whatever the server does, and latency counts from the time a request was due:
-a server that stalls pays for every request that its stall held up. In a closed loop each client sends when it has its answer;
-that shows capacity, and flatters the tail. Everything is bounded: time, requests, requests in flight, wait for an answer.
+In an open loop, requests are due at fixed times that do not depend on the server, and latency counts from the due time,
+so a stall raises the latency of every request that is due during it. In a closed loop, each client sends the next
+request when it has the answer; that measures capacity, but underestimates the tail. Everything is bounded: time,
+requests, requests in flight, and the wait for an answer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the package is found beside it
+if __package__ in (None, ""):  # run as a file: put the repository on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import stats
@@ -36,25 +37,22 @@ from benchmarks.probe import Probe, Prober
 
 __all__ = ["Load", "Report", "Sample", "Target", "apply_load"]
 
-MOST_SECONDS = 3600.0
-MOST_REQUESTS = 1_000_000
-MOST_IN_FLIGHT = 512
-LATE_S = (
-    0.05  # a request sent this much after it was due was held up by the generator's own bound, not only by the server
-)
+MAX_SECONDS = 3600.0
+MAX_REQUESTS = 1_000_000
+MAX_IN_FLIGHT = 512
+LATE_S = 0.05  # sent this long after it was due: the generator's limit of requests in flight delayed it too
 ABANDONED = "abandoned"
-WORK_STAGES = ("prepare", "denoise", "finish")  # of Server-Timing: what any program that does the edit has to do
+WORK_STAGES = ("prepare", "denoise", "finish")  # entries of Server-Timing that every program that makes the edit needs
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where the load goes.
+    """The server that receives the load.
 
     Attributes:
         url: scheme, host and port; a path in it replaces `prefix`.
-        prefix: what stands before `/images/edits`.
+        prefix: path before `/images/edits`.
         key: an API key, sent as a bearer token; empty: none.
-        fields: form fields of every request, such as a model's name.
     """
 
     url: str
@@ -62,34 +60,36 @@ class Target:
     key: str = ""
 
     def connect(self, timeout_s: float) -> http.client.HTTPConnection:
-        """A connection that is opened by its first request."""
+        """Return a connection; its first request opens it."""
         parts = urllib.parse.urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         return kind(parts.hostname or "127.0.0.1", parts.port, timeout=timeout_s)
 
     def path(self, task: str) -> str:
-        """The request target of a task."""
+        """Return the request target of a task."""
         prefix = urllib.parse.urlsplit(self.url).path.rstrip("/") or self.prefix
         return f"{prefix}/images/{task}"
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What to send. Either `rate` (open loop) or `clients` (closed loop).
+    """A load: an open loop if `rate` is set, else a closed loop with `clients`.
 
     Attributes:
-        rate: arrivals a second; 0: a closed loop.
-        poisson: arrivals at random with that mean rate, and not evenly spaced.
-        clients: of the closed loop.
+        rate: arrivals per second; 0: a closed loop.
+        poisson: random arrivals with that mean rate, instead of evenly spaced ones.
+        clients: number of clients of the closed loop.
         seconds: length of the measured window.
-        warm_up_s: the load runs this long before the window begins; what falls into it is dropped.
-        requests: most requests after the warm-up.
-        in_flight: most requests at once in an open loop.
+        warm_up_s: time for which the load runs before the window begins; samples in it are dropped.
+        requests: largest number of requests after the warm-up.
+        in_flight: largest number of requests at once in an open loop.
         timeout_s: longest wait for one answer.
-        abandon: part of the requests (0..1) whose client goes away after `abandon_after_s`.
-        probe: path of a health check that is fetched all the while; empty: none.
-        probe_every_s: how often.
-        kinds: what is mixed; None of them: plain edits.
+        abandon: part of the requests (0..1) whose connection is closed after `abandon_after_s`, before the answer.
+        abandon_after_s: time after which such a request is abandoned.
+        probe: path of a health check that is fetched during the whole load; empty: none.
+        probe_every_s: interval of the health check.
+        kinds: kinds of requests to mix; at least one.
+        seed: of the mix, of random arrivals, and of which requests are abandoned.
     """
 
     rate: float = 0.0
@@ -97,7 +97,7 @@ class Load:
     clients: int = 1
     seconds: float = 10.0
     warm_up_s: float = 1.0
-    requests: int = MOST_REQUESTS
+    requests: int = MAX_REQUESTS
     in_flight: int = 128
     timeout_s: float = 120.0
     abandon: float = 0.0
@@ -108,24 +108,41 @@ class Load:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        """Raises ValueError when a bound is left."""
-        if not 0 < self.seconds <= MOST_SECONDS or not 0 <= self.warm_up_s <= MOST_SECONDS:
-            raise ValueError(f"seconds: more than 0, at most {MOST_SECONDS:g}")
-        if not 1 <= self.requests <= MOST_REQUESTS:
-            raise ValueError(f"requests: 1 to {MOST_REQUESTS}")
-        if not 1 <= max(self.clients, 1) <= MOST_IN_FLIGHT or not 1 <= self.in_flight <= MOST_IN_FLIGHT:
-            raise ValueError(f"clients, in_flight: 1 to {MOST_IN_FLIGHT}")
+        """Check the values.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        if not 0 < self.seconds <= MAX_SECONDS or not 0 <= self.warm_up_s <= MAX_SECONDS:
+            raise ValueError(
+                f"seconds is {self.seconds:g}, warm_up_s is {self.warm_up_s:g}; seconds must be more than 0, warm_up_s"
+                f" 0 or more, and both at most {MAX_SECONDS:g}"
+            )
+        if not 1 <= self.requests <= MAX_REQUESTS:
+            raise ValueError(f"requests is {self.requests}; it must be 1 to {MAX_REQUESTS}")
+        if not 1 <= max(self.clients, 1) <= MAX_IN_FLIGHT or not 1 <= self.in_flight <= MAX_IN_FLIGHT:
+            raise ValueError(
+                f"clients is {self.clients}, in_flight is {self.in_flight}; each must be 1 to {MAX_IN_FLIGHT}"
+            )
         if not self.kinds or self.rate < 0 or not 0 <= self.abandon <= 1 or self.timeout_s <= 0:
-            raise ValueError("kinds, rate, abandon, timeout_s: out of range")
+            raise ValueError("at least one kind is required; rate must be 0 or more, abandon 0 to 1, timeout_s above 0")
         if self.poisson and not self.rate:
-            raise ValueError("poisson: needs a rate")
+            raise ValueError("poisson requires a rate")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request: seconds from the start of the load; `status` 0 when there was no answer, with the reason in `error`.
+    """One request. Times are seconds from the start of the load.
 
-    `work_s` is how long the server says it worked at it (header Server-Timing); 0 where it does not say.
+    Attributes:
+        kind: name of its kind.
+        due_s: when it was due.
+        sent_s: when it was sent.
+        done_s: when the answer was complete, or the request failed.
+        status: of the answer; 0 without an answer.
+        bytes: size of the answer's content.
+        error: why there was no answer; empty if there was one.
+        work_s: time that the server spent on the edit itself, from its Server-Timing field; 0 without that field.
     """
 
     kind: str
@@ -139,13 +156,22 @@ class Sample:
 
     @property
     def latency_s(self) -> float:
-        """From when it was due to the last byte of the answer."""
+        """Seconds from the due time to the last byte of the answer."""
         return self.done_s - self.due_s
 
 
 @dataclass(slots=True)
 class Report:
-    """What came of a load. Times in seconds; samples within the window only, but `answered_in_all` with the warm-up."""
+    """The outcome of a load. Times are in seconds.
+
+    Attributes:
+        seconds: length of the window.
+        samples: requests in the window.
+        probes: latencies of the health checks in the window that were answered with 200.
+        failed_probes: number of the others.
+        late: number of requests that were sent late because of the generator's own limit.
+        answered_in_all: number of requests answered with 200, those in the warm-up included.
+    """
 
     seconds: float
     samples: list[Sample] = field(default_factory=list)
@@ -156,32 +182,32 @@ class Report:
 
     @property
     def answered(self) -> list[Sample]:
-        """Those with a picture."""
+        """Samples that were answered with 200."""
         return [sample for sample in self.samples if sample.status == 200]
 
     def latencies(self, kind: str = "") -> list[float]:
-        """Of the answered ones, of one kind or of all."""
+        """Return the latencies of the answered requests of one kind, or of all kinds."""
         return [sample.latency_s for sample in self.answered if not kind or sample.kind == kind]
 
-    def added(self) -> list[float]:
-        """Latency less the server's own account of its work, of the answered ones that came with one.
+    def overheads(self) -> list[float]:
+        """Return latency minus `work_s` of each answered request with a Server-Timing field.
 
-        Of requests for one picture, one at a time: pictures that are made side by side are counted one after the other, and where
-        pictures wait for one another inside an engine, that counts as work.
+        Correct only for one picture per request and one request at a time: times of pictures that are made side by side
+        are added up, and the time for which pictures wait for each other inside an engine counts as work.
         """
         return [sample.latency_s - sample.work_s for sample in self.answered if sample.work_s]
 
     @property
     def throughput(self) -> float:
-        """Answers a second."""
+        """Answers per second."""
         return len(self.answered) / self.seconds
 
     def outcomes(self) -> dict[str, int]:
-        """How many of each status, or of each error without one."""
+        """Return the number of requests for each status, or for each error if there was no answer."""
         return dict(Counter(str(sample.status or sample.error) for sample in self.samples).most_common())
 
     def as_json(self) -> dict[str, Any]:
-        """Everything a caller in another process needs."""
+        """Return the report as a JSON object, with every sample."""
         return {
             "seconds": self.seconds,
             "throughput": self.throughput,
@@ -193,8 +219,8 @@ class Report:
         }  # fmt: skip
 
     def text(self) -> str:
-        """For the terminal."""
-        lines = [f"{self.throughput:.2f} answers a second over {self.seconds:g} s; outcomes {self.outcomes()}"]
+        """Return the report for the terminal."""
+        lines = [f"{self.throughput:.2f} answers per second over {self.seconds:g} s; outcomes {self.outcomes()}"]
         groups = sorted({sample.kind for sample in self.answered})
         for kind in groups if len(groups) > 1 else [""]:
             lines += _quantiles(f"latency {kind}".strip(), self.latencies(kind))
@@ -202,7 +228,7 @@ class Report:
         if self.failed_probes:
             lines.append(f"! {self.failed_probes} health probes failed")
         if self.late:
-            lines.append(f"! {self.late} requests were sent late: more in flight than the bound of the generator")
+            lines.append(f"! {self.late} requests were sent late: in_flight was reached; raise it, or lower the rate")
         lines += [f"! latency {warning}" for warning in stats.warnings_of(self.latencies())]
         return "\n".join(lines)
 
@@ -210,18 +236,18 @@ class Report:
 def _quantiles(title: str, values: list[float]) -> list[str]:
     if not values:
         return []
-    told = "  ".join(f"p{rank:g} {stats.estimate([1000 * value for value in values], rank)}" for rank in (50, 90, 99))
-    return [f"{title}, ms: {told}  max {1000 * max(values):.4g}  n={len(values)}"]
+    text = "  ".join(f"p{rank:g} {stats.estimate([1000 * value for value in values], rank)}" for rank in (50, 90, 99))
+    return [f"{title}, ms: {text}  max {1000 * max(values):.4g}  n={len(values)}"]
 
 
 def apply_load(target: Target, load: Load) -> Report:
-    """Run a load to its end. Blocks for at most warm-up, window, and one timeout."""
+    """Run a load to its end. Blocks for at most the warm-up, the window and one timeout."""
     return _Run(target, load).run()
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """Status, bytes and Server-Timing of an answer; the status is 0 without one."""
+    """Status, size of the content and Server-Timing field of an answer; the status is 0 without an answer."""
 
     status: int = 0
     size: int = 0
@@ -229,19 +255,19 @@ class _Answer:
 
 
 class _Run:
-    """One load under way: threads that take numbers, and what they saw."""
+    """A running load: client threads that take the next request, and their samples. The lock guards both."""
 
     def __init__(self, target: Target, load: Load) -> None:
         self._target, self._load = target, load
         self._lock = threading.Lock()
         self._taken = 0
-        self._counted = 0  # of those, due after the warm-up
+        self._counted = 0  # those of them that are due after the warm-up
         self._samples: list[Sample] = []
         self._probes: list[Probe] = []
-        self._chance = random.Random(load.seed)
+        self._rng = random.Random(load.seed)
         self._next_due = 0.0
         self._choices = [kind for kind in load.kinds for _ in range(kind.weight)]
-        for kind in load.kinds:  # pictures are drawn before the clock starts
+        for kind in load.kinds:  # fill the caches of pictures before the clock starts
             for index in range(min(64, load.requests)):
                 kind.body(index)
         self._started = 0.0
@@ -261,7 +287,7 @@ class _Run:
             end = min(time.monotonic(), self._started + load.warm_up_s + load.seconds)
         if prober:
             begin = self._started + load.warm_up_s
-            self._probes = [one for one in prober.probes if begin <= one.due < end]
+            self._probes = [probe for probe in prober.probes if begin <= probe.due < end]
         return self._report()
 
     def _report(self) -> Report:
@@ -269,11 +295,11 @@ class _Run:
         begin, end = load.warm_up_s, load.warm_up_s + load.seconds
         with self._lock:
             samples = sorted(self._samples, key=lambda sample: sample.due_s)
-        if load.rate:  # all that was due in the window, whenever it was answered
+        if load.rate:  # all requests due in the window, even if they were answered after it
             inside = [sample for sample in samples if begin <= sample.due_s < end]
             last = max((sample.done_s for sample in inside), default=end)
             seconds = max(load.seconds, last - begin)
-        else:  # all that was answered in the window
+        else:  # all requests answered in the window
             inside = [sample for sample in samples if begin <= sample.done_s < end]
             seconds = load.seconds
             if self._counted >= load.requests:
@@ -281,8 +307,8 @@ class _Run:
         return Report(
             seconds=seconds,
             samples=inside,
-            probes=[one.latency_s for one in self._probes if one.is_healthy],
-            failed_probes=sum(not one.is_healthy for one in self._probes),
+            probes=[probe.latency_s for probe in self._probes if probe.is_healthy],
+            failed_probes=sum(not probe.is_healthy for probe in self._probes),
             answered_in_all=sum(sample.status == 200 for sample in samples),
             late=sum(sample.sent_s - sample.due_s > LATE_S for sample in inside) if load.rate else 0,
         )
@@ -291,32 +317,32 @@ class _Run:
         return time.monotonic() - self._started
 
     def _take(self) -> tuple[int, float, Kind, bool] | None:
-        """The next request: number, when it is due, kind, whether its client goes away; None when the load is over."""
+        """Return number, due time and kind of the next request, and whether to abandon it; None at the end."""
         load = self._load
         with self._lock:
             due = self._next_due if load.rate else self._now()
-            spent = self._counted >= load.requests or self._taken >= MOST_REQUESTS
+            spent = self._counted >= load.requests or self._taken >= MAX_REQUESTS
             if spent or due >= load.warm_up_s + load.seconds:
                 return None
             index = self._taken
             self._taken += 1
             self._counted += due >= load.warm_up_s
             if load.poisson:
-                self._next_due += self._chance.expovariate(load.rate)
+                self._next_due += self._rng.expovariate(load.rate)
             elif load.rate:
                 self._next_due = self._taken / load.rate
-            return index, due, self._chance.choice(self._choices), self._chance.random() < load.abandon
+            return index, due, self._rng.choice(self._choices), self._rng.random() < load.abandon
 
     def _client(self) -> None:
         connection = self._target.connect(self._load.timeout_s)
         while taken := self._take():
-            index, due, kind, leaves = taken
+            index, due, kind, abandons = taken
             body = kind.body(index)
             if (wait := due - self._now()) > 0:
                 time.sleep(wait)
             sent = self._now()
             try:
-                answer = self._exchange(connection, kind, body.task, body.media_type, body.content, leaves)
+                answer = self._exchange(connection, kind, body.task, body.media_type, body.content, abandons)
                 error = "" if answer.status else ABANDONED
             except (OSError, http.client.HTTPException) as problem:
                 connection.close()
@@ -334,16 +360,16 @@ class _Run:
         task: str,
         media_type: str,
         content: bytes,
-        leaves: bool,
+        abandons: bool,
     ) -> _Answer:
-        """What came back; nothing when the client went away."""
+        """Send a request and return the answer; an empty one if the request was abandoned."""
         headers = {"Content-Type": media_type}
         if self._target.key:
             headers["Authorization"] = f"Bearer {self._target.key}"
         fresh = connection.sock is None
         try:
             connection.request("POST", self._target.path(task), content, headers)
-            if leaves and self._leave(connection):
+            if abandons and self._abandon(connection):
                 return _Answer()
             with connection.getresponse() as answer:
                 return _Answer(answer.status, len(answer.read()), answer.getheader("server-timing", ""))
@@ -351,10 +377,11 @@ class _Run:
             connection.close()
             if fresh:
                 raise
-        return self._exchange(connection, kind, task, media_type, content, leaves)  # an idle connection had been closed
+        # The server had closed the idle connection: send the request again on a new one.
+        return self._exchange(connection, kind, task, media_type, content, abandons)
 
-    def _leave(self, connection: http.client.HTTPConnection) -> bool:
-        """Close the connection unless the answer comes first."""
+    def _abandon(self, connection: http.client.HTTPConnection) -> bool:
+        """Close the connection after `abandon_after_s`, unless the answer comes first. Return whether it was closed."""
         readable, _, _ = select.select([connection.sock], [], [], self._load.abandon_after_s)
         if readable:
             return False
@@ -363,7 +390,7 @@ class _Run:
 
 
 def _work_s(timing: str) -> float:
-    """The sum of WORK_STAGES in a Server-Timing header (W3C): `name;dur=milliseconds, ...`; 0 for one that reads otherwise."""
+    """Return the seconds of WORK_STAGES in a Server-Timing field (W3C), `name;dur=milliseconds, ...`; 0 if absent."""
     total_ms = 0.0
     for entry in timing.split(","):
         name, *parameters = (item.strip() for item in entry.split(";"))
@@ -376,10 +403,10 @@ def _work_s(timing: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 1 when nothing was answered."""
+    """Run the command line. Return 1 if no request was answered, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url", help="such as http://127.0.0.1:8000; with a path, that replaces --prefix")
-    parser.add_argument("--prefix", default="/v3", help="what stands before /images/edits (%(default)s)")
+    parser.add_argument("url", help="such as http://127.0.0.1:8000; a path in it replaces --prefix")
+    parser.add_argument("--prefix", default="/v3", help="path before /images/edits (%(default)s)")
     parser.add_argument("--key", default="", help="API key")
     parser.add_argument(
         "--field", action="append", default=[], metavar="NAME=VALUE", help="form field of every request"
@@ -389,7 +416,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="TASK[*WEIGHT][:key=value;...]",
-        help="repeat for a mix; tasks: edit masked generate variation; keys: picture_px, upload_bytes, same, any form field",
+        help="kind of request; repeat it for a mix. Tasks: edit, masked, generate, variation. "
+        "Keys: picture_px, upload_bytes, same, or a form field",
     )
     for item in dataclasses.fields(Load):
         if item.name != "kinds":

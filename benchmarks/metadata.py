@@ -1,4 +1,4 @@
-"""What a figure depends on beside the code: machine, load, versions, commit, model; collected, never typed."""
+"""Collect the metadata of a result: machine, load, versions, commit and model."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["collect", "commit", "hash_of_model", "load_average"]
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("openvino", "openvino-genai", "numpy", "pillow", "multipart", "prometheus-client")
 GIT_TIMEOUT_S = 10.0
-BUSY_CORES = 0.2  # in use by others just before: beyond that they disturb a measurement on any machine
-LOOK_S = 0.5  # how long is looked; a load average would still hold the benchmark that ran before
+BUSY_CORES = 0.2  # cores in use by other processes before a run: more than this disturbs a measurement on any machine
+SAMPLE_S = 0.5  # over this time; a load average would still contain the previous benchmark
 BLOCK_BYTES = 1 << 20
 
 
 def collect(model: Path | None = None) -> dict[str, Any]:
-    """The record that goes into every result file.
+    """Return the metadata of a result file.
 
     Args:
-        model: the served model's directory; its hash is recorded. None: no model was involved.
+        model: directory of the served model; its hash is recorded. None: no model is recorded.
     """
     load, in_use = load_average(), cores_in_use()
     return {
@@ -44,13 +44,13 @@ def collect(model: Path | None = None) -> dict[str, Any]:
         "busy": in_use > BUSY_CORES,
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := version_of(name))},
-        "command": " ".join(["python", *(_without_place(argument) for argument in sys.argv)]),
+        "command": " ".join(["python", *(_portable_argument(argument) for argument in sys.argv)]),
         "model": {"name": model.name, "sha256": hash_of_model(model)} if model else None,
     }
 
 
-def _without_place(argument: str) -> str:
-    """An argument without what is true of one machine only: paths are told from the repository, or by their last two names."""
+def _portable_argument(argument: str) -> str:
+    """Return an argument without machine-specific parts: a path relative to the repository, or its last two names."""
     path = Path(argument)
     if not path.is_absolute():
         return argument
@@ -58,10 +58,10 @@ def _without_place(argument: str) -> str:
 
 
 def cores_in_use() -> float:
-    """Cores that are busy while this process does nothing: what else runs (proc(5), /proc/stat)."""
+    """Return the number of cores that other processes use, measured while this process sleeps (proc(5), /proc/stat)."""
     before = _busy_ticks()
-    time.sleep(LOOK_S)
-    return round((_busy_ticks() - before) / os.sysconf("SC_CLK_TCK") / LOOK_S, 2)
+    time.sleep(SAMPLE_S)
+    return round((_busy_ticks() - before) / os.sysconf("SC_CLK_TCK") / SAMPLE_S, 2)
 
 
 def _busy_ticks() -> int:
@@ -72,12 +72,12 @@ def _busy_ticks() -> int:
 
 
 def load_average() -> float:
-    """The one-minute load average."""
+    """Return the one-minute load average."""
     return round(os.getloadavg()[0], 2)
 
 
 def commit() -> str:
-    """The commit that was measured, 10 digits, with `-dirty` when the package or the benchmarks differ from it."""
+    """Return the measured commit, 10 digits; with `-dirty` if the package or the benchmarks differ from it."""
     revision = _git("rev-parse", "--short=10", "HEAD")
     if not revision:
         return "unknown"
@@ -86,7 +86,7 @@ def commit() -> str:
 
 
 def cpu_model() -> str:
-    """The processor's name, as the kernel tells it."""
+    """Return the name of the processor, as in /proc/cpuinfo."""
     for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -94,13 +94,13 @@ def cpu_model() -> str:
 
 
 def governor() -> str:
-    """The frequency governor of the first core; `none` where the machine does not show one, as in most virtual machines."""
+    """Return the frequency governor of the first core; `none` where there is none, as in most virtual machines."""
     path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return path.read_text("utf-8").strip() if path.exists() else "none"
 
 
 def version_of(package: str) -> str:
-    """An installed package's version; empty when it is not installed."""
+    """Return the version of an installed package; empty if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -108,7 +108,7 @@ def version_of(package: str) -> str:
 
 
 def hash_of_model(directory: Path) -> str:
-    """SHA-256, 16 digits, over the names and contents of a model's files, in the order of their names."""
+    """Return a SHA-256, 16 digits, over the names and contents of a model's files in the order of their names."""
     digest = hashlib.sha256()
     for path in sorted(
         path for path in directory.rglob("*") if path.is_file() and path.suffix in (".xml", ".bin", ".json")

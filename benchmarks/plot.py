@@ -1,4 +1,4 @@
-"""Line charts as SVG, written by hand: the same numbers give the same bytes, so that a page can be tested against its results."""
+"""Line charts as SVG, without a library: equal numbers give equal bytes, so a test can compare page and results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Point", "line_chart"]
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 70, 170, 40, 50
 TICKS = 5
-# Told apart with every common form of colour blindness (Okabe and Ito).
+# Distinguishable with every common form of colour blindness (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
 
@@ -28,7 +28,13 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """Values to places on one axis."""
+    """One axis: maps values to coordinates.
+
+    Attributes:
+        low, high: range of the values.
+        begin, end: coordinates of `low` and `high`.
+        is_log: logarithmic.
+    """
 
     low: float
     high: float
@@ -43,15 +49,15 @@ class _Axis:
 
     def ticks(self) -> list[float]:
         if self.is_log:
-            found = [
+            values = [
                 digit * 10.0**exponent
                 for exponent in range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
                 for digit in (1, 2, 5)
             ]
         else:
             step = _round_step((self.high - self.low) / TICKS or 1.0)
-            found = [step * index for index in range(math.floor(self.low / step), math.ceil(self.high / step) + 1)]
-        return [value for value in found if self.low * 0.999 <= value <= self.high * 1.001]
+            values = [step * index for index in range(math.floor(self.low / step), math.ceil(self.high / step) + 1)]
+        return [value for value in values if self.low * 0.999 <= value <= self.high * 1.001]
 
 
 def line_chart(
@@ -63,7 +69,11 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
 ) -> str:
-    """An SVG document. Raises ValueError when there is nothing to draw, or a value cannot stand on a logarithmic axis."""
+    """Return an SVG document.
+
+    Raises:
+        ValueError: there are no points, or a value is not above zero on a logarithmic axis.
+    """
     points = [point for line in lines.values() for point in line]
     if not points:
         raise ValueError("nothing to draw")
@@ -116,13 +126,13 @@ def _line(index: int, name: str, line: Sequence[Point], x_axis: _Axis, y_axis: _
 
 
 def _round_step(step: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
+    """Round up to 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
     return float(next(digit * power for digit in (1, 2, 5, 10) if digit * power >= step * 0.999))
 
 
 def _short(value: float) -> str:
-    """100000 as 100k."""
+    """Format a number with a unit prefix, such as 100000 as 100k."""
     for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor and value >= 10_000:
             return f"{value / factor:g}{letter}"

@@ -1,8 +1,8 @@
-"""A health check fetched at fixed times, from a process of its own: threads of a load generator would be measured with it.
+"""Fetch a health check at fixed times from a separate process, so that the load generator's threads do not delay it.
 
 with Prober("http://127.0.0.1:8000", "/v2/health/live") as prober:
     ...                       # the load
-prober.probes                 # when each was due, and what it took
+prober.probes                 # due time and latency of each
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ __all__ = ["Probe", "Prober"]
 
 ANSWER_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 60.0
-MOST_PROBES = 1_000_000
+MAX_PROBES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One health check: when it was due (`time.monotonic`), seconds from then to its answer, whether that was a 200."""
+    """One health check: due time (`time.monotonic`), seconds from then to the answer, and whether that was a 200."""
 
     due: float
     latency_s: float
@@ -35,10 +35,10 @@ class Probe:
 
 
 class Prober:
-    """Probes as long as the `with` lasts.
+    """A context manager that fetches a health check until its block ends.
 
     Attributes:
-        probes: in order of time; there when the `with` has ended.
+        probes: in order of time; filled at the end of the block.
     """
 
     def __init__(self, url: str, path: str, every_s: float = 0.05) -> None:
@@ -54,7 +54,7 @@ class Prober:
             cwd=Path(__file__).resolve().parents[1],
         )
         assert self._process.stdout
-        self._process.stdout.readline()  # its first probe has been answered, or has failed
+        self._process.stdout.readline()  # wait until the first probe was answered or has failed
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -67,13 +67,13 @@ class Prober:
 
 
 def probe(url: str, path: str, every_s: float) -> list[Probe]:
-    """Fetch until standard input ends."""
+    """Fetch the health check every `every_s` seconds until standard input ends."""
     parts = urllib.parse.urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=ANSWER_TIMEOUT_S)
     probes: list[Probe] = []
     due, end = time.monotonic(), float("inf")
-    while due < end and len(probes) < MOST_PROBES:
+    while due < end and len(probes) < MAX_PROBES:
         try:
             connection.request("GET", path)
             with connection.getresponse() as answer:
@@ -86,7 +86,7 @@ def probe(url: str, path: str, every_s: float) -> list[Probe]:
         if len(probes) == 1:
             print(flush=True)
         due += every_s
-        # What was due before the end is still fetched: a stall at the end would else show in one probe only.
+        # Probes due before the end are still fetched; otherwise a stall at the end would show in one probe only.
         if end == float("inf") and select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
             end = time.monotonic()
     connection.close()
@@ -94,5 +94,5 @@ def probe(url: str, path: str, every_s: float) -> list[Probe]:
 
 
 if __name__ == "__main__":
-    _, where, what, every = sys.argv
-    print(json.dumps([[one.due, one.latency_s, one.is_healthy] for one in probe(where, what, float(every))]))
+    _, url, path, interval = sys.argv
+    print(json.dumps([[one.due, one.latency_s, one.is_healthy] for one in probe(url, path, float(interval))]))

@@ -1,8 +1,9 @@
-"""Makes docs/performance.md and its plots from the newest result file of each benchmark; nothing on that page is typed.
+"""Render docs/performance.md and its plots from the newest result file of each benchmark.
 
     python -m benchmarks.render
 
-What the figures mean, and why an aim is missed, stands in benchmarks/notes.md, by the names of the sections and aims below.
+No figure on that page is written by hand. Explanations, such as why an aim is missed, come from benchmarks/notes.md,
+where each heading names a section of the page.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import stats
-from benchmarks.aims import OURS as FIRST
-from benchmarks.aims import list_aims, one
+from benchmarks.aims import OURS as OUR_STEPWISE
+from benchmarks.aims import find_only, list_aims
 from benchmarks.plot import Point, line_chart
 from benchmarks.results import DIRECTORY, Result, Series, read_result
 
@@ -24,85 +25,97 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 PLOTS = ROOT / "docs" / "plots"
 NOTES = ROOT / "benchmarks" / "notes.md"
-OURS = "ovserve"  # the beginning of the names of our servers
+OURS = "ovserve"  # prefix of our servers' names
 UNITS = {"s": (1000.0, "ms"), "bytes": (1 / (1 << 20), "MiB"), "B/s": (1e-9, "GB/s"), "1/s": (1.0, "/s")}
-MOST_ROWS = 60  # of a table of everything
+MAX_ROWS = 60  # of the table of a whole benchmark
+# Texts of the page for names in the result files; names without an entry are shown as they are.
+LABELS = {
+    "any other answer": "other answers",
+    "half with masks": "edits, half of them with a mask",
+    "jobs given once more": "jobs requeued",
+    "jobs with two deaths": "jobs that lost two workers",
+    "not accepted": "connection refused or closed",
+    "of": "count of",
+    "one step after a client has gone": "one step after an abandoned request",
+    "pictures that differ for one seed": "different pictures for one seed",
+    "way": "transport",
+}
 
 
 def newest(directory: Path = DIRECTORY) -> dict[str, tuple[Path, Result]]:
-    """The newest file of each benchmark, by the date in its metadata.
+    """Return path and content of the newest file of each benchmark, by the date in the metadata.
 
-    A model that it left out is taken from the newest file that has it, which its metadata then name under `taken_from`: what takes
-    half an hour for a large model need not be repeated for each change of the small one.
+    Series of a model that this file does not have are added from the newest file that has them, and `taken_from` in the
+    metadata names that file: a run of half an hour with a large model need not be repeated for each change to the small
+    one.
     """
     files = [(path, read_result(path)) for path in directory.glob("*.json")]
-    found: dict[str, tuple[Path, Result]] = {}
+    newest_files: dict[str, tuple[Path, Result]] = {}
     for path, result in sorted(files, key=lambda file: (str(file[1].metadata.get("date")), file[0]), reverse=True):
-        if result.name not in found:
-            found[result.name] = (path, result)
+        if result.name not in newest_files:
+            newest_files[result.name] = (path, result)
             continue
-        newer = found[result.name][1]
+        newer = newest_files[result.name][1]
         models = {series.case.get("model") for series in newer.series} | {None}
         if others := [series for series in result.series if series.case.get("model") not in models]:
             newer.series += others
             newer.metadata.setdefault("taken_from", []).append((path.name, result.metadata))
-    return found
+    return newest_files
 
 
 def render(files: dict[str, tuple[Path, Result]], notes: str) -> tuple[str, dict[str, str]]:
-    """The page, and its plots by file name."""
-    remarks = read_notes(notes)
+    """Return the page, and its plots by file name."""
+    sections = read_notes(notes)
     plots: dict[str, str] = {}
     lines = [
         "# Performance",
         "",
-        "Made by `python -m benchmarks.render` from the files in benchmarks/results; do not edit. How it is measured, and how to",
-        "repeat it: [benchmarks/README.md](../benchmarks/README.md). Intervals in brackets are 95 % bootstrap intervals of the median",
-        "(for fewer than six values, the whole range).",
+        "Made by `python -m benchmarks.render` from the files in benchmarks/results; do not edit. Method and commands:",
+        "[benchmarks/README.md](../benchmarks/README.md). Intervals in brackets are 95 % bootstrap intervals of the",
+        "percentile (for fewer than six values, the whole range).",
         "",
         *_machine(files),
         *_busy(files),
-        *remarks.get("summary", []),
+        *sections.get("summary", []),
     ]
     if "serving" in files:
         serving = files["serving"][1]
-        lines += _section("Aims", _aims(serving), remarks)
+        lines += _section("Aims", _aims(serving), sections)
         for title, make in SECTIONS:
-            lines += _section(title, make(serving, plots), remarks)
+            lines += _section(title, make(serving, plots), sections)
     for name, (_, result) in sorted(files.items()):
         if name != "serving":
-            lines += _section(f"Benchmark: {name}", everything(result), remarks)
-    lines += _section("Not measured", [], remarks)
+            lines += _section(f"Benchmark: {name}", list_series(result), sections)
+    lines += _section("Not measured", [], sections)
     return "\n".join(lines).rstrip() + "\n", plots
 
 
 def read_notes(text: str) -> dict[str, list[str]]:
-    """Paragraphs under `## NAME` headings."""
-    found: dict[str, list[str]] = {}
+    """Return the lines under each `## NAME` heading, by name."""
+    sections: dict[str, list[str]] = {}
     for part in text.split("\n## ")[1:]:
         name, _, body = part.partition("\n")
-        found[name.strip()] = [*body.strip().split("\n"), ""]
-    return found
+        sections[name.strip()] = [*body.strip().split("\n"), ""]
+    return sections
 
 
-def _section(title: str, content: list[str], remarks: dict[str, list[str]]) -> list[str]:
-    note = remarks.get(title, [])
+def _section(title: str, content: list[str], notes: dict[str, list[str]]) -> list[str]:
+    note = notes.get(title, [])
     return [f"## {title}", "", *content, *note] if content or note else []
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table, and an empty line; nothing for no rows."""
+    """Return the lines of a Markdown table and an empty line; nothing if there are no rows."""
     if not rows:
         return []
     return [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
-def _provenance(told: dict[str, Any]) -> list[str]:
-    before = (
-        f"{told['cores_in_use']:g} cores in use" if "cores_in_use" in told else f"load average {told.get('load_1min')}"
-    )
-    load = f"{before}{', **not idle**' if told.get('busy') else ''}"
-    return [str(told.get("date")), str(told.get("commit")), load]
+def _provenance(recorded: dict[str, Any]) -> list[str]:
+    in_use = recorded.get("cores_in_use")
+    load = f"load average {recorded.get('load_1min')}" if in_use is None else f"{in_use:g} cores in use"
+    warning = ", **not idle**" if recorded.get("busy") else ""
+    return [str(recorded.get("date")), str(recorded.get("commit")), load + warning]
 
 
 def _machine(files: dict[str, tuple[Path, Result]]) -> list[str]:
@@ -110,30 +123,30 @@ def _machine(files: dict[str, tuple[Path, Result]]) -> list[str]:
     for name, (path, result) in sorted(files.items()):
         rows.append([name, path.name, *_provenance(result.metadata)])
         taken = result.metadata.get("taken_from", [])
-        rows += [[f"{name}, other models", file_name, *_provenance(told)] for file_name, told in taken]
+        rows += [[f"{name}, other models", file_name, *_provenance(recorded)] for file_name, recorded in taken]
     if not rows:
         return []
-    told = next(iter(sorted(files.items())))[1][1].metadata
-    packages = ", ".join(f"{name} {version}" for name, version in told.get("packages", {}).items())
-    memory = f"{told.get('memory_bytes', 0) / (1 << 30):.0f} GiB"
-    processor = f"{told.get('cpu')}, {told.get('cores')} cores, {memory}, frequency governor: {told.get('governor')}"
-    versions = f"Linux {told.get('kernel')}, Python {told.get('python')}, {packages}"
+    first = next(iter(sorted(files.items())))[1][1].metadata
+    packages = ", ".join(f"{name} {version}" for name, version in first.get("packages", {}).items())
+    memory = f"{first.get('memory_bytes', 0) / (1 << 30):.0f} GiB"
+    processor = f"{first.get('cpu')}, {first.get('cores')} cores, {memory}, frequency governor: {first.get('governor')}"
+    versions = f"Linux {first.get('kernel')}, Python {first.get('python')}, {packages}"
     return [
         f"Machine: {processor}; {versions}.",
         "",
-        *table(["benchmark", "file", "date (UTC)", "commit", "just before"], rows),
+        *table(["benchmark", "file", "date (UTC)", "commit", "load before the run"], rows),
     ]
 
 
 def _busy(files: dict[str, tuple[Path, Result]]) -> list[str]:
-    """The warning that other work ran during a measurement."""
+    """Return the warning that other work ran on the machine, or nothing."""
     names = [name for name, (_, result) in sorted(files.items()) if result.metadata.get("busy")]
     if not names:
         return []
     return [
-        f"**The machine was not known to be idle** before {', '.join(names)}: where other work takes part of the cores, times are",
-        "longer than they would be, intervals wider, and ratios doubtful where the table says so. Workers of ovserve run at a lower",
-        "priority than ordinary processes, as the peers do not, so that other work takes more from ovserve than from them.",
+        f"**The machine was not idle** before {', '.join(names)}. Other work makes times longer, intervals wider and",
+        "ratios less reliable. It slows ovserve more than the peers, because only the workers of ovserve run at a lower",
+        "priority than ordinary processes.",
         "",
     ]
 
@@ -142,7 +155,7 @@ def _busy(files: dict[str, tuple[Path, Result]]) -> list[str]:
 
 
 def shown(series: Series | None, rank: float = 50.0) -> str:
-    """A percentile with its interval, in the unit a reader wants."""
+    """Return a percentile with its interval, in the unit of the page; empty if it was not measured."""
     if series is None or not series.values:
         return ""
     factor, unit = UNITS.get(series.unit, (1.0, series.unit))
@@ -155,7 +168,7 @@ def _number(value: float) -> str:
 
 
 def _servers(result: Result, **case: str | float) -> list[str]:
-    """Servers in the order of the page: ours, then the peers."""
+    """Return the names of the measured servers: ours, then the peers."""
     names = {str(series.case["server"]) for series in result.series if series.matches(case) and "server" in series.case}
     return sorted(names, key=lambda name: (not name.startswith(OURS), name))
 
@@ -163,9 +176,9 @@ def _servers(result: Result, **case: str | float) -> list[str]:
 def _aims(result: Result) -> list[str]:
     rows = []
     for aim in list_aims(result):
-        found = "not measured" if aim.found is None else f"{aim.found} {aim.unit}".rstrip()
-        rows.append([aim.name, aim.wanted, found, aim.verdict])
-    return table(["aim", "wanted", "measured", "verdict"], rows)
+        measured = "not measured" if aim.measured is None else f"{aim.measured} {aim.unit}".rstrip()
+        rows.append([aim.name, aim.bound_text, measured, aim.verdict])
+    return table(["aim", "bound", "measured", "verdict"], rows)
 
 
 # --- sections ---
@@ -174,27 +187,27 @@ Plots = dict[str, str]
 
 
 def closed(result: Result, plots: Plots) -> list[str]:
-    """Closed loops on the built-in model."""
+    """Return the section on closed loops with the built-in model."""
     counts = sorted({int(s.case["clients"]) for s in result.select("throughput", workload="closed")})
     lines = []
-    floor = one(result, "bare throughput", model="builtin")
-    rows = [["bare pipeline in a loop", shown(floor), *[""] * (len(counts) - 1)]] if floor else []
+    bare = find_only(result, "bare throughput", model="builtin")
+    rows = [["bare pipeline in a loop", shown(bare), *[""] * (len(counts) - 1)]] if bare else []
     names = _servers(result, workload="closed")
     rows += [
-        [name, *(shown(one(result, "throughput", server=name, workload="closed", clients=k)) for k in counts)]
+        [name, *(shown(find_only(result, "throughput", server=name, workload="closed", clients=k)) for k in counts)]
         for name in names
     ]
     heads = [f"{k} client{'s' if k > 1 else ''}" for k in counts]
-    lines += ["Edits a second:", "", *table(["server", *heads], rows)]
+    lines += ["Edits per second:", "", *table(["server", *heads], rows)]
     for title, figure, rank in (
         ("Latency, median", "latency", 50.0),
         ("Latency, p99", "latency", 99.0),
         ("Health check, p99", "health check", 99.0),
-        ("CPU time of all processes for one edit", "cpu", 50.0),
+        ("CPU time of all processes per edit", "cpu", 50.0),
         ("Memory of all processes", "memory", 50.0),
     ):
         rows = [
-            [name, *(shown(one(result, figure, server=name, workload="closed", clients=k), rank) for k in counts)]
+            [name, *(shown(find_only(result, figure, server=name, workload="closed", clients=k), rank) for k in counts)]
             for name in names
         ]
         lines += [f"{title}:", "", *table(["server", *heads], rows)]
@@ -204,37 +217,37 @@ def closed(result: Result, plots: Plots) -> list[str]:
         "clients",
         "throughput",
         "clients",
-        "Edits a second by clients",
-        "edits a second",
+        "Edits per second by clients",
+        "edits per second",
         {"workload": "closed"},
     )
     return lines if counts else []
 
 
 def open_loops(result: Result, _: Plots) -> list[str]:
-    """Open loops."""
+    """Return the section on open loops."""
     rows = []
     for name in _servers(result, workload="open"):
         for percent in sorted({int(s.case["percent"]) for s in result.select("latency", workload="open", server=name)}):
             case: dict[str, str | float] = {"server": name, "workload": "open", "percent": percent}
-            latency = one(result, "latency", **case)
-            failed = one(result, "not answered", **case)
+            latency = find_only(result, "latency", **case)
+            failed = find_only(result, "not answered", **case)
             rows.append(
                 [
                     name,
                     f"{percent} %",
-                    shown(one(result, "arrival rate", **case)).partition(" ")[0],
+                    shown(find_only(result, "arrival rate", **case)).partition(" ")[0],
                     shown(latency),
                     shown(latency, 99),
-                    shown(one(result, "health check", **case), 99),
+                    shown(find_only(result, "health check", **case), 99),
                     _total(failed),
                 ]
             )
     return table(
         [
             "server",
-            "of its capacity",
-            "arrivals a second",
+            "rate / capacity",
+            "arrivals per second",
             "latency, median",
             "latency, p99",
             "health check, p99",
@@ -249,7 +262,7 @@ def _total(series: Series | None) -> str:
 
 
 def mixed(result: Result, _: Plots) -> list[str]:
-    """Short beside long, masks, clients that go away."""
+    """Return the section on mixed loads: short and long jobs, masks, abandoned requests."""
     works = (
         "short alone",
         "short beside long",
@@ -259,16 +272,16 @@ def mixed(result: Result, _: Plots) -> list[str]:
         "half with masks",
     )
     rows = [
-        [name, work, shown(latency), shown(latency, 99), str(len(latency.values))]
+        [name, LABELS.get(work, work), shown(latency), shown(latency, 99), str(len(latency.values))]
         for work in works
         for name in _servers(result, workload=work)
-        if (latency := one(result, "latency", server=name, workload=work))
+        if (latency := find_only(result, "latency", server=name, workload=work))
     ]
     return table(["server", "request", "latency, median", "latency, p99", "answers"], rows)
 
 
 def curves(result: Result, plots: Plots) -> list[str]:
-    """Cost curves."""
+    """Return the section on cost curves."""
     lines = []
     for label, title in (
         ("n", "pictures in one request"),
@@ -277,7 +290,7 @@ def curves(result: Result, plots: Plots) -> list[str]:
         ("side_px", "side of the result in pixels"),
         ("queue length", "requests sent at once"),
         ("replicas", "worker processes"),
-        ("resident models", "models resident"),
+        ("resident models", "resident models"),
     ):
         found = [s for s in result.series if s.case.get("curve") == label]
         rows = []
@@ -285,7 +298,12 @@ def curves(result: Result, plots: Plots) -> list[str]:
             for value in sorted({int(s.case[label]) for s in found if s.case["server"] == name}):
                 case: dict[str, str | float] = {"server": name, "curve": label, label: value}
                 rows.append(
-                    [name, f"{value}", shown(one(result, "latency", **case)), shown(one(result, "memory", **case))]
+                    [
+                        name,
+                        f"{value}",
+                        shown(find_only(result, "latency", **case)),
+                        shown(find_only(result, "memory", **case)),
+                    ]
                 )
         lines += table(["server", title, "latency, median", "memory"], rows)
         if any(s.name == "latency" for s in found):
@@ -302,7 +320,8 @@ def curves(result: Result, plots: Plots) -> list[str]:
             )
     sides = sorted({int(s.case["side_px"]) for s in result.select("latency", model="sd15", steps=1)})
     rows = [
-        [str(side), shown(one(result, "latency", model="sd15", steps=1, side_px=side, server=FIRST))] for side in sides
+        [str(side), shown(find_only(result, "latency", model="sd15", steps=1, side_px=side, server=OUR_STEPWISE))]
+        for side in sides
     ]
     return [*lines, *table(["side in pixels, full-size SD 1.5, one step", "latency, median"], rows)]
 
@@ -342,7 +361,7 @@ def _chart(
 
 
 def starts(result: Result, _: Plots) -> list[str]:
-    """Start-up."""
+    """Return the section on start-up."""
     names = {"none": "no cache", "cold": "cache, first start", "warm": "cache, second start"}
     rows = [
         [
@@ -350,7 +369,7 @@ def starts(result: Result, _: Plots) -> list[str]:
             str(s.case["server"]),
             names[str(s.case["cache"])],
             shown(s),
-            shown(one(result, "start to first answer", **s.case)),
+            shown(find_only(result, "start to first answer", **s.case)),
         ]
         for s in result.select("start to ready")
     ]
@@ -361,13 +380,13 @@ def starts(result: Result, _: Plots) -> list[str]:
 
 
 def full_size(result: Result, _: Plots) -> list[str]:
-    """Full-size Stable Diffusion 1.5."""
+    """Return the section on full-size Stable Diffusion 1.5."""
     rows = [
         ["bare pipeline in a loop", "1", str(s.case["side_px"]), str(s.case["steps"]), "high", shown(s), "", ""]
         for s in result.select("bare edit", model="sd15")
     ]
     for s in result.select("latency", model="sd15"):
-        throughput, memory = (one(result, figure, **s.case) for figure in ("throughput", "memory"))
+        throughput, memory = (find_only(result, figure, **s.case) for figure in ("throughput", "memory"))
         rows.append(
             [
                 str(s.case["server"]),
@@ -388,35 +407,37 @@ def full_size(result: Result, _: Plots) -> list[str]:
         )
     )
     return table(
-        ["server", "clients", "side, px", "steps", "quality", "latency, median", "edits a second", "memory"], rows
+        ["server", "clients", "side, px", "steps", "quality", "latency, median", "edits per second", "memory"], rows
     )
 
 
 SECTIONS: tuple[tuple[str, Callable[[Result, Plots], list[str]]], ...] = (
     ("Closed loops: one model, k clients", closed),
     ("Open loops: a fixed arrival rate", open_loops),
-    ("Who waits for whom", mixed),
+    ("Mixed loads", mixed),
     ("Cost curves", curves),
     ("Start-up", starts),
     ("Full-size Stable Diffusion 1.5", full_size),
 )
 
 
-def everything(result: Result) -> list[str]:
-    """Every series of a benchmark as one table."""
+def list_series(result: Result) -> list[str]:
+    """Return a table of the first MAX_ROWS series of a benchmark."""
     keys = list(dict.fromkeys(key for series in result.series for key in series.case))
-    rows = [
-        [series.name, *(str(series.case.get(key, "")) for key in keys), shown(series), str(len(series.values))]
-        for series in result.series[:MOST_ROWS]
-        if series.values
-    ]
-    left = len(result.series) - MOST_ROWS
+    rows = []
+    for series in result.series[:MAX_ROWS]:
+        if series.values:
+            case = [str(series.case.get(key, "")) for key in keys]
+            rows.append(
+                [series.name, *(LABELS.get(text, text) for text in case), shown(series), str(len(series.values))]
+            )
+    left = len(result.series) - MAX_ROWS
     more = [f"{left} more series are in the file.", ""] if left > 0 else []
-    return [*table(["figure", *keys, "median", "values"], rows), *more]
+    return [*table(["figure", *(LABELS.get(key, key) for key in keys), "median", "values"], rows), *more]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page and its plots."""
+    """Write the page and its plots, and return exit code 0."""
     del argv
     page, plots = render(newest(), NOTES.read_text("utf-8"))
     PAGE.write_text(page, "utf-8")

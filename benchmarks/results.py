@@ -1,7 +1,7 @@
-"""The form of a result file: what was measured, in which case, and every value; one file for each run of a benchmark.
+"""Result files: one JSON file for each run of a benchmark, with every measured value.
 
-Values are kept, not only their summary, so that any later question (another percentile, a ratio with its interval) can be
-asked of the file. Pages and plots are made from these files and from nothing else.
+All values are kept, not only a summary, so that other percentiles and ratios can be computed later. Pages and plots are
+made from these files only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["DIRECTORY", "Case", "Result", "Series", "read_result"]
 
 DIRECTORY = Path(__file__).resolve().parent / "results"
 SCHEMA = 1
-DIGITS = 6  # significant digits that are kept of a value
+DIGITS = 6  # significant digits of a stored value
 BETTER = ("higher", "lower", "none")
 
 Case = Mapping[str, str | int | float]
@@ -30,8 +30,8 @@ class Series:
     """Values of one figure in one case.
 
     Attributes:
-        name: what was measured, such as `throughput`.
-        case: what it was measured with, such as `{"server": "ovserve", "clients": 8}`. Name and case identify a series.
+        name: the figure, such as `throughput`.
+        case: the conditions, such as `{"server": "ovserve", "clients": 8}`. Name and case identify a series.
         unit: of the values: `s`, `1/s`, `bytes`, `B/s`; empty for a pure number.
         better: higher, lower, or none for a figure that is only reported.
         values: one for each run, or one for each request of all runs.
@@ -49,13 +49,13 @@ class Series:
         return self.name + "".join(f" {key}={value}" for key, value in sorted(self.case.items()))
 
     def matches(self, case: Case) -> bool:
-        """Whether every entry of `case` is in this series' case."""
+        """Return whether every entry of `case` is in this series' case."""
         return all(self.case.get(key) == value for key, value in case.items())
 
 
 @dataclass(slots=True)
 class Result:
-    """One run of one benchmark: metadata and series, in the order in which they were added."""
+    """One run of one benchmark: metadata, and series in the order in which they were added."""
 
     name: str
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -64,9 +64,13 @@ class Result:
     def add(
         self, name: str, values: Iterable[float], *, unit: str = "s", better: str = "lower", case: Case | None = None
     ) -> None:
-        """Add values of a figure; a second call for the same name and case adds to the first. Raises ValueError."""
+        """Add values of a figure; values for a known name and case are appended to its series.
+
+        Raises:
+            ValueError: `better` is not one of BETTER.
+        """
         if better not in BETTER:
-            raise ValueError(f"better: one of {', '.join(BETTER)}")
+            raise ValueError(f"better is {better!r}; it must be one of {', '.join(BETTER)}")
         kept = tuple(float(f"{value:.{DIGITS}g}") for value in values)
         added = Series(name, dict(case or {}), unit, better, kept)
         for index, known in enumerate(self.series):
@@ -76,29 +80,33 @@ class Result:
         self.series.append(added)
 
     def find(self, name: str, **case: str | float) -> Series:
-        """The one series of this name whose case has these entries. Raises KeyError when there is none, or more than one."""
+        """Return the only series of this name whose case has these entries.
+
+        Raises:
+            KeyError: there is none, or more than one.
+        """
         found = [series for series in self.series if series.name == name and series.matches(case)]
         if len(found) != 1:
             raise KeyError(f"{self.name}: {len(found)} series of {name} with {case}")
         return found[0]
 
     def select(self, name: str, **case: str | float) -> list[Series]:
-        """All series of this name whose case has these entries."""
+        """Return all series of this name whose case has these entries."""
         return [series for series in self.series if series.name == name and series.matches(case)]
 
     def save(self, path: Path | None = None) -> Path:
-        """Write the file, by default `results/DATE-SHA-NAME.json`; where it is."""
+        """Write the file, by default `results/DATE-SHA-NAME.json`, and return its path."""
         if not self.metadata:
             self.metadata = metadata.collect()
         if path is None:
             day = dt.date.fromisoformat(str(self.metadata["date"])[:10]).isoformat()
             path = DIRECTORY / f"{day}-{self.metadata['commit']}-{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_encoded(self), "utf-8")
+        path.write_text(_encode(self), "utf-8")
         return path
 
     def report(self) -> str:
-        """A table for the terminal: median with interval, and warnings, for each series."""
+        """Return a table for the terminal: median with interval, and warnings, for each series."""
         width = max((len(series.key) for series in self.series), default=0)
         lines = []
         for series in self.series:
@@ -112,7 +120,12 @@ class Result:
 
 
 def read_result(path: Path) -> Result:
-    """A result file. Raises ValueError when it is none."""
+    """Read a result file.
+
+    Raises:
+        ValueError: it is not a result file, or has another schema.
+        OSError: it cannot be read.
+    """
     try:
         document = json.loads(path.read_text("utf-8"))
         if document["schema"] != SCHEMA:
@@ -123,11 +136,11 @@ def read_result(path: Path) -> Result:
         ]
         return Result(document["name"], document["metadata"], series)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path.name} is no result file: {error!r}") from error
+        raise ValueError(f"{path.name} is not a result file: {error!r}") from error
 
 
-def _encoded(result: Result) -> str:
-    """JSON with one series on a line: a diff of two files can be read."""
+def _encode(result: Result) -> str:
+    """Return JSON with one series per line, so that a diff of two files is readable."""
     rows = [
         json.dumps(
             {

@@ -1,12 +1,12 @@
-"""Runs commands in turn, each run in a fresh process, and keeps what they measured; or a whole set of benchmarks.
+"""Run commands, interleaved and each run in a fresh process, and record their figures; or run a set of benchmarks.
 
     python -m benchmarks.run --name imports numpy='python -c "import numpy"' pillow='python -c "import PIL.Image"'
     python -m benchmarks.run quick | full
 
-A run is one fresh process: what one process happens to get (memory layout, page cache, a warm branch predictor) is not the
-figure. The first `--warm_ups` runs of each command are dropped. Commands are interleaved, each round in another order, so that
-drift of the machine meets all of them alike. The value of a run is its wall time, or, when the last line of its output is a
-JSON object {"series": {NAME: {"values": [...], "unit": ..., "better": ...}}}, what stands there.
+Each run is a fresh process, because the conditions of a single process (memory layout, page cache, branch predictor)
+would bias the figure. The first `--warm_ups` runs of each command are dropped. Commands are interleaved, each round in
+another order, so that drift of the machine affects all of them. The value of a run is its wall time; or, if the last
+line of its output is a JSON object {"series": {NAME: {"values": [...], "unit": ..., "better": ...}}}, the values in it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RUN_TIMEOUT_S = 600.0
 SET_TIMEOUT_S = 2400.0
 SEED = 1
 
-# The modules of each set, with their arguments: all that the repository has, ours against a baseline in the same run.
+# The modules of each set with their arguments. Each compares ovserve with a baseline in the same run.
 SETS: dict[str, tuple[tuple[str, ...], ...]] = {
     "quick": (
         ("bench_serving", "--set", "quick"),
@@ -58,44 +58,51 @@ def run_commands(
     warm_ups: int = 1,
     timeout_s: float = RUN_TIMEOUT_S,
 ) -> Result:
-    """Interleaved runs of each command.
+    """Run each command several times, interleaved.
 
     Args:
         name: of the result.
         commands: label to argument vector; the label becomes `case["command"]`.
-        runs: of each command that are kept.
-        warm_ups: of each command that are dropped.
-        timeout_s: longest run.
+        runs: number of recorded runs of each command.
+        warm_ups: number of dropped runs of each command.
+        timeout_s: longest time of one run.
 
     Raises:
         RuntimeError: a run failed or took too long; its output is in the message.
     """
     result = Result(name, metadata.collect())
-    chance = random.Random(SEED)
+    rng = random.Random(SEED)
     for turn in range(warm_ups + runs):
         order = list(commands)
-        chance.shuffle(order)
+        rng.shuffle(order)
         for label in order:
             series = run_once(commands[label], timeout_s)
             if turn >= warm_ups:
-                for figure, told in series.items():
+                for figure, row in series.items():
                     result.add(
                         figure,
-                        told["values"],
-                        unit=told.get("unit", "s"),
-                        better=told.get("better", "lower"),
+                        row["values"],
+                        unit=row.get("unit", "s"),
+                        better=row.get("better", "lower"),
                         case={"command": label},
                     )
     return result
 
 
 def run_once(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
-    """One run: its figures, each {"values": [...]} with unit and better where they are not seconds. Raises RuntimeError."""
+    """Run a command once.
+
+    Returns:
+        Name of a figure to {"values": [...]}, with "unit" and "better" where they are not "s" and "lower".
+
+    Raises:
+        RuntimeError: the command failed or took longer than `timeout_s`; its output is in the message.
+    """
     began = time.perf_counter()
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{shlex.join(command)}: no end after {timeout_s:g} s") from None
+        raise RuntimeError(f"{shlex.join(command)}: still running after {timeout_s:g} s, stopped") from None
     wall_s = time.perf_counter() - began
     if done.returncode:
         raise RuntimeError(
@@ -103,16 +110,16 @@ def run_once(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
         )
     lines = done.stdout.strip().splitlines()
     try:
-        told = json.loads(lines[-1]) if lines else None
+        output = json.loads(lines[-1]) if lines else None
     except json.JSONDecodeError:
-        told = None
-    if isinstance(told, dict) and isinstance(told.get("series"), dict):
-        return dict(told["series"])
+        output = None
+    if isinstance(output, dict) and isinstance(output.get("series"), dict):
+        return dict(output["series"])
     return {"wall time": {"values": [wall_s]}}
 
 
 def run_set(name: str) -> int:
-    """Every benchmark of a set, one after the other; the number of those that failed."""
+    """Run the benchmarks of a set one after another, and return how many of them failed."""
     failed = []
     for module, *arguments in SETS[name]:
         print(f"== {module} {' '.join(arguments)}", flush=True)
@@ -127,12 +134,12 @@ def run_set(name: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", metavar="SET | LABEL=COMMAND", help=f"one of {', '.join(SETS)}, or commands")
-    parser.add_argument("--name", default="commands", help="of the result file (%(default)s)")
-    parser.add_argument("--runs", type=int, default=5, help="of each command that are kept (%(default)s)")
-    parser.add_argument("--warm_ups", type=int, default=1, help="of each command that are dropped (%(default)s)")
+    parser.add_argument("--name", default="commands", help="name of the result (%(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="recorded runs of each command (%(default)s)")
+    parser.add_argument("--warm_ups", type=int, default=1, help="dropped runs of each command (%(default)s)")
     parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/DATE-SHA-NAME.json")
     options = parser.parse_args(argv)
     if options.what[0] in SETS:
@@ -141,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for text in options.what:
         label, equals, command = text.partition("=")
         if not equals or not shlex.split(command):
-            parser.error(f"{text!r}: expected LABEL=COMMAND or one of {', '.join(SETS)}")
+            parser.error(f"{text!r} is neither LABEL=COMMAND nor one of {', '.join(SETS)}")
         commands[label] = shlex.split(command)
     try:
         result = run_commands(options.name, commands, runs=options.runs, warm_ups=options.warm_ups)

@@ -1,7 +1,7 @@
-"""Servers under measurement, ours and the peers: started in a fresh process, awaited, weighed, ended.
+"""Start and stop the servers under measurement, ours and the peers, and read their memory and CPU time.
 
-Each peer runs in an environment of its own under `home()`, which benchmarks/peers/install makes; a server whose environment
-or model is missing is skipped by the caller (`Service.missing`), and the result says so by its absence.
+Each peer runs in its own environment under `bench_home()`, which benchmarks/peers/install makes. Callers skip a server
+whose environment or model is missing (`Service.missing`) and record that in the result.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-__all__ = ["SERVICES", "RunningServer", "Service", "home", "memory_of_tree", "model_path"]
+__all__ = ["SERVICES", "RunningServer", "Service", "bench_home", "memory_of_tree", "model_path"]
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILTIN = "builtin"
+BUILTIN = "builtin"  # the built-in model in result files; in requests it is benchmarks.edits.BUILTIN_NAME
 READY_TIMEOUT_S = 400.0  # a full-size model on a slow machine
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.02
 
 
-def home() -> Path:
-    """Where environments and large models of the benchmarks lie: BENCH_HOME, else in the user's cache directory."""
+def bench_home() -> Path:
+    """Return the folder of environments and large models: BENCH_HOME, else in the user's cache directory."""
     named = os.environ.get("BENCH_HOME")
     return Path(named) if named else Path.home() / ".cache" / "ovserve-bench"
 
 
 def model_path(model: str, form: str = "openvino") -> Path:
-    """A model's directory. `form`: openvino or diffusers."""
-    return ROOT / "ovserve" / "builtin" if model == BUILTIN else home() / model / form
+    """Return the directory of a model; `form`: openvino or diffusers."""
+    return ROOT / "ovserve" / "builtin" if model == BUILTIN else bench_home() / model / form
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,13 @@ class Service:
     """How to start one server.
 
     Attributes:
-        name: as it stands in results.
-        module: run with `python -m`.
-        environment: folder under `home()`; empty: the environment that runs the benchmark.
+        name: its name in results.
+        module: started with `python -m`.
+        environment: folder under `bench_home()`; empty: the environment that runs the benchmark.
         arguments: further arguments.
-        form: of the model it reads.
+        form: form of the model that it reads: openvino or diffusers.
         health: path of its health check.
-        models: that it can serve.
+        models: models that it can serve.
     """
 
     name: str
@@ -70,20 +70,20 @@ class Service:
     @property
     def python(self) -> Path:
         """The interpreter."""
-        return home() / self.environment / "bin" / "python" if self.environment else Path(sys.executable)
+        return bench_home() / self.environment / "bin" / "python" if self.environment else Path(sys.executable)
 
     def missing(self, model: str) -> str:
-        """Why it cannot be started; empty when it can."""
+        """Return why it cannot be started with this model; empty if it can."""
         if model not in self.models:
             return f"does not read {model}"
         if not self.python.exists():
-            return f"no environment {self.environment}: run benchmarks/peers/install"
+            return f"environment {self.environment} is missing: run benchmarks/peers/install {self.environment}"
         if not model_path(model, self.form).exists():
-            return f"no model {model}: run benchmarks/peers/install"
+            return f"model {model} is missing: run benchmarks/peers/install torch {model}"
         return ""
 
     def command(self, model: str, port: int, extra: Sequence[str] = ()) -> list[str]:
-        """The command line."""
+        """Return the command line."""
         start = [str(self.python), "-m", self.module, "--port", str(port), *self.arguments, *extra]
         if not self.is_ours:
             return [*start, "--model", str(model_path(model, self.form))]
@@ -118,10 +118,22 @@ SERVICES = {
 
 
 class RunningServer:
-    """`with RunningServer(service, "builtin") as server:`; `server.url`, `server.ready_s`, `server.memory()`."""
+    """A running server, as a context manager that stops it.
+
+    Attributes:
+        service: the service it was started from.
+        url: scheme, host and port.
+        ready_s: seconds from the start to the first 200 of its health check.
+    """
 
     def __init__(self, service: Service, model: str, extra: Sequence[str] = (), *, plain: bool = False) -> None:
-        """Start it and wait until its health check answers 200; `plain`: without the service's own arguments.
+        """Start the server and wait until its health check answers 200.
+
+        Args:
+            service: what to start.
+            model: the model to serve.
+            extra: further arguments.
+            plain: without the service's own arguments.
 
         Raises:
             RuntimeError: it did not become ready; the end of its log is in the message.
@@ -129,8 +141,8 @@ class RunningServer:
         self.service = service
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
-        home().mkdir(parents=True, exist_ok=True)
-        self._log = (home() / f"server-{service.name.replace(' ', '-')}.log").open("wb")
+        bench_home().mkdir(parents=True, exist_ok=True)
+        self._log = (bench_home() / f"server-{service.name.replace(' ', '-')}.log").open("wb")
         environment = {key: value for key, value in os.environ.items() if not key.startswith("OVSERVE_")}
         command = service.command(model, port, extra)
         if plain:
@@ -159,7 +171,7 @@ class RunningServer:
         raise RuntimeError(f"{self.service.name} did not become ready:\n{tail}")
 
     def answers(self, path: str) -> bool:
-        """Whether a GET is answered with 200."""
+        """Return whether a GET is answered with 200."""
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=5)
         try:
             connection.request("GET", path)
@@ -170,13 +182,13 @@ class RunningServer:
             connection.close()
 
     def memory(self) -> int:
-        """Bytes of all its processes, shared pages counted once."""
+        """Return the bytes of all its processes, with shared pages counted once."""
         return memory_of_tree(self._process.pid)
 
     def cpu_s(self) -> float:
-        """CPU seconds that its living processes have used."""
+        """Return the CPU seconds that its running processes have used."""
         ticks = 0
-        for process in tree(self._process.pid):
+        for process in process_tree(self._process.pid):
             with contextlib.suppress(OSError):
                 fields = Path(f"/proc/{process}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
                 ticks += int(fields[11]) + int(fields[12])  # utime and stime, proc(5)
@@ -184,11 +196,11 @@ class RunningServer:
 
     @property
     def pid(self) -> int:
-        """The first process; it leads a process group of its own."""
+        """Process id of the first process, which leads its own process group."""
         return self._process.pid
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL for its whole process group: some peers leave children behind."""
+        """Terminate the server, then kill its process group, because some peers leave child processes."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -209,22 +221,22 @@ class RunningServer:
         self.stop()
 
 
-def tree(pid: int) -> list[int]:
-    """A process and all its descendants."""
+def process_tree(pid: int) -> list[int]:
+    """Return the ids of a process and all its descendants."""
     found = []
-    waiting = [pid]
-    while waiting:
-        found.append(current := waiting.pop())
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+    pending = [pid]
+    while pending:
+        found.append(current := pending.pop())
+        with contextlib.suppress(OSError):  # it may have exited
             for task in Path(f"/proc/{current}/task").iterdir():
-                waiting += [int(child) for child in (task / "children").read_text("ascii").split()]
+                pending += [int(child) for child in (task / "children").read_text("ascii").split()]
     return found
 
 
 def memory_of_tree(pid: int) -> int:
-    """Proportional set size of a process and all its descendants, in bytes."""
+    """Return the proportional set size of a process and all its descendants, in bytes."""
     total = 0
-    for process in tree(pid):
+    for process in process_tree(pid):
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{process}/smaps_rollup").read_text("ascii").splitlines():
                 if line.startswith("Pss:"):

@@ -1,4 +1,4 @@
-"""ovserve with a sleep in its hot path: a deliberate regression, by which a test knows that compare.py would see a real one.
+"""Start ovserve with a delay before each admission: a deliberate regression for the test of compare.py.
 
 python -m benchmarks.slowed SECONDS [arguments of ovserve]
 """
@@ -18,7 +18,7 @@ _admit = Dispatcher.admit
 
 
 def main() -> None:
-    """Put the delay before the admission of each job, in the thread of its request, and start the server."""
+    """Delay the admission of each job, in the thread of its request, and start the server."""
     delay_s = float(sys.argv.pop(1))
 
     def admit_late(self: Dispatcher, job: Job) -> None:

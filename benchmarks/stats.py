@@ -1,7 +1,7 @@
-"""Medians and tails with their uncertainty, ratios of two samples, and warnings about samples that cannot be trusted.
+"""Percentiles with intervals, ratios of two samples, and warnings about unstable samples.
 
-Times are judged by quantiles, never by means: one slow request in a hundred is what a user remembers, and a mean hides it.
-Intervals are 95 % percentile bootstrap intervals, made with a fixed seed so that a page rendered twice is the same page.
+Times are compared by percentiles, not by means, because a mean hides rare slow requests. Intervals are 95 % percentile
+bootstrap intervals with a fixed seed, so that equal results always give the same page.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from numpy.typing import NDArray
 __all__ = ["Estimate", "Ratio", "estimate", "percentile", "ratio", "warnings_of"]
 
 CONFIDENCE = 0.95
-RESAMPLES = 2000  # the ends of a 95 % interval then rest on 50 resamples each
+RESAMPLES = 2000  # so that 50 resamples lie beyond each end of a 95 % interval
 SEED = 20261122
-FEWEST_FOR_BOOTSTRAP = 6  # below, resampling invents certainty: the interval is the whole range
-MOST_CELLS = 4_000_000  # of one block of resamples: 32 MB
+MIN_VALUES_FOR_BOOTSTRAP = 6  # with fewer values resampling understates the spread: the interval is the whole range
+MAX_CELLS = 4_000_000  # of one block of resamples: 32 MB
 
-# When a sample is called unstable (the thresholds of pyperf, taken to quartiles because ours are medians).
-SPREAD_LIMIT = 0.10  # interquartile range beyond this part of the median
-EXTREME_LIMIT = 0.50  # a value further from the median than this part of it
-FEWEST_VALUES = 3
-SHORTEST_S = 0.001  # a run shorter than this is made of clock and scheduler noise
+# A sample is unstable beyond these limits (pyperf's thresholds, applied to quartiles because ours are medians).
+SPREAD_LIMIT = 0.10  # interquartile range, as a part of the median
+EXTREME_LIMIT = 0.50  # distance of a value from the median, as a part of the median
+MIN_VALUES = 3
+MIN_DURATION_S = 0.001  # shorter runs are dominated by noise of the clock and the operating system's scheduler
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A quantile of a sample with its interval, and how many values it rests on."""
+    """A percentile of a sample with its interval, and the number of values."""
 
     value: float
     low: float
@@ -42,7 +42,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Median of one sample over the median of another, with its interval."""
+    """A percentile of one sample over that of another, with its interval."""
 
     value: float
     low: float
@@ -53,28 +53,40 @@ class Ratio:
 
 
 def percentile(values: Sequence[float], rank: float) -> float:
-    """The value below which `rank` percent (0..100) of a sample lie, interpolated. Raises ValueError for an empty sample."""
+    """Return the value below which `rank` percent (0..100) of a sample lie, interpolated.
+
+    Raises:
+        ValueError: the sample is empty.
+    """
     if not values:
         raise ValueError("no values")
     return float(np.percentile(np.asarray(values, dtype=np.float64), rank))
 
 
 def estimate(values: Sequence[float], rank: float = 50.0) -> Estimate:
-    """A percentile (default: the median) and its 95 % interval. Raises ValueError for an empty sample."""
+    """Return a percentile (default: the median) with its 95 % interval.
+
+    Raises:
+        ValueError: the sample is empty.
+    """
     centre = percentile(values, rank)
-    if len(values) < FEWEST_FOR_BOOTSTRAP:
+    if len(values) < MIN_VALUES_FOR_BOOTSTRAP:
         return Estimate(centre, float(min(values)), float(max(values)), len(values))
     low, high = _interval(_resampled(values, rank, SEED))
     return Estimate(centre, low, high, len(values))
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float], rank: float = 50.0) -> Ratio:
-    """A percentile of one sample over that of another, and the 95 % interval. Raises ValueError when a sample is empty or zero."""
+    """Return a percentile of one sample over that of another, with its 95 % interval.
+
+    Raises:
+        ValueError: a sample is empty, or the baseline is zero.
+    """
     below = percentile(denominator, rank)
     if below == 0:
         raise ValueError("the baseline is zero")
     value = percentile(numerator, rank) / below
-    if min(len(numerator), len(denominator)) < FEWEST_FOR_BOOTSTRAP:
+    if min(len(numerator), len(denominator)) < MIN_VALUES_FOR_BOOTSTRAP:
         lowest, highest = min(denominator), max(denominator)
         if lowest <= 0:
             raise ValueError("the baseline is zero or below")
@@ -85,29 +97,29 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float], rank: float 
 
 
 def warnings_of(values: Sequence[float], unit: str = "") -> list[str]:
-    """What makes a sample doubtful, in words; empty for a steady one."""
-    if len(values) < FEWEST_VALUES:
-        return [f"only {len(values)} value(s): no spread can be told"]
-    found: list[str] = []
+    """Return the reasons why a sample is unreliable; empty for a stable one."""
+    if len(values) < MIN_VALUES:
+        return [f"only {len(values)} value(s): the spread is unknown"]
+    warnings: list[str] = []
     centre = percentile(values, 50)
     if centre <= 0:
-        return found
+        return warnings
     spread = percentile(values, 75) - percentile(values, 25)
     if spread > SPREAD_LIMIT * centre:
-        found.append(f"unstable: the middle half spreads over {spread / centre:.0%} of the median")
+        warnings.append(f"unstable: the middle half spreads over {spread / centre:.0%} of the median")
     furthest = max(abs(value - centre) for value in values)
     if furthest > EXTREME_LIMIT * centre:
-        found.append(f"unstable: one value is {furthest / centre:.0%} of the median away from it")
-    if unit == "s" and centre < SHORTEST_S:
-        found.append("too short: below 1 ms, repeat the work inside one value")
-    return found
+        warnings.append(f"unstable: one value is {furthest / centre:.0%} of the median away from it")
+    if unit == "s" and centre < MIN_DURATION_S:
+        warnings.append("too short: below 1 ms; repeat the work within one value")
+    return warnings
 
 
 def _resampled(values: Sequence[float], rank: float, seed: int) -> NDArray[np.float64]:
-    """The percentile of each of RESAMPLES resamples, drawn with replacement; in blocks, so that memory stays bounded."""
+    """Return the percentile of each of RESAMPLES resamples, drawn with replacement, in blocks to bound memory."""
     sample = np.asarray(values, dtype=np.float64)
     generator = np.random.default_rng(seed)
-    rows = max(1, min(RESAMPLES, MOST_CELLS // len(sample)))
+    rows = max(1, min(RESAMPLES, MAX_CELLS // len(sample)))
     blocks = []
     left = RESAMPLES
     while left > 0:

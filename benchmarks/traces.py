@@ -1,4 +1,4 @@
-"""A run of the stepwise engine as a picture: what shared each call, when pictures joined and when they left."""
+"""Draw a run of the stepwise engine: the pictures in each call, over time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH_PX, ROW_PX, LEFT_PX = 1200, 9, 90
 
 
 def chrome_trace(calls: Sequence[Finished[Call]]) -> dict[str, Any]:
-    """Chrome's trace-event format (chrome://tracing, Perfetto): one track for each slot, one for each picture."""
+    """Return the calls in Chrome's trace-event format (for Perfetto too), one track per slot and per picture."""
     start = min(call.started_at for call in calls)
     events: list[dict[str, Any]] = []
     for call in calls:
@@ -42,7 +42,10 @@ def _timestep(row: Any) -> str:
 
 
 def svg(calls: Sequence[Finished[Call]]) -> str:
-    """Slots over time; a call is a column of its rows, one colour for each picture; encoding and decoding are hatched."""
+    """Return an SVG of the slots over time: a call is a column of its rows, one colour per picture.
+
+    Rows of encoding and decoding are paler than those of denoising.
+    """
     start, end = min(call.started_at for call in calls), max(call.ended_at for call in calls)
     scale = (WIDTH_PX - LEFT_PX) / (end - start)
     deepest = max(len(call.subject.rows) for call in calls)

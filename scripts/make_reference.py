@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write docs/reference.md from the tables in the code: options, request fields, paths, errors, metrics.
 
-`scripts/make_reference.py` writes the page; the test suite fails when page and code differ.
+The test suite fails if the page differs from the output of this script.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _cell(text: object) -> str:
 
 
 def _options(table: type) -> Iterator[str]:
-    yield "| option | default | unit | what it does |"
+    yield "| option | default | unit | description |"
     yield "|---|---|---|---|"
     for name, (entry, option) in options_of(table).items():
         aliases = "".join(f", `{alias}`" for alias in option.aliases)
@@ -49,13 +49,13 @@ def _options(table: type) -> Iterator[str]:
 def _range(low: float | None, high: float | None) -> str:
     if low is None:
         return ""
-    if high is None or high >= 1e15:  # what the number's own type ends at, which tells nobody anything
+    if high is None or high >= 1e15:  # the limit of the number's type, which is no useful information
         return f"{low:g} or more"
     return f"{low:g} to {high:g}"
 
 
 def _fields() -> Iterator[str]:
-    yield "| field | type | range | default | edits | generations | variations | what it does |"
+    yield "| field | type | range | default | edits | generations | variations | description |"
     yield "|---|---|---|---|---|---|---|---|"
     for field in FIELDS.values():
         if not field.served:
@@ -85,21 +85,21 @@ def _errors() -> Iterator[str]:
     for kind in _kinds(ApiError):
         if kind is ApiError:
             continue
-        told = (kind.__doc__ or "").partition(": ")[2]
+        text = (kind.__doc__ or "").partition(": ")[2]
         retry = (
             "yes"
             if kind.should_retry or (kind.should_retry is None and kind.status in (408, 429, 500, 503, 504))
             else "no"
         )
         rows[kind.status, str(kind.code)] = (
-            f"| {kind.status} | `{kind.code}` | `{kind.type}` | {_cell(told)} | {retry} |"
+            f"| {kind.status} | `{kind.code}` | `{kind.type}` | {_cell(text)} | {retry} |"
         )
     yield from (rows[key] for key in sorted(rows))
 
 
 def _metrics() -> Iterator[str]:
     metrics: Any = Metrics()
-    yield "| metric | labels | what it counts |"
+    yield "| metric | labels | description |"
     yield "|---|---|---|"
     for name, family in sorted(vars(metrics).items()):
         if name != "registry":
@@ -123,8 +123,8 @@ def _commands() -> Iterator[str]:
 
 
 def make_reference() -> str:
-    """The whole page."""
-    served = [field for field in FIELDS.values() if not field.served]
+    """Return the whole page."""
+    unsupported = [field for field in FIELDS.values() if not field.served]
     lines = [
         "# Reference",
         "",
@@ -138,45 +138,48 @@ def make_reference() -> str:
         "",
         "## Options of the server",
         "",
-        f"Each is a flag (`--port`, `--port 0`; underscores or hyphens), an environment variable (`{ENVIRONMENT_PREFIX}PORT`) or a line",
-        "in the TOML file that `--config` (`OVSERVE_CONFIG`) names. A flag wins over the environment, that over the file. A variable that",
-        "is set and empty gives nothing: the file or the default holds.",
+        "Each option is a flag (`--port 0`; with underscores or hyphens), an environment variable",
+        f"(`{ENVIRONMENT_PREFIX}PORT`) or a line in the TOML file that `--config` (`OVSERVE_CONFIG`) names. A flag",
+        "overrides the environment, and the environment overrides the file. An empty variable counts as not set.",
         "",
         *_options(Settings),
         "",
         "## Options of a model",
         "",
-        "Lines of a `[[model]]` table; as flags or in the environment they describe the only model.",
+        "These are lines of a `[[model]]` table. As flags or in the environment they describe the only model.",
         "",
         *_options(ModelSettings),
         "",
         "## Request fields",
         "",
-        "`x`, `x[]` and `image[0]` are one name where a list is taken. An empty value, `null` and an absent field mean the same. A value",
-        "may come twice when it is equal. Unknown names get 400 `unknown_parameter` with the nearest known one.",
+        "For a field that takes a list, `image`, `image[]` and `image[0]` are the same name. An empty value, `null`",
+        "and an absent field mean the same. A field may be repeated with an equal value. An unknown name is answered with",
+        "400 `unknown_parameter`, which suggests the nearest known name.",
         "",
         *_fields(),
         "",
-        "Known to clients, and answered with 400 `unsupported_parameter`: "
-        + ", ".join(f"`{field.name}`" for field in served)
+        "Fields that clients may know, but that are answered with 400 `unsupported_parameter`: "
+        + ", ".join(f"`{field.name}`" for field in unsupported)
         + ".",
         "",
-        "What cannot go together:",
+        "Combinations that are rejected:",
         "",
         *(f"- {rule.first_told} with {rule.second_told}" for rule in EXCLUSIONS),
         "",
         "## Paths",
         "",
-        "Rows marked yes are served under `/v3`, `/v1`, `/v3/v1`, `/openai/v1` and bare. HEAD is answered as GET, OPTIONS with Allow and CORS fields.",
+        "Rows marked yes are served under `/v3`, `/v1`, `/v3/v1` and `/openai/v1`, and without a prefix. HEAD is",
+        "answered like GET, OPTIONS with Allow and the CORS fields.",
         "",
-        "| method | path | prefixes | what it is |",
+        "| method | path | prefixes | description |",
         "|---|---|---|---|",
         *(f"| {row.method} | `{row.path}` | {'yes' if row.prefixed else ''} | {_cell(row.text)} |" for row in ROUTES),
         "",
         "## Errors",
         "",
-        'Every error is `{"error": {"message", "type", "param", "code"}}` with an `x-request-id` field; `param` names the field at fault.',
-        "Official clients retry 408, 409, 429 and every 5xx twice unless `x-should-retry` says no.",
+        'Every error is `{"error": {"message", "type", "param", "code"}}` with the header field `x-request-id`;',
+        "`param` names the wrong field. Official clients retry 408, 409, 429 and every 5xx twice unless `x-should-retry` is",
+        "false.",
         "",
         *_errors(),
         "",

@@ -1,4 +1,4 @@
-"""Draws the sample pictures under tests/data, which the tests and the README send: run it from anywhere, without arguments."""
+"""Draw the sample pictures in tests/data that the tests and the README use. Takes no arguments."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.reader import Figure, draw_scene  # noqa: E402  the path above makes it importable
+from tests.reader import Figure, draw_scene  # noqa: E402  importable only after the line above
 
-SIDE_PX = 256  # what the built-in model works at
-ORIENTATION = 0x0112  # EXIF 2.32, 4.6.4 A: how a viewer must turn the stored picture
-ROTATED_90_CW = 6  # the stored picture is to be turned clockwise by a quarter
+SIDE_PX = 256  # size of the built-in model
+ORIENTATION = 0x0112  # EXIF 2.32, 4.6.4 A: how a viewer must rotate the stored picture
+ROTATED_90_CW = 6  # the viewer must rotate the stored picture by 90 degrees clockwise
 
 
 def main() -> None:
-    """Write every sample; the bytes are the same at each run with the same Pillow."""
+    """Write every sample; the same version of Pillow writes the same bytes."""
     folder = ROOT / "tests" / "data"
     folder.mkdir(exist_ok=True)
     middle = SIDE_PX / 2
@@ -27,14 +27,14 @@ def main() -> None:
     circle = Image.fromarray(draw_scene("blue", [Figure("red", "circle", middle, middle, 68)], SIDE_PX))
     circle.save(folder / "red_circle.png", optimize=True)
 
-    # The two styles say the same: repaint the middle. White on black, and OpenAI's: transparent where to repaint.
+    # Both masks select the middle: one is white where to repaint, the other (OpenAI's form) transparent.
     middle_part = np.zeros((SIDE_PX, SIDE_PX), np.uint8)
     middle_part[48:208, 48:208] = 255
     Image.fromarray(middle_part).save(folder / "mask_white.png", optimize=True)
     transparent = Image.merge("RGBA", [*circle.split(), Image.fromarray(255 - middle_part)])
     transparent.save(folder / "mask_alpha.png", optimize=True)
 
-    # Shown: a yellow star near the top, upright. Stored: lying on its side, as a phone held upright stores it.
+    # A yellow star near the top, stored rotated by 90 degrees, as a phone held upright stores it.
     star = Image.fromarray(draw_scene("purple", [Figure("yellow", "star", 128, 80, 64)], SIDE_PX))
     exif = Image.Exif()
     exif[ORIENTATION] = ROTATED_90_CW

@@ -1,7 +1,7 @@
-"""Reads what a picture of shapes shows (background, objects, colours, places), with the drawing of such pictures as its inverse.
+"""Read pictures of flat shapes (background, objects, colours, positions), and draw them.
 
-The built-in model draws flat shapes in ten colours, so a few lines of numpy can say whether an edit was obeyed: tests assert
-meaning, not noise. Coordinates are pixels of the picture itself, x to the right and y down.
+The built-in model draws flat shapes in ten colours, so a few lines of numpy can decide whether an edit followed its
+prompt. Coordinates are pixels of the picture itself, x to the right and y down.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ __all__ = [
     "Object",
     "Scene",
     "draw_scene",
+    "has_contrast",
     "outline",
     "read_picture",
-    "tell_apart",
 ]
 
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Colour = tuple[int, int, int]
 
-SIDE_PX = 128  # of the pictures that tests draw unless they say otherwise: half of what the built-in model works at
+SIDE_PX = 128  # default side of drawn pictures: half of the built-in model's size
 COLOURS: dict[str, Colour] = {
     "red": (214, 40, 40),
     "orange": (245, 140, 30),
@@ -48,9 +48,9 @@ COLOURS: dict[str, Colour] = {
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "ring", "cross")
 RING_HOLE = 0.55  # of the outer radius
 
-_CONTRAST_MIN = 110.0  # Euclidean RGB distance at which an object stands out from its background
-_FOREGROUND_MIN = 60.0  # distance from the background at which a pixel belongs to an object
-_AREA_MIN = 90 / SIDE_PX**2  # smaller patches, as a part of the picture, are specks
+_CONTRAST_MIN = 110.0  # Euclidean RGB distance above which an object can be read on its background
+_FOREGROUND_MIN = 60.0  # distance from the background above which a pixel belongs to an object
+_AREA_MIN = 90 / SIDE_PX**2  # as a part of the picture; smaller patches are ignored
 _RIM_PX = 3  # at SIDE_PX: the border whose median is the background
 _TEMPLATE_PX = 32
 _OVERSAMPLING = 4
@@ -58,7 +58,7 @@ _OVERSAMPLING = 4
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One shape to draw: `colour` by name or as exact RGB, centre and radius in pixels, rotation in radians clockwise."""
+    """One shape to draw: `colour` is a name or RGB, centre and radius are in pixels, rotation in radians clockwise."""
 
     colour: str | Colour
     shape: str
@@ -68,7 +68,7 @@ class Figure:
     rotation: float = 0.0
 
     def scaled(self, factor: float) -> Figure:
-        """The same figure on a picture `factor` times as large."""
+        """Return the same figure for a picture `factor` times as large."""
         return replace(self, x=self.x * factor, y=self.y * factor, radius=self.radius * factor)
 
 
@@ -77,11 +77,11 @@ class Object:
     """One shape as it was read.
 
     Attributes:
-        colour: the nearest of COLOURS, by majority of the inner pixels.
+        colour: the nearest of COLOURS for most of the inner pixels.
         shape: the most similar of SHAPES.
-        similarity: 0..1, intersection over union with that shape's outline at the same scale; a clean drawing has > 0.85.
-        x, y: centre of mass, pixels.
-        area: pixels.
+        similarity: 0..1, intersection over union with that shape at the same scale; above 0.85 for a clean drawing.
+        x, y: centre of mass in pixels.
+        area: number of pixels.
     """
 
     colour: str
@@ -94,7 +94,7 @@ class Object:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture as it was read: the nearest of COLOURS behind, and the objects from left to right."""
+    """A picture as it was read: the nearest of COLOURS to the background, and the objects from left to right."""
 
     background: str
     objects: tuple[Object, ...]
@@ -105,13 +105,17 @@ class Scene:
         return max(self.objects, key=lambda item: item.area, default=None)
 
 
-def tell_apart(first: str, second: str) -> bool:
-    """Whether an object of one colour can be read on a background of the other."""
+def has_contrast(first: str, second: str) -> bool:
+    """Return whether an object of one colour can be read on a background of the other; symmetric."""
     return math.dist(COLOURS[first], COLOURS[second]) > _CONTRAST_MIN
 
 
 def outline(shape: str, radius: float) -> list[tuple[float, float]]:
-    """The corners of a shape around the origin, y down. Circle and ring have none: KeyError."""
+    """Return the corners of a shape around the origin, y down.
+
+    Raises:
+        KeyError: the shape has no corners (circle, ring), or is unknown.
+    """
     star = [radius * (0.46 if i % 2 else 1.1) for i in range(10)]
     bar = radius * 0.36
     turns = [i / 120 * 2 * math.pi for i in range(120)]
@@ -196,7 +200,7 @@ def read_picture(pixels: npt.NDArray[np.uint8]) -> Scene:
 
 
 def _read_object(pixels: Pixels, patch: Mask) -> Object:
-    # Edge pixels are mixtures of two colours and may look like a third: only the inner ones vote.
+    # Edge pixels are mixtures of two colours and may resemble a third one, so only inner pixels are counted.
     inner = patch.copy()
     inner[1:-1, 1:-1] &= patch[:-2, 1:-1] & patch[2:, 1:-1] & patch[1:-1, :-2] & patch[1:-1, 2:]
     voters = pixels[inner if inner.sum() > 20 else patch].astype(np.float32)
@@ -207,7 +211,7 @@ def _read_object(pixels: Pixels, patch: Mask) -> Object:
 
 
 def _nearest_colours(colours: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
-    """Indices into COLOURS for float32 (N, 3)."""
+    """Return indices into COLOURS for float32 (N, 3)."""
     palette = np.array(list(COLOURS.values()), np.float32)
     nearest: npt.NDArray[np.intp] = ((colours[:, None] - palette) ** 2).sum(axis=-1).argmin(axis=-1)
     return nearest
@@ -225,7 +229,7 @@ def _read_shape(patch: Mask) -> tuple[str, float]:
 
 @cache
 def _templates() -> dict[str, tuple[Mask, ...]]:
-    """Each shape at a few small rotations, for the pictures of the training set are turned by up to 0.1 radians."""
+    """Return each shape at a few rotations, because shapes in the training set are rotated by up to 0.1 radians."""
     middle = SIDE_PX / 2
 
     def template(shape: str, rotation: float) -> Mask:
@@ -236,7 +240,7 @@ def _templates() -> dict[str, tuple[Mask, ...]]:
 
 
 def _normalised(patch: Mask) -> Mask:
-    """The patch cut out, centred in a square and scaled to the templates' side."""
+    """Return the patch cut out, centred in a square and scaled to the side of the templates."""
     rows, columns = np.nonzero(patch)
     cut = patch[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     height, width = cut.shape
@@ -249,7 +253,10 @@ def _normalised(patch: Mask) -> Mask:
 
 
 def _patches(foreground: Mask) -> list[Mask]:
-    """The 4-connected patches of a mask, one mask each: runs of each row, joined where they touch a run of the row above."""
+    """Return the 4-connected patches of a mask, one mask each.
+
+    The runs of each row are joined with the runs of the row above that they touch (union-find).
+    """
     runs: list[tuple[int, int, int]] = []  # row, first column, end
     parents: list[int] = []
 

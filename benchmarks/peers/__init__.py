@@ -1,1 +1,1 @@
-"""Servers and loops that a user would run instead of ovserve; each runs in an environment of its own (see install)."""
+"""Servers and loops that a user could run instead of ovserve; each in its own environment, made by ./install."""

@@ -1,8 +1,9 @@
-"""The floor: GenAI's pipeline called in a loop in one process, with and without the codec work of an edit.
+"""Baseline: GenAI's pipeline called in a loop in one process.
 
-    PEERS_ENVIRONMENT/bin/python -m benchmarks.peers.bare_loop --model DIR --seconds 5 --kind edit:num_inference_steps=12
+    PEERS_ENVIRONMENT/bin/python -m benchmarks.peers.bare_loop --model DIR --kind edit:num_inference_steps=12
 
-Prints one JSON object: for each edit the seconds of `generate` alone, and of the whole (decode, generate, encode, base64).
+Prints one JSON object: for each edit, the seconds of `generate` alone and of the whole edit (decode, generate, encode,
+base64).
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from benchmarks.peers.work import Pipelines, encode_reply, read_picture
 
 
 def main() -> None:
-    """Load, warm up, loop until the time is over; at least `--least` edits."""
+    """Load the pipeline, warm up, and make edits for `--seconds`, at least `--min_edits` of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--least", type=int, default=3)
-    parser.add_argument("--kind", default="edit")
+    parser.add_argument("--model", required=True, help="model directory")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of the loop (%(default)s)")
+    parser.add_argument("--min_edits", type=int, default=3, help="smallest number of edits (%(default)s)")
+    parser.add_argument("--kind", default="edit", help="kind of request, as in benchmarks/load.py (%(default)s)")
     options = parser.parse_args()
     kind = parse_kind(options.kind)
     began = time.perf_counter()
@@ -33,7 +34,7 @@ def main() -> None:
     whole_s: list[float] = []
     end = 0.0
     index = 0
-    while index <= options.least or time.perf_counter() < end:
+    while index <= options.min_edits or time.perf_counter() < end:
         data = picture(kind.picture_px, kind.upload_bytes, index)
         fields = {"prompt": prompt(index), "seed": str(index), **kind.fields}
         start = time.perf_counter()
@@ -43,7 +44,7 @@ def main() -> None:
         after = time.perf_counter()
         json.dumps(encode_reply([Image.fromarray(one) for one in pixels]))
         done = time.perf_counter()
-        if index == 0:  # the first inference repacks weights
+        if index == 0:  # dropped: the first inference repacks the weights
             end = done + options.seconds
             first = done - began
             cpu_before = time.process_time()
@@ -52,8 +53,8 @@ def main() -> None:
             whole_s.append(done - start)
         index += 1
     cpu_s = (time.process_time() - cpu_before) / len(whole_s)
-    told = {"load_s": loaded - began, "first_s": first, "cpu_s": cpu_s, "generate_s": generate_s, "whole_s": whole_s}
-    print(json.dumps(told))
+    times = {"load_s": loaded - began, "first_s": first, "cpu_s": cpu_s, "generate_s": generate_s, "whole_s": whole_s}
+    print(json.dumps(times))
 
 
 if __name__ == "__main__":

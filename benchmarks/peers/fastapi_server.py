@@ -1,4 +1,4 @@
-"""The server a user would write in an afternoon: FastAPI and uvicorn around GenAI, one lock around the pipeline."""
+"""Peer: FastAPI and uvicorn around GenAI, with one lock around the pipeline: the simplest server a user would write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILES = ("image", "mask")
 
 
 def make_app(pipelines: Pipelines) -> FastAPI:
-    """The application."""
+    """Return the application."""
     app = FastAPI()
     lock = threading.Lock()
 
@@ -41,7 +41,7 @@ def make_app(pipelines: Pipelines) -> FastAPI:
 def main() -> None:
     """Load the model, then listen."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
     uvicorn.run(make_app(Pipelines(options.model)), host="127.0.0.1", port=options.port, log_level="warning")

@@ -1,4 +1,4 @@
-"""LitServe around GenAI: its own worker processes, one model each."""
+"""Peer: LitServe around GenAI, with one model in each of its worker processes."""
 
 import argparse
 from typing import Any
@@ -12,39 +12,39 @@ FILES = ("image", "mask")
 
 
 class Edits(litserve.LitAPI):
-    """One edit for each call: GenAI takes one picture at a time."""
+    """One edit per call, because GenAI takes one picture at a time."""
 
     def __init__(self, model: str, threads: int) -> None:
         super().__init__(api_path="/v3/images/edits")
         self.model, self.threads = model, threads
 
     def setup(self, device: str) -> None:
-        """Load the model, in the worker."""
+        """Load the model. Runs in: worker."""
         self.pipelines = Pipelines(self.model, threads=self.threads)
 
-    # LitServe reads this annotation at run time: anything but Request (text included) becomes a schema to validate against.
+    # LitServe reads this annotation at run time, and would validate the request against anything but the class Request.
     def decode_request(self, request: Request) -> tuple[dict[str, bytes], dict[str, str]]:
-        """LitServe hands the form over with its files in memory."""
+        """Split the form, which LitServe has parsed into memory, into files and fields."""
         files = {name: request[name].file.read() for name in FILES if name in request}
         return files, {name: str(value) for name, value in request.items() if name not in FILES}
 
     def predict(self, x: tuple[dict[str, bytes], dict[str, str]]) -> dict[str, Any]:
-        """The edit."""
+        """Make the edit."""
         files, fields = x
         return self.pipelines.answer(files["image"], files.get("mask"), fields)
 
     def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
-        """Already what goes out."""
+        """Return the output unchanged; it is the reply."""
         return output
 
 
 def main() -> None:
     """Start server and workers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="worker processes (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of one inference; 0: the plugin's default")
     options = parser.parse_args()
     server = litserve.LitServer(
         Edits(options.model, options.threads), accelerator="cpu", workers_per_device=options.workers, timeout=600

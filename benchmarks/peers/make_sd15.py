@@ -1,9 +1,10 @@
-"""Makes a Stable Diffusion 1.5 of full size with random weights: nothing to download, and the same work for each engine.
+"""Make a full-size Stable Diffusion 1.5 with random weights, without a download.
 
     TORCH_ENVIRONMENT/bin/python -m benchmarks.peers.make_sd15 FOLDER
 
-Writes FOLDER/diffusers (half-precision safetensors, 2 GB) and FOLDER/openvino (the same as OpenVINO IR, 2 GB). The pictures
-are noise; time and memory depend on shapes alone. Takes some minutes and 10 GB of memory.
+Writes FOLDER/diffusers (half-precision safetensors, 2 GB) and FOLDER/openvino (the same as OpenVINO IR, 2 GB). Its
+pictures are noise, but time and memory depend only on shapes, so every engine does the same work as with real weights.
+Takes some minutes and 10 GB of memory.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from scripts.builtin_model.tokenizer import write_tokenizer_files
 
 SEED = 15
-VOCABULARY = 49_408  # the size of the embedding table; the tokenizer itself uses the first few hundred
+VOCABULARY = 49_408  # size of the embedding table; the tokenizer uses the first few hundred entries
 WINDOW = 77
 
 
 def make_pipeline(folder: Path) -> StableDiffusionPipeline:
-    """The pipeline, with the shapes of Stable Diffusion 1.5's published configuration."""
+    """Return the pipeline, with the shapes of Stable Diffusion 1.5's published configuration."""
     torch.manual_seed(SEED)
     write_tokenizer_files(folder / "words")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "words", model_max_length=WINDOW)
@@ -81,9 +82,9 @@ def make_pipeline(folder: Path) -> StableDiffusionPipeline:
 
 
 def main() -> None:
-    """Make both forms."""
+    """Write the model in both forms."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="folder to write to")
     folder = parser.parse_args().folder
     torch_form, openvino_form = folder / "diffusers", folder / "openvino"
     pipeline = make_pipeline(folder)

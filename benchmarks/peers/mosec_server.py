@@ -1,4 +1,4 @@
-"""mosec around GenAI: a Rust front end and Python worker processes."""
+"""Peer: mosec around GenAI, a Rust front end with Python worker processes."""
 
 from __future__ import annotations
 
@@ -17,30 +17,34 @@ FILES = ("image", "mask")
 
 
 class Edits(Worker):
-    """One edit for each call. A worker sees the body and no header, so the boundary is read off the body's first line."""
+    """One edit per call. A worker receives no header, so it reads the boundary from the first line of the body."""
 
     def __init__(self) -> None:
         self.pipelines = Pipelines(os.environ["PEER_MODEL"], threads=int(os.environ["PEER_THREADS"]))
 
     def deserialize(self, data: bytes) -> dict[str, bytes]:
-        """The form."""
+        """Parse the form.
+
+        Raises:
+            ValidationError: prompt or image is missing.
+        """
         parts = parse_form(bytes(data))
         if "prompt" not in parts or "image" not in parts:
             raise ValidationError("prompt and image are required")
         return parts
 
     def forward(self, data: dict[str, bytes]) -> dict[str, Any]:
-        """The edit."""
+        """Make the edit."""
         fields = {name: value.decode() for name, value in data.items() if name not in FILES}
         return self.pipelines.answer(data["image"], data.get("mask"), fields)
 
     def serialize(self, data: dict[str, Any]) -> bytes:
-        """JSON."""
+        """Encode the reply as JSON."""
         return json.dumps(data).encode()
 
 
 def parse_form(body: bytes) -> dict[str, bytes]:
-    """A multipart body as names and contents."""
+    """Parse a multipart body into names and contents."""
     parts: dict[str, bytes] = {}
     head = {"field": b"", "value": b""}
     part: dict[str, Any] = {}
@@ -72,10 +76,10 @@ def parse_form(body: bytes) -> dict[str, bytes]:
 def main() -> None:
     """Start server and workers; mosec reads its own settings from the environment."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="worker processes (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of one inference; 0: the plugin's default")
     options = parser.parse_args()
     os.environ |= {
         "PEER_MODEL": options.model,

@@ -1,4 +1,4 @@
-"""stable-diffusion.cpp's Python package behind FastAPI."""
+"""Peer: stable-diffusion.cpp's Python package behind FastAPI."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILES = ("image", "mask")
 
 
 def make_app(engine: StableDiffusion) -> FastAPI:
-    """The application."""
+    """Return the application."""
     app = FastAPI()
     lock = threading.Lock()
 
@@ -58,9 +58,9 @@ def make_app(engine: StableDiffusion) -> FastAPI:
 def main() -> None:
     """Load the model, then listen."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="model directory, in the diffusers layout")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--weights", default="f16")
+    parser.add_argument("--weights", default="f16", help="type of the weights (%(default)s)")
     options = parser.parse_args()
     engine = StableDiffusion(model_path=options.model, wtype=options.weights, verbose=False)
     uvicorn.run(make_app(engine), host="127.0.0.1", port=options.port, log_level="warning")

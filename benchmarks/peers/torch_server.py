@@ -1,6 +1,7 @@
-"""optimum-intel's or diffusers' own pipelines behind FastAPI: the libraries a user without GenAI would take.
+"""Peer: the pipelines of optimum-intel or diffusers behind FastAPI, the libraries for users without GenAI.
 
-`--library optimum` reads an OpenVINO folder, `--library diffusers` a diffusers folder and runs it with torch on the CPU.
+`--library optimum` reads an OpenVINO directory; `--library diffusers` reads a diffusers directory and runs it with
+torch on the CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ FILES = ("image", "mask")
 
 
 def load(library: str, model: str) -> tuple[Any, Any]:
-    """Image-to-image and inpainting pipelines."""
+    """Load the image-to-image and inpainting pipelines; there is no inpainting with optimum."""
     if library == "optimum":
         from optimum.intel import OVPipelineForImage2Image
 
@@ -39,7 +40,7 @@ def load(library: str, model: str) -> tuple[Any, Any]:
 
 
 def make_app(image2image: Any, inpainting: Any) -> FastAPI:
-    """The application."""
+    """Return the application."""
     app = FastAPI()
     lock = threading.Lock()
 
@@ -80,7 +81,7 @@ def main() -> None:
     """Load the model, then listen."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", choices=("optimum", "diffusers"), required=True)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
     app = make_app(*load(options.library, options.model))

@@ -1,7 +1,8 @@
-"""The autoencoder: factor 16, 4 channels, convolutions on small grids only, pixel (un)shuffle for the rest.
+"""The autoencoder: scale factor 16, 4 latent channels, convolutions on small grids only.
 
-The encoder sees each 2x2 pixels as one, for there is nothing finer in its world than an edge; where the edge runs, its shades tell.
-Most of the decoder works on the smallest grid, where a convolution sees a whole object and can make its outline regular.
+Pixel shuffle and unshuffle change between the pixels and the small grids. The encoder averages each 2x2 pixels first:
+its pictures have no detail finer than an edge, and the shades along an edge give its position. Most of the decoder
+works on the smallest grid, where a convolution covers a whole object and can make its outline regular.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F  # noqa: N812  the name everyone knows it by
+import torch.nn.functional as F  # noqa: N812  the usual name
 from torch import Tensor, nn
 
 __all__ = ["LATENT_CHANNELS", "VAE_SCALE_FACTOR", "Autoencoder", "pixels_from", "tensor_from"]
@@ -22,7 +23,7 @@ VAE_SCALE_FACTOR = 16
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside an identity; starts as the identity. No normalisation: flat areas keep their exact level."""
+    """Two convolutions added to their input; initially the identity. Without normalisation, flat areas keep their level."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.second.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float (N, channels, H, W) in and out."""
+        """Apply the block to float (N, channels, H, W)."""
         changed: Tensor = self.second(F.silu(self.first(F.silu(x))))
         return x + changed
 
@@ -41,10 +42,10 @@ class Autoencoder(nn.Module):
     """Deterministic encoder and decoder.
 
     Args:
-        middle: the encoder's channels at an eighth of the side.
-        deep: the encoder's channels at a sixteenth of the side.
-        widths: the decoder's channels at a sixteenth, an eighth, a quarter and half of the side.
-        blocks: its residual blocks at each of them.
+        middle: channels of the encoder at an eighth of the side.
+        deep: channels of the encoder at a sixteenth of the side.
+        widths: channels of the decoder at a sixteenth, an eighth, a quarter and half of the side.
+        blocks: residual blocks of the decoder at each of these sizes.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Autoencoder(nn.Module):
         layers: list[nn.Module] = []
         channels = LATENT_CHANNELS
         for level, (width, count) in enumerate(zip(widths, blocks, strict=True)):
-            # The first change of width upwards is pointwise: it has the most channels, and blocks on both sides see neighbours.
+            # The first upscaling is pointwise: it has the most channels, and the blocks around it cover the neighbours.
             side = 1 if level == 1 else 3
             up = 2 if level else 1
             layers += [nn.Conv2d(channels, width * up**2, side, padding=side // 2), nn.PixelShuffle(up)]
@@ -79,12 +80,12 @@ class Autoencoder(nn.Module):
         self.decoder = nn.Sequential(*layers, nn.Conv2d(channels, 12, 3, padding=1), nn.PixelShuffle(2))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Float (N, 3, H, W) in -1..1 to latents (N, 4, H/16, W/16)."""
+        """Encode float (N, 3, H, W) in -1..1 to latents (N, 4, H/16, W/16)."""
         latents: Tensor = self.encoder(images)
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (N, 4, h, w) to float (N, 3, 16h, 16w), about -1..1, not clamped."""
+        """Decode latents (N, 4, h, w) to float (N, 3, 16h, 16w), about -1..1, not clamped."""
         images: Tensor = self.decoder(latents)
         return images
 
@@ -97,12 +98,12 @@ class Autoencoder(nn.Module):
 
 
 def tensor_from(pixels: npt.NDArray[np.uint8]) -> Tensor:
-    """uint8 (N, H, W, 3) to float (N, 3, H, W) in -1..1."""
+    """Convert uint8 (N, H, W, 3) to float (N, 3, H, W) in -1..1."""
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def pixels_from(images: Tensor) -> npt.NDArray[np.uint8]:
-    """Float (N, 3, H, W), about -1..1, to uint8 (N, H, W, 3)."""
+    """Convert float (N, 3, H, W), about -1..1, to uint8 (N, H, W, 3)."""
     levels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
     array: npt.NDArray[np.uint8] = levels.cpu().numpy()
     return array

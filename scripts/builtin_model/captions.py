@@ -1,4 +1,4 @@
-"""Captions of compositions, in the loose wording people use: clauses left out, filler words, edit verbs, words it never saw."""
+"""Captions of compositions in informal wording: omitted clauses, filler words, edit verbs, unknown words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.reader import COLOURS, SHAPES
 
 __all__ = ["caption", "known_words", "plural", "with_article"]
 
-LeftOut = Callable[[float], bool]  # whether a clause is left out, given how often it is
+Omits = Callable[[float], bool]  # decides whether to omit a clause, given the probability
 
 _FILLER_TEXT = (
     "please photo picture image drawing painting of nice simple flat style icon logo with very high quality "
@@ -65,24 +65,24 @@ EMPTY = (
     "nothing on {2} background",
 )
 COUNTS = {"two": "two", "three": "three"}
-_OTHER_TEXT = (  # further words that get a token, most of which no caption uses
+_OTHER_TEXT = (  # further words with their own token; most of them are in no caption
     "a an one two three shape small tiny little large big huge in the center middle on left right at top bottom and next to "
     "background front of with make turn into change colour color grey gray is by it from this that remove fill replace object"
 )
 
 
 def plural(shape: str) -> str:
-    """More than one of a shape, in words."""
+    """Return the plural of a shape's name."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 
 def with_article(words: str) -> str:
-    """`a` or `an` before words."""
+    """Return the words with `a` or `an` before them."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def known_words() -> list[str]:
-    """Every word that gets a token of its own, sorted."""
+    """Return every word with its own token, sorted."""
     words = {*FILLERS, *_OTHER_TEXT.split(), *COLOURS, *SHAPES, *map(plural, SHAPES)}
     words.update(word for request in REQUESTS for word in request.split())
     return sorted(words)
@@ -92,10 +92,12 @@ def caption(composition: Composition, rng: random.Random, *, complete: bool = Fa
     """Describe a composition.
 
     Args:
-        complete: say everything in plain words; else leave out and add as people do.
+        composition: what to describe.
+        rng: source of the wording.
+        complete: describe everything in plain words; otherwise vary the wording, omit clauses and add words.
     """
 
-    def left_out(probability: float) -> bool:
+    def omits(probability: float) -> bool:
         return not complete and rng.random() < probability
 
     if composition.kind == "empty":
@@ -103,22 +105,22 @@ def caption(composition: Composition, rng: random.Random, *, complete: bool = Fa
         background = composition.background
         text = template.format(background, rng.choice(SHAPES), with_article(background))
     else:
-        text = "" if left_out(0.04) else _objects(composition, rng, left_out, complete=complete)
-        if not left_out(0.22):
+        text = "" if omits(0.04) else _objects(composition, rng, omits, complete=complete)
+        if not omits(0.22):
             template = BACKGROUNDS[0] if complete else rng.choice(BACKGROUNDS)
             template = template if text else "{0}{1} background"
             text = template.format(text, composition.background, with_article(composition.background))
     if not complete:
-        text = _as_people_write(text, rng)
+        text = _vary_wording(text, rng)
     return text or "shape"
 
 
-def _objects(composition: Composition, rng: random.Random, left_out: LeftOut, *, complete: bool) -> str:
+def _objects(composition: Composition, rng: random.Random, omits: Omits, *, complete: bool) -> str:
     if composition.kind == "one":
-        return _single(composition, rng, left_out, complete=complete)
+        return _single(composition, rng, omits, complete=complete)
     if composition.kind in COUNTS:
         figure = composition.figures[0]
-        words = plural(figure.shape) if left_out(0.08) else f"{figure.colour} {plural(figure.shape)}"
+        words = plural(figure.shape) if omits(0.08) else f"{figure.colour} {plural(figure.shape)}"
         return f"{COUNTS[composition.kind]} {words}"
     left, right = (with_article(f"{figure.colour} {figure.shape}") for figure in composition.figures)
     both = f"{left} and {right}"
@@ -135,25 +137,25 @@ def _objects(composition: Composition, rng: random.Random, left_out: LeftOut, *,
     return rng.choices([text for _, text in forms], [share for share, _ in forms])[0]
 
 
-def _single(composition: Composition, rng: random.Random, left_out: LeftOut, *, complete: bool) -> str:
+def _single(composition: Composition, rng: random.Random, omits: Omits, *, complete: bool) -> str:
     figure = composition.figures[0]
-    words = "shape" if left_out(0.06) else figure.shape
-    if not left_out(0.08):
+    words = "shape" if omits(0.06) else figure.shape
+    if not omits(0.08):
         words = f"{figure.colour} {words}"
-    if composition.size and not left_out(0.2):
+    if composition.size and not omits(0.2):
         words = f"{rng.choice(SIZES[composition.size])} {words}"
     text = (
         with_article(words)
         if complete
         else rng.choice([with_article(words), with_article(words), f"one {words}", words])
     )
-    centred_unsaid = composition.place == "center" and left_out(0.8)
-    if composition.place and not centred_unsaid and not left_out(0.15):
+    omits_centre = composition.place == "center" and omits(0.8)
+    if composition.place and not omits_centre and not omits(0.15):
         text = f"{text} {rng.choice(PLACES[composition.place])}"
     return text
 
 
-def _as_people_write(text: str, rng: random.Random) -> str:
+def _vary_wording(text: str, rng: random.Random) -> str:
     if rng.random() < 0.12:
         text = f"{rng.choice(REQUESTS)} {text}"
     if rng.random() < 0.12:
@@ -161,6 +163,6 @@ def _as_people_write(text: str, rng: random.Random) -> str:
         text = (
             f"{' '.join(fillers)} {text}" if rng.random() < 0.4 else f"{text}, {rng.choice([' ', ', ']).join(fillers)}"
         )
-    if rng.random() < 0.06:  # a word it does not know, spelt out in bytes: it must learn to pass over it
+    if rng.random() < 0.06:  # an unknown word, encoded as bytes, which the model must learn to ignore
         text += " " + "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7)))
     return text.strip(", ")

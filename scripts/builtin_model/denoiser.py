@@ -1,4 +1,4 @@
-"""The denoiser: a text encoder and a UNet that predicts v, with the noise schedule and a sampler to look at it while it learns."""
+"""The denoiser: a text encoder and a UNet that predicts v, with the noise schedule and a sampler for reports."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from scripts.builtin_model.tokenizer import WINDOW
 __all__ = ["SCHEDULE", "TRAIN_TIMESTEPS", "Denoiser", "alphas_cumprod", "sample_latents", "text_config"]
 
 TRAIN_TIMESTEPS = 1000
-# "scaled_linear" betas (linear in their square roots). Almost no signal is left at the end (terminal signal-to-noise about
-# 6e-5), so that flat backgrounds come out in the colour asked for without rescaling, which not every scheduler of the library
-# knows; and about as much as in Stable Diffusion at half way, so that an edit at strength 0.7 still knows where things were.
+# "scaled_linear" betas (linear in their square roots). Almost no signal is left at the end (terminal signal-to-noise
+# about 6e-5), so that flat backgrounds get the requested colour without rescaling, which not every scheduler of the
+# library supports. Half way there is about as much signal as in Stable Diffusion, so that an edit at strength 0.7 keeps
+# positions.
 SCHEDULE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.027}
 TEXT_WIDTH = 128
 
 
 def text_config(vocabulary_size: int) -> dict[str, Any]:
-    """The text encoder's shape; the special tokens are the last two of the vocabulary."""
+    """Return the text encoder's configuration; the special tokens are the last two of the vocabulary."""
     return {
         "vocab_size": vocabulary_size,
         "hidden_size": TEXT_WIDTH,
@@ -45,9 +46,9 @@ class Denoiser(nn.Module):
     """Text encoder and UNet, trained together.
 
     Args:
-        vocabulary_size: of the tokenizer.
-        channels: of the UNet's levels; each level halves the side.
-        patch: side of the latent patches that the UNet sees as one position (1: every latent by itself). 2 is a third of the work.
+        vocabulary_size: vocabulary size of the tokenizer.
+        channels: channels of the UNet's levels; each level halves the side.
+        patch: side of the latent patches that form one position of the UNet (1: each latent). 2 is a third of the work.
     """
 
     def __init__(self, vocabulary_size: int, channels: Sequence[int] = (80, 128), patch: int = 2) -> None:
@@ -67,7 +68,7 @@ class Denoiser(nn.Module):
             cross_attention_dim=TEXT_WIDTH,
             norm_num_groups=16,
             resnet_time_scale_shift="scale_shift",
-            # The pooled caption joins the timestep embedding inside the UNet, so that the export needs no further input.
+            # The pooled caption is added to the timestep embedding inside the UNet, so the export needs no other input.
             addition_embed_type="text",
             addition_embed_type_num_heads=8,
         )
@@ -77,7 +78,7 @@ class Denoiser(nn.Module):
         return self.predict(latents, timesteps, self.text_encoder(input_ids)[0])
 
     def predict(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """The same for prompts that are encoded already: float (N, WINDOW, TEXT_WIDTH)."""
+        """Predict v as `forward` does, for encoded prompts: float (N, WINDOW, TEXT_WIDTH)."""
         patches = F.pixel_unshuffle(latents, self.patch).contiguous(memory_format=torch.channels_last)
         predicted = self.unet(patches, timesteps, text, return_dict=False)[0]
         return F.pixel_shuffle(predicted, self.patch)
@@ -91,7 +92,7 @@ class Denoiser(nn.Module):
 
 
 def alphas_cumprod() -> Tensor:
-    """Float32 (TRAIN_TIMESTEPS,): how much of the picture's variance is left at each timestep."""
+    """Return the part of the picture's variance that is left at each timestep: float32 (TRAIN_TIMESTEPS,)."""
     start, end = SCHEDULE["beta_start"] ** 0.5, SCHEDULE["beta_end"] ** 0.5
     betas = torch.linspace(start, end, TRAIN_TIMESTEPS, dtype=torch.float64).square()
     return torch.cumprod(1 - betas, 0).float()
@@ -109,13 +110,17 @@ def sample_latents(
     start: Tensor | None = None,
     strength: float = 1.0,
 ) -> Tensor:
-    """Deterministic DDIM (Song et al. 2020, equation 12 with sigma 0) with classifier-free guidance and leading spacing.
+    """Sample with deterministic DDIM (Song et al. 2020, equation 12 with sigma 0), guidance and leading spacing.
 
     Args:
-        input_ids: int64 (N, WINDOW).
+        model: the denoiser.
+        input_ids: int64 (N, WINDOW), the prompts.
         empty_ids: int64 (WINDOW,), the prompt "".
         noise: float (N, 4, H, W).
-        start: latents to edit, of the same shape; the last `steps` x `strength` steps are run on them.
+        steps: number of steps at strength 1.
+        guidance_scale: classifier-free guidance.
+        start: latents to edit, of the same shape as `noise`; the last `steps` x `strength` steps are run on them.
+        strength: 0..1; used only with `start`.
     """
     signal = alphas_cumprod().to(noise.device)
     text = model.text_encoder(torch.cat([empty_ids.expand_as(input_ids), input_ids]))[0]

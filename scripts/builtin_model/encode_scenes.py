@@ -1,4 +1,4 @@
-"""Draws the denoiser's training set and encodes it once: latents of scenes, latents of what they may be edited from, captions."""
+"""Draw the denoiser's training set and encode it: latents of scenes and of their sources for edits, and captions."""
 
 from __future__ import annotations
 
@@ -21,26 +21,29 @@ from scripts.builtin_model.tokenizer import PromptEncoder
 from scripts.builtin_model.training import Progress, choose_device, load_checkpoint, save_checkpoint
 
 SHARD = 128  # scenes that one process draws at a time: 50 MB of pictures
-AHEAD = 2  # shards for each process that are begun or wait to be encoded
-SHARD_LIMIT_S = 600.0  # to draw one takes a second or two: a process that needs this long is lost
-CAPTIONS = 8  # of each scene
+AHEAD = 2  # shards per process that are being drawn or wait to be encoded
+SHARD_TIMEOUT_S = 600.0  # drawing a shard takes a second or two; after this time its process has failed
+CAPTIONS = 8  # captions per scene
 
 
 def main() -> None:
-    """Parse the command line, then encode."""
+    """Parse the command line, and encode."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--folder", type=Path, required=True, help="holds autoencoder.pt and tokenizer/; scenes.pt is written there"
+        "--folder", type=Path, required=True, help="contains autoencoder.pt and tokenizer/; scenes.pt is written there"
     )
-    parser.add_argument("--scenes", type=int, default=24_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--scenes", type=int, default=24_000, help="number of scenes (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="processes and threads; 0: all processors")
     options = parser.parse_args()
     encode(options)
 
 
 def encode(options: argparse.Namespace) -> None:
-    """Write scenes.pt: `after` and `before`, float16 (N, 4, 16, 16) raw latents; `captions`, int16 (N, CAPTIONS, WINDOW)."""
+    """Write scenes.pt.
+
+    It contains `after` and `before`, float16 (N, 4, 16, 16), raw latents; and `captions`, int16 (N, CAPTIONS, WINDOW).
+    """
     device = choose_device(options.threads)
     model = Autoencoder.from_checkpoint(load_checkpoint(options.folder / "autoencoder.pt")).to(device).eval()
     parts: list[dict[str, torch.Tensor]] = []
@@ -61,7 +64,7 @@ def encode(options: argparse.Namespace) -> None:
 
 
 def _shards(options: argparse.Namespace, shards: int) -> Iterator[dict[str, Any]]:
-    """Shards in order, drawn by as many processes as there are processors to spare, never far ahead of the encoder."""
+    """Yield the shards in order, drawn by several processes, at most AHEAD shards per process before the encoder."""
     tasks = [(options.seed, number, options.folder / "tokenizer") for number in range(shards)]
     processes = options.threads or os.cpu_count() or 1
     if processes == 1:
@@ -72,9 +75,9 @@ def _shards(options: argparse.Namespace, shards: int) -> Iterator[dict[str, Any]
         for task in tasks:
             drawn.append(pool.apply_async(_draw_shard, (task,)))
             if len(drawn) > AHEAD * processes:
-                yield drawn.popleft().get(SHARD_LIMIT_S)
+                yield drawn.popleft().get(SHARD_TIMEOUT_S)
         while drawn:
-            yield drawn.popleft().get(SHARD_LIMIT_S)
+            yield drawn.popleft().get(SHARD_TIMEOUT_S)
 
 
 def _draw_shard(task: tuple[int, int, Path]) -> dict[str, Any]:
@@ -84,7 +87,7 @@ def _draw_shard(task: tuple[int, int, Path]) -> dict[str, Any]:
     after, before, captions = [], [], []
     for _ in range(SHARD):
         composition = sample_composition(rng)
-        # Both with the same varied colours where nothing was edited, as in a real edit.
+        # The same variation of colours in both pictures, so that unedited parts are equal, as in a real edit.
         paint = rng.getrandbits(32)
         after.append(draw_composition(composition, random.Random(paint)))
         before.append(draw_composition(sample_edit(composition, rng), random.Random(paint)))

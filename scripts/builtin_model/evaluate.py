@@ -1,7 +1,7 @@
-"""Measures an exported model with openvino_genai: what the numpy reader sees of what was asked for, on held-out prompts.
+"""Evaluate an exported model with openvino_genai: how often its pictures show what the prompts ask for.
 
-Every prompt, source picture and seed follows from the test's name and the case's number, so two models get the same questions.
-The sources are drawn, so nothing of the training set is read.
+A program reads the pictures (tests/reader.py). Prompts, source pictures and seeds follow from the test's name and the
+case's number, so every model is given the same cases. Sources are drawn here; nothing of the training set is used.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import openvino_genai
 from scripts.builtin_model.captions import plural, with_article
 from scripts.builtin_model.scenes import PICTURE_PX
 from scripts.builtin_model.sheets import save_sheet
-from tests.reader import COLOURS, SHAPES, SIDE_PX, Figure, Scene, draw_scene, read_picture, tell_apart
+from tests.reader import COLOURS, SHAPES, SIDE_PX, Figure, Scene, draw_scene, has_contrast, read_picture
 
 Picture = npt.NDArray[np.uint8]
 COLOUR_NAMES = tuple(COLOURS)
 MIDDLE = SIDE_PX / 2  # sources are laid out on a square of SIDE_PX, like the compositions of the training set
-IN_PLACE = 8.0 / SIDE_PX  # how far an object may move and still be in place, as a part of the picture's side
-SPECK = 200 / SIDE_PX**2  # what may be left of a removed object, as a part of the picture
+MAX_SHIFT = 8.0 / SIDE_PX  # an object that moved less than this is in place; as a part of the picture's side
+MAX_REST = 200 / SIDE_PX**2  # area of a removed object that may be left, as a part of the picture
 SHEET_COLUMNS = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """A colour, a shape and a background that can be told apart."""
+class Subject:
+    """One object on a background: a shape, its colour, and a background colour with contrast to it."""
 
     colour: str
     shape: str
@@ -44,12 +44,12 @@ class Look:
 
     @property
     def prompt(self) -> str:
-        """What to ask for to get it."""
+        """The prompt for it."""
         return f"{with_article(self.colour)} {self.shape} on {with_article(self.background)} background"
 
 
 class Model:
-    """The three pipelines of one exported model, with its own defaults for steps and guidance."""
+    """The three pipelines of one exported model, with fixed steps and guidance."""
 
     def __init__(self, directory: Path, threads: int, steps: int, guidance_scale: float) -> None:
         properties = {"INFERENCE_NUM_THREADS": threads} if threads else {}
@@ -58,19 +58,19 @@ class Model:
         self.text_to_image = openvino_genai.Text2ImagePipeline(self.inpainting)
         self.settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
 
-    def draw(self, prompt: str, seed: int) -> Picture:
-        """Text to image."""
+    def generate(self, prompt: str, seed: int) -> Picture:
+        """Return a picture from a prompt (text to image)."""
         return self._copied(self.text_to_image.generate(prompt, rng_seed=seed, **self.settings))
 
     def edit(self, prompt: str, source: Picture, strength: float, seed: int) -> Picture:
-        """Image to image."""
+        """Return an edit of a picture (image to image)."""
         result = self.image_to_image.generate(
             prompt, self._tensor(source), strength=strength, rng_seed=seed, **self.settings
         )
         return self._copied(result)
 
     def inpaint(self, prompt: str, source: Picture, mask: npt.NDArray[np.bool_], seed: int) -> Picture:
-        """Inpainting at full strength; pixels outside the mask are pasted back, as the server does."""
+        """Return an inpainted picture at full strength; pixels outside the mask are pasted back, as the server does."""
         white = np.repeat(mask[..., None], 3, axis=2) * np.uint8(255)
         result = self.inpainting.generate(
             prompt, self._tensor(source), self._tensor(white), strength=1.0, rng_seed=seed, **self.settings
@@ -83,11 +83,11 @@ class Model:
 
     @staticmethod
     def _copied(result: Any) -> Picture:
-        return np.array(result.data[0])  # the library reuses its buffer
+        return np.array(result.data[0])  # a copy: the library reuses its buffer
 
 
 class Tally:
-    """Counts of what was right, for one test, with the first pictures for a contact sheet."""
+    """Counts of correct results in one test, and the first pictures for a contact sheet."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -96,7 +96,7 @@ class Tally:
         self.columns: list[list[Picture]] = []
 
     def add(self, pictures: list[Picture], **right: bool) -> None:
-        """Note one case."""
+        """Count one case."""
         self.cases += 1
         for key, value in right.items():
             self.right[key] = self.right.get(key, 0) + bool(value)
@@ -104,37 +104,39 @@ class Tally:
             self.columns.append(pictures)
 
     def figures(self) -> dict[str, float]:
-        """The part (0..1) of the cases in which each thing was right."""
+        """Return the part (0..1) of the cases in which each property was right."""
         return {f"{self.name}: {key}": round(value / self.cases, 4) for key, value in self.right.items()}
 
     def rows(self) -> list[list[Picture]]:
-        """Rows of a contact sheet: sources above results."""
+        """Return the rows of a contact sheet, sources above results."""
         return [list(row) for row in zip(*self.columns, strict=True)]
 
 
-def _look(rng: random.Random) -> Look:
+def _random_subject(rng: random.Random) -> Subject:
     background = rng.choice(COLOUR_NAMES)
-    colour = rng.choice([name for name in COLOUR_NAMES if tell_apart(name, background)])
-    return Look(colour, rng.choice(SHAPES), background)
+    colour = rng.choice([name for name in COLOUR_NAMES if has_contrast(name, background)])
+    return Subject(colour, rng.choice(SHAPES), background)
 
 
-def _other_colour(rng: random.Random, look: Look) -> str:
-    return rng.choice([name for name in COLOUR_NAMES if name != look.colour and tell_apart(name, look.background)])
+def _other_colour(rng: random.Random, subject: Subject) -> str:
+    names = [name for name in COLOUR_NAMES if name != subject.colour and has_contrast(name, subject.background)]
+    return rng.choice(names)
 
 
-def _other_shape(rng: random.Random, look: Look) -> str:
-    return rng.choice([shape for shape in SHAPES if shape != look.shape])
+def _other_shape(rng: random.Random, subject: Subject) -> str:
+    return rng.choice([shape for shape in SHAPES if shape != subject.shape])
 
 
-def _other_background(rng: random.Random, look: Look) -> str:
-    return rng.choice([name for name in COLOUR_NAMES if name != look.background and tell_apart(name, look.colour)])
+def _other_background(rng: random.Random, subject: Subject) -> str:
+    names = [name for name in COLOUR_NAMES if name != subject.background and has_contrast(name, subject.colour)]
+    return rng.choice(names)
 
 
-def _shows(scene: Scene, look: Look, *, shape: bool = True) -> bool:
+def _shows(scene: Scene, subject: Subject, *, shape: bool = True) -> bool:
     found = scene.largest
-    if found is None or scene.background != look.background or found.colour != look.colour:
+    if found is None or scene.background != subject.background or found.colour != subject.colour:
         return False
-    return not shape or found.shape == look.shape
+    return not shape or found.shape == subject.shape
 
 
 def _drawn(background: str, *figures: Figure) -> Picture:
@@ -149,39 +151,39 @@ def _square(left: int, top: int, right: int, bottom: int) -> npt.NDArray[np.bool
     return mask.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def draw_single(model: Model, case: int, tally: Tally) -> None:
-    """Text to image, one object."""
-    look = _look(random.Random(f"single/{case}"))
-    picture = model.draw(look.prompt, case)
+def test_single(model: Model, case: int, tally: Tally) -> None:
+    """Test text to image with one object."""
+    subject = _random_subject(random.Random(f"single/{case}"))
+    picture = model.generate(subject.prompt, case)
     scene = read_picture(picture)
     found = scene.largest
     tally.add(
         [picture],
-        background=scene.background == look.background,
-        colour=found is not None and found.colour == look.colour,
-        shape=found is not None and found.shape == look.shape,
+        background=scene.background == subject.background,
+        colour=found is not None and found.colour == subject.colour,
+        shape=found is not None and found.shape == subject.shape,
         one=len(scene.objects) == 1,
     )
 
 
-def draw_count(model: Model, case: int, tally: Tally, word: str, count: int) -> None:
-    """Text to image, two or three alike."""
-    look = _look(random.Random(f"{word}/{case}"))
-    background = with_article(look.background)
-    picture = model.draw(f"{word} {look.colour} {plural(look.shape)} on {background} background", case)
+def test_count(model: Model, case: int, tally: Tally, word: str, count: int) -> None:
+    """Test text to image with two or three equal objects."""
+    subject = _random_subject(random.Random(f"{word}/{case}"))
+    background = with_article(subject.background)
+    picture = model.generate(f"{word} {subject.colour} {plural(subject.shape)} on {background} background", case)
     tally.add([picture], count=len(read_picture(picture).objects) == count)
 
 
-def edit_single(model: Model, case: int, tally: Tally, what: str, strength: float) -> None:
-    """Image to image: another colour, shape or background of a picture with one object."""
+def test_edit(model: Model, case: int, tally: Tally, what: str, strength: float) -> None:
+    """Test image to image: another colour, shape or background for a picture with one object."""
     rng = random.Random(f"{what}/{case}")
-    look = _look(rng)
+    subject = _random_subject(rng)
     x = MIDDLE + rng.choice([-14, 0, 14])
-    source = _drawn(look.background, Figure(look.colour, look.shape, x, MIDDLE, 34, rng.uniform(-0.1, 0.1)))
+    source = _drawn(subject.background, Figure(subject.colour, subject.shape, x, MIDDLE, 34, rng.uniform(-0.1, 0.1)))
     wanted = {
-        "recolour": Look(_other_colour(rng, look), look.shape, look.background),
-        "reshape": Look(look.colour, _other_shape(rng, look), look.background),
-        "background": Look(look.colour, look.shape, _other_background(rng, look)),
+        "recolour": Subject(_other_colour(rng, subject), subject.shape, subject.background),
+        "reshape": Subject(subject.colour, _other_shape(rng, subject), subject.background),
+        "background": Subject(subject.colour, subject.shape, _other_background(rng, subject)),
     }[what]
     picture = model.edit(wanted.prompt, source, strength, case)
     scene = read_picture(picture)
@@ -189,16 +191,16 @@ def edit_single(model: Model, case: int, tally: Tally, what: str, strength: floa
     tally.add(
         [source, picture],
         obeyed=_shows(scene, wanted, shape=what != "recolour"),
-        in_place=found is not None and abs(found.x / PICTURE_PX - x / SIDE_PX) < IN_PLACE,
+        in_place=found is not None and abs(found.x / PICTURE_PX - x / SIDE_PX) < MAX_SHIFT,
     )
 
 
-def inpaint_pair(model: Model, case: int, tally: Tally) -> None:
-    """Inpainting: another object in place of the right one of two."""
+def test_inpaint_pair(model: Model, case: int, tally: Tally) -> None:
+    """Test inpainting: replace the right one of two objects."""
     rng = random.Random(f"pair/{case}")
-    left = _look(rng)
-    right = Look(_other_colour(rng, left), rng.choice(SHAPES), left.background)
-    wanted = Look(_other_colour(rng, right), rng.choice(SHAPES), left.background)
+    left = _random_subject(rng)
+    right = Subject(_other_colour(rng, left), rng.choice(SHAPES), left.background)
+    wanted = Subject(_other_colour(rng, right), rng.choice(SHAPES), left.background)
     figures = [Figure(left.colour, left.shape, 34, 64, 24), Figure(right.colour, right.shape, 94, 64, 24)]
     source = _drawn(left.background, *figures)
     prompt = f"{with_article(left.colour)} {left.shape} and {wanted.prompt}"
@@ -213,27 +215,27 @@ def inpaint_pair(model: Model, case: int, tally: Tally) -> None:
     )
 
 
-def inpaint_replace(model: Model, case: int, tally: Tally) -> None:
-    """Inpainting: another object in place of the only one."""
+def test_replace(model: Model, case: int, tally: Tally) -> None:
+    """Test inpainting: replace the only object."""
     rng = random.Random(f"replace/{case}")
-    look = _look(rng)
-    wanted = Look(_other_colour(rng, look), rng.choice(SHAPES), look.background)
-    source = _drawn(look.background, Figure(look.colour, look.shape, 64, 64, 30))
+    subject = _random_subject(rng)
+    wanted = Subject(_other_colour(rng, subject), rng.choice(SHAPES), subject.background)
+    source = _drawn(subject.background, Figure(subject.colour, subject.shape, 64, 64, 30))
     picture = model.inpaint(wanted.prompt, source, _square(24, 24, 104, 104), case)
     tally.add([source, picture], obeyed=_shows(read_picture(picture), wanted))
 
 
-def inpaint_remove(model: Model, case: int, tally: Tally) -> None:
-    """Inpainting: nothing but background in place of an object."""
-    look = _look(random.Random(f"remove/{case}"))
-    source = _drawn(look.background, Figure(look.colour, look.shape, 64, 64, 30))
-    picture = model.inpaint(f"{look.background} background", source, _square(24, 24, 104, 104), case)
-    left = [item for item in read_picture(picture).objects if item.area > SPECK * PICTURE_PX**2]
+def test_remove(model: Model, case: int, tally: Tally) -> None:
+    """Test inpainting: replace the only object by background."""
+    subject = _random_subject(random.Random(f"remove/{case}"))
+    source = _drawn(subject.background, Figure(subject.colour, subject.shape, 64, 64, 30))
+    picture = model.inpaint(f"{subject.background} background", source, _square(24, 24, 104, 104), case)
+    left = [item for item in read_picture(picture).objects if item.area > MAX_REST * PICTURE_PX**2]
     tally.add([source, picture], gone=not left)
 
 
 class RoundTrip:
-    """The autoencoder alone: a drawn picture through the exported encoder and decoder."""
+    """A test of the autoencoder: encode and decode a drawn picture with the exported model."""
 
     def __init__(self, directory: Path, threads: int) -> None:
         core = openvino.Core()
@@ -244,11 +246,11 @@ class RoundTrip:
         )
 
     def __call__(self, _: Model, case: int, tally: Tally) -> None:
-        """One picture; sizes down to what three in a row leave to each."""
+        """Test one picture, with an object as small as one of three in a row or larger."""
         rng = random.Random(f"round trip/{case}")
-        look = _look(rng)
-        figure = Figure(look.colour, look.shape, 64, 64, rng.uniform(14, 48), rng.uniform(-0.1, 0.1))
-        source = _drawn(look.background, figure)
+        subject = _random_subject(rng)
+        figure = Figure(subject.colour, subject.shape, 64, 64, rng.uniform(14, 48), rng.uniform(-0.1, 0.1))
+        source = _drawn(subject.background, figure)
         images = source.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1
         latents = self._encoder([images])[0][:, :4]
         decoded = self._decoder([latents])[0][0]
@@ -257,9 +259,9 @@ class RoundTrip:
         found = scene.largest
         tally.add(
             [source, picture],
-            colour=found is not None and found.colour == look.colour,
-            shape=found is not None and found.shape == look.shape,
-            background=scene.background == look.background,
+            colour=found is not None and found.colour == subject.colour,
+            shape=found is not None and found.shape == subject.shape,
+            background=scene.background == subject.background,
         )
 
 
@@ -267,15 +269,15 @@ Test = Callable[[Model, int, Tally], None]
 
 
 def tests(directory: Path, threads: int) -> dict[str, Test]:
-    """Every test by name."""
+    """Return every test by name."""
     table: dict[str, Test] = {
         "round trip": RoundTrip(directory, threads),
-        "text to image": draw_single,
-        "count two": lambda model, case, tally: draw_count(model, case, tally, "two", 2),
-        "count three": lambda model, case, tally: draw_count(model, case, tally, "three", 3),
-        "inpaint one of a pair": inpaint_pair,
-        "replace in place": inpaint_replace,
-        "remove": inpaint_remove,
+        "text to image": test_single,
+        "count two": lambda model, case, tally: test_count(model, case, tally, "two", 2),
+        "count three": lambda model, case, tally: test_count(model, case, tally, "three", 3),
+        "inpaint one of a pair": test_inpaint_pair,
+        "replace in place": test_replace,
+        "remove": test_remove,
     }
     for what, strengths in (("recolour", (0.5, 0.7)), ("reshape", (0.7, 0.85)), ("background", (0.7, 0.85))):
         for strength in strengths:
@@ -284,15 +286,15 @@ def tests(directory: Path, threads: int) -> dict[str, Test]:
 
 
 def _edit_test(what: str, strength: float) -> Test:
-    return lambda model, case, tally: edit_single(model, case, tally, what, strength)
+    return lambda model, case, tally: test_edit(model, case, tally, what, strength)
 
 
 def measure_times(model: Model, repeats: int = 15) -> dict[str, float]:
-    """Median milliseconds of each task, warmed up."""
+    """Return the median milliseconds of each task after a warm-up."""
     source = _drawn("blue", Figure("red", "circle", 64, 64, 34))
     prompt, mask = "a green circle on a blue background", _square(24, 24, 104, 104)
     tasks: dict[str, Callable[[], Picture]] = {
-        "text to image, ms": lambda: model.draw(prompt, 1),
+        "text to image, ms": lambda: model.generate(prompt, 1),
         "image to image at 0.7, ms": lambda: model.edit(prompt, source, 0.7, 1),
         "inpainting, ms": lambda: model.inpaint(prompt, source, mask, 1),
     }
@@ -301,15 +303,15 @@ def measure_times(model: Model, repeats: int = 15) -> dict[str, float]:
         task()
         taken = []
         for _ in range(repeats):
-            begun = time.perf_counter()
+            began = time.perf_counter()
             task()
-            taken.append((time.perf_counter() - begun) * 1000)
+            taken.append((time.perf_counter() - began) * 1000)
         times[name] = round(statistics.median(taken), 1)
     return times
 
 
 def compare(figures: dict[str, float], baseline: dict[str, float]) -> str:
-    """A table of both, and whether the new one is nowhere worse."""
+    """Return a table of the figures and the baseline, with the number of figures that are worse."""
     shared = [name for name in figures if name in baseline]
     lines = [
         f"{name:<44} {baseline[name]:7.3f} {figures[name]:7.3f}{'  worse' if figures[name] < baseline[name] else ''}"
@@ -320,17 +322,17 @@ def compare(figures: dict[str, float], baseline: dict[str, float]) -> str:
 
 
 def main() -> None:
-    """Parse the command line, run the tests, write figures and contact sheets."""
+    """Parse the command line, run the tests, and write figures and contact sheets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory of the exported model")
-    parser.add_argument("--cases", type=int, default=200, help="of each test")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
-    parser.add_argument("--threads", type=int, default=0, help="of one inference; 0: the library's choice")
-    parser.add_argument("--tests", nargs="+", help="names of the tests to run; all by default")
+    parser.add_argument("--cases", type=int, default=200, help="cases of each test (%(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="(%(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of one inference; 0: the library's default")
+    parser.add_argument("--tests", nargs="+", help="names of the tests to run; default: all")
     parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
     parser.add_argument("--report", type=Path, help="JSON file for the figures")
-    parser.add_argument("--baseline", type=Path, help="JSON file of another model's figures, to compare with")
+    parser.add_argument("--baseline", type=Path, help="JSON file of another model's figures to compare with")
     options = parser.parse_args()
     model = Model(options.model, options.threads, options.steps, options.guidance_scale)
     figures: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Exports the trained model as OpenVINO IR in the diffusers layout that openvino_genai loads, weights as 16-bit floats."""
+"""Export the trained model as OpenVINO IR with 16-bit weights, in the diffusers layout that openvino_genai loads."""
 
 from __future__ import annotations
 
@@ -18,67 +18,69 @@ from scripts.builtin_model.scenes import PICTURE_PX
 from scripts.builtin_model.tokenizer import WINDOW, convert_tokenizer_files
 from scripts.builtin_model.training import load_checkpoint
 
-LOG_VARIANCE = -30.0  # of the encoder's latents: the library draws from a distribution, and this one has no width
-MADE_FOR_DIFFUSERS = "0.42.1"  # the version whose class names model_index.json uses
+LOG_VARIANCE = -30.0  # of the encoder's latents: the library samples from a distribution; this makes its width zero
+DIFFUSERS_VERSION = "0.42.1"  # the version whose class names model_index.json uses
 DYNAMIC = -1
 
 
 class TextEncoder(nn.Module):
-    """Token ids to the last hidden state."""
+    """The text encoder: token ids to the last hidden state."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.text_encoder = denoiser.text_encoder
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """int64 (N, WINDOW) to float (N, WINDOW, TEXT_WIDTH)."""
+        """Encode int64 (N, WINDOW) to float (N, WINDOW, TEXT_WIDTH)."""
         hidden: Tensor = self.text_encoder(input_ids)[0]
         return hidden
 
 
 class UNet(nn.Module):
-    """The UNet with its patching inside."""
+    """The UNet, including the conversion of latents to patches."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """Float (N, 4, H, W) and one timestep for each row, to v."""
+        """Predict v for float (N, 4, H, W) and one timestep per row."""
         return self.denoiser.predict(sample, timestep, encoder_hidden_states)
 
 
 class Encoder(nn.Module):
-    """The encoder with the latents' mean and scale folded in."""
+    """The encoder, including the normalisation by the latents' mean and scale."""
 
     def __init__(self, autoencoder: Autoencoder, mean: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.autoencoder, self.mean, self.scale = autoencoder, mean, scale
 
     def forward(self, sample: Tensor) -> Tensor:
-        """Float (N, 3, H, W) in -1..1 to (N, 8, H/16, W/16): means, then log-variances."""
+        """Encode float (N, 3, H, W) in -1..1 to (N, 8, H/16, W/16): means, then log-variances."""
         latents = (self.autoencoder.encode(sample) - self.mean) / self.scale
         return torch.cat([latents, torch.full_like(latents, LOG_VARIANCE)], 1)
 
 
 class Decoder(nn.Module):
-    """The decoder with the latents' mean and scale folded in."""
+    """The decoder, including the latents' mean and scale."""
 
     def __init__(self, autoencoder: Autoencoder, mean: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.autoencoder, self.mean, self.scale = autoencoder, mean, scale
 
     def forward(self, latent_sample: Tensor) -> Tensor:
-        """Normalised latents to float (N, 3, 16H, 16W)."""
+        """Decode normalised latents to float (N, 3, 16H, 16W)."""
         return self.autoencoder.decode(latent_sample * self.scale + self.mean)
 
 
 def main() -> None:
-    """Parse the command line, then export."""
+    """Parse the command line, and export."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="holds denoiser.pt and tokenizer/")
-    parser.add_argument("--autoencoder", default="autoencoder.pt", help="its checkpoint in the folder")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the model; made if absent")
+    parser.add_argument("--folder", type=Path, required=True, help="contains denoiser.pt and tokenizer/")
+    parser.add_argument(
+        "--autoencoder", default="autoencoder.pt", help="checkpoint of the autoencoder in the folder (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory of the model; created if missing")
     options = parser.parse_args()
     export(options.folder, options.out, options.autoencoder)
     for path in sorted(options.out.rglob("*.bin")):
@@ -87,7 +89,7 @@ def main() -> None:
 
 @torch.no_grad()
 def export(folder: Path, out: Path, autoencoder_name: str = "autoencoder.pt") -> None:
-    """Write the whole directory but ovserve.json and the model card, which are written by hand."""
+    """Write the model directory, except ovserve.json and the model card, which are maintained by hand."""
     checkpoint = load_checkpoint(folder / "denoiser.pt")
     mean, scale = checkpoint["mean"], checkpoint["scale"]
     denoiser = Denoiser.from_checkpoint(checkpoint).eval()
@@ -139,9 +141,10 @@ def _convert(
     output: str,
     folder: Path,
 ) -> None:
-    """Trace a module, name and free its dimensions, put the channels of what is normalised innermost, save it.
+    """Trace a module, name its ports, make its dimensions dynamic, put channels innermost after norms, and save it.
 
-    Weights of 8 bits would take half the space, and a call a fifth more time: the plugin unpacks them in each call.
+    8-bit weights would need half the space, but a call would take a fifth longer, because the plugin unpacks them in
+    each call.
     """
     model = openvino.convert_model(module.eval(), example_input=example)
     shapes = {}
@@ -158,20 +161,20 @@ def _convert(
 
 
 def _write_configs(out: Path, vocabulary_size: int, side: int, schedule: dict[str, Any]) -> None:
-    """The JSON files beside the IR: what a pipeline cannot see from the graphs."""
+    """Write the JSON files beside the IR, with everything that a pipeline cannot read from the graphs."""
     vae = {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": LATENT_CHANNELS,
         "scaling_factor": 1.0,
-        # Only the length is read: the library takes 2 ** (length - 1) for the scale factor.
+        # The library reads only the length: the scale factor is 2 ** (length - 1).
         "block_out_channels": [32] * (VAE_SCALE_FACTOR.bit_length()),
     }
     configs: dict[str, dict[str, Any]] = {
         "model_index.json": {
             "_class_name": "StableDiffusionPipeline",
-            "_diffusers_version": MADE_FOR_DIFFUSERS,
+            "_diffusers_version": DIFFUSERS_VERSION,
             "scheduler": ["diffusers", "DDIMScheduler"],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -203,7 +206,7 @@ def _write_configs(out: Path, vocabulary_size: int, side: int, schedule: dict[st
             "steps_offset": 1,
             "prediction_type": "v_prediction",
             "thresholding": False,
-            # Not "trailing": with some numbers of steps the library's loop then runs one timestep too many.
+            # Not "trailing": for some numbers of steps the library's loop would run one timestep too many.
             "timestep_spacing": "leading",
             "rescale_betas_zero_snr": False,
         },

@@ -1,6 +1,7 @@
-"""Runs every stage from nothing to the packaged model: tokenizer, autoencoder, scenes, denoiser, decoder, export, report.
+"""Train the built-in model from scratch: tokenizer, autoencoder, scenes, denoiser, decoder, export, report.
 
-A stage that is done is passed over, one that was interrupted goes on from its last checkpoint: run the same command again.
+To continue after an interruption, run the same command again: finished stages are skipped, and an interrupted stage
+resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -15,35 +16,37 @@ from pathlib import Path
 from scripts.builtin_model.tokenizer import write_tokenizer_files
 
 PACKAGE = __package__ or "scripts.builtin_model"
-# Work for each budget: autoencoder steps, batch; scenes; denoiser steps, batch; cases of each test. "tiny" proves that every
-# stage runs, "cpu" takes a night on two cores, "gpu" some 20 minutes on a large one (not yet tried there).
+# Work for each budget: autoencoder steps, batch; scenes; denoiser steps, batch; cases of each test. "tiny" only checks
+# that every stage runs, "cpu" takes a night on two cores, "gpu" about 20 minutes on a large GPU (estimated).
 BUDGETS = {
     "tiny": ((10, 4), 512, (10, 4), 1),
     "cpu": ((12_000, 8), 48_000, (60_000, 32), 200),
     "gpu": ((20_000, 64), 200_000, (30_000, 512), 200),
 }
 
-MODULES = {"train_decoder": "train_autoencoder"}  # of stages that are not called like theirs
-FREE_OPTIONS = ("folder", "threads")  # these may differ from one run to the next
+MODULES = {"train_decoder": "train_autoencoder"}  # of stages whose name is not that of their module
+FREE_OPTIONS = ("folder", "threads")  # these may change when a training is continued
 
 
 def main() -> None:
-    """Parse the command line, then run the stages that are not done."""
+    """Parse the command line, and run the stages that are not finished."""
     parser = argparse.ArgumentParser(
         prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "folder", type=Path, help="for checkpoints, contact sheets, the model and its report; not inside the repository"
+        "folder",
+        type=Path,
+        help="folder for checkpoints, contact sheets, the model and its report; outside the repository",
     )
-    parser.add_argument("--budget", choices=list(BUDGETS), default="cpu")
+    parser.add_argument("--budget", choices=list(BUDGETS), default="cpu", help="amount of work (%(default)s)")
     parser.add_argument(
-        "--patch", type=int, choices=(1, 2), help="of the UNet; by default 1 with the gpu budget, else 2"
+        "--patch", type=int, choices=(1, 2), help="patch size of the UNet; default: 1 with budget gpu, else 2"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="0: as many as the library likes")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="0: the library's default")
     parser.add_argument("--autoencoder-from", type=Path, help="checkpoint to start the autoencoder from")
     parser.add_argument(
-        "--fix-encoder", action="store_true", help="train only the decoder, so that denoisers stay valid"
+        "--fix-encoder", action="store_true", help="train only the decoder, so that existing denoisers stay valid"
     )
     parser.add_argument("--denoiser-from", type=Path, help="checkpoint to start the denoiser from")
     options = parser.parse_args()
@@ -54,7 +57,7 @@ def main() -> None:
 
 
 def stages(options: argparse.Namespace) -> dict[str, list[str]]:
-    """The stages in order: module name to its arguments."""
+    """Return the stages in order, as a mapping of names to arguments."""
     (autoencoder_steps, autoencoder_batch), scenes, (denoiser_steps, denoiser_batch), cases = BUDGETS[options.budget]
     folder, threads, seed = str(options.folder), ["--threads", str(options.threads)], ["--seed", str(options.seed)]
     patch = options.patch or (1 if options.budget == "gpu" else 2)
@@ -86,33 +89,33 @@ def stages(options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """A folder holds one training: what is half done must not go on with other options."""
-    kept = options.folder / "options.json"
-    present = json.dumps(
+    """Exit if the folder holds a training with other options; otherwise record the options in it."""
+    path = options.folder / "options.json"
+    current = json.dumps(
         {name: str(value) for name, value in sorted(vars(options).items()) if name not in FREE_OPTIONS}
     )
-    if not kept.exists():
-        kept.write_text(present, "utf-8")
-    elif kept.read_text("utf-8") != present:
-        sys.exit(f"{options.folder} was begun with other options ({kept.name}): use those, or another folder")
+    if not path.exists():
+        path.write_text(current, "utf-8")
+    elif path.read_text("utf-8") != current:
+        sys.exit(f"the training in {options.folder} has other options; use those in {path.name}, or another folder")
 
 
 def run(name: str, arguments: list[str], folder: Path) -> None:
-    """Run one stage in a process of its own, unless it is done."""
+    """Run one stage in a separate process, unless it is finished."""
     mark = folder / f"{name}.done"
     if mark.exists():
-        print(f"{name}: done before", flush=True)
+        print(f"{name}: already finished", flush=True)
         return
-    print(f"{name}: begins", flush=True)
-    begun = time.monotonic()
+    print(f"{name}: started", flush=True)
+    began = time.monotonic()
     if name == "tokenizer":
         write_tokenizer_files(folder / "tokenizer")
     else:
         ended = subprocess.run([sys.executable, "-m", f"{PACKAGE}.{MODULES.get(name, name)}", *arguments], check=False)
         if ended.returncode:
-            sys.exit(f"{name}: ended with code {ended.returncode}; the same command goes on from the last checkpoint")
+            sys.exit(f"{name} failed with exit code {ended.returncode}; run the same command to resume")
     mark.touch()
-    print(f"{name}: done in {(time.monotonic() - begun) / 60:.1f} min", flush=True)
+    print(f"{name}: finished in {(time.monotonic() - began) / 60:.1f} min", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Makes checkpoints to train on from out of an exported model, for those of the packaged one are too large to keep.
+"""Make training checkpoints from an exported model, because the packaged model's checkpoints are too large to keep.
 
-A model of the same shape but with random weights is exported too. Both graphs then hold the same constants in the same order,
-and in the random one a constant's values tell which weight it came from.
+A model of the same shape but with random weights is exported too. Both graphs then contain the same constants in the
+same order, and in the random one the values of a constant identify the weight it comes from.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from scripts.builtin_model.tokenizer import build_vocabulary, write_tokenizer_fi
 from scripts.builtin_model.training import save_checkpoint
 
 PARTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
-# What the export makes of the latents' mean and of the bias before it is one constant: see `_named`.
+# The export merges the latents' mean and the encoder's last bias into one constant: see `_weight_names`.
 SHIFTED_BIAS = "shifted bias"
 Weights = dict[str, Tensor]
 
 
 def main() -> None:
-    """Parse the command line, then write both checkpoints."""
+    """Parse the command line, and write both checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory of the exported model")
     parser.add_argument("folder", type=Path, help="autoencoder.pt and denoiser.pt are written there")
@@ -39,23 +39,23 @@ def main() -> None:
 
 
 def recover(model: Path, folder: Path) -> None:
-    """Write `folder`/autoencoder.pt and denoiser.pt, to be given to the trainings' --start-from.
+    """Write `folder`/autoencoder.pt and denoiser.pt, for --start-from of the trainings.
 
     Raises:
-        ValueError: the model has another shape than the one that this code builds.
+        ValueError: the model's shape differs from that of the model that this code builds.
     """
     autoencoder, denoiser = Autoencoder(), Denoiser(len(build_vocabulary()[0]))
     latents: Weights = {name: torch.empty(1, LATENT_CHANNELS, 1, 1) for name in ("mean", "scale")}
     modules = {"autoencoder": autoencoder, "denoiser": denoiser}
-    _fill_at_random([*autoencoder.parameters(), *denoiser.parameters(), *latents.values()])
-    with tempfile.TemporaryDirectory() as made:
-        write_tokenizer_files(Path(made) / "tokenizer")
-        _write(Path(made), modules, latents)
-        export(Path(made), Path(made) / "model")
+    _randomise([*autoencoder.parameters(), *denoiser.parameters(), *latents.values()])
+    with tempfile.TemporaryDirectory() as scratch:
+        write_tokenizer_files(Path(scratch) / "tokenizer")
+        _write(Path(scratch), modules, latents)
+        export(Path(scratch), Path(scratch) / "model")
         found: Weights = {}
-        known = _named(autoencoder, denoiser, latents)
+        known = _weight_names(autoencoder, denoiser, latents)
         for part in PARTS:
-            found |= _read(_constants(Path(made) / "model" / part), _constants(model / part), known)
+            found |= _read(_constants(Path(scratch) / "model" / part), _constants(model / part), known)
     last = _last_bias(autoencoder)
     found[f"autoencoder.{last}"] = found.pop(SHIFTED_BIAS).flatten() + found["mean"].flatten()
     for name, module in modules.items():
@@ -64,22 +64,22 @@ def recover(model: Path, folder: Path) -> None:
         given = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
         missing = {key for key, _ in module.named_parameters()} - given.keys()
         if missing:
-            raise ValueError(f"not found in the model: {', '.join(sorted(missing))}")
+            raise ValueError(f"weights are missing in the model: {', '.join(sorted(missing))}")
         module.load_state_dict({**own, **{key: value.reshape(own[key].shape) for key, value in given.items()}})
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, modules, {name: found[name].reshape(1, LATENT_CHANNELS, 1, 1) for name in latents})
 
 
 @torch.no_grad()
-def _fill_at_random(weights: list[Tensor]) -> None:
+def _randomise(weights: list[Tensor]) -> None:
     generator = torch.Generator().manual_seed(0)
     for weight in weights:
-        # Small, positive and far from zero: no value is lost to 16 bits, and a scale can be divided by.
+        # Small, positive and not close to zero: every value survives 16 bits, and division by the scale is possible.
         weight.uniform_(0.01, 0.1, generator=generator)
 
 
-def _named(autoencoder: Autoencoder, denoiser: Denoiser, latents: Weights) -> dict[bytes, str]:
-    """Which weight has these values, as 16-bit floats."""
+def _weight_names(autoencoder: Autoencoder, denoiser: Denoiser, latents: Weights) -> dict[bytes, str]:
+    """Return the name of each weight by its values as 16-bit floats."""
     weights = {f"autoencoder.{name}": weight for name, weight in autoencoder.named_parameters()}
     last = f"autoencoder.{_last_bias(autoencoder)}"
     weights[SHIFTED_BIAS] = weights.pop(last) - latents["mean"].flatten()
@@ -88,7 +88,7 @@ def _named(autoencoder: Autoencoder, denoiser: Denoiser, latents: Weights) -> di
 
 
 def _last_bias(autoencoder: Autoencoder) -> str:
-    """The encoder's last bias: the export subtracts the latents' mean from it."""
+    """Return the name of the encoder's last bias, from which the export subtracts the latents' mean."""
     return [name for name, _ in autoencoder.named_parameters() if name.startswith("encoder.")][-1]
 
 
@@ -97,7 +97,7 @@ def _key(values: npt.NDArray[Any]) -> bytes:
 
 
 def _constants(part: Path) -> list[npt.NDArray[np.float16]]:
-    """The 16-bit constants of a graph, in its own order."""
+    """Return the 16-bit constants of a graph, in the order of the graph."""
     graph = openvino.Core().read_model(part / "openvino_model.xml")
     constants = (node for node in graph.get_ordered_ops() if node.get_type_name() == "Constant")
     return [np.array(node.data) for node in constants if node.get_element_type() == openvino.Type.f16]
@@ -107,19 +107,19 @@ def _read(
     random: list[npt.NDArray[np.float16]], wanted: list[npt.NDArray[np.float16]], known: dict[bytes, str]
 ) -> Weights:
     if [constant.shape for constant in random] != [constant.shape for constant in wanted]:
-        raise ValueError("the model's graph has other constants than this code's export")
+        raise ValueError("the constants of the model's graph differ from those of this code's export")
     found: Weights = {}
     for like, constant in zip(random, wanted, strict=True):
         name = known.get(_key(like))
         if name is not None:
             found[name] = torch.from_numpy(constant.astype(np.float32))
         elif not np.array_equal(like, constant):
-            raise ValueError(f"a constant of shape {like.shape} comes from no single weight")
+            raise ValueError(f"a constant of shape {like.shape} does not come from a single weight")
     return found
 
 
 def _write(folder: Path, modules: dict[str, Any], latents: Weights) -> None:
-    """Both checkpoints, as the trainings leave them but for what a resumed run needs."""
+    """Write both checkpoints as the trainings do, without the state that a resumed run needs."""
     for name, module in modules.items():
         content = {"step": 0, "settings": module.settings, "weights": module.state_dict()}
         if name == "denoiser":

@@ -1,7 +1,8 @@
-"""Has the denoiser draw scenes anew from half way: what its latents look like, beside the pictures that they should have been.
+"""Sample latents of scenes with the denoiser, paired with the correct pictures, to train the decoder on.
 
-An autoencoder's decoder that has only seen encoded pictures draws every dent that the denoiser leaves. Trained on these pairs too,
-it draws the straight edge that was meant. Scenes are noised only so far that objects stay where they are.
+A decoder trained only on encoded pictures reproduces every irregularity of the denoiser's latents. Trained on these
+pairs too, it makes straight edges. Scenes are noised only partly and denoised again, so that objects keep their
+positions.
 """
 
 from __future__ import annotations
@@ -23,32 +24,34 @@ from scripts.builtin_model.training import Progress, choose_device, load_checkpo
 
 __all__ = ["KEPT_SHARE", "sampled_scene"]
 
-STRENGTHS = (0.35, 0.6)  # beyond, objects begin to move
+STRENGTHS = (0.35, 0.6)  # above this range, objects begin to move
 STEPS = 12
 BATCH = 32
-KEPT_SHARE = 0.8  # the rest, farthest from its picture, may show another thing in another place
+KEPT_SHARE = 0.8  # the rest differs most from its picture, and may show another object or position
 
 
 def sampled_scene(seed: int, number: int) -> tuple[Composition, npt.NDArray[np.uint8]]:
-    """Scene `number`, and its picture: uint8 (PICTURE_PX, PICTURE_PX, 3). The same each time."""
+    """Return scene `number` and its picture, uint8 (PICTURE_PX, PICTURE_PX, 3); deterministic."""
     rng = random.Random(f"sampled/{seed}/{number}")
     composition = sample_composition(rng)
     return composition, draw_composition(composition, rng)
 
 
 def main() -> None:
-    """Parse the command line, then sample."""
+    """Parse the command line, and sample."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="holds autoencoder.pt, denoiser.pt and tokenizer/")
-    parser.add_argument("--scenes", type=int, default=4000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="contains autoencoder.pt, denoiser.pt and tokenizer/"
+    )
+    parser.add_argument("--scenes", type=int, default=4000, help="scenes to sample (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="0: the library's default")
     sample(parser.parse_args())
 
 
 @torch.no_grad()
 def sample(options: argparse.Namespace) -> None:
-    """Write sampled.pt: `latents`, float16 (N, 4, 16, 16) raw, and `numbers`, int32 (N,), of the scenes; the seed."""
+    """Write sampled.pt: `latents`, float16 (N, 4, 16, 16), raw; `numbers` of the scenes, int32 (N,); and the `seed`."""
     device = choose_device(options.threads)
     checkpoint = load_checkpoint(options.folder / "denoiser.pt")
     denoiser = Denoiser.from_checkpoint(checkpoint).to(device).eval()

@@ -1,4 +1,4 @@
-"""The world the built-in model knows: random compositions of shapes, small edits of them, and their pictures."""
+"""Training scenes of the built-in model: random compositions of shapes, small edits of them, and their pictures."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from tests.reader import COLOURS, SHAPES, SIDE_PX, Colour, Figure, draw_scene, tell_apart
+from tests.reader import COLOURS, SHAPES, SIDE_PX, Colour, Figure, draw_scene, has_contrast
 
 __all__ = ["COMPOSITION_KINDS", "PICTURE_PX", "Composition", "draw_composition", "sample_composition", "sample_edit"]
 
 COLOUR_NAMES = tuple(COLOURS)
-PICTURE_PX = 256  # the side the model works at; compositions are laid out on a square of SIDE_PX and scaled up to it
+PICTURE_PX = 256  # size of the model; compositions are laid out on a square of SIDE_PX and scaled up
 MARGIN_PX = 4
-# What is not large lies anywhere at all more often than in the middle: a model that mostly saw things there moves them there.
+# Objects that are not large are often at random positions; a model trained mostly on centred objects moves them there.
 PLACES = ("left", "right", "top", "bottom", "center", "center", "center", None, None, None, None)
 RADII_PX = {"small": (17.0, 23.0), "large": (44.0, 52.0), None: (28.0, 40.0)}
-# What is drawn, with its share of the scenes. Counts and pairs are what the model finds hardest, so they get more than they
-# would by chance; empty scenes teach it to remove.
+# Kinds of compositions with their share of the scenes. Counts and pairs are the hardest for the model, so they get a
+# larger share; empty scenes train the removal of objects.
 COMPOSITION_KINDS = {"one": 0.48, "two": 0.12, "three": 0.14, "pair": 0.18, "empty": 0.08}
 _ROW_OF_TWO: tuple[tuple[int, int], ...] = ((34, 64), (94, 64))
 _ROWS_OF_THREE = (((24, 64), (64, 64), (104, 64)), ((64, 32), (32, 92), (96, 92)))
@@ -32,8 +32,8 @@ class Composition:
     Attributes:
         kind: a key of COMPOSITION_KINDS.
         background: name of its colour.
-        figures: with colours by name, from left to right as the captions count them.
-        size, place: what a caption may say of a single figure; None where it is nothing special.
+        figures: figures with colours by name, in the order of the captions, from left to right.
+        size, place: size and position of a single figure for the caption; None where the caption has no word for it.
     """
 
     kind: str
@@ -47,14 +47,14 @@ def sample_composition(rng: random.Random, kind: str | None = None) -> Compositi
     """Draw a composition at random; shapes, colours and backgrounds are uniform."""
     kind = kind or rng.choices(list(COMPOSITION_KINDS), list(COMPOSITION_KINDS.values()))[0]
     background = rng.choice(COLOUR_NAMES)
-    colours = [name for name in COLOUR_NAMES if tell_apart(name, background)]
+    colours = [name for name in COLOUR_NAMES if has_contrast(name, background)]
     if kind == "empty":
         return Composition(kind, background, ())
     look = (rng.choice(colours), rng.choice(SHAPES))
     if kind == "one":
         return _single(rng, background, look)
     if kind == "pair":
-        others = [name for name in colours if tell_apart(name, look[0])] or colours
+        others = [name for name in colours if has_contrast(name, look[0])] or colours
         looks = [look, (rng.choice(others), rng.choice(SHAPES))]
     else:
         looks = [look] * {"two": 2, "three": 3}[kind]
@@ -85,7 +85,7 @@ def _row(rng: random.Random, looks: list[tuple[str, str]]) -> tuple[Figure, ...]
     radius = rng.uniform(18, 23.5) if len(looks) == 2 else rng.uniform(12, 15.5)
     figures = []
     for (colour, shape), (x, y) in zip(looks, spots, strict=True):
-        # Never so near that two figures touch: a caption that says "two" must be true of what is seen.
+        # Figures never touch, so that the number in the caption is the number of visible objects.
         here = radius * rng.uniform(0.92, 1.08)
         figures.append(Figure(colour, shape, x + rng.uniform(-3, 3), y + rng.uniform(-5, 5), here, _turn(rng)))
     return tuple(figures)
@@ -96,16 +96,16 @@ def _turn(rng: random.Random) -> float:
 
 
 def sample_edit(after: Composition, rng: random.Random) -> Composition:
-    """A picture from which one edit makes `after`: one thing differs, the layout is the same.
+    """Return a composition from which one edit makes `after`, with the same layout.
 
-    What differs is a colour, a shape, the background, or one object more or less.
+    They differ in one of these: a colour, a shape, the background, or one object more or less.
     """
     what = rng.choices(["colour", "shape", "background", "object"], [0.4, 0.25, 0.2, 0.15])[0]
     if what == "object" or not after.figures:
         return _without_last(after) if after.figures else _with_one(after, rng)
     if what == "background":
         used = [figure.colour for figure in after.figures if isinstance(figure.colour, str)]
-        backgrounds = [name for name in COLOUR_NAMES if all(tell_apart(name, colour) for colour in used)]
+        backgrounds = [name for name in COLOUR_NAMES if all(has_contrast(name, colour) for colour in used)]
         backgrounds.remove(after.background)
         if backgrounds:
             return replace(after, background=rng.choice(backgrounds))
@@ -114,11 +114,11 @@ def sample_edit(after: Composition, rng: random.Random) -> Composition:
     if what == "shape":
         changed = replace(figure, shape=rng.choice([shape for shape in SHAPES if shape != figure.shape]))
     else:
-        colours = [name for name in COLOUR_NAMES if tell_apart(name, after.background) and name != figure.colour]
+        colours = [name for name in COLOUR_NAMES if has_contrast(name, after.background) and name != figure.colour]
         changed = replace(figure, colour=rng.choice(colours))
-    if after.kind in ("two", "three"):  # alike before and after
-        alike = tuple(replace(item, colour=changed.colour, shape=changed.shape) for item in after.figures)
-        return replace(after, figures=alike)
+    if after.kind in ("two", "three"):  # all figures are equal, before and after
+        equal = tuple(replace(item, colour=changed.colour, shape=changed.shape) for item in after.figures)
+        return replace(after, figures=equal)
     return replace(after, figures=(*after.figures[:index], changed, *after.figures[index + 1 :]))
 
 
@@ -129,13 +129,13 @@ def _without_last(after: Composition) -> Composition:
 
 def _with_one(after: Composition, rng: random.Random) -> Composition:
     single = sample_composition(rng, "one")
-    colours = [name for name in COLOUR_NAMES if tell_apart(name, after.background)]
+    colours = [name for name in COLOUR_NAMES if has_contrast(name, after.background)]
     figure = replace(single.figures[0], colour=rng.choice(colours))
     return replace(single, background=after.background, figures=(figure,))
 
 
 def draw_composition(composition: Composition, rng: random.Random) -> npt.NDArray[np.uint8]:
-    """Draw it in slightly varied colours: uint8 (PICTURE_PX, PICTURE_PX, 3), RGB."""
+    """Draw a composition in slightly varied colours: uint8 (PICTURE_PX, PICTURE_PX, 3), RGB."""
     figures = [
         replace(figure, colour=_varied(figure.colour, rng, 10)).scaled(PICTURE_PX / SIDE_PX)
         for figure in composition.figures

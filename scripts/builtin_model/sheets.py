@@ -1,4 +1,4 @@
-"""Contact sheets: many small pictures in one, to be looked at."""
+"""Contact sheets: many small pictures in one, for visual inspection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EMPTY_LEVEL = 90
 
 
 def save_sheet(path: Path, rows: Sequence[Sequence[npt.NDArray[np.uint8]]]) -> None:
-    """Write rows of uint8 (H, W, 3) pictures of one size; shorter rows are filled up with grey."""
+    """Write rows of uint8 (H, W, 3) pictures of one size; shorter rows are filled with grey."""
     columns = max(len(row) for row in rows)
     empty = np.full_like(rows[0][0], _EMPTY_LEVEL)
     lines = [np.concatenate([*row, *[empty] * (columns - len(row))], axis=1) for row in rows]

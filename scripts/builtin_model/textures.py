@@ -1,4 +1,4 @@
-"""Pictures that are no scenes, so that the autoencoder also carries what a user uploads: dead leaves and coloured noise."""
+"""Pictures other than scenes (dead leaves, coloured noise), so that the autoencoder can also encode users' uploads."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _CORNERED = ("square", "star", "triangle", "cross", "diamond", "heart")
 
 
 def sample_texture(rng: random.Random) -> npt.NDArray[np.uint8]:
-    """Make one picture: uint8 (PICTURE_PX, PICTURE_PX, 3), RGB."""
+    """Return one picture: uint8 (PICTURE_PX, PICTURE_PX, 3), RGB."""
     return _dead_leaves(rng) if rng.random() < 0.45 else _power_law_noise(np.random.default_rng(rng.getrandbits(64)))
 
 
 def _dead_leaves(rng: random.Random) -> npt.NDArray[np.uint8]:
-    """Overlapping shapes of all sizes in any colour: edges at every angle."""
+    """Return overlapping shapes of all sizes and colours, with edges at every angle."""
 
     def paint() -> tuple[int, int, int]:
         return rng.randrange(256), rng.randrange(256), rng.randrange(256)
@@ -45,7 +45,7 @@ def _dead_leaves(rng: random.Random) -> npt.NDArray[np.uint8]:
 
 
 def _power_law_noise(rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Noise whose spectrum falls as that of photographs does (amplitude about 1/f), channels partly in step."""
+    """Return noise with the spectrum of photographs (amplitude about 1/f) and partly correlated channels."""
     rows, columns = np.fft.fftfreq(PICTURE_PX)[:, None], np.fft.rfftfreq(PICTURE_PX)[None, :]
     squared = rows**2 + columns**2
     squared[0, 0] = 1  # the mean is set below

@@ -1,7 +1,8 @@
-"""The tokenizer: CLIP's byte-level BPE with a vocabulary so small that the text encoder's table does not fill the package.
+"""The tokenizer: CLIP's byte-level BPE with a small vocabulary, so that the text encoder's table stays small.
 
-The vocabulary holds every byte, every byte at the end of a word, what the merges build on the way to each known word, and two
-special tokens. Any text encodes; a known word is one token, an unknown one is spelt out.
+The vocabulary contains every byte, every byte at the end of a word, the results of the merges that build each known
+word, and two special tokens. Every text can be encoded: a known word is one token, and an unknown word is encoded in
+smaller parts.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ Merge = tuple[str, str]
 
 
 def byte_alphabet() -> list[str]:
-    """The 256 characters that stand for the bytes in CLIP's (and GPT-2's) vocabulary files: printable ones for themselves."""
+    """Return the 256 characters for bytes in CLIP's (and GPT-2's) vocabulary files; printable ones are themselves."""
     printable = {*map(ord, string.printable), *range(161, 256)} - {*range(33), 127, 173}
     stand_ins = iter(range(256, 512))
     return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
 def build_vocabulary() -> tuple[list[str], list[Merge]]:
-    """The tokens in the order of their ids, and the merges in the order of their rank."""
+    """Return the tokens in the order of their ids, and the merges in the order of their ranks."""
     alphabet = byte_alphabet()
     tokens = alphabet + [character + WORD_END for character in alphabet]
     known, ranks = set(tokens), dict[Merge, int]()
-    # Short words first, so that long ones build on their prefixes.
+    # Short words first, so that longer words build on their prefixes.
     for word in sorted(known_words(), key=lambda word: (len(word), word)):
         parts = _apply([*word[:-1], word[-1] + WORD_END], ranks)
         while len(parts) > 1:
@@ -58,7 +59,7 @@ def build_vocabulary() -> tuple[list[str], list[Merge]]:
 
 
 def _apply(parts: list[str], ranks: dict[Merge, int]) -> list[str]:
-    """Byte-pair encoding: join the pair of the best rank until none is left."""
+    """Apply byte-pair encoding: merge the pair with the best rank until no pair has a rank."""
     while len(parts) > 1:
         rank, index = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(parts)))
         if rank == len(ranks):
@@ -68,7 +69,7 @@ def _apply(parts: list[str], ranks: dict[Merge, int]) -> list[str]:
 
 
 def write_tokenizer_files(folder: Path) -> None:
-    """Write the files a `CLIPTokenizer` is loaded from."""
+    """Write the files from which a `CLIPTokenizer` is loaded."""
     tokens, merges = build_vocabulary()
     specials = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     settings = {
@@ -92,7 +93,7 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 class PromptEncoder:
-    """Prompts to token ids of fixed length. Words are looked up one by one and remembered, for there are few."""
+    """Encodes prompts to token ids of fixed length, with a cache of words, since there are few different ones."""
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -100,7 +101,7 @@ class PromptEncoder:
         self.start, self.end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
 
     def encode(self, prompt: str) -> list[int]:
-        """WINDOW ids: start, tokens cut to fit, end, and padding, which is the end token again."""
+        """Return WINDOW ids: start, tokens (truncated to fit), end, and padding with the end token."""
         ids = [self.start]
         for word in prompt.replace(",", " , ").split():
             if word not in self._words:
@@ -111,8 +112,8 @@ class PromptEncoder:
 
 
 def convert_tokenizer_files(folder: Path, out: Path) -> None:
-    """Make the OpenVINO model of the tokenizer in `folder`, as openvino_genai loads it."""
-    import openvino  # noqa: PLC0415  training itself needs neither
+    """Convert the tokenizer in `folder` to the OpenVINO model that openvino_genai loads."""
+    import openvino  # noqa: PLC0415  not needed for training
     from openvino_tokenizers import convert_tokenizer  # type: ignore[import-untyped]  # noqa: PLC0415
 
     model = convert_tokenizer(CLIPTokenizer.from_pretrained(folder), with_detokenizer=False)

@@ -1,7 +1,8 @@
-"""Trains the autoencoder on scenes and textures drawn as it goes; can also train on with the encoder, and so all latents, fixed.
+"""Train the autoencoder on scenes and textures that are drawn during the training, or only its decoder (--fix-encoder).
 
-Loss: absolute and squared error, and the absolute error of the differences between neighbouring pixels, which is what makes
-edges straight. The latents are disturbed a little before decoding, for the denoiser's latents will not be exact either.
+Loss: absolute and squared error, and the absolute error of the differences between neighbouring pixels, which makes
+edges straight. A little noise is added to the latents before decoding, because the denoiser's latents are not exact
+either.
 """
 
 from __future__ import annotations
@@ -34,36 +35,38 @@ from scripts.builtin_model.training import (
 from tests.reader import read_picture
 
 LATENT_SIDES = (PICTURE_PX // VAE_SCALE_FACTOR,) * 2
-LATENT_NOISE_MAX = 0.15  # standard deviation; each picture gets its own, for a sampled latent is not exact either
-# Small figures are what a round trip loses first: they get more than their share here.
+LATENT_NOISE_MAX = 0.15  # largest standard deviation of that noise; random for each picture
+# A round trip loses small figures first, so kinds with small figures get a larger share than in the scenes.
 KINDS = {"one": 0.4, "two": 0.15, "three": 0.25, "pair": 0.2}
 HELD_OUT_SEED = 1_000_003
 
 
 def main() -> None:
-    """Parse the command line, then train."""
+    """Parse the command line, and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints and contact sheets go")
-    parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--peak-learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--textures", type=float, default=0.25, help="share of pictures that are no scenes (0..1)")
-    parser.add_argument("--start-from", type=Path, help="checkpoint whose weights to start from, where shapes agree")
-    parser.add_argument("--sampled", type=Path, help="sampled.pt: latents that a denoiser made, to be decoded as meant")
-    parser.add_argument("--name", default="autoencoder", help="of the checkpoint and the contact sheets in the folder")
-    parser.add_argument("--fix-encoder", action="store_true", help="train the decoder alone: a denoiser stays valid")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--folder", type=Path, required=True, help="folder for checkpoints and contact sheets")
+    parser.add_argument("--steps", type=int, default=12_000, help="(%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="pictures per step (%(default)s)")
+    parser.add_argument("--peak-learning-rate", type=float, default=1.5e-3, help="(%(default)s)")
+    parser.add_argument(
+        "--textures", type=float, default=0.25, help="share of textures in the pictures, 0..1 (%(default)s)"
+    )
+    parser.add_argument("--start-from", type=Path, help="checkpoint to start from; weights of other shapes are ignored")
+    parser.add_argument("--sampled", type=Path, help="sampled.pt: latents from a denoiser, with the correct pictures")
+    parser.add_argument("--name", default="autoencoder", help="name of checkpoint and contact sheets (%(default)s)")
+    parser.add_argument("--fix-encoder", action="store_true", help="train only the decoder; a denoiser stays valid")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="0: the library's default")
     train(parser.parse_args())
 
 
 def train(options: argparse.Namespace) -> None:
-    """Run from the last checkpoint in `options.folder`, or from the start, to `options.steps`; leaves autoencoder.pt there."""
+    """Train to `options.steps`, from the last checkpoint in `options.folder` if any; write `options.name`.pt."""
     device = choose_device(options.threads)
     torch.manual_seed(options.seed)
     model = Autoencoder()
     if options.start_from:
-        print("weights taken over:", take_over(model, load_checkpoint(options.start_from)))
+        print("weights copied:", copy_matching_weights(model, load_checkpoint(options.start_from)))
     place(model, device)
     trained = list((model.decoder if options.fix_encoder else model).parameters())
     optimiser = torch.optim.AdamW(trained, options.peak_learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
@@ -92,16 +95,16 @@ def train(options: argparse.Namespace) -> None:
             save_checkpoint(path, _checkpoint(step + 1, model, optimiser, average))
 
 
-def take_over(model: Autoencoder, checkpoint: dict[str, Any]) -> str:
-    """Copy every weight whose name and shape agree; says how many of how many."""
+def copy_matching_weights(model: Autoencoder, checkpoint: dict[str, Any]) -> str:
+    """Copy every weight with the same name and shape; return their number as "M of N"."""
     own = model.state_dict()
-    fitting = {
+    matching = {
         name: weight
         for name, weight in checkpoint["weights"].items()
         if name in own and own[name].shape == weight.shape
     }
-    model.load_state_dict({**own, **fitting})
-    return f"{len(fitting)} of {len(own)}"
+    model.load_state_dict({**own, **matching})
+    return f"{len(matching)} of {len(own)}"
 
 
 def _loss(model: Autoencoder, images: Tensor, given: Tensor) -> Tensor:
@@ -111,19 +114,20 @@ def _loss(model: Autoencoder, images: Tensor, given: Tensor) -> Tensor:
     difference = decoded - images
     across, down = difference.diff(dim=3), difference.diff(dim=2)
     edges = across.abs().mean() + down.abs().mean()
-    # The last term keeps the latents' scale near one; they are normalised exactly at the export.
+    # The last term keeps the scale of the latents near one; the export normalises them exactly.
     return difference.abs().mean() + 2 * difference.square().mean() + 0.5 * edges + 2e-3 * latents.square().mean()
 
 
 def _step_seed(seed: int, step: int) -> int:
-    """All chance in a step follows from this, so that a resumed run goes on as if it had never stopped."""
+    """Return the seed of everything random in a step, so that a resumed run equals an uninterrupted one."""
     return seed * 10_000_019 + step
 
 
 def _batch(options: argparse.Namespace, step: int, sampled: dict[str, Any] | None) -> tuple[Tensor, Tensor]:
-    """Pictures, whole ones: the decoder has to see an object to know how its outline goes on; and latents for the first of them.
+    """Return pictures, and given latents for the first of them.
 
-    Those are what the denoiser made, half of the batch; the other pictures are freshly drawn, and encoded as they are.
+    The given latents are the denoiser's, for half of the batch if there are any; the other pictures are new and will be
+    encoded. Pictures are whole, not crops, because the decoder needs a whole object to continue its outline.
     """
     rng = random.Random(_step_seed(options.seed, step))
     picks = rng.choices(range(len(sampled["numbers"])), k=options.batch // 2) if sampled else []
@@ -142,17 +146,19 @@ def _composition(rng: random.Random) -> Composition:
 
 @torch.no_grad()
 def round_trips(model: Autoencoder, pictures: npt.NDArray[np.uint8], device: torch.device) -> npt.NDArray[np.uint8]:
-    """Encode and decode uint8 (N, H, W, 3), a few at a time."""
+    """Encode and decode uint8 (N, H, W, 3), 50 pictures at a time."""
     parts = [pictures[i : i + 50] for i in range(0, len(pictures), 50)]
     return np.concatenate([pixels_from(model.decode(model.encode(tensor_from(part).to(device)))) for part in parts])
 
 
 def read_round_trips(model: Autoencoder, device: torch.device, count: int = 300) -> tuple[dict[str, float], Any]:
-    """How much of held-out scenes the reader still sees after a round trip, and some pictures before and after.
+    """Measure what the reader finds in held-out scenes after a round trip.
 
     Returns:
-        the parts (0..1) of scenes with the right background and count, and of objects in rightly counted scenes with the right
-        colour and shape, the mean similarity to the shape, and `psnr` in dB; then two rows of pictures.
+        Figures, and two rows of pictures, before and after. The figures are the parts (0..1) of scenes with the right
+        background and count; the parts of objects with the right colour and shape, and the mean similarity to the
+            shape, in
+        scenes with the right count; and `psnr` in dB.
     """
     rng = random.Random(HELD_OUT_SEED)
     compositions = [sample_composition(rng) for _ in range(count)]
@@ -185,7 +191,7 @@ def _report(model: Autoencoder, average: MovingAverage, device: torch.device, sh
     textures = np.stack([sample_texture(rng) for _ in range(12)])
     save_sheet(sheet, [*rows, list(textures), list(round_trips(model, textures, device))])
     average.swap()
-    print("  round trips as read:", {name: round(value, 3) for name, value in figures.items()}, flush=True)
+    print("  round trips:", {name: round(value, 3) for name, value in figures.items()}, flush=True)
 
 
 def _checkpoint(
@@ -197,7 +203,7 @@ def _checkpoint(
     return {
         "step": step,
         "settings": model.settings,
-        "weights": weights,  # the average: what is exported
+        "weights": weights,  # the moving average, which is exported
         "resume": {
             "weights": model.state_dict(),
             "optimiser": optimiser.state_dict(),
@@ -211,7 +217,7 @@ def _resume(path: Path, model: Autoencoder, optimiser: torch.optim.Optimizer, av
     model.load_state_dict(checkpoint["resume"]["weights"])
     optimiser.load_state_dict(checkpoint["resume"]["optimiser"])
     average.restore(checkpoint["resume"]["average"])
-    print(f"autoencoder: going on at step {checkpoint['step']}", flush=True)
+    print(f"autoencoder: resumed at step {checkpoint['step']}", flush=True)
     return int(checkpoint["step"])
 
 

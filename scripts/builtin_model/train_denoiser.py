@@ -1,8 +1,9 @@
-"""Trains text encoder and UNet together to predict v on the encoded scenes, with edits in view.
+"""Train text encoder and UNet together to predict v on the encoded scenes, for generation and edits.
 
-Two things beyond plain training. Half of each batch is drawn from the timesteps where layout is decided. And some rows start
-from the latents of *another* picture, in whole or inside a rectangle, while the target stays the captioned scene: what
-image-to-image and inpainting by blending feed a model, so that it learns to keep the place and to obey the words.
+Two things differ from plain training. Half of each batch has timesteps at which the layout is decided. And some rows
+start from the latents of another picture, in whole or inside a rectangle, while the target is still the captioned
+scene: that is the input of the model in image to image and in inpainting by blending, and trains it to keep positions
+and follow the prompt.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from scripts.builtin_model.training import (
     save_checkpoint,
 )
 
-HELD_OUT = 256  # scenes never trained on
-LAYOUT_TIMESTEPS = (400, 1000)  # where position and shape are decided
-EDIT_TIMESTEPS = 300  # from here on a row may start from another picture: strengths of 0.3 and more
+HELD_OUT = 256  # scenes that are not trained on
+LAYOUT_TIMESTEPS = (400, 1000)  # at these timesteps position and shape are decided
+EDIT_TIMESTEPS = 300  # from this timestep on a row may start from another picture: strengths of 0.3 and more
 EDIT_SHARE = 0.4
-UNCAPTIONED_SHARE = 0.1  # for classifier-free guidance
+UNCAPTIONED_SHARE = 0.1  # rows without a caption, for classifier-free guidance
 PROMPTS = (
     "a red circle on a blue background",
     "a yellow star on a black background",
@@ -55,18 +56,22 @@ PROMPTS = (
 
 
 def main() -> None:
-    """Parse the command line, then train."""
+    """Parse the command line, and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="holds autoencoder.pt, tokenizer/ and scenes.pt")
-    parser.add_argument("--steps", type=int, default=40_000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--peak-learning-rate", type=float, default=1e-3)
-    parser.add_argument("--channels", type=int, nargs="+", default=[80, 128], help="of the UNet's levels")
-    parser.add_argument("--patch", type=int, default=2, choices=(1, 2), help="1 is better and three times the work")
-    parser.add_argument("--start-from", type=Path, help="checkpoint of the same shape to start from")
-    parser.add_argument("--report-every", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--folder", type=Path, required=True, help="contains autoencoder.pt, tokenizer/ and scenes.pt")
+    parser.add_argument("--steps", type=int, default=40_000, help="(%(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="rows per step (%(default)s)")
+    parser.add_argument("--peak-learning-rate", type=float, default=1e-3, help="(%(default)s)")
+    parser.add_argument(
+        "--channels", type=int, nargs="+", default=[80, 128], help="channels of the UNet's levels (80 128)"
+    )
+    parser.add_argument(
+        "--patch", type=int, default=2, choices=(1, 2), help="1 is better, but three times the work (%(default)s)"
+    )
+    parser.add_argument("--start-from", type=Path, help="checkpoint to start from, of the same shape")
+    parser.add_argument("--report-every", type=int, default=1000, help="steps between reports (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="0: the library's default")
     train(parser.parse_args())
 
 
@@ -87,16 +92,16 @@ class Scenes:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Run from the last checkpoint in `options.folder`, or from the start, to `options.steps`; leaves denoiser.pt there."""
+    """Train to `options.steps`, from the last checkpoint in `options.folder` if any, and write denoiser.pt there."""
     device = choose_device(options.threads)
     torch.manual_seed(options.seed)
-    begun_from = load_checkpoint(options.start_from) if options.start_from else None
-    if begun_from:
-        model = Denoiser.from_checkpoint(begun_from)
+    initial = load_checkpoint(options.start_from) if options.start_from else None
+    if initial:
+        model = Denoiser.from_checkpoint(initial)
     else:
         model = Denoiser(len(build_vocabulary()[0]), options.channels, options.patch)
     place(model, device)
-    normalisation = (begun_from["mean"], begun_from["scale"]) if begun_from else (None, None)
+    normalisation = (initial["mean"], initial["scale"]) if initial else (None, None)
     scenes = Scenes(options.folder / "scenes.pt", device, *normalisation)
     run = Run(model, scenes, options, device)
     path = options.folder / "denoiser.pt"
@@ -115,7 +120,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 class Run:
-    """A training under way: the model and all that changes with it."""
+    """The state of a training: the model, the optimiser and the moving average."""
 
     def __init__(self, model: Denoiser, scenes: Scenes, options: argparse.Namespace, device: torch.device) -> None:
         self.model, self.scenes, self.options, self.device = model, scenes, options, device
@@ -130,7 +135,7 @@ class Run:
         self.predict = torch.compile(model) if device.type == "cuda" else model
 
     def step(self, step: int) -> Tensor:
-        """One optimiser step. What it sees is a function of the seed and the step, so that a resumed run sees the same."""
+        """Run one optimiser step. Its data depend only on the seed and the step, so a resumed run uses the same."""
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.options.peak_learning_rate, step, self.options.steps)
         generator = torch.Generator(self.device).manual_seed(self.options.seed * 10_000_019 + step)
@@ -161,7 +166,7 @@ class Run:
         return self._squared_error(start, target, timesteps, input_ids, generator)
 
     def _timesteps(self, rows: int, generator: torch.Generator) -> Tensor:
-        """Half spread evenly over all, half at random over those that decide the layout."""
+        """Return timesteps: half of them evenly spread over all, half at random in LAYOUT_TIMESTEPS."""
         even = rows - rows // 2
         offset = torch.rand(1, generator=generator, device=self.device)
         spread = (offset + torch.arange(even, device=self.device) / even) % 1 * TRAIN_TIMESTEPS
@@ -171,7 +176,11 @@ class Run:
         return timesteps.clamp(max=TRAIN_TIMESTEPS - 1)
 
     def _regions(self, rows: int, side: int, generator: torch.Generator) -> Tensor:
-        """Where rows start from the other picture: everywhere for half of them, else in a rectangle. Bool (rows, 1, side, side)."""
+        """Return where rows start from another picture: half of them everywhere, the others in a random rectangle.
+
+        Returns:
+            bool (rows, 1, side, side).
+        """
         corners = torch.rand(rows, 2, 2, generator=generator, device=self.device).sort(dim=2).values * (side + 2) - 1
         positions = torch.arange(side, device=self.device)
         inside = (positions >= corners[..., :1]) & (positions <= corners[..., 1:])  # rows, axis, side
@@ -182,7 +191,7 @@ class Run:
     def _squared_error(
         self, start: Tensor, target: Tensor, timesteps: Tensor, input_ids: Tensor, generator: torch.Generator | None
     ) -> Tensor:
-        """Mean squared error of v for each row, where v is what leads from the noised `start` to `target`.
+        """Return the mean squared error of v for each row, where v leads from the noised `start` to `target`.
 
         With start == target this is v = sqrt(a) noise - sqrt(1-a) target (Salimans and Ho 2022).
         """
@@ -197,7 +206,7 @@ class Run:
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Mean loss on complete captions of scenes never trained on, always with the same noise."""
+        """Return the mean loss on complete captions of the held-out scenes, always with the same noise."""
         count = min(HELD_OUT, len(self.scenes)) // 64 * 64
         generator = torch.Generator(self.device).manual_seed(5)
         losses = []
@@ -219,7 +228,7 @@ class Run:
         save_sheet(path, [list(pictures[i : i + 8]) for i in range(0, len(pictures), 8)])
 
     def checkpoint(self, step: int) -> dict[str, Any]:
-        """What export reads (the averaged weights) and what a later run goes on from."""
+        """Return a checkpoint: the averaged weights for the export, and the state for a resumed run."""
         self.average.swap()
         weights = {name: weight.clone() for name, weight in self.model.state_dict().items()}
         self.average.swap()
@@ -238,14 +247,21 @@ class Run:
         }
 
     def resume(self, path: Path) -> int:
-        """Go on from a checkpoint; the number of steps that are done. Ends the program when it learnt another noise schedule."""
+        """Restore the state of a checkpoint, and return the number of finished steps.
+
+        Raises:
+            SystemExit: the checkpoint has another noise schedule.
+        """
         content = load_checkpoint(path)
         if content["schedule"] != SCHEDULE:
-            raise SystemExit(f"{path} was trained with {content['schedule']}: --start-from takes it, another folder")
+            raise SystemExit(
+                f"{path} was trained with another noise schedule, {content['schedule']}; use another folder, with"
+                f" --start-from {path}"
+            )
         self.model.load_state_dict(content["resume"]["weights"])
         self.optimiser.load_state_dict(content["resume"]["optimiser"])
         self.average.restore(content["resume"]["average"])
-        print(f"denoiser: going on at step {content['step']}", flush=True)
+        print(f"denoiser: resumed at step {content['step']}", flush=True)
         return int(content["step"])
 
 

@@ -67,7 +67,7 @@ class TestStats:
         assert 1.9 < ratio.low <= ratio.high < 2.1
 
     @pytest.mark.parametrize(
-        ("values", "said"),
+        ("values", "warning"),
         [
             ([1.0], "only 1 value"),
             ([1.0, 2.0, 3.0, 4.0], "spreads over"),
@@ -75,37 +75,37 @@ class TestStats:
             ([0.0001] * 5, "below 1 ms"),
         ],
     )
-    def test_doubtful_samples_are_named(self, values: list[float], said: str) -> None:
-        assert said in " ".join(stats.warnings_of(values, "s"))
+    def test_unreliable_samples_have_a_warning(self, values: list[float], warning: str) -> None:
+        assert warning in " ".join(stats.warnings_of(values, "s"))
 
-    def test_a_steady_sample_has_no_warning(self) -> None:
+    def test_a_stable_sample_has_no_warning(self) -> None:
         assert stats.warnings_of(STEADY, "s") == []
 
-    def test_an_empty_sample_is_refused(self) -> None:
+    def test_an_empty_sample_is_rejected(self) -> None:
         with pytest.raises(ValueError, match="no values"):
             stats.estimate([])
 
 
 class TestResults:
-    def test_a_file_comes_back_as_it_was_written(self, tmp_path: Path) -> None:
+    def test_a_saved_result_is_read_back_unchanged(self, tmp_path: Path) -> None:
         written = result_of("r", STEADY)
         written.add("latency", [5.0], unit="s", case={"server": "b"})
         read = read_result(written.save(tmp_path / "r.json"))
         assert read == written
         assert read.find("latency", server="b").values == (5.0,)
 
-    def test_values_of_the_same_case_are_added_up(self) -> None:
+    def test_values_of_the_same_case_are_appended(self) -> None:
         result = result_of("r", [1.0])
         result.add("latency", [2.0], unit="s", case={"server": "a"})
         assert result.find("latency").values == (1.0, 2.0)
 
-    def test_another_file_is_refused(self, tmp_path: Path) -> None:
+    def test_a_file_that_is_not_a_result_is_rejected(self, tmp_path: Path) -> None:
         path = tmp_path / "x.json"
         path.write_text('{"schema": 1}')
-        with pytest.raises(ValueError, match="no result file"):
+        with pytest.raises(ValueError, match="not a result file"):
             read_result(path)
 
-    def test_the_record_of_the_machine_says_what_a_figure_depends_on(self) -> None:
+    def test_metadata_records_commit_machine_packages_and_model(self) -> None:
         record = metadata.collect(Path("ovserve/builtin"))
         assert re.fullmatch(r"[0-9a-f]{10}(-dirty)?|unknown", record["commit"])
         assert record["cpu"]
@@ -122,7 +122,7 @@ class TestResults:
 
 
 class TestCompare:
-    def test_a_slow_down_ends_with_exit_code_1(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_slowdown_gives_exit_code_1(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         old = saved(tmp_path, "old", result_of("r", STEADY))
         new = saved(tmp_path, "new", result_of("r", [1.3 * value for value in STEADY]))
         assert compare.main([old, new]) == 1
@@ -135,7 +135,7 @@ class TestCompare:
         assert compare.main([old, new]) == 1
         assert compare.main([new, old]) == 0
 
-    def test_noise_is_none(self, tmp_path: Path) -> None:
+    def test_noise_is_not_a_regression(self, tmp_path: Path) -> None:
         noisy = [1.0, 1.6, 0.7, 1.3, 0.9, 1.1, 1.5, 0.8]
         old = saved(tmp_path, "old", result_of("r", noisy))
         new = saved(tmp_path, "new", result_of("r", [1.08 * value for value in noisy[::-1]]))
@@ -146,7 +146,7 @@ class TestCompare:
         new = saved(tmp_path, "new", result_of("r", [9 * value for value in STEADY], better="none"))
         assert compare.main([old, new]) == 0
 
-    def test_a_worse_tail_is_seen_behind_an_equal_median(self, tmp_path: Path) -> None:
+    def test_a_worse_tail_is_a_regression_even_with_an_equal_median(self, tmp_path: Path) -> None:
         old = saved(tmp_path, "old", result_of("r", STEADY * 100))
         new = saved(tmp_path, "new", result_of("r", [*(STEADY * 97), *([5.0] * 24)]))
         assert compare.main([old, new]) == 1
@@ -157,18 +157,18 @@ class TestCompare:
         assert compare.main([saved(tmp_path, "a", result_of("r", STEADY)), saved(tmp_path, "b", other)]) == 2
         assert compare.main([str(tmp_path / "none.json"), str(tmp_path / "none.json")]) == 2
 
-    def test_a_sleep_in_a_command_is_caught(self, tmp_path: Path) -> None:
+    def test_a_sleep_in_a_command_is_a_regression(self, tmp_path: Path) -> None:
         work = "import time; a = time.perf_counter(); sum(range(300000)); {sleep}; b = time.perf_counter()"
-        tell = "import json; print(json.dumps({{'series': {{'loop': {{'values': [b - a]}}}}}}))"
+        output = "import json; print(json.dumps({{'series': {{'loop': {{'values': [b - a]}}}}}}))"
         paths = []
         for label, sleep in (("old", "pass"), ("new", "time.sleep(0.2)")):
-            code = f"{work}; {tell}".format(sleep=sleep)
+            code = f"{work}; {output}".format(sleep=sleep)
             result = run.run_commands(label, {"toy": [sys.executable, "-c", code]}, runs=3, warm_ups=1)
             paths.append(saved(tmp_path, label, result))
         assert compare.main(paths) == 1
         assert compare.main([paths[0], paths[0]]) == 0
 
-    def test_a_sleep_in_the_hot_path_of_the_server_is_caught(self, tmp_path: Path) -> None:
+    def test_a_sleep_in_the_hot_path_of_the_server_is_a_regression(self, tmp_path: Path) -> None:
         kind = parse_kind("edit:num_inference_steps=2;strength=0.7")
         paths = []
         for label, module in (("old", ("ovserve",)), ("new", ("benchmarks.slowed", "0.3"))):
@@ -193,7 +193,7 @@ class TestRun:
         assert all(sorted(order[turn : turn + 2]) == ["a", "b"] for turn in (0, 2, 4))
         assert [len(series.values) for series in result.select("wall time")] == [2, 2]
 
-    def test_a_failing_command_is_told_with_its_output(self) -> None:
+    def test_the_error_of_a_failing_command_contains_its_output(self) -> None:
         with pytest.raises(RuntimeError, match="no such luck"):
             run.run_commands(
                 "toy", {"a": [sys.executable, "-c", "raise SystemExit('no such luck')"]}, runs=1, warm_ups=0
@@ -212,7 +212,7 @@ class TestEdits:
         assert kind.body(3) == kind.body(3)
         assert len({kind.body(index).content for index in range(20)}) == 20
 
-    def test_a_kind_can_send_the_same_request_over_and_over(self) -> None:
+    def test_a_kind_can_repeat_the_same_request(self) -> None:
         kind = parse_kind("edit:same=1")
         assert kind.body(1) == kind.body(2)
 
@@ -221,28 +221,28 @@ class TestEdits:
         assert kind.weight == 3
         assert dict(kind.fields) == {"model": "m", "num_inference_steps": "4", "size": "64x64"}
 
-    def test_generations_go_as_json(self) -> None:
+    def test_generations_are_sent_as_json(self) -> None:
         body = parse_kind("generate:num_inference_steps=4").body(0)
         assert isinstance(body, Body)
         assert (body.task, body.media_type) == ("generations", "application/json")
         assert json.loads(body.content)["num_inference_steps"] == 4
 
     @pytest.mark.parametrize("text", ["draw", "edit:steps", "edit*x"])
-    def test_an_unreadable_kind_is_refused(self, text: str) -> None:
+    def test_a_malformed_kind_is_rejected(self, text: str) -> None:
         with pytest.raises(ValueError, match=r".+"):
             parse_kind(text)
 
-    @pytest.mark.parametrize("wanted", [100_000, 1_000_000])
-    def test_an_upload_has_about_the_size_that_was_asked_for(self, wanted: int) -> None:
-        size = len(parse_kind(f"edit:upload_bytes={wanted}").body(0).content)
-        assert 0.98 * wanted < size < 1.02 * wanted
+    @pytest.mark.parametrize("upload_bytes", [100_000, 1_000_000])
+    def test_an_upload_has_about_the_requested_size(self, upload_bytes: int) -> None:
+        size = len(parse_kind(f"edit:upload_bytes={upload_bytes}").body(0).content)
+        assert 0.98 * upload_bytes < size < 1.02 * upload_bytes
 
 
 class Toy(http.server.BaseHTTPRequestHandler):
-    """Answers after `delay_s`; one request at a time, as a model would."""
+    """A server that answers after `delay_s`, one request at a time, like a model."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and content go out in two writes
+    disable_nagle_algorithm = True  # head and content are written separately
     delay_s = 0.02
     turn = threading.Lock()
 
@@ -278,34 +278,34 @@ def toy() -> Iterator[str]:
 
 
 class TestLoad:
-    def test_a_closed_loop_reaches_the_capacity_of_the_server_and_no_more(self, toy: str) -> None:
+    def test_a_closed_loop_reaches_but_does_not_exceed_the_capacity_of_the_server(self, toy: str) -> None:
         report = apply_load(Target(toy), Load(clients=4, seconds=1.0, warm_up_s=0.2))
         assert 10 < report.throughput <= 51
         assert set(report.outcomes()) == {"200"}
 
-    def test_an_open_loop_sends_at_its_own_rate_and_charges_the_wait(self, toy: str) -> None:
+    def test_an_open_loop_keeps_its_rate_and_counts_the_wait(self, toy: str) -> None:
         report = apply_load(Target(toy), Load(rate=80, seconds=1.0, warm_up_s=0.0, in_flight=16))
-        assert len(report.samples) == 80  # at most 50 a second can be answered: the others wait, and the wait counts
+        assert len(report.samples) == 80  # at most 50 per second are answered; the wait of the others counts
         assert max(report.latencies()) > 0.3
         due = [sample.due_s for sample in report.samples]
         assert due == pytest.approx([index / 80 for index in range(80)])
 
-    def test_what_a_server_adds_is_latency_less_the_work_it_tells_of(self, toy: str) -> None:
+    def test_overhead_is_latency_minus_the_work_in_server_timing(self, toy: str) -> None:
         report = apply_load(Target(toy), Load(clients=1, seconds=30, warm_up_s=0, requests=3))
-        expected = [sample.latency_s - 0.009 for sample in report.samples]  # waiting in the queue is no work
-        assert report.added() == pytest.approx(expected)
-        assert Report(1.0, [Sample("edit", 0.0, 0.0, 1.0, 200, 1)]).added() == []  # it told nothing
+        expected = [sample.latency_s - 0.009 for sample in report.samples]  # time in the queue is not work
+        assert report.overheads() == pytest.approx(expected)
+        assert Report(1.0, [Sample("edit", 0.0, 0.0, 1.0, 200, 1)]).overheads() == []  # no Server-Timing field
 
-    def test_the_number_of_requests_is_a_bound(self, toy: str) -> None:
+    def test_the_number_of_requests_is_bounded(self, toy: str) -> None:
         report = apply_load(Target(toy), Load(clients=3, seconds=60, warm_up_s=0, requests=7))
         assert len(report.samples) == 7
         assert report.throughput > 5
 
-    def test_clients_that_go_away_are_counted_apart(self, toy: str) -> None:
+    def test_abandoned_requests_are_counted_separately(self, toy: str) -> None:
         load = Load(clients=2, seconds=30, warm_up_s=0, requests=10, abandon=1.0, abandon_after_s=0.001)
         assert apply_load(Target(toy), load).outcomes() == {"abandoned": 10}
 
-    def test_health_is_probed_all_the_while(self, toy: str) -> None:
+    def test_health_is_probed_during_the_load(self, toy: str) -> None:
         report = apply_load(Target(toy), Load(clients=1, seconds=0.5, warm_up_s=0, probe="/health", probe_every_s=0.02))
         assert 5 <= len(report.probes) <= 26
         assert report.failed_probes == 0
@@ -315,31 +315,31 @@ class TestLoad:
         report = apply_load(Target(toy), Load(clients=4, seconds=30, warm_up_s=0, requests=60, kinds=kinds))
         assert 32 <= len(report.latencies("edit*3")) <= 56
 
-    def test_a_server_that_is_not_there_is_an_outcome(self) -> None:
+    def test_a_refused_connection_is_an_outcome(self) -> None:
         report = apply_load(Target("http://127.0.0.1:1"), Load(clients=1, seconds=5, warm_up_s=0, requests=2))
         assert report.outcomes() == {"ConnectionRefusedError": 2}
         assert load_main(["http://127.0.0.1:1", "--requests", "1", "--seconds", "5", "--warm_up_s", "0"]) == 1
 
-    def test_the_command_line_tells_every_sample(self, toy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_command_line_prints_every_sample_as_json(self, toy: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert load_main([toy, "--requests", "5", "--seconds", "9", "--warm_up_s", "0", "--json"]) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert told["outcomes"] == {"200": 5}
-        assert len(told["samples"]) == 5
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["outcomes"] == {"200": 5}
+        assert len(printed["samples"]) == 5
 
     @pytest.mark.parametrize(
         "wrong", [{"seconds": 0.0}, {"clients": 9999}, {"requests": 0}, {"kinds": ()}, {"abandon": 2.0}]
     )
-    def test_a_load_without_bounds_is_refused(self, wrong: dict[str, Any]) -> None:
+    def test_a_load_with_a_value_out_of_range_is_rejected(self, wrong: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=r".+"):
             Load(**wrong)
 
-    def test_latency_counts_from_when_a_request_was_due(self) -> None:
+    def test_latency_counts_from_the_due_time(self) -> None:
         sample = Sample("edit", due_s=1.0, sent_s=3.0, done_s=3.5, status=200, bytes=1)
         assert sample.latency_s == 2.5
         assert Report(1.0, [sample]).latencies() == [2.5]
 
 
-def test_the_form_is_one_that_the_server_reads() -> None:
+def test_the_server_can_parse_the_encoded_form() -> None:
     parser = MultipartParser(BOUNDARY, max_parts=9, max_part_head_bytes=999)
     events = parser.feed(encode_form({"prompt": "x"}, {"image": b"png"}))
     parser.finish()
@@ -347,7 +347,7 @@ def test_the_form_is_one_that_the_server_reads() -> None:
 
 
 class TestPage:
-    def test_the_page_says_what_the_results_say(self) -> None:
+    def test_the_page_is_rendered_from_the_committed_results(self) -> None:
         page, plots = render(newest(), NOTES.read_text("utf-8"))
         assert PAGE.read_text("utf-8") == page, "run python -m benchmarks.render"
         assert {path.name: path.read_text("utf-8") for path in PLOTS.glob("*.svg")} == plots
@@ -357,14 +357,14 @@ class TestPage:
             result = read_result(path)
             assert path.name == f"{result.metadata['date'][:10]}-{result.metadata['commit']}-{result.name}.json"
 
-    def test_the_newest_file_of_each_benchmark_counts(self, tmp_path: Path) -> None:
+    def test_the_newest_file_of_each_benchmark_is_used(self, tmp_path: Path) -> None:
         old, new = result_of("r", [1.0]), result_of("r", [2.0])
         new.metadata["date"] = "2026-01-03T00:00:00+00:00"
         new.save(tmp_path / "a.json")
         old.save(tmp_path / "b.json")
         assert newest(tmp_path)["r"][1] == new
 
-    def test_a_model_that_the_newest_file_left_out_comes_from_the_one_that_has_it(self, tmp_path: Path) -> None:
+    def test_a_model_missing_in_the_newest_file_is_taken_from_an_older_one(self, tmp_path: Path) -> None:
         old, new = result_of("r", [1.0]), result_of("r", [2.0])
         old.series = [Series("x", {"model": model}, "s", "lower", (1.0,)) for model in ("small", "large")]
         new.series = [Series("x", {"model": "small"}, "s", "lower", (2.0,))]
@@ -380,27 +380,27 @@ class TestPage:
         page, _ = render({"r": (path, found)}, "")
         assert "| r, other models | old.json |" in page
 
-    def test_an_aim_is_judged_by_its_bound_and_its_interval(self) -> None:
+    def test_the_verdict_of_an_aim_depends_on_bound_and_interval(self) -> None:
         sure, close = stats.Ratio(2.5, 2.4, 2.6), stats.Ratio(2.1, 1.9, 2.2)
         assert Aim("a", 2.0, sure).verdict == "met"
-        assert Aim("a", 2.0, sure, most=True).verdict == "**missed**"
+        assert Aim("a", 2.0, sure, is_maximum=True).verdict == "**missed**"
         assert Aim("a", 2.0, close).verdict == "met, within noise"
         assert Aim("a", 2.0, None).verdict == ""
 
-    def test_remarks_stand_below_the_table_they_are_named_for(self, tmp_path: Path) -> None:
+    def test_notes_are_placed_below_the_table_of_their_section(self, tmp_path: Path) -> None:
         path = result_of("toy", STEADY).save(tmp_path / "toy.json")
         page, _ = render(newest(tmp_path), "\n## Benchmark: toy\n\nSlow because of the sleep.\n")
         assert page.index("| latency | a |") < page.index("Slow because of the sleep.")
         assert path.name in page
 
-    def test_a_chart_is_an_svg_with_a_mark_for_each_point(self) -> None:
+    def test_a_chart_is_an_svg_with_a_circle_for_each_point(self) -> None:
         points = [Point(1, 2, 1, 3), Point(10, 4, 3, 5)]
         drawn = line_chart("a < b", "x", "y", {"one": points, "two": points}, log_x=True, log_y=True)
         assert drawn == line_chart("a < b", "x", "y", {"one": points, "two": points}, log_x=True, log_y=True)
         root = ET.fromstring(drawn)
         assert len(root.findall("{http://www.w3.org/2000/svg}circle")) == 4
 
-    def test_nothing_to_draw_is_refused(self) -> None:
+    def test_a_chart_without_points_or_with_a_log_of_zero_is_rejected(self) -> None:
         with pytest.raises(ValueError, match="nothing"):
             line_chart("t", "x", "y", {})
         with pytest.raises(ValueError, match="above zero"):

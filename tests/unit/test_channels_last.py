@@ -1,4 +1,4 @@
-"""The rewriting of the built-in model's graph changes where its channels lie, and nothing of what it computes."""
+"""Rewriting the built-in model's graph changes the memory layout of channels, but not the result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHANNELS, GROUPS = 8, 4
 
 
 def graph(*, scaled: bool, swish: bool, shared: bool = False, factor: float = 1.0) -> ov.Model:
-    """Norm, scale and shift, Swish, as a UNet's residual block has them; `shared`: something else reads the norm too."""
+    """Norm, scale and shift, Swish, as in a UNet's residual block; `shared`: another node reads the norm too."""
     rng = np.random.default_rng(1)
     data = ops.parameter(ov.PartialShape([-1, CHANNELS, -1, -1]), np.float32)
     per_row = ops.parameter(ov.PartialShape([-1, CHANNELS, 1, 1]), np.float32)
@@ -40,7 +40,7 @@ def run(model: ov.Model) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float32
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("swish", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_it_computes_the_same(scaled: bool, swish: bool, shared: bool) -> None:
+def test_the_rewritten_graph_gives_the_same_result(scaled: bool, swish: bool, shared: bool) -> None:
     before = graph(scaled=scaled, swish=swish, shared=shared)
     expected = run(before)
     after = before.clone()
@@ -50,14 +50,14 @@ def test_it_computes_the_same(scaled: bool, swish: bool, shared: bool) -> None:
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_what_follows_a_norm_works_with_the_channels_innermost() -> None:
+def test_nodes_after_a_norm_have_the_channels_innermost() -> None:
     model = graph(scaled=True, swish=True)
     put_channels_last(model)
     swish = next(node for node in model.get_ops() if node.get_type_name() == "Swish")
     assert str(swish.output(0).get_partial_shape()[3]) == str(CHANNELS)
 
 
-def test_a_swish_with_a_factor_of_its_own_keeps_it() -> None:
+def test_a_swish_keeps_its_factor() -> None:
     before = graph(scaled=False, swish=True, factor=2.0)
     expected = run(before)
     put_channels_last(before)

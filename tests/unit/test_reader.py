@@ -1,4 +1,4 @@
-"""The reader says what was drawn: otherwise no test that asks it may be believed."""
+"""The reader finds what was drawn; other tests rely on that."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.reader import COLOURS, SHAPES, Figure, draw_scene, read_picture, tell_apart
+from tests.reader import COLOURS, SHAPES, Figure, draw_scene, has_contrast, read_picture
 
-READABLE = [pair for pair in itertools.product(COLOURS, COLOURS) if tell_apart(*pair)]
+READABLE = [pair for pair in itertools.product(COLOURS, COLOURS) if has_contrast(*pair)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("colour", COLOURS)
-def test_every_colour_and_shape_is_read_on_every_background_it_stands_out_from(colour: str, shape: str) -> None:
-    backgrounds = [other for other in COLOURS if tell_apart(colour, other)]
+def test_every_colour_and_shape_is_read_on_every_background_with_contrast(colour: str, shape: str) -> None:
+    backgrounds = [other for other in COLOURS if has_contrast(colour, other)]
     assert len(backgrounds) >= 6
     for background in backgrounds:
         scene = read_picture(draw_scene(background, [Figure(colour, shape, 60, 70, 30)]))
@@ -24,7 +24,7 @@ def test_every_colour_and_shape_is_read_on_every_background_it_stands_out_from(c
         assert (scene.background, found.colour, found.shape) == (background, colour, shape)
         assert found.similarity > 0.85
         assert abs(found.x - 60) < 3
-        assert abs(found.y - 70) < 6  # a triangle's or a heart's centre of mass is not its centre
+        assert abs(found.y - 70) < 6  # for a triangle and a heart, the centre of mass differs from the centre
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -37,7 +37,7 @@ def test_a_shape_is_read_at_every_size_and_rotation_of_the_training_set(
     assert found.shape == shape
 
 
-def test_pointed_shapes_stand_as_people_draw_them() -> None:
+def test_pointed_shapes_have_the_usual_orientation() -> None:
     widths = {
         shape: (draw_scene("white", [Figure("black", shape, 64, 64, 36)]).mean(axis=-1) < 128).sum(axis=1)
         for shape in ("star", "triangle", "heart")
@@ -48,7 +48,7 @@ def test_pointed_shapes_stand_as_people_draw_them() -> None:
     assert widths["heart"][np.flatnonzero(widths["heart"])[-1] - 3] < 14  # tip down
 
 
-def test_objects_come_from_left_to_right_and_the_largest_is_named() -> None:
+def test_objects_are_sorted_from_left_to_right_and_largest_has_the_most_pixels() -> None:
     figures = [
         Figure("red", "star", 100, 40, 18),
         Figure("green", "circle", 30, 80, 24),
@@ -69,7 +69,7 @@ def test_an_empty_background_has_no_objects() -> None:
         assert (scene.background, scene.objects, scene.largest) == (background, (), None)
 
 
-def test_specks_are_not_objects_and_noise_does_not_change_what_is_read() -> None:
+def test_specks_are_not_objects_and_noise_does_not_change_the_result() -> None:
     pixels = draw_scene("orange", [Figure("blue", "heart", 64, 64, 34)]).copy()
     pixels[10:15, 10:15] = 255
     noise = np.random.default_rng(1).integers(-12, 13, pixels.shape)
@@ -85,7 +85,7 @@ def test_a_larger_or_oblong_picture_is_read_in_its_own_pixels() -> None:
     assert (round(found.x), round(found.y)) == (200, 200)
 
 
-def test_a_shape_that_touches_itself_only_through_a_later_row_is_one_object() -> None:
+def test_a_shape_whose_parts_meet_only_in_a_later_row_is_one_object() -> None:
     pixels = draw_scene("white", []).copy()
     pixels[20:80, 20:30] = 0
     pixels[20:80, 60:70] = 0
@@ -93,7 +93,7 @@ def test_a_shape_that_touches_itself_only_through_a_later_row_is_one_object() ->
     assert len(read_picture(pixels).objects) == 1
 
 
-def test_what_is_none_of_the_shapes_has_little_similarity() -> None:
+def test_other_shapes_have_a_low_similarity() -> None:
     bar = draw_scene("white", []).copy()
     bar[56:72, 20:108] = 0
     torn = draw_scene("white", [Figure("black", "circle", 64, 64, 36)]).copy()
@@ -112,11 +112,11 @@ def test_what_is_none_of_the_shapes_has_little_similarity() -> None:
         np.zeros((64, 64, 3)),
     ],
 )
-def test_anything_but_an_rgb_picture_is_refused(pixels: npt.NDArray[np.uint8]) -> None:
+def test_a_picture_that_is_not_uint8_rgb_is_rejected(pixels: npt.NDArray[np.uint8]) -> None:
     with pytest.raises(ValueError, match="expected uint8"):
         read_picture(pixels)
 
 
-def test_contrast_is_symmetric_and_no_colour_stands_out_from_itself() -> None:
+def test_contrast_is_symmetric_and_no_colour_has_contrast_with_itself() -> None:
     assert all((second, first) in READABLE for first, second in READABLE)
-    assert not any(tell_apart(name, name) for name in COLOURS)
+    assert not any(has_contrast(name, name) for name in COLOURS)

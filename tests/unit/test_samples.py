@@ -1,4 +1,4 @@
-"""The sample pictures show what their names say, in the formats that they are there for."""
+"""The sample pictures match their names, and have the formats that tests need."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DATA = Path(__file__).parents[1] / "data"
         ("pair.webp", "WEBP", "white", [("green", "square"), ("pink", "heart")]),
     ],
 )
-def test_a_sample_shows_what_its_name_says(
+def test_a_sample_matches_its_name(
     name: str, file_format: str, background: str, objects: list[tuple[str, str]]
 ) -> None:
     with Image.open(DATA / name) as image:
@@ -31,12 +31,12 @@ def test_a_sample_shows_what_its_name_says(
     assert [(item.colour, item.shape) for item in scene.objects] == objects
 
 
-def test_the_rotated_sample_is_upright_only_when_its_orientation_is_heeded() -> None:
+def test_the_rotated_sample_is_upright_only_with_its_exif_orientation_applied() -> None:
     with Image.open(DATA / "rotated_star.jpg") as image:
-        (lying,) = read_picture(np.asarray(image)).objects
+        (stored,) = read_picture(np.asarray(image)).objects
         (upright,) = read_picture(np.asarray(ImageOps.exif_transpose(image))).objects
     assert upright.y < 100 < 110 < upright.x
-    assert lying.x < 100 < 110 < lying.y
+    assert stored.x < 100 < 110 < stored.y
 
 
 def test_both_masks_repaint_the_same_part() -> None:

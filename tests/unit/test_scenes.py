@@ -1,4 +1,4 @@
-"""The training scenes are what their captions say, and edits change one thing only."""
+"""Training scenes match their captions, and an edit changes one thing only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from scripts.builtin_model.captions import caption, known_words, plural
 from scripts.builtin_model.scenes import COMPOSITION_KINDS, draw_composition, sample_composition, sample_edit
-from tests.reader import COLOURS, read_picture, tell_apart
+from tests.reader import COLOURS, has_contrast, read_picture
 
 FIGURES = {"empty": 0, "one": 1, "two": 2, "pair": 2, "three": 3}
 
@@ -26,7 +26,7 @@ def test_a_scene_is_read_as_it_was_composed(kind: str) -> None:
         assert len(seen.objects) == FIGURES[kind]
 
 
-def test_kinds_come_as_often_as_they_should() -> None:
+def test_kinds_have_their_share() -> None:
     rng = random.Random(2)
     seen = Counter(sample_composition(rng).kind for _ in range(4000))
     assert all(abs(seen[kind] / 4000 - share) < 0.03 for kind, share in COMPOSITION_KINDS.items())
@@ -38,7 +38,7 @@ def test_an_edit_differs_in_one_thing_and_stays_readable() -> None:
         after = sample_composition(rng)
         before = sample_edit(after, rng)
         assert before != after
-        assert all(tell_apart(str(figure.colour), before.background) for figure in before.figures)
+        assert all(has_contrast(str(figure.colour), before.background) for figure in before.figures)
         recoloured = before.background != after.background
         added = len(before.figures) != len(after.figures)
         pairs = zip(before.figures, after.figures, strict=False)
@@ -72,13 +72,13 @@ def test_captions_are_mostly_known_words_and_never_empty() -> None:
         assert text.strip()
         words.update(word in known for word in text.replace(",", " ").split())
     assert words[True] / words.total() > 0.97
-    assert words[False] > 0  # it must also meet words that it does not know
+    assert words[False] > 0  # training requires unknown words too
 
 
-def test_every_colour_appears_on_every_background_it_stands_out_from() -> None:
+def test_every_colour_appears_on_every_background_with_contrast() -> None:
     rng = random.Random(6)
     seen = {
         (str(composition.figures[0].colour), composition.background)
         for composition in (sample_composition(rng, "one") for _ in range(4000))
     }
-    assert seen == {(colour, behind) for colour in COLOURS for behind in COLOURS if tell_apart(colour, behind)}
+    assert seen == {(colour, behind) for colour in COLOURS for behind in COLOURS if has_contrast(colour, behind)}
