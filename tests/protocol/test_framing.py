@@ -1,14 +1,14 @@
-"""Request framing over real connections: what is well formed is served however it arrives, what is not is refused and cut off.
+"""Request framing over real connections: valid requests are served in any split; invalid ones get an error and are closed.
 
-`corpus/invalid/RULE__CASE.http` are the bytes of one request, the `.json` beside it says what must come of them:
+`corpus/invalid/RULE__CASE.http` has the bytes of one request. The `.json` file beside it has the expected result:
 
-    rule            the rule that the case breaks; no rule has more than five cases
-    status, code    of the answer; 0: the connection is closed without one
-    settings        limits that differ from the defaults
-    half_close      the client closes its writing side behind the bytes
-    keeps_connection the request is framed well, so the next one on the connection is served
+    rule              the rule that the case breaks; no rule has more than five cases
+    status, code      of the response; 0: the connection is closed without a response
+    settings          limits that differ from the defaults
+    half_close        the client closes its sending side after the bytes
+    keeps_connection  the framing is valid, so the next request on the connection is served
 
-`corpus/valid/NAME.http` are requests, their `.json` says how the head reads, what the content is, and the status of the answer.
+`corpus/valid/NAME.http` has a valid request. Its `.json` file has the parsed head, the content, and the status of the response.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ NEXT = b"GET /next HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n"
 
 
 def cases(folder: str) -> list[Any]:
+    """Return the paths of the requests in a folder of the corpus, as parameters."""
     paths = sorted((CORPUS / folder).glob("*.http"))
     assert {path.stem for path in paths} == {path.stem for path in (CORPUS / folder).glob("*.json")}
     return [pytest.param(path, id=path.stem) for path in paths]
@@ -44,7 +45,7 @@ def expectation(path: Path) -> dict[str, Any]:
 
 
 class Servers:
-    """One listener for each set of limits."""
+    """Running listeners, one for each set of limits."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
@@ -54,7 +55,7 @@ class Servers:
         return self._get(settings)[0].port
 
     def seen(self, settings: dict[str, Any]) -> list[str]:
-        """The paths that reached the API since the last call."""
+        """Return the paths that reached the API since the last call."""
         seen = self._get(settings)[1].seen
         return [seen.get() for _ in range(seen.qsize())]
 
@@ -71,7 +72,7 @@ def servers() -> Iterator[Servers]:
         yield Servers(stack)
 
 
-def test_the_corpus_is_wide_enough() -> None:
+def test_corpus_covers_many_rules() -> None:
     rules = Counter(expectation(path)["rule"] for path in (CORPUS / "invalid").glob("*.http"))
     for rule, number in sorted(rules.items()):
         print(f"{rule}: {number}")
@@ -83,7 +84,7 @@ def test_the_corpus_is_wide_enough() -> None:
 
 @pytest.mark.parametrize("size", [None, 1], ids=["whole", "by byte"])
 @pytest.mark.parametrize("path", cases("invalid"))
-def test_malformed_framing_is_refused(path: Path, size: int | None, servers: Servers) -> None:
+def test_invalid_framing_is_rejected(path: Path, size: int | None, servers: Servers) -> None:
     expected = expectation(path)
     settings = expected.get("settings", {})
     data = path.read_bytes()
@@ -95,14 +96,14 @@ def test_malformed_framing_is_refused(path: Path, size: int | None, servers: Ser
         if expected.get("half_close"):
             client.half_close()
         elif not expected["status"]:
-            pytest.fail("a case without an answer has to end by itself")
+            pytest.fail("a case without a response must set half_close")
         if expected["status"]:
             response = client.read_response()
             assert (response.status, response.code) == (expected["status"], expected["code"])
             assert response.fields["x-request-id"].startswith("req_")
         if expected.get("keeps_connection"):
             return
-        # Whatever comes behind a refused request is not read as another one.
+        # Bytes after a rejected request must not be read as another request.
         assert expected["status"] == 0 or response.fields["connection"] == "close"
         if not expected.get("half_close"):
             client.send(NEXT).half_close()
@@ -112,7 +113,7 @@ def test_malformed_framing_is_refused(path: Path, size: int | None, servers: Ser
 
 @pytest.mark.parametrize("how", ["whole", "by byte", "with the next"])
 @pytest.mark.parametrize("path", cases("valid"))
-def test_well_formed_framing_is_served(path: Path, how: str, servers: Servers) -> None:
+def test_valid_framing_is_served(path: Path, how: str, servers: Servers) -> None:
     expected = expectation(path)
     data = path.read_bytes()
     method, keeps = expected["head"]["method"], expected["head"]["keep_alive"]
@@ -132,24 +133,24 @@ def test_well_formed_framing_is_served(path: Path, how: str, servers: Servers) -
         if keeps:
             if how != "with the next":
                 client.send(NEXT)
-            assert client.read_response().status == 404  # that is /next: the place of its first byte was found
+            assert client.read_response().status == 404  # /next: its first byte was found
         assert client.read_rest() == b""
 
 
 @pytest.mark.parametrize("path", cases("valid"))
-def test_well_formed_framing_means_what_it_says(path: Path) -> None:
+def test_valid_framing_is_parsed_as_expected_in_every_split(path: Path) -> None:
     expected = expectation(path)
     data = path.read_bytes()
     for size in (len(data), 7, 1):
         head, content, rest = read_message(data, size, Settings())
-        told = {**head._asdict(), "fields": {name: head.fields.get(name) for name in expected["head"]["fields"]}}
-        assert {name: told[name] for name in expected["head"]} == expected["head"]
+        parsed = {**head._asdict(), "fields": {name: head.fields.get(name) for name in expected["head"]["fields"]}}
+        assert {name: parsed[name] for name in expected["head"]} == expected["head"]
         assert content == expected["content"].encode()
         assert rest == b""
 
 
 def read_message(data: bytes, size: int, settings: Settings) -> tuple[Head, bytes, bytes]:
-    """Head, content and what follows, of a message that comes in pieces of `size` bytes."""
+    """Return head, content and the bytes after them, of a message that arrives in pieces of `size` bytes."""
     parser = HeadParser(settings)
     head, end = None, 0
     while head is None:

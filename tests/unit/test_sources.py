@@ -129,7 +129,7 @@ def test_origins_none_allows_no_origin() -> None:
 
 
 # As the kubelet sets them for a Service `ovserve` with the ports http (8000) and dns, and one `ovserve-rest`.
-OF_SERVICES = {
+OF_KUBERNETES = {
     "OVSERVE_SERVICE_HOST": "10.0.0.11",
     "OVSERVE_SERVICE_PORT": "8000",
     "OVSERVE_SERVICE_PORT_HTTP": "8000",
@@ -146,8 +146,8 @@ OF_SERVICES = {
 
 
 def test_variables_of_a_kubernetes_service_are_ignored() -> None:
-    assert load_settings({}, OF_SERVICES) == load_settings({}, {})
-    assert service_variables({**OF_SERVICES, "OVSERVE_HOST": "::", "SERVICE_HOST": "x"}) == list(OF_SERVICES)
+    assert load_settings({}, OF_KUBERNETES) == load_settings({}, {})
+    assert service_variables({**OF_KUBERNETES, "OVSERVE_HOST": "::", "SERVICE_HOST": "x"}) == list(OF_SERVICES)
 
 
 @pytest.mark.parametrize(
