@@ -147,7 +147,7 @@ OF_KUBERNETES = {
 
 def test_variables_of_a_kubernetes_service_are_ignored() -> None:
     assert load_settings({}, OF_KUBERNETES) == load_settings({}, {})
-    assert service_variables({**OF_KUBERNETES, "OVSERVE_HOST": "::", "SERVICE_HOST": "x"}) == list(OF_SERVICES)
+    assert service_variables({**OF_KUBERNETES, "OVSERVE_HOST": "::", "SERVICE_HOST": "x"}) == list(OF_KUBERNETES)
 
 
 @pytest.mark.parametrize(
