@@ -19,6 +19,19 @@ def test_defaults_serve_the_builtin_model_on_loopback() -> None:
     assert settings.models[0].path is None
 
 
+@pytest.mark.parametrize("path", ["builtin:shapes", "builtin:unknown"])
+def test_builtin_model_is_served_as_ovserve_builtin_unless_named(path: str) -> None:
+    [model] = load_settings({"model_path": path}, {}).models
+    assert (model.name, model.path) == ("ovserve-builtin", Path(path))
+    assert load_settings({"path": path, "name": "a"}, {}).models[0].name == "a"
+
+
+@pytest.mark.parametrize("path", ["", "none"])
+def test_empty_path_is_the_default_model(path: str) -> None:
+    [model] = load_settings({"model_path": path}, {}).models
+    assert (model.name, model.path) == ("ovserve-builtin", None)
+
+
 def test_flag_wins_over_environment_over_file(tmp_path: Path) -> None:
     config = tmp_path / "ovserve.toml"
     config.write_text("port = 1\nlog_level = 'error'\nmax_fields = 7\n")
