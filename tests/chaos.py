@@ -19,9 +19,10 @@ from pathlib import Path
 import httpx
 
 from tests.faultserver import FaultServer
+from tests.live import BUILTIN_NAME
 
 SEEDS = 12
-FIELDS = {"prompt": "a green circle on a blue background", "strength": "0.7"}
+FIELDS = {"model": BUILTIN_NAME, "prompt": "a green circle on a blue background", "strength": "0.7"}
 _JOB = re.compile(r"\bjob=(\S+)")
 
 

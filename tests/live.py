@@ -14,8 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["LiveServer", "children_of", "is_alive", "resident_bytes"]
+__all__ = ["BUILTIN_NAME", "BUILTIN_PATH", "LiveServer", "children_of", "is_alive", "resident_bytes"]
 
+BUILTIN_PATH = "builtin:shapes"  # the built-in model as the option `path`
+BUILTIN_NAME = "ovserve-builtin"  # the built-in model as the request field `model`
 PINNED = ["--streams", "2", "--threads", "1", "--max_batch", "8"]
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
@@ -24,6 +26,13 @@ STOP_TIMEOUT_S = 60.0
 class LiveServer:
     """A running server: `with LiveServer("--max_body_bytes", "1000") as server:`.
 
+    Args:
+        arguments: options. The port is 0 unless given; threads and streams are fixed unless an engine is given.
+        spool: directory of the spool.
+        wait_ready: return when the server is ready.
+        module: what to start with `python -m`.
+        model: value of --model_path, unless the arguments contain --model_path or --config; None: no --model_path.
+
     Attributes:
         lines: standard output so far.
         log: standard error so far.
@@ -31,11 +40,18 @@ class LiveServer:
     """
 
     def __init__(
-        self, *arguments: str, spool: Path | None = None, wait_ready: bool = True, module: Sequence[str] = ("ovserve",)
+        self,
+        *arguments: str,
+        spool: Path | None = None,
+        wait_ready: bool = True,
+        module: Sequence[str] = ("ovserve",),
+        model: str | None = BUILTIN_PATH,
     ) -> None:
         defaults = ["--port", "0"] if "--port" not in arguments else []
         if "--config" not in arguments and "--engine" not in arguments:
             defaults += PINNED  # without it, each start measures threads and streams for seconds
+        if model is not None and not {"--config", "--model_path"} & set(arguments):
+            defaults += ["--model_path", model]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("OVSERVE_")}
         if spool:
             defaults += ["--spool_dir", str(spool)]

@@ -16,7 +16,7 @@ import pytest
 
 from ovserve.cli.commands import ExitCode
 from ovserve.models.profile import builtin_directory
-from tests.live import LiveServer, is_alive
+from tests.live import BUILTIN_NAME, BUILTIN_PATH, LiveServer, is_alive
 
 START_LIMIT_S = 60
 
@@ -40,7 +40,8 @@ def run(*arguments: str, environment: Mapping[str, str] | None = None) -> subpro
         (["--port", "99999"], "--port=99999"),
         (["--target_device", "CPU GPU"], "device"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
-        (["--max_num_inference_steps", "3"], "num_inference_steps"),
+        (["--model_path", BUILTIN_PATH, "--max_num_inference_steps", "3"], "num_inference_steps"),
+        (["--model_path", "builtin:other"], "builtin:other: not one of the built-in models: builtin:shapes"),
     ],
 )
 def test_wrong_option_value_is_one_line_and_exit_code_two(arguments: list[str], words: str) -> None:
@@ -52,7 +53,8 @@ def test_wrong_option_value_is_one_line_and_exit_code_two(arguments: list[str], 
 
 
 def test_unknown_device_is_a_start_error_that_names_it(tmp_path: Path) -> None:
-    done = run("--port", "0", "--target_device", "TPU", "--spool_dir", str(tmp_path), "--log_level", "error")
+    options = ("--target_device", "TPU", "--spool_dir", str(tmp_path), "--log_level", "error")
+    done = run("--port", "0", "--model_path", BUILTIN_PATH, *options)
     assert done.returncode == 2
     assert "TPU" in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
@@ -62,7 +64,7 @@ def test_port_in_use_is_a_start_error() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = run("--port", str(taken.getsockname()[1]))
+        done = run("--port", str(taken.getsockname()[1]), "--model_path", BUILTIN_PATH)
     assert done.returncode == 2
     assert "in use" in done.stderr
 
@@ -99,6 +101,14 @@ def test_process_spawned_by_the_console_script_imports_no_front_end() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_server_without_a_model_option_serves_the_builtin_model(tmp_path: Path) -> None:
+    with LiveServer(spool=tmp_path, model=None) as live:
+        with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
+            assert [model.id for model in client.models.list()] == [BUILTIN_NAME]
+            assert client.images.generate(prompt="a red star").data
+        assert live.fetch("/v2/health/ready")[0] == 200
+
+
 def test_model_directory_is_served_under_the_given_name(tmp_path: Path) -> None:
     with LiveServer("--model_name", "me/shapes", "--model_path", str(builtin_directory()), spool=tmp_path) as live:
         with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
@@ -117,14 +127,16 @@ def test_signal_drains_jobs_in_flight_and_leaves_no_process_or_file(tmp_path: Pa
 
     def generate() -> None:
         with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-            stream = client.images.generate(prompt="a red star", stream=True, extra_body={"num_inference_steps": 100})
+            stream = client.images.generate(
+                model=BUILTIN_NAME, prompt="a red star", stream=True, extra_body={"num_inference_steps": 100}
+            )
             for event in stream:
                 if event.type == "image_generation.completed":
                     completed.set()
 
     def watch() -> None:  # a job that is queued or dispatched is in flight
         while not started.is_set():
-            started.set() if live.fetch("/v3/models/ovserve-builtin")[1]["running"] else None
+            started.set() if live.fetch(f"/v3/models/{BUILTIN_NAME}")[1]["running"] else None
 
     threads = [threading.Thread(target=generate), threading.Thread(target=watch)]
     for thread in threads:
@@ -159,7 +171,8 @@ def test_second_signal_stops_at_once(tmp_path: Path) -> None:
 
 def test_variables_of_a_kubernetes_service_are_ignored_and_logged(tmp_path: Path) -> None:
     variables = {"OVSERVE_PORT": "tcp://10.0.0.11:8000", "OVSERVE_SERVICE_HOST": "10.0.0.11"}
-    done = run("--port", "0", "--target_device", "TPU", "--spool_dir", str(tmp_path), environment=variables)
+    options = ("--target_device", "TPU", "--spool_dir", str(tmp_path))
+    done = run("--port", "0", "--model_path", BUILTIN_PATH, *options, environment=variables)
     assert "TPU" in done.stderr.splitlines()[-1]
     [entry] = [line for line in done.stderr.splitlines() if "Kubernetes" in line]
     assert 'ignored="OVSERVE_PORT, OVSERVE_SERVICE_HOST"' in entry
@@ -167,7 +180,9 @@ def test_variables_of_a_kubernetes_service_are_ignored_and_logged(tmp_path: Path
 
 def test_missing_directory_of_one_model_is_a_start_error(tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
-    config.write_text("port = 0\n[[model]]\nname = 'right'\n[[model]]\nname = 'wrong'\npath = 'nowhere'\n")
+    config.write_text(
+        f"port = 0\n[[model]]\nname = 'right'\npath = '{BUILTIN_PATH}'\n[[model]]\nname = 'wrong'\npath = 'nowhere'\n"
+    )
     done = run("--config", str(config))
     assert done.returncode == 2
     assert "nowhere: no such directory" in done.stderr

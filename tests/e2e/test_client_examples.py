@@ -161,7 +161,7 @@ def test_curl_example_prints_the_error_and_fails(server: LiveServer, tmp_path: P
 def test_model_can_be_served_as_gpt_image_1(tmp_path: Path) -> None:
     command = re.search(r"^scripts/serve (--model_name \S+)$", PAGE, re.MULTILINE)
     assert command
-    with LiveServer(*command[1].split(), spool=tmp_path) as live:
+    with LiveServer(*command[1].split(), spool=tmp_path, model=None) as live:
         run("gpt-image-1", live.url, tmp_path)
         check(tmp_path, EXAMPLES["gpt-image-1"].pictures)
         with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none") as client:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.live import LiveServer
+from tests.live import BUILTIN_PATH, LiveServer
 
 ROOT = Path(__file__).parents[2]
 VECTORS = json.loads((ROOT / "tests" / "data" / "model-server.json").read_text("utf-8"))
@@ -219,7 +219,7 @@ def server_with_all_limits(folder: Path) -> Iterator[LiveServer]:
     tables = ['default_model = "default"']
     for name, limits in LIMITS.items():
         pinned = {"streams": 2, "threads": 1, "max_batch": 8}
-        lines = [f"{key} = {json.dumps(value)}" for key, value in {**limits, **pinned}.items()]
+        lines = [f"{key} = {json.dumps(value)}" for key, value in {**limits, **pinned, "path": BUILTIN_PATH}.items()]
         tables.append("\n".join(["[[model]]", f'name = "{name}"', *lines]))
     (folder / "c.toml").write_text("\n".join(tables))
     with (

@@ -10,10 +10,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.live import PINNED
+from tests.live import BUILTIN_NAME, BUILTIN_PATH, PINNED
 
 START_LIMIT_S = 60
-SERVE = [*PINNED, "--port", "0"]
+SERVE = [*PINNED, "--port", "0", "--model_path", BUILTIN_PATH]
 
 
 def start(redirection: str, *arguments: str) -> subprocess.Popen[str]:
@@ -52,7 +52,7 @@ def test_server_without_one_standard_stream_serves_and_exits_with_zero(
                 assert any("worker ready" in line for line in stream)
             reply = httpx.post(
                 f"http://127.0.0.1:{port}/v1/images/generations",
-                json={"prompt": "a red star", "num_inference_steps": 2},
+                json={"model": BUILTIN_NAME, "prompt": "a red star", "num_inference_steps": 2},
                 timeout=START_LIMIT_S,
             )
             assert reply.status_code == 200
