@@ -1,7 +1,7 @@
 """A chaos run: constant load, workers killed at random moments, and a check of every response against the log.
 
-Each request asks for one of a few pictures, selected by its seed. One seed must always give the same picture, no matter how many
-workers were killed meanwhile.
+Each request asks for one of a few pictures, selected by its seed. A seed must always give the same picture, no matter how
+many workers were killed meanwhile.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ChaosRun:
     model_failed: bool = False
 
     def check(self) -> None:
-        """Check that every response is 200, or 500 if and only if the log shows the death of two workers with this job."""
+        """Check that every response is 200, or 500 if and only if the log shows that two workers died with the job."""
         assert set(self.statuses) <= {200, 500}, self.other
         assert not self.other, self.other
         assert self.crashed == self.lost

@@ -83,7 +83,7 @@ class FaultServer(LiveServer):
         return [name for name in names if name != "lock" and not name.startswith(WARM)]
 
     def until(self, is_so: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
-        """Poll until a condition is true that no descriptor signals. Raises AssertionError with the log after `patience_s`."""
+        """Poll until a condition is true that no descriptor signals. Raises AssertionError with the log in it."""
         end = time.monotonic() + patience_s
         while not is_so():
             assert time.monotonic() < end, f"still not true after {patience_s:g} s:\n" + "\n".join(self.log[-40:])

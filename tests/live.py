@@ -124,7 +124,7 @@ class LiveServer:
         return code
 
     def stop(self) -> int:
-        """Stop the server with SIGTERM and return its exit code. Kills it and raises TimeoutExpired after the timeout."""
+        """Stop the server with SIGTERM; return its exit code. After the timeout, kill it and raise TimeoutExpired."""
         if self.process.poll() is None:
             self.signal(signal.SIGTERM)
             try:

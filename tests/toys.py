@@ -1,7 +1,7 @@
 """A toy worker process without a model: the prompt is a command. Links and segments are the real ones.
 
 prompt              behaviour of the worker
-------------------  ------------------------------------------------------------------------------------------------------
+------------------  ----------------------------------------------------------------------------------------------------
 echo TEXT           returns for each picture the bytes `echo TEXT|seed`; with an image, the bytes of the first image
 crc                 returns 1024 bytes for each picture; the last four are the CRC-32 of the first image
 sleep S             as echo, after S seconds; stops when cancelled
@@ -27,8 +27,8 @@ unprepared          reports the job as done, but never as prepared
 once PATH COMMAND   if PATH does not exist: creates it, then runs COMMAND; else as echo
 
 The model's `plugin_config`, a JSON object, sets the behaviour before the first job: {"load": COMMAND, "load_s": S,
-"capacity": N}. Commands for "load": fail TEXT (reports the error TEXT, then exits), exit N, segv, kill, hang, until PATH
-COMMAND (runs COMMAND unless PATH exists).
+"capacity": N}. Commands for "load": fail TEXT (reports the error TEXT, then exits), exit N, segv, kill, hang,
+until PATH COMMAND (runs COMMAND unless PATH exists).
 """
 
 from __future__ import annotations

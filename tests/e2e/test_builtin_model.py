@@ -1,4 +1,4 @@
-"""The packaged weights reach the rates of the model card. Fewer cases than its report, with a margin for other processors."""
+"""The packaged weights reach the rates of the model card, in fewer cases and with a margin for other processors."""
 
 from __future__ import annotations
 

@@ -96,7 +96,8 @@ def test_wrong_command_line_is_one_line_with_the_nearest_name(arguments: list[st
 
 
 def test_process_spawned_by_the_console_script_imports_no_front_end() -> None:
-    code = "import sys, ovserve.cli.main; print([m for m in sys.modules if m.startswith(('ovserve.front', 'ovserve.server'))])"
+    front_end = "('ovserve.front', 'ovserve.server')"
+    code = f"import sys, ovserve.cli.main; print([m for m in sys.modules if m.startswith({front_end})])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 

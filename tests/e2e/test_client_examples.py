@@ -38,7 +38,7 @@ Content = tuple[str, str, str]  # background, colour and shape of the largest ob
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One block of the page: the Python that runs it, and the files it must write: side in pixels and content, by name."""
+    """One block of the page: its Python, and the pictures it must write: side in pixels and content, by file name."""
 
     python: Path = Path(sys.executable)
     pictures: Mapping[str, tuple[int, Content | None]] = field(default_factory=dict)
@@ -189,7 +189,7 @@ def test_requests_of_open_webui_are_served(server: LiveServer, data: Path) -> No
 
 
 def test_recommended_prompts_work(server: LiveServer, data: Path) -> None:
-    """Recolour, reshape, replace the background: at least one of three seeds gives the wanted picture, as the page says."""
+    """Recolour, reshape, new background: at least one of three seeds gives the wanted picture, as the page says."""
     image = (data / "red_circle.png").read_bytes()
     wanted = {
         "a green circle on a blue background": GREEN_CIRCLE,

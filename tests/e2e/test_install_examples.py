@@ -1,4 +1,4 @@
-"""The examples of docs/install.md: the proxy configuration in front of a live server, the settings file, the container."""
+"""The examples of docs/install.md: the proxy configuration before a live server, the settings, the container."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ MAX_DATA_BYTES = 1 << 30
 
 
 def main() -> None:
-    """Fuzz until a limit in the options is reached. On a failure, write the input to a file and exit with a status above 0."""
+    """Fuzz until a limit in the options is reached. On a failure, write the input to a file and exit with an error."""
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, MAX_DATA_BYTES))
     target = TARGETS[sys.argv.pop(1)]
     atheris.Setup(sys.argv, target)

@@ -141,7 +141,7 @@ def _spool() -> Spool:
 
 
 def json_form(data: bytes) -> None:
-    """Check that a document is read as the standard library reads it, except pictures, or rejected with a documented error."""
+    """Check that a document is read as by the standard library, except pictures, or gives a documented error."""
     spool = _spool()
     body = data[1:]
     sizes = [data[0] % 23 + 1] * len(body) if data else []

@@ -1,4 +1,4 @@
-"""Request framing over real connections: valid requests are served in any split; invalid ones get an error and are closed.
+"""Request framing over real connections: valid requests are served in any split, invalid ones get an error.
 
 `corpus/invalid/RULE__CASE.http` has the bytes of one request. The `.json` file beside it has the expected result:
 
@@ -8,7 +8,7 @@
     half_close        the client closes its sending side after the bytes
     keeps_connection  the framing is valid, so the next request on the connection is served
 
-`corpus/valid/NAME.http` has a valid request. Its `.json` file has the parsed head, the content, and the status of the response.
+`corpus/valid/NAME.http` has a valid request. Its `.json` file has the parsed head, the content, and the response's status.
 """
 
 from __future__ import annotations

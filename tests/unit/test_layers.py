@@ -132,7 +132,7 @@ def test_every_package_is_in_the_table() -> None:
 
 
 def test_front_end_loads_neither_openvino_nor_a_decoder() -> None:
-    # server uses worker.main as the spawn target; openvino, its threads and device contexts must exist only in children.
+    # server uses worker.main as the spawn target; openvino, its threads and device contexts exist only in children.
     code = (
         "import sys, ovserve.cli.serve; print([name for name in sys.modules if name.startswith(('openvino', 'PIL'))])"
     )

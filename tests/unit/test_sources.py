@@ -52,7 +52,8 @@ def test_names_of_the_reference_server_are_aliases(flag: str, attribute: str) ->
 def test_several_models_from_tables(tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
     config.write_text(
-        "default_model = 'b'\n[[model]]\nname = 'a'\n[[model]]\nname = 'b'\npath = '/m'\nmax_resolution = '512x256'\nreplicas = 2\n"
+        "default_model = 'b'\n[[model]]\nname = 'a'\n"
+        "[[model]]\nname = 'b'\npath = '/m'\nmax_resolution = '512x256'\nreplicas = 2\n"
     )
     settings = load_settings({}, {}, config)
     assert [model.name for model in settings.models] == ["a", "b"]
