@@ -1,7 +1,7 @@
 """A chaos run: constant load, workers killed at random moments, and a check of every response against the log.
 
-Each request asks for one of a few pictures, selected by its seed. A seed must always give the same picture, no matter how
-many workers were killed meanwhile.
+Each request asks for one of a few pictures, selected by its seed. A seed must always give the same picture, no matter
+how many workers were killed meanwhile.
 """
 
 from __future__ import annotations
