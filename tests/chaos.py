@@ -66,7 +66,7 @@ class ChaosRun:
 
 def run_chaos(server: FaultServer, image: Path, *, clients: int, seconds: float, every_s: float, seed: int) -> ChaosRun:
     """Send edits from `clients` clients for `seconds` seconds; kill a random worker every `every_s` seconds."""
-    run = ChaosRun()
+    found = ChaosRun()
     lock = threading.Lock()
     end = time.monotonic() + seconds
     response_received = threading.Condition(lock)
@@ -84,7 +84,7 @@ def run_chaos(server: FaultServer, image: Path, *, clients: int, seconds: float,
                 )
                 took_s = time.monotonic() - started
                 with response_received:
-                    _record(run, reply, picture_seed, took_s)
+                    _record(found, reply, picture_seed, took_s)
                     response_received.notify_all()
 
     threads = [threading.Thread(target=send_edits, args=(number,)) for number in range(clients)]
@@ -98,19 +98,19 @@ def run_chaos(server: FaultServer, image: Path, *, clients: int, seconds: float,
         server.kill_worker(random_worker.choice(pids))
         killed_at = time.monotonic()
         with response_received:
-            run.kills += 1
+            found.kills += 1
             response_received.wait(60)
-            run.recoveries_s.append(time.monotonic() - killed_at)
+            found.recoveries_s.append(time.monotonic() - killed_at)
     for thread in threads:
         thread.join()
     for line in list(server.log):
         if match := _JOB.search(line):
             if "worker died with a job, once more" in line:
-                run.retried.add(match[1])
+                found.retried.add(match[1])
             elif "second worker died with a job" in line:
-                run.lost.add(match[1])
-    run.model_failed = bool(server.logged("model failed"))
-    return run
+                found.lost.add(match[1])
+    found.model_failed = bool(server.logged("model failed"))
+    return found
 
 
 def _record(run: ChaosRun, reply: httpx.Response, seed: int, took_s: float) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -14,7 +13,6 @@ from ovserve.models.catalog import Catalog, ServedModel
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings
 from ovserve.wire.blobs import Blob
-from tests.live import BUILTIN_PATH
 
 __all__ = ["FakeForm", "FakeUpload", "catalog", "encoded"]
 
@@ -60,8 +58,5 @@ def encoded(width: int = 128, height: int = 128, form: str = "PNG", mode: str = 
 
 def catalog(*models: ModelSettings, default: str = "") -> Catalog:
     """A catalogue of the built-in model, or of models with these settings."""
-    served = [
-        ServedModel(read_profile(model), model)
-        for model in (models or (ModelSettings(name="m", path=Path(BUILTIN_PATH)),))
-    ]
+    served = [ServedModel(read_profile(model), model) for model in (models or (ModelSettings(name="m"),))]
     return Catalog({model.name: model for model in served}, default)

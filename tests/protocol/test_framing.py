@@ -1,14 +1,14 @@
-"""Request framing over real connections: valid requests are served in any split, invalid ones get an error.
+"""Request framing over real connections: valid messages are served, malformed ones end the connection with an error.
 
-`corpus/invalid/RULE__CASE.http` has the bytes of one request. The `.json` file beside it has the expected result:
+Each `corpus/invalid/RULE__CASE.http` has the bytes of one request. The `.json` file beside it has the expected result:
 
-    rule              the rule that the case breaks; no rule has more than five cases
-    status, code      of the response; 0: the connection is closed without a response
-    settings          limits that differ from the defaults
-    half_close        the client closes its sending side after the bytes
-    keeps_connection  the framing is valid, so the next request on the connection is served
+    rule             the rule that the case breaks; no rule has more than five cases
+    status, code     of the answer; status 0: the connection is closed without one
+    settings         limits that differ from the defaults
+    half_close       the client closes its writing side after the bytes
+    keeps_connection the framing is valid, so the next request on the connection is served
 
-`corpus/valid/NAME.http` has a valid request. Its `.json` file has the parsed head, the content, and the response's status.
+Each `corpus/valid/NAME.http` has one request. Its `.json` file has the expected head, content and status of the answer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ NEXT = b"GET /next HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n"
 
 
 def cases(folder: str) -> list[Any]:
-    """Return the paths of the requests in a folder of the corpus, as parameters."""
     paths = sorted((CORPUS / folder).glob("*.http"))
     assert {path.stem for path in paths} == {path.stem for path in (CORPUS / folder).glob("*.json")}
     return [pytest.param(path, id=path.stem) for path in paths]
@@ -45,7 +44,7 @@ def expectation(path: Path) -> dict[str, Any]:
 
 
 class Servers:
-    """Running listeners, one for each set of limits."""
+    """Starts one listener for each set of limits."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
@@ -72,7 +71,7 @@ def servers() -> Iterator[Servers]:
         yield Servers(stack)
 
 
-def test_corpus_covers_many_rules() -> None:
+def test_corpus_has_enough_rules_and_cases() -> None:
     rules = Counter(expectation(path)["rule"] for path in (CORPUS / "invalid").glob("*.http"))
     for rule, number in sorted(rules.items()):
         print(f"{rule}: {number}")
@@ -84,7 +83,7 @@ def test_corpus_covers_many_rules() -> None:
 
 @pytest.mark.parametrize("size", [None, 1], ids=["whole", "by byte"])
 @pytest.mark.parametrize("path", cases("invalid"))
-def test_invalid_framing_is_rejected(path: Path, size: int | None, servers: Servers) -> None:
+def test_malformed_framing_is_rejected(path: Path, size: int | None, servers: Servers) -> None:
     expected = expectation(path)
     settings = expected.get("settings", {})
     data = path.read_bytes()
@@ -96,14 +95,14 @@ def test_invalid_framing_is_rejected(path: Path, size: int | None, servers: Serv
         if expected.get("half_close"):
             client.half_close()
         elif not expected["status"]:
-            pytest.fail("a case without a response must set half_close")
+            pytest.fail("a case without an answer needs half_close")
         if expected["status"]:
             response = client.read_response()
             assert (response.status, response.code) == (expected["status"], expected["code"])
             assert response.fields["x-request-id"].startswith("req_")
         if expected.get("keeps_connection"):
             return
-        # Bytes after a rejected request must not be read as another request.
+        # Bytes after a rejected request are not parsed as another one.
         assert expected["status"] == 0 or response.fields["connection"] == "close"
         if not expected.get("half_close"):
             client.send(NEXT).half_close()
@@ -113,7 +112,7 @@ def test_invalid_framing_is_rejected(path: Path, size: int | None, servers: Serv
 
 @pytest.mark.parametrize("how", ["whole", "by byte", "with the next"])
 @pytest.mark.parametrize("path", cases("valid"))
-def test_valid_framing_is_served(path: Path, how: str, servers: Servers) -> None:
+def test_well_formed_framing_is_served(path: Path, how: str, servers: Servers) -> None:
     expected = expectation(path)
     data = path.read_bytes()
     method, keeps = expected["head"]["method"], expected["head"]["keep_alive"]
@@ -133,12 +132,12 @@ def test_valid_framing_is_served(path: Path, how: str, servers: Servers) -> None
         if keeps:
             if how != "with the next":
                 client.send(NEXT)
-            assert client.read_response().status == 404  # /next: its first byte was found
+            assert client.read_response().status == 404  # the answer to /next: its first byte was found
         assert client.read_rest() == b""
 
 
 @pytest.mark.parametrize("path", cases("valid"))
-def test_valid_framing_is_parsed_as_expected_in_every_split(path: Path) -> None:
+def test_well_formed_framing_parses_as_expected(path: Path) -> None:
     expected = expectation(path)
     data = path.read_bytes()
     for size in (len(data), 7, 1):
@@ -150,7 +149,7 @@ def test_valid_framing_is_parsed_as_expected_in_every_split(path: Path) -> None:
 
 
 def read_message(data: bytes, size: int, settings: Settings) -> tuple[Head, bytes, bytes]:
-    """Return head, content and the bytes after them, of a message that arrives in pieces of `size` bytes."""
+    """Parse a message in pieces of `size` bytes; return its head, its content and what follows."""
     parser = HeadParser(settings)
     head, end = None, 0
     while head is None:
