@@ -29,7 +29,7 @@ def test_corpus_passes(target: str) -> None:
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="atheris has no build for this Python yet")
 @pytest.mark.parametrize("target", TARGETS)
-def test_fuzzing_finds_no_failure(target: str, tmp_path: Path) -> None:
+def test_fuzzing_finds_nothing_new(target: str, tmp_path: Path) -> None:
     found = tmp_path / "found"
     found.mkdir()
     limits = [f"-max_total_time={SECONDS}", "-timeout=20", "-max_len=2048", "-rss_limit_mb=0"]
