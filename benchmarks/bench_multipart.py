@@ -196,7 +196,7 @@ def receive_memory(receiver: Receiver, _: Any) -> None:
 
 def receive_segment(receiver: Receiver, spool: Any) -> None:
     """Receive into a segment that grows as in `read_form`, without parsing and checks."""
-    segment = spool.borrow(receiver.size)
+    segment = spool.create_for_upload(receiver.size)
     filled = 0
     while filled < receiver.size:
         if filled >= segment.reserved:

@@ -30,8 +30,8 @@ from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog, ServedModel, read_catalog
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.local.file_pool import MAX_POOLED_FILES
 from ovserve.wire.local.spool import Spool, default_directory
-from ovserve.wire.local.warm import MOST_FILES
 from ovserve.worker import main as worker
 
 __all__ = ["Server"]
@@ -43,7 +43,7 @@ LAST_RESPONSES_S = 1.0  # for responses still being written when the server stop
 STOP_TIMEOUT_S = 10.0  # for workers to exit once nothing is in flight
 # Enough for any thread count; some libraries iterate over all possible descriptors.
 MAX_DESCRIPTORS = 65536
-OWN_DESCRIPTORS = 128 + 2 * MOST_FILES  # of the front end, its links, and the warm files
+OWN_DESCRIPTORS = 128 + 2 * MAX_POOLED_FILES  # of the front end, its links, and the warm files
 # Socket, the upload's segment and its mapping, the request's segment, the job's eventfd. Each picture and preview adds
 # one.
 CONNECTION_DESCRIPTORS = 5
@@ -83,12 +83,12 @@ class Server:
             settings.spool_fallback_dir,
             settings.spool_warm_bytes,
         )
-        if self._spool.most_bytes < settings.max_body_bytes:
+        if self._spool.capacity_bytes < settings.max_body_bytes:
             log.warning(
                 "the spool is smaller than max_body_bytes: larger requests get 413",
                 extra=fields(
                     spool=self._spool.directory.parent,
-                    bytes=self._spool.most_bytes,
+                    bytes=self._spool.capacity_bytes,
                     max_body_bytes=settings.max_body_bytes,
                 ),
             )
@@ -172,7 +172,7 @@ class Server:
                 catalog, keys = read_catalog(settings), read_keys(settings)
                 self._supervisor.reload(settings, _profiles(catalog))
                 with self._serving:
-                    self._api.take(settings, self._api.catalog.announcing(catalog))
+                    self._api.configure(settings, self._api.catalog.announcing(catalog))
                 if self._listener.keys and not keys:
                     log.warning("no API key is configured any more: requests without a key are served")
                 self._listener.keys = keys
@@ -185,7 +185,7 @@ class Server:
     def _note_serving(self, profile: ModelProfile, model: ModelSettings) -> None:
         """Switch the catalog to a model whose new workers have taken over. Runs in: the supervisor thread."""
         with self._serving:
-            self._api.take(self._api.settings, self._api.catalog.with_serving(ServedModel(profile, model)))
+            self._api.configure(self._api.settings, self._api.catalog.with_serving(ServedModel(profile, model)))
 
     def _announce(self) -> None:
         """Report readiness to systemd, once a model is ready and while the server does not drain."""
@@ -264,8 +264,8 @@ def _print_line(line: str) -> None:
 def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
     """Register the metrics of parts that the API does not know."""
     metrics.watch("ovserve_spool_bytes", lambda: [([], spool.used_bytes)])
-    metrics.watch("ovserve_spool_warm_bytes", lambda: [([], spool.warm.size)])
-    metrics.watch("ovserve_spool_limit_bytes", lambda: [([], spool.most_bytes)])
+    metrics.watch("ovserve_spool_warm_bytes", lambda: [([], spool.file_pool.size_bytes)])
+    metrics.watch("ovserve_spool_limit_bytes", lambda: [([], spool.capacity_bytes)])
     metrics.watch("ovserve_worker_restarts_total", lambda: [([name], n) for name, n in supervisor.restarts().items()])
 
 

@@ -164,7 +164,7 @@ def make_reference() -> str:
         "",
         "Combinations that are rejected:",
         "",
-        *(f"- {rule.first_told} with {rule.second_told}" for rule in EXCLUSIONS),
+        *(f"- {rule.first_value} with {rule.second_value}" for rule in EXCLUSIONS),
         "",
         "## Paths",
         "",

@@ -1,4 +1,4 @@
-"""Request bodies for tests: built by hand, decoded from captured requests, served in pieces, and told as parts."""
+"""Request bodies for tests: built from parts, decoded from captured requests, read in pieces, parsed to parts."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ __all__ = [
 
 
 def settings(**options: Any) -> Settings:
-    """Settings with these options, the rest by default."""
+    """Return settings with these options; the others have their defaults."""
     return load_settings({name: str(value) for name, value in options.items()}, {})
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part as a test sees it: what its events said, put together."""
+    """One part of a form, assembled from its events."""
 
     name: str
     data: bytes = b""
     filename: str | None = None
     content_type: str | None = None
     transfer_encoding: str = "binary"
-    fields: tuple[str, ...] = field(default=(), compare=False)  # further field lines, for `build`
+    fields: tuple[str, ...] = field(default=(), compare=False)  # additional header lines, for `build`
 
 
 def build(parts: Iterable[Part], boundary: str, *, preamble: bytes = b"", epilogue: bytes = b"\r\n") -> bytes:
-    """A body the way browsers write it: `"` as %22, CR and LF as %0D and %0A."""
+    """Return a body as browsers write it: `"` as %22, CR and LF as %0D and %0A."""
     lines = [preamble + b"\r\n"] if preamble else []
     for part in parts:
         disposition = f'form-data; name="{_quoted(part.name)}"'
@@ -63,7 +63,7 @@ def _quoted(text: str) -> str:
 
 
 def pieces_of(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
-    """`data` in pieces of these sizes; what is left when they end comes in one piece."""
+    """Yield `data` in pieces of these sizes, then the rest in one piece."""
     at = 0
     for size in sizes:
         if at >= len(data):
@@ -75,7 +75,7 @@ def pieces_of(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
 
 
 def parse(pieces: Iterable[bytes | memoryview], boundary: str, **limits: int) -> list[Event]:
-    """All events of a body. Raises what the parser raises."""
+    """Return all events of a body. Raises what the parser raises."""
     parser = MultipartParser(boundary, **{"max_parts": 128, "max_part_head_bytes": 8192, **limits})
     events: list[Event] = []
     for piece in pieces:
@@ -85,7 +85,7 @@ def parse(pieces: Iterable[bytes | memoryview], boundary: str, **limits: int) ->
 
 
 def parts_of(events: Iterable[Event], body: bytes) -> list[Part]:
-    """The parts that events tell of, each offset checked against the body."""
+    """Return the parts that the events describe; check each offset against the body."""
     found: list[Part] = []
     begin, data = None, b""
     for event in events:
@@ -110,7 +110,7 @@ def parts_of(events: Iterable[Event], body: bytes) -> list[Part]:
 
 
 def outcome(pieces: Sequence[bytes], boundary: str, **limits: int) -> list[Part] | tuple[str, str]:
-    """The parts, or the class and the message of the error: what must not depend on how a body is split."""
+    """Return the parts, or the class and message of the error: must not depend on how the body is split."""
     try:
         return parts_of(parse(pieces, boundary, **limits), b"".join(pieces))
     except ApiError as error:
@@ -118,14 +118,14 @@ def outcome(pieces: Sequence[bytes], boundary: str, **limits: int) -> list[Part]
 
 
 def head_and_rest(raw: bytes) -> tuple[dict[str, str], bytes]:
-    """The fields of a captured request by lower-case name, and what follows its head."""
+    """Return the header fields of a captured request by lower-case name, and the bytes after its head."""
     head, _, rest = raw.partition(b"\r\n\r\n")
     lines = head.decode("latin-1").split("\r\n")[1:]
     return {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}, rest
 
 
 def decode_chunks(pieces: Iterable[bytes], options: Settings) -> bytes:
-    """The content of a chunked body, by the server's own decoder. Raises what it raises."""
+    """Return the content of a chunked body, decoded by the server's decoder. Raises what it raises."""
     decoder = ChunkDecoder(options)
     content = b""
     for piece in pieces:
@@ -143,7 +143,7 @@ def decode_chunks(pieces: Iterable[bytes], options: Settings) -> bytes:
 
 
 def content_of(raw: bytes, sizes: Iterable[int] = ()) -> bytes:
-    """The content of a captured request, its chunks decoded, whatever pieces it comes in."""
+    """Return the content of a captured request with its chunks decoded, read in pieces of these sizes."""
     fields, rest = head_and_rest(raw)
     if fields.get("transfer-encoding", "").lower() == "chunked":
         return decode_chunks(pieces_of(rest, sizes), settings())
@@ -151,7 +151,7 @@ def content_of(raw: bytes, sizes: Iterable[int] = ()) -> bytes:
 
 
 class MemoryBody:
-    """A body that is in memory and comes in pieces of these sizes, then in as much as is asked for."""
+    """A body in memory, read in pieces of these sizes, then as much as requested."""
 
     def __init__(self, data: bytes, sizes: Iterable[int] = (), *, announced: bool = True) -> None:
         self.expected = len(data) if announced else None
@@ -161,8 +161,8 @@ class MemoryBody:
         self._sizes = iter(sizes)
 
     def readinto(self, view: memoryview, /) -> int:
-        """Give some bytes."""
-        assert len(view), "a body is never asked for nothing"
+        """Copy the next bytes into `view` and return their number."""
+        assert len(view), "a read of zero bytes"
         self.largest_view = max(self.largest_view, len(view))
         count = min(len(view), next(self._sizes, len(view)), len(self._data) - self.given)
         view[:count] = self._data[self.given : self.given + count]

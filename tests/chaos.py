@@ -105,9 +105,9 @@ def run_chaos(server: FaultServer, image: Path, *, clients: int, seconds: float,
         thread.join()
     for line in list(server.log):
         if match := _JOB.search(line):
-            if "worker died with a job, once more" in line:
+            if "worker died with a job; job requeued" in line:
                 found.retried.add(match[1])
-            elif "second worker died with a job" in line:
+            elif "second worker died with a job; job failed" in line:
                 found.lost.add(match[1])
     found.model_failed = bool(server.logged("model failed"))
     return found

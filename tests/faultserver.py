@@ -19,7 +19,7 @@ import httpx
 from tests.live import LiveServer, command_of, is_alive
 
 PATIENCE_S = 30.0
-WARM = "warm-"  # how the names of warm files begin (ovserve.wire.local.warm)
+WARM = "warm-"  # prefix of the names of pooled files (ovserve.wire.local.file_pool)
 TINY_PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGP8z4APMOGVHbHSAEEsAQ+yM8CbAAAAAElFTkSuQmCC"
 )

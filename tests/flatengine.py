@@ -1,4 +1,4 @@
-"""An engine that paints one grey, to ask of the desk what no model can be made to do: absurd capacities and broken previews."""
+"""An engine that paints one grey, for cases that no real model produces: a huge capacity and broken previews."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.pipes import WorkerEnd
 from ovserve.worker.runner import JobRunner
 
-BROKEN = "the first preview is broken"  # a prompt
+BROKEN = "the first preview is broken"  # the prompt that gives a preview that cannot be encoded
 
 
 class FlatEngine:
-    """Capacity without end; each piece of work gives its previews and its picture in one turn."""
+    """An engine with a huge capacity that makes the previews and the picture of one work in each turn."""
 
     name = "flat"
     capacity = 100_000
@@ -59,5 +59,5 @@ class FlatEngine:
 
 
 def main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: Settings) -> NoReturn:
-    """The spawn target."""
-    JobRunner(end, profile, model, settings, lambda _profile, _model: (FlatEngine(), "for a test")).run()
+    """Run a worker with this engine; the spawn target."""
+    JobRunner(end, profile, model, settings, lambda _profile, _model: (FlatEngine(), "test")).run()

@@ -1,4 +1,4 @@
-"""A form made by hand, and a catalogue with the built-in model: what the API is tested with, without a socket."""
+"""Forms, uploads and a catalog for tests of the API without a socket."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 
 from PIL import Image
 
+from ovserve.api.parameters.fields import EDIT
+from ovserve.api.parameters.params import Parameters, parse_parameters
 from ovserve.models.catalog import Catalog, ServedModel
 from ovserve.models.profile import read_profile
-from ovserve.settings.options import ModelSettings
+from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.blobs import Blob
 
-__all__ = ["FakeForm", "FakeUpload", "catalog", "encoded"]
+__all__ = ["IMAGE", "FakeForm", "FakeUpload", "catalog", "edit", "encoded"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class FakeUpload:
 
     @property
     def blob(self) -> Blob:
-        """A blob that no worker opens."""
+        """A blob with no segment behind it."""
         return Blob("nowhere", 0, len(self.data))
 
     def view(self) -> memoryview:
@@ -50,13 +52,24 @@ class FakeForm:
 
 
 def encoded(width: int = 128, height: int = 128, form: str = "PNG", mode: str = "RGB") -> bytes:
-    """A blank picture as a file."""
+    """Return a blank picture as a file."""
     stream = io.BytesIO()
     Image.new(mode, (width, height)).save(stream, form)
     return stream.getvalue()
 
 
 def catalog(*models: ModelSettings, default: str = "") -> Catalog:
-    """A catalogue of the built-in model, or of models with these settings."""
+    """Return a catalog of the built-in model, or of models with these settings."""
     served = [ServedModel(read_profile(model), model) for model in (models or (ModelSettings(name="m"),))]
     return Catalog({model.name: model for model in served}, default)
+
+
+IMAGE = FakeUpload("image", encoded())
+
+
+def edit(
+    *fields: tuple[str, Any], uploads: tuple[FakeUpload, ...] = (IMAGE,), endpoint: str = EDIT, **model: Any
+) -> Parameters:
+    """Validate a form with these fields and uploads for the built-in model, or for a model with these settings."""
+    form = FakeForm([("prompt", "a green circle"), *fields], uploads)
+    return parse_parameters(form, endpoint, None, catalog(ModelSettings(name="m", **model)), Settings())

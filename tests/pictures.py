@@ -1,4 +1,4 @@
-"""Work for engines that are driven directly, and the library's own pipelines to compare their pictures with."""
+"""Works for engines that a test drives directly, and the library's pipelines to compare their pictures with."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ PROMPTS = ("a red circle", "the blue house in the sky", "photo of a cat on a tre
 
 
 def directory_of(model: str) -> Path:
-    """Where a fixture model lies, or the built-in one."""
+    """Return the directory of a fixture model or of the built-in model."""
     return builtin_directory() if model == "builtin" else MODELS / model
 
 
 def settings_of(directory: Path, precision: str = "f32", **options: Any) -> ModelSettings:
-    """Everything that decides bits is pinned: threads and precision; two slots, so that calls run side by side."""
+    """Return settings that pin what decides bits, threads and precision; two slots, so that calls run concurrently."""
     plugin = json.dumps({"INFERENCE_PRECISION_HINT": precision})
     pinned: dict[str, Any] = {"streams": 2, "threads": 1, "max_batch": 4, "plugin_config": plugin}
     return ModelSettings(name="model", path=directory, engine="stepwise", **(pinned | options))
@@ -43,7 +43,7 @@ def settings_of(directory: Path, precision: str = "f32", **options: Any) -> Mode
 def load_stepwise(
     directory: Path, precision: str = "f32", trace: Callable[[Finished[Call]], None] | None = None, **options: Any
 ) -> StepwiseEngine:
-    """A loaded engine over a model."""
+    """Return a loaded stepwise engine for a model."""
     settings = settings_of(directory, precision, **options)
     engine = StepwiseEngine(read_profile(settings), settings, trace)
     engine.load(lambda _phase: None)
@@ -51,7 +51,7 @@ def load_stepwise(
 
 
 def with_scheduler(model: str, directory: Path, **changes: Any) -> Path:
-    """A copy of a model, by links, whose scheduler_config.json says other things; None takes a key out."""
+    """Return a copy of a model, by links, with `changes` in its scheduler_config.json; None removes a key."""
     source = directory_of(model)
     for part in source.iterdir():
         if part.name != "scheduler":
@@ -64,42 +64,42 @@ def with_scheduler(model: str, directory: Path, **changes: Any) -> Path:
 
 
 def image_of(width: int, height: int, seed: int = 0) -> Pixels:
-    """Coarse blocks of colour: uint8 (H, W, 3)."""
+    """Return random 8x8 blocks of colour: uint8 (H, W, 3)."""
     blocks = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
     return blocks.repeat(8, axis=0).repeat(8, axis=1)
 
 
 def mask_of(width: int, height: int) -> Pixels:
-    """The middle repainted, on the latent grid: uint8 (H, W)."""
+    """Return a mask of the middle, aligned to the latent grid: uint8 (H, W), 255 = repaint."""
     mask = np.zeros((height, width), np.uint8)
     mask[height // 4 // 8 * 8 : height // 2, width // 4 // 8 * 8 : width * 3 // 4 // 8 * 8] = 255
     return mask
 
 
-def work_of(profile: ModelProfile, mode: str, place: int = 0, **options: Any) -> Work:
-    """One picture's work in a mode; what is not given differs with `place`."""
+def work_of(profile: ModelProfile, mode: str, index: int = 0, **options: Any) -> Work:
+    """Return the work of one picture in a mode; what `options` do not give differs with `index`."""
     size = options.pop("size", profile.native)
     guided = profile.takes_negative_prompt and options.get("guidance_scale", 3.0) > 1
     values: dict[str, Any] = {
-        "job": f"job-{place}",
+        "job": f"job-{index}",
         "picture": 0,
         "mode": mode,
-        "prompt": PROMPTS[place % len(PROMPTS)],
-        "negative_prompt": "the red sky" if guided and place % 2 else "",
+        "prompt": PROMPTS[index % len(PROMPTS)],
+        "negative_prompt": "the red sky" if guided and index % 2 else "",
         "width": size.width,
         "height": size.height,
         "num_inference_steps": 6,
         "guidance_scale": 3.0,
         "strength": 1.0,
-        "seed": 100 + place,
-        "initial_image": None if mode == "text2image" else image_of(size.width, size.height, place % 3),
+        "seed": 100 + index,
+        "initial_image": None if mode == "text2image" else image_of(size.width, size.height, index % 3),
         "mask_image": mask_of(size.width, size.height) if mode == "inpainting" else None,
     }
     return Work(**(values | options))
 
 
 def drive(engine: Engine, works: Iterable[Work]) -> list[Outcome]:
-    """Admit as many as the engine takes, in order, and turn until all have ended; outcomes in the order of the works."""
+    """Run works through an engine, admitting up to its capacity; return the outcomes in the order of the works."""
     waiting, in_flight, found = list(works), 0, {}
     order = list(waiting)
     while waiting or in_flight:
@@ -114,7 +114,7 @@ def drive(engine: Engine, works: Iterable[Work]) -> list[Outcome]:
 
 
 def pixels_of(outcomes: Sequence[Outcome]) -> list[Pixels]:
-    """The pictures, of which none may have failed."""
+    """Return the pictures of outcomes, asserting that none has failed."""
     pictures = []
     for outcome in outcomes:
         assert outcome.error is None, outcome.error
@@ -124,7 +124,7 @@ def pixels_of(outcomes: Sequence[Outcome]) -> list[Pixels]:
 
 
 class Library:
-    """openvino_genai's pipelines over a model, with one thread and a precision as pinned above."""
+    """openvino_genai's pipelines for a model, with one thread and a pinned precision, as in `settings_of`."""
 
     def __init__(self, directory: Path, precision: str = "f32") -> None:
         self._config = directory / "scheduler" / "scheduler_config.json"
@@ -137,7 +137,7 @@ class Library:
             self._pipelines["image2image"] = og.Image2ImagePipeline(inpainting)
 
     def picture(self, work: Work) -> Pixels:
-        """What one call of the library makes of the work alone."""
+        """Return the picture that one call of the library makes for this work alone."""
         kind = TYPES[work.scheduler] if work.scheduler else og.Scheduler.Type.AUTO
         pipeline = self._pipelines[work.mode]
         pipeline.set_scheduler(og.Scheduler.from_config(self._config, kind))

@@ -1,4 +1,4 @@
-"""Exact bytes on a socket: in pieces, with a half-close, abandoned in the middle; and responses read strictly."""
+"""Test client that sends exact bytes (in pieces, half-closed, abandoned) and parses responses strictly."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, Self
 
 __all__ = ["RawClient", "Response", "pieces_of"]
 
-TIMEOUT_S = 30.0  # for a server that should answer; a test that meets it has failed
+TIMEOUT_S = 30.0  # longer than any answer takes; a test that reaches it fails
 
 
 @dataclass(frozen=True)
 class Response:
-    """One response. `fields`: by lower-case name, the last of each."""
+    """One response. `fields`: values by lower-case name; of repeated fields the last."""
 
     status: int
     fields: dict[str, str]
@@ -30,19 +30,19 @@ class Response:
 
     @property
     def code(self) -> str | None:
-        """The code of an error object, which must have all four of its keys."""
+        """The code of the error object, which must have exactly its four keys."""
         error = self.json["error"]
         assert set(error) == {"message", "type", "param", "code"}
         return error["code"]
 
 
 def pieces_of(data: bytes, size: int) -> list[bytes]:
-    """The data in pieces of `size` bytes."""
+    """Split the data into pieces of `size` bytes."""
     return [data[start : start + size] for start in range(0, len(data), size)]
 
 
 class RawClient:
-    """One connection. Used in a `with` statement, which closes it."""
+    """One connection. The `with` statement closes it."""
 
     def __init__(self, port: int, *, timeout_s: float = TIMEOUT_S, receive_buffer: int | None = None) -> None:
         self._socket = socket.socket()
@@ -65,15 +65,15 @@ class RawClient:
 
     @property
     def socket(self) -> socket.socket:
-        """The socket itself, for what has no method here."""
+        """The socket, for operations without a method here."""
         return self._socket
 
     def send(self, data: bytes, size: int | None = None) -> Self:
-        """Send, in pieces of `size` bytes each in a packet of its own."""
+        """Send the data; with `size`, in pieces of that many bytes, each in its own packet."""
         return self.send_pieces([data] if size is None else pieces_of(data, size))
 
     def send_pieces(self, pieces: Iterable[bytes]) -> Self:
-        """Send piece by piece. A server that has answered and closed may stop taking them: that is not an error."""
+        """Send piece by piece. Ignores errors of a connection that the server has closed after its answer."""
         try:
             for piece in pieces:
                 self._socket.sendall(piece)
@@ -87,26 +87,26 @@ class RawClient:
         return self
 
     def abandon(self) -> None:
-        """Go away without a word: the peer sees a reset."""
+        """Close with a reset."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()
 
     def close(self) -> None:
-        """Close properly."""
+        """Close normally."""
         self._socket.close()
 
     def has_answer(self, within_s: float) -> bool:
-        """Whether bytes, or the end, come within the time."""
+        """Return whether bytes or the end-of-file arrive within the time."""
         return bool(self._received) or bool(select.select([self._socket], [], [], within_s)[0])
 
     def read_line(self) -> bytes:
-        """Up to and including the next CRLF."""
+        """Read up to and including the next CRLF."""
         while (end := self._received.find(b"\r\n")) < 0:
             self._more()
         return self.read_exactly(end + 2)
 
     def read_head(self) -> tuple[int, dict[str, str]]:
-        """Status and fields of the next response."""
+        """Read the head of the next response; return its status and fields."""
         line = self.read_line().decode("latin-1")
         version, status, _ = line.split(" ", 2)
         assert version == "HTTP/1.1"
@@ -119,7 +119,7 @@ class RawClient:
         return int(status), fields
 
     def read_response(self, method: str = "GET") -> Response:
-        """The next response, whole. Raises ConnectionError when the connection ends before it does."""
+        """Read the next response. Raises ConnectionError when the connection ends before it is complete."""
         status, fields = self.read_head()
         if method == "HEAD" or status in {204, 304} or status < 200:
             return Response(status, fields, b"")
@@ -131,14 +131,14 @@ class RawClient:
         return Response(status, fields, self.read_rest())
 
     def read_chunk(self) -> bytes:
-        """The next chunk's content, empty for the last one."""
+        """Read the next chunk; return its content, empty for the last one."""
         size = int(self.read_line(), 16)
         content = self.read_exactly(size)
         assert self.read_exactly(2) == b"\r\n"
         return content
 
     def read_exactly(self, count: int) -> bytes:
-        """So many bytes."""
+        """Read `count` bytes."""
         while len(self._received) < count:
             self._more()
         data = bytes(self._received[:count])
@@ -146,7 +146,7 @@ class RawClient:
         return data
 
     def read_rest(self) -> bytes:
-        """Everything up to the end of the connection; a reset counts as its end."""
+        """Read everything up to the end of the connection; a reset counts as its end."""
         try:
             while True:
                 self._more()

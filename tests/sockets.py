@@ -12,7 +12,7 @@ __all__ = ["connected_pair", "sending"]
 
 @contextmanager
 def connected_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Two ends of one connection; both are closed with the block."""
+    """Yield the two ends of one connection; both are closed with the block."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as ours:
         ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         theirs, _ = server.accept()

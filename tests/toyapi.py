@@ -1,4 +1,4 @@
-"""A small API for tests of the front end: the path says what the route does."""
+"""A small API for tests of the front end; the path selects the behaviour."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ WAIT_S = 30.0
 
 
 class ToyApi:
-    """What the routes need, and what they saw.
+    """The API, with a record of its requests.
 
     Attributes:
-        seen: paths, as requests come in.
-        gone: the paths of requests whose clients left while the route waited for them.
-        closed: one entry for each event stream that was closed.
+        seen: paths of requests in the order of arrival.
+        gone: paths of requests whose clients disconnected while the handler waited.
+        closed: one entry for each closed event stream.
     """
 
     def __init__(self) -> None:
@@ -40,26 +40,26 @@ class ToyApi:
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE | os.EFD_NONBLOCK)
 
     def release(self, count: int = 1) -> None:
-        """Let so many waiting routes go on."""
+        """Release this many waiting handlers."""
         os.eventfd_write(self._wakeup, count)
 
     def close(self) -> None:
-        """Close the descriptor."""
+        """Close the event descriptor."""
         os.close(self._wakeup)
 
     def is_health(self, path: str) -> bool:
-        """Whether this is the health check."""
+        """Return whether this is the health check."""
         return path == "/health"
 
     def is_open(self, method: str, path: str) -> bool:
-        """Whether no key is needed."""
+        """Return whether no key is needed."""
         return path == "/health" or method == "OPTIONS"
 
     def count_refused(self, error: ApiError) -> None:
-        """Nobody counts."""
+        """Do nothing."""
 
     def answer(self, exchange: Exchange) -> Reply:
-        """Do what the path says."""
+        """Run the handler that the path names."""
         self.seen.put(exchange.path)
         route = getattr(self, "_" + exchange.path.strip("/").partition("/")[0], None)
         if route is None:
@@ -182,7 +182,7 @@ def _json(document: Any) -> JsonReply:
 
 @contextmanager
 def serving(**settings: Any) -> Iterator[tuple[Listener, ToyApi]]:
-    """A listener on a free port of the loopback interface, and its API. Everything ends with the block."""
+    """Run a listener on a free loopback port; yield it and its API. Both are closed at the end of the block."""
     with tempfile.TemporaryDirectory() as folder:
         api, spool = ToyApi(), Spool(Path(folder), 256 * 1024 * 1024)
         listener = Listener(Settings(port=0, **settings), api, spool)
@@ -192,5 +192,5 @@ def serving(**settings: Any) -> Iterator[tuple[Listener, ToyApi]]:
         finally:
             listener.stop(0)
             api.close()
-            assert spool.used_bytes == 0, "an exchange left its segments behind"
+            assert spool.used_bytes == 0, "an exchange did not release its segments"
             spool.close()

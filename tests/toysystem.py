@@ -51,8 +51,8 @@ def toy_model(
     )
 
 
-class ToyHouse:
-    """`with ToyHouse(tmp_path, toy_model()) as house: house.ask("echo hello")`; options are those of Settings."""
+class ToySystem:
+    """`with ToySystem(tmp_path, toy_model()) as system: system.ask("echo hello")`; options are those of Settings."""
 
     def __init__(self, directory: Path, *models: ModelSettings, wait: bool = True, **options: Any) -> None:
         self.settings = Settings(models=models or (toy_model(),), **{**_QUICK, **options})

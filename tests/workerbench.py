@@ -1,4 +1,4 @@
-"""A worker in a real process, driven over a real link: what the front end does for it, in a test's own words."""
+"""A test bench for a worker in a real process, over a real link: plays the front end's part."""
 
 from __future__ import annotations
 
@@ -39,11 +39,15 @@ from ovserve.wire.request import ImageRequest
 from ovserve.worker import main as worker
 from tests.live import BUILTIN_PATH
 
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 
 
 class WorkerBench:
-    """One worker process with its link. Grants room for every picture unless told not to."""
+    """One worker process with its link.
+
+    Grants a segment for every picture, unless `grants_segments` or `grants_previews` is False. With `answers_needs`
+    False a Need gets no answer until the test calls `answer`.
+    """
 
     def __init__(
         self,
@@ -56,11 +60,11 @@ class WorkerBench:
         self.settings = settings or Settings(models=(self.model,))
         self.profile = read_profile(self.model)
         self.spool = Spool(spool, 1 << 30)
-        self.grants_room = self.grants_previews = True
+        self.grants_segments = self.grants_previews = self.answers_needs = True
         self.log: list[Message] = []
-        self.beats: list[Heartbeat] = []
+        self.heartbeats: list[Heartbeat] = []
         self.pictures: dict[tuple[str, int, int], bytes] = {}
-        self._rooms: dict[tuple[str, int, int], Segment] = {}
+        self._segments: dict[tuple[str, int, int], Segment] = {}
         self._jobs = 0
         context = multiprocessing.get_context("spawn")
         self.link, end = open_link(context, self.model.name, 0, 0)
@@ -81,10 +85,14 @@ class WorkerBench:
             self.process.join()
         self.spool.close()
 
-    # --- what the worker says ---
+    # --- reports from the worker ---
 
     def read(self, timeout_s: float) -> bool:
-        """Take in what comes within the time; False when nothing did. Raises LinkClosed when the worker is gone."""
+        """Read the messages that arrive within the time; return False when there were none.
+
+        Raises:
+            LinkClosed: the worker has ended.
+        """
         if not select.select([self.link.fileno()], [], [], timeout_s)[0]:
             return False
         for message in self.link.receive():
@@ -93,49 +101,45 @@ class WorkerBench:
 
     def _note(self, message: Message) -> None:
         if isinstance(message, Heartbeat):
-            self.beats.append(message)
+            self.heartbeats.append(message)
             return
         self.log.append(message)
         if isinstance(message, Need):
-            path = ""
-            if self.grants_room and (self.grants_previews or message.partial < 0):
-                room = self.spool.create(message.size, reserve=message.size)
-                self._rooms[message.job, message.picture, message.partial] = room
-                path = room.path
-            self.link.send(Grant(message.job, message.picture, path))
+            if self.answers_needs:
+                self.answer(message)
         elif isinstance(message, Picture):
-            room = self._rooms.pop((message.job, message.picture, message.partial))
-            self.pictures[message.job, message.picture, message.partial] = bytes(room.view[: message.size])
-            room.release()
+            segment = self._segments.pop((message.job, message.picture, message.partial))
+            self.pictures[message.job, message.picture, message.partial] = bytes(segment.view[: message.size])
+            segment.release()
 
     def answer(self, need: Need) -> None:
-        """Give the room that was asked for, or tell that there is none."""
+        """Answer a Need with a segment, or without one as `grants_segments` and `grants_previews` say."""
         path = ""
-        if self.grants_room:
-            room = self.spool.create(need.size, reserve=need.size)
-            self._rooms[need.job, need.picture, need.partial] = room
-            path = room.path
+        if self.grants_segments and (self.grants_previews or need.partial < 0):
+            segment = self.spool.create(need.size, reserve=need.size)
+            self._segments[need.job, need.picture, need.partial] = segment
+            path = segment.path
         self.link.send(Grant(need.job, need.picture, path))
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Read until the condition holds."""
-        end = time.monotonic() + PATIENCE_S
+        """Read messages until the condition holds."""
+        end = time.monotonic() + TIMEOUT_S
         while not condition():
             left = end - time.monotonic()
-            assert left > 0, f"it did not come; the last messages: {self.log[-5:]}"
+            assert left > 0, f"timed out; the last messages: {self.log[-5:]}"
             self.read(left)
 
     def ready(self) -> Ready:
-        """Wait for the warm-up to pass."""
+        """Wait until the worker is ready; return its report."""
         self.until(lambda: self.link.ready is not None)
         assert self.link.ready is not None
         return self.link.ready
 
     def of(self, job: str, *kinds: type[Message]) -> list[Any]:
-        """What was said of a job, of these kinds, in order."""
+        """Return the messages of these kinds about a job, in order."""
         return [message for message in self.log if isinstance(message, kinds) and getattr(message, "job", None) == job]
 
-    # --- what the worker is told ---
+    # --- commands to the worker ---
 
     def blob(self, data: bytes) -> Blob:
         return self.spool.store(data).blob(0, len(data))
@@ -157,7 +161,7 @@ class WorkerBench:
         )
 
     def start(self, *, timeout_s: float = 600.0, alone: bool = False, **values: Any) -> str:
-        """Give the worker a job; its name."""
+        """Send the worker a job; return its id."""
         self._jobs += 1
         job = f"job{self._jobs}"
         segment = self.spool.store(self.request(**values).to_json())
@@ -176,28 +180,28 @@ class WorkerBench:
         return found
 
     def make(self, **values: Any) -> list[bytes]:
-        """Run one job that has to work; its pictures, encoded."""
+        """Run one job that must succeed; return its encoded pictures."""
         job = self.start(**values)
         end = self.end(job)
         assert isinstance(end, Done), end
         return [data for (owner, _, partial), data in sorted(self.pictures.items()) if owner == job and partial < 0]
 
     def fail(self, **values: Any) -> dict[str, Any]:
-        """Run one job that has to fail; the error it fails with."""
+        """Run one job that must fail; return its error."""
         end = self.end(self.start(**values))
         assert isinstance(end, Failed), end
         return end.error
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
-    """Pixels as a PNG."""
+    """Encode pixels as a PNG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def pixels_of(data: bytes) -> NDArray[np.uint8]:
-    """The pixels of an encoded picture."""
+    """Decode the pixels of a picture."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image)
 

@@ -1,6 +1,6 @@
-"""What crosses between the front end and the API: the request as a route sees it, and the reply it gives back.
+"""Interface between front end and API: the request as a route sees it, and the reply it returns.
 
-The protocols are defined here and implemented in `ovserve.front`, so that the API never sees a socket.
+`ovserve.front` implements these protocols, so that the API never sees a socket.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ __all__ = ["Api", "Exchange", "FileReply", "Form", "JsonReply", "Reply", "Server
 
 
 class Upload(Protocol):
-    """One uploaded file, whole, in a spool segment until the exchange ends."""
+    """One complete uploaded file, in a spool segment until the exchange ends."""
 
     @property
     def name(self) -> str:
-        """The field's name as the client wrote it, e.g. `image[]`."""
+        """Field name as the client wrote it, e.g. `image[]`."""
 
     @property
     def filename(self) -> str | None:
-        """What the client calls it; for messages only, never a path."""
+        """Filename from the client; for messages only, never used as a path."""
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
 
     @property
     def blob(self) -> Blob:
-        """Where its bytes lie, for a worker."""
+        """Reference to the content, for a worker."""
 
     def view(self) -> memoryview:
-        """Its bytes. Valid until the exchange ends; the caller releases what it slices."""
+        """Return the content. Valid until the exchange ends; the caller releases slices of it."""
 
 
 class Form(Protocol):
@@ -44,65 +44,65 @@ class Form(Protocol):
 
     @property
     def fields(self) -> Sequence[tuple[str, Any]]:
-        """(name, value) as they came: text for multipart, any JSON value for JSON. Names keep their brackets."""
+        """(name, value) as received: text for multipart, any JSON value for JSON. Names keep their brackets."""
 
     @property
     def uploads(self) -> Sequence[Upload]:
-        """The file parts, or the data URLs of a JSON body under the names `images[k]` and `mask`."""
+        """File parts, or the data URLs of a JSON body under the names `images[k]` and `mask`."""
 
     @property
     def is_json(self) -> bool:
-        """Whether values have JSON types, so that text is not read as a number."""
+        """Whether values have JSON types; text is then not parsed as a number."""
 
 
 class Exchange(Protocol):
-    """One request, as a route sees it. Lives in one handler thread."""
+    """One request, as a route sees it. Used by one handler thread."""
 
     @property
     def id(self) -> str:
-        """The request id: in x-request-id, in the log, in the job."""
+        """Request id, in x-request-id, the log and the job."""
 
     @property
     def method(self) -> str:
-        """GET, HEAD, POST, ..."""
+        """Request method: GET, HEAD, POST, ..."""
 
     @property
     def path(self) -> str:
-        """The path of the target, percent-decoded once."""
+        """Path of the request target, percent-decoded once."""
 
     @property
     def query(self) -> Mapping[str, str]:
-        """The query's fields, the first of each name."""
+        """Fields of the query, the first of each name."""
 
     @property
     def address(self) -> str:
-        """The peer's address."""
+        """Address of the peer."""
 
     @property
     def network(self) -> str:
-        """The part of the address that its owner cannot choose."""
+        """Part of the address that the client cannot choose: an IPv4 address, or the /64 of an IPv6 address."""
 
     @property
     def key(self) -> str:
-        """A fingerprint of the API key; empty without one."""
+        """Fingerprint of the API key; empty without one."""
 
     @property
     def is_verified(self) -> bool:
-        """Whether the key is one of those that are known here."""
+        """Whether the key is one of the server's keys."""
 
     def header(self, name: str) -> str | None:
-        """A request field by its lower-case name; lines of one name joined by `, `."""
+        """Return the value of a header field by its lower-case name; lines with the same name are joined by `, `."""
 
     def read_form(self) -> Form:
-        """Read the body. Raises ApiError (4xx, spool_full) and ClientGone; the form ends with the exchange."""
+        """Read the body. Raises ApiError (4xx, spool_full) and ClientGone. The form ends with the exchange."""
 
     def wait(self, descriptor: int, deadline: Deadline) -> bool:
-        """Wait until `descriptor` is readable; False at the deadline. Raises ClientGone as soon as the client closes."""
+        """Wait until `descriptor` is readable; return False at the deadline. Raises ClientGone if the client closes."""
 
 
 @dataclass(frozen=True, slots=True)
 class JsonReply:
-    """A JSON document. `chunks` carries it in pieces that are written one after another: pictures are never joined up."""
+    """A JSON document in chunks, which are written one after another, so that pictures are not joined in memory."""
 
     chunks: Sequence[bytes | memoryview]
     status: int = 200
@@ -111,7 +111,7 @@ class JsonReply:
 
 @dataclass(frozen=True, slots=True)
 class ServerEvent:
-    """One server-sent event: its kind, and its data as one line of JSON. Without a kind: a comment line (`data` as text)."""
+    """One server-sent event with one line of JSON as data. With an empty kind it is a comment line with text."""
 
     kind: str
     data: bytes
@@ -119,9 +119,9 @@ class ServerEvent:
 
 @dataclass(frozen=True, slots=True)
 class StreamReply:
-    """Server-sent events, each written and flushed at once. The handler always closes the iterator, however it ends.
+    """Server-sent events, each written and flushed at once. The handler always closes the iterator.
 
-    An ApiError out of the iterator becomes the error event, and the stream ends properly after it.
+    An ApiError raised by the iterator is sent as the error event, which then ends the stream properly.
     """
 
     events: Generator[ServerEvent, None, None]
@@ -130,7 +130,7 @@ class StreamReply:
 
 @dataclass(frozen=True, slots=True)
 class FileReply:
-    """Bytes of one media type, e.g. a stored picture, a metrics page."""
+    """Bytes of one media type, e.g. a stored picture or the metrics."""
 
     content: bytes | memoryview
     media_type: str
@@ -142,16 +142,16 @@ Reply = JsonReply | StreamReply | FileReply
 
 
 class Api(Protocol):
-    """What the front end asks of the API."""
+    """The API as the front end uses it."""
 
     def answer(self, exchange: Exchange) -> Reply:
-        """Serve one request of any method and path; HEAD is answered as GET. Raises ApiError and ClientGone."""
+        """Serve one request of any method and path; HEAD like GET. Raises ApiError and ClientGone."""
 
     def is_health(self, path: str) -> bool:
-        """Whether this path answers even when every connection place is taken."""
+        """Return whether this path is a health check, which is served even at the connection limit."""
 
     def is_open(self, method: str, path: str) -> bool:
-        """Whether this is answered without an API key."""
+        """Return whether this method and path need no API key."""
 
     def count_refused(self, error: ApiError) -> None:
-        """Count a request that was answered with this error before it came to `answer`."""
+        """Count a request that was rejected with this error before `answer` was called."""

@@ -1,4 +1,4 @@
-"""One request for pictures from form to reply: validate, admit, wait, answer."""
+"""One request for pictures, from form to reply: validate, admit, wait, answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 from ovserve.api.exchange import Exchange, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.api.parameters.params import Parameters, parse_parameters
-from ovserve.api.parameters.values import check_range
+from ovserve.api.parameters.values import check_range, shown
 from ovserve.api.replies import completed_event, images_reply, partial_event, progress_comment
 from ovserve.api.store import Store
 from ovserve.deadline import Deadline
@@ -20,41 +20,45 @@ from ovserve.wire.messages import Prepared, Progress
 
 __all__ = ["Images"]
 
-STREAM_HEAD_WAIT_S = 10.0  # a stream's headers go out when the job is prepared, or after this; later errors are events
-KEEP_ALIVE_S = 15.0  # silence on a stream before a comment line; a client's own limit is 300
-DRAINING_RETRY_S = 5  # by then another instance, or the next one here, answers
-OVERRUN_S = 30.0  # how long after its deadline a job may stay unsettled before the handler gives up on the dispatcher
+STREAM_HEAD_WAIT_S = (
+    10.0  # a stream's headers are sent once the job is prepared, or after this; later errors are events
+)
+KEEP_ALIVE_S = 15.0  # idle time on a stream before a comment line is sent; clients time out after 300
+DRAINING_RETRY_S = 5  # Retry-After while draining; another or the restarted instance answers by then
+OVERRUN_S = 30.0  # the handler gives up if a job is still unsettled this long after its deadline
 
 
 class Images:
-    """The way of one request. Runs in: handler threads; thread-safe, for it holds nothing of any request."""
+    """Serves requests for pictures. Runs in: handler threads. Thread-safe: yes, it holds no state of a request."""
 
     def __init__(
         self, settings: Settings, catalog: Catalog, dispatcher: Dispatcher, store: Store, metrics: Metrics
     ) -> None:
-        self.settings = settings  # both are replaced as a whole by a reload
+        self.settings = settings  # a reload replaces settings and catalog as a whole
         self.catalog = catalog
         self._dispatcher = dispatcher
         self._store = store
         self._metrics = metrics
 
-    def make(self, exchange: Exchange, endpoint: str, path_model: str | None) -> Reply:
+    def serve(self, exchange: Exchange, endpoint: str, path_model: str | None) -> Reply:
         """Serve one edit, generation or variation. Raises ApiError and ClientGone."""
-        if (
-            self._dispatcher.is_draining
-        ):  # before the body is read: a client that waits for 100-continue hears it at once
-            raise Draining("The server is going down and takes no new jobs.", retry_after_s=DRAINING_RETRY_S)
-        form = exchange.read_form()  # may take minutes: what it is checked by is looked up behind it
+        # Checked before the body is read, so that a client that waits for 100-continue gets the error at once.
+        if self._dispatcher.is_draining:
+            raise Draining(
+                "The server is shutting down and accepts no new jobs; retry later.", retry_after_s=DRAINING_RETRY_S
+            )
+        form = exchange.read_form()  # may take minutes, so catalog and settings are read afterwards
         parameters = parse_parameters(form, endpoint, path_model, self.catalog, self.settings)
-        if parameters.response_format == "url" and not self._base(exchange):
+        if parameters.response_format == "url" and not self._base_url(exchange):
             raise InvalidValue(
-                "'response_format' = 'url' needs a Host field, or the server a public_url: the address is made from it.",
+                "response_format is url, but the request has no Host field to build the URL from; send Host, or set "
+                "public_url on the server.",
                 param="response_format",
             )
         job = Job(
             id=exchange.id,
             model=parameters.model.name,
-            # A known key is somebody, wherever it comes from; any other is one of many that its address may send.
+            # A verified key identifies a client at any address; an unverified one only together with its network.
             client=Client(exchange.key) if exchange.is_verified else Client(exchange.network, exchange.key),
             request=parameters.request,
             deadline=Deadline.after(self._timeout_s(exchange, parameters)),
@@ -67,33 +71,33 @@ class Images:
         handed_over = False
         try:
             if parameters.stream:
-                reply: Reply = self._stream_reply(exchange, job, parameters)
+                reply: Reply = self._reply_stream(exchange, job, parameters)
                 handed_over = True
             else:
-                reply = self._whole_reply(exchange, job, parameters)
+                reply = self._reply_json(exchange, job, parameters)
             return reply
         finally:
             if not handed_over:
-                self._end(job)
+                self._close_job(job)
 
     def _timeout_s(self, exchange: Exchange, parameters: Parameters) -> float:
-        asked = exchange.header("x-timeout-s")
-        if asked is None:
+        """Return the time limit: the header field `x-timeout-s`, else the parameter. Raises InvalidValue."""
+        text = exchange.header("x-timeout-s")
+        if text is None:
             return parameters.timeout_s
         try:
-            timeout_s = float(asked)
+            timeout_s = float(text)
         except ValueError:
             timeout_s = 0.0
         if not timeout_s > 0:
             raise InvalidValue(
-                f"Invalid value for 'x-timeout-s': expected seconds above 0, but got '{asked[:40]}'.",
-                param="x-timeout-s",
+                f"x-timeout-s is {shown(text)}; expected a number of seconds above 0.", param="x-timeout-s"
             )
-        check_range("x-timeout-s", timeout_s, None, self.settings.max_timeout_s)
+        check_range("x-timeout-s", timeout_s, None, self.settings.max_timeout_s, "this server")
         return timeout_s
 
-    def _end(self, job: Job) -> None:
-        """End the exchange: a job that nobody waits for any more is cancelled, and its segments go."""
+    def _close_job(self, job: Job) -> None:
+        """Close a job at the end of its exchange: cancel it if it is not settled, count it, release its segments."""
         if not job.is_settled:
             self._dispatcher.cancel(job)
         self._count(job)
@@ -113,40 +117,44 @@ class Images:
             for stage, seconds in stages.items():
                 self._metrics.stages.labels(job.model, stage).observe(max(0.0, seconds))
 
-    # --- a reply in one piece ---------------------------------------------------------------------------------------
+    # --- JSON reply -------------------------------------------------------------------------------------------------
 
-    def _whole_reply(self, exchange: Exchange, job: Job, parameters: Parameters) -> JsonReply:
+    def _reply_json(self, exchange: Exchange, job: Job, parameters: Parameters) -> JsonReply:
         backstop = Deadline(job.deadline.at + OVERRUN_S)
         while not job.is_settled:
             if not exchange.wait(job.wakeup, backstop):
-                raise DeadlineExceeded("The job did not end at its deadline.")
+                raise DeadlineExceeded(f"The job did not end within {OVERRUN_S:g} s after its deadline.")
             job.take_events()
-        prepared = _finished(job)
-        urls = self._keep(exchange, job, parameters) if parameters.response_format == "url" else None
+        prepared = _check_done(job)
+        urls = self._store_pictures(exchange, job, parameters) if parameters.response_format == "url" else None
         return images_reply(job, prepared, parameters, urls)
 
-    def _base(self, exchange: Exchange) -> str:
-        """What addresses of pictures begin with; empty where nothing says how the client reaches the server."""
+    def _base_url(self, exchange: Exchange) -> str:
+        """Return the prefix of picture URLs; empty without public_url and Host field."""
         host = exchange.header("host")
         return self.settings.public_url.rstrip("/") or (f"http://{host}" if host else "")
 
-    def _keep(self, exchange: Exchange, job: Job, parameters: Parameters) -> dict[int, str]:
-        """Keep every picture of a job; the address of each."""
-        base = self._base(exchange)
+    def _store_pictures(self, exchange: Exchange, job: Job, parameters: Parameters) -> dict[int, str]:
+        """Store every picture of a job and return the URL of each by picture number. Raises SpoolFull."""
+        base = self._base_url(exchange)
         urls = {}
         for number, result in job.results.items():
             with result.segment.view[: result.size] as picture:
                 try:
                     name = self._store.keep(picture, parameters.request.output_format)
                 except OSError as error:
-                    raise SpoolFull(f"The picture cannot be kept: {error.strerror}.", retry_after_s=10) from None
+                    raise SpoolFull(
+                        f"The server cannot store the picture ({error.strerror}); retry later, or use response_format "
+                        "b64_json.",
+                        retry_after_s=10,
+                    ) from None
             urls[number] = f"{base}/v1/images/files/{name}"
         return urls
 
-    # --- a stream ---------------------------------------------------------------------------------------------------
+    # --- stream reply -----------------------------------------------------------------------------------------------
 
-    def _stream_reply(self, exchange: Exchange, job: Job, parameters: Parameters) -> StreamReply:
-        """Wait until nothing that is the client's fault can go wrong any more, then hand the stream over."""
+    def _reply_stream(self, exchange: Exchange, job: Job, parameters: Parameters) -> StreamReply:
+        """Wait until the job is prepared, then return the stream: errors in the request are then plain HTTP errors."""
         head_deadline = Deadline.after(STREAM_HEAD_WAIT_S)
         early: list[JobEvent] = []
         while job.prepared is None and not job.is_settled:
@@ -154,46 +162,48 @@ class Images:
                 break
             early += job.take_events()
         if job.is_settled:
-            _finished(job)
-        return StreamReply(self._events(exchange, job, parameters, early))
+            _check_done(job)
+        return StreamReply(self._stream_events(exchange, job, parameters, early))
 
-    def _events(
+    def _stream_events(
         self, exchange: Exchange, job: Job, parameters: Parameters, early: list[JobEvent]
     ) -> Generator[ServerEvent, None, None]:
         backstop = Deadline(job.deadline.at + OVERRUN_S)
         try:
-            yield ServerEvent("", b"accepted")  # the head goes out with it, not with the first step
+            yield ServerEvent("", b"accepted")  # sends the head now and not with the first step
             pending = early
             while True:
-                settled = job.is_settled  # read before the events: what was posted first is then among them
+                settled = job.is_settled  # read first, so that take_events returns all that was posted before
                 for event in pending + job.take_events():
-                    yield from _told(event, job, parameters)
+                    if (sent := _server_event(event, job, parameters)) is not None:
+                        yield sent
                 pending = []
                 if settled:
-                    _finished(job)
+                    _check_done(job)
                     return
                 if not exchange.wait(job.wakeup, min(Deadline.after(KEEP_ALIVE_S), backstop)):
                     if backstop.is_expired():
-                        raise DeadlineExceeded("The job did not end at its deadline.")
+                        raise DeadlineExceeded(f"The job did not end within {OVERRUN_S:g} s after its deadline.")
                     yield ServerEvent("", b"waiting")
         finally:
-            self._end(job)
+            self._close_job(job)
 
 
-def _told(event: JobEvent, job: Job, parameters: Parameters) -> Generator[ServerEvent, None, None]:
+def _server_event(event: JobEvent, job: Job, parameters: Parameters) -> ServerEvent | None:
+    """Return the server-sent event for a job's event, or None if there is none."""
     match event:
         case Progress():
-            yield progress_comment(event)
+            return progress_comment(event)
         case Partial() if job.prepared is not None:
-            yield partial_event(event, job.prepared, parameters)
+            return partial_event(event, job.prepared, parameters)
         case Result() if job.prepared is not None:
-            yield completed_event(event, job.prepared, parameters)
+            return completed_event(event, job.prepared, parameters)
         case _:
-            pass
+            return None
 
 
-def _finished(job: Job) -> Prepared:
-    """What a settled job's pictures are. Raises what it failed with."""
+def _check_done(job: Job) -> Prepared:
+    """Return the description of a done job's pictures; raise the error of a job that settled in another state."""
     if job.state is State.DONE and job.prepared is not None:
         return job.prepared
     if job.state is State.CANCELLED:

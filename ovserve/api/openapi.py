@@ -1,4 +1,4 @@
-"""This API as an OpenAPI 3.1 document, made from the table of fields and the table of routes."""
+"""The OpenAPI 3.1 document of this API, made from the table of fields and the table of routes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SIZE = "^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 
 
 def _schema(field: Field, *, is_json: bool) -> dict[str, Any]:
-    """One field's JSON schema; in a multipart form the same value is text."""
+    """Return one field's JSON schema. In a multipart form the value is the text of it."""
     schema: dict[str, Any]
     match field.kind:
         case "integer" | "number":
@@ -57,11 +57,12 @@ def _schema(field: Field, *, is_json: bool) -> dict[str, Any]:
 
 
 def _body(endpoint: str) -> dict[str, Any]:
+    """Return the request body object: the fields as multipart form and, except for variations, as JSON."""
     contents = {}
     kinds = (("multipart/form-data", False), ("application/json", True))
     for media_type, is_json in kinds if endpoint != VARIATION else kinds[:1]:
-        taken = [field for field in FIELDS.values() if field.served and endpoint in field.endpoints]
-        properties = {field.name: _schema(field, is_json=is_json) for field in taken}
+        accepted = [field for field in FIELDS.values() if field.served and endpoint in field.endpoints]
+        properties = {field.name: _schema(field, is_json=is_json) for field in accepted}
         required = _REQUIRED[endpoint]
         if is_json and "image" in properties:
             properties["images"] = {"type": "array", "items": properties.pop("image"), "minItems": 1}
@@ -71,7 +72,7 @@ def _body(endpoint: str) -> dict[str, Any]:
 
 
 _ERROR = {
-    "description": "What is wrong; `param` names the field.",
+    "description": "Error; `param` is the field at fault.",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
 }
 _SCHEMES = {
@@ -84,7 +85,7 @@ _STATUSES = ("400", "404", "408", "411", "413", "414", "415", "417", "429", "500
 def _picture_replies() -> dict[str, Any]:
     return {
         "200": {
-            "description": "The pictures, or with `stream` the events.",
+            "description": "The pictures, or events if `stream` is true.",
             "content": {
                 "application/json": {"schema": {"$ref": "#/components/schemas/ImagesResponse"}},
                 "text/event-stream": {"schema": {"type": "string"}},
@@ -96,10 +97,16 @@ def _picture_replies() -> dict[str, Any]:
 
 def _components() -> dict[str, Any]:
     text, nullable = {"type": "string"}, {"type": ["string", "null"]}
-    error = {"type": "object", "properties": {"message": text, "type": text, "param": nullable, "code": nullable},
-             "required": ["message", "type", "param", "code"]}  # fmt: skip
-    picture = {"type": "object", "properties": {"b64_json": text, "url": text, "seed": {"type": "integer"}, "revised_prompt": text},
-               "required": ["seed"]}  # fmt: skip
+    error = {
+        "type": "object",
+        "properties": {"message": text, "type": text, "param": nullable, "code": nullable},
+        "required": ["message", "type", "param", "code"],
+    }
+    picture = {
+        "type": "object",
+        "properties": {"b64_json": text, "url": text, "seed": {"type": "integer"}, "revised_prompt": text},
+        "required": ["seed"],
+    }
     images = {
         "type": "object",
         "properties": {
@@ -123,11 +130,11 @@ def _components() -> dict[str, Any]:
 
 
 def openapi_document(routes: Iterable[_Row]) -> dict[str, Any]:
-    """The document. Paths are given under /v1; /v3 and bare are the same."""
+    """Return the document. Paths are given under /v1; other prefixes work alike."""
     paths: dict[str, dict[str, Any]] = {}
     for row in routes:
         path = ("/v1" if row.prefixed else "") + row.path
-        operation: dict[str, Any] = {"summary": row.text, "responses": {"200": {"description": "As the summary says."}}}
+        operation: dict[str, Any] = {"summary": row.text, "responses": {"200": {"description": "See the summary."}}}
         endpoint = next((kind for end, kind in _PATHS.items() if row.path.endswith(end)), None)
         if endpoint in ENDPOINTS and row.method == "POST":
             operation |= {"requestBody": _body(str(endpoint)), "responses": _picture_replies()}
@@ -138,8 +145,8 @@ def openapi_document(routes: Iterable[_Row]) -> dict[str, Any]:
             }
             if row.path.startswith("/images/files/"):
                 operation["responses"] |= {
-                    "206": {"description": "The range."},
-                    "304": {"description": "As it was."},
+                    "206": {"description": "The requested range."},
+                    "304": {"description": "Not modified."},
                     "416": _ERROR,
                 }
         if row.is_open:
@@ -161,6 +168,6 @@ def openapi_document(routes: Iterable[_Row]) -> dict[str, Any]:
         },
         "servers": [{"url": "/"}],
         "paths": paths,
-        "security": [{scheme: []} for scheme in _SCHEMES] + [{}],  # none: a server that knows no keys asks for none
+        "security": [{scheme: []} for scheme in _SCHEMES] + [{}],  # {}: a server without keys requires none
         "components": _components(),
     }

@@ -1,4 +1,4 @@
-"""The page at `/`: what this server is, and a form to try it with; one file, which loads nothing from anywhere else."""
+"""The page at `/` with a form to try the server: one file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ __all__ = ["front_page"]
 
 @cache
 def front_page() -> FileReply:
-    """The page, which may run its own script and style alone (Content Security Policy Level 3, section 6.7.2.3) and ask this server."""
+    """Return the page with a policy that allows only its own script and style, and requests to this server.
+
+    The policy names the hashes of both (Content Security Policy Level 3, section 6.7.2.3).
+    """
     content = (files("ovserve.web") / "page.html").read_bytes()
     script, style = (_hash_of(content, tag) for tag in (b"script", b"style"))
     policy = (

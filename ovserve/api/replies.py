@@ -1,4 +1,4 @@
-"""Results to OpenAI's objects, events and errors."""
+"""Reply objects and stream events in OpenAI's form, made from results."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def _dumps(value: Any) -> bytes:
 
 
 def json_reply(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> JsonReply:
-    """Any document as a reply."""
+    """Return a document as a JSON reply."""
     return JsonReply([_dumps(document) + b"\n"], status, headers or {})
 
 
 def base64_of(segment_view: memoryview, size: int) -> bytes:
-    """The first `size` bytes in base64 (RFC 4648 section 4), no line breaks."""
+    """Return the first `size` bytes in base64 (RFC 4648 section 4), without line breaks."""
     with segment_view[:size] as part:
         return binascii.b2a_base64(part, newline=False)
 
 
 def usage_of(prepared: Prepared) -> dict[str, Any]:
-    """Token counts: text by the model's tokenizer, special tokens included; images one for each cell of the latent grid."""
+    """Return OpenAI's usage object: text tokens, special ones included, and one image token for each latent cell."""
     inputs = prepared.text_tokens + prepared.image_tokens
     return {
         "total_tokens": inputs + prepared.output_tokens,
@@ -55,8 +55,8 @@ def usage_of(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _described(parameters: Parameters, prepared: Prepared) -> dict[str, Any]:
-    """What every object about a picture says of it, resolved."""
+def _picture_fields(parameters: Parameters, prepared: Prepared) -> dict[str, Any]:
+    """Return the fields that every object with a picture contains, with resolved values."""
     return {
         "size": f"{prepared.width}x{prepared.height}",
         "quality": parameters.quality,
@@ -65,18 +65,18 @@ def _described(parameters: Parameters, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _echoed(parameters: Parameters) -> dict[str, Any]:
-    """What a reply says of fields that change no picture."""
-    echoed: dict[str, Any] = {}
+def _client_fields(parameters: Parameters) -> dict[str, Any]:
+    """Return the reply's fields for request fields that change no picture: safety_identifier and moderation."""
+    fields: dict[str, Any] = {}
     if parameters.safety_identifier:
-        echoed["safety_identifier"] = parameters.safety_identifier
+        fields["safety_identifier"] = parameters.safety_identifier
     if parameters.moderation:
-        echoed["moderation"] = {"checked": False}
-    return echoed
+        fields["moderation"] = {"checked": False}
+    return fields
 
 
-def _usage_of_one(prepared: Prepared, parameters: Parameters, picture: int) -> dict[str, Any]:
-    """One picture's part of a request's usage: they add up to the whole, the first carries what was sent in."""
+def _usage_of_picture(prepared: Prepared, parameters: Parameters, picture: int) -> dict[str, Any]:
+    """Return one picture's share of the usage; the shares add up to the whole, the first has the input tokens."""
     own = replace(prepared, output_tokens=prepared.output_tokens // parameters.request.n)
     if picture:
         own = replace(own, text_tokens=0, image_tokens=0)
@@ -84,7 +84,7 @@ def _usage_of_one(prepared: Prepared, parameters: Parameters, picture: int) -> d
 
 
 def timing_headers(job: Job) -> dict[str, str]:
-    """`openai-processing-ms`, and Server-Timing (W3C) with the stages."""
+    """Return `openai-processing-ms`, and Server-Timing (W3C) with the time of each stage."""
     timings = job.timings
     queue_ms = max(0.0, timings.dispatched_at - timings.admitted_at) * 1000
     stages = (
@@ -103,24 +103,28 @@ def timing_headers(job: Job) -> dict[str, str]:
 def images_reply(
     job: Job, prepared: Prepared, parameters: Parameters, urls: Mapping[int, str] | None = None
 ) -> JsonReply:
-    """OpenAI's ImagesResponse for a finished job.
+    """Return OpenAI's ImagesResponse for a done job.
 
     Args:
-        urls: address of each picture, where the client asked for addresses instead of base64.
+        job: the job with its results.
+        prepared: the worker's description of the pictures.
+        parameters: the request.
+        urls: the URL of each picture by number, for response_format = url; None for base64.
     """
-    head = {"created": int(time.time()), **_described(parameters, prepared), **_echoed(parameters)}
-    # The pictures are the bulk of the reply: each is encoded once, and never joined into one large string.
+    head = {"created": int(time.time()), **_picture_fields(parameters, prepared), **_client_fields(parameters)}
+    # The pictures are most of the reply: each is encoded once, and they are not joined into one large string.
     chunks: list[bytes | memoryview] = [_dumps(head)[:-1] + b',"data":[']
     for number in sorted(job.results):
         result = job.results[number]
-        about: dict[str, Any] = {"seed": result.seed}
+        fields: dict[str, Any] = {"seed": result.seed}
         if prepared.revised_prompt:
-            about["revised_prompt"] = prepared.revised_prompt
+            fields["revised_prompt"] = prepared.revised_prompt
         comma = b"," if number else b""
         if urls is not None:
-            chunks.append(comma + _dumps({"url": urls[number], **about}))
+            chunks.append(comma + _dumps({"url": urls[number], **fields}))
         else:
-            chunks += [comma + b'{"b64_json":"', base64_of(result.segment.view, result.size), b'",' + _dumps(about)[1:]]
+            base64 = base64_of(result.segment.view, result.size)
+            chunks += [comma + b'{"b64_json":"', base64, b'",' + _dumps(fields)[1:]]
     chunks.append(b'],"usage":' + _dumps(usage_of(prepared)) + b"}\n")
     return JsonReply(chunks, 200, timing_headers(job))
 
@@ -130,43 +134,43 @@ def _event_kind(parameters: Parameters) -> str:
 
 
 def partial_event(partial: Partial, prepared: Prepared, parameters: Parameters) -> ServerEvent:
-    """The event for one preview."""
+    """Return the event for one preview."""
     kind = f"{_event_kind(parameters)}.partial_image"
-    about = {
+    fields = {
         "created_at": int(time.time()),
-        **_described(parameters, prepared),
+        **_picture_fields(parameters, prepared),
         "partial_image_index": partial.index,
-        "seed": parameters.request.seed_of(partial.picture),  # tells previews of several pictures apart
+        "seed": parameters.request.seed_of(partial.picture),  # identifies the picture if n > 1
     }
-    return _picture_event(kind, base64_of(partial.segment.view, partial.size), about)
+    return _picture_event(kind, base64_of(partial.segment.view, partial.size), fields)
 
 
 def completed_event(result: Result, prepared: Prepared, parameters: Parameters) -> ServerEvent:
-    """The event for one finished picture."""
+    """Return the event for one finished picture."""
     kind = f"{_event_kind(parameters)}.completed"
-    about: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "created_at": int(time.time()),
-        **_described(parameters, prepared),
+        **_picture_fields(parameters, prepared),
         "seed": result.seed,
-        "usage": _usage_of_one(prepared, parameters, result.picture),
-        **_echoed(parameters),
+        "usage": _usage_of_picture(prepared, parameters, result.picture),
+        **_client_fields(parameters),
     }
     if prepared.revised_prompt:
-        about["revised_prompt"] = prepared.revised_prompt
-    return _picture_event(kind, base64_of(result.segment.view, result.size), about)
+        fields["revised_prompt"] = prepared.revised_prompt
+    return _picture_event(kind, base64_of(result.segment.view, result.size), fields)
 
 
-def _picture_event(kind: str, base64: bytes, about: Mapping[str, Any]) -> ServerEvent:
-    return ServerEvent(kind, b'{"type":' + _dumps(kind) + b',"b64_json":"' + base64 + b'",' + _dumps(about)[1:])
+def _picture_event(kind: str, base64: bytes, fields: Mapping[str, Any]) -> ServerEvent:
+    return ServerEvent(kind, b'{"type":' + _dumps(kind) + b',"b64_json":"' + base64 + b'",' + _dumps(fields)[1:])
 
 
 def progress_comment(progress: Progress) -> ServerEvent:
-    """A comment line with a job's progress: clients would take an event of an unknown kind for a picture."""
+    """Return a comment line with a job's progress; clients would parse an event of an unknown kind as a picture."""
     return ServerEvent("", f"picture {progress.picture + 1}: step {progress.step}/{progress.steps}".encode())
 
 
-def model_object(model: ServedModel, created: int, about: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's Model object with what a user of ours wants to know beside it."""
+def model_object(model: ServedModel, created: int, status: Mapping[str, Any]) -> dict[str, Any]:
+    """Return OpenAI's Model object with additional fields: profile, defaults, device and status."""
     profile = model.profile
     return {
         "id": model.name,
@@ -183,11 +187,11 @@ def model_object(model: ServedModel, created: int, about: Mapping[str, Any]) -> 
             "strength": profile.defaults.strength,
         },
         "device": model.limits.device,
-        **about,
+        **status,
     }
 
 
-def models_object(catalog: Catalog, about: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """OpenAI's list of Model objects."""
-    entries = [model_object(model, catalog.created, about.get(model.name, {})) for model in catalog.models.values()]
+def models_object(catalog: Catalog, statuses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return OpenAI's list of Model objects; `statuses` has the status fields of each model by name."""
+    entries = [model_object(model, catalog.created, statuses.get(model.name, {})) for model in catalog.models.values()]
     return {"object": "list", "data": entries}

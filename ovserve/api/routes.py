@@ -1,7 +1,7 @@
-"""The table of method and path, with the thin function behind each.
+"""The table of routes: method, path and handler function.
 
-Paths are served under `/v3`, `/v1` (and the reference server's doubled `/v3/v1`), and bare. `{model}` and `{id}` may hold
-slashes: clients send them raw or as %2F, and the front end has decoded them once.
+Paths are served under `/v3`, `/v1`, `/openai/v1`, `/v3/v1` (as the model server does) and without a prefix. `{model}`
+and `{id}` may contain slashes: clients send them raw or as %2F, and the front end has already decoded the path once.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ _PREFIX = re.compile(r"/(?:v3/v1|openai/v1|v3|v1)(?=/)")
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One row: method, path pattern, what it is for, and the function behind it."""
+    """One row of the table: method, path pattern, description, handler."""
 
     method: str
     path: str  # {model} matches anything, slashes included
     text: str
     handle: Handler
-    prefixed: bool = True  # served under /v3, /v1, /v3/v1 and bare; else only as written
+    prefixed: bool = True  # served under every prefix and without one; else only as written
     is_open: bool = False  # needs no API key
 
     def pattern(self) -> re.Pattern[str]:
-        """The path as an expression over the whole rest."""
+        """Return the regular expression that the whole path, without its prefix, must match."""
         return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", re.escape(self.path)))
 
 
 class ImagesApi:
-    """The API of one server. Thread-safe: settings and catalog are replaced as a whole by a reload."""
+    """The API of one server. Thread-safe: yes, a reload replaces settings and catalog as a whole."""
 
     def __init__(
         self, settings: Settings, catalog: Catalog, dispatcher: Dispatcher, reload: Callable[[], None]
@@ -76,8 +76,8 @@ class ImagesApi:
         self.metrics.watch("ovserve_ready_workers", self._workers)
         self._openapi: bytes | None = None
 
-    def take(self, settings: Settings, catalog: Catalog) -> None:
-        """Serve by these from the next request on."""
+    def configure(self, settings: Settings, catalog: Catalog) -> None:
+        """Replace settings and catalog, for all requests from now on."""
         self.settings = self.images.settings = settings
         self.catalog = self.images.catalog = catalog
 
@@ -87,21 +87,21 @@ class ImagesApi:
         found = list(_matches(exchange.path))
         if not found:
             self.metrics.responses.labels("unmatched", "404").inc()
-            raise NotFound(f"Invalid URL ({exchange.method} {exchange.path[:200]}).")
+            raise NotFound(f"Path {exchange.path[:200]} does not exist; /openapi.json lists the paths of this server.")
         for route, params in found:
             if route.method == method:
-                return self._counted(route, exchange, params)
+                return self._handle_and_count(route, exchange, params)
         allowed = {route.method for route, _ in found}
         allow = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"}))
         if method == "OPTIONS":
             return FileReply(b"", "", 204, _preflight(exchange, allow))
         self.metrics.responses.labels(found[0][0].path, "405").inc()
         raise MethodNotAllowed(
-            f"{exchange.path[:200]} does not take {exchange.method}; it takes {allow}.", headers={"allow": allow}
+            f"Path {exchange.path[:200]} does not support {exchange.method}; use {allow}.", headers={"allow": allow}
         )
 
-    def _counted(self, route: Route, exchange: Exchange, params: Mapping[str, str]) -> Reply:
-        status = 500  # what nobody foresaw
+    def _handle_and_count(self, route: Route, exchange: Exchange, params: Mapping[str, str]) -> Reply:
+        status = 500  # for an unexpected exception
         try:
             reply = route.handle(self, exchange, params)
             status = 200 if isinstance(reply, StreamReply) else reply.status
@@ -116,7 +116,7 @@ class ImagesApi:
         return reply
 
     def openapi(self) -> bytes:
-        """The OpenAPI document of this server, made at the first request for it."""
+        """Return the OpenAPI document of this server; it is created at the first call."""
         if self._openapi is None:
             self._openapi = json.dumps(openapi_document(ROUTES), indent=1).encode()
         return self._openapi
@@ -134,20 +134,20 @@ class ImagesApi:
         return [([status.name], status.workers) for status in self._statuses()]
 
     def is_health(self, path: str) -> bool:
-        """Whether this path answers even when every connection place is taken."""
+        """Return whether this path is a health check, which is served even at the connection limit."""
         return _HEALTH.fullmatch(path) is not None
 
     def is_open(self, method: str, path: str) -> bool:
-        """Whether this is answered without an API key."""
+        """Return whether this method and path need no API key."""
         return is_open(method, path)
 
     def count_refused(self, error: ApiError) -> None:
-        """Count it under the error's code: no path that a stranger makes up becomes a label."""
+        """Count a rejected request under the error's code, so that invented paths do not become labels."""
         self.metrics.responses.labels(error.code or "refused", str(error.status)).inc()
 
 
 def is_open(method: str, path: str) -> bool:
-    """Whether the row that answers needs no API key. Nor does a preflight, with which a browser sends none (Fetch standard)."""
+    """Return whether the route needs no API key. A CORS preflight needs none: browsers send none (Fetch standard)."""
     if method == "OPTIONS":
         return True
     method = "GET" if method == "HEAD" else method
@@ -155,6 +155,7 @@ def is_open(method: str, path: str) -> bool:
 
 
 def _matches(path: str) -> Iterator[tuple[Route, Mapping[str, str]]]:
+    """Yield every route for a path, with the values of its placeholders."""
     path = path.rstrip("/") or "/"
     bare = _PREFIX.sub("", path, count=1)
     for route, pattern in _COMPILED:
@@ -164,42 +165,46 @@ def _matches(path: str) -> Iterator[tuple[Route, Mapping[str, str]]]:
 
 
 def _preflight(exchange: Exchange, allow: str) -> dict[str, str]:
-    """Fields that let a browser's script make the request (CORS protocol, Fetch standard)."""
-    asked = exchange.header("access-control-request-headers")
+    """Return the header fields that allow a browser's script to send the request (CORS protocol, Fetch standard)."""
+    requested = exchange.header("access-control-request-headers")
     headers = {"allow": allow, "access-control-allow-methods": allow, "access-control-max-age": "600"}
-    if asked and re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,1000}", asked):
-        headers["access-control-allow-headers"] = asked
+    if requested and re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,1000}", requested):
+        headers["access-control-allow-headers"] = requested
     return headers
 
 
-# --- the functions behind the rows ------------------------------------------------------------------------------------
+# --- handlers ---------------------------------------------------------------------------------------------------------
 
 
 def _edits(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
-    return api.images.make(exchange, EDIT, params.get("model"))
+    return api.images.serve(exchange, EDIT, params.get("model"))
 
 
 def _generations(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
-    return api.images.make(exchange, GENERATION, params.get("model"))
+    return api.images.serve(exchange, GENERATION, params.get("model"))
 
 
 def _variations(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
-    return api.images.make(exchange, VARIATION, params.get("model"))
+    return api.images.serve(exchange, VARIATION, params.get("model"))
 
 
-def _standing(api: ImagesApi) -> dict[str, ModelStatus]:
-    """How each model of the catalogue stands: one that a reload has just removed is in it still, though nobody serves it."""
+def _model_statuses(api: ImagesApi) -> dict[str, ModelStatus]:
+    """Return the status of each model in the catalog.
+
+    During a reload, a removed model can still be in the catalog but no longer in the dispatcher: it counts as
+    unloading.
+    """
     known = {status.name: status for status in api.dispatcher.statuses()}
-    return {name: known.get(name) or _gone(name) for name in api.catalog.models}
+    return {name: known.get(name) or _unloading_status(name) for name in api.catalog.models}
 
 
-def _gone(name: str) -> ModelStatus:
+def _unloading_status(name: str) -> ModelStatus:
     return ModelStatus(
         name, ready=False, reason="unloading", failed=False, workers=0, queued=0, running=0, capacity=0, job_s=0.0
     )
 
 
-def _about(status: ModelStatus) -> dict[str, object]:
+def _status_fields(status: ModelStatus) -> dict[str, object]:
     return {
         "ready": status.ready,
         "reason": status.reason,
@@ -210,12 +215,13 @@ def _about(status: ModelStatus) -> dict[str, object]:
 
 
 def _models(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
-    return json_reply(models_object(api.catalog, {name: _about(status) for name, status in _standing(api).items()}))
+    statuses = {name: _status_fields(status) for name, status in _model_statuses(api).items()}
+    return json_reply(models_object(api.catalog, statuses))
 
 
 def _model(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Reply:
     model = api.catalog.find(params["id"])
-    return json_reply(model_object(model, api.catalog.created, _about(api.dispatcher.status(model.name))))
+    return json_reply(model_object(model, api.catalog.created, _status_fields(api.dispatcher.status(model.name))))
 
 
 def _live(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
@@ -223,13 +229,13 @@ def _live(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
 
 
 def _ready(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
-    about = _standing(api)
+    statuses = _model_statuses(api)
     draining = api.dispatcher.is_draining
-    ready = not draining and any(status.ready for status in about.values())
+    ready = not draining and any(status.ready for status in statuses.values())
     document = {
         "ready": ready,
         "draining": draining,
-        "models": {name: {"ready": status.ready, "reason": status.reason} for name, status in about.items()},
+        "models": {name: {"ready": status.ready, "reason": status.reason} for name, status in statuses.items()},
     }
     return json_reply(document, 200 if ready else 503, {} if ready else {"retry-after": "2"})
 
@@ -240,32 +246,32 @@ def _model_ready(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Repl
 
 
 def _config(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
-    """Each model's state in the reference server's form."""
+    """Return each model's state in the form of the model server's configuration API."""
     document = {}
-    for name, status in _standing(api).items():
+    for name, status in _model_statuses(api).items():
         state = "AVAILABLE" if status.ready else "END" if status.failed else "LOADING"
-        told = {"error_code": "UNKNOWN" if status.failed else "OK", "error_message": status.reason}
-        document[name] = {"model_version_status": [{"version": "1", "state": state, "status": told}]}
+        error = {"error_code": "UNKNOWN" if status.failed else "OK", "error_message": status.reason}
+        document[name] = {"model_version_status": [{"version": "1", "state": state, "status": error}]}
     return json_reply(document)
 
 
-def _is_from_here(exchange: Exchange) -> bool:
-    """Whether a program of this machine asks: not a page in its browser, nor somebody behind a proxy on it."""
-    foreign = ("origin", "sec-fetch-site", "forwarded", "x-forwarded-for", "x-real-ip", "via")
+def _is_local_request(exchange: Exchange) -> bool:
+    """Return whether the request is from a program on this machine, not from a web page or through a proxy."""
+    fields = ("origin", "sec-fetch-site", "forwarded", "x-forwarded-for", "x-real-ip", "via")
     address = ip_address(exchange.address)
-    mapped = getattr(address, "ipv4_mapped", None)  # how a socket on `::` tells an IPv4 peer
-    return (mapped or address).is_loopback and not any(exchange.header(name) for name in foreign)
+    mapped = getattr(address, "ipv4_mapped", None)  # an IPv4 peer of a socket on `::`
+    return (mapped or address).is_loopback and not any(exchange.header(name) for name in fields)
 
 
 def _reload(api: ImagesApi, exchange: Exchange, __: Mapping[str, str]) -> Reply:
-    if not _is_from_here(exchange):
-        raise Forbidden("The configuration is reloaded from the machine itself only.")
+    if not _is_local_request(exchange):
+        raise Forbidden("The configuration can be reloaded only by a direct request from the server's own machine.")
     if api.dispatcher.is_draining:
-        raise Draining("The server is going down.")
+        raise Draining("The server is shutting down; the configuration was not reloaded.")
     try:
         api.reload()
     except StartupError as error:
-        raise BadRequest(f"Not reloaded: {error}") from None
+        raise BadRequest(f"The configuration was not reloaded: {error}") from None
     return json_reply({"reloaded": True, "models": list(api.catalog.models)})
 
 
@@ -278,7 +284,10 @@ def _server(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> JsonReply:
 
 
 def _is_known(if_none_match: str | None, etag: str) -> bool:
-    """Whether the client has this picture: RFC 9110 section 13.1.2, a list, compared weakly (a proxy that compresses weakens tags)."""
+    """Return whether If-None-Match lists the tag (RFC 9110 section 13.1.2).
+
+    Tags are compared weakly, because a proxy that compresses a reply makes its tag weak.
+    """
     tags = [tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")]
     return "*" in tags or etag in tags
 
@@ -293,7 +302,7 @@ def _file(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Repl
     }
     if _is_known(exchange.header("if-none-match"), picture.etag):
         return FileReply(b"", "", 304, headers)
-    # RFC 9110 section 14.2: a range is defined for GET alone, and ignored with HEAD.
+    # RFC 9110 section 14.2: Range is defined for GET only and is ignored with HEAD.
     is_ranged = exchange.method == "GET" and exchange.header("if-range") in (None, picture.etag)
     wanted = exchange.header("range") if is_ranged else None
     part = parse_range(wanted, len(picture.data))
@@ -313,48 +322,63 @@ def _openapi(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
 
 
 ROUTES = (
-    Route("POST", "/images/edits", "Edit a picture: multipart form, or JSON with data URLs.", _edits),
-    Route("POST", "/images/generations", "Make a picture from a prompt: JSON, or a multipart form.", _generations),
-    Route("POST", "/images/variations", "Make a picture like another one: multipart form.", _variations),
-    Route("POST", "/openai/deployments/{model}/images/edits", "The same in Azure's path form.", _edits),
-    Route("POST", "/openai/deployments/{model}/images/generations", "The same in Azure's path form.", _generations),
-    Route("POST", "/openai/deployments/{model}/images/variations", "The same in Azure's path form.", _variations),
-    Route("POST", "/{model}/images/edits", "The same with the model named by the path.", _edits),
-    Route("POST", "/{model}/images/generations", "The same with the model named by the path.", _generations),
-    Route("POST", "/{model}/images/variations", "The same with the model named by the path.", _variations),
+    Route("POST", "/images/edits", "Edit a picture. Body: multipart form, or JSON with data URLs.", _edits),
+    Route(
+        "POST", "/images/generations", "Generate a picture from a prompt. Body: JSON or multipart form.", _generations
+    ),
+    Route("POST", "/images/variations", "Generate a variation of a picture. Body: multipart form.", _variations),
+    Route("POST", "/openai/deployments/{model}/images/edits", "The same, with the path of Azure OpenAI.", _edits),
+    Route(
+        "POST",
+        "/openai/deployments/{model}/images/generations",
+        "The same, with the path of Azure OpenAI.",
+        _generations,
+    ),
+    Route(
+        "POST", "/openai/deployments/{model}/images/variations", "The same, with the path of Azure OpenAI.", _variations
+    ),
+    Route("POST", "/{model}/images/edits", "The same, with the model in the path.", _edits),
+    Route("POST", "/{model}/images/generations", "The same, with the model in the path.", _generations),
+    Route("POST", "/{model}/images/variations", "The same, with the model in the path.", _variations),
     Route(
         "GET",
         "/images/files/{name}",
-        "A picture that was answered as an address; takes Range and If-None-Match.",
+        "A stored picture (response_format = url). Supports Range and If-None-Match.",
         _file,
-        is_open=True,  # its unguessable address is a key itself, and an <img> fetches it without any field
+        is_open=True,  # the unguessable URL serves as a key, and <img> sends no header field
     ),
-    Route("GET", "/models", "The models that are served.", _models),
-    Route("GET", "/models/{id}", "One of them.", _model),
-    Route("GET", "/v2/health/live", "200 while the process answers at all.", _live, prefixed=False, is_open=True),
+    Route("GET", "/models", "All models.", _models),
+    Route("GET", "/models/{id}", "One model.", _model),
+    Route("GET", "/v2/health/live", "200 while the process responds.", _live, prefixed=False, is_open=True),
     Route(
         "GET",
         "/v2/health/ready",
-        "200 when a model has answered its warm-up, else 503 with the reasons.",
+        "200 when at least one model is ready, else 503 with the reasons.",
         _ready,
         prefixed=False,
         is_open=True,
     ),
-    Route("GET", "/v2/models/{model}/ready", "The same for one model.", _model_ready, prefixed=False, is_open=True),
-    Route("GET", "/v1/config", "State of each model, in the reference server's form.", _config, prefixed=False),
+    Route(
+        "GET",
+        "/v2/models/{model}/ready",
+        "200 when this model is ready, else 503 with the reason.",
+        _model_ready,
+        prefixed=False,
+        is_open=True,
+    ),
+    Route("GET", "/v1/config", "State of each model, in the model server's format.", _config, prefixed=False),
     Route(
         "POST",
         "/v1/config/reload",
-        "Read the configuration again; from the machine itself only.",
+        "Reload the configuration. Only for direct requests from the server's own machine.",
         _reload,
         prefixed=False,
     ),
-    Route("GET", "/metrics", "Counters for Prometheus.", _metrics, prefixed=False),
-    Route("GET", "/openapi.json", "This API as an OpenAPI 3.1 document.", _openapi, prefixed=False),
+    Route("GET", "/metrics", "Metrics in the Prometheus format.", _metrics, prefixed=False),
+    Route("GET", "/openapi.json", "OpenAPI 3.1 document of this API.", _openapi, prefixed=False),
     Route("GET", "/v2", "Name and version of the server.", _server, prefixed=False),
-    Route(
-        "GET", "/", "A page to try the server with in a browser.", _page, prefixed=False, is_open=True
-    ),  # it asks for the key
+    # The page is open; it asks for the key and sends it with its requests.
+    Route("GET", "/", "A page to try the server in a browser.", _page, prefixed=False, is_open=True),
 )
 
 _COMPILED = tuple((route, route.pattern()) for route in ROUTES)

@@ -1,4 +1,7 @@
-"""Pictures kept for `response_format=url`: files with unguessable names that live for a while, restarts included."""
+"""Stored pictures for `response_format=url`: files with unguessable names that expire after `url_ttl_s`.
+
+They survive a restart of the server.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 @dataclass(frozen=True, slots=True)
 class StoredPicture:
-    """One kept picture. Its name is made anew for each, so the name is its entity tag (RFC 9110 section 8.8.3)."""
+    """One stored picture. Names are unique, so the name is the entity tag (RFC 9110 section 8.8.3)."""
 
     name: str
     media_type: str
@@ -39,7 +42,7 @@ class StoredPicture:
 
 
 def default_store() -> Path:
-    """`ovserve` in the user's cache directory (systemd's CacheDirectory where it gives one)."""
+    """Return `pictures` in systemd's CacheDirectory, else `ovserve/pictures` in the user's cache directory."""
     if given := os.environ.get("CACHE_DIRECTORY"):
         return Path(given.partition(":")[0]) / "pictures"
     base = os.environ.get("XDG_CACHE_HOME")
@@ -47,10 +50,10 @@ def default_store() -> Path:
 
 
 class Store:
-    """The directory of kept pictures. Thread-safe: yes, one lock around what changes it.
+    """The directory of stored pictures. Thread-safe: yes, one lock around changes.
 
-    A file's modification time is its birth; nothing else is remembered, so a restart changes nothing. The directory is made
-    when the first picture is kept: a server that nobody asks for addresses leaves no trace.
+    A picture's age is its file's modification time, and there is no other state, so a restart changes nothing. The
+    directory is created with the first picture.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -62,7 +65,7 @@ class Store:
             raise SettingsError(f"store_dir {settings.store_dir}: not writable")
 
     def keep(self, data: memoryview, form: str) -> str:
-        """Keep a picture of format png, jpeg or webp; its name. Raises OSError when the disk is full."""
+        """Store a picture of format png, jpeg or webp and return its name. Raises OSError if the disk is full."""
         name = f"{secrets.token_urlsafe(24)}.{form}"
         with self._lock:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -79,7 +82,7 @@ class Store:
         return name
 
     def find(self, name: str) -> StoredPicture:
-        """A kept picture. Raises NotFound: no such name, or its time is over."""
+        """Return a stored picture. Raises NotFound for an unknown name or an expired picture."""
         match = _NAME.fullmatch(name)
         if match:
             path = self._directory / name
@@ -87,21 +90,23 @@ class Store:
                 left = path.stat().st_mtime + self._ttl_s - time.time()
                 if left > 0:
                     return StoredPicture(name, MEDIA_TYPES[match[1]], path.read_bytes(), left)
-        raise NotFound("This picture does not exist, or its time is over.")
+        raise NotFound(
+            f"Picture {name[:100]!r} does not exist or has expired; pictures are kept for {self._ttl_s:g} s."
+        )
 
     def _sweep(self, coming: int) -> None:
-        """Remove what is over its time, and the oldest until `coming` bytes fit under the limit."""
+        """Remove expired pictures, then the oldest until `coming` bytes fit under the limit."""
         kept: list[tuple[float, int, Path]] = []
         now = time.time()
         for path in self._directory.iterdir():
             if not _NAME.fullmatch(path.name) and not path.name.startswith(_UNFINISHED):
-                continue  # not ours: the operator may have named a directory with other files in it
+                continue  # the operator may have chosen a directory with other files in it
             with contextlib.suppress(OSError):
-                about = path.stat()
-                if about.st_mtime + self._ttl_s <= now:
+                info = path.stat()
+                if info.st_mtime + self._ttl_s <= now:
                     path.unlink()
                 else:
-                    kept.append((about.st_mtime, about.st_size, path))
+                    kept.append((info.st_mtime, info.st_size, path))
         total = sum(size for _, size, _ in kept) + coming
         for _, size, path in sorted(kept):
             if total <= self._limit:
@@ -112,12 +117,15 @@ class Store:
 
 
 def parse_range(value: str | None, size: int) -> tuple[int, int] | None:
-    """The one byte range a Range field asks for, as (start, end exclusive); None to send everything.
+    """Parse a Range field with one byte range.
 
     Several ranges, other units and malformed fields are ignored, as RFC 9110 section 14.2 allows.
 
+    Returns:
+        (start, end exclusive), or None to send the whole file.
+
     Raises:
-        RangeNotSatisfiable: the range lies outside the file.
+        RangeNotSatisfiable: the range is outside the file.
     """
     match = _RANGE.fullmatch(value.strip()) if value else None
     if match is None or (not match[1] and not match[2]):
@@ -132,5 +140,7 @@ def parse_range(value: str | None, size: int) -> tuple[int, int] | None:
         if match[2] and int(match[2]) < start:
             return None
     if start >= size:
-        raise RangeNotSatisfiable("The range lies outside the file.", headers={"content-range": f"bytes */{size}"})
+        raise RangeNotSatisfiable(
+            f"Range {match[0]} is outside the file; it has {size} bytes.", headers={"content-range": f"bytes */{size}"}
+        )
     return start, end

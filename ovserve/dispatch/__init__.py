@@ -1,1 +1,1 @@
-"""Which job goes to which worker."""
+"""Assignment of queued jobs to workers."""

@@ -1,11 +1,12 @@
-"""A job: one admitted request, its deadline, its state, and the result that a handler thread waits for.
+"""A job: one admitted request with its deadline, state and results.
 
     QUEUED ──▶ RUNNING ──▶ DONE
-      │  ▲        │  └───▶ FAILED
-      │  └────────┘ (its worker died: once)
+      │  ▲        │  └───▶ FAILED | CANCELLED | EXPIRED
+      │  └────────┘ (requeued: its worker died)
       └──────────────────▶ CANCELLED | EXPIRED | FAILED
 
-`settle` performs the last move, exactly once, under the job's lock; whoever comes later is told so and does nothing.
+Invariant: `Job.settle` makes the last move, exactly once, under the job's lock; later calls return False and change
+nothing.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from ovserve.wire.request import ImageRequest
 __all__ = ["Job", "JobEvent", "Partial", "Result", "State"]
 
 
-_FULL_RETRY_S = 2  # descriptors come back as exchanges end
+_FULL_RETRY_S = 2  # descriptors are released as exchanges end
 
 
 class State(enum.Enum):
-    """Where a job is."""
+    """State of a job."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -55,7 +56,7 @@ _SETTLED = frozenset(state for state, moves in _MOVES.items() if not moves)
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One finished picture, number `picture` of its job: encoded bytes in a segment that the job owns."""
+    """Finished picture number `picture` of a job: `size` encoded bytes in a segment that the job owns."""
 
     segment: Segment
     size: int
@@ -65,7 +66,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """One preview of picture `picture`, `index` 0.. in time; the segment belongs to the job."""
+    """Preview number `index`, from 0, of picture `picture`: `size` encoded bytes in a segment that the job owns."""
 
     picture: int
     index: int
@@ -78,7 +79,7 @@ JobEvent = Prepared | Progress | Partial | Result
 
 @dataclass(slots=True)
 class Timings:
-    """Where the time went: monotonic instants set by the dispatcher, milliseconds reported by the worker."""
+    """Times of a job: monotonic instants set by the dispatcher, milliseconds reported by the worker."""
 
     admitted_at: float = 0.0
     dispatched_at: float = 0.0
@@ -89,10 +90,12 @@ class Timings:
 
 
 class Client(NamedTuple):
-    """Whom fairness counts a job for: an address, and within it the fingerprint of an API key, or the lack of one.
+    """The party that fair queueing counts a job for.
 
-    A key that nobody has verified says who is who among those of one address, and never who has more rights than another. A
-    verified one stands in place of the address.
+    Attributes:
+        address: network address, or the fingerprint of a verified API key in its place.
+        key: fingerprint of an unverified API key, or empty. It separates the clients of one address and grants no
+            rights.
     """
 
     address: str
@@ -100,25 +103,27 @@ class Client(NamedTuple):
 
 
 def _new_wakeup() -> int:
-    """A descriptor for a job's handler to wait on. Raises SpoolFull where there is none left, as for the job's segments."""
+    """Return a new eventfd for a job's handler. Raises SpoolFull when no descriptor is left, as for segments."""
     try:
         return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    except OSError as error:  # EMFILE, ENFILE, ENOMEM: eventfd(2) knows no others here
-        raise SpoolFull(f"no room for one more job: {error.strerror}", retry_after_s=_FULL_RETRY_S) from None
+    except OSError as error:  # EMFILE, ENFILE or ENOMEM: with these flags eventfd(2) has no other errors
+        raise SpoolFull(
+            f"The server has no resources for one more job: {error.strerror}.", retry_after_s=_FULL_RETRY_S
+        ) from None
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One admitted request. The handler thread makes it and calls `close`; the dispatcher thread moves it.
+    """One admitted request. The handler thread creates and closes it; the dispatcher thread moves it.
 
-    Making one raises SpoolFull when the process has no descriptor left.
+    The constructor raises SpoolFull when the process has no descriptor left.
 
     Attributes:
-        id: unguessable, and the request id of the logs.
-        client: whom fairness counts it for.
-        attempts: how many workers have had it.
-        results: by picture number, filled as they come.
-        wakeup: a descriptor (eventfd) that becomes readable when the job settles, and for a request with `progress` with each event.
+        id: unguessable; also the request id in the logs.
+        client: the party that fair queueing counts the job for.
+        attempts: how many times the job was dispatched to a worker.
+        results: by picture number, added as they are reported.
+        wakeup: eventfd that becomes readable when the job settles, and on each event of a request with `progress`.
     """
 
     id: str
@@ -140,11 +145,14 @@ class Job:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the job has made its last move."""
+        """Whether the job has reached its final state."""
         return self.state in _SETTLED
 
     def move(self, state: State) -> bool:
-        """Make a move that is not the last one; False when the job is settled already."""
+        """Change to a state that is not final. Return False when the current state does not allow it.
+
+        Thread-safe: yes.
+        """
         with self._lock:
             if state not in _MOVES[self.state]:
                 return False
@@ -152,7 +160,10 @@ class Job:
             return True
 
     def settle(self, state: State, error: ApiError | None = None) -> bool:
-        """Make the last move and wake the handler; False when another came first. Thread-safe."""
+        """Change to a final state and wake the handler. Return False when the current state does not allow it.
+
+        Thread-safe: yes.
+        """
         with self._lock:
             if state not in _SETTLED or state not in _MOVES[self.state]:
                 return False
@@ -162,9 +173,10 @@ class Job:
             return True
 
     def post(self, event: JobEvent) -> None:
-        """Hand an event to the handler. A Progress that nobody has read yet is replaced, so the list stays short.
+        """Queue an event for the handler.
 
-        Only a handler that streams (`request.progress`) is woken for it: the others wait for the end, and would wake for nothing.
+        A new Progress replaces an unread one at the end of the queue, to bound its length. Only a streaming handler
+        (`request.progress`) is woken: the others wait for settlement and would wake for nothing.
         """
         with self._lock:
             if self._closed:
@@ -178,7 +190,7 @@ class Job:
                 self._wake()
 
     def take_events(self) -> list[JobEvent]:
-        """What has happened since the last call; clears `wakeup`. Runs in: the handler thread."""
+        """Return the events since the last call and clear `wakeup`. Runs in: handler thread."""
         with self._lock:
             if not self._closed:
                 with contextlib.suppress(BlockingIOError):
@@ -187,8 +199,8 @@ class Job:
             self._events.clear()
             return taken
 
-    def own(self, segment: Segment) -> bool:
-        """Make the job the owner of a segment; False (and the segment released) when the exchange has ended."""
+    def add_segment(self, segment: Segment) -> bool:
+        """Make the job the owner of a segment. When the exchange has ended, release the segment and return False."""
         with self._lock:
             if not self._closed:
                 self._segments.append(segment)
@@ -198,19 +210,22 @@ class Job:
 
     @property
     def spool_bytes(self) -> int:
-        """What the job has in the spool, its uploads included."""
+        """Bytes that the job holds in the spool, uploads included."""
         request = self.request
         uploads = [*request.images, request.mask] if request.mask else request.images
         with self._lock:
             return sum(blob.size for blob in uploads) + sum(segment.reserved for segment in self._segments)
 
     def drop_results(self) -> None:
-        """Forget what a dead worker had finished: the next one makes every picture again."""
+        """Drop the results of a dead worker: the next attempt produces every picture again."""
         with self._lock:
             self.results.clear()
 
     def close(self) -> None:
-        """End the exchange: release every segment and the descriptor. Runs in: the handler thread, in a finally."""
+        """End the exchange: release every segment and the descriptor. Safe to call twice.
+
+        Runs in: handler thread, in a `finally` block.
+        """
         with self._lock:
             if self._closed:
                 return

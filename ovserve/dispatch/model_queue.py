@@ -1,7 +1,7 @@
-"""The models and workers that the dispatcher knows, and which worker gets a model's next job.
+"""Per-model dispatch state: the queue, the attached workers, the choice of a worker for the next job.
 
-Thread-safe: no. The dispatcher's lock guards models, their queues and their lists of workers; what a worker holds is the
-dispatcher thread's own.
+Thread-safe: no. The dispatcher's lock guards models, their queues and their lists of workers. Only the dispatcher
+thread changes the jobs assigned to a worker.
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progres
 
 __all__ = ["NOT_READY_RETRY_S", "AttachedWorker", "ModelQueue", "ModelStatus", "largest_picture_bytes"]
 
-NOT_READY_RETRY_S = 5  # a small model loads within seconds, a large one within a few tries
-_ENDED_KEPT = 64  # ids of ended jobs kept for each worker, to tell a late report from a made-up job
-_MEAN_WEIGHT = 0.1  # of the newest job in the mean time in a worker: ten jobs make a new mean
-_FIRST_GUESS_S = 1.0  # of a job's time in a worker, before one was measured
-# Metadata of a result: a prompt and a negative prompt of 256 KiB each, in UTF-16 in a WebP, and escaped in between.
+NOT_READY_RETRY_S = 5  # a small model loads within seconds, a large one within a few retries
+_ENDED_KEPT = 64  # ids of ended jobs kept for each worker, to distinguish a late report from an unknown job
+_MEAN_WEIGHT = 0.1  # of the newest job in the mean time in a worker: the mean follows the last ten jobs or so
+_FIRST_GUESS_S = 1.0  # assumed time of a job in a worker before one was measured
+# Metadata of a result: a prompt and a negative prompt of 256 KiB each, as escaped text stored in UTF-16 in a WebP.
 _METADATA_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """How a model stands at one moment.
+    """Status of a model at one moment.
 
     Attributes:
-        ready: a worker has passed its warm-up and takes jobs.
-        reason: why it is not ready; empty when it is.
-        failed: declared failed by the supervisor.
-        workers: how many of its workers are ready.
-        queued, running: jobs that wait, and jobs that workers hold.
-        capacity: jobs that its ready workers take at once.
-        job_s: mean seconds a job spends in a worker; 0 before the first.
-        engine, engine_reason: which engine a ready worker runs, and why.
+        name: the model's name.
+        ready: whether a worker has passed its warm-up and accepts jobs.
+        reason: why the model is not ready; empty when it is.
+        failed: whether the supervisor declared it failed.
+        workers: number of ready workers.
+        queued: number of queued jobs.
+        running: number of jobs assigned to workers.
+        capacity: jobs that the ready workers can run at once.
+        job_s: mean seconds that a job spends in a worker; 0 before the first.
+        engine: the engine that a ready worker runs.
+        engine_reason: why that engine was chosen.
     """
 
     name: str
@@ -56,66 +59,95 @@ class ModelStatus:
 
 @dataclass(slots=True, eq=False)
 class AttachedWorker:
-    """One attached link with what its worker holds: tickets by job id, settled ones too until the worker has let go of them."""
+    """One attached worker: its link and the jobs assigned to it.
+
+    Attributes:
+        link: the link to the worker.
+        model: the model that it serves.
+        hang_limit_s: hang limit of the settings that it was started with.
+        assigned: tickets by job id, from dispatch until the worker reports the end of the job, even if it is settled
+            earlier.
+        ended: ids of the last ended jobs, newest last, each with whether it failed.
+        is_write_polled: whether its command descriptor is polled for writability.
+        logged_phase: the last phase written to the log.
+    """
 
     link: Link
     model: ModelQueue
-    hang_limit_s: float  # of the settings it was started with
-    held: dict[str, Ticket] = field(default_factory=dict)
-    ended: dict[str, bool] = field(default_factory=dict)  # newest last; whether each has failed
-    watches_writes: bool = False
-    logged_phase: str = ""  # the last one in the log
+    hang_limit_s: float
+    assigned: dict[str, Ticket] = field(default_factory=dict)
+    ended: dict[str, bool] = field(default_factory=dict)
+    is_write_polled: bool = False
+    logged_phase: str = ""
 
     @property
     def capacity(self) -> int:
-        """Jobs it takes at once, 0 before it is ready and after it was retired."""
+        """Jobs it can run at once; 0 before it is ready and after it was retired."""
         return 0 if self.link.ready is None or self.link.is_retired else self.link.ready.capacity
 
     @property
-    def has_room(self) -> bool:
-        """Whether it takes one more ordinary job."""
-        return len(self.held) < self.capacity and not any(ticket.is_alone for ticket in self.held.values())
+    def has_capacity(self) -> bool:
+        """Whether it can take one more job that may run beside others."""
+        if len(self.assigned) >= self.capacity:
+            return False
+        return not any(ticket.must_run_alone for ticket in self.assigned.values())
 
-    def takes_from(self, address: str) -> bool:
-        """Whether it takes one more job of this address, of however many pictures.
+    def accepts_address(self, address: str) -> bool:
+        """Return whether it can take one more job of this address, with any number of pictures.
 
-        Pictures are counted: the device takes one of each job in turn, so that whoever has a few jobs of many pictures would have
-        as much of it as they have jobs there. They need no more of them than keep it busy when nobody else comes.
+        The address's unfinished pictures are counted, not its jobs. The device takes one picture of each job in turn,
+        so without this limit a few jobs of many pictures would get one share of the device each. An address without
+        competition still gets enough jobs to keep the device busy.
         """
-        unfinished = sum(ticket.unfinished for ticket in self.held.values() if ticket.job.client.address == address)
-        return self.has_room and unfinished < self.capacity
+        unfinished = sum(ticket.unfinished for ticket in self.assigned.values() if ticket.job.client.address == address)
+        return self.has_capacity and unfinished < self.capacity
 
-    def release(self, job: str, *, has_failed: bool) -> None:
-        """Note that it has let go of a job."""
-        del self.held[job]
+    def end_job(self, job: str, *, has_failed: bool) -> None:
+        """Remove a job whose end the worker has reported."""
+        del self.assigned[job]
         self.ended[job] = has_failed
         if len(self.ended) > _ENDED_KEPT:
             del self.ended[next(iter(self.ended))]
 
-    def may_trail(self, message: Prepared | Progress | Need | Picture | Done | Failed) -> bool:
-        """Whether a report may come after the job's end: its threads meet no later than that.
+    def is_late_allowed(self, message: Prepared | Progress | Need | Picture | Done | Failed) -> bool:
+        """Return whether a report may arrive after the end of its job: the worker's threads report independently.
 
-        A step's callback can be late for any job; a job that one thread gave up can be at its picture in another.
+        The callback of a step can be late for any job. When one thread fails a job, another may still be preparing it
+        or encoding a picture of it.
         """
         has_failed = self.ended.get(message.job)
         if has_failed is None:
             return False
         return isinstance(message, Progress) or (has_failed and isinstance(message, Prepared | Need | Picture))
 
-    def release_deadline(self, ticket: Ticket) -> Deadline:
-        """When it must have let go of a cancelled job: a hang limit after it was told, or what its newest beat allows."""
+    def cancel_deadline(self, ticket: Ticket) -> Deadline:
+        """Return when a cancelled job must have ended.
+
+        That is the hang limit after the cancellation, or what the newest heartbeat allows if that is longer.
+        """
         return Deadline(ticket.cancelled_at + max(self.hang_limit_s, self.link.allow_s))
 
     def is_stuck(self) -> bool:
-        """Whether it holds nothing but cancelled jobs, each of them for too long: a place is lost there."""
-        return bool(self.held) and all(
-            ticket.cancelled_at and self.release_deadline(ticket).is_expired() for ticket in self.held.values()
+        """Return whether all its jobs are cancelled and past their cancel deadlines, so that its capacity is lost."""
+        return bool(self.assigned) and all(
+            ticket.cancelled_at and self.cancel_deadline(ticket).is_expired() for ticket in self.assigned.values()
         )
 
 
 @dataclass(slots=True, eq=False)
 class ModelQueue:
-    """One model's queue, workers and standing."""
+    """Queue, workers and status of one model.
+
+    Attributes:
+        name: the model's name.
+        queue: jobs that wait for a worker.
+        largest_picture_bytes: see `largest_picture_bytes` below.
+        workers: the attached workers, retired ones included.
+        failure: why the supervisor declared the model failed; empty if it did not.
+        was_ready: whether a worker has been ready at any time.
+        is_removed: whether the model is being unloaded.
+        job_s: mean seconds that a job spends in a worker; 0 before the first.
+    """
 
     name: str
     queue: FairQueue
@@ -127,67 +159,80 @@ class ModelQueue:
     job_s: float = 0.0
 
     def take_next(self) -> tuple[AttachedWorker, Ticket] | None:
-        """The next job with the worker for it, the least loaded; None while no worker has room, or nothing waits.
+        """Remove the next job from the queue and return it with the least loaded worker for it.
 
-        A job that must run alone takes an empty worker. While there is none, the emptiest gets nothing else, so that one comes.
+        Return None while no worker has capacity for a queued job. A job that must run alone needs a worker without
+        jobs; until there is one, the worker with the fewest jobs gets no others, so that it becomes free.
         """
-        open_workers = [worker for worker in self.workers if worker.has_room]
-        if not open_workers:
+        available = [worker for worker in self.workers if worker.has_capacity]
+        if not available:
             return None
         first = self.queue.first_requeued()
-        if first is not None and not first.is_alone:
-            return min(open_workers, key=_load), self.queue.pop_requeued()
+        if first is not None and not first.must_run_alone:
+            return min(available, key=_load), self.queue.pop_requeued()
         if first is not None:
-            able = [worker for worker in self.workers if worker.capacity]
-            emptiest = min(able, key=lambda worker: len(worker.held))
-            if not emptiest.held:
-                return emptiest, self.queue.pop_requeued()
-            open_workers = [worker for worker in open_workers if worker is not emptiest]
-            if not open_workers:
-                return None  # before a job is taken out of the queue that nobody would get
-        ticket = self.queue.pop_shared(lambda address: any(worker.takes_from(address) for worker in open_workers))
+            serving = [worker for worker in self.workers if worker.capacity]
+            reserved = min(serving, key=lambda worker: len(worker.assigned))
+            if not reserved.assigned:
+                return reserved, self.queue.pop_requeued()
+            available = [worker for worker in available if worker is not reserved]
+            if not available:
+                return None  # before the pop below removes a job that no worker could take
+        ticket = self.queue.pop_shared(lambda address: any(worker.accepts_address(address) for worker in available))
         if ticket is None:
             return None
-        takers = [worker for worker in open_workers if worker.takes_from(ticket.job.client.address)]
-        return min(takers or open_workers, key=_load), ticket  # who comes back from a dead worker goes to any
+        accepting = [worker for worker in available if worker.accepts_address(ticket.job.client.address)]
+        return min(accepting or available, key=_load), ticket  # a requeued job goes to any available worker
 
     def check_admission(self, client: Client, failed_retry_s: float) -> None:
-        """Whether this client may add one more job now. Raises NotReady, ModelFailed or QueueFull."""
+        """Check that this client may add one more job now.
+
+        Raises:
+            NotReady: the model is loading, or is being unloaded.
+            ModelFailed: the model was declared failed.
+            QueueFull: the queue is full, or the client already has its share of it.
+        """
         if self.is_removed:
-            raise NotReady(f"model {self.name!r} is being unloaded", retry_after_s=NOT_READY_RETRY_S)
+            raise NotReady(f"Model {self.name!r} is being unloaded.", retry_after_s=NOT_READY_RETRY_S)
         if self.failure:
             raise self.failed_error(failed_retry_s)
         if not self.was_ready:
-            raise NotReady(f"model {self.name!r} is loading", retry_after_s=NOT_READY_RETRY_S)
+            raise NotReady(f"Model {self.name!r} is loading.", retry_after_s=NOT_READY_RETRY_S)
         if not self.has_space_for(client):
             raise QueueFull(
-                f"{len(self.queue)} jobs wait for model {self.name!r} already; its limit is {self.queue.limit}",
+                f"The queue of model {self.name!r} has no place for this client: it has {len(self.queue)} jobs and "
+                f"its limit is {self.queue.limit}.",
                 retry_after_s=self.expected_wait_s(),
             )
 
     def failed_error(self, retry_s: float) -> ModelFailed:
-        """What a job of a model that was declared failed is answered."""
-        return ModelFailed(f"model {self.name!r} failed: {self.failure}", retry_after_s=retry_s)
+        """Return the error for jobs of this model while it is declared failed."""
+        return ModelFailed(f"Model {self.name!r} failed: {self.failure}", retry_after_s=retry_s)
 
     def has_space_for(self, client: Client) -> bool:
-        """Whether this client may add one more job: the limit is for those beyond the workers' places."""
-        free = sum(max(0, worker.capacity - len(worker.held)) for worker in self.workers)
+        """Return whether this client may add one more job. The workers' free capacity is added to the limit."""
+        free = sum(max(0, worker.capacity - len(worker.assigned)) for worker in self.workers)
         return self.queue.has_space_for(client, free)
 
     def note_job_time(self, seconds: float) -> None:
-        """One more job has spent `seconds` in a worker."""
+        """Add a finished job's seconds in a worker to the mean."""
         self.job_s += (seconds - self.job_s) * (_MEAN_WEIGHT if self.job_s else 1.0)
 
     def expected_wait_s(self) -> float:
-        """Seconds until the jobs now waiting should have gone to workers: Little's law over the measured time in a worker.
+        """Return the expected seconds until all queued jobs are dispatched.
 
-        It asks for the jobs that workers hold while others wait: of many pictures each, those are fewer than their places.
+        This is Little's law over the measured time in a worker. The concurrency is the number of assigned jobs, not the
+        capacity: jobs of many pictures leave part of the capacity unused.
         """
-        held = sum(len(worker.held) for worker in self.workers) or 1
-        return len(self.queue) * (self.job_s or _FIRST_GUESS_S) / held
+        assigned = sum(len(worker.assigned) for worker in self.workers) or 1
+        return len(self.queue) * (self.job_s or _FIRST_GUESS_S) / assigned
 
     def status(self, unavailable_reason: str = "") -> ModelStatus:
-        """How it stands now. `unavailable_reason`: why no model takes jobs, whatever its own standing."""
+        """Return the model's status now.
+
+        Args:
+            unavailable_reason: why the server accepts jobs for no model; empty when it does.
+        """
         ready = [worker for worker in self.workers if worker.capacity]
         reason = ""
         if self.failure:
@@ -198,7 +243,7 @@ class ModelQueue:
             reason = "unloading"
         elif not ready:
             reason = "restarting" if self.was_ready else "loading"
-        known = ready[0].link.ready if ready else None
+        report = ready[0].link.ready if ready else None
         return ModelStatus(
             name=self.name,
             ready=not reason,
@@ -206,22 +251,24 @@ class ModelQueue:
             failed=bool(self.failure),
             workers=len(ready),
             queued=len(self.queue),
-            running=sum(len(worker.held) for worker in self.workers),
+            running=sum(len(worker.assigned) for worker in self.workers),
             capacity=sum(worker.capacity for worker in ready),
             job_s=self.job_s,
-            engine=known.engine if known else "",
-            engine_reason=known.why if known else "",
+            engine=report.engine if report else "",
+            engine_reason=report.why if report else "",
         )
 
 
 def _load(worker: AttachedWorker) -> tuple[int, float]:
-    """Fewer jobs first; among equals the one heard of last, for a worker that stands still falls silent."""
-    return len(worker.held), -worker.link.beat_at
+    """Return a sort key: fewest jobs first, then the newest heartbeat, because a hung worker sends none."""
+    return len(worker.assigned), -worker.link.beat_at
 
 
 def largest_picture_bytes(settings: Settings, name: str) -> int:
-    """Bytes that no encoded result passes: RGBA at the model's largest size, what PNG adds to pixels it cannot compress,
-    and the metadata, which for a small picture is the larger part.
+    """Return an upper bound of the bytes of an encoded result of the model `name`.
+
+    The sum of: RGBA at the model's largest size, the bytes that PNG adds to incompressible pixels, and the metadata,
+    which is the larger part of a small picture.
     """
     model = next((model for model in settings.models if model.name == name), ModelSettings())
     pixels = model.max_resolution.width * model.max_resolution.height

@@ -1,15 +1,18 @@
-"""The jobs that wait for one model: bounded, first in first out for each client, clients in turn.
+"""The bounded, fair queue of one model's waiting jobs.
 
-A client with a hundred jobs waits behind its own, not in front of others: `pop` takes one job from each address in rotation,
-and of an address from each of its keys in rotation. Addresses come first because a key need not be verified: a new one
-for each job would else be a turn for each job. Keys still count, for behind a reverse proxy every client has the proxy's address.
+Order: first in, first out for each client; clients take turns. `pop` takes one job from each address in rotation, and
+within an address from each of its keys in rotation, so that a client with a hundred jobs delays only its own. Addresses
+come first because a key need not be verified: a client that sends a new key with each job would otherwise get a turn
+for each job. Keys still count, because behind a reverse proxy every client has the proxy's address.
 
-The last places of a queue are kept for those that hold few of them, so that nobody can lock the others out either: an address
-may add a job while it holds fewer than `_SHARE` times the places still free (the dynamic threshold of Choudhury and Hahne,
-1998), and a key while it holds fewer than `_SHARE` times what its address may still add. An address can so fill eight ninths
-of a long queue, one key eight ninths of that, and either all of a queue of up to eight.
+Admission: the last places of the queue are kept for clients that have few jobs in it, so that one client cannot fill
+it. An address may add a job while it has fewer than `_SHARE` times the places still free (the dynamic threshold of
+Choudhury and Hahne, 1998), and a key while it has fewer than `_SHARE` times the jobs that its address may still add.
+One address can thus fill eight ninths of a long queue, one key eight ninths of that, and either can fill a queue of up
+to eight places.
 
-Jobs given back by a dead worker stand before everybody (`requeue`) and beyond the limit: they were admitted once already.
+Jobs requeued after a worker died (`requeue`) precede all others and do not count against the limit: they were admitted
+before.
 
 Thread-safe: no; the dispatcher's lock guards it.
 """
@@ -25,47 +28,48 @@ from ovserve.wire.local.spool import Segment
 
 __all__ = ["FairQueue", "Ticket"]
 
-_SHARE = 8  # an address may hold this many times the free places; higher keeps fewer of them for others
+_SHARE = 8  # an address may have this many times the free places; a higher value keeps fewer places for others
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A job with what the dispatcher notes about it.
+    """An admitted job with the dispatcher's bookkeeping.
 
     Attributes:
+        job: the job.
         request: path of the segment with the ImageRequest.
-        deaths: workers that died with it, having read it.
-        given_at: where its Run begins among the bytes given to the worker that has it now.
-        announced: the segments made for the worker that has it now, by (picture, partial).
-        posted: which (picture, partial) the handler has been told of, over all workers: each is told once.
-        cancelled_at: when its worker was told to stop it, a monotonic instant; 0: it was not.
+        failed_attempts: how many workers died after they had read the job.
+        run_offset: byte offset of its Run command in the command stream of its current worker.
+        granted: segments created for its current worker, by (picture, partial).
+        posted: the (picture, partial) pairs already posted to the handler, over all workers: each is posted once.
+        cancelled_at: monotonic instant at which its worker was sent the cancellation; 0 if it was not.
     """
 
     job: Job
     request: str
-    deaths: int = 0
-    given_at: int = 0
-    announced: dict[tuple[int, int], Segment] = field(default_factory=dict)
+    failed_attempts: int = 0
+    run_offset: int = 0
+    granted: dict[tuple[int, int], Segment] = field(default_factory=dict)
     posted: set[tuple[int, int]] = field(default_factory=set)
     cancelled_at: float = 0.0
 
     @property
-    def is_alone(self) -> bool:
-        """Whether it runs with no neighbours: a worker has died with it."""
-        return self.deaths > 0
+    def must_run_alone(self) -> bool:
+        """Whether no other job may run beside it: a worker has died with it."""
+        return self.failed_attempts > 0
 
     @property
     def unfinished(self) -> int:
-        """Pictures that its worker has still to make; 1 where only the end is still to come."""
+        """Pictures that its worker has still to produce; 1 when only the end of the job is outstanding."""
         return 1 if self.job.is_settled else max(1, self.job.request.n - len(self.job.results))
 
 
-def _anybody(_: str) -> bool:
+def _any_address(_: str) -> bool:
     return True
 
 
 class _Address:
-    """Waiting tickets of one address: its keys in turn, each key's first in first out."""
+    """Waiting tickets of one address: keys take turns, each key is first in, first out."""
 
     __slots__ = ("_keys", "_size")
 
@@ -80,7 +84,7 @@ class _Address:
         for waiting in self._keys.values():
             yield from waiting.values()
 
-    def held_by(self, key: str) -> int:
+    def count_of(self, key: str) -> int:
         return len(self._keys.get(key, ()))
 
     def push(self, ticket: Ticket) -> None:
@@ -110,7 +114,7 @@ class _Address:
 class FairQueue:
     """Waiting tickets of one model.
 
-    Every operation but iteration takes constant time, and that of the jobs given back and of the addresses that are passed over.
+    Operations take constant time, except iteration and skipping of requeued jobs and addresses that are not eligible.
     """
 
     def __init__(self, limit: int) -> None:
@@ -123,51 +127,60 @@ class FairQueue:
         return self._size + len(self._front)
 
     def __iter__(self) -> Iterator[Ticket]:
-        """Every ticket, in no promised order."""
+        """Iterate over all tickets, in no guaranteed order."""
         yield from self._front
         for waiting in self._addresses.values():
             yield from waiting
 
-    def has_space_for(self, client: Client, free_workers: int = 0) -> bool:
-        """Whether this client may add one more job. `free_workers`: how many of those here do not wait, but are on their way."""
-        free = self.limit + free_workers - len(self)
+    def has_space_for(self, client: Client, free_capacity: int = 0) -> bool:
+        """Return whether this client may add one more job.
+
+        Args:
+            client: the job's client.
+            free_capacity: jobs that the workers can take at once; so many queued jobs do not count against the limit.
+        """
+        free = self.limit + free_capacity - len(self)
         waiting = self._addresses.get(client.address)
-        held, held_by_key = (len(waiting), waiting.held_by(client.key)) if waiting else (0, 0)
-        # Each job that an address adds takes one from `free` and adds one to what it holds: this many it may add, rounded up.
-        addable = -((held - _SHARE * free) // (_SHARE + 1))
-        return held_by_key < _SHARE * addable
+        by_address, by_key = (len(waiting), waiting.count_of(client.key)) if waiting else (0, 0)
+        # Each job that an address adds takes one from `free` and adds one to `by_address`: it may add this many
+        # (rounded up).
+        addable = -((by_address - _SHARE * free) // (_SHARE + 1))
+        return by_key < _SHARE * addable
 
     def push(self, ticket: Ticket) -> None:
-        """Add a job behind its client's others. The caller has asked `has_space_for`."""
+        """Add a job after its client's other jobs. The caller has checked `has_space_for`."""
         self._addresses.setdefault(ticket.job.client.address, _Address()).push(ticket)
         self._size += 1
 
     def requeue(self, ticket: Ticket) -> None:
-        """Give a job back: it is the next but for those given back before it."""
+        """Put a dispatched job back before all others except those requeued earlier."""
         self._front.append(ticket)
 
     def first_requeued(self) -> Ticket | None:
-        """The next of those given back; they come before all others."""
+        """Return the oldest requeued ticket, or None. Requeued jobs precede all others."""
         return self._front[0] if self._front else None
 
     def pop_requeued(self) -> Ticket:
-        """Take the next of those given back. Raises IndexError when there is none."""
+        """Remove and return the oldest requeued ticket. Raises IndexError when there is none."""
         return self._front.popleft()
 
-    def pop_shared(self, may_have: Callable[[str], bool] = _anybody) -> Ticket | None:
-        """Take the next job that may run beside others: of those given back, then of the addresses that `may_have` one taken."""
+    def pop_shared(self, is_eligible: Callable[[str], bool] = _any_address) -> Ticket | None:
+        """Remove and return the next ticket that may run beside others: a requeued one first, then `pop`."""
         for ticket in self._front:  # at most the jobs of a few dead workers
-            if not ticket.is_alone:
+            if not ticket.must_run_alone:
                 self._front.remove(ticket)
                 return ticket
-        return self.pop(may_have)
+        return self.pop(is_eligible)
 
-    def pop(self, may_have: Callable[[str], bool] = _anybody) -> Ticket | None:
-        """Take the next ordinary job: the oldest of the key whose turn it is, of the address whose turn it is.
+    def pop(self, is_eligible: Callable[[str], bool] = _any_address) -> Ticket | None:
+        """Remove and return the next ticket that was not requeued: the oldest of the next key of the next address.
 
-        An address that may have no place now is passed over, and keeps its turn.
+        An address that is not eligible is passed over and keeps its turn.
+
+        Args:
+            is_eligible: whether a job of this address may be taken now.
         """
-        address = next(filter(may_have, self._addresses), None)
+        address = next(filter(is_eligible, self._addresses), None)
         if address is None:
             return None
         waiting = self._addresses[address]
@@ -180,7 +193,7 @@ class FairQueue:
         return ticket
 
     def remove(self, job: Job) -> Ticket | None:
-        """Take this job out wherever it stands; None when it does not wait here."""
+        """Remove a job wherever it is in the queue and return its ticket; None when it is not queued."""
         waiting = self._addresses.get(job.client.address)
         if waiting is not None and (ticket := waiting.remove(job)) is not None:
             if not waiting:

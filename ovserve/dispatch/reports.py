@@ -1,9 +1,9 @@
-"""What workers report: checked against what each of them holds, then applied to the jobs.
+"""Validation and application of the reports of workers.
 
-A worker is not trusted: a job it does not hold, a picture that was not asked for, more bytes than it announced, a message
-that only the front end sends. Each of these is LinkGarbage, and the dispatcher lets go of the worker.
+A worker is not trusted. LinkGarbage is raised for a job that is not assigned to it, a picture that was not requested,
+more bytes than announced, or a message that only the front end sends; the dispatcher then detaches the worker.
 
-Runs in: the dispatcher thread.
+Runs in: dispatcher thread.
 """
 
 from __future__ import annotations
@@ -23,26 +23,29 @@ from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Message, Need,
 
 __all__ = ["ReportApplier", "Settle"]
 
-_ABSURD_FACTOR = 4  # of the largest picture: up to here a worker may have misjudged one, beyond it counts wrongly
-_RETRY_S = 2  # segments and descriptors live for as long as one exchange
+# A result above the largest picture fails its job. Above this multiple of it, the worker itself is considered faulty.
+_MAX_SIZE_FACTOR = 4
+_RETRY_S = 2  # segments and descriptors are released as exchanges end
 
 log = logging.getLogger(__name__)
 
 
 class Settle(Protocol):
-    """How a job makes its last move; False when it was settled before."""
+    """Function that settles a job."""
 
-    def __call__(self, job: Job, state: State, error: ApiError | None = None) -> bool: ...
+    def __call__(self, job: Job, state: State, error: ApiError | None = None) -> bool:
+        """Settle the job. Return False when it was settled before."""
+        ...
 
 
 class ReportApplier:
-    """Applies reports.
+    """Applies the reports of workers to their jobs.
 
     Args:
-        spool: where results are laid down.
-        send: gives a worker a command.
-        settle: settles a job, counted once.
-        on_ready: told of a worker that has passed its warm-up.
+        spool: provides the segments for results.
+        send: sends a worker a command.
+        settle: settles a job and counts it once.
+        on_ready: called with a worker that has passed its warm-up.
     """
 
     def __init__(
@@ -58,75 +61,79 @@ class ReportApplier:
         self._on_ready = on_ready
 
     def apply(self, worker: AttachedWorker, message: Message) -> None:
-        """One report. Raises LinkGarbage when it does not fit what the worker holds."""
-        if isinstance(message, Heartbeat):  # noted on the link
+        """Apply one report. Raises LinkGarbage when it does not fit the jobs assigned to the worker."""
+        if isinstance(message, Heartbeat):  # already recorded by the link
             if worker.link.ready is None and message.phase != worker.logged_phase:
                 worker.logged_phase = message.phase
-                log.debug("worker on its way", extra=fields(worker=worker.link.name, phase=message.phase))
+                log.debug("worker phase changed", extra=fields(worker=worker.link.name, phase=message.phase))
             return
         if isinstance(message, Ready):
             self._on_ready(worker)
             return
         if not isinstance(message, Prepared | Progress | Need | Picture | Done | Failed):
-            raise LinkGarbage(f"a worker does not send {message.kind!r}")
+            raise LinkGarbage(f"{message.kind!r} is not a message of a worker")
         if isinstance(message, Failed) and not message.job:
-            return  # noted on the link: the supervisor reads it there when the process has ended
-        ticket = worker.held.get(message.job)
+            return  # recorded by the link, where the supervisor reads it when the process has ended
+        ticket = worker.assigned.get(message.job)
         if ticket is None:
-            if worker.may_trail(message):
+            if worker.is_late_allowed(message):
                 return
-            raise LinkGarbage(f"{message.kind!r} for a job it does not hold")
+            raise LinkGarbage(f"{message.kind!r} for a job that is not assigned to it")
         if isinstance(message, Done | Failed):
-            self._end(worker, ticket, message)
+            self._apply_end(worker, ticket, message)
         elif isinstance(message, Need):
-            self._grant(worker, ticket, message)
+            self._apply_need(worker, ticket, message)
         elif isinstance(message, Picture):
-            self._take_picture(ticket, message)
+            self._apply_picture(ticket, message)
         elif isinstance(message, Progress) or ticket.job.prepared is None:
             ticket.job.post(message)
 
-    def _grant(self, worker: AttachedWorker, ticket: Ticket, message: Need) -> None:
+    def _apply_need(self, worker: AttachedWorker, ticket: Ticket, message: Need) -> None:
         job, key = ticket.job, (message.picture, message.partial)
-        _check_asked_for(ticket, message)
-        if key in ticket.announced:
+        _check_requested(ticket, message)
+        if key in ticket.granted:
             raise LinkGarbage(f"picture {message.picture} announced twice")
-        if not 1 <= message.size <= _ABSURD_FACTOR * worker.model.largest_picture_bytes:
-            raise LinkGarbage(f"a picture of {message.size} bytes")
-        path = "" if job.is_settled else self._make_segment(worker.model, ticket, message)
+        limit = _MAX_SIZE_FACTOR * worker.model.largest_picture_bytes
+        if not 1 <= message.size <= limit:
+            raise LinkGarbage(f"picture {message.picture} announced with {message.size} bytes; expected 1..{limit}")
+        path = "" if job.is_settled else self._create_segment(worker.model, ticket, message)
         if not path and message.partial < 0 and not ticket.cancelled_at:
-            ticket.cancelled_at = time.monotonic()  # the empty path tells the worker as much as a Cancel
+            ticket.cancelled_at = time.monotonic()  # for the worker the empty path means the same as a Cancel
         self._send(worker, Grant(job.id, message.picture, path))
 
-    def _make_segment(self, model: ModelQueue, ticket: Ticket, message: Need) -> str:
-        """The path of a segment; empty where there is none, which ends the job. A preview is only left out."""
+    def _create_segment(self, model: ModelQueue, ticket: Ticket, message: Need) -> str:
+        """Create a segment and return its path. On failure return "" and fail the job; a preview is only skipped."""
         job, failure = ticket.job, None
         try:
             if message.size > model.largest_picture_bytes:
-                raise InternalError(f"the result takes {message.size} bytes, more than any picture of this model")
-            self._spool.check_size(job.spool_bytes + message.size)  # a job's pictures lie there together
+                raise InternalError(
+                    f"The result takes {message.size} bytes; at most {model.largest_picture_bytes} are allowed."
+                )
+            self._spool.check_size(job.spool_bytes + message.size)  # a job's pictures are in the spool together
             segment = self._spool.create(message.size, reserve=message.size)
         except ApiError as error:
             failure = error
-        except OSError as error:  # this job's trouble: the reports of others wait in the same read
-            log.exception("no segment for a result", extra=fields(job=job.id))
-            failure = SpoolFull(f"no room for the result: {error.strerror}", retry_after_s=_RETRY_S)
+        except OSError as error:  # fails only this job: the same read has reports for others
+            log.exception("segment for a result could not be created", extra=fields(job=job.id))
+            failure = SpoolFull(f"The spool cannot store the result: {error.strerror}.", retry_after_s=_RETRY_S)
         if failure is None:
-            if not job.own(segment):
+            if not job.add_segment(segment):
                 return ""
-            ticket.announced[message.picture, message.partial] = segment
+            ticket.granted[message.picture, message.partial] = segment
             return segment.path
         if message.partial < 0:
             self._settle(job, State.FAILED, failure)
         return ""
 
-    def _take_picture(self, ticket: Ticket, message: Picture) -> None:
+    def _apply_picture(self, ticket: Ticket, message: Picture) -> None:
         job, key = ticket.job, (message.picture, message.partial)
-        _check_asked_for(ticket, message)
+        _check_requested(ticket, message)
         if job.is_settled:
             return
-        segment = ticket.announced.get(key)
+        segment = ticket.granted.get(key)
         if segment is None or not 1 <= message.size <= segment.reserved:
-            raise LinkGarbage(f"picture {message.picture} of {message.size} bytes was not announced so")
+            granted = segment.reserved if segment else 0
+            raise LinkGarbage(f"picture {message.picture} filled with {message.size} bytes; {granted} were granted")
         is_new = key not in ticket.posted
         ticket.posted.add(key)
         if message.partial < 0:
@@ -137,19 +144,19 @@ class ReportApplier:
         elif is_new:
             job.post(Partial(message.picture, message.partial, segment, message.size))
 
-    def _end(self, worker: AttachedWorker, ticket: Ticket, message: Done | Failed) -> None:
+    def _apply_end(self, worker: AttachedWorker, ticket: Ticket, message: Done | Failed) -> None:
         job = ticket.job
         if isinstance(message, Failed):
-            worker.release(job.id, has_failed=True)
+            worker.end_job(job.id, has_failed=True)
             error = from_wire(message.error)
             self._settle(job, State.EXPIRED if isinstance(error, DeadlineExceeded) else State.FAILED, error)
             return
         if not job.is_settled and (job.prepared is None or len(job.results) < job.request.n):
             raise LinkGarbage(
-                f"done with {len(job.results)} of {job.request.n} pictures, prepared: {job.prepared is not None}"
+                f"'done' with {len(job.results)} of {job.request.n} pictures, prepared: {job.prepared is not None}"
             )
         worker.link.jobs_done += 1
-        worker.release(job.id, has_failed=False)
+        worker.end_job(job.id, has_failed=False)
         timings = job.timings
         timings.prepare_ms, timings.denoise_ms = message.prepare_ms, message.denoise_ms
         timings.finish_ms = message.finish_ms
@@ -157,7 +164,7 @@ class ReportApplier:
         self._settle(job, State.DONE)
 
 
-def _check_asked_for(ticket: Ticket, message: Need | Picture) -> None:
+def _check_requested(ticket: Ticket, message: Need | Picture) -> None:
     request = ticket.job.request
     if not 0 <= message.picture < request.n or not -1 <= message.partial < request.partial_images:
-        raise LinkGarbage(f"picture {message.picture}, partial {message.partial}: not asked for")
+        raise LinkGarbage(f"picture {message.picture}, partial {message.partial}: not requested")

@@ -1,1 +1,1 @@
-"""Worker processes: spawned, watched, replaced."""
+"""Worker processes: spawn, watch, restart and reload them."""

@@ -1,6 +1,6 @@
-"""The workers of one model in one configuration: their slots, and the rules for silence, death, back-off and crash loops.
+"""The workers of one model in one configuration: slots, limits on silence and memory, backoff, crash loops.
 
-Runs in: the supervisor thread. No processes are touched here; that is the supervisor's own work.
+Runs in: the supervisor thread. Nothing here touches a process; the supervisor does that.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from ovserve.wire.local.pipes import Link
 __all__ = ["Fleet", "Slot", "load_failure", "make_fleets"]
 
 _LOADING = frozenset({"spawn", "load", "warm-up"})
-_JITTER = (0.75, 1.25)  # replicas that died together do not start in step
-_TUNABLE = ("threads", "streams", "max_batch")  # options whose 0 means: chosen at warm-up
-_MOST_TUNED = 256  # the least upper bound of these options
-_DOUBLINGS = 32  # beyond any largest delay; keeps the power finite
+_JITTER = (0.75, 1.25)  # so that replicas that died together do not restart at the same moment
+_TUNABLE = ("threads", "streams", "max_batch")  # options where 0 means that the worker chooses at warm-up
+_MAX_TUNED = 256  # the lowest upper bound of these options
+_MAX_DOUBLINGS = 32  # beyond any maximum delay; keeps the power finite
 
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One of a fleet's workers: the process that fills it now, or when the next one is due.
+    """One of a fleet's workers: its running incarnation, or the time of the next start.
 
     Attributes:
-        deaths: in a row, without a finished job; the back-off grows with it.
-        ready_at: when the supervisor saw it ready; 0 before.
-        is_retired: it gets no more jobs, and no successor.
-        end_by: the instant at which it is killed.
-        kill_reason: why it was, or will be.
-        abandon_at: the instant at which it is done without, though the kill has not ended it.
-        exit_reason: the process has ended, or is done without; the dispatcher has still to read its last words.
+        deaths: in a row without a finished job; the backoff grows with them.
+        ready_at: when the supervisor saw the worker ready; 0 before.
+        is_retired: the worker gets no more jobs, and is not restarted.
+        kill_at: when the worker will be killed.
+        kill_reason: why it was killed, or will be.
+        write_off_at: when the worker is written off, if it survives SIGKILL until then.
+        exit_reason: why the process has exited, or was written off; set before the dispatcher has read its last
+            reports.
     """
 
     fleet: Fleet
@@ -49,29 +50,29 @@ class Slot:
     started_at: float = 0.0
     ready_at: float = 0.0
     is_retired: bool = False
-    end_by: float = float("inf")
+    kill_at: float = float("inf")
     kill_reason: str = ""
     is_killed: bool = False
-    abandon_at: float = float("inf")
+    write_off_at: float = float("inf")
     exit_reason: str = ""
 
     @property
     def is_ready(self) -> bool:
-        """Whether it takes jobs."""
+        """Whether the worker takes jobs."""
         return bool(self.ready_at) and not self.exit_reason and not self.is_retired and not self.is_killed
 
-    def fill(self, process: SpawnProcess, link: Link, now: float) -> None:
-        """A new incarnation has started."""
+    def assign(self, process: SpawnProcess, link: Link, now: float) -> None:
+        """Record a new incarnation."""
         self.process, self.link, self.pid = process, link, process.pid or 0
-        self.started_at, self.ready_at, self.end_by, self.abandon_at = now, 0.0, float("inf"), float("inf")
+        self.started_at, self.ready_at, self.kill_at, self.write_off_at = now, 0.0, float("inf"), float("inf")
         self.is_killed, self.kill_reason, self.exit_reason = False, "", ""
 
-    def empty(self) -> None:
-        """The incarnation is gone."""
+    def clear(self) -> None:
+        """Forget the incarnation after its process has exited or was written off."""
         self.process, self.link, self.ready_at = None, None, 0.0
 
     def silence_limit_s(self, link: Link) -> float:
-        """Longest silence allowed now: the phase's limit, or more where the worker's newest beat asked for it."""
+        """Return the longest silence allowed now: the phase's limit, or more if the newest heartbeat allows more."""
         settings = self.fleet.settings
         if link.ready is None or link.phase in _LOADING:
             return max(settings.load_timeout_s, link.allow_s)
@@ -79,22 +80,32 @@ class Slot:
             return max(settings.idle_hang_limit_s, link.allow_s)
         return max(settings.hang_limit_s, link.allow_s)
 
-    def fault(self, link: Link, silence_s: float, resident_bytes: int, most_bytes: int) -> str:
-        """Why it has to be killed; empty where nothing is wrong. `most_bytes`: of memory, where the model has no limit of its own."""
+    def exceeded_limit(self, link: Link, silence_s: float, resident_bytes: int, default_limit_bytes: int) -> str:
+        """Return which limit the worker exceeds, as the reason to kill it, or "".
+
+        Args:
+            link: the worker's.
+            silence_s: time since its newest heartbeat.
+            resident_bytes: its memory.
+            default_limit_bytes: memory limit if the model sets none.
+        """
         limit_s = self.silence_limit_s(link)
-        allowed_bytes = self.fleet.model.memory_limit_bytes or most_bytes
+        limit_bytes = self.fleet.model.memory_limit_bytes or default_limit_bytes
         if silence_s > limit_s and not link.lost:
             return f"hung: no heartbeat for {silence_s:.1f} s in phase {link.phase}, {limit_s:g} s allowed"
-        if resident_bytes > allowed_bytes:
-            return f"memory: {resident_bytes >> 20} MiB resident, {allowed_bytes >> 20} MiB allowed"
+        if resident_bytes > limit_bytes:
+            return f"memory: {resident_bytes >> 20} MiB resident, {limit_bytes >> 20} MiB allowed"
         return ""
 
-    def delay_s(self) -> float:
-        """Back-off before the next start: doubles with each death in a row, with jitter; longer once the model has failed."""
+    def backoff_s(self) -> float:
+        """Return the delay before the next start: doubled with each death in a row, with jitter.
+
+        `failed_retry_s` if the model has failed.
+        """
         settings = self.fleet.settings
         if self.fleet.failure:
             return settings.failed_retry_s
-        doubled = settings.restart_delay_s * 2.0 ** min(max(0, self.deaths - 1), _DOUBLINGS)
+        doubled = settings.restart_delay_s * 2.0 ** min(max(0, self.deaths - 1), _MAX_DOUBLINGS)
         return min(settings.max_restart_delay_s, doubled) * random.uniform(*_JITTER)  # noqa: S311 - no secret
 
 
@@ -104,9 +115,9 @@ class Fleet:
 
     Attributes:
         deaths: in a row over all slots, without a job finished by any of them in between.
-        failure: why the model was declared failed; empty when it was not.
-        was_ready: a worker of it has passed its warm-up once.
-        unkillable: its processes that SIGKILL has not ended, and that are still there.
+        failure: why the model was declared failed, or "".
+        was_ready: a worker has passed its warm-up at least once.
+        written_off: how many of its processes have survived SIGKILL and still exist.
     """
 
     settings: Settings
@@ -116,94 +127,99 @@ class Fleet:
     deaths: int = 0
     failure: str = ""
     was_ready: bool = False
-    unkillable: int = 0
-    _jobs_done_by_the_gone: int = 0
-    _jobs_done_at_death: int = 0
+    written_off: int = 0
+    _jobs_done_by_dead: int = 0
+    _jobs_done_at_last_death: int = 0
 
     @property
     def name(self) -> str:
-        """The model's."""
+        """Name of the model."""
         return self.model.name
 
     @property
     def ready_slots(self) -> list[Slot]:
-        """Those that take jobs."""
+        """Slots whose workers take jobs."""
         return [slot for slot in self.slots if slot.is_ready]
 
     @property
-    def staying_slots(self) -> list[Slot]:
-        """Those that have not been told to end."""
+    def active_slots(self) -> list[Slot]:
+        """Slots that are not retired."""
         return [slot for slot in self.slots if not slot.is_retired]
 
     @property
     def is_loading(self) -> bool:
-        """Whether one of its processes has not worked yet."""
+        """Whether one of its processes has not been ready yet."""
         return any(slot.process is not None and not slot.ready_at for slot in self.slots)
 
     @property
     def crash_loop_reason(self) -> str:
-        """Why one of its slots will not be filled, whatever the others do; empty while each may be."""
-        worst = max(self.staying_slots, key=lambda slot: slot.deaths, default=None)
+        """Reason that one slot is in a crash loop, whatever the state of the others; "" if none is."""
+        worst = max(self.active_slots, key=lambda slot: slot.deaths, default=None)
         if worst is None or worst.deaths < self.settings.crash_loop_limit:
             return ""
         return f"worker {worst.index} died {worst.deaths} times in a row without finishing a job"
 
     @property
-    def is_wedged(self) -> bool:
-        """Whether its processes do not end, nor do those that came for them: what holds them would hold any further one."""
-        return self.unkillable > self.model.replicas
+    def is_start_blocked(self) -> bool:
+        """Whether no more processes are started, because more than `replicas` of them have survived SIGKILL."""
+        return self.written_off > self.model.replicas
 
-    def restore(self) -> None:
-        """Make slots anew for those that have been told to end: their successors did not come."""
-        taken = {slot.index for slot in self.staying_slots}
-        self.slots += [Slot(self, index) for index in range(self.model.replicas) if index not in taken]
+    def recreate_slots(self) -> None:
+        """Create new slots in place of the retired ones, because the reload that retired them did not complete."""
+        active = {slot.index for slot in self.active_slots}
+        self.slots += [Slot(self, index) for index in range(self.model.replicas) if index not in active]
 
     def may_start(self, slot: Slot) -> bool:
-        """One slot tries a model that has not worked yet, or has failed; the others follow when it has worked.
+        """Return whether a worker may be started in this slot.
 
-        They find its compiled model in the cache, and its division of the device in the settings.
+        While the model has never been ready, or has failed, only one slot tries it. The others follow when that one is
+        ready, and use its compiled model from the cache and the thread and stream counts that it has chosen.
         """
-        if self.is_wedged:
+        if self.is_start_blocked:
             return False
-        return (self.was_ready and not self.failure) or slot is next(iter(self.staying_slots), None)
+        return (self.was_ready and not self.failure) or slot is next(iter(self.active_slots), None)
 
     def note_ready(self, slot: Slot, link: Link, now: float) -> None:
-        """A worker has passed its warm-up. What the first one measured and chose holds for all that follow."""
+        """Record that a worker has passed its warm-up. What the first one has chosen applies to all later ones."""
         slot.ready_at, self.was_ready, self.failure = now, True, ""
         if link.ready is not None:
             self.model = _tuned(self.model, link.ready.tuned)
 
     def note_death(self, slot: Slot, link: Link, reason: str, now: float) -> None:
-        """Count a death, and declare the model failed where that is due (`failure` is set).
+        """Count a death, and set `failure` if the model has to be declared failed.
 
-        A worker that has finished a job, or that died without one after a long life, starts the count anew: a crash loop is a
-        worker that does no work, again and again. The second death under one job says more about the job than about the worker
-        and is not counted, else three bad requests could take a model away from everybody.
+        A crash loop is a worker that repeatedly dies without doing work. So the count restarts at a worker that has
+        finished a job, and at one that died after a long life without losing a job. The second death with the same job
+        does not count: it says more about the job than about the worker, and three bad requests could otherwise take
+        the model from all clients.
         """
-        done = self._jobs_done_by_the_gone + sum(p.link.jobs_done for p in self.slots if p.link)
+        done = self._jobs_done_by_dead + sum(each.link.jobs_done for each in self.slots if each.link)
         has_worked = link.jobs_done > 0
         is_old = bool(slot.ready_at) and now - slot.ready_at > self.settings.max_restart_delay_s and not link.jobs_lost
         if has_worked or is_old:
             slot.deaths = self.deaths = 0
-        elif not link.lost_second_try:
+        elif not link.lost_retried_job:
             slot.deaths += 1
-            self.deaths = self.deaths + 1 if done == self._jobs_done_at_death else 1
-        self._jobs_done_by_the_gone += link.jobs_done
-        self._jobs_done_at_death = done
-        slot.empty()
+            self.deaths = self.deaths + 1 if done == self._jobs_done_at_last_death else 1
+        self._jobs_done_by_dead += link.jobs_done
+        self._jobs_done_at_last_death = done
+        slot.clear()
         if self.ready_slots:
-            return  # the model works
-        if self.is_wedged and not any(other.process for other in self.slots):
-            self.failure = f"{self.unkillable} of its processes do not end, and no more are started until one does; the last: {reason}"
+            return  # another worker serves the model
+        if self.is_start_blocked and not any(other.process for other in self.slots):
+            self.failure = (
+                f"{self.written_off} processes of this model have survived SIGKILL; a new one is started when one of "
+                f"them has exited; the last: {reason}"
+            )
             return
         if link.failure is not None and not self.was_ready:
-            self.failure = reason  # it said itself that it cannot load: trying at once again would change nothing
+            self.failure = reason  # reported by the worker, which cannot load: an immediate retry would fail again
         elif self.deaths >= self.settings.crash_loop_limit:
             self.failure = f"{self.deaths} workers in a row died without finishing a job; the last: {reason}"
 
 
 def make_fleets(settings: Settings, profiles: Mapping[str, ModelProfile]) -> dict[str, Fleet]:
-    """A fleet for each model, every slot due at once."""
+    """Return a fleet for each model, with every slot due for a start."""
     fleets = {model.name: Fleet(settings, model, profiles[model.name]) for model in settings.models}
     for fleet in fleets.values():
         fleet.slots = [Slot(fleet, index) for index in range(fleet.model.replicas)]
@@ -211,15 +227,15 @@ def make_fleets(settings: Settings, profiles: Mapping[str, ModelProfile]) -> dic
 
 
 def _tuned(model: ModelSettings, tuned: Mapping[str, object]) -> ModelSettings:
-    """The settings with what a worker chose, where the operator left it open."""
+    """Return the settings with a worker's choices for options that the operator has left open."""
     chosen: dict[str, Any] = {}
     for name in _TUNABLE:
         value = tuned.get(name)
-        if type(value) is int and 1 <= value <= _MOST_TUNED and not getattr(model, name):
+        if type(value) is int and 1 <= value <= _MAX_TUNED and not getattr(model, name):
             chosen[name] = value
     return dataclasses.replace(model, **chosen)
 
 
 def load_failure(link: Link) -> str:
-    """What the worker itself said of why it gives up; empty when it said nothing."""
+    """Return the reason that the worker itself has reported for its exit, or ""."""
     return str(link.failure.error.get("message", "")) if link.failure else ""

@@ -1,6 +1,6 @@
-"""What a worker process is told about its life at birth, and what the kernel tells of it: exit codes, memory, OOM rank.
+"""Worker process set-up, and what the kernel reports of processes: exit codes, memory, OOM score.
 
-Linux only (/proc, prctl). `enter` and `run_worker` run in the worker, everything else in the supervisor.
+Linux only (/proc, prctl). Runs in: worker (`bind_to_parent` and `run_worker`), supervisor (everything else).
 """
 
 from __future__ import annotations
@@ -14,30 +14,32 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "MASKED", "enter", "explain_exit", "machine_memory_bytes", "prefer_for_oom", "resident_bytes", "run_worker",
+    "BLOCKED_SIGNALS", "bind_to_parent", "describe_exit", "machine_memory_bytes", "raise_oom_score", "resident_bytes",
+    "run_worker",
 ]  # fmt: skip
 
-MASKED = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # the front end's to hear; workers never do
+BLOCKED_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # for the front end; workers ignore them
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-_OOM_STEP = 500  # of 1000: any worker goes before any front end of ordinary size (proc(5), oom_score_adj)
+_OOM_STEP = 500  # of 1000: any worker is killed before a front end of ordinary size (proc(5), oom_score_adj)
 _HINTS = {
     signal.SIGKILL: ": out of memory?",
     signal.SIGSEGV: ": a crash in native code",
     signal.SIGBUS: ": a crash in native code, or a full disk under a mapped file",
-    signal.SIGABRT: ": native code gave up",
-    signal.SIGILL: ": an instruction this CPU does not have",
+    signal.SIGABRT: ": native code aborted",
+    signal.SIGILL: ": an instruction that this CPU does not have",
     signal.SIGFPE: ": an arithmetic fault in native code",
 }
 
 
-def enter(parent: int) -> None:
-    """Tie this process to its front end `parent` (a pid), and leave the front end's signals to it. Runs in: worker.
+def bind_to_parent(parent: int) -> None:
+    """Have the kernel kill this process when the front end `parent` (a pid) ends, and ignore the front end's signals.
 
-    The kernel kills the process when the *thread* that spawned it ends (prctl(2), PR_SET_PDEATHSIG): the supervisor's thread
-    outlives its workers. A parent that was gone before the call is told by the changed parent pid.
+    The kernel kills it when the *thread* that spawned it ends (prctl(2), PR_SET_PDEATHSIG), so the supervisor's thread
+    has to outlive its workers. If the parent ended before the call, the parent pid has changed: this process then exits
+    with code 1. Runs in: worker.
     """
-    for number in MASKED:
+    for number in BLOCKED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
@@ -45,20 +47,20 @@ def enter(parent: int) -> None:
 
 
 def run_worker(main: Callable[..., None], parent: int, *arguments: Any) -> None:
-    """The first code of ours in a worker process: `main`, tied to its front end. Runs in: worker.
+    """Run `main` in a process that ends with its front end. The spawn target. Runs in: worker.
 
-    Here, and not where it is spawned: the process imports this file, and nothing of a supervisor.
+    Defined in this file because a worker imports the module of its spawn target, and must not import the supervisor.
     """
-    enter(parent)
+    bind_to_parent(parent)
     main(*arguments)
 
 
-def explain_exit(exitcode: int | None) -> str:
-    """An exit code of multiprocessing (negative: a signal) in an operator's words."""
+def describe_exit(exitcode: int | None) -> str:
+    """Return an exit code of multiprocessing (negative: a signal) as text for the log."""
     if exitcode is None:
         return "still running"
     if exitcode >= 0:
-        return f"ended by itself with exit code {exitcode}"
+        return f"exited with code {exitcode}"
     try:
         number = signal.Signals(-exitcode)
     except ValueError:
@@ -67,8 +69,9 @@ def explain_exit(exitcode: int | None) -> str:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of a process without the pages it maps from files, which the kernel takes back when it needs them (weights
-    that are mapped are no leak); 0 when it is gone.
+    """Return the resident memory of a process without pages mapped from files; 0 if the process does not exist.
+
+    The kernel reclaims file pages when it needs memory, so mapped weights do not count as a leak.
     """
     try:
         with open(f"/proc/{pid}/statm", "rb") as stream:
@@ -79,11 +82,11 @@ def resident_bytes(pid: int) -> int:
 
 
 def machine_memory_bytes(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
-    """Memory this program may use: the machine's, or the least limit of its control group and all above it (v2, v1).
+    """Return the memory this program may use: the machine's, or the lowest limit of its control groups (v2, v1).
 
     Args:
-        cgroups: where the control groups are mounted.
-        membership: tells which of them this program is in.
+        cgroups: mount point of the control groups.
+        membership: file that lists the control groups of this program.
     """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit in _limit_files(cgroups, membership):
@@ -93,11 +96,12 @@ def machine_memory_bytes(cgroups: Path = Path("/sys/fs/cgroup"), membership: Pat
 
 
 def _limit_files(cgroups: Path, membership: Path) -> Iterator[Path]:
-    """Files that may hold a memory limit of this program's control groups, up to the root of the mount (cgroups(7)).
+    """Yield files that may hold a memory limit of this program's control groups, up to the mount's root (cgroups(7)).
 
-    The root is always among them. In a container it is the container's own group, and membership may name a path of the host's.
+    The root is always included. In a container it is the container's own group, and `membership` may name a path of the
+    host.
     """
-    groups = {"": "/", "memory": "/"}  # controllers (v2: none is named) and the group
+    groups = {"": "/", "memory": "/"}  # controller to group; v2 names no controller
     with contextlib.suppress(OSError, ValueError):
         for line in membership.read_text(errors="surrogateescape").splitlines():
             _, controllers, path = line.split(":", 2)
@@ -110,8 +114,8 @@ def _limit_files(cgroups: Path, membership: Path) -> Iterator[Path]:
         yield from (each / name for each in (group, *group.parents) if each.is_relative_to(mount))
 
 
-def prefer_for_oom(pid: int) -> None:
-    """Make the kernel's OOM killer take this process before the caller. Raising the rank needs no privilege."""
+def raise_oom_score(pid: int) -> None:
+    """Make the kernel's OOM killer choose this process before the caller. Best effort; needs no privilege."""
     with contextlib.suppress(OSError, ValueError):
         own = int(Path("/proc/self/oom_score_adj").read_text("ascii"))
         Path(f"/proc/{pid}/oom_score_adj").write_text(str(min(1000, own + _OOM_STEP)), "ascii")

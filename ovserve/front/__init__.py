@@ -1,1 +1,1 @@
-"""What strangers touch: bytes to requests and back."""
+"""HTTP front end: from bytes of untrusted clients to requests, and back to bytes."""

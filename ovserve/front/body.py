@@ -1,4 +1,4 @@
-"""Request content off the socket: Content-Length or chunked, within its size, its least rate, its deadlines."""
+"""Reads the content of one request from its connection, within limits on size, rate and time."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ovserve.settings.options import Settings
 
 __all__ = ["Body"]
 
-LOOK_UP_S = 0.5  # how long a wait lasts before the server may have begun to go down
-DRAINING_RETRY_S = 5  # as for a job that comes too late
-SCRATCH_BYTES = 16 * 1024  # at a time, for content that nobody wants
+DRAIN_CHECK_S = 0.5  # longest single wait for the client, so that a drain that begins meanwhile is noticed
+DRAINING_RETRY_S = 5  # the same as for a job that arrives while the server drains
+SCRATCH_BYTES = 16 * 1024  # buffer for content that is received and dropped
 
 
 class Body:
     """The content of one request. Thread-safe: no.
 
     Attributes:
-        expected: bytes in all by Content-Length; None when the body is chunked.
-        received: bytes handed out so far.
+        expected: total bytes according to Content-Length; None when the body is chunked.
+        received: bytes of content returned so far.
     """
 
     def __init__(
@@ -34,11 +34,17 @@ class Body:
         before_wait: Callable[[], None] | None = None,
         is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`before_wait` is called once, before the first wait for the client: the place for 100 (Continue).
+        """Prepare to read; nothing is received yet.
 
-        `is_draining` is asked before each wait and while it lasts.
+        Args:
+            transport: the connection.
+            head: the head of the request, which says how the body is framed.
+            settings: the limits on size and rate.
+            before_wait: called once, before the first wait for the client: the place to send 100 (Continue).
+            is_draining: whether the server drains; checked before each wait and every DRAIN_CHECK_S while it lasts.
 
-        Raises ContentTooLarge when the head announces more than the largest body.
+        Raises:
+            ContentTooLarge: Content-Length is above `max_body_bytes`.
         """
         self._transport = transport
         self._grace_s = settings.body_grace_s
@@ -46,8 +52,8 @@ class Body:
         self._before_wait = before_wait
         self._is_draining = is_draining
         self._started = 0.0
-        self._patience_s = self._grace_s
-        self._credited = 0  # bytes that have bought patience
+        self._allowance_s = self._grace_s  # time that may still be spent waiting for the client
+        self._credited_bytes = 0  # bytes that have already added to the allowance
         self._decoder = ChunkDecoder(settings) if head.is_chunked else None
         self.expected = None if head.is_chunked else head.content_length or 0
         self._remaining = self.expected or 0
@@ -57,19 +63,23 @@ class Body:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all of it, its framing included, has been received."""
+        """Whether the whole body, its framing included, has been received."""
         return not self._remaining if self._decoder is None else self._decoder.is_done
 
     def readinto(self, view: memoryview, /) -> int:
-        """Receive content into `view` (format B, not empty), as much as fits; the number of bytes, 0 at the end.
+        """Receive content into `view` and return the number of bytes, 0 at the end of the body.
 
-        Fewer bytes than fit come back when the least rate is about to be broken, and at the end.
+        Can return fewer bytes than fit: at the end of the body, and when the client pauses.
+
+        Args:
+            view: format B, not empty.
 
         Raises:
-            MalformedRequest, FieldsTooLarge: the chunked framing is wrong, or its trailer section over a limit.
-            ContentTooLarge: a chunk goes beyond the largest body.
-            RequestTimeout: the client is slower than the least rate.
-            Draining: the server goes down before all of it has come.
+            MalformedRequest: the chunked framing is malformed.
+            FieldsTooLarge: the trailer section is over a limit.
+            ContentTooLarge: a chunk exceeds `max_body_bytes`.
+            RequestTimeout: the client is slower than the minimum rate.
+            Draining: the server began to drain before the body was complete.
             ClientGone: the connection ended before the body did.
         """
         if self._decoder is None:
@@ -80,7 +90,7 @@ class Body:
         return count
 
     def discard(self) -> None:
-        """Receive the rest and drop it. Raises what `readinto` raises."""
+        """Receive and drop the rest of the body. Raises the same exceptions as `readinto`."""
         scratch = memoryview(bytearray(SCRATCH_BYTES))
         while self.readinto(scratch):
             pass
@@ -104,7 +114,7 @@ class Body:
                 if not want:
                     self._wait(self._receive_framing, view, filled)
                     continue
-                # Up to the end of the chunk: what follows is framing, and comes in the same call.
+                # At the end of a chunk, receive the framing that follows in the same system call.
                 free = view[filled : filled + want]
                 count = self._wait(
                     transport.fill if want < decoder.remaining else transport.receive_beyond, free, filled
@@ -113,7 +123,7 @@ class Body:
                 count = transport.take_into(view[filled : filled + decoder.remaining])
             else:
                 data = transport.take_pending()
-                transport.put_back(data, decoder.feed(data, 0))
+                transport.unread(data, decoder.feed(data, 0))
                 if decoder.is_done:
                     break
                 continue
@@ -125,45 +135,57 @@ class Body:
 
     def _receive_framing(self, _: memoryview, timeout_s: float) -> int:
         data = self._transport.receive(timeout_s)
-        self._transport.put_back(data, 0)
+        self._transport.unread(data, 0)
         return len(data)
 
-    def _wait(self, receive: Callable[[memoryview, float], int], view: memoryview, fresh: int) -> int:
-        """Call `receive` with the patience that is left; `fresh`: bytes received and not yet in `received`.
+    def _wait(self, receive: Callable[[memoryview, float], int], view: memoryview, uncounted: int) -> int:
+        """Call `receive` within the time that the minimum rate leaves the client, and return its byte count.
 
-        Each byte buys the time that the least rate gives it, waiting spends it, and nobody saves up more than the grace: a client
-        that was quick may not fall silent for hours. Where no rate is asked for, each byte buys all of the grace.
+        A token bucket of seconds: each byte adds 1 / min_body_bytes_per_s, waiting spends it, and it never holds more
+        than body_grace_s, so that a client that was fast at first cannot stay silent for hours. Without a minimum rate,
+        each byte refills it.
+
+        Args:
+            receive: receives into a view within a timeout in seconds.
+            view: where to receive.
+            uncounted: bytes received in this `readinto` call, which `received` does not include yet.
+
+        Raises:
+            RequestTimeout: the allowance is used up.
+            Draining: the server drains.
+            ClientGone: the connection ended.
         """
         self._check_draining()
         if not self._started:
             self._started = time.monotonic()
             if self._before_wait:
                 self._before_wait()
-        bought = self.received + fresh - self._credited
-        self._credited += bought
+        fresh = self.received + uncounted - self._credited_bytes
+        self._credited_bytes += fresh
         if self._rate:
-            self._patience_s = min(self._grace_s, self._patience_s + bought / self._rate)
+            self._allowance_s = min(self._grace_s, self._allowance_s + fresh / self._rate)
         else:
-            self._patience_s = self._grace_s
+            self._allowance_s = self._grace_s
         count = 0
         while not count:
-            since, limit_s = time.monotonic(), min(self._patience_s, LOOK_UP_S)
+            since, limit_s = time.monotonic(), min(self._allowance_s, DRAIN_CHECK_S)
             try:
                 count = receive(view, limit_s)
             except TimeoutError:
                 self._check_draining()
-                if limit_s < LOOK_UP_S:
+                if limit_s < DRAIN_CHECK_S:
                     raise RequestTimeout(
-                        f"the body came too slowly: {self._credited} bytes in {time.monotonic() - self._started:.0f} s"
+                        f"the body arrived too slowly: {self._credited_bytes} bytes in"
+                        f" {time.monotonic() - self._started:.0f} s"
                     ) from None
             else:
                 if not count:
-                    raise ClientGone("closed in the middle of the body")
+                    raise ClientGone("the client closed the connection in the middle of the body")
             finally:
-                self._patience_s -= time.monotonic() - since
+                self._allowance_s -= time.monotonic() - since
         return count
 
     def _check_draining(self) -> None:
-        """Whoever still sends when the server goes down could only be refused afterwards. Raises Draining."""
+        """Raise Draining while the server drains: once the upload is complete, its job would be rejected anyway."""
         if self._is_draining():
-            raise Draining("The server is going down and takes no new jobs.", retry_after_s=DRAINING_RETRY_S)
+            raise Draining("The server is shutting down and accepts no new jobs.", retry_after_s=DRAINING_RETRY_S)

@@ -1,10 +1,11 @@
-"""One connection: HTTP/1.1 exchanges in order, Expect, timeouts, error to response.
+"""Serves one connection: HTTP/1.1 exchanges in order, Expect, timeouts, and errors as responses.
 
-    receive head ──▶ answer (route, which may read the form) ──▶ write reply ──▶ drop what is left of the body ──▶ again
+    receive head ──▶ answer (route, which may read the form) ──▶ write reply ──▶ discard unread body ──▶ next request
          │                    │
-         └── refusal ──▶ error response, writing side closed, what still comes read and dropped, closed
+         └── reject ──────────┴──▶ error response ──▶ close the writing side ──▶ linger: receive and drop ──▶ close
 
-Runs in: the connection's own thread. Every wait has a limit; the one that may be long, for a job, watches the client.
+Runs in: the connection's own thread. Every wait has a limit; the wait for a job, which may be long, ends when the
+client closes.
 """
 
 from __future__ import annotations
@@ -35,31 +36,32 @@ from ovserve.front.http1.events import encode_event
 from ovserve.front.http1.head import METHODS, Head, HeadParser
 from ovserve.front.http1.response import CONTINUE, JSON_TYPE, NO_CONTENT, Responses, error_content, error_fields
 from ovserve.front.keys import Keys
-from ovserve.front.request import Request, failed, harmless, new_request_id
+from ovserve.front.request import Request, escape_for_log, internal_error, new_request_id
+from ovserve.front.run_token import RunHandle, RunToken
 from ovserve.front.transport import Transport
-from ovserve.front.turns import Turn, Turns
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
 from ovserve.wire.local.spool import Spool
 
-__all__ = ["Connection", "Host"]
+__all__ = ["Connection", "ConnectionContext"]
 
-DRAIN_BYTES = 64 * 1024  # of an unread body: less is cheaper to receive than a new connection is to make
-CLIENT_GONE = 499  # for the log: nothing was answered
-# An empty line before a request is passed over (RFC 9112 section 2.2). Alone it is none: some clients send one after a body.
-NOTHING_YET = (b"", b"\r", b"\r\n")
+MAX_DISCARD_BYTES = 64 * 1024  # of an unread body: receiving fewer is cheaper than a new connection
+CLIENT_GONE = 499  # status in the log when the client left before it was answered
+# An empty line before a request is ignored (RFC 9112 section 2.2), and does not begin one: some clients send it after a
+# body.
+NO_REQUEST_YET = (b"", b"\r", b"\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
-# The answer to OPTIONS *, which asks about the server and not about a resource: RFC 9110 section 9.3.7.
+# The answer to OPTIONS *, which is about the server as a whole: RFC 9110 section 9.3.7.
 SERVER_OPTIONS = FileReply(b"", "", 204, {"Allow": ", ".join(sorted(METHODS))})
 EVENTS_TYPE = "text/event-stream"
-# Proxies hold events back unless told not to: X-Accel-Buffering is nginx's switch.
+# Without these, proxies buffer events: X-Accel-Buffering is nginx's switch.
 STREAM_FIELDS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 log = logging.getLogger(__name__)
 
 
-class Host(Protocol):
-    """What a connection asks of its listener."""
+class ConnectionContext(Protocol):
+    """What the connections of one listener share; the listener implements it."""
 
     @property
     def settings(self) -> Settings:
@@ -67,53 +69,58 @@ class Host(Protocol):
 
     @property
     def api(self) -> Api:
-        """Who answers."""
+        """Answers requests."""
 
     @property
     def spool(self) -> Spool:
-        """Where uploads go."""
+        """Stores uploads."""
 
     @property
     def responses(self) -> Responses:
-        """Who makes response heads."""
+        """Encodes response heads."""
 
     @property
     def keys(self) -> Keys:
-        """Who may ask."""
+        """The configured API keys."""
 
     @property
-    def turns(self) -> Turns:
-        """By which its threads take turns."""
+    def run_token(self) -> RunToken:
+        """Shared by the connection threads."""
 
     @property
     def is_draining(self) -> bool:
-        """Whether connections end with their exchange."""
+        """Whether each connection ends after its current exchange."""
 
 
 class HttpExchange(Request):
-    """One exchange of a connection: `api.exchange.Exchange`."""
+    """One exchange of a connection; implements `api.exchange.Exchange`."""
 
     def __init__(self, connection: Connection, head: Head, address: str) -> None:
         super().__init__(head, address)
         self._connection = connection
         self._form: SpooledForm | None = None
         self.body: Body | None = None
-        self.status = 0  # of the response whose head is written
-        self.error: ApiError | None = None  # that was answered, in a response or at the end of a stream
+        self.status = 0  # of the response whose head has been written
+        self.error: ApiError | None = None  # sent to the client, as a response or as the last event of a stream
         self.keeps_connection = head.keep_alive
-        self.is_refused = False  # with an error after which the rest of the connection cannot be trusted
+        self.is_rejected = False  # with an error after which the bytes that follow cannot be parsed reliably
 
     def read_form(self) -> SpooledForm:
-        """Read the body, once; the form lives until the exchange ends. Raises ApiError and ClientGone."""
+        """Return the form, which lives until the exchange ends; the first call reads the body.
+
+        Raises:
+            ApiError: the body is malformed, over a limit, too slow, or of an unsupported type.
+            ClientGone: the connection ended before the body did.
+        """
         if self._form is None:
             coding = self.header("content-encoding")
             if coding and coding.lower() != "identity":
                 raise UnsupportedMediaType(
-                    f"Content-Encoding {coding[:40]!r}: bodies are taken as they are",
+                    f"Content-Encoding {coding[:40]!r} is not supported; send the body without a content coding",
                     headers={"Accept-Encoding": "identity"},
                 )
             if self.head.content_length is None and not self.head.is_chunked:
-                raise LengthRequired("the request has neither content-length nor transfer-encoding")
+                raise LengthRequired("the request has neither content-length nor transfer-encoding; send one of them")
             if self.body is None:
                 raise ValueError("the exchange has ended")
             settings, spool = self._connection.settings, self._connection.spool
@@ -121,100 +128,116 @@ class HttpExchange(Request):
         return self._form
 
     def wait(self, descriptor: int, deadline: Deadline) -> bool:
-        """Wait until `descriptor` is readable; False at the deadline. Raises ClientGone as soon as the client closes."""
+        """Wait until `descriptor` is readable, and return False at the deadline.
+
+        Raises:
+            ClientGone: the client closes, or has closed.
+        """
         return self._connection.transport.wait(descriptor, deadline)
 
     def can_keep(self) -> bool:
-        """Whether the connection can serve another request, as far as the unread body goes."""
+        """Return whether the connection persists: the client allows it, and the unread body is short enough."""
         body = self.body
         if not self.keeps_connection or body is None or body.is_complete:
             return self.keeps_connection
-        # A client that waits for 100 may send the body or not: RFC 9110 section 10.1.1. A chunked one has no known end.
+        # A client that waits for 100 may or may not send the body (RFC 9110 section 10.1.1); a chunked body has no
+        # known length.
         return (
             body.expected is not None
-            and body.expected - body.received <= DRAIN_BYTES
+            and body.expected - body.received <= MAX_DISCARD_BYTES
             and not self.head.expects_continue
         )
 
     def release(self) -> None:
-        """Give the form's segments back."""
+        """Release the spool segments of the form."""
         if self._form is not None:
             self._form.release()
 
 
 class Connection:
-    """One accepted connection. Thread-safe: `idle_since`, `in_flight`, `close_idle` and `cut` are for the listener's threads.
+    """One accepted connection.
+
+    Thread-safe: only `idle_since`, `in_flight`, `close_idle` and `abort`, which the listener uses from other threads.
 
     Attributes:
-        idle_since: when its last answer had been written, if nothing of another request has come since; else 0.
-        in_flight: a request's head has come, and its answer is not written yet.
+        idle_since: monotonic time at which the connection became idle after an answer; 0 before the first answer, and
+            from the first byte of the next request on.
+        in_flight: whether a request's head has been received and its answer is not written yet.
     """
 
-    def __init__(self, connection: socket.socket, address: str, host: Host) -> None:
+    def __init__(self, connection: socket.socket, address: str, context: ConnectionContext) -> None:
+        """Take over an accepted socket; the caller closes it after `serve`. Raises OSError if the peer has gone."""
         self._socket = connection
         self._address = address
-        self._host = host
-        self._responses = host.responses
-        self.settings = host.settings
-        self.spool = host.spool
-        self._turn = Turn(host.turns)
-        self.transport = Transport(connection, host.settings.write_timeout_s, self._turn)
-        self._parser = HeadParser(host.settings)
-        self._is_fresh = True
-        self._idle_lock = (
-            threading.Lock()
-        )  # over `idle_since` and `_is_leaving`: a connection is either closed or goes on
-        self._is_leaving = False
+        self._context = context
+        self._responses = context.responses
+        self.settings = context.settings
+        self.spool = context.spool
+        self._run_handle = RunHandle(context.run_token)
+        self.transport = Transport(connection, context.settings.write_timeout_s, self._run_handle)
+        self._parser = HeadParser(context.settings)
+        self._is_first = True  # no request has been received yet
+        # Guards `idle_since` and `_is_closing`, so that an idle connection is either closed or serves its next request.
+        self._idle_lock = threading.Lock()
+        self._is_closing = False
         self.idle_since = 0.0
         self.in_flight = False
 
     def serve(self) -> None:
-        """Serve exchanges until the connection ends. Raises nothing that a client can cause."""
-        self._turn.take()
+        """Serve exchanges until the connection ends. Handles every error that a client can cause."""
+        self._run_handle.acquire()
         try:
             while self._serve_one():
                 pass
         except ClientGone as gone:
             log.debug("connection lost", extra=fields(address=self._address, why=str(gone)))
         finally:
-            self._wake()
-            self._turn.give()
+            self._clear_idle()
+            self._run_handle.release()
 
     def close_idle(self, since: float) -> bool:
-        """End the connection if it has been idle since then, and is; else it is left alone. Thread-safe: yes.
+        """End the connection if it is still idle. Thread-safe: yes.
 
-        A request that comes while it is closed is not read: the client is told by a reset, and may send it again elsewhere.
+        A request that arrives while the connection closes is not read; the client receives a reset and may retry the
+        request.
+
+        Args:
+            since: the value of `idle_since` that the caller has seen; 0 never closes.
+
+        Returns:
+            Whether the connection ends.
         """
         with self._idle_lock:
-            if not since or self.idle_since != since or self.transport.has_arrived():
+            if not since or self.idle_since != since or self.transport.has_unread_bytes():
                 return False
-            self._is_leaving = True
+            self._is_closing = True
             self._shutdown(socket.SHUT_RD)
             return True
 
-    def cut(self) -> None:
-        """End the connection, whatever it is doing: its thread meets ClientGone. Thread-safe: yes."""
+    def abort(self) -> None:
+        """Shut the socket down in any state; the connection's thread then gets ClientGone. Thread-safe: yes."""
         self._shutdown(socket.SHUT_RDWR)
 
     def _shutdown(self, how: int) -> None:
         try:
             self._socket.shutdown(how)
         except OSError:
-            return  # it has ended by itself
+            return  # the peer has closed already
 
-    # --- one exchange ---------------------------------------------------------------------------------------------------
+    # --- one exchange -------------------------------------------------------------------------------------------------
 
     def _serve_one(self) -> bool:
-        """One exchange; whether the connection persists. Raises ClientGone."""
+        """Serve one exchange; return whether the connection persists. Raises ClientGone."""
         try:
             head = self._read_head()
         except ApiError as error:
-            self._refuse(error)
+            self._reject(error)
             return False
         if head is None:
             return False
-        self._is_fresh = False
-        self._turn.is_urgent = self._host.api.is_health(head.path)  # whoever asks for it once will ask for it again
+        self._is_first = False
+        # Sticky, because health checkers reuse their connections.
+        self._run_handle.is_urgent = self._context.api.is_health(head.path)
         self.in_flight = True
         started = time.perf_counter()
         exchange = HttpExchange(self, head, self._address)
@@ -229,22 +252,23 @@ class Connection:
             self.in_flight = False
             if log.isEnabledFor(logging.INFO):
                 _log_access(exchange, sent, started)
-        return self._finish(exchange)
+        return self._finish_exchange(exchange)
 
     def _read_head(self) -> Head | None:
-        """The next head; None when the connection ends between requests. Raises ApiError and ClientGone."""
-        self._turn.pass_on()  # or a client that always has its next request ready would keep the others out
+        """Return the next head; None when the connection ends between requests. Raises ApiError and ClientGone."""
+        # Otherwise a client that always has its next request ready would keep the token from the others.
+        self._run_handle.yield_to_waiters()
         transport, settings = self.transport, self.settings
         data = transport.take_pending()
-        end = time.monotonic() + (settings.head_timeout_s if self._is_fresh else settings.idle_timeout_s)
-        while data in NOTHING_YET:
-            if not self._is_fresh:  # whoever has just come is about to ask, and is answered
+        end = time.monotonic() + (settings.head_timeout_s if self._is_first else settings.idle_timeout_s)
+        while data in NO_REQUEST_YET:
+            if not self._is_first:  # a new connection is not idle yet: its first request is served even while draining
                 self.idle_since = self.idle_since or time.monotonic()
-            if self._host.is_draining and self.idle_since:
+            if self._context.is_draining and self.idle_since:
                 return None
             try:
-                transport.await_bytes(end - time.monotonic(), self._wake)
-                if self._is_leaving:
+                transport.wait_readable(end - time.monotonic(), self._clear_idle)
+                if self._is_closing:
                     return None
                 more = transport.receive(end - time.monotonic())
             except TimeoutError:
@@ -259,49 +283,51 @@ class Connection:
                 try:
                     more = transport.receive(end - time.monotonic())
                 except TimeoutError:
-                    raise RequestTimeout(f"the head took longer than {settings.head_timeout_s:g} s") from None
+                    raise RequestTimeout(
+                        f"the head took longer than the {settings.head_timeout_s:g} s allowed"
+                    ) from None
                 if not more:
                     raise MalformedRequest("the connection ended in the middle of the head")
                 data += more
                 head = self._parser.parse(data)
         if head.size < len(data):
-            transport.put_back(data, head.size)
+            transport.unread(data, head.size)
         return head
 
-    def _wake(self) -> None:
+    def _clear_idle(self) -> None:
         with self._idle_lock:
             self.idle_since = 0.0
 
     def _answer(self, exchange: HttpExchange) -> int:
-        """Have the request answered and write the answer; bytes written. The one place where errors become responses."""
+        """Answer the request and return the bytes written. Only here do errors of a request become responses."""
         head = exchange.head
         try:
             if head.is_chunked or head.content_length is not None:
                 go_on = self._send_continue if head.expects_continue else None
-                exchange.body = Body(self.transport, head, self.settings, go_on, lambda: self._host.is_draining)
+                exchange.body = Body(self.transport, head, self.settings, go_on, lambda: self._context.is_draining)
             self._check_key(exchange)
-            reply = SERVER_OPTIONS if head.path == "*" else self._host.api.answer(exchange)
+            reply = SERVER_OPTIONS if head.path == "*" else self._context.api.answer(exchange)
             if not isinstance(reply, StreamReply):
-                exchange.release()  # a client that reads slowly holds no upload in the spool
+                exchange.release()  # so that a client that reads slowly does not keep its upload in the spool
             return self._write(exchange, reply)
         except ApiError as error:
             if error.status >= 500:
-                log.warning("%s", harmless(error.message), extra=fields(id=exchange.id, code=error.code))
+                log.warning("%s", escape_for_log(error.message), extra=fields(id=exchange.id, code=error.code))
             return self._write_error(exchange, error)
         except ClientGone:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a bug raises, the client gets an answer and the thread lives
-            return self._write_error(exchange, _unexpected(exchange, error))
+        except Exception as error:  # noqa: BLE001 - on a bug, the client gets an answer and the thread continues
+            return self._write_error(exchange, _log_bug(exchange, error))
 
     def _check_key(self, exchange: HttpExchange) -> None:
         try:
-            self._host.keys.check(exchange, self._host.api.is_open)
+            self._context.keys.check(exchange, self._context.api.is_open)
         except ApiError as error:
-            self._host.api.count_refused(error)
+            self._context.api.count_refused(error)
             raise
 
-    def _finish(self, exchange: HttpExchange) -> bool:
-        """Bring the connection to the next request, or to its end; whether it persists. Raises ClientGone."""
+    def _finish_exchange(self, exchange: HttpExchange) -> bool:
+        """Discard what is left of the body, or linger; return whether the connection persists. Raises ClientGone."""
         body = exchange.body
         is_unread = body is not None and not body.is_complete
         if exchange.keeps_connection and body is not None and is_unread:
@@ -311,14 +337,14 @@ class Connection:
                 is_unread, exchange.keeps_connection = True, False
         if exchange.keeps_connection:
             return True
-        if exchange.status != CLIENT_GONE and (is_unread or exchange.is_refused or self.transport.has_pending):
+        if exchange.status != CLIENT_GONE and (is_unread or exchange.is_rejected or self.transport.has_pending):
             self._linger()
         return False
 
     def _linger(self) -> None:
         self.transport.linger(self.settings.linger_bytes, self.settings.linger_s)
 
-    # --- writing --------------------------------------------------------------------------------------------------------
+    # --- writing ------------------------------------------------------------------------------------------------------
 
     def _write(self, exchange: HttpExchange, reply: Reply) -> int:
         if isinstance(reply, JsonReply):
@@ -328,12 +354,12 @@ class Connection:
         return self._write_whole(exchange, reply.status, reply.media_type, [reply.content], reply.headers)
 
     def _write_error(self, exchange: HttpExchange, error: ApiError) -> int:
-        """Answer with the error. Raises ClientGone when another answer has begun, which can only be broken off."""
+        """Write the error as the response. Raises ClientGone if a response has begun, which can only be aborted."""
         if exchange.status:
-            raise ClientGone("the answer could not be finished")
+            raise ClientGone("an error occurred after the response had begun")
         exchange.error = error
         if error.closes_connection:
-            exchange.is_refused, exchange.keeps_connection = True, False
+            exchange.is_rejected, exchange.keeps_connection = True, False
         return self._write_whole(exchange, error.status, JSON_TYPE, [error_content(error)], error_fields(error))
 
     def _write_whole(
@@ -344,7 +370,7 @@ class Connection:
         chunks: Sequence[bytes | memoryview],
         headers: Mapping[str, str],
     ) -> int:
-        """Write a response of known length: one call to the kernel when it fits. Raises ClientGone."""
+        """Write a response of known length, in one system call when the socket accepts it. Raises ClientGone."""
         length = sum(map(len, chunks))
         head = self._responses.head(
             status,
@@ -361,13 +387,13 @@ class Connection:
         return self.transport.send([head, *chunks])
 
     def _write_stream(self, exchange: HttpExchange, reply: StreamReply) -> int:
-        """Write server-sent events as they come; an error before the first is an ordinary error response."""
+        """Write server-sent events as they are produced. An error before the first one becomes an error response."""
         events = reply.events
         try:
             first = next(events, None)
             is_chunked = exchange.head.version != "1.0"
             if not is_chunked:
-                exchange.keeps_connection = False  # the end of the stream is the end of the connection
+                exchange.keeps_connection = False  # without chunks, the stream ends with the connection
             head = self._responses.head(
                 200,
                 exchange.id,
@@ -381,15 +407,15 @@ class Connection:
             if exchange.method == "HEAD":
                 return self.transport.send([head])
             sent = self.transport.send([head])
-            for block in _blocks(first, events, exchange):
+            for block in _encode_events(first, events, exchange):
                 sent += self.transport.send([b"%x\r\n" % len(block), block, b"\r\n"] if is_chunked else [block])
             return sent + (self.transport.send([LAST_CHUNK]) if is_chunked else 0)
         finally:
             events.close()
 
     def _connection_field(self, exchange: HttpExchange) -> bytes:
-        """Decide whether the connection persists, and say so."""
-        if not exchange.can_keep() or self._host.is_draining:
+        """Decide whether the connection persists, and return its Connection field line."""
+        if not exchange.can_keep() or self._context.is_draining:
             exchange.keeps_connection = False
             return b"Connection: close\r\n"
         return b"Connection: keep-alive\r\n" if exchange.head.version == "1.0" else b""
@@ -398,23 +424,23 @@ class Connection:
         if not self.transport.has_pending:
             self.transport.send([CONTINUE])
 
-    def _refuse(self, error: ApiError) -> None:
-        """Answer what is not a request, and end the connection so that the answer arrives. Raises ClientGone."""
+    def _reject(self, error: ApiError) -> None:
+        """Answer a malformed or late head, and linger so that the client receives the answer. Raises ClientGone."""
         request_id = new_request_id()
         self.in_flight = True
         try:
-            sent = self.transport.send(self._responses.refusal(error, request_id))
+            sent = self.transport.send(self._responses.closing_error(error, request_id))
         finally:
             self.in_flight = False
-        told = fields(bytes=sent, id=request_id, address=self._address, why=harmless(error.message))
-        log.info("refused %d", error.status, extra=told)
+        log_fields = fields(bytes=sent, id=request_id, address=self._address, why=escape_for_log(error.message))
+        log.info("rejected %d", error.status, extra=log_fields)
         self._linger()
 
 
-def _blocks(
+def _encode_events(
     first: ServerEvent | None, events: Generator[ServerEvent, None, None], exchange: HttpExchange
 ) -> Generator[bytes, None, None]:
-    """The bytes of each event; an error becomes the last one. Raises ClientGone."""
+    """Yield the bytes of each event; an error becomes the last event. Raises ClientGone."""
     if first is None:
         return
     yield encode_event(first.kind, first.data)
@@ -426,39 +452,39 @@ def _blocks(
     except ApiError as error:
         exchange.error = error
         yield _error_event(error)
-    except Exception as error:  # noqa: BLE001 - a bug ends the stream, not the thread
-        yield _error_event(_unexpected(exchange, error))
+    except Exception as error:  # noqa: BLE001 - on a bug, the stream ends with an error event and the thread continues
+        yield _error_event(_log_bug(exchange, error))
 
 
 def _error_event(error: ApiError) -> bytes:
-    """The form that official clients turn into an exception: the error object under `error`, and the type beside it."""
+    """Encode an error as official clients expect it: a top-level `type`, and the error object under `error`."""
     return encode_event(
         "error", json.dumps({"type": "error", **error.body()}, ensure_ascii=False).encode("utf-8", "replace")
     )
 
 
-def _unexpected(exchange: HttpExchange, error: Exception) -> InternalError:
-    """Put a bug's traceback into the log; what the client is told of it."""
+def _log_bug(exchange: HttpExchange, error: Exception) -> InternalError:
+    """Log an unexpected exception with its traceback, and return the error for the client."""
     log.error("unexpected error", extra=fields(id=exchange.id), exc_info=error)
-    return failed(exchange.id)
+    return internal_error(exchange.id)
 
 
 def _log_access(exchange: HttpExchange, sent: int, started: float) -> None:
-    """One line for each request. The path is written as it came: percent-encoded, so that it is harmless in a log."""
-    told: dict[str, object] = {
+    """Log one line for a request. The path stays percent-encoded, which makes it safe to log."""
+    log_fields: dict[str, object] = {
         "bytes": sent,
         "ms": round((time.perf_counter() - started) * 1000, 1),
         "id": exchange.id,
         "address": exchange.address,
     }
     if exchange.key:
-        told["key"] = exchange.key
+        log_fields["key"] = exchange.key
     if exchange.client_request_id:
-        told["client_id"] = exchange.client_request_id
+        log_fields["client_id"] = exchange.client_request_id
     if exchange.error is not None:
-        told["code"] = exchange.error.code
+        log_fields["code"] = exchange.error.code
         if exchange.error.param:
-            told["param"] = harmless(exchange.error.param)
-        told["why"] = harmless(exchange.error.message)
+            log_fields["param"] = escape_for_log(exchange.error.param)
+        log_fields["why"] = escape_for_log(exchange.error.message)
     path = exchange.head.target.partition("?")[0]
-    log.info("%s %s %d", exchange.method, path, exchange.status, extra=fields(**told))
+    log.info("%s %s %d", exchange.method, path, exchange.status, extra=fields(**log_fields))

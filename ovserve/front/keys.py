@@ -1,4 +1,4 @@
-"""API keys: which requests need one, and whether theirs is known, told in constant time and before a body is read."""
+"""API keys: decides which requests need one and checks it, before a body is read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ovserve.settings.options import Settings
 
 __all__ = ["Keys", "read_keys"]
 
-MAX_KEYS_BYTES = 1024 * 1024  # of the file: each key costs every request a comparison
-_KEY = re.compile(r"[!-~]{1,512}")  # what a field value can carry without quotation marks
+MAX_KEYS_BYTES = 1024 * 1024  # of the file: every request is compared with every key
+_KEY = re.compile(r"[!-~]{1,512}")  # characters that a field value can carry unquoted
 
 log = logging.getLogger(__name__)
 
 
 class Keys:
-    """The keys that are known; none: nobody is asked. Thread-safe: immutable."""
+    """The configured API keys. Without any, requests need no key. Thread-safe: immutable."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
         self._digests = tuple({hashlib.sha256(key.encode("ascii")).digest() for key in keys})
@@ -34,15 +34,23 @@ class Keys:
         return len(self._digests)
 
     def check(self, request: Request, is_open: Callable[[str, str], bool]) -> None:
-        """Raise Unauthorized unless the request has a known key, which it then says of itself, or its method and path need none."""
+        """Check the API key of a request, and set `request.is_verified` if it is a configured one.
+
+        Args:
+            request: the request to check.
+            is_open: whether a method and path need no key.
+
+        Raises:
+            Unauthorized: the request needs a key, and has none or an unknown one.
+        """
         if not self._digests or is_open(request.method, request.path):
             return
         if not request.api_key:
             raise Unauthorized(
-                "You didn't provide an API key. Send it in an Authorization field, as in `Authorization: Bearer KEY`, or in"
-                " api-key."
+                "You didn't provide an API key. Send it in an Authorization field, as in `Authorization: Bearer KEY`,"
+                " or in api-key."
             )
-        # Hashes are compared, and all of them: the time tells neither how much of a key was right nor which one.
+        # Compare hashes, and always all of them, so that timing reveals neither a correct prefix nor which key matched.
         digest = hashlib.sha256(request.api_key.encode("latin-1")).digest()
         if not sum(hmac.compare_digest(digest, known) for known in self._digests):
             raise Unauthorized("Incorrect API key provided.")
@@ -50,7 +58,7 @@ class Keys:
 
 
 def read_keys(settings: Settings) -> Keys:
-    """The keys of `api_key` and `api_key_file`. Raises SettingsError, which never quotes a key."""
+    """Return the keys of `api_key` and `api_key_file`. Raises SettingsError, whose message never quotes a key."""
     keys = []
     if settings.api_key:
         if not _KEY.fullmatch(settings.api_key):
@@ -63,7 +71,8 @@ def read_keys(settings: Settings) -> Keys:
 
 def _read_file(path: Path) -> list[str]:
     try:
-        # Not blocking: a pipe would hold up the start, or a reload, until somebody writes into it.
+        # O_NONBLOCK: opening a FIFO would otherwise block start-up, or a reload, until another process opens it for
+        # writing.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as stream:
             mode = os.fstat(descriptor).st_mode
@@ -81,11 +90,15 @@ def _read_file(path: Path) -> list[str]:
             continue
         if not _KEY.fullmatch(key):
             raise SettingsError(
-                f"api_key_file {path}, line {number}: expected one key, up to 512 printable ASCII characters without blanks"
+                f"api_key_file {path}, line {number}: expected one key, up to 512 printable ASCII characters without"
+                " blanks"
             )
         keys.append(key)
     if not keys:
-        raise SettingsError(f"api_key_file {path}: no key in it; one is expected on each line")
+        raise SettingsError(f"api_key_file {path}: no key found; expected one on each line")
     if mode & stat.S_IROTH:
-        log.warning("everybody on this machine can read the API keys", extra=fields(api_key_file=path))
+        log.warning(
+            "the API key file is readable by every user of this machine; restrict its permissions",
+            extra=fields(api_key_file=path),
+        )
     return keys

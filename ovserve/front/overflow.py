@@ -1,9 +1,9 @@
-"""Connections beyond the limit: 503 at once, or a health check's answer, all of them on one thread that never blocks.
+"""Connections beyond the limit: answers health checks, and everything else with 503, on one thread that never blocks.
 
     accept thread ──offer──▶ HEAD ──▶ ANSWER ──▶ LINGER until the client closes
 
-Each connection has one short time for all of it. There is a limit on their number, beyond which the oldest goes: whoever opens
-connections and says nothing cannot keep a health check out.
+Each connection has `overflow_timeout_s` for all three states. At most `overflow_connections` are open; beyond that the
+oldest is closed, so that clients that connect and send nothing cannot keep a health check out.
 """
 
 from __future__ import annotations
@@ -22,63 +22,65 @@ from typing import NoReturn
 from ovserve.api.exchange import Form, JsonReply, StreamReply
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError, ClientGone, TooManyConnections
-from ovserve.front.handler import Host
+from ovserve.front.handler import ConnectionContext
 from ovserve.front.http1.head import Head, HeadParser
 from ovserve.front.http1.response import JSON_TYPE
-from ovserve.front.request import Request, failed, harmless, new_request_id
+from ovserve.front.request import Request, escape_for_log, internal_error, new_request_id
 from ovserve.logs import fields
 
-__all__ = ["Overflow", "too_many"]
+__all__ = ["Overflow", "too_many_connections"]
 
 RETRY_AFTER_S = 1
-LAST_ANSWERS_S = 1.0  # at the end, for those who have come and were not answered yet
+STOP_GRACE_S = 1.0  # at `stop`, for connections that are not answered yet
 RECEIVE_BYTES = 16 * 1024
 
 log = logging.getLogger(__name__)
 
 
-def too_many() -> TooManyConnections:
-    """What a client is told that finds every place taken."""
-    return TooManyConnections("Every connection of this server is in use. Try again.", retry_after_s=RETRY_AFTER_S)
+def too_many_connections() -> TooManyConnections:
+    """Return the error for clients that arrive at the connection limit."""
+    return TooManyConnections(
+        f"All connections of this server are in use; try again in {RETRY_AFTER_S} s.", retry_after_s=RETRY_AFTER_S
+    )
 
 
-class _Exchange(Request):
-    """A health check as the API sees it: without a body, and without time to wait."""
+class _HealthExchange(Request):
+    """A health check as the API sees it: it has no body and must not wait."""
 
     def read_form(self) -> Form:
-        """Refuse: Raises TooManyConnections."""
-        raise too_many()
+        """Raise TooManyConnections."""
+        raise too_many_connections()
 
-    def wait(self, descriptor: int, deadline: Deadline) -> NoReturn:  # noqa: ARG002 - the protocol's arguments
-        """Refuse: Raises TooManyConnections."""
-        raise too_many()
+    def wait(self, descriptor: int, deadline: Deadline) -> NoReturn:  # noqa: ARG002 - arguments of the protocol
+        """Raise TooManyConnections."""
+        raise too_many_connections()
 
 
-class _Visitor:
-    """One connection on its way through the three states; `answer` is None in HEAD, and empty in LINGER."""
+class _OverflowConnection:
+    """One connection and its state: `answer` is None in HEAD, and empty in LINGER."""
 
-    def __init__(self, connection: socket.socket, address: str, host: Host) -> None:
+    def __init__(self, connection: socket.socket, address: str, context: ConnectionContext) -> None:
         self.socket = connection
         self.address = address
-        self.end = time.monotonic() + host.settings.overflow_timeout_s
-        self.parser = HeadParser(host.settings)
+        self.deadline = time.monotonic() + context.settings.overflow_timeout_s
+        self.parser = HeadParser(context.settings)
         self.data = b""
         self.answer: memoryview | None = None
-        self.may_drop = host.settings.linger_bytes
+        self.linger_bytes = context.settings.linger_bytes  # that may still be discarded
 
 
 class Overflow:
-    """The thread for connections that found no place. Thread-safe: `offer` and `stop`."""
+    """The thread for connections beyond the limit. Thread-safe: `offer` and `stop`."""
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._limit = host.settings.overflow_connections
+    def __init__(self, context: ConnectionContext) -> None:
+        self._context = context
+        self._limit = context.settings.overflow_connections
         self._offered: deque[tuple[socket.socket, str]] = deque()
-        self._visitors: dict[int, _Visitor] = {}  # by descriptor, the oldest first
+        self._connections: dict[int, _OverflowConnection] = {}  # by descriptor, the oldest first
         self._poll = select.epoll()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll.register(self._wakeup, select.EPOLLIN)
-        self._last: float | None = None  # when the thread ends, at the latest
+        self._stop_deadline: float | None = None  # when the thread ends at the latest; None before `stop`
         self._thread = threading.Thread(target=self._run, name="overflow", daemon=True)
 
     def start(self) -> None:
@@ -86,10 +88,10 @@ class Overflow:
         self._thread.start()
 
     def stop(self) -> None:
-        """Give those there are a last moment for their answers, and end the thread. Safe to call twice, and without `start`."""
+        """Answer the remaining connections within STOP_GRACE_S, then end the thread. Idempotent; needs no `start`."""
         if self._wakeup < 0:
             return
-        self._last = time.monotonic() + LAST_ANSWERS_S
+        self._stop_deadline = time.monotonic() + STOP_GRACE_S
         if self._thread.is_alive():
             os.eventfd_write(self._wakeup, 1)
             self._thread.join()
@@ -100,108 +102,111 @@ class Overflow:
         self._wakeup = -1
 
     def offer(self, connection: socket.socket, address: str) -> None:
-        """Take over an accepted connection; the oldest that still waits is closed when there are too many. Never blocks."""
+        """Take over an accepted connection; close the oldest offered one if there are too many. Never blocks."""
         self._offered.append((connection, address))
         if len(self._offered) > self._limit:
-            with contextlib.suppress(IndexError):  # the thread was quicker
+            with contextlib.suppress(IndexError):  # the thread has taken them meanwhile
                 self._offered.popleft()[0].close()
         os.eventfd_write(self._wakeup, 1)
 
-    # --- the thread -----------------------------------------------------------------------------------------------------
+    # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._is_over():
-            for descriptor, _ in self._poll.poll(self._time_left()):
+        while not self._is_finished():
+            for descriptor, _ in self._poll.poll(self._poll_timeout_s()):
                 try:
                     if descriptor == self._wakeup:
                         os.eventfd_read(self._wakeup)
-                        self._admit()
-                    elif visitor := self._visitors.get(descriptor):
-                        self._step(visitor)
-                except Exception:  # one visitor's trouble: this thread is all that answers health when places are taken
-                    log.exception("a connection beyond the limit was dropped")
-                    if visitor := self._visitors.get(descriptor):
-                        self._close(visitor)
+                        self._take_offered()
+                    elif connection := self._connections.get(descriptor):
+                        self._advance(connection)
+                except Exception:  # drop only this connection: at the limit, only this thread answers health checks
+                    log.exception("unexpected error; a connection beyond the limit is closed")
+                    if connection := self._connections.get(descriptor):
+                        self._close(connection)
             now = time.monotonic()
-            while self._visitors and (oldest := next(iter(self._visitors.values()))).end <= now:
+            while self._connections and (oldest := next(iter(self._connections.values()))).deadline <= now:
                 self._close(oldest)
-        for visitor in list(self._visitors.values()):
-            self._close(visitor)
+        for connection in list(self._connections.values()):
+            self._close(connection)
 
-    def _is_over(self) -> bool:
-        if self._last is None:
+    def _is_finished(self) -> bool:
+        if self._stop_deadline is None:
             return False
-        return time.monotonic() >= self._last or not (self._visitors or self._offered)
+        return time.monotonic() >= self._stop_deadline or not (self._connections or self._offered)
 
-    def _time_left(self) -> float | None:
-        ends = [next(iter(self._visitors.values())).end] if self._visitors else []
-        if self._last is not None:
-            ends.append(self._last)
-        return max(0.0, min(ends) - time.monotonic()) if ends else None
+    def _poll_timeout_s(self) -> float | None:
+        deadlines = [next(iter(self._connections.values())).deadline] if self._connections else []
+        if self._stop_deadline is not None:
+            deadlines.append(self._stop_deadline)
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
-    def _admit(self) -> None:
+    def _take_offered(self) -> None:
         while True:
             try:
-                connection, address = self._offered.popleft()
+                accepted, address = self._offered.popleft()
             except IndexError:
-                return  # none left, or the accept thread has closed the last one
-            if len(self._visitors) >= self._limit:
-                self._close(next(iter(self._visitors.values())))
-            connection.setblocking(False)
-            visitor = _Visitor(connection, address, self._host)
-            self._visitors[connection.fileno()] = visitor
-            self._poll.register(connection, select.EPOLLIN)
-            self._step(visitor)
+                return  # none is left; the accept thread also removes connections
+            if len(self._connections) >= self._limit:
+                self._close(next(iter(self._connections.values())))
+            accepted.setblocking(False)
+            connection = _OverflowConnection(accepted, address, self._context)
+            self._connections[accepted.fileno()] = connection
+            self._poll.register(accepted, select.EPOLLIN)
+            self._advance(connection)
 
-    def _step(self, visitor: _Visitor) -> None:
+    def _advance(self, connection: _OverflowConnection) -> None:
+        """Do what the connection's state allows without blocking."""
         try:
-            if visitor.answer is None:
-                self._read_head(visitor)
-            if visitor.answer:
-                self._write(visitor)
-            elif visitor.answer is not None:
-                self._drop(visitor)
+            if connection.answer is None:
+                self._read_head(connection)
+            if connection.answer:
+                self._write(connection)
+            elif connection.answer is not None:
+                self._discard(connection)
         except BlockingIOError:
             return
         except (OSError, ClientGone):
-            self._close(visitor)
+            self._close(connection)
 
-    def _read_head(self, visitor: _Visitor) -> None:
-        data = visitor.socket.recv(RECEIVE_BYTES)
+    def _read_head(self, connection: _OverflowConnection) -> None:
+        """Receive more of the head, and set the answer when the head is complete. Raises BlockingIOError until then."""
+        data = connection.socket.recv(RECEIVE_BYTES)
         if not data:
-            raise ClientGone("closed before its head was complete")
-        visitor.data += data
+            raise ClientGone("the client closed the connection before its head was complete")
+        connection.data += data
         head = None
         try:
-            head = visitor.parser.parse(visitor.data)
+            head = connection.parser.parse(connection.data)
             if head is None:
                 raise BlockingIOError
-            buffers: Sequence[bytes | memoryview] = self._health(head, visitor)
+            buffers: Sequence[bytes | memoryview] = self._answer_health(head, connection)
         except ApiError as error:
             origin = head.fields.get("origin") if head else None
-            buffers = self._host.responses.refusal(error, new_request_id(), origin)
-            log.info("refused %d", error.status, extra=fields(address=visitor.address, why=harmless(error.message)))
-        visitor.answer = memoryview(b"".join(buffers))
+            buffers = self._context.responses.closing_error(error, new_request_id(), origin)
+            log_fields = fields(address=connection.address, why=escape_for_log(error.message))
+            log.info("rejected %d", error.status, extra=log_fields)
+        connection.answer = memoryview(b"".join(buffers))
 
-    def _health(self, head: Head, visitor: _Visitor) -> list[bytes | memoryview]:
-        """A health check's answer. Raises ApiError, for anything else TooManyConnections."""
-        api = self._host.api
+    def _answer_health(self, head: Head, connection: _OverflowConnection) -> list[bytes | memoryview]:
+        """Return the answer to a health check. Raises TooManyConnections for other requests, and ApiError."""
+        api = self._context.api
         if head.method not in {"GET", "HEAD"} or not api.is_health(head.path):
-            raise too_many()
-        exchange = _Exchange(head, visitor.address)
+            raise too_many_connections()
+        exchange = _HealthExchange(head, connection.address)
         try:
             reply = api.answer(exchange)
         except (ApiError, ClientGone):
             raise
         except Exception as error:
             log.exception("unexpected error", extra=fields(id=exchange.id))
-            raise failed(exchange.id) from error
+            raise internal_error(exchange.id) from error
         if isinstance(reply, StreamReply):
             reply.events.close()
-            raise too_many()
+            raise too_many_connections()
         media_type = JSON_TYPE if isinstance(reply, JsonReply) else reply.media_type
         chunks: Sequence[bytes | memoryview] = reply.chunks if isinstance(reply, JsonReply) else [reply.content]
-        top = self._host.responses.head(
+        response_head = self._context.responses.head(
             reply.status,
             exchange.id,
             media_type=media_type,
@@ -210,26 +215,27 @@ class Overflow:
             headers=reply.headers,
             origin=exchange.header("origin"),
         )
-        return [top] if head.method == "HEAD" else [top, *chunks]
+        return [response_head] if head.method == "HEAD" else [response_head, *chunks]
 
-    def _write(self, visitor: _Visitor) -> None:
-        rest = visitor.answer or memoryview(b"")
+    def _write(self, connection: _OverflowConnection) -> None:
+        """Send what the socket accepts; after the last byte, close the writing side and linger."""
+        rest = connection.answer or memoryview(b"")
         with contextlib.suppress(BlockingIOError):
-            rest = rest[visitor.socket.send(rest) :]
-        visitor.answer = rest
+            rest = rest[connection.socket.send(rest) :]
+        connection.answer = rest
         if not rest:
-            visitor.socket.shutdown(socket.SHUT_WR)
-        self._poll.modify(visitor.socket, select.EPOLLOUT if rest else select.EPOLLIN)
+            connection.socket.shutdown(socket.SHUT_WR)
+        self._poll.modify(connection.socket, select.EPOLLOUT if rest else select.EPOLLIN)
 
-    def _drop(self, visitor: _Visitor) -> None:
-        """What still comes is read and dropped, so that closing does not reset the connection before the answer is read."""
-        dropped = len(visitor.socket.recv(RECEIVE_BYTES))
-        visitor.may_drop -= dropped
-        if not dropped or visitor.may_drop <= 0:
-            self._close(visitor)
+    def _discard(self, connection: _OverflowConnection) -> None:
+        """Receive and drop, so that the close does not reset the connection before the client has read the answer."""
+        dropped = len(connection.socket.recv(RECEIVE_BYTES))
+        connection.linger_bytes -= dropped
+        if not dropped or connection.linger_bytes <= 0:
+            self._close(connection)
 
-    def _close(self, visitor: _Visitor) -> None:
-        self._visitors.pop(visitor.socket.fileno(), None)
+    def _close(self, connection: _OverflowConnection) -> None:
+        self._connections.pop(connection.socket.fileno(), None)
         with contextlib.suppress(OSError):
-            self._poll.unregister(visitor.socket)
-        visitor.socket.close()
+            self._poll.unregister(connection.socket)
+        connection.socket.close()

@@ -1,4 +1,4 @@
-"""One request as a route sees it: what its head says, without its body."""
+"""Head of one request as a route sees it, without the body."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from urllib.parse import parse_qsl
 from ovserve.errors import InternalError
 from ovserve.front.http1.head import Head
 
-__all__ = ["Request", "failed", "harmless", "new_request_id"]
+__all__ = ["Request", "escape_for_log", "internal_error", "new_request_id"]
 
-WHY_CHARS = 200  # of an error's message in the log
+LOG_TEXT_CHARS = 200  # of an error message in the log
 FINGERPRINT_CHARS = 16
 _short_printable = re.compile(r"[!-~]{1,64}")
 
 
 def new_request_id() -> str:
-    """An unguessable id: 128 random bits."""
+    """Return an unguessable request id with 128 random bits."""
     return f"req_{os.urandom(16).hex()}"
 
 
@@ -29,10 +29,11 @@ class Request:
     """The part of `api.exchange.Exchange` that needs no socket. Thread-safe: no.
 
     Attributes:
-        id: ours, never the client's.
-        method, path: of the head; the path percent-decoded once.
-        address: the peer's address.
-        is_verified: its API key is one of those that are known.
+        id: request id, generated here, never taken from the client.
+        method: request method of the head.
+        path: path of the request target, percent-decoded once.
+        address: IP address of the peer.
+        is_verified: whether the request has a configured API key; set by `Keys.check`.
     """
 
     def __init__(self, head: Head, address: str) -> None:
@@ -45,7 +46,7 @@ class Request:
 
     @cached_property
     def query(self) -> Mapping[str, str]:
-        """The query's fields, the first of each name."""
+        """Query parameters; the first value of each name."""
         found: dict[str, str] = {}
         if self.head.query:
             for name, value in parse_qsl(self.head.query, keep_blank_values=True):
@@ -54,9 +55,10 @@ class Request:
 
     @cached_property
     def network(self) -> str:
-        """The part of the address that its owner cannot choose: all of an IPv4 address, half of an IPv6 address.
+        """The part of the address that its owner cannot choose: an IPv4 address, or the /64 of an IPv6 address.
 
-        A host has the other half to itself (RFC 4291 section 2.5.1), and could else be somebody else at each connection.
+        A host chooses the lower 64 bits of its IPv6 address itself (RFC 4291 section 2.5.1). If they counted, one host
+        could appear as a different client on each connection.
         """
         if ":" not in self.address:
             return self.address
@@ -65,7 +67,7 @@ class Request:
 
     @cached_property
     def api_key(self) -> str:
-        """The API key that the client sent, as OpenAI's clients do or as Azure's; empty when there is none."""
+        """The client's API key from Authorization (OpenAI's clients) or api-key (Azure's); "" without one."""
         scheme, _, key = (self.header("authorization") or "").partition(" ")
         if scheme.lower() != "bearer":
             key = ""
@@ -73,26 +75,29 @@ class Request:
 
     @cached_property
     def key(self) -> str:
-        """A fingerprint of the API key, from which the key cannot be had; empty without one."""
+        """Truncated SHA-256 of the API key, as 16 hex digits; "" without a key."""
         return hashlib.sha256(self.api_key.encode("latin-1")).hexdigest()[:FINGERPRINT_CHARS] if self.api_key else ""
 
     @property
     def client_request_id(self) -> str | None:
-        """What the client calls the request, for the log only, and only when it is short and printable."""
+        """The client's X-Client-Request-Id, for the log only; None unless it is short and printable."""
         name = self.header("x-client-request-id")
         return name if name and _short_printable.fullmatch(name) else None
 
     def header(self, name: str) -> str | None:
-        """A request field by its lower-case name."""
+        """Return a request field by its lower-case name."""
         return self.head.fields.get(name)
 
 
-def failed(request_id: str) -> InternalError:
-    """What a client is told of a bug, whose traceback stands in the log."""
-    return InternalError(f"The server failed on this request. Its log tells why, under {request_id}.")
+def internal_error(request_id: str) -> InternalError:
+    """Return the error that a client receives for a bug; the traceback is in the log only."""
+    return InternalError(f"Internal server error; the server's log has the details under the request id {request_id}.")
 
 
-def harmless(text: str) -> str:
-    """What an error tells of a client's own text, for a log: short, on one line, and nothing in it moves a terminal's cursor."""
-    shown = text[:WHY_CHARS].encode("ascii", "backslashreplace").decode()
+def escape_for_log(text: str) -> str:
+    """Return the text for a log line: truncated, on one line, with control and non-ASCII characters escaped.
+
+    Error messages quote the client's own text, which could otherwise forge log lines or move a terminal's cursor.
+    """
+    shown = text[:LOG_TEXT_CHARS].encode("ascii", "backslashreplace").decode()
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in shown)

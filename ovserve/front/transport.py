@@ -1,7 +1,8 @@
-"""Bytes in and out of one connection's socket, each wait with a time limit.
+"""Socket I/O of one connection; every wait has a time limit.
 
-Bytes that can be had at once are had at once, while the thread keeps its turn. Before it waits it gives the turn away, the socket
-blocks, and the kernel keeps the time (SO_RCVTIMEO, SO_SNDTIMEO): one system call, where Python's own timeouts poll first.
+What is possible at once is done without blocking, and the thread keeps the run token. Before a call that may block, the
+thread releases the token, and the kernel limits the wait (SO_RCVTIMEO, SO_SNDTIMEO). That is one system call, where
+Python's own socket timeouts need a poll before it.
 """
 
 from __future__ import annotations
@@ -16,27 +17,34 @@ from typing import TypeVar
 
 from ovserve.deadline import Deadline
 from ovserve.errors import ClientGone
-from ovserve.front.turns import Turn, Turns
+from ovserve.front.run_token import RunHandle, RunToken
 
 __all__ = ["Transport"]
 
-RECEIVE_BYTES = 16 * 1024  # a head, and what comes with it; content beyond goes straight to where it belongs
-SLOWEST_READER = 1024  # bytes per second of an answer, beside the write timeout: less is somebody who holds a thread
-IOV_LIMIT = 512  # buffers for one sendmsg; Linux takes 1024
-# The kernel's limit on one wait. Longer waits are made of several; a limit that stays the same is one system call less for each.
-TICK_S = 5.0
+RECEIVE_BYTES = 16 * 1024  # for a head and what arrives with it; later content is received directly into its target
+MIN_READ_BYTES_PER_S = 1024  # by the client, beyond the write timeout; a slower one would occupy a thread
+IOV_LIMIT = 512  # buffers for one sendmsg; Linux accepts 1024
+# The kernel's timeout for one wait; a longer wait is made of several. While it stays the same, each wait saves a
+# setsockopt call.
+MAX_KERNEL_WAIT_S = 5.0
 _T = TypeVar("_T")
-_GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+_HANGUP_EVENTS = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
 class Transport:
-    """One connection's socket, and the bytes received from it that nobody has taken yet. Thread-safe: no."""
+    """One connection's socket, and the bytes received from it that are not taken yet ("pending"). Thread-safe: no."""
 
-    def __init__(self, connection: socket.socket, write_timeout_s: float, turn: Turn | None = None) -> None:
-        """Args: turn: given away during each wait; without one the thread takes turns with nobody."""
+    def __init__(self, connection: socket.socket, write_timeout_s: float, run_handle: RunHandle | None = None) -> None:
+        """Take over a connected, blocking socket.
+
+        Args:
+            connection: the socket; the caller closes it.
+            write_timeout_s: how long the peer may accept no bytes of an answer.
+            run_handle: released during each wait; without one, the thread shares no run token.
+        """
         self._socket = connection
-        self.turn = turn or Turn(Turns())
-        self._timeout = 0.0
+        self.run_handle = run_handle or RunHandle(RunToken())
+        self._timeout_s = 0.0  # the current SO_RCVTIMEO
         self._data = b""
         self._position = 0
         self._overflow: memoryview | None = None
@@ -46,21 +54,21 @@ class Transport:
 
     @property
     def has_pending(self) -> bool:
-        """Whether received bytes wait to be taken."""
+        """Whether received bytes are pending."""
         return self._position < len(self._data)
 
     def take_pending(self) -> bytes:
-        """All bytes that were received and not taken."""
+        """Return and remove all pending bytes."""
         data, start = self._data, self._position
         self._data, self._position = b"", 0
         return data[start:] if start else data
 
-    def put_back(self, data: bytes, start: int) -> None:
-        """Give back what was taken, from `start` on, when it belongs to somebody else. Nothing may be pending."""
+    def unread(self, data: bytes, start: int) -> None:
+        """Make `data[start:]`, which belongs to the next reader, pending again. Nothing may be pending."""
         self._data, self._position = data, start
 
     def take_into(self, view: memoryview) -> int:
-        """Move pending bytes into `view`; their number."""
+        """Move pending bytes into `view` and return their number."""
         start = self._position
         count = min(len(view), len(self._data) - start)
         if count:
@@ -71,13 +79,24 @@ class Transport:
         return count
 
     def receive(self, timeout_s: float) -> bytes:
-        """The next bytes from the socket, empty at its end. Nothing may be pending. Raises TimeoutError and ClientGone."""
-        return self._within(timeout_s, self._socket.recv, RECEIVE_BYTES)
+        """Return the next bytes from the socket, empty at end-of-file. Nothing may be pending.
 
-    def await_bytes(self, timeout_s: float, arrived: Callable[[], None]) -> None:
-        """Wait for the next bytes, or the end, and leave them in the socket. Raises TimeoutError and ClientGone.
+        Raises:
+            TimeoutError: nothing arrived in time.
+            ClientGone: the connection was lost.
+        """
+        return self._receive_within(timeout_s, self._socket.recv, RECEIVE_BYTES)
 
-        `arrived` is called as soon as they are there, before the thread waits for its turn, and also when they never came.
+    def wait_readable(self, timeout_s: float, on_wake: Callable[[], None]) -> None:
+        """Wait until the socket has bytes or is at end-of-file, without reading them.
+
+        Args:
+            timeout_s: the longest wait.
+            on_wake: called when the wait is over, however it ends, before the thread waits for the run token.
+
+        Raises:
+            TimeoutError: nothing arrived in time.
+            ClientGone: the connection was lost.
         """
         try:
             self._peek(socket.MSG_DONTWAIT)
@@ -86,17 +105,17 @@ class Transport:
         except OSError as error:
             raise ClientGone(error.strerror or "connection lost") from None
         else:
-            arrived()
+            on_wake()
             return
-        self.turn.give()
+        self.run_handle.release()
         try:
-            self._wait_for(timeout_s, self._peek, 0)
+            self._receive_blocking(timeout_s, self._peek, 0)
         finally:
-            arrived()
-            self.turn.take()
+            on_wake()
+            self.run_handle.acquire()
 
-    def has_arrived(self) -> bool:
-        """Whether bytes lie in the socket that nobody has received. Thread-safe: yes."""
+    def has_unread_bytes(self) -> bool:
+        """Return whether the socket holds bytes that have not been received. Thread-safe: yes."""
         try:
             return bool(self._peek(socket.MSG_DONTWAIT))
         except OSError:
@@ -106,42 +125,56 @@ class Transport:
         return self._socket.recv(1, flags | socket.MSG_PEEK)
 
     def fill(self, view: memoryview, timeout_s: float) -> int:
-        """Receive into `view` until it is full, the peer has no more, or the time (or a tick of it) is over.
+        """Receive into `view` until it is full, the peer has closed, or the time is over.
 
-        Returns bytes received, 0 at the end. Raises TimeoutError when the time passed without a byte, and ClientGone.
+        After the first bytes it waits no longer than MAX_KERNEL_WAIT_S for the others.
+
+        Returns:
+            Bytes received, 0 at end-of-file.
+
+        Raises:
+            TimeoutError: no byte arrived in time.
+            ClientGone: the connection was lost.
         """
         end = time.monotonic() + timeout_s
-        self.turn.pass_on()
-        count = self._within(timeout_s, self._socket.recv_into, view, 0)
+        self.run_handle.yield_to_waiters()
+        count = self._receive_within(timeout_s, self._socket.recv_into, view, 0)
         if not 0 < count < len(view):
             return count
-        self.turn.give()
+        self.run_handle.release()
         try:
-            left = min(TICK_S, end - time.monotonic())
-            return count + self._wait_for(left, self._socket.recv_into, view[count:], 0, socket.MSG_WAITALL)
+            left = min(MAX_KERNEL_WAIT_S, end - time.monotonic())
+            return count + self._receive_blocking(left, self._socket.recv_into, view[count:], 0, socket.MSG_WAITALL)
         except TimeoutError:
             return count
         finally:
-            self.turn.take()
+            self.run_handle.acquire()
 
     def receive_beyond(self, view: memoryview, timeout_s: float) -> int:
-        """Receive into `view`, and in the same call what comes after it into the pending bytes; bytes put into `view`.
+        """Receive into `view`, and what exceeds it into the pending bytes, in one system call. Nothing may be pending.
 
-        0 at the end. Nothing may be pending. Raises TimeoutError and ClientGone.
+        Returns:
+            Bytes in `view`, 0 at end-of-file.
+
+        Raises:
+            TimeoutError: nothing arrived in time.
+            ClientGone: the connection was lost.
         """
         overflow = self._overflow
         if overflow is None:
             overflow = self._overflow = memoryview(bytearray(RECEIVE_BYTES))
-        count = self._within(timeout_s, self._socket.recvmsg_into, [view, overflow], 0)[0]
+        count = self._receive_within(timeout_s, self._socket.recvmsg_into, [view, overflow], 0)[0]
         if count <= len(view):
             return count
         self._data, self._position = bytes(overflow[: count - len(view)]), 0
         return len(view)
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> int:
-        """Write all of the buffers, in as few calls as the socket allows; bytes written.
+        """Write all buffers, in as few system calls as the socket allows, and return the number of bytes.
 
-        Raises ClientGone when the peer has closed, has taken nothing for the write timeout, or reads slower than SLOWEST_READER.
+        Raises:
+            ClientGone: the peer has closed, has accepted nothing for the write timeout, or reads more slowly than
+                MIN_READ_BYTES_PER_S.
         """
         total = sum(map(len, buffers))
         try:
@@ -151,57 +184,61 @@ class Transport:
         except OSError as error:
             raise ClientGone(error.strerror or "connection lost") from None
         if rest:
-            self.turn.give()
+            self.run_handle.release()
             try:
                 self._send_rest(rest)
             finally:
-                self.turn.take()
+                self.run_handle.acquire()
         return total
 
     def _send_some(self, buffers: Sequence[bytes | memoryview], flags: int = 0) -> list[bytes | memoryview]:
-        """One call to the kernel; what is left."""
+        """Make one system call and return what is not sent yet."""
         sent = self._socket.sendmsg(buffers if len(buffers) <= IOV_LIMIT else buffers[:IOV_LIMIT], [], flags)
-        return _behind(buffers, sent)
+        return _unsent(buffers, sent)
 
     def _send_rest(self, rest: list[bytes | memoryview]) -> None:
-        """Write what the socket did not take at once. Raises ClientGone."""
+        """Write what the socket did not accept at once. Raises ClientGone."""
         total, taken = sum(map(len, rest)), 0
         started = time.monotonic()
         try:
-            while rest and time.monotonic() - started <= self._write_timeout_s + taken / SLOWEST_READER:
+            while rest and time.monotonic() - started <= self._write_timeout_s + taken / MIN_READ_BYTES_PER_S:
                 rest = self._send_some(rest)
                 taken = total - sum(map(len, rest))
         except BlockingIOError:
-            self._reset()
+            self._reset_on_close()
             raise ClientGone("the client has stopped reading") from None
         except OSError as error:
             raise ClientGone(error.strerror or "connection lost") from None
         if rest:
-            self._reset()
-            raise ClientGone(f"the client reads fewer than {SLOWEST_READER} bytes a second")
+            self._reset_on_close()
+            raise ClientGone(f"the client reads fewer than {MIN_READ_BYTES_PER_S} bytes a second")
 
-    def _reset(self) -> None:
-        """Have the close reset the connection: as usual, the kernel would hold what is unread for minutes."""
+    def _reset_on_close(self) -> None:
+        """Make the close reset the connection; otherwise the kernel would keep the unsent bytes for minutes."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
 
     def wait(self, descriptor: int, deadline: Deadline) -> bool:
-        """Wait until `descriptor` is readable; False at the deadline. Raises ClientGone when the peer closes, or has closed.
+        """Wait until `descriptor` is readable; return False at the deadline.
 
-        POLLRDHUP, because bytes of a pipelined request would hide the end of the stream from a peek.
+        Uses POLLRDHUP, because bytes of a pipelined request would hide an end-of-file from a peek.
+
+        Raises:
+            ClientGone: the peer closes, or has closed.
+            ValueError: the descriptor is not open.
         """
         poller = select.poll()
         poller.register(descriptor, select.POLLIN)
         poller.register(self._socket, select.POLLRDHUP)
-        self.turn.give()
+        self.run_handle.release()
         try:
             return self._poll(poller, descriptor, deadline)
         finally:
-            self.turn.take()
+            self.run_handle.acquire()
 
     def _poll(self, poller: select.poll, descriptor: int, deadline: Deadline) -> bool:
         while True:
             found = dict(poller.poll(deadline.remaining() * 1000 + 1))
-            if found.get(self._socket.fileno(), 0) & _GONE:
+            if found.get(self._socket.fileno(), 0) & _HANGUP_EVENTS:
                 raise ClientGone("closed by the client")
             if found.get(descriptor, 0) & select.POLLNVAL:
                 raise ValueError(f"descriptor {descriptor} is not open")
@@ -211,7 +248,7 @@ class Transport:
                 return False
 
     def linger(self, limit_bytes: int, limit_s: float) -> None:
-        """Close the writing side, then read and drop until the peer closes or a limit is reached.
+        """Close the writing side, then receive and drop until the peer closes or a limit is reached.
 
         Closing a socket that has unread bytes resets the connection, and the reset can overtake the answer.
         """
@@ -225,10 +262,11 @@ class Transport:
                     return
                 limit_bytes -= dropped
 
-    def _within(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:
-        """What `receive` gives at once, or within the time. Raises TimeoutError and ClientGone.
+    def _receive_within(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:
+        """Return what `receive` returns at once, or within the time. Raises TimeoutError and ClientGone.
 
-        What has come is taken even when the time is over: the client is not to blame for this thread's wait for its turn.
+        Bytes that have arrived are received even when no time is left: this thread may have lost it waiting for the run
+        token, which is not the client's fault.
         """
         try:
             return receive(*arguments, socket.MSG_DONTWAIT)
@@ -236,40 +274,40 @@ class Transport:
             pass
         except OSError as error:
             raise ClientGone(error.strerror or "connection lost") from None
-        self.turn.give()
+        self.run_handle.release()
         try:
-            return self._wait_for(timeout_s, receive, *arguments, 0)
+            return self._receive_blocking(timeout_s, receive, *arguments, 0)
         finally:
-            self.turn.take()
+            self.run_handle.acquire()
 
-    def _wait_for(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:
-        """Call `receive` until it gives something or the time is over. Raises TimeoutError and ClientGone."""
+    def _receive_blocking(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:
+        """Call `receive` until it returns something or the time is over. Raises TimeoutError and ClientGone."""
         while True:
-            if timeout_s <= 0 or self._timeout != min(timeout_s, TICK_S):
-                self._limit_wait(timeout_s)
+            if timeout_s <= 0 or self._timeout_s != min(timeout_s, MAX_KERNEL_WAIT_S):
+                self._set_receive_timeout(timeout_s)
             try:
                 return receive(*arguments)
             except BlockingIOError:
-                timeout_s -= self._timeout
+                timeout_s -= self._timeout_s
             except OSError as error:
                 raise ClientGone(error.strerror or "connection lost") from None
 
-    def _limit_wait(self, timeout_s: float) -> None:
-        """Have the kernel end the next wait in time. Raises TimeoutError when no time is left."""
+    def _set_receive_timeout(self, timeout_s: float) -> None:
+        """Set the kernel's limit for the next wait. Raises TimeoutError when no time is left."""
         if timeout_s <= 0:
             raise TimeoutError
-        self._timeout = min(timeout_s, TICK_S)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(self._timeout))
+        self._timeout_s = min(timeout_s, MAX_KERNEL_WAIT_S)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(self._timeout_s))
 
 
 def _timeval(seconds: float) -> bytes:
-    """A struct timeval of at least a millisecond: zero would mean for ever."""
+    """Return a struct timeval of at least one millisecond, because zero means no timeout."""
     whole, microseconds = divmod(max(1000, int(seconds * 1_000_000)), 1_000_000)
     return struct.pack("@ll", whole, microseconds)
 
 
-def _behind(buffers: Sequence[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
-    """What is left of the buffers after `sent` bytes."""
+def _unsent(buffers: Sequence[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
+    """Return what is left of the buffers after `sent` bytes."""
     for index, buffer in enumerate(buffers):
         size = len(buffer)
         if sent < size:

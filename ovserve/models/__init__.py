@@ -1,1 +1,1 @@
-"""What a model is: profile, catalog, presets, step rules. No sockets, no arrays, no openvino."""
+"""Model descriptions: profile, catalog, presets, step rules. No sockets, no arrays, no openvino."""

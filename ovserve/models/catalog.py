@@ -1,4 +1,7 @@
-"""The models that are served: name to profile and limits. A reload changes each when its new workers take over, not before."""
+"""The catalog of served models: name to profile and limits.
+
+A reload changes each model's entry when its new workers take over, not before.
+"""
 
 from __future__ import annotations
 
@@ -15,58 +18,63 @@ __all__ = ["Catalog", "ServedModel", "read_catalog"]
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """One model: what it can do and what the operator allows."""
+    """One model: its capabilities and the operator's limits."""
 
     profile: ModelProfile
     limits: ModelSettings
 
     @property
     def name(self) -> str:
-        """What clients put into `model`."""
+        """The value of the request field `model`."""
         return self.profile.name
 
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """Every served model. Immutable: what changes makes a new one."""
+    """Every served model. Immutable: a change creates a new catalog."""
 
     models: Mapping[str, ServedModel]
-    default: str  # empty: a request must name one, unless there is only one
+    default: str  # empty: a request must name a model, unless there is only one
     created: int = field(default_factory=lambda: int(time.time()))
 
     def find(self, name: str | None) -> ServedModel:
-        """The model of that name; for None the default, or the only one. Raises ModelNotFound and MissingParameter."""
+        """Return the model with this name; for None the default model, or the only one.
+
+        Raises:
+            ModelNotFound: no model has this name.
+            MissingParameter: `name` is None, there are several models and no default.
+        """
         if name is None:
             name = self.default or (next(iter(self.models)) if len(self.models) == 1 else None)
         if name is None:
-            told = f"Missing required parameter: 'model', for several are served: {_listed(self.models)}."
-            raise MissingParameter(told, param="model")
+            message = f"model is missing; choose one of: {_quoted(self.models)}."
+            raise MissingParameter(message, param="model")
         found = self.models.get(name)
         if found is None:
-            told = f"The model '{name[:200]}' does not exist. Served: {_listed(self.models)}."
-            raise ModelNotFound(told, param="model")
+            message = f"The model {name[:200]!r} does not exist; available: {_quoted(self.models)}."
+            raise ModelNotFound(message, param="model")
         return found
 
     def announcing(self, new: Catalog) -> Catalog:
-        """The catalogue while the workers of `new` are on their way.
+        """Return the catalog to serve while the workers of `new` are loading.
 
-        Its names, and the default among them, hold at once. Models that are served already stay as they are: requests are
-        checked by what the workers know that will run them.
+        The names and the default of `new` apply at once. Models that are already served keep their current entries, so
+        that requests are checked against the profile of the workers that will run them.
         """
         return replace(new, models={name: self.models.get(name, model) for name, model in new.models.items()})
 
     def with_serving(self, model: ServedModel) -> Catalog:
-        """The same with one model as its workers serve it now. One that is not in the catalogue any more does not come back."""
+        """Return this catalog with one model as its workers serve it now; a removed model is not added again."""
         if model.name not in self.models:
             return self
         return replace(self, models={**self.models, model.name: model})
 
 
-def _listed(names: Iterable[str]) -> str:
+def _quoted(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
 def read_catalog(settings: Settings) -> Catalog:
-    """Read every model's directory. Raises ModelError and SettingsError."""
+    """Read the directory of every configured model. Raises ModelError and SettingsError."""
     models = [ServedModel(read_profile(model), model) for model in settings.models]
     return Catalog({model.name: model for model in models}, settings.default_model)

@@ -12,7 +12,7 @@ __all__ = ["FAMILIES", "T5_ENCODERS", "Defaults", "family_of"]
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What a request gets that leaves the field out."""
+    """Values for the request fields that a client leaves out."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -21,7 +21,8 @@ class Defaults:
     strength_variation: float
 
 
-# Class-name stems as diffusers writes them, and what OpenVINO GenAI does with an omitted option for each (measured).
+# Prefixes of the pipeline class names of diffusers, and the values that OpenVINO GenAI uses for omitted options
+# (measured).
 FAMILIES: dict[str, tuple[str, Defaults]] = {
     "StableDiffusionXL": ("sdxl", Defaults(50, 5.0, 0.5, 0.9999, 0.5)),
     "StableDiffusion3": ("sd3", Defaults(28, 7.0, 0.6, 0.6, 0.6)),
@@ -30,15 +31,17 @@ FAMILIES: dict[str, tuple[str, Defaults]] = {
     "Flux": ("flux", Defaults(28, 3.5, 0.6, 0.6, 0.6)),
 }
 
-# Families whose last text encoder is a T5, which reads the whole prompt (the CLIP encoders beside it read the beginning), and
-# the tokens the library gives it.
+# Families whose last text encoder is a T5, which reads the whole prompt (the CLIP encoders read only its beginning):
+# the component's directory and the number of tokens that OpenVINO GenAI passes to it.
 T5_ENCODERS: dict[str, tuple[str, int]] = {"sd3": ("text_encoder_3", 256), "flux": ("text_encoder_2", 512)}
 
 
 def family_of(class_name: str, directory: Path) -> tuple[str, Defaults]:
+    """Return the family name and the defaults for a pipeline class. Raises ModelError for an unsupported class."""
     for stem, found in FAMILIES.items():
         if class_name.startswith(stem):
             return found
     raise ModelError(
-        f"{directory}: model_index.json names the class {class_name!r}, which is not an image pipeline ovserve serves"
+        f"{directory}: model_index.json has _class_name {class_name!r}; supported are classes that begin with "
+        f"{', '.join(FAMILIES)}"
     )

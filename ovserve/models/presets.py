@@ -1,4 +1,4 @@
-"""The `quality` presets that a model declares, held within the operator's limits."""
+"""The `quality` presets that a model declares, clamped to the operator's limits."""
 
 from __future__ import annotations
 
@@ -13,21 +13,27 @@ PRESET_KEYS = ("num_inference_steps", "guidance_scale", "scheduler", "shortcuts"
 
 
 def limited_presets(declared: dict[str, dict[str, Any]], settings: ModelSettings) -> dict[str, dict[str, Any]]:
-    """The directory's presets within the operator's limits; where the operator sets a default, `high` is that default."""
+    """Return the directory's presets, clamped to the operator's limits.
+
+    A default that the operator sets replaces the same field of the preset `high`.
+
+    Raises:
+        ValueError: a preset contains an unknown field.
+    """
     presets = {}
     for name, fields in declared.items():
         if unknown := sorted(fields.keys() - PRESET_KEYS):
-            raise ValueError(f"ovserve.json: presets: {name}: {unknown[0]!r} is none of {', '.join(PRESET_KEYS)}")
+            raise ValueError(f"ovserve.json: presets.{name}: {unknown[0]!r} is not one of {', '.join(PRESET_KEYS)}")
         preset = dict(fields)
         if name == "high" and settings.default_num_inference_steps is not None:
             preset.pop("num_inference_steps", None)
         if name == "high" and settings.default_guidance_scale is not None:
             preset.pop("guidance_scale", None)
-        for field_name, most in (
+        for field_name, limit in (
             ("num_inference_steps", settings.max_num_inference_steps),
             ("guidance_scale", settings.max_guidance_scale),
         ):
             if field_name in preset:
-                preset[field_name] = min(preset[field_name], most)
+                preset[field_name] = min(preset[field_name], limit)
         presets[name] = preset
     return presets

@@ -1,8 +1,8 @@
-"""What a model can do: family, sizes, defaults, limits; data that the front end and the worker both read.
+"""The profile of a model: family, tasks, sizes, defaults, limits. Used by the front end and by the workers.
 
-Read from the directory's own JSON files, without OpenVINO, so that the front end knows a model in a millisecond and a wrong
-directory is refused before any process is started. A file `ovserve.json` beside `model_index.json` may declare what those
-files cannot say: the sizes a model was trained for, its best defaults, its presets.
+It is read from the JSON files in the model's directory, without OpenVINO: this takes about a millisecond, and a wrong
+directory is reported before a process is started. An optional file `ovserve.json` beside `model_index.json` declares
+what those files do not contain: the sizes the model was trained for, its best defaults, its presets.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Scheduling:
-    """The scheduler a model's directory names, and what of its configuration bounds a request."""
+    """The scheduler named in the model's directory, and the parts of its configuration that limit a request."""
 
     name: str  # DDIM, PNDM, EulerDiscrete, EulerAncestralDiscrete, LCM, FlowMatchEulerDiscrete
     num_train_timesteps: int
@@ -41,20 +41,22 @@ class Scheduling:
 
 @dataclass(frozen=True, slots=True)
 class ModelProfile:
-    """One model as the rest of the program needs to know it. Immutable; plain data.
+    """One model as the rest of the program sees it. Immutable; plain data.
 
     Attributes:
-        name: what clients put into `model`.
-        directory: where it lies.
+        name: value of the request field `model`.
+        directory: resolved path of the model's files.
         family: stable-diffusion, lcm, sdxl, sd3, flux.
-        tasks: which of text2image, image2image, inpainting it serves.
-        inpainting_unet: the UNet takes mask and masked image as further channels (9 in all).
+        tasks: subset of text2image, image2image, inpainting.
+        inpainting_unet: the UNet takes mask and masked image as additional channels (9 in all).
         side_multiple_px: both working sides are multiples of this.
-        native: working size when nothing else decides, in pixels.
-        min_side_px, max_side_px: the sides it was made to work at.
-        prompt_tokens: the window of the text encoder that reads most of the prompt, special tokens included.
-        text_encoders: how many prompts it reads (prompt_2, prompt_3).
+        native: default working size in pixels.
+        min_side_px, max_side_px: range of the sides the model was trained for.
+        prompt_tokens: window of the text encoder that reads most of the prompt, special tokens included.
+        text_encoders: number of text encoders (prompt_2, prompt_3 need the second and third).
         takes_negative_prompt: whether a negative prompt has any effect (classifier-free guidance).
+        scheduling: the model's own scheduler.
+        defaults: values for fields that a request leaves out.
         presets: `quality` name to the fields it sets.
     """
 
@@ -75,10 +77,10 @@ class ModelProfile:
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def working_size(self, width: int, height: int) -> Resolution:
-        """The size at which a picture of `width` x `height` is worked on.
+        """Return the size at which the model works on a picture of `width` x `height` pixels.
 
-        The nearest size in the native range with the same shape, as far as side_multiple_px and the range allow: it is never
-        smaller in shape than asked for, so fitting back only crops and scales.
+        It is the nearest size in the native range with the same aspect ratio, as far as side_multiple_px and the range
+        allow. Sides are rounded up, so that fitting the result back only crops and scales.
         """
         step, low, high = self.side_multiple_px, self.min_side_px, self.max_side_px
         scale = 1.0
@@ -113,11 +115,12 @@ def _model_directory(path: Path | None) -> Path:
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
+    """Return the JSON object in a file; `what` describes the file in the error. Raises ModelError."""
     try:
         document = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path.parent}: {what} is missing ({path.name})") from None
-    except (OSError, ValueError) as error:  # not there, no UTF-8, no JSON, a number of thousands of digits
+    except (OSError, ValueError) as error:  # unreadable, not UTF-8, not JSON, a number with thousands of digits
         raise ModelError(f"{path}: cannot be read: {error}") from None
     except RecursionError:
         raise ModelError(f"{path}: cannot be read: nested too deeply") from None
@@ -127,6 +130,7 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def _check_component(directory: Path, name: str, stem: str = "openvino_model") -> Path:
+    """Return the directory of a component; raise ModelError if it, its .xml or its .bin file is missing."""
     part = directory / name
     if not part.is_dir():
         raise ModelError(f"{directory}: component {name!r} is missing")
@@ -136,39 +140,40 @@ def _check_component(directory: Path, name: str, stem: str = "openvino_model") -
     return part
 
 
-def _number(document: dict[str, Any], key: str, default: float) -> float:
+def _number_or_default(document: dict[str, Any], key: str, default: float) -> float:
+    """Return the number under `key`; the default if it is absent or not a number."""
     value = document.get(key, default)
     return default if value is None or isinstance(value, bool) or not isinstance(value, int | float) else value
 
 
-def _scheduling(directory: Path, index: dict[str, Any]) -> Scheduling:
+def _read_scheduling(directory: Path, index: dict[str, Any]) -> Scheduling:
     config = _read_json(directory / "scheduler" / "scheduler_config.json", "the scheduler configuration")
     declared = index.get("scheduler")
     name = str(config.get("_class_name") or (declared[1] if isinstance(declared, list) and len(declared) > 1 else ""))
     return Scheduling(
         name=name.removesuffix("Scheduler") or "PNDM",
-        num_train_timesteps=int(_number(config, "num_train_timesteps", 1000)),
+        num_train_timesteps=int(_number_or_default(config, "num_train_timesteps", 1000)),
         timestep_spacing=str(config.get("timestep_spacing") or "leading"),
-        original_inference_steps=int(_number(config, "original_inference_steps", 50)),
+        original_inference_steps=int(_number_or_default(config, "original_inference_steps", 50)),
     )
 
 
 def read_profile(settings: ModelSettings) -> ModelProfile:
-    """Read a model's directory, and lay the operator's own defaults over what it declares.
+    """Read a model's directory, then apply the operator's defaults and limits.
 
     Raises:
-        ModelError: no built-in model has this name, or the directory is missing, is no image pipeline, or lacks a component;
-            the message names it.
-        SettingsError: a default lies outside the operator's own limits.
+        ModelError: the built-in model is unknown, or the directory is missing, is not an image pipeline, or lacks a
+            component; the message names it.
+        SettingsError: a default is outside the operator's limits.
     """
     given = _model_directory(settings.path)
     try:
-        directory = Path(os.path.realpath(given))  # unlike Path.resolve, it takes a loop of links: no directory, then
+        directory = Path(os.path.realpath(given))  # does not raise on a loop of symlinks, unlike Path.resolve
         profile = _read_directory(directory, settings)
     except OSError as error:
         raise ModelError(f"{given}: cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a JSON value other than its name promises
-        raise ModelError(f"{given}: a configuration file holds a wrong value: {error}") from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a JSON value of an unexpected type
+        raise ModelError(f"{given}: a configuration file has a wrong value: {error}") from None
     _check_defaults(profile, settings)
     return profile
 
@@ -183,16 +188,16 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
     vae = _component_config(directory, "vae_decoder", "the VAE's configuration")
     text = _component_config(directory, "text_encoder", "the text encoder's configuration")
     _check_component(directory, "tokenizer", "openvino_tokenizer")
-    inpainting_unet = not is_transformer and int(_number(denoiser, "in_channels", 4)) == INPAINTING_CHANNELS
+    inpainting_unet = not is_transformer and int(_number_or_default(denoiser, "in_channels", 4)) == INPAINTING_CHANNELS
     declared = _read_json(directory / "ovserve.json", "") if (directory / "ovserve.json").is_file() else {}
 
     blocks = vae.get("block_out_channels")
     vae_scale = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
-    side = int(_number(denoiser, "sample_size", 128 if is_transformer else 64)) * vae_scale
-    _check_declared(declared)
+    side = int(_number_or_default(denoiser, "sample_size", 128 if is_transformer else 64)) * vae_scale
+    _check_overrides(declared)
     sizes = declared.get("sizes", {})
-    # Transformers take latents in patches of two; some exports of UNets want coarser sizes, and say so in ovserve.json.
-    multiple = int(_number(sizes, "side_multiple_px", vae_scale * (2 if is_transformer else 1)))
+    # Transformers take latents in patches of two; UNet exports that need coarser sizes declare that in ovserve.json.
+    multiple = int(_number_or_default(sizes, "side_multiple_px", vae_scale * (2 if is_transformer else 1)))
     return ModelProfile(
         name=settings.name,
         directory=directory,
@@ -201,28 +206,28 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
         inpainting_unet=inpainting_unet,
         side_multiple_px=multiple,
         native=Resolution.parse(sizes["native"]) if "native" in sizes else Resolution(side, side),
-        min_side_px=int(_number(sizes, "min_side_px", max(multiple, side // 2))),
-        max_side_px=int(_number(sizes, "max_side_px", max(side * 2, multiple))),
+        min_side_px=int(_number_or_default(sizes, "min_side_px", max(multiple, side // 2))),
+        max_side_px=int(_number_or_default(sizes, "max_side_px", max(side * 2, multiple))),
         prompt_tokens=_prompt_tokens(directory, family, text),
         text_encoders=sum((directory / part).is_dir() for part in ("text_encoder", "text_encoder_2", "text_encoder_3")),
         takes_negative_prompt=family in ("stable-diffusion", "sdxl", "sd3"),
-        scheduling=_FLOW_MATCHING if is_transformer else _scheduling(directory, index),
+        scheduling=_FLOW_MATCHING if is_transformer else _read_scheduling(directory, index),
         defaults=_defaults(defaults, declared.get("defaults", {}), settings),
         presets=limited_presets(declared.get("presets", {}), settings),
     )
 
 
-def _check_declared(declared: dict[str, Any]) -> None:
-    """Raise ValueError for a name in ovserve.json that nothing reads: a mistyped default would be passed over in silence."""
+def _check_overrides(declared: dict[str, Any]) -> None:
+    """Raise ValueError for an unknown name or a wrong size in ovserve.json: a typo would be ignored silently."""
     known = {"defaults": tuple(f.name for f in dataclasses.fields(Defaults)), "sizes": SIZE_KEYS, "presets": PRESETS}
     for section, names in (("", tuple(known)), *known.items()):
         for name in declared.get(section, {}) if section else declared:
             if name not in names:
-                where = f"ovserve.json: {section}: " if section else "ovserve.json: "
-                raise ValueError(f"{where}{name!r} is none of {', '.join(names)}")
+                where = f"ovserve.json: {section}" if section else "ovserve.json"
+                raise ValueError(f"{where}: {name!r} is not one of {', '.join(names)}")
     for name, value in declared.get("sizes", {}).items():
         if name != "native" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"ovserve.json: sizes: {name}: expected a number of pixels, but got {value!r}")
+            raise ValueError(f"ovserve.json: sizes.{name} is {value!r}; expected a whole number of pixels, 1 or more")
 
 
 def _component_config(directory: Path, name: str, what: str) -> dict[str, Any]:
@@ -230,7 +235,7 @@ def _component_config(directory: Path, name: str, what: str) -> dict[str, Any]:
 
 
 def _tasks(directory: Path, *, inpainting_unet: bool) -> frozenset[str]:
-    """What the components can do together. Raises ModelError for a VAE encoder without its weights."""
+    """Return the tasks that the components support. Raises ModelError for a VAE encoder without weights."""
     has_encoder = (directory / "vae_encoder").is_dir()
     if has_encoder:
         _check_component(directory, "vae_encoder")
@@ -240,33 +245,33 @@ def _tasks(directory: Path, *, inpainting_unet: bool) -> frozenset[str]:
 
 
 def _prompt_tokens(directory: Path, family: str, text: dict[str, Any]) -> int:
-    """The window of the encoder that reads the whole prompt: T5 where the family and the directory have one."""
+    """Return the window of the encoder that reads the whole prompt: T5 if the family and the directory have one."""
     t5_encoder, t5_tokens = T5_ENCODERS.get(family, ("", 0))
     if t5_encoder and (directory / t5_encoder).is_dir():
         return t5_tokens
-    return int(_number(text, "max_position_embeddings", 77))
+    return int(_number_or_default(text, "max_position_embeddings", 77))
 
 
 def _defaults(known: Defaults, declared: dict[str, Any], settings: ModelSettings) -> Defaults:
-    """The operator's, else the directory's own, else the family's."""
+    """Return the defaults: the operator's, else those of ovserve.json, else the family's."""
 
-    def chosen(operator: float | None, name: str) -> float:
-        return operator if operator is not None else float(_number(declared, name, getattr(known, name)))
+    def choose(operator: float | None, name: str) -> float:
+        return operator if operator is not None else float(_number_or_default(declared, name, getattr(known, name)))
 
-    def within(strength: float) -> float:  # the operator sets no default for these, only the limits
+    def clamp(strength: float) -> float:  # the operator has no option for these defaults, only the limits
         return min(max(strength, settings.min_strength), settings.max_strength)
 
     return Defaults(
-        num_inference_steps=int(chosen(settings.default_num_inference_steps, "num_inference_steps")),
-        guidance_scale=chosen(settings.default_guidance_scale, "guidance_scale"),
-        strength=chosen(settings.default_strength, "strength"),
-        strength_inpainting=within(chosen(None, "strength_inpainting")),
-        strength_variation=within(chosen(None, "strength_variation")),
+        num_inference_steps=int(choose(settings.default_num_inference_steps, "num_inference_steps")),
+        guidance_scale=choose(settings.default_guidance_scale, "guidance_scale"),
+        strength=choose(settings.default_strength, "strength"),
+        strength_inpainting=clamp(choose(None, "strength_inpainting")),
+        strength_variation=clamp(choose(None, "strength_variation")),
     )
 
 
 def _check_defaults(profile: ModelProfile, settings: ModelSettings) -> None:
-    """Raise SettingsError when a request without any option would break the operator's own limits."""
+    """Raise SettingsError if a default, which a request without options would use, is outside the operator's limits."""
     defaults = profile.defaults
     checks = (
         ("num_inference_steps", defaults.num_inference_steps, 1, settings.max_num_inference_steps),
@@ -276,5 +281,6 @@ def _check_defaults(profile: ModelProfile, settings: ModelSettings) -> None:
     for name, value, low, high in checks:
         if not low <= value <= high:
             raise SettingsError(
-                f"model {profile.name}: the default {name} {value:g} is outside the limits {low:g}..{high:g}"
+                f"model {profile.name}: the default {name} is {value:g}, outside the limits {low:g} to {high:g}; "
+                f"change the limits or set default_{name}"
             )

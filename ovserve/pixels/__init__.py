@@ -1,1 +1,1 @@
-"""What happens to pixels outside a model: reading, fitting, masks, pasting back, writing."""
+"""Pixel operations outside a model: decode, fit, mask, paste back, encode. No openvino."""

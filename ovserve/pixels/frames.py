@@ -1,11 +1,11 @@
-"""Where a picture lies: from the caller's image to the frame of the result, on to the canvas the model works on, and back.
+"""Fits an image to the frame of the result, the frame to the model's canvas, and the painted canvas back to the frame.
 
     image ──resize_mode──▶ frame (the size of the result) ──scale, shape kept──▶ canvas (a size the model was made for)
                            frame ◀──crop, scale──────────────────────────────── canvas, repainted
 
-Where the canvas cannot hold the frame's shape, the frame's content is put in its middle and its edges are continued outwards;
-what lies there is thrown away on the way back. Masks go the same ways by a rule of their own: a target pixel is set as soon as
-it covers any part of a set source pixel, so that no thin mask vanishes.
+Where the canvas has another shape than the frame, the frame is centred on it and its edges are repeated outwards; that
+border is dropped on the way back. Masks take the same ways by another rule: a target pixel is set when it covers any
+part of a set source pixel, so that no thin mask vanishes. Runs in: worker.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ovserve.settings.options import Resolution
 
 __all__ = ["Fitting", "Placement", "fit_into", "scale_mask", "size_of"]
 
-# Far smaller pictures go through one of at least this many times the size, made by averaging blocks: a sixth of the time, and by
-# Pillow's documentation of Image.resize hardly to be told apart.
+# When shrinking a picture far, Pillow first averages blocks to an intermediate picture of at least this many times the
+# target size: a sixth of the time, and by Pillow's documentation of Image.resize nearly indistinguishable.
 REDUCING_GAP = 3.0
 _LARGEST_BLOCK = 10_000  # pixels; Pillow divides by a rounded factor, which darkens larger blocks
 
 
 def size_of(pixels: Pixels) -> Resolution:
-    """Width and height of an array of pixels or of a mask."""
+    """Return width and height of an array of pixels or of a mask."""
     return Resolution(pixels.shape[1], pixels.shape[0])
 
 
 def fit_into(size: Resolution, limit: Resolution) -> Resolution:
-    """The size itself, or the largest of the same shape that both sides of `limit` can hold."""
+    """Return the size itself, or the largest size of the same shape that fits into `limit`."""
     scale = min(1.0, limit.width / size.width, limit.height / size.height)
     return Resolution(max(1, round(size.width * scale)), max(1, round(size.height * scale)))
 
@@ -47,17 +47,19 @@ def _resize(pixels: Pixels, size: Resolution, box: tuple[float, float, float, fl
 
 
 def scale_mask(mask: Pixels, size: Resolution, box: tuple[float, float, float, float] | None = None) -> Pixels:
-    """A mask (uint8 (H, W), 0 or 255) at another size: set wherever the target pixel covers any part of a set one.
+    """Scale a mask; a target pixel is set when it covers any part of a set source pixel.
 
     Args:
-        box: left, top, right, bottom of the part of the mask to take; all of it when None.
+        mask: uint8 (H, W), 0 or 255.
+        size: the target size.
+        box: left, top, right, bottom of the part of the mask to use; None: all of it.
     """
     left, top, right, bottom = box or (0, 0, mask.shape[1], mask.shape[0])
     for axis, low, high, count in ((0, top, bottom, size.height), (1, left, right, size.width)):
         edges = low + np.arange(count + 1) * ((high - low) / count)
         first = np.floor(edges[:-1].round(6)).astype(np.intp)
         last = np.ceil(edges[1:].round(6)).astype(np.intp) - 1
-        # reduceat takes [first[j], first[j + 1]); the one pixel that two targets share is `last`.
+        # reduceat takes [first[j], first[j + 1]), which leaves out `last`, a pixel that two targets share.
         mask = np.maximum(
             np.maximum.reduceat(mask.take(np.arange(last[-1] + 1), axis), first, axis), mask.take(last, axis)
         )
@@ -69,9 +71,10 @@ class Fitting:
     """How an image fills the frame.
 
     Attributes:
-        source, frame: the two sizes.
+        source: size of the image.
+        frame: size of the frame.
         box: the part of the image that is used: left, top, right, bottom in pixels.
-        inner: where it lies in the frame: left, top, width, height in pixels; the rest are bars (`pad` only).
+        inner: where that part is in the frame: left, top, width, height in pixels; the rest are bars (`pad` only).
     """
 
     source: Resolution
@@ -81,7 +84,13 @@ class Fitting:
 
     @classmethod
     def plan(cls, source: Resolution, frame: Resolution, resize_mode: str) -> Fitting:
-        """Args: resize_mode: crop (fill the frame, cut what sticks out), pad (all of it, with bars), stretch."""
+        """Return the fitting for a resize mode.
+
+        Args:
+            source: size of the image.
+            frame: size of the frame.
+            resize_mode: crop (fill the frame, cut off the rest), pad (show all of the image, with bars), stretch.
+        """
         box: tuple[float, float, float, float] = (0, 0, source.width, source.height)
         inner = (0, 0, frame.width, frame.height)
         if resize_mode == "crop":
@@ -98,12 +107,12 @@ class Fitting:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the frame is the image, pixel for pixel."""
+        """Whether the frame has the size of the image, so that pixels are not changed."""
         return self.source == self.frame
 
-    def image(self, pixels: Pixels) -> Pixels:
-        """The image in its frame; bars continue its edges, and are transparent where it has alpha."""
-        filled = _surround(_resize(pixels, Resolution(*self.inner[2:]), self.box), self.inner, self.frame)
+    def fit_image(self, pixels: Pixels) -> Pixels:
+        """Return the image in the frame; bars repeat its edges, and are transparent if it has alpha."""
+        filled = _pad_edges(_resize(pixels, Resolution(*self.inner[2:]), self.box), self.inner, self.frame)
         if filled.shape[2] == 4 and self.inner[2:] != (self.frame.width, self.frame.height):
             left, top, width, height = self.inner
             alpha = np.zeros_like(filled[..., 3])
@@ -111,8 +120,8 @@ class Fitting:
             filled[..., 3] = alpha
         return filled
 
-    def mask(self, mask: Pixels) -> Pixels:
-        """The mask in the frame; bars are repainted, for nothing of the caller's is there to keep."""
+    def fit_mask(self, mask: Pixels) -> Pixels:
+        """Return the mask in the frame; bars are repainted, because they hold nothing of the caller's image."""
         left, top, width, height = self.inner
         filled = np.full((self.frame.height, self.frame.width), 255, np.uint8)
         filled[top : top + height, left : left + width] = scale_mask(mask, Resolution(width, height), self.box)
@@ -121,7 +130,13 @@ class Fitting:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the frame's content lies on the canvas: left, top, width, height in pixels of the canvas."""
+    """Where the frame is on the canvas.
+
+    Attributes:
+        frame: size of the frame.
+        canvas: size of the canvas.
+        inner: the frame on the canvas: left, top, width, height in pixels of the canvas.
+    """
 
     frame: Resolution
     canvas: Resolution
@@ -129,7 +144,7 @@ class Placement:
 
     @classmethod
     def plan(cls, frame: Resolution, canvas: Resolution, multiple_px: int) -> Placement:
-        """As it is where the canvas is only the frame rounded up to the model's multiple, else scaled to the largest that fits."""
+        """Return the placement: unscaled if the canvas is the frame rounded up to `multiple_px`, else scaled to fit."""
         width, height = frame.width, frame.height
         if not (0 <= canvas.width - width < multiple_px and 0 <= canvas.height - height < multiple_px):
             scale = min(canvas.width / width, canvas.height / height)
@@ -137,32 +152,36 @@ class Placement:
             height = min(canvas.height, max(1, round(height * scale)))
         return cls(frame, canvas, ((canvas.width - width) // 2, (canvas.height - height) // 2, width, height))
 
-    def image(self, pixels: Pixels) -> Pixels:
-        """The frame on the canvas, its edges continued."""
+    def place_image(self, pixels: Pixels) -> Pixels:
+        """Return the frame's pixels on the canvas, their edges repeated outwards."""
         frame = self.frame
-        return _surround(
+        return _pad_edges(
             _resize(pixels, Resolution(*self.inner[2:]), (0, 0, frame.width, frame.height)), self.inner, self.canvas
         )
 
-    def mask(self, mask: Pixels) -> Pixels:
-        """The mask on the canvas, its edges continued: what borders on a repainted edge is no context to keep."""
-        return _surround(scale_mask(mask, Resolution(*self.inner[2:])), self.inner, self.canvas)
+    def place_mask(self, mask: Pixels) -> Pixels:
+        """Return the frame's mask on the canvas, its edges repeated outwards.
 
-    def back(self, pixels: Pixels) -> Pixels:
-        """The repainted canvas as a frame again."""
+        The border beside a repainted edge is repainted too: it is not context to keep.
+        """
+        return _pad_edges(scale_mask(mask, Resolution(*self.inner[2:])), self.inner, self.canvas)
+
+    def extract_frame(self, pixels: Pixels) -> Pixels:
+        """Return the frame from a painted canvas."""
         left, top, width, height = self.inner
         if (width, height) == (self.frame.width, self.frame.height):
             return pixels[top : top + height, left : left + width]
         return _resize(pixels, self.frame, (left, top, left + width, top + height))
 
-    def glimpse(self, pixels: Pixels, size: Resolution) -> Pixels:
-        """The frame at `size`, out of a canvas that was painted at any size."""
+    def extract_preview(self, pixels: Pixels, size: Resolution) -> Pixels:
+        """Return the frame, scaled to `size`, from a canvas that was painted at any size."""
         across, down = pixels.shape[1] / self.canvas.width, pixels.shape[0] / self.canvas.height
         left, top, width, height = self.inner
         return _resize(pixels, size, (left * across, top * down, (left + width) * across, (top + height) * down))
 
 
-def _surround(pixels: Pixels, inner: tuple[int, int, int, int], size: Resolution) -> Pixels:
+def _pad_edges(pixels: Pixels, inner: tuple[int, int, int, int], size: Resolution) -> Pixels:
+    """Return a picture of `size` with `pixels` at `inner` (left, top, width, height), their edges repeated outwards."""
     left, top, width, height = inner
     if (width, height) == (size.width, size.height):
         return pixels

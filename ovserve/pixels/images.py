@@ -1,7 +1,7 @@
-"""Encoded bytes to uint8 arrays and back.
+"""Decodes image files to uint8 arrays and encodes arrays to image files.
 
-Arrays are `uint8 (H, W, 3)`, RGB, or `uint8 (H, W, 4)`, RGBA with unassociated alpha, 0..255, upright (orientation applied).
-Runs in: worker, and only there: what a hostile file does to a decoder costs one worker and never the front end.
+Arrays are `uint8 (H, W, 3)`, RGB, or `uint8 (H, W, 4)`, RGBA with unassociated alpha, 0..255, upright (orientation
+applied). Runs in: worker only, so that a hostile file can crash one worker's decoder and never the front end.
 """
 
 from __future__ import annotations
@@ -15,73 +15,86 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ovserve.errors import ImageError
 
-__all__ = ["FORMATS", "Limits", "Pixels", "colour_profile", "decode_image", "encode_image", "flatten", "has_alpha"]
+__all__ = [
+    "FORMATS",
+    "Limits",
+    "Pixels",
+    "decode_image",
+    "encode_image",
+    "extract_colour_profile",
+    "flatten",
+    "has_alpha",
+]
 
 Pixels = NDArray[np.uint8]
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # every other decoder is attack surface without a user
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # any other decoder would only add attack surface
 PNG_COMPRESS_LEVEL = 1  # measured at 512 and 1024 px: level 6 takes 1.3 to 5 times as long for 7 to 20 % fewer bytes
 _ORIENTATION = 0x0112  # TIFF and EXIF tag
 _EXIF_IFD = 0x8769
 _USER_COMMENT = 0x9286
-_PROFILE_LIMIT_BYTES = 1 << 20  # profiles of displays and cameras have 0.5 to 600 kB
-# How Pillow names the samples of a PNG as they are stored.
+_MAX_PROFILE_BYTES = 1 << 20  # profiles of displays and cameras have 0.5 to 600 kB
+# Pillow's names for the stored samples of a PNG.
 _RGB_16 = "RGB;16B"
-_STRETCHED = {"L;2": 85, "L;4": 17}  # gray of 2 and 4 bits, and what makes 8 of them
-_APP1_LIMIT_BYTES = 65_000  # a JPEG segment holds 65533 bytes; the rest is room for the EXIF structure itself
+_GRAY_FACTORS = {"L;2": 85, "L;4": 17}  # gray of 2 and 4 bits: the factor to 8 bits
+_MAX_JPEG_COMMENT_BYTES = 65_000  # a JPEG segment holds 65533 bytes; the EXIF structure takes some of them
+_MAX_WEBP_COMMENT_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How large an image may be, by its header, before a single pixel is decoded."""
+    """Largest accepted image, checked by its header before any pixel is decoded."""
 
     pixels: int
     side_px: int
 
 
 def decode_image(data: bytes | memoryview, name: str, limits: Limits) -> Pixels:
-    """The first frame of an encoded image, upright, as RGB, or as RGBA where it has transparency.
+    """Decode the first frame of an image file, upright, as RGB, or as RGBA where it has transparency.
 
     16-bit samples keep their high byte. Colour profiles are not applied: the samples come back as they are stored, and
-    `colour_profile` says what they mean.
+    `extract_colour_profile` returns the profile that defines them.
 
     Args:
+        data: the file's bytes.
         name: the field to name in an error: `image`, `image[1]`, `mask`.
+        limits: the largest accepted image.
 
     Raises:
-        ImageError: no image in one of FORMATS, damaged, cut short, too large, or of samples that have no 8-bit meaning.
+        ImageError: not in one of FORMATS, damaged, truncated, too large, or of samples without an 8-bit equivalent.
     """
-    data = bytes(data)  # once: a stream over bytes shares them, one over a view copies it
+    data = bytes(data)  # one copy here: BytesIO shares bytes, but copies a memoryview each time
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, name, limits)
             if image.format == "PNG":
-                image.verify()  # the check sums; its decoder alone takes a file cut short in the last chunk for whole
+                image.verify()  # checksums; the decoder alone accepts a file that is truncated in its last chunk
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             stored_as = str(image.tile[0].args) if image.format == "PNG" and image.tile else ""  # gone after load
             image.load()
-            _match_transparency(image, stored_as)
-            # Read after load: the TIFF reader turns the picture itself and drops the tag.
-            return _turn(_samples(image, name), _orientation(image))
+            _scale_transparent_colour(image, stored_as)
+            # Read the orientation after load: the TIFF reader applies it itself and drops the tag.
+            return _apply_orientation(_to_pixels(image, name), _read_orientation(image))
     except (ImageError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001 - whatever a decoder raises on strange bytes is the file's fault
-        told = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+    except Exception as error:  # noqa: BLE001 - anything a decoder raises on malformed bytes is an error of the file
+        detail = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
         raise ImageError(
-            f"{name}: not a readable PNG, JPEG, WebP, GIF, BMP or TIFF image{told}"[:300], param=name
+            f"{name}: not a readable PNG, JPEG, WebP, GIF, BMP or TIFF image{detail}"[:300], param=name
         ) from None
 
 
-def colour_profile(data: bytes | memoryview) -> bytes:
-    """The ICC profile of an image whose samples are RGB, for results that hold its pixels; empty where there is none to keep.
+def extract_colour_profile(data: bytes | memoryview) -> bytes:
+    """Return the ICC profile of an image file, for results that contain its pixels; empty when there is none to keep.
 
-    A profile of another colour space (CMYK, gray) does not describe the RGB samples that `decode_image` makes.
+    Only a profile for RGB is kept: one of another colour space (CMYK, gray) does not describe the RGB samples that
+    `decode_image` returns.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         profile: bytes = image.info.get("icc_profile") or b""
-    # ICC.1:2022, 7.2: the colour space of the data stands in bytes 16 to 19 of a header of 128.
+    # ICC.1:2022, 7.2: bytes 16 to 19 of the 128-byte header hold the colour space of the data.
     is_rgb = len(profile) > 128 and profile[16:20] == b"RGB "
-    return profile if is_rgb and len(profile) <= _PROFILE_LIMIT_BYTES else b""
+    return profile if is_rgb and len(profile) <= _MAX_PROFILE_BYTES else b""
 
 
 def _check_size(image: Image.Image, name: str, limits: Limits) -> None:
@@ -90,21 +103,21 @@ def _check_size(image: Image.Image, name: str, limits: Limits) -> None:
         raise ImageError(f"{name}: the image has no pixels", param=name)
     if width * height > limits.pixels or max(width, height) > limits.side_px:
         raise ImageError(
-            f"{name}: {width}x{height} is too large: at most {limits.pixels} pixels, {limits.side_px} on a side",
+            f"{name}: {width}x{height} is too large; at most {limits.pixels} pixels and {limits.side_px} px on a side",
             param=name,
         )
 
 
-def _orientation(image: Image.Image) -> int:
+def _read_orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001 - damaged metadata beside sound pixels: take the pixels as they lie
+    except Exception:  # noqa: BLE001 - damaged metadata must not reject intact pixels: use them as stored
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _turn(pixels: Pixels, orientation: int) -> Pixels:
-    """Make the picture upright (EXIF 2.32, tag Orientation: where row 0 and column 0 of the stored picture lie)."""
+def _apply_orientation(pixels: Pixels, orientation: int) -> Pixels:
+    """Turn the picture upright (EXIF 2.32, tag Orientation: where row 0 and column 0 of the stored picture are)."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):
@@ -114,45 +127,45 @@ def _turn(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
-def _samples(image: Image.Image, name: str) -> Pixels:
+def _to_pixels(image: Image.Image, name: str) -> Pixels:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return _samples_16(image)
+        return _gray_16_to_pixels(image)
     if image.mode in ("I", "F"):
-        raise ImageError(f"{name}: samples of 32 bits have no defined white: send 8 or 16 bits", param=name)
+        raise ImageError(f"{name}: 32-bit samples have no defined white level; send 8 or 16 bits", param=name)
     mode = "RGBA" if image.has_transparency_data else "RGB"
-    return np.asarray(image if image.mode == mode else image.convert(mode))  # a conversion to its own mode is a copy
+    return np.asarray(image if image.mode == mode else image.convert(mode))  # convert() to the same mode would copy
 
 
-def _match_transparency(image: Image.Image, stored_as: str) -> None:
-    """The colour that a PNG's tRNS chunk names (PNG, third edition, section 11.3.1.1) goes with the samples to 8 bits.
+def _scale_transparent_colour(image: Image.Image, stored_as: str) -> None:
+    """Scale the colour of a PNG's tRNS chunk (PNG, third edition, section 11.3.1.1) to 8 bits, like the samples.
 
-    Pillow stretches or cuts the samples alone.
+    Pillow scales the samples only.
     """
     clear = image.info.get("transparency")
     if isinstance(clear, tuple) and stored_as == _RGB_16:
         image.info["transparency"] = tuple(value >> 8 for value in clear)
     elif isinstance(clear, int):
-        image.info["transparency"] = clear * _STRETCHED.get(stored_as, 1)
+        image.info["transparency"] = clear * _GRAY_FACTORS.get(stored_as, 1)
 
 
-def _samples_16(image: Image.Image) -> Pixels:
-    """Gray of 16 bits. By hand, for Pillow's own conversion clips at 255 instead of scaling."""
+def _gray_16_to_pixels(image: Image.Image) -> Pixels:
+    """Convert 16-bit gray; Pillow's own conversion clips at 255 instead of scaling."""
     wide = np.asarray(image)
     gray = (wide >> 8).astype(np.uint8)
     planes = [gray, gray, gray]
     clear = image.info.get("transparency")
-    if isinstance(clear, int):  # a PNG tRNS chunk names one gray value, in 16 bits
+    if isinstance(clear, int):  # a PNG tRNS chunk holds one gray value, of 16 bits
         planes.append(np.where(wide == clear, 0, 255).astype(np.uint8))
     return np.stack(planes, axis=-1)
 
 
 def has_alpha(pixels: Pixels) -> bool:
-    """Whether there is an alpha plane."""
+    """Return whether the array has an alpha plane."""
     return bool(pixels.shape[2] == 4)
 
 
 def flatten(pixels: Pixels) -> Pixels:
-    """RGB: what is to be seen of the picture on white. Opaque pixels keep their value bit for bit."""
+    """Composite over white; return RGB. Opaque pixels keep their value bit for bit."""
     if not has_alpha(pixels):
         return pixels
     colour, alpha = pixels[..., :3], pixels[..., 3:].astype(np.uint16)
@@ -167,11 +180,11 @@ def encode_image(
     """Encode a picture.
 
     Args:
-        pixels: uint8 (H, W, 3) or (H, W, 4); JPEG has no alpha and shows the picture on white.
+        pixels: uint8 (H, W, 3) or (H, W, 4); JPEG has no alpha: the picture is composited over white.
         output_format: png, jpeg, webp.
-        compression: 0..100, quality of jpeg and webp in percent; webp at 100 is lossless. PNG always is.
-        parameters: text to embed, PNG: the text chunk `parameters`; JPEG and WebP: EXIF UserComment. Empty: no metadata at all.
-        profile: the ICC profile that says what the samples mean; empty: none is written, which means sRGB.
+        compression: 0..100, quality of jpeg and webp in percent; webp at 100 is lossless. PNG is always lossless.
+        parameters: text to embed. PNG: the text chunk `parameters`; JPEG and WebP: EXIF UserComment. Empty: no text.
+        profile: the ICC profile of the samples; empty: none is written, which means sRGB.
     """
     buffer = io.BytesIO()
     if output_format == "png":
@@ -188,7 +201,7 @@ def encode_image(
             "JPEG",
             quality=max(1, compression),
             subsampling="4:4:4" if compression >= 90 else "4:2:0",
-            exif=_user_comment(parameters, _APP1_LIMIT_BYTES),
+            exif=_user_comment(parameters, _MAX_JPEG_COMMENT_BYTES),
             icc_profile=profile or None,
         )
     else:
@@ -197,17 +210,17 @@ def encode_image(
             buffer,
             "WEBP",
             lossless=compression >= 100,
-            quality=0 if compression >= 100 else compression,  # of a lossless file: the effort, which is time
+            quality=0 if compression >= 100 else compression,  # for lossless this is the effort, thus the time
             method=0 if compression >= 100 else 4,
             exact=True,
-            exif=_user_comment(parameters, 1 << 24),
+            exif=_user_comment(parameters, _MAX_WEBP_COMMENT_BYTES),
             icc_profile=profile or None,
         )
     return buffer.getvalue()
 
 
 def _user_comment(text: str, limit_bytes: int) -> bytes:
-    """An EXIF block with nothing but a UserComment (EXIF 2.32 section 4.6.5: an 8-byte character code, then the text)."""
+    """Return an EXIF block with only a UserComment (EXIF 2.32 section 4.6.5: 8-byte character code, then the text)."""
     if not text:
         return b""
     encoded = text.encode("utf-16-be", "replace")[: limit_bytes // 2 * 2]

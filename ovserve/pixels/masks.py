@@ -1,6 +1,6 @@
-"""Which pixels are repainted, and the caller's own pixels put back everywhere else.
+"""Reads masks, and pastes repainted pixels into the caller's image along a hard or soft seam.
 
-A mask here is `uint8 (H, W)`: 255 = repaint, 0 = keep, nothing between.
+A mask here is `uint8 (H, W)`: 255 = repaint, 0 = keep, no values between. Runs in: worker.
 """
 
 from __future__ import annotations
@@ -15,19 +15,28 @@ from ovserve.pixels.frames import scale_mask, size_of
 from ovserve.pixels.images import Pixels, flatten, has_alpha
 from ovserve.settings.options import Resolution
 
-__all__ = ["Seam", "check_selects", "feather", "holes", "match_mask", "pool", "read_mask"]
+__all__ = [
+    "Seam",
+    "check_not_empty",
+    "feather",
+    "mask_from_holes",
+    "mask_from_image",
+    "match_mask",
+    "pool",
+]
 
-RINGS_LIMIT_PX = 32  # up to this width of a seam an erosion for each ring is the quicker way (measured)
-STRIP_ROWS = 256  # of a picture are blended at a time: its working numbers take many times its bytes
+MAX_EROSIONS = 32  # seams up to this width in pixels are faster by one erosion per pixel of width (measured)
+STRIP_ROWS = 256  # rows blended at a time: the intermediate arrays take many times the bytes of the picture
 
 
-def read_mask(pixels: Pixels, mask_mode: str) -> Pixels:
-    """The mask that a mask image means.
+def mask_from_image(pixels: Pixels, mask_mode: str) -> Pixels:
+    """Return the mask that a mask image stands for.
 
     Args:
-        pixels: the decoded mask, RGB or RGBA.
-        mask_mode: `alpha`: transparent = repaint (OpenAI's rule); `luminance`: white = repaint, where transparent pixels count
-            as black; `auto`: alpha where there is any transparency, else luminance. Half-way values go to the nearer side.
+        pixels: the decoded mask image, RGB or RGBA.
+        mask_mode: `alpha`: transparent = repaint (OpenAI's rule); `luminance`: white = repaint, where transparent
+            pixels count as black; `auto`: alpha where there is any transparency, else luminance. Intermediate values go
+            to the nearer end.
     """
     if mask_mode == "auto":
         mask_mode = "alpha" if has_alpha(pixels) and pixels[..., 3].min() < 255 else "luminance"
@@ -42,8 +51,8 @@ def read_mask(pixels: Pixels, mask_mode: str) -> Pixels:
     return np.where(light >= 128_000, 255, 0).astype(np.uint8)
 
 
-def holes(pixels: Pixels) -> Pixels | None:
-    """The mask an image carries by its own fully transparent pixels; None where there are none."""
+def mask_from_holes(pixels: Pixels) -> Pixels | None:
+    """Return the mask of an image's own fully transparent pixels, or None if it has none."""
     if not has_alpha(pixels):
         return None
     clear = pixels[..., 3] == 0
@@ -51,57 +60,66 @@ def holes(pixels: Pixels) -> Pixels | None:
 
 
 def match_mask(mask: Pixels, image: Resolution) -> Pixels:
-    """The mask at the size of the image. Raises InvalidValue where their shapes differ by more than rounding."""
+    """Return the mask scaled to the size of the image.
+
+    Raises:
+        InvalidValue: mask and image differ in shape by more than rounding.
+    """
     size = size_of(mask)
     if size == image:
         return mask
-    # Of one shape: scaled to the other's width (or height), the other side comes out right to within a pixel.
+    # Equal shape: after scaling to the other's width (or height), the other side is right to within a pixel.
     skew = abs(size.width * image.height - size.height * image.width)
     if skew > max(min(size.width, image.width), min(size.height, image.height)):
         raise InvalidValue(
-            f"mask: its size {size} does not match the image's {image}: the mask needs the same size, or at least the same shape",
+            f"mask: its size {size} does not match the image's {image}; send a mask of the same size or aspect ratio",
             param="mask",
         )
     return scale_mask(mask, image)
 
 
-def check_selects(mask: Pixels, where: str = "") -> None:
-    """Raise InvalidValue for a mask that repaints nothing: a client that inverted it should hear of it."""
+def check_not_empty(mask: Pixels, where: str = "") -> None:
+    """Raise InvalidValue for a mask that repaints nothing, as an inverted mask may.
+
+    Args:
+        mask: the mask.
+        where: appended to the error's statement, for the part of the image that was checked.
+    """
     if not mask.any():
         raise InvalidValue(
-            f"mask: it selects nothing to repaint{where}: transparent pixels (or white ones, in a mask without transparency) "
-            "mark what is repainted",
+            f"mask: it selects nothing to repaint{where}; mark the pixels to repaint as transparent, or as white in a "
+            "mask without transparency",
             param="mask",
         )
 
 
 def pool(mask: Pixels, cell_px: int) -> Pixels:
-    """The mask in whole cells of the latent grid: a cell with any set pixel is set. Both sides are multiples of `cell_px`."""
+    """Set every cell of the latent grid that has any set pixel. Both sides of `mask` are multiples of `cell_px`."""
     height, width = mask.shape
     cells: Pixels = mask.reshape(height // cell_px, cell_px, width // cell_px, cell_px).max((1, 3))
     return np.repeat(np.repeat(cells, cell_px, 0), cell_px, 1)
 
 
 def feather(mask: Pixels, blur_px: int) -> NDArray[np.uint16]:
-    """How much of the repainted picture shows at each pixel, 0 (none) to the array's maximum (all of it).
+    """Return the weight of the repainted picture at each pixel: 0 (none of it) to the array's maximum (all of it).
 
-    The ramp lies inside the mask, from its seam inwards, `blur_px` wide, or as wide as the widest place of a mask that is
-    narrower than that; the border of the picture is no seam. Outside the mask the weight is 0.
+    The ramp lies inside the mask, from its edge inwards, `blur_px` wide, or as wide as the widest part of a mask that
+    is narrower than that; the border of the picture is not an edge. Outside the mask the weight is 0.
     """
     inside = mask > 0
-    if blur_px > RINGS_LIMIT_PX:
+    if blur_px > MAX_EROSIONS:
         return _depth(inside, blur_px + 1)
     weight = inside.astype(np.uint16)
-    for ring in range(blur_px):
+    for erosion in range(blur_px):
         if not inside.any():
             break
-        inside = _erode(inside, diagonals=bool(ring % 2))
+        inside = _erode(inside, diagonals=bool(erosion % 2))
         weight += inside
     return weight
 
 
 def _erode(inside: NDArray[np.bool_], *, diagonals: bool) -> NDArray[np.bool_]:
-    """One pixel less on each side. With and without diagonals in turn, repeated erosion follows an octagon, not a square."""
+    """Erode by one pixel. Alternately with and without diagonals, repeated erosion follows an octagon, not a square."""
     bordered = np.pad(inside, 1, mode="edge")
     rows = bordered[:-2, 1:-1] & bordered[1:-1, 1:-1] & bordered[2:, 1:-1]
     if not diagonals:
@@ -110,53 +128,63 @@ def _erode(inside: NDArray[np.bool_], *, diagonals: bool) -> NDArray[np.bool_]:
     return tall[:, :-2] & tall[:, 1:-1] & tall[:, 2:]
 
 
-def _depth(inside: NDArray[np.bool_], most: int) -> NDArray[np.uint16]:
-    """Which erosion takes a pixel away, counted from 1, at most `most`; 0 outside. In a time that does not grow with `most`.
+def _depth(inside: NDArray[np.bool_], limit: int) -> NDArray[np.uint16]:
+    """Return the number of the erosion that removes each pixel, counted from 1, at most `limit`; 0 outside.
 
-    Erosion with and without diagonals in turn reaches an offset of (dx, dy) after max(dx, dy, ceil(2 (dx + dy) / 3)) rounds: the
-    distance of a chamfer whose moves cost 3 to the side, 4 along a diagonal and 6 as a knight moves, divided by 3 and rounded up.
-    Two passes over the rows find it (Borgefors 1986, Distance transformations in digital images, section 3).
+    The time does not grow with `limit`. Erosion alternating with and without diagonals reaches an offset of (dx, dy)
+    after max(dx, dy, ceil(2 (dx + dy) / 3)) rounds. That is the chamfer distance with costs of 3 for a side step, 4 for
+    a diagonal step and 6 for a knight's move, divided by 3 and rounded up. Two passes over the rows compute it
+    (Borgefors 1986, Distance transformations in digital images, section 3).
     """
     height, width = inside.shape
-    far = np.full((height + 4, width + 4), 3 * most, np.int32)  # nothing comes from beyond the border: it is no seam
-    far[2:-2, 2:-2][~inside] = 0
+    # A border of 2 pixels at the largest distance: the border of the picture is not an edge of the mask.
+    distance = np.full((height + 4, width + 4), 3 * limit, np.int32)
+    distance[2:-2, 2:-2][~inside] = 0
     if not inside.all():
-        ramp, spare = 3 * np.arange(width, dtype=np.int32), np.empty(width, np.int32)
+        ramp, buffer = 3 * np.arange(width, dtype=np.int32), np.empty(width, np.int32)
         for step, rows in ((1, range(2, height + 2)), (-1, range(height + 1, 1, -1))):
             for y in rows:
-                _come_nearer(far[y, 2:-2], far[y - step], far[y - 2 * step], ramp, spare)
-    return np.asarray((far[2:-2, 2:-2] + 2) // 3, np.uint16)
+                _relax_row(distance[y, 2:-2], distance[y - step], distance[y - 2 * step], ramp, buffer)
+    return np.asarray((distance[2:-2, 2:-2] + 2) // 3, np.uint16)
 
 
-def _come_nearer(
+def _relax_row(
     row: NDArray[np.int32],
-    last: NDArray[np.int32],
-    last_but_one: NDArray[np.int32],
+    previous: NDArray[np.int32],
+    before_previous: NDArray[np.int32],
     ramp: NDArray[np.int32],
-    spare: NDArray[np.int32],
+    buffer: NDArray[np.int32],
 ) -> None:
-    """Shorten the distances of a row, in place, by ways from the two rows before it (two wider at each end) and along itself."""
-    np.minimum(last[:-4], last[4:], out=spare)
-    np.minimum(spare, last_but_one[1:-3], out=spare)
-    np.minimum(spare, last_but_one[3:-1], out=spare)
-    np.minimum(row, np.add(spare, 6, out=spare), out=row)
-    np.minimum(last[1:-3], last[3:-1], out=spare)
-    np.minimum(row, np.add(spare, 4, out=spare), out=row)
-    np.minimum(row, np.add(last[2:-2], 3, out=spare), out=row)
-    # Along the row both ways: the least of row[x'] + 3 |x - x'|.
-    np.minimum.accumulate(np.subtract(row, ramp, out=spare), out=spare)
-    np.minimum(row, np.add(spare, ramp, out=spare), out=row)
-    np.minimum.accumulate(np.add(row, ramp, out=spare)[::-1], out=spare[::-1])
-    np.minimum(row, np.subtract(spare, ramp, out=spare), out=row)
+    """Lower the distances of a row, in place, to those by way of the two rows before it and along the row itself.
+
+    Args:
+        row: int32 (W), in thirds of a pixel.
+        previous: the row before it, int32 (W + 4): two more at each end.
+        before_previous: the row before that, int32 (W + 4).
+        ramp: 3 * x for each x of the row.
+        buffer: int32 (W), overwritten.
+    """
+    np.minimum(previous[:-4], previous[4:], out=buffer)
+    np.minimum(buffer, before_previous[1:-3], out=buffer)
+    np.minimum(buffer, before_previous[3:-1], out=buffer)
+    np.minimum(row, np.add(buffer, 6, out=buffer), out=row)
+    np.minimum(previous[1:-3], previous[3:-1], out=buffer)
+    np.minimum(row, np.add(buffer, 4, out=buffer), out=row)
+    np.minimum(row, np.add(previous[2:-2], 3, out=buffer), out=row)
+    # Along the row in both directions: the minimum of row[x'] + 3 |x - x'|.
+    np.minimum.accumulate(np.subtract(row, ramp, out=buffer), out=buffer)
+    np.minimum(row, np.add(buffer, ramp, out=buffer), out=row)
+    np.minimum.accumulate(np.add(row, ramp, out=buffer)[::-1], out=buffer[::-1])
+    np.minimum(row, np.subtract(buffer, ramp, out=buffer), out=row)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seam:
-    """How repainted pictures go into the caller's: worked out once for a mask, used for each of its pictures. Never changed.
+    """How repainted pictures are pasted into the caller's: computed once for a mask, used for each picture. Immutable.
 
     Attributes:
-        rows, columns: the part of the picture that holds everything to repaint.
-        weight: of the repainted picture there, as `feather` gives it.
+        rows, columns: the part of the picture that contains everything to repaint.
+        weight: weight of the repainted picture in that part, as `feather` returns it.
     """
 
     rows: slice
@@ -165,37 +193,37 @@ class Seam:
 
     @classmethod
     def plan(cls, mask: Pixels, blur_px: int) -> Seam:
-        """Args: blur_px: width of the seam inside the mask; 0 for a hard one."""
+        """Return the seam of a mask; it is `blur_px` wide, inside the mask; 0 is a hard seam."""
         rows, columns = _span(np.flatnonzero(mask.any(1))), _span(np.flatnonzero(mask.any(0)))
         return cls(rows, columns, feather(mask[rows, columns], blur_px))
 
     def paste(self, original: Pixels, painted: Pixels) -> Pixels:
-        """The painted picture where the mask says repaint, and the original, bit for bit, everywhere else.
+        """Return the painted picture inside the mask, and the original, bit for bit, outside it.
 
         Args:
-            original: uint8 (H, W, 3 or 4); its alpha holds outside the mask, and what is repainted is opaque.
+            original: uint8 (H, W, 3 or 4); its alpha is kept outside the mask; repainted pixels are opaque.
             painted: uint8 (H, W, 3).
         """
         result = original.copy()
         part, fresh = result[self.rows, self.columns], painted[self.rows, self.columns]
-        whole = int(self.weight.max(initial=1))
+        full = int(self.weight.max(initial=1))
         for top in range(0, len(part), STRIP_ROWS):
             strip = slice(top, top + STRIP_ROWS)
-            _blend(part[strip], fresh[strip], self.weight[strip], whole)
+            _blend(part[strip], fresh[strip], self.weight[strip], full)
         return result
 
 
-def _span(places: NDArray[np.intp]) -> slice:
-    """From the first to the last of these, and one beside each: at the end of the array there is no seam."""
-    return slice(max(0, int(places[0]) - 1), int(places[-1]) + 2) if places.size else slice(0, 0)
+def _span(indices: NDArray[np.intp]) -> slice:
+    """Return the slice over sorted indices and one more at each end: `feather` sees no edge at the end of an array."""
+    return slice(max(0, int(indices[0]) - 1), int(indices[-1]) + 2) if indices.size else slice(0, 0)
 
 
-def _blend(shown: Pixels, painted: Pixels, weight: NDArray[np.uint16], whole: int) -> None:
-    """Put `painted` into `shown` by weights up to `whole`, in place."""
+def _blend(shown: Pixels, painted: Pixels, weight: NDArray[np.uint16], full: int) -> None:
+    """Blend `painted` into `shown`, in place, by weights from 0 to `full`."""
     inside = weight > 0
     share = weight[inside][:, None].astype(np.uint32)
-    # What shows under a seam is what was to be seen there, not the stored colour of a transparent pixel.
-    blend = flatten(shown)[inside] * (whole - share) + painted[inside] * share
-    shown[inside, :3] = (blend + whole // 2) // whole
+    # Blend with what a viewer saw there (over white), not with the stored colour of a transparent pixel.
+    blend = flatten(shown)[inside] * (full - share) + painted[inside] * share
+    shown[inside, :3] = (blend + full // 2) // full
     if has_alpha(shown):
         shown[inside, 3] = 255

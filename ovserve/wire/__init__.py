@@ -1,1 +1,1 @@
-"""What crosses the border between front end and workers: messages, and encoded bytes in spool segments."""
+"""What crosses the process boundary between front end and workers: messages, and encoded bytes in spool segments."""

@@ -9,7 +9,7 @@ __all__ = ["Blob"]
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """Encoded bytes in a spool segment: `size` bytes from `offset` in the file at `path`."""
+    """Reference to encoded bytes in a spool segment: `size` bytes from `offset` in the file at `path`."""
 
     path: str
     offset: int

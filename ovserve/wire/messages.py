@@ -1,8 +1,9 @@
 """The messages between the front end and a worker: small, flat, frozen records.
 
-    to the worker: Run Cancel Grant Stop        from the worker: Ready Heartbeat Prepared Progress Need Picture Done Failed
+    to the worker:    Run Cancel Grant Stop
+    from the worker:  Ready Heartbeat Prepared Progress Need Picture Done Failed
 
-Longer text and all pictures travel as blobs. `wire.codec` writes each message as one line.
+Longer text and all pictures travel as blobs. `wire.codec` encodes each message as one line.
 """
 
 from __future__ import annotations
@@ -29,19 +30,25 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """To the worker: do this job. `request` is the path of the segment with the ImageRequest; `timeout_s` what is left."""
+    """To the worker: run this job.
+
+    Attributes:
+        request: path of the segment that holds the ImageRequest.
+        timeout_s: time left until the job's deadline.
+        alone: run it without batch neighbours, because a worker has already died with it.
+    """
 
     job: str
     request: str
     timeout_s: float
-    alone: bool = False  # a worker died with it once: it runs with no neighbours
+    alone: bool = False
 
     kind: ClassVar[str] = "run"
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """To the worker: nobody wants this job any more."""
+    """To the worker: stop this job; its result is no longer needed."""
 
     job: str
 
@@ -50,7 +57,10 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """To the worker: the segment for the bytes a Need announced. An empty path: there is no room, give the job up."""
+    """To the worker: the path of the segment for the bytes that a Need announced.
+
+    An empty path means that there is no segment: the worker leaves out a preview, and ends the job for a result.
+    """
 
     job: str
     picture: int
@@ -61,17 +71,22 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """To the worker: finish what you hold, then exit."""
+    """To the worker: finish the jobs it holds, then exit."""
 
     kind: ClassVar[str] = "stop"
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """From the worker: a real pass has worked. `capacity`: jobs it takes at once; `engine`: which one and why.
+    """From the worker: the warm-up pass has succeeded.
 
-    `tuned`: what it measured and chose where the settings left the choice open, by option (threads, streams, max_batch; 0 is no
-    choice). The supervisor gives the same to every later incarnation: another division of the device moves the last bits.
+    Attributes:
+        capacity: jobs that it takes at once.
+        engine: which engine it runs.
+        why: why this engine was chosen.
+        tuned: values that it measured and chose for options left open in the settings, by option name (threads,
+            streams, max_batch; 0: no choice). The supervisor passes them on to all later incarnations, because another
+            division of the device changes the last bits of the results.
     """
 
     capacity: int
@@ -84,7 +99,10 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """From the device loop: alive, in `phase`; the next beat may take up to `allow_s` seconds (0: the configured limit)."""
+    """From the device loop: the worker is in `phase`.
+
+    The next heartbeat may take up to `allow_s` seconds; 0: the configured limit applies.
+    """
 
     phase: str  # load, warm-up, idle, encode, denoise, decode, finish
     allow_s: float = 0.0
@@ -94,18 +112,18 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """From the worker: the images could be decoded and the prompt fits; what can go wrong now is ours."""
+    """From the worker: the images are decoded and the prompt fits. Errors after this are the server's."""
 
     job: str
     mode: str  # text2image, image2image, inpainting
     width: int  # of the result, pixels
-    height: int
-    steps: int  # denoising steps that will run for each picture
+    height: int  # of the result, pixels
+    steps: int  # denoising steps for each picture
     text_tokens: int
     image_tokens: int
     output_tokens: int
-    revised_prompt: str = ""  # what was used, when a prompt was cut
-    background: str = "opaque"  # of the results; transparent: some of their pixels are
+    revised_prompt: str = ""  # the prompt as used, where it was truncated
+    background: str = "opaque"  # of the results; "transparent": they have transparent pixels
 
     kind: ClassVar[str] = "prepared"
 
@@ -124,7 +142,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """From the worker: picture `picture` is encoded and takes `size` bytes; `partial` 0.. for a preview, -1 for the result."""
+    """From the worker: `picture` is encoded, and a segment of `size` bytes is needed.
+
+    `partial` is 0 or more for a preview, -1 for the result.
+    """
 
     job: str
     picture: int
@@ -136,7 +157,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """From the worker: the segment for `picture` is filled. `partial` as in Need."""
+    """From the worker: the segment for `picture` is written. `partial` as in Need."""
 
     job: str
     picture: int
@@ -149,7 +170,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """From the worker: every picture of the job is filled. Times in milliseconds."""
+    """From the worker: all pictures of the job are written. Times in milliseconds."""
 
     job: str
     prepare_ms: float
@@ -161,7 +182,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """From the worker: the job failed with this error (errors.ApiError.to_wire), or the worker itself when job is empty."""
+    """From the worker: the job, or the worker if `job` is empty, failed with this error (errors.ApiError.to_wire)."""
 
     job: str
     error: dict[str, Any]

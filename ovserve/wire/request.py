@@ -1,4 +1,4 @@
-"""The image request: one frozen, validated record that crosses from the front end to a worker."""
+"""The validated image request that the front end sends to a worker."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ovserve.wire.blobs import Blob
 
 __all__ = ["SEEDS", "ImageRequest"]
 
-SEEDS = 2**32  # the library takes seeds modulo this
+SEEDS = 2**32  # the library takes seeds modulo this number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:
-    """What to make: one frozen, validated request, made in api.routes, read in device.worker.
+    """One validated request for `n` pictures. Picture k uses seed + k (mod 2**32).
 
-    Travels as JSON in a spool segment (a prompt alone may be larger than a message). `n` pictures are asked for; picture k
-    uses seed + k (mod 2**32). Width and height 0: as the image. `images` are empty for text-to-image.
+    It travels as JSON in a spool segment, because a prompt alone may be larger than a message. `width` and `height` 0
+    mean the size of the image. `images` is empty for text-to-image.
     """
 
     task: str  # edit, generation, variation
@@ -41,8 +41,8 @@ class ImageRequest:
     num_inference_steps: int = 1
     guidance_scale: float = 1.0
     strength: float | None = None  # None: the model's default, which depends on whether there is a mask
-    scheduler: str = ""  # empty: the model's own
-    max_sequence_length: int = 0  # 0: the model's own
+    scheduler: str = ""  # empty: the model's default
+    max_sequence_length: int = 0  # 0: the model's default
     truncate_prompt: bool = False
     output_format: str = "png"  # png, jpeg, webp
     output_compression: int = 100  # percent, jpeg and webp
@@ -50,23 +50,27 @@ class ImageRequest:
     metadata: bool = True  # write seed and settings into the file
     partial_images: int = 0
     progress: bool = False  # send Progress for each step
-    preferred_strength: float | None = None  # in place of the model's default where the whole image is edited
-    preferred_scheduler: str = ""  # a `quality` preset's, where `scheduler` is empty and the engine has it
-    quality: str = ""  # the preset's name, for the file's metadata
-    shortcuts: str = ""  # empty: exact; else the engine shortcuts a `quality` preset asked for
+    preferred_strength: float | None = None  # replaces the model's default where the whole image is edited
+    preferred_scheduler: str = ""  # of a `quality` preset; used if `scheduler` is empty and the engine has it
+    quality: str = ""  # name of the preset, for the file's metadata
+    shortcuts: str = ""  # engine shortcuts of a `quality` preset; empty: exact computation
 
     def seed_of(self, picture: int) -> int:
-        """The seed of picture `picture`, with which it can be had again alone."""
+        """Return the seed of picture `picture`, which reproduces this picture alone."""
         return (self.seed + picture) % SEEDS
 
     def to_json(self) -> bytes:
-        """The record as UTF-8 JSON, without the fields that are at their defaults."""
+        """Encode the record as UTF-8 JSON, without the fields that have their default values."""
         values = {name: value for name, default in _DEFAULTS.items() if (value := getattr(self, name)) != default}
         return json.dumps(values, ensure_ascii=False, separators=(",", ":"), default=dataclasses.asdict).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> ImageRequest:
-        """The record again. Raises LinkGarbage."""
+        """Decode a record from `to_json`.
+
+        Raises:
+            LinkGarbage: the data is not an image request.
+        """
         try:
             values = json.loads(data)
             if "images" in values:
@@ -75,7 +79,7 @@ class ImageRequest:
                 values["mask"] = Blob(**values["mask"])
             return cls(**values)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise LinkGarbage(f"no image request: {error}") from None
+            raise LinkGarbage(f"not an image request: {error}") from None
 
 
-_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ImageRequest)}  # MISSING equals no value
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ImageRequest)}  # MISSING is not equal to any value

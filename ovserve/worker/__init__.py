@@ -1,1 +1,1 @@
-"""What runs inside a worker process."""
+"""The code of a worker process: job runner, device loop, request preparation, result encoding."""

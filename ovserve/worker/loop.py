@@ -1,11 +1,11 @@
-"""The device loop: lets work into the engine in a fair order, drives it turn by turn, and beats.
+"""The device loop: admits work to the engine in a fair order, runs the engine's turns and sends heartbeats.
 
     add ──▶ pending, by job ──admit──▶ engine ──turn──▶ Outcome ──▶ deliver
 
-Laws of this file:
-- One thread, the device thread, runs `run` and alone touches the engine. `add` and `wake` may be called from others.
-- Each piece of work that came in goes out in exactly one Outcome; what is no longer wanted goes out without touching the device.
-- Heartbeats come from here and from the engine's own steps, never from a side thread: silence means that the device stands still.
+Invariants:
+- One thread, the device thread, runs `run`, and it alone uses the engine. `add`, `wake` and `stop` are thread-safe.
+- Each piece of added work ends in exactly one Outcome; work that is no longer active gets one without using the device.
+- Heartbeats come from this loop and from the engine's steps, never from a side thread: silence means a hung device.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ovserve.engines.protocol import Engine, Outcome, Work
 
 __all__ = ["DeviceLoop"]
 
-IDLE_BEAT_S = 1.0
-BUSY_BEAT_S = 0.25  # beats within one phase are no closer than this: a small model makes a hundred steps a second
-ALLOWANCE = 20  # times the slowest seen of a phase of late: another size, another batch, a busier machine
+IDLE_HEARTBEAT_S = 1.0
+MIN_HEARTBEAT_GAP_S = 0.25  # within one phase: a small model takes a hundred steps a second
+ALLOWANCE_FACTOR = 20  # times the slowest recent run of a phase: another size, another batch, a busier machine
 
 
 @dataclass(slots=True)
-class _Pending:
-    """The pictures of one job that are still to be made, in order."""
+class _PendingJob:
+    """The pictures of one job that are not admitted yet, in order."""
 
-    job: str
+    job_id: str
     alone: bool
     works: deque[Work] = field(default_factory=deque)
 
@@ -38,123 +38,127 @@ class DeviceLoop:
     """Runs one engine.
 
     Args:
-        engine: loaded by `load`, in the same thread that calls `run`.
-        send_beat: called with (phase, allow_s); allow_s 0 leaves it to the configured limit.
-        deliver: takes an outcome with the seconds since its work was admitted, 0 when it never was; False when it had no room
-            for it within a second, and is then asked again.
-        is_wanted: whether somebody still waits for this piece of work.
-        hang_limit_s: what the supervisor allows without being asked.
+        engine: the engine to run; loaded by `load`, in the same thread that calls `run`.
+        send_heartbeat: called with (phase, allow_s); allow_s = 0 means the configured limit.
+        deliver: called with an outcome and the seconds since its work was admitted, 0 if it never was. Returns False
+            when it had no free slot within a second; it is then called again.
+        is_active: returns whether the work is still needed: its job is neither cancelled, expired nor failed.
+        hang_limit_s: silence that the supervisor allows by its configuration.
     """
 
     def __init__(
         self,
         engine: Engine,
-        send_beat: Callable[[str, float], None],
+        send_heartbeat: Callable[[str, float], None],
         deliver: Callable[[Outcome, float], bool],
-        is_wanted: Callable[[Work], bool],
+        is_active: Callable[[Work], bool],
         hang_limit_s: float,
     ) -> None:
         self._engine = engine
-        self._send_beat = send_beat
+        self._send_heartbeat = send_heartbeat
         self._deliver = deliver
-        self._is_wanted = is_wanted
+        self._is_active = is_active
         self._changed = threading.Condition()
-        self._pending: deque[_Pending] = deque()
-        self._in_flight: dict[Work, float] = {}  # and when each was admitted, on the monotonic clock
+        self._pending: deque[_PendingJob] = deque()
+        self._in_flight: dict[Work, float] = {}  # to the monotonic time at which the work was admitted
         self._is_stopping = False
-        self._pace = _Pace(send_beat, hang_limit_s)
+        self._phases = _PhaseTimer(send_heartbeat, hang_limit_s)
 
     def load(self) -> None:
-        """Load the engine; its warm-up pass is the first measure of how long a phase takes. Raises what Engine.load raises."""
-        self._send_beat("load", 0.0)
+        """Load the engine and take its warm-up pass as the first estimate of a phase's duration.
+
+        Raises what Engine.load raises.
+        """
+        self._send_heartbeat("load", 0.0)
         started = time.monotonic()
 
-        def beat(phase: str) -> None:
+        def heartbeat(phase: str) -> None:
             nonlocal started
             if phase != "warm-up":
                 started = time.monotonic()
-            self._send_beat(phase, 0.0)
+            self._send_heartbeat(phase, 0.0)
 
-        self._engine.load(beat)
-        self._pace.unseen_s = time.monotonic() - started
+        self._engine.load(heartbeat)
+        self._phases.first_estimate_s = time.monotonic() - started
 
     def add(self, works: Sequence[Work]) -> None:
-        """Put the pictures of one job behind those of the others. Thread-safe."""
+        """Queue the pictures of one job behind those of the other jobs. Thread-safe."""
         if not works:
             return
         with self._changed:
-            self._pending.append(_Pending(works[0].job, works[0].alone, deque(works)))
+            self._pending.append(_PendingJob(works[0].job, works[0].alone, deque(works)))
             self._changed.notify()
 
     def wake(self) -> None:
-        """Look again at what is wanted. Thread-safe."""
+        """Make the loop check again which work is active. Thread-safe."""
         with self._changed:
             self._changed.notify()
 
     def stop(self) -> None:
-        """Make `run` return when there is nothing left to do. Thread-safe."""
+        """Make `run` return when no work is left. Thread-safe."""
         with self._changed:
             self._is_stopping = True
             self._changed.notify()
 
     def run(self) -> None:
-        """Serve until `stop`. Runs in: the device thread."""
+        """Run the engine until `stop`. Runs in: the device thread."""
         while True:
-            for work in self._unwanted():
-                self._give_out(Outcome(work), 0.0)
+            for work in self._remove_inactive():
+                self._deliver_outcome(Outcome(work), 0.0)
             self._admit()
             if not self._in_flight:
-                self._pace.mark("idle")
+                self._phases.start("idle")
                 with self._changed:
                     if not self._pending:
                         if self._is_stopping:
                             return
-                        self._changed.wait(IDLE_BEAT_S)
+                        self._changed.wait(IDLE_HEARTBEAT_S)
                 continue
-            self._pace.mark(self._engine.phase())
+            self._phases.start(self._engine.phase())
             for outcome in self._engine.turn():
                 admitted_at = self._in_flight.pop(outcome.work)
-                self._give_out(outcome, time.monotonic() - admitted_at)
+                self._deliver_outcome(outcome, time.monotonic() - admitted_at)
 
-    def _give_out(self, outcome: Outcome, seconds: float) -> None:
+    def _deliver_outcome(self, outcome: Outcome, seconds: float) -> None:
         while not self._deliver(outcome, seconds):
-            self._pace.mark("finish")
+            self._phases.start("finish")
 
-    def _unwanted(self) -> list[Work]:
-        dropped: list[Work] = []
+    def _remove_inactive(self) -> list[Work]:
+        """Remove pending work that is no longer active and return it."""
+        removed: list[Work] = []
         with self._changed:
             for entry in list(self._pending):
-                kept = deque(work for work in entry.works if self._is_wanted(work))
+                kept = deque(work for work in entry.works if self._is_active(work))
                 if len(kept) < len(entry.works):
-                    dropped.extend(work for work in entry.works if work not in kept)
+                    removed.extend(work for work in entry.works if work not in kept)
                     entry.works = kept
                 if not kept:
                     self._pending.remove(entry)
         for work in self._in_flight:
-            self._is_wanted(work)  # marks what has passed its deadline, so that the engine drops it
-        return dropped
+            self._is_active(work)  # sets `cancelled` on expired work, so that the engine drops it
+        return removed
 
     def _admit(self) -> None:
-        """Fill the engine: one picture of each job in turn, so that a job of many pictures does not hold up the others."""
+        """Fill the engine, one picture of each job in turn, so that a job of many pictures does not delay others."""
         while len(self._in_flight) < self._engine.capacity:
             with self._changed:
-                work = self._next()
+                work = self._take_next()
             if work is None:
                 return
             self._in_flight[work] = time.monotonic()
-            self._follow_steps(work)
+            self._time_steps(work)
             self._engine.admit(work)
 
-    def _next(self) -> Work | None:
+    def _take_next(self) -> Work | None:
         if not self._pending:
             return None
         alone = next((work.job for work in self._in_flight if work.alone), None)
         if alone is not None:
-            entry = next((entry for entry in self._pending if entry.job == alone), None)
+            entry = next((entry for entry in self._pending if entry.job_id == alone), None)
         else:
             entry = self._pending[0]
             if entry.alone and self._in_flight:
-                return None  # first of the queue and not overtaken: the engine runs empty for it
+                return None  # it is first in the queue: the engine runs empty before it, and no other job overtakes it
         if entry is None:
             return None
         self._pending.remove(entry)
@@ -163,40 +167,45 @@ class DeviceLoop:
             self._pending.append(entry)
         return work
 
-    def _follow_steps(self, work: Work) -> None:
+    def _time_steps(self, work: Work) -> None:
+        """Make each step of the work start a phase, so that steps send heartbeats."""
         report = work.on_step
 
         def on_step(step: int, steps: int) -> None:
-            self._pace.mark("denoise" if step < steps else "decode")
+            self._phases.start("denoise" if step < steps else "decode")
             if report is not None:
                 report(step, steps)
 
         work.on_step = on_step
 
 
-class _Pace:
-    """How long each phase takes at its slowest of late, and beats that ask for a multiple of it. Thread-safe: steps report from others."""
+class _PhaseTimer:
+    """Measures the phases and sends heartbeats that ask for a multiple of a phase's slowest recent run.
 
-    def __init__(self, send_beat: Callable[[str, float], None], hang_limit_s: float) -> None:
-        self.unseen_s = 0.0  # what a phase is taken to need before it has been seen
-        self._send_beat = send_beat
+    Thread-safe: engines may report steps from other threads.
+    """
+
+    def __init__(self, send_heartbeat: Callable[[str, float], None], hang_limit_s: float) -> None:
+        self.first_estimate_s = 0.0  # duration assumed for a phase that has not run yet
+        self._send_heartbeat = send_heartbeat
         self._hang_limit_s = hang_limit_s
         self._slowest_s: dict[str, float] = {}
         self._phase = ""
-        self._since = self._beat_at = 0.0
+        self._since = self._sent_at = 0.0
         self._lock = threading.Lock()
 
-    def mark(self, phase: str) -> None:
-        """A phase begins; the one before it has ended."""
+    def start(self, phase: str) -> None:
+        """Start a phase, which ends the one before it."""
         now = time.monotonic()
         with self._lock:
             if self._phase not in ("", "idle"):
-                # Half the old: one long pause, of the whole machine perhaps, must not allow long silences for good.
+                # The old value is halved each time: one long pause, perhaps of the whole machine, must not allow long
+                # silences for good.
                 self._slowest_s[self._phase] = max(now - self._since, self._slowest_s.get(self._phase, 0.0) / 2)
-            is_due = phase != self._phase or now - self._beat_at >= BUSY_BEAT_S
+            is_due = phase != self._phase or now - self._sent_at >= MIN_HEARTBEAT_GAP_S
             self._phase, self._since = phase, now
             if not is_due:
                 return
-            self._beat_at = now
-            allow_s = 0.0 if phase == "idle" else ALLOWANCE * self._slowest_s.get(phase, self.unseen_s)
-        self._send_beat(phase, allow_s if allow_s > self._hang_limit_s else 0.0)
+            self._sent_at = now
+            allow_s = 0.0 if phase == "idle" else ALLOWANCE_FACTOR * self._slowest_s.get(phase, self.first_estimate_s)
+        self._send_heartbeat(phase, allow_s if allow_s > self._hang_limit_s else 0.0)

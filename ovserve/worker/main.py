@@ -1,7 +1,7 @@
-"""The worker process: where it begins, and which engine it gets.
+"""Entry point of a worker process.
 
-The front end names `main` as the spawn target, so importing this module costs nothing: pixels, arrays, OpenVINO and its threads
-are imported inside `main`, and exist in workers only.
+The front end names `main` as the spawn target and therefore imports this module. Pillow, numpy, OpenVINO and its
+threads are imported inside functions, so that they exist in workers only.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelProfile", "create_engine", "main"]
 
-_NICENESS = 10  # the front end answers health checks while the device computes
+_NICENESS = 10  # lower priority than the front end, which must answer health checks while the device computes
 
 
 def main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: Settings) -> NoReturn:
-    """Serve one model until Stop, or until the front end is gone; then end the process with exit code 0.
+    """Serve one model until Stop arrives or the front end exits, then exit with code 0.
 
-    Exit codes otherwise: `desk.LOAD_FAILED` when the model cannot be loaded, `desk.BROKEN` for a bug.
+    Other exit codes: `runner.LOAD_FAILED` when the model cannot be loaded, `runner.BROKEN` for a bug.
     """
     faulthandler.enable()
     os.nice(_NICENESS)
@@ -36,15 +36,14 @@ def main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: 
 
     from ovserve.worker.runner import JobRunner  # noqa: PLC0415
 
-    Image.MAX_IMAGE_PIXELS = None  # our own limit, checked before decoding, takes its place
-    warnings.filterwarnings(
-        "ignore", module=r"PIL\."
-    )  # what a client's file has to say is said in the answer, if anywhere
+    Image.MAX_IMAGE_PIXELS = None  # replaced by our own limit, which is checked before decoding
+    # Pillow's warnings are about a client's file: what matters to the client goes into the response, not into our log.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     JobRunner(end, profile, model, settings, create_engine).run()
 
 
 def create_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[Engine, str]:
-    """The engine for a model, not loaded, and why this one.
+    """Return the engine for a model, not yet loaded, and the reason for the choice.
 
     Raises:
         ModelError: the configured engine cannot serve this model.

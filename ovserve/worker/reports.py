@@ -1,4 +1,7 @@
-"""What a worker says to the front end: every report fits its link, and where nobody reads them the process ends."""
+"""Sends the worker's reports to the front end.
+
+A report that does not fit one message is sent with a shortened text. A closed link ends the process.
+"""
 
 from __future__ import annotations
 
@@ -10,59 +13,59 @@ from typing import NoReturn
 from ovserve.errors import ApiError, LinkClosed
 from ovserve.wire.local.pipes import WorkerEnd
 from ovserve.wire.messages import Failed, Message, Prepared
-from ovserve.worker.prepare import PreparedRequest
+from ovserve.worker.prepared import PreparedRequest
 
 __all__ = ["SHORT_TEXT_CHARS", "ReportSender", "end_process"]
 
-SHORT_TEXT_CHARS = 300  # of a message that does not fit a link: at most 12 bytes for each character in JSON
+SHORT_TEXT_CHARS = 300  # length of a shortened text: JSON takes at most 12 bytes per character
 
 
 class ReportSender:
-    """One worker's reports. Thread-safe."""
+    """Sends reports over one worker's link. Thread-safe."""
 
     def __init__(self, end: WorkerEnd) -> None:
         self._end = end
 
     def send(self, message: Message) -> None:
-        """Report. The process ends when the front end is gone.
+        """Send one message; end the process when the front end has closed the link.
 
         Raises:
-            ValueError: the message does not fit a link.
+            ValueError: the message does not fit the link's message size.
         """
         try:
             self._end.send(message)
         except LinkClosed:
             end_process(0)
 
-    def failed(self, job: str, error: ApiError) -> None:
-        """The end of a job, or without one of the worker, with as much of the reason as fits."""
+    def failed(self, job_id: str, error: ApiError) -> None:
+        """Send Failed for a job, or for the worker itself if `job_id` is empty; shorten a reason that does not fit."""
         try:
-            self.send(Failed(job, error.to_wire()))
+            self.send(Failed(job_id, error.to_wire()))
         except ValueError:  # characters that take six or twelve bytes in JSON
             short = type(error)(error.message[:SHORT_TEXT_CHARS], param=error.param, retry_after_s=error.retry_after_s)
-            self.send(Failed(job, short.to_wire()))
+            self.send(Failed(job_id, short.to_wire()))
 
-    def prepared(self, job: str, edit: PreparedRequest) -> None:
-        """What a request has become, with as much of a cut prompt as fits."""
+    def prepared(self, job_id: str, prepared: PreparedRequest) -> None:
+        """Send Prepared with the resolved parameters of a job; shorten a revised prompt that does not fit."""
         message = Prepared(
-            job=job,
-            mode=edit.mode,
-            width=edit.frame.width,
-            height=edit.frame.height,
-            steps=edit.steps,
-            text_tokens=edit.text_tokens,
-            image_tokens=edit.image_tokens,
-            output_tokens=edit.output_tokens,
-            revised_prompt=edit.revised_prompt,
-            background=edit.background,
+            job=job_id,
+            mode=prepared.mode,
+            width=prepared.frame.width,
+            height=prepared.frame.height,
+            steps=prepared.steps,
+            text_tokens=prepared.text_tokens,
+            image_tokens=prepared.image_tokens,
+            output_tokens=prepared.output_tokens,
+            revised_prompt=prepared.revised_prompt,
+            background=prepared.background,
         )
         try:
             self.send(message)
         except ValueError:
-            self.send(dataclasses.replace(message, revised_prompt=edit.revised_prompt[:SHORT_TEXT_CHARS]))
+            self.send(dataclasses.replace(message, revised_prompt=prepared.revised_prompt[:SHORT_TEXT_CHARS]))
 
 
 def end_process(code: int) -> NoReturn:
-    """End the process now: other threads sit in native calls that no interpreter shutdown can wait for."""
+    """Exit at once, without interpreter shutdown: it cannot wait for threads that are inside native calls."""
     logging.shutdown()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""API keys on a live server: what the official clients meet, what stays open, and a reload that changes them."""
+"""API keys on a live server: official clients, open paths, and reloads that change the keys."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ask(server: FaultServer, key: str) -> openai.types.ImagesResponse:
         return client.images.generate(prompt="echo hello")
 
 
-def test_the_official_clients_are_told_once(keyed: FaultServer) -> None:
+def test_official_clients_get_401_once_and_do_not_retry(keyed: FaultServer) -> None:
     assert ask(keyed, "sk-one").data
     with pytest.raises(openai.AuthenticationError) as caught:
         ask(keyed, "sk-wrong")
@@ -39,19 +39,19 @@ def test_the_official_clients_are_told_once(keyed: FaultServer) -> None:
         "invalid_request_error",
     )
     keyed.until(lambda: bool(keyed.logged("/v1/images/generations 401")))
-    assert len(keyed.logged("/v1/images/generations 401")) == 1  # never retried
+    assert len(keyed.logged("/v1/images/generations 401")) == 1  # not retried
     with (
         openai.AzureOpenAI(
             azure_endpoint=keyed.url, api_key="sk-one", api_version="2025-04-01-preview", azure_deployment="toy"
         ) as azure,
         pytest.raises(openai.NotFoundError),
-    ):  # let in, and told that there is no such model
+    ):  # the key is accepted; the model does not exist
         azure.images.generate(prompt="echo hello")
     assert not keyed.logged("sk-one")
     assert not keyed.logged("sk-wrong")
 
 
-def test_health_is_open_and_metrics_take_the_key(keyed: FaultServer) -> None:
+def test_health_is_open_and_metrics_require_the_key(keyed: FaultServer) -> None:
     with keyed.client() as client:
         for path in ("/v2/health/live", "/v2/health/ready"):
             assert client.get(path).status_code == 200
@@ -63,7 +63,7 @@ def test_health_is_open_and_metrics_take_the_key(keyed: FaultServer) -> None:
         assert (preflight.status_code, preflight.headers["access-control-allow-headers"]) == (204, "authorization")
 
 
-def test_who_is_refused_is_counted_and_in_the_document(keyed: FaultServer) -> None:
+def test_rejected_requests_are_counted_and_401_is_in_the_document(keyed: FaultServer) -> None:
     with keyed.client() as client:
         assert client.get("/made/up").status_code == 401
         client.headers["api-key"] = "sk-one"
@@ -76,7 +76,7 @@ def test_who_is_refused_is_counted_and_in_the_document(keyed: FaultServer) -> No
             assert ("security" in operation) is is_open(method.upper(), path)
 
 
-def test_a_reload_changes_the_keys_or_nothing(keyed: FaultServer, tmp_path: Path) -> None:
+def test_reload_changes_the_keys_or_nothing(keyed: FaultServer, tmp_path: Path) -> None:
     def is_known(key: str) -> bool:
         return httpx.get(f"{keyed.url}/v1/models", headers={"api-key": key}).status_code == 200
 
@@ -90,13 +90,13 @@ def test_a_reload_changes_the_keys_or_nothing(keyed: FaultServer, tmp_path: Path
     assert not is_known("sk-one")
 
 
-def test_a_file_that_is_missing_ends_the_start(tmp_path: Path) -> None:
+def test_missing_key_file_stops_the_start(tmp_path: Path) -> None:
     with LiveServer("--api_key_file", str(tmp_path / "none"), spool=tmp_path, wait_ready=False) as server:
         assert server.process.wait(60) == 2
         assert server.log == [f"ovserve: api_key_file {tmp_path / 'none'}: No such file or directory"]
 
 
-def test_a_reload_that_forgets_every_key_is_told(tmp_path: Path) -> None:
+def test_reload_without_keys_is_logged(tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
     config.write_text('api_key = "sk-one"\n[[model]]\nplugin_config = "{}"\n')
     with FaultServer(tmp_path, "--config", str(config)) as server:

@@ -1,4 +1,4 @@
-"""Edits through the official OpenAI client, on the built-in model in a real worker: obeyed, exact, repeatable."""
+"""Edits through the official OpenAI client, on the built-in model in a real worker: faithful, exact, reproducible."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def pixels(item: Any) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(item.b64_json))))
 
 
-def test_a_png_is_recoloured_on_nine_of_ten_seeds(client: openai.OpenAI, data: Path) -> None:
-    obeyed = 0
+def test_png_edit_follows_the_prompt_on_nine_of_ten_seeds(client: openai.OpenAI, data: Path) -> None:
+    followed = 0
     for seed in range(10):
         with (data / "red_circle.png").open("rb") as image:
             reply = client.images.edit(image=image, prompt=PROMPT, extra_body={"strength": 0.7, "seed": seed})
         scene = read_picture(pixels(reply.data[0]))
-        obeyed += scene.background == "blue" and [o.colour for o in scene.objects] == ["green"]
-    assert obeyed >= 9
+        followed += scene.background == "blue" and [o.colour for o in scene.objects] == ["green"]
+    assert followed >= 9
 
 
-def test_a_jpeg_is_turned_upright_by_its_exif(client: openai.OpenAI, data: Path) -> None:
+def test_jpeg_is_turned_upright_by_its_exif_orientation(client: openai.OpenAI, data: Path) -> None:
     source = ImageOps.exif_transpose(Image.open(data / "rotated_star.jpg"))
     with (data / "rotated_star.jpg").open("rb") as image:
         reply = client.images.edit(
@@ -52,7 +52,7 @@ def test_a_jpeg_is_turned_upright_by_its_exif(client: openai.OpenAI, data: Path)
     assert abs(star.y - source_star.y) < 0.15 * source.height
 
 
-def test_a_webp_is_taken(client: openai.OpenAI, data: Path) -> None:
+def test_webp_is_accepted(client: openai.OpenAI, data: Path) -> None:
     with (data / "pair.webp").open("rb") as image:
         reply = client.images.edit(
             image=image, prompt="a green square and a pink heart on a white background", extra_body={"strength": 0.3}
@@ -61,11 +61,11 @@ def test_a_webp_is_taken(client: openai.OpenAI, data: Path) -> None:
 
 
 @pytest.mark.parametrize("style", ["mask_alpha.png", "mask_white.png"])
-def test_a_mask_repaints_inside_and_keeps_outside_bit_for_bit(client: openai.OpenAI, data: Path, style: str) -> None:
+def test_mask_repaints_inside_and_keeps_outside_bit_for_bit(client: openai.OpenAI, data: Path, style: str) -> None:
     source = np.asarray(Image.open(data / "red_circle.png"))
     inside = np.zeros(source.shape[:2], bool)
     inside[48:208, 48:208] = True
-    obeyed = 0
+    followed = 0
     for seed in range(6):
         with (data / "red_circle.png").open("rb") as image, (data / style).open("rb") as mask:
             reply = client.images.edit(
@@ -75,11 +75,11 @@ def test_a_mask_repaints_inside_and_keeps_outside_bit_for_bit(client: openai.Ope
         assert np.array_equal(result[~inside], source[~inside])
         assert not np.array_equal(result[inside], source[inside])
         scene = read_picture(result)
-        obeyed += [(o.colour, o.shape) for o in scene.objects] == [("yellow", "star")]
-    assert obeyed >= 5
+        followed += [(o.colour, o.shape) for o in scene.objects] == [("yellow", "star")]
+    assert followed >= 5
 
 
-def test_both_mask_styles_mean_the_same(client: openai.OpenAI, data: Path) -> None:
+def test_alpha_and_white_masks_give_equal_results(client: openai.OpenAI, data: Path) -> None:
     results = []
     for style in ("mask_alpha.png", "mask_white.png"):
         with (data / "red_circle.png").open("rb") as image, (data / style).open("rb") as mask:
@@ -90,10 +90,10 @@ def test_both_mask_styles_mean_the_same(client: openai.OpenAI, data: Path) -> No
     assert results[0] == results[1]
 
 
-def test_transparent_pixels_of_the_image_are_the_mask_when_there_is_none(client: openai.OpenAI, data: Path) -> None:
+def test_transparent_pixels_of_the_image_are_the_default_mask(client: openai.OpenAI, data: Path) -> None:
     source = np.asarray(Image.open(data / "mask_alpha.png"))
     hole = source[..., 3] == 0
-    obeyed = 0
+    followed = 0
     for seed in range(4, 10):
         with (data / "mask_alpha.png").open("rb") as image:
             reply = client.images.edit(
@@ -101,11 +101,11 @@ def test_transparent_pixels_of_the_image_are_the_mask_when_there_is_none(client:
             )
         result = pixels(reply.data[0])
         assert np.array_equal(result[~hole][:, :3], source[~hole][:, :3])
-        obeyed += [(o.colour, o.shape) for o in read_picture(result[..., :3]).objects] == [("white", "cross")]
-    assert obeyed >= 5
+        followed += [(o.colour, o.shape) for o in read_picture(result[..., :3]).objects] == [("white", "cross")]
+    assert followed >= 5
 
 
-def test_a_seed_decides_the_bytes(client: openai.OpenAI, data: Path) -> None:
+def test_equal_seeds_give_equal_bytes_and_other_seeds_other_bytes(client: openai.OpenAI, data: Path) -> None:
     def edit(seed: int) -> str:
         with (data / "red_circle.png").open("rb") as image:
             reply = client.images.edit(image=image, prompt=PROMPT, extra_body={"rng_seed": seed})
@@ -117,7 +117,7 @@ def test_a_seed_decides_the_bytes(client: openai.OpenAI, data: Path) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_each_of_four_pictures_can_be_had_again_alone(client: openai.OpenAI, data: Path, masked: bool) -> None:
+def test_each_of_four_pictures_can_be_reproduced_alone(client: openai.OpenAI, data: Path, masked: bool) -> None:
     def edit(n: int, **extra: int) -> Any:
         with (data / "red_circle.png").open("rb") as image, (data / "mask_alpha.png").open("rb") as mask:
             more = {"mask": mask} if masked else {}
@@ -132,7 +132,7 @@ def test_each_of_four_pictures_can_be_had_again_alone(client: openai.OpenAI, dat
 
 
 @pytest.mark.parametrize("size", ["96x160", "200x200", "128x128", "301x77", "auto"])
-def test_any_size_is_served_exactly(client: openai.OpenAI, data: Path, size: str) -> None:
+def test_requested_size_is_exact(client: openai.OpenAI, data: Path, size: str) -> None:
     with (data / "red_circle.png").open("rb") as image:
         reply = client.images.edit(image=image, prompt=PROMPT, size=size)  # type: ignore[arg-type]
     result = pixels(reply.data[0])
@@ -141,7 +141,7 @@ def test_any_size_is_served_exactly(client: openai.OpenAI, data: Path, size: str
     assert reply.size == f"{wanted[0]}x{wanted[1]}"
 
 
-def test_the_reply_says_what_was_made(client: openai.OpenAI, data: Path) -> None:
+def test_response_reports_parameters_usage_and_timing(client: openai.OpenAI, data: Path) -> None:
     with (data / "red_circle.png").open("rb") as image:
         raw = client.images.with_raw_response.edit(image=image, prompt=PROMPT, model="ovserve-builtin")
     reply = raw.parse()
@@ -155,7 +155,7 @@ def test_the_reply_says_what_was_made(client: openai.OpenAI, data: Path) -> None
     assert "denoise;dur=" in raw.headers["server-timing"]
 
 
-def test_seed_and_settings_are_in_the_file(client: openai.OpenAI, data: Path) -> None:
+def test_file_metadata_has_prompt_and_seed_unless_disabled(client: openai.OpenAI, data: Path) -> None:
     with (data / "red_circle.png").open("rb") as image:
         item = client.images.edit(image=image, prompt=PROMPT, extra_body={"seed": 11}).data[0]
     text = Image.open(io.BytesIO(base64.b64decode(item.b64_json))).info["parameters"]
@@ -166,20 +166,20 @@ def test_seed_and_settings_are_in_the_file(client: openai.OpenAI, data: Path) ->
     assert "parameters" not in Image.open(io.BytesIO(base64.b64decode(item.b64_json))).info
 
 
-def test_generations_and_variations(client: openai.OpenAI, data: Path) -> None:
+def test_generations_and_variations_are_served(client: openai.OpenAI, data: Path) -> None:
     item = client.images.generate(prompt="a pink heart on a black background", extra_body={"seed": 2}).data[0]
     scene = read_picture(pixels(item))
     assert (scene.background, scene.objects[0].colour, scene.objects[0].shape) == ("black", "pink", "heart")
     with (
         (data / "red_circle.png").open("rb") as image,
         pytest.warns(DeprecationWarning, match="deprecated"),
-    ):  # OpenAI has retired its own
+    ):  # OpenAI has deprecated its endpoint
         varied = client.images.create_variation(image=image).data[0]
     assert pixels(varied).shape == (256, 256, 3)
 
 
 @pytest.mark.parametrize("path", ["/v1", "/v3", ""])
-def test_every_prefix_answers(server: LiveServer, data: Path, path: str) -> None:
+def test_every_path_prefix_is_served(server: LiveServer, data: Path, path: str) -> None:
     with (
         openai.OpenAI(base_url=server.url + path, api_key="none", max_retries=0) as client,
         (data / "red_circle.png").open("rb") as image,
@@ -191,7 +191,7 @@ def test_every_prefix_answers(server: LiveServer, data: Path, path: str) -> None
             client.models.retrieve("ghost/model")
 
 
-def test_errors_arrive_as_the_clients_own_classes(client: openai.OpenAI, data: Path) -> None:
+def test_errors_map_to_the_client_exception_classes(client: openai.OpenAI, data: Path) -> None:
     with (data / "red_circle.png").open("rb") as image, pytest.raises(openai.BadRequestError) as bad:
         client.images.edit(image=image, prompt=PROMPT, n=11)
     assert (bad.value.param, bad.value.code) == ("n", "invalid_value")
@@ -200,7 +200,7 @@ def test_errors_arrive_as_the_clients_own_classes(client: openai.OpenAI, data: P
     assert missing.value.code == "model_not_found"
 
 
-def test_a_prompt_that_is_too_long_names_both_numbers(client: openai.OpenAI, data: Path) -> None:
+def test_too_long_prompt_is_rejected_and_truncate_prompt_cuts_it(client: openai.OpenAI, data: Path) -> None:
     prompt = "red " * 60
     with (data / "red_circle.png").open("rb") as image, pytest.raises(openai.BadRequestError, match="32") as caught:
         client.images.edit(image=image, prompt=prompt)
@@ -210,7 +210,7 @@ def test_a_prompt_that_is_too_long_names_both_numbers(client: openai.OpenAI, dat
     assert 0 < len(item.revised_prompt) < len(prompt)
 
 
-def test_a_corrupt_image_costs_no_worker(server: LiveServer, client: openai.OpenAI, data: Path) -> None:
+def test_corrupt_image_does_not_end_a_worker(server: LiveServer, client: openai.OpenAI, data: Path) -> None:
     workers = server.workers()
     whole = (data / "red_circle.png").read_bytes()
     for broken in (whole[: len(whole) // 2], whole[:200] + b"\0" * 400, whole[:-30]):
@@ -221,7 +221,7 @@ def test_a_corrupt_image_costs_no_worker(server: LiveServer, client: openai.Open
     assert server.workers() == workers
 
 
-def test_a_thin_mask_does_not_vanish(client: openai.OpenAI) -> None:
+def test_thin_mask_is_repainted(client: openai.OpenAI) -> None:
     source = draw_scene("blue", [Figure("red", "circle", 64, 64, 34)])
     mask = np.zeros((128, 128), np.uint8)
     mask[60:63, 20:110] = 255

@@ -1,4 +1,4 @@
-"""What comes back: formats, transparency, addresses, documents about the API."""
+"""Replies: formats, transparency, stored pictures, documents about the API."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def picture(reply: httpx.Response) -> Image.Image:
 
 
 @pytest.mark.parametrize(("form", "known_as"), [("png", "PNG"), ("jpeg", "JPEG"), ("jpg", "JPEG"), ("webp", "WEBP")])
-def test_every_format(client: httpx.Client, data: Path, form: str, known_as: str) -> None:
+def test_every_output_format(client: httpx.Client, data: Path, form: str, known_as: str) -> None:
     reply = edit(client, (data / "red_circle.png").read_bytes(), output_format=form)
     assert picture(reply).format == known_as
     assert reply.json()["output_format"] == known_as.lower()
 
 
-def test_compression_makes_smaller_files(client: httpx.Client, data: Path) -> None:
+def test_lower_compression_quality_makes_smaller_files(client: httpx.Client, data: Path) -> None:
     image = (data / "red_circle.png").read_bytes()
     sizes = [
         len(
@@ -60,20 +60,20 @@ def test_webp_at_full_quality_is_lossless(client: httpx.Client, data: Path) -> N
     assert np.array_equal(png, webp)
 
 
-def test_a_transparent_background_keeps_the_sources_alpha(client: httpx.Client, data: Path) -> None:
+def test_transparent_background_keeps_the_alpha_of_the_source(client: httpx.Client, data: Path) -> None:
     source = np.asarray(Image.open(data / "mask_alpha.png"))
     reply = edit(client, (data / "mask_alpha.png").read_bytes(), background="transparent")
     assert reply.json()["background"] == "transparent"
     assert np.array_equal(np.asarray(picture(reply))[..., 3], source[..., 3])
 
 
-def test_a_transparent_background_without_alpha_is_refused(client: httpx.Client, data: Path) -> None:
+def test_transparent_background_without_alpha_is_rejected(client: httpx.Client, data: Path) -> None:
     reply = edit(client, (data / "red_circle.png").read_bytes(), background="transparent")
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == "background"
 
 
-def test_an_address_serves_ranges_and_outlives_a_restart(tmp_path: Path, data: Path) -> None:
+def test_url_serves_ranges_and_survives_a_restart(tmp_path: Path, data: Path) -> None:
     store = str(tmp_path / "kept")
     with (
         LiveServer("--store_dir", store, "--url_ttl_s", "600", spool=tmp_path) as live,
@@ -92,9 +92,9 @@ def test_an_address_serves_ranges_and_outlives_a_restart(tmp_path: Path, data: P
         assert client.get(path, headers={"range": "bytes=-5"}).content == whole.content[-5:]
         assert client.get(path, headers={"range": "bytes=999999-"}).status_code == 416
         assert client.get(path, headers={"if-none-match": whole.headers["etag"]}).status_code == 304
-        for known in (f'"other", W/{whole.headers["etag"]}', "*"):  # a list, and a tag that a proxy has weakened
+        for known in (f'"other", W/{whole.headers["etag"]}', "*"):  # a list with a tag that a proxy made weak; any tag
             assert client.get(path, headers={"if-none-match": known}).status_code == 304
-        headed = client.head(path, headers={"range": "bytes=0-3"})  # ranges are for GET alone
+        headed = client.head(path, headers={"range": "bytes=0-3"})  # Range applies only to GET
         assert (headed.status_code, headed.headers["content-length"]) == (200, str(len(whole.content)))
         for wrong in ("/v1/images/files/x.png", "/v1/images/files/..%2f..%2fetc%2fpasswd", path[:-6] + "a.webp"):
             assert client.get(wrong).status_code == 404
@@ -102,7 +102,7 @@ def test_an_address_serves_ranges_and_outlives_a_restart(tmp_path: Path, data: P
         assert httpx.get(live.url + path).content == whole.content
 
 
-def test_an_address_ends_with_its_time(tmp_path: Path, data: Path) -> None:
+def test_url_expires(tmp_path: Path, data: Path) -> None:
     with (
         LiveServer("--store_dir", str(tmp_path / "kept"), "--url_ttl_s", "1", spool=tmp_path) as live,
         httpx.Client(base_url=live.url, timeout=60) as client,
@@ -114,7 +114,7 @@ def test_an_address_ends_with_its_time(tmp_path: Path, data: Path) -> None:
         assert status == 404
 
 
-def test_the_openapi_document_names_every_field(client: httpx.Client) -> None:
+def test_openapi_document_has_the_fields(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
     assert document["openapi"].startswith("3.1")
     form = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
@@ -122,7 +122,7 @@ def test_the_openapi_document_names_every_field(client: httpx.Client) -> None:
     assert {"strength", "mask_mode", "seed", "stream"} <= set(form["properties"])
 
 
-def test_metrics_count_what_happened(client: httpx.Client, data: Path) -> None:
+def test_metrics_count_done_jobs(client: httpx.Client, data: Path) -> None:
     def done() -> float:
         page = client.get("/metrics").text
         lines = [
@@ -137,7 +137,7 @@ def test_metrics_count_what_happened(client: httpx.Client, data: Path) -> None:
     assert done() == before + 1
 
 
-def test_json_edits_with_data_urls(client: httpx.Client, data: Path) -> None:
+def test_json_edit_with_data_urls_equals_the_form(client: httpx.Client, data: Path) -> None:
     url = "data:image/png;base64," + base64.b64encode((data / "red_circle.png").read_bytes()).decode()
     mask = "data:image/png;base64," + base64.b64encode((data / "mask_white.png").read_bytes()).decode()
     document = {"prompt": PROMPT, "images": [{"image_url": url}], "mask": {"image_url": mask}, "seed": 3, "n": 1}
@@ -161,7 +161,7 @@ def test_json_edits_with_data_urls(client: httpx.Client, data: Path) -> None:
         "/v3/ovserve-builtin/images/edits",
     ],
 )
-def test_the_path_may_name_the_model(client: httpx.Client, data: Path, path: str) -> None:
+def test_path_names_the_model(client: httpx.Client, data: Path, path: str) -> None:
     reply = client.post(
         path, data={"prompt": PROMPT}, files={"image": ("a.png", (data / "red_circle.png").read_bytes())}
     )
@@ -170,7 +170,7 @@ def test_the_path_may_name_the_model(client: httpx.Client, data: Path, path: str
     assert other.status_code == 404
 
 
-def test_a_preflight_of_a_browser(client: httpx.Client) -> None:
+def test_preflight_of_a_browser(client: httpx.Client) -> None:
     asked = {
         "origin": "http://a.example",
         "access-control-request-method": "POST",
@@ -183,7 +183,7 @@ def test_a_preflight_of_a_browser(client: httpx.Client) -> None:
     assert reply.headers["access-control-allow-origin"] == "*"
 
 
-def test_moderation_says_that_nobody_checked(client: httpx.Client, data: Path) -> None:
+def test_moderation_is_reported_as_unchecked(client: httpx.Client, data: Path) -> None:
     reply = edit(client, (data / "red_circle.png").read_bytes(), moderation="auto", user="me")
     assert reply.json()["moderation"] == {"checked": False}
     assert reply.json()["safety_identifier"] == "me"

@@ -1,4 +1,4 @@
-"""Streams as the official client parses them, and byte for byte."""
+"""Streams, as the official client parses them and as bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pixels(text: str) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 
 
-def test_an_edit_streams_its_previews_and_the_picture(server: LiveServer, data: Path) -> None:
+def test_edit_streams_previews_and_the_picture(server: LiveServer, data: Path) -> None:
     with (
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
         (data / "red_circle.png").open("rb") as image,
@@ -48,12 +48,12 @@ def test_an_edit_streams_its_previews_and_the_picture(server: LiveServer, data: 
     assert read_picture(pixels(last.b64_json)).background == read_picture(pixels(final.b64_json)).background
 
 
-def test_a_generation_streams_one_final_event_for_each_picture(server: LiveServer) -> None:
+def test_generation_streams_one_final_event_for_each_picture(server: LiveServer) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         events = list(client.images.generate(prompt="a red star on a black background", stream=True, n=2))
         whole = client.images.generate(prompt="a red star on a black background", n=2).usage
     assert whole is not None
-    # A client that adds up what it was told has the request's usage.
+    # The usage of the events adds up to the usage of the request.
     assert (
         sum(event.usage.total_tokens for event in events if event.type == "image_generation.completed")
         == whole.total_tokens
@@ -62,7 +62,7 @@ def test_a_generation_streams_one_final_event_for_each_picture(server: LiveServe
     assert len({event.b64_json for event in events}) == 2
 
 
-def test_the_bytes_of_a_stream(server: LiveServer, data: Path) -> None:
+def test_bytes_of_a_stream(server: LiveServer, data: Path) -> None:
     files = {"image": ("a.png", (data / "red_circle.png").read_bytes(), "image/png")}
     fields = {"prompt": PROMPT, "stream": "True", "partial_images": "1"}
     with httpx.stream("POST", f"{server.url}/v1/images/edits", data=fields, files=files, timeout=60) as reply:
@@ -91,7 +91,7 @@ def test_the_bytes_of_a_stream(server: LiveServer, data: Path) -> None:
         ({"stream": "true"}, False, "image"),
     ],
 )
-def test_what_is_wrong_before_the_first_byte_is_a_plain_error(
+def test_error_before_the_first_byte_is_a_plain_http_error(
     server: LiveServer, data: Path, fields: dict[str, str], files: bool, param: str
 ) -> None:
     image = (data / "red_circle.png").read_bytes() if files else (data / "red_circle.png").read_bytes()[:300]
@@ -105,7 +105,7 @@ def test_what_is_wrong_before_the_first_byte_is_a_plain_error(
     assert reply.json()["error"]["param"] == param
 
 
-def test_what_goes_wrong_later_is_the_nested_error_event(server: LiveServer) -> None:
+def test_later_error_is_an_error_event(server: LiveServer) -> None:
     document = {"prompt": "a star", "stream": True, "num_inference_steps": 100, "n": 10, "timeout_s": 0.6}
     reply = httpx.post(f"{server.url}/v1/images/generations", json=document, timeout=60)
     assert reply.status_code == 200
@@ -125,7 +125,7 @@ def test_what_goes_wrong_later_is_the_nested_error_event(server: LiveServer) -> 
         )
 
 
-def test_a_deadline_of_a_whole_reply_is_504_and_not_retried(server: LiveServer) -> None:
+def test_deadline_of_a_json_reply_is_504_and_not_retried(server: LiveServer) -> None:
     document = {"prompt": "a star", "num_inference_steps": 100, "n": 10}
     reply = httpx.post(f"{server.url}/v1/images/generations", json=document, headers={"x-timeout-s": "0.4"}, timeout=60)
     assert reply.status_code == 504
@@ -133,7 +133,7 @@ def test_a_deadline_of_a_whole_reply_is_504_and_not_retried(server: LiveServer) 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_stops_its_work(server: LiveServer, stream: bool) -> None:
+def test_disconnect_of_the_client_stops_its_job(server: LiveServer, stream: bool) -> None:
     document = json.dumps({"prompt": "a star", "num_inference_steps": 100, "n": 10, "stream": stream}).encode()
     head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(document)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -141,6 +141,6 @@ def test_a_client_that_goes_stops_its_work(server: LiveServer, stream: bool) -> 
         while not server.fetch("/v3/models/ovserve-builtin")[1]["running"]:
             pass
     while server.fetch("/v3/models/ovserve-builtin")[1]["running"]:
-        pass  # ends by the test's own timeout, if at all: ten pictures of 100 steps take far longer than this
+        pass  # fails by the test's timeout: ten pictures of 100 steps take far longer
     metrics = httpx.get(f"{server.url}/metrics").text
     assert 'ovserve_jobs_total{model="ovserve-builtin",state="cancelled"}' in metrics

@@ -1,4 +1,4 @@
-"""Clients that go away, at any moment: their work ends, in the queue at once and in the worker at its next step."""
+"""Clients that disconnect: their jobs end, in the queue at once and in the worker at its next step."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
 
 def request(prompt: str, **fields: object) -> bytes:
     content = json.dumps({"prompt": prompt, **fields}).encode()
-    head = f"POST /v3/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n"
-    return head.encode() + b"\r\n" + content
+    head = "POST /v3/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    return head.encode() + b"content-length: %d\r\n\r\n" % len(content) + content
 
 
 def until_idle(live: FaultServer) -> float:
-    """Seconds until no job is queued or running."""
+    """Wait until no job is queued or running; return the seconds it took."""
     started = time.monotonic()
     live.until(lambda: live.standing()["queued"] == live.standing()["running"] == 0)
     return time.monotonic() - started
@@ -42,11 +42,11 @@ def test_client_that_leaves_a_running_job_stops_it(live: FaultServer, leave: str
     client = RawClient(live.port).send(request("steps 500 0.02", stream=stream))
     live.until(lambda: live.standing()["running"] == 1)
     getattr(client, leave)()
-    assert until_idle(live) < 2.0  # ten seconds of work were left
+    assert until_idle(live) < 2.0  # the job would run for ten seconds
     client.close()
 
 
-def test_client_that_leaves_the_queue_frees_its_place_at_once(live: FaultServer) -> None:
+def test_client_that_leaves_removes_its_queued_job_at_once(live: FaultServer) -> None:
     running = [RawClient(live.port).send(request("steps 40 0.05")) for _ in range(4)]
     live.until(lambda: live.standing()["running"] == 4)
     waiting = RawClient(live.port).send(request("echo never"))
@@ -59,29 +59,31 @@ def test_client_that_leaves_the_queue_frees_its_place_at_once(live: FaultServer)
         client.close()
 
 
-def test_five_hundred_departures_under_load_leave_nothing(live: FaultServer) -> None:
+def test_five_hundred_disconnects_under_load_do_not_leak(live: FaultServer) -> None:
     before = live.holdings()
     chance = random.Random(20)
-    moments = [chance.random() * 0.12 for _ in range(500)]
+    delays = [chance.random() * 0.12 for _ in range(500)]
     lock = threading.Lock()
     answered: list[int] = []
 
-    def come_and_go() -> None:
+    def connect_and_leave() -> None:
         while True:
             with lock:
-                if not moments:
+                if not delays:
                     return
-                moment = moments.pop()
-            client = RawClient(live.port).send(request("steps 4 0.02", stream=moment > 0.06, partial_images=0))
-            time.sleep(moment)  # the moment is the test: nothing is awaited
-            client.abandon() if int(moment * 1e6) % 2 else client.close()
+                delay = delays.pop()
+            client = RawClient(live.port).send(request("steps 4 0.02", stream=delay > 0.06, partial_images=0))
+            time.sleep(delay)  # the delay is what varies: there is no event to wait for
+            client.abandon() if int(delay * 1e6) % 2 else client.close()
 
-    def stay() -> None:
-        while moments:
+    def stay_connected() -> None:
+        while delays:
             with RawClient(live.port) as client:
                 answered.append(client.send(request("steps 2 0.02")).read_response().status)
 
-    threads = [threading.Thread(target=come_and_go) for _ in range(16)] + [threading.Thread(target=stay)]
+    threads = [threading.Thread(target=connect_and_leave) for _ in range(16)] + [
+        threading.Thread(target=stay_connected)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

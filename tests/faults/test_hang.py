@@ -1,4 +1,4 @@
-"""Workers that stand still: at work, idle, in the middle of a message. The others go on; the hung one is replaced, its job answered."""
+"""Workers that hang while busy, idle or in the middle of a message are replaced, and their jobs are done by others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from tests.faultserver import FaultServer, gone, picture_of
 
 LIMIT_S = 1.0
-SLACK_S = 3.0  # for a machine with other work; the aim is the limit and 2 s, and the start of a new process
+SLACK_S = 3.0  # for a busy machine; the target is the limit plus 2 s and the start of a process
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def client(live: FaultServer) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.parametrize("command", ["hang", "stammer"])
-def test_job_of_a_hung_worker_is_answered_by_another(
+def test_job_of_a_hung_worker_is_done_by_another(
     live: FaultServer, client: httpx.Client, tmp_path: Path, command: str
 ) -> None:
     started = time.monotonic()
@@ -45,7 +45,7 @@ def test_job_of_a_hung_worker_is_answered_by_another(
     assert live.logged("worker killed", "hung: no heartbeat")
 
 
-def test_job_that_hangs_two_workers_is_the_clients_to_hear_of(live: FaultServer, client: httpx.Client) -> None:
+def test_job_that_hangs_two_workers_is_500_worker_crashed(live: FaultServer, client: httpx.Client) -> None:
     reply = live.generate(client, "hang")
     assert (reply.status_code, reply.json()["error"]["code"]) == (500, "worker_crashed")
 
@@ -54,23 +54,21 @@ def test_stopped_worker_is_replaced_while_the_other_serves(live: FaultServer, cl
     stopped = live.kill_worker(number=signal.SIGSTOP)
     served: list[int] = []
 
-    def ask_until_it_is_gone() -> None:
+    def request_until_it_is_gone() -> None:
         while not gone(stopped):
             served.append(live.generate(client, "echo").status_code)
 
-    threads = [threading.Thread(target=ask_until_it_is_gone) for _ in range(4)]
+    threads = [threading.Thread(target=request_until_it_is_gone) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    # At most as many requests as it takes at once can have gone to the stopped worker and waited for its end.
+    # At most as many requests as its capacity can have been dispatched to the stopped worker and waited for its end.
     assert len(served) > 20
     assert set(served) == {200}
 
 
-def test_worker_stopped_in_the_middle_of_its_jobs_costs_nobody_an_answer(
-    live: FaultServer, client: httpx.Client
-) -> None:
+def test_jobs_of_a_stopped_worker_are_done(live: FaultServer, client: httpx.Client) -> None:
     replies: list[httpx.Response] = []
     threads = [
         threading.Thread(target=lambda: replies.append(live.generate(client, "steps 20 0.05"))) for _ in range(6)
@@ -84,7 +82,7 @@ def test_worker_stopped_in_the_middle_of_its_jobs_costs_nobody_an_answer(
     assert [reply.status_code for reply in replies] == [200] * 6
 
 
-def test_front_end_that_stood_still_itself_kills_nobody(live: FaultServer, client: httpx.Client) -> None:
+def test_front_end_that_was_stopped_itself_kills_no_worker(live: FaultServer, client: httpx.Client) -> None:
     before = live.workers()
     os.kill(live.process.pid, signal.SIGSTOP)
     threading.Event().wait(2 * LIMIT_S)

@@ -1,4 +1,4 @@
-"""Limits that a running server meets: deadlines, a full spool, a worker that takes too much memory, a reload under load."""
+"""Limits of a running server: deadlines, a full spool, a worker over its memory limit, reloads, file descriptors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.faultserver import FaultServer, descriptors_of, gone, picture_of
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 2 MiB."""
+    """Mount a tmpfs of 2 MiB."""
     folder = tmp_path / "tiny"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tiny", str(folder)]
@@ -34,19 +34,19 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
-    """A server for tests that leave it as it was."""
+    """Start a server for tests that do not change it."""
     with FaultServer(tmp_path_factory.mktemp("spool")) as server:
         yield server
 
 
-def test_deadline_in_the_queue_and_on_the_device(plain: FaultServer) -> None:
+def test_deadline_ends_jobs_on_the_device_and_in_the_queue(plain: FaultServer) -> None:
     server = plain
     with server.client() as client:
         started = time.monotonic()
         running = server.generate(client, "sleep 30", timeout_s=0.3)
         assert (running.status_code, running.json()["error"]["code"]) == (504, "deadline_exceeded")
         assert running.headers["x-should-retry"] == "false"
-        assert time.monotonic() - started < 15  # of the thirty that it would take
+        assert time.monotonic() - started < 15  # the job would take 30 s
         holders = [threading.Thread(target=server.generate, args=(client, "sleep 1.0")) for _ in range(2)]
         for thread in holders:
             thread.start()
@@ -60,9 +60,9 @@ def test_deadline_in_the_queue_and_on_the_device(plain: FaultServer) -> None:
         server.until(lambda: server.segments() == [])
 
 
-def test_full_tmpfs_is_503_and_the_next_request_works(tiny: Path) -> None:
+def test_full_tmpfs_is_503_and_later_requests_succeed(tiny: Path) -> None:
     with FaultServer(tiny) as server, server.client() as client:
-        hog = tiny / "somebody-elses"
+        hog = tiny / "other"
         hog.write_bytes(b"x" * (1536 << 10))
         files = {"image": ("a.png", b"\x89PNG\r\n\x1a\n" + b"y" * (1 << 20))}
         reply = client.post("/v3/images/edits", data={"prompt": "echo"}, files=files)
@@ -74,7 +74,7 @@ def test_full_tmpfs_is_503_and_the_next_request_works(tiny: Path) -> None:
         assert not server.logged("worker died")
 
 
-def test_request_that_never_fits_is_413_and_told_at_the_start(tiny: Path) -> None:
+def test_request_larger_than_the_tmpfs_is_413_and_logged_at_start(tiny: Path) -> None:
     with FaultServer(tiny) as server, server.client() as client:
         assert server.logged("WARNING", "the spool is smaller than max_body_bytes", f"bytes={2 << 20}")
         files = {"image": ("a.png", b"\x89PNG\r\n\x1a\n" + b"y" * (2 << 20))}
@@ -83,7 +83,7 @@ def test_request_that_never_fits_is_413_and_told_at_the_start(tiny: Path) -> Non
         assert server.edit(client, "echo").status_code == 200
 
 
-def test_spool_folder_that_vanishes_costs_no_later_request(tmp_path: Path) -> None:
+def test_removed_spool_directory_is_created_again(tmp_path: Path) -> None:
     with FaultServer(tmp_path / "spool") as server, server.client() as client:
         assert server.edit(client, "echo").status_code == 200
         shutil.rmtree(tmp_path / "spool")
@@ -105,11 +105,11 @@ def test_reload_under_load_loses_no_request(tmp_path: Path) -> None:
         server.until(lambda: server.standing()["workers"] == 2)
         old = server.workers()
         statuses: list[int] = []
-        over = threading.Event()
+        finished = threading.Event()
 
         def keep_asking() -> None:
             with server.client() as client:
-                while not over.is_set():
+                while not finished.is_set():
                     statuses.append(server.generate(client, "sleep 0.05").status_code)
 
         threads = [threading.Thread(target=keep_asking) for _ in range(6)]
@@ -118,26 +118,26 @@ def test_reload_under_load_loses_no_request(tmp_path: Path) -> None:
         server.until(lambda: len(statuses) > 10)
         server.signal(signal.SIGHUP)
         server.until(lambda: all(gone(pid) for pid in old) and server.standing()["workers"] == 2)
-        over.set()
+        finished.set()
         for thread in threads:
             thread.join()
         assert set(statuses) == {200}
         assert not server.logged("died with a job")
 
 
-def test_reload_changes_what_a_model_takes_when_its_new_workers_serve_and_never_when_they_fail(tmp_path: Path) -> None:
+def test_reload_changes_the_limits_only_when_the_new_workers_are_ready(tmp_path: Path) -> None:
     config, loads = tmp_path / "config.toml", tmp_path / "loads"
 
-    def write(max_steps: int, **told: object) -> None:
-        table = {"max_num_inference_steps": max_steps, "plugin_config": json.dumps(told)}
+    def write(max_steps: int, **plugin: object) -> None:
+        table = {"max_num_inference_steps": max_steps, "plugin_config": json.dumps(plugin)}
         lines = ["[[model]]", *(f"{name} = {json.dumps(value)}" for name, value in table.items())]
         config.write_text("\n".join(lines))
 
     def steps_taken() -> list[int]:
         return [steps for steps in (12, 20, 30) if live.generate(client, "echo", num_inference_steps=steps).is_success]
 
-    def reload(max_steps: int, **told: object) -> None:
-        write(max_steps, **told)
+    def reload(max_steps: int, **plugin: object) -> None:
+        write(max_steps, **plugin)
         live.signal(signal.SIGHUP)
 
     write(15)
@@ -158,7 +158,7 @@ def test_reload_changes_what_a_model_takes_when_its_new_workers_serve_and_never_
         assert steps_taken() == [12]
 
 
-def test_reload_that_is_told_while_the_model_loads_is_done(tmp_path: Path) -> None:
+def test_reload_while_the_model_loads_takes_effect(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     table = "[[model]]\nplugin_config = '{}'"
     config.write_text(table.format(json.dumps({"load": "hang"})))
@@ -169,7 +169,7 @@ def test_reload_that_is_told_while_the_model_loads_is_done(tmp_path: Path) -> No
         live.await_ready()
 
 
-def test_server_whose_first_configuration_fails_starts_with_the_one_that_mended_it(tmp_path: Path) -> None:
+def test_model_that_failed_to_load_recovers_with_a_corrected_configuration(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     table = "[[model]]\nplugin_config = '{}'"
     config.write_text(table.format(json.dumps({"load": "fail no such device", "load_s": 2.0})))
@@ -183,7 +183,7 @@ def test_server_whose_first_configuration_fails_starts_with_the_one_that_mended_
             assert live.generate(client, "echo").status_code == 200
 
 
-def test_worker_that_takes_too_much_memory_costs_one_job(tmp_path: Path) -> None:
+def test_worker_over_its_memory_limit_fails_only_its_job(tmp_path: Path) -> None:
     limit = str(300 << 20)
     with FaultServer(tmp_path, "--memory_limit_bytes", limit, "--replicas", "2") as server, server.client() as client:
         server.until(lambda: server.standing()["workers"] == 2)
@@ -196,7 +196,7 @@ def test_worker_that_takes_too_much_memory_costs_one_job(tmp_path: Path) -> None
         assert server.logged("worker killed", "memory:", "300 MiB allowed")
 
 
-def test_metrics_tell_of_the_spool_and_of_workers_that_were_started_again(tmp_path: Path) -> None:
+def test_metrics_report_spool_use_and_worker_restarts(tmp_path: Path) -> None:
     def figure(name: str) -> float:
         page = client.get("/metrics").text
         return next(
@@ -224,13 +224,13 @@ def test_metrics_tell_of_the_spool_and_of_workers_that_were_started_again(tmp_pa
         server.until(lambda: figure("ovserve_worker_restarts_total") == 1)
 
 
-def test_worker_goes_before_the_front_end_when_memory_runs_out(plain: FaultServer) -> None:
+def test_worker_has_a_higher_oom_score_than_the_front_end(plain: FaultServer) -> None:
     pids = (plain.process.pid, plain.workers()[0])
     ranks = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in pids]
     assert ranks[1] >= min(1000, ranks[0] + 500)
 
 
-def test_descriptors_do_not_grow_over_many_deaths(plain: FaultServer) -> None:
+def test_descriptors_do_not_grow_with_worker_deaths(plain: FaultServer) -> None:
     server = plain
     with server.client() as client:
         picture_of(server.generate(client, "echo"))
@@ -244,7 +244,7 @@ def test_descriptors_do_not_grow_over_many_deaths(plain: FaultServer) -> None:
 
 @contextmanager
 def soft_descriptor_limit(limit: int) -> Iterator[None]:
-    """What is started within has this soft limit."""
+    """Set the soft limit on descriptors for processes started within the block."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
     try:
@@ -253,7 +253,7 @@ def soft_descriptor_limit(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_descriptors_are_as_many_as_the_process_may_have(tmp_path: Path) -> None:
+def test_descriptor_limit_is_raised_to_the_hard_limit(tmp_path: Path) -> None:
     with soft_descriptor_limit(256), FaultServer(tmp_path, "--max_connections", "100000") as server:
         soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
         assert soft == (65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))

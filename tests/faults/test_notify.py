@@ -1,4 +1,4 @@
-"""What systemd is told by the whole server, over a real notify socket."""
+"""What the server sends to systemd, over a real notify socket."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.
         yield listener
 
 
-def heard(manager: socket.socket) -> dict[str, str]:
-    """The next datagram that is not the watchdog's."""
+def next_notification(manager: socket.socket) -> dict[str, str]:
+    """Return the fields of the next datagram that is not the watchdog's."""
     while True:
-        told = dict(line.split("=", 1) for line in manager.recv(65536).decode().split("\n"))
-        if "WATCHDOG" not in told:
-            return told
+        found = dict(line.split("=", 1) for line in manager.recv(65536).decode().split("\n"))
+        if "WATCHDOG" not in found:
+            return found
 
 
-def test_service_tells_its_life(tmp_path: Path, manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_service_notifies_ready_watchdog_reloading_and_stopping(
+    tmp_path: Path, manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "900000")
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
     with FaultServer(tmp_path / "spool", told={"load_s": 0.5}) as server:
-        told = heard(manager)
-        assert told["READY"] == "1"
-        assert "ovserve-builtin" in told["STATUS"]
+        found = next_notification(manager)
+        assert found["READY"] == "1"
+        assert "ovserve-builtin" in found["STATUS"]
         assert server.logged("worker ready")
         fed = 0
         until = time.monotonic() + PATIENCE_S
@@ -45,19 +47,19 @@ def test_service_tells_its_life(tmp_path: Path, manager: socket.socket, monkeypa
             fed += manager.recv(65536) == b"WATCHDOG=1"
             assert time.monotonic() < until
         server.signal(signal.SIGHUP)
-        told = heard(manager)
-        assert told["RELOADING"] == "1"
-        assert int(told["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
-        assert heard(manager)["READY"] == "1"
+        found = next_notification(manager)
+        assert found["RELOADING"] == "1"
+        assert int(found["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+        assert next_notification(manager)["READY"] == "1"
         server.signal(signal.SIGTERM)
-        assert heard(manager)["STOPPING"] == "1"
+        assert next_notification(manager)["STOPPING"] == "1"
         assert server.wait() == 0
 
 
-def test_service_that_cannot_load_its_model_is_never_ready(tmp_path: Path, manager: socket.socket) -> None:
+def test_service_that_cannot_load_its_model_never_notifies_ready(tmp_path: Path, manager: socket.socket) -> None:
     with FaultServer(tmp_path / "spool", told={"load": "fail no such device"}, wait_ready=False) as server:
         assert server.wait() == 2
     manager.setblocking(False)
     with contextlib.suppress(BlockingIOError):
-        while told := manager.recv(65536):
-            assert b"READY" not in told
+        while datagram := manager.recv(65536):
+            assert b"READY" not in datagram

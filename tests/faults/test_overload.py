@@ -1,4 +1,4 @@
-"""Ten times more than the workers can take: only 200 and 429, a bounded wait, flat memory, and health that answers."""
+"""Overload of ten times the capacity: only 200 and 429, bounded waits, constant memory, health requests answered."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_overload_is_answered_with_200_and_429_only(live: FaultServer) -> None:
                 assert 1 <= int(reply.headers["retry-after"]) <= 60
                 assert reply.headers["x-should-retry"] == "true"
                 assert reply.json()["error"]["code"] == "queue_full"
-                threading.Event().wait(0.1)  # a tenth of the least that was asked for: overload all the same
+                threading.Event().wait(0.1)  # a tenth of the smallest Retry-After: still an overload
             else:
                 waits.append(float(reply.headers["server-timing"].split("queue;dur=")[1].split(",")[0]) / 1000)
 
@@ -54,25 +54,25 @@ def test_overload_is_answered_with_200_and_429_only(live: FaultServer) -> None:
                 start_bytes = resident_bytes(live.process.pid)
         for thread in threads:
             thread.join()
-        grown = resident_bytes(live.process.pid) - start_bytes
+        growth_bytes = resident_bytes(live.process.pid) - start_bytes
     assert set(statuses) == {200, 429}
     assert statuses[429] > statuses[200]
     assert statuses[200] > 0.5 * SECONDS / JOB_S * CAPACITY
-    # A job waits for those before it: the queue's length over the workers' places, in jobs' times; twice that for a busy machine.
+    # A job waits for those before it: queue length / capacity times the job's duration. Twice that for a busy machine.
     assert max(waits) < 2 * QUEUE / CAPACITY * JOB_S + 1.0
-    assert grown < 16 << 20
+    assert growth_bytes < 16 << 20
     live.until(lambda: live.standing()["running"] == live.standing()["queued"] == 0)
     live.until(lambda: live.segments() == [])
 
 
 @pytest.mark.parametrize("greedy_rotates", [False, True])
-def test_one_clients_jobs_do_not_lock_another_out(tmp_path: Path, greedy_rotates: bool) -> None:
-    """Neither another key of the same address, as behind a proxy, nor, with a new key for each job, another address."""
-    elsewhere = httpx.HTTPTransport(local_address="127.0.0.2" if greedy_rotates else "127.0.0.1")
+def test_jobs_of_one_client_do_not_block_another(tmp_path: Path, greedy_rotates: bool) -> None:
+    """The other client has another key at the same address, or another address while the first rotates its keys."""
+    transport = httpx.HTTPTransport(local_address="127.0.0.2" if greedy_rotates else "127.0.0.1")
     with (
         FaultServer(tmp_path, "--queue_limit", "64") as server,
         server.client() as client,
-        httpx.Client(base_url=server.url, timeout=60, transport=elsewhere) as other,
+        httpx.Client(base_url=server.url, timeout=60, transport=transport) as other,
     ):
 
         def ask(key: str, prompt: str, statuses: list[int]) -> None:
@@ -94,5 +94,5 @@ def test_one_clients_jobs_do_not_lock_another_out(tmp_path: Path, greedy_rotates
         for thread in threads:
             thread.join()
         assert modest == [200]
-        assert took_s < 1.5  # alone behind the greedy it would wait for thirty jobs of 0.1 s on two places
+        assert took_s < 1.5  # in queue order it would wait for thirty jobs of 0.1 s at a capacity of two
         assert set(greedy) <= {200, 429}

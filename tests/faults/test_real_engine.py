@@ -1,4 +1,4 @@
-"""The faults that matter most, once more with the real engine on the built-in model."""
+"""The most important faults with the real engine and the built-in model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tests.live import is_alive
 from tests.rawclient import RawClient
 
 PROMPT = "a green circle on a blue background"
-LONG = "100"  # steps: the limit; seconds of work for the built-in model
+MAX_STEPS = "100"  # the limit; takes seconds with the built-in model
 
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
     limits = ("--hang_limit_s", "4", "--idle_hang_limit_s", "4")
-    # One division of the device for every incarnation, so that the same seed has the same bits; and quick starts.
-    division = ("--replicas", "2", "--threads", "1", "--streams", "2", "--max_batch", "4")
-    with FaultServer(tmp_path_factory.mktemp("spool"), *limits, *division, real=True) as server:
+    # The same threads and streams for every incarnation, so that a seed always gives the same bits; also starts faster.
+    tuning = ("--replicas", "2", "--threads", "1", "--streams", "2", "--max_batch", "4")
+    with FaultServer(tmp_path_factory.mktemp("spool"), *limits, *tuning, real=True) as server:
         yield server
         assert server.stop() == 0
         assert not server.logged("Traceback")
@@ -48,36 +48,34 @@ def edit(client: httpx.Client, data: Path, seed: int = 1, **fields: str) -> http
         return client.post("/v3/images/edits", data=known, files={"image": image})
 
 
-def edit_in_a_thread(
-    client: httpx.Client, data: Path, replies: list[httpx.Response], **fields: str
-) -> threading.Thread:
+def start_edit(client: httpx.Client, data: Path, replies: list[httpx.Response], **fields: str) -> threading.Thread:
     thread = threading.Thread(target=lambda: replies.append(edit(client, data, **fields)))
     thread.start()
     return thread
 
 
-def test_killed_in_mid_job_the_client_gets_the_very_picture(
+def test_job_of_a_killed_worker_gives_the_identical_picture(
     live: FaultServer, client: httpx.Client, data: Path
 ) -> None:
-    undisturbed = picture_of(edit(client, data, num_inference_steps=LONG))
+    undisturbed = picture_of(edit(client, data, num_inference_steps=MAX_STEPS))
     replies: list[httpx.Response] = []
-    asking = edit_in_a_thread(client, data, replies, num_inference_steps=LONG)
+    asking = start_edit(client, data, replies, num_inference_steps=MAX_STEPS)
     live.until(lambda: live.standing()["running"] == 1)
-    before = len(live.logged("worker died with a job, once more"))
-    while asking.is_alive() and len(live.logged("worker died with a job, once more")) == before:
+    before = len(live.logged("worker died with a job; job requeued"))
+    while asking.is_alive() and len(live.logged("worker died with a job; job requeued")) == before:
         live.until(lambda: len(live.workers()) == 2)
-        live.kill_worker(live.workers()[0])  # the one that has the job is among them, sooner or later
+        live.kill_worker(live.workers()[0])  # sooner or later it is the one with the job
         asking.join(0.1)
     asking.join()
     assert picture_of(replies[0]) == undisturbed
 
 
-def test_stopped_in_mid_job_it_is_replaced_and_the_job_answered(
+def test_worker_stopped_during_a_job_is_replaced_and_the_job_done(
     live: FaultServer, client: httpx.Client, data: Path
 ) -> None:
     stopped = live.workers()
     replies: list[httpx.Response] = []
-    asking = edit_in_a_thread(client, data, replies, num_inference_steps=LONG)
+    asking = start_edit(client, data, replies, num_inference_steps=MAX_STEPS)
     live.until(lambda: live.standing()["running"] == 1)
     for pid in stopped:
         live.kill_worker(pid, signal.SIGSTOP)
@@ -86,13 +84,13 @@ def test_stopped_in_mid_job_it_is_replaced_and_the_job_answered(
     live.until(lambda: all(gone(pid) for pid in stopped))
 
 
-def test_clients_that_leave_free_the_device(live: FaultServer, client: httpx.Client, data: Path) -> None:
+def test_clients_that_disconnect_free_the_device(live: FaultServer, client: httpx.Client, data: Path) -> None:
     started = time.monotonic()
-    edit(client, data, num_inference_steps=LONG)
-    alone_s = time.monotonic() - started
+    edit(client, data, num_inference_steps=MAX_STEPS)
+    one_job_s = time.monotonic() - started
     content = (data / "red_circle.png").read_bytes()
     boundary = b"fault"
-    fields = {"prompt": PROMPT, "strength": "0.9", "num_inference_steps": LONG, "n": "4"}
+    fields = {"prompt": PROMPT, "strength": "0.9", "num_inference_steps": MAX_STEPS, "n": "4"}
     parts = b"".join(
         b'--fault\r\ncontent-disposition: form-data; name="%s"\r\n\r\n%s\r\n' % (name.encode(), value.encode())
         for name, value in fields.items()
@@ -102,13 +100,13 @@ def test_clients_that_leave_free_the_device(live: FaultServer, client: httpx.Cli
     head = b"POST /v3/images/edits HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=" + boundary
     request = head + b"\r\ncontent-length: %d\r\n\r\n" % len(body) + body
     for number in range(40):
-        leaving = RawClient(live.port).send(request)
-        time.sleep(0.002 * (number % 20))  # the moment is the test: nothing is awaited
-        leaving.abandon()
-    left_at = time.monotonic()
+        disconnecting = RawClient(live.port).send(request)
+        time.sleep(0.002 * (number % 20))  # no wait for a condition: the test varies the moment of the disconnect
+        disconnecting.abandon()
+    disconnected_at = time.monotonic()
     live.until(lambda: live.standing()["queued"] == live.standing()["running"] == 0)
-    # Forty times four pictures were asked for; what is left after the last departure is a few steps, not even one job.
-    assert time.monotonic() - left_at < max(5.0, 4 * alone_s)
+    # Forty times four pictures were requested; after the last disconnect only a few steps remain, less than one job.
+    assert time.monotonic() - disconnected_at < max(5.0, 4 * one_job_s)
     assert edit(client, data).status_code == 200
 
 
@@ -119,11 +117,11 @@ def test_short_chaos(live: FaultServer, client: httpx.Client, data: Path) -> Non
     assert found.statuses[200] >= 1
 
 
-def test_killed_while_loading_then_while_warming_up_and_stopped_under_load(tmp_path: Path, data: Path) -> None:
+def test_kills_while_loading_and_warming_up_then_a_drain_under_load(tmp_path: Path, data: Path) -> None:
     with FaultServer(tmp_path, "--log_level", "debug", real=True, wait_ready=False) as server:
-        server.until(lambda: bool(server.logged("worker on its way", "/0#0", "phase=load")))
+        server.until(lambda: bool(server.logged("worker phase changed", "/0#0", "phase=load")))
         first = server.kill_worker()
-        server.until(lambda: bool(server.logged("worker on its way", "/0#1", "phase=warm-up")))
+        server.until(lambda: bool(server.logged("worker phase changed", "/0#1", "phase=warm-up")))
         second = server.kill_worker()
         server.await_ready()
         assert gone(first)
@@ -131,10 +129,10 @@ def test_killed_while_loading_then_while_warming_up_and_stopped_under_load(tmp_p
         died = server.logged("worker died", "SIGKILL")
         assert [f"pid={pid} " in line for pid, line in zip((first, second), died, strict=True)] == [True, True]
         [ready] = server.logged("worker ready")
-        assert "/0#2" in ready  # neither of the killed had come so far
+        assert "/0#2" in ready  # the killed ones were never ready
         with server.client(timeout_s=120) as client:
             replies: list[httpx.Response] = []
-            threads = [edit_in_a_thread(client, data, replies, num_inference_steps=LONG) for _ in range(5)]
+            threads = [start_edit(client, data, replies, num_inference_steps=MAX_STEPS) for _ in range(5)]
             server.until(lambda: _accepted(server) == 5)
             [worker] = server.workers()
             server.signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Hundreds of slow, silent and vanishing clients: each costs its own thread for its own time, and nobody else anything."""
+"""Hundreds of slow, silent and vanishing clients: each occupies its own thread only, and no other client waits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: a.test\r\n\r\n"
 UPLOAD = b"POST /echo HTTP/1.1\r\nHost: a.test\r\nContent-Type: multipart/form-data; boundary=b\r\n"
 PART = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
 
-# A check takes about a millisecond. These bounds are for a machine with two busy cores: what they catch is a server that makes
+# A check takes about a millisecond. The bounds allow for a machine with two busy cores; they catch a server that makes
 # one client wait for another, which takes seconds.
 MEDIAN_BOUND_S = 0.25
 WORST_BOUND_S = 2.0
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("leak_guard")
 
 
 def check_health(port: int, times: int = 30) -> None:
-    """Ask for health on new connections, and hold the answers to the bounds."""
+    """Check health on new connections, and the time of the answers against the bounds."""
     taken = []
     for _ in range(times):
         started = time.perf_counter()
@@ -50,7 +50,7 @@ def eventually(is_so: Callable[[], bool]) -> None:
 
 @contextmanager
 def dribbling(clients: list[RawClient], byte: bytes) -> Iterator[None]:
-    """Send one byte on each connection, over and over, while the block runs."""
+    """Send one byte at a time on each connection while the block runs."""
     ending = threading.Event()
 
     def dribble() -> None:
@@ -68,13 +68,13 @@ def dribbling(clients: list[RawClient], byte: bytes) -> Iterator[None]:
 
 
 def crowd(stack: ExitStack, listener: Listener, data: bytes, number: int = CROWD) -> list[RawClient]:
-    """Many connections that have sent the data, all of them with a thread."""
+    """Open connections that send the data, and wait until each has a thread."""
     clients = [stack.enter_context(RawClient(listener.port)).send(data) for _ in range(number)]
     eventually(lambda: listener.open_connections >= number)
     return clients
 
 
-def test_slow_heads_keep_nobody_waiting() -> None:
+def test_slow_heads_delay_no_other_client() -> None:
     with ExitStack() as stack:
         listener, _ = stack.enter_context(serving(head_timeout_s=2))
         clients = crowd(stack, listener, b"GET /health HTTP/1.1\r\nX-")
@@ -85,7 +85,7 @@ def test_slow_heads_keep_nobody_waiting() -> None:
         eventually(lambda: listener.open_connections == 0)
 
 
-def test_slow_bodies_keep_nobody_waiting() -> None:
+def test_slow_bodies_delay_no_other_client() -> None:
     with ExitStack() as stack:
         listener, _ = stack.enter_context(serving(body_grace_s=2, linger_s=0.2))
         clients = crowd(stack, listener, UPLOAD + b"Content-Length: 100000\r\n\r\n" + PART)
@@ -96,7 +96,7 @@ def test_slow_bodies_keep_nobody_waiting() -> None:
         eventually(lambda: listener.open_connections == 0)
 
 
-def test_slow_clients_that_take_every_place_do_not_keep_health_out() -> None:
+def test_slow_clients_at_the_connection_limit_do_not_keep_health_out() -> None:
     with ExitStack() as stack:
         listener, _ = stack.enter_context(serving(max_connections=CROWD))
         crowd(stack, listener, UPLOAD + b"Content-Length: 100000\r\n\r\n" + PART)
@@ -106,10 +106,10 @@ def test_slow_clients_that_take_every_place_do_not_keep_health_out() -> None:
             assert (response.status, response.code) == (503, "too_many_connections")
 
 
-def test_readers_that_do_not_read_keep_nobody_waiting() -> None:
+def test_clients_that_do_not_read_delay_no_other_client() -> None:
     with ExitStack() as stack:
         listener, _ = stack.enter_context(serving(write_timeout_s=2))
-        # Not a whole crowd: the kernel buffers megabytes for each of them.
+        # Fewer than CROWD: the kernel buffers megabytes for each of them.
         crowd(stack, listener, b"GET /large?size=1000000&count=10 HTTP/1.1\r\nHost: a.test\r\n\r\n", 20)
         check_health(listener.port)
         eventually(lambda: listener.open_connections == 0)
@@ -135,7 +135,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("leave", ["close", "abandon", "half_close"])
-def test_clients_that_leave_at_any_stage_leave_nothing_behind(leave: str) -> None:
+def test_clients_that_leave_at_any_stage_do_not_leak(leave: str) -> None:
     with ExitStack() as stack:
         listener, api = stack.enter_context(serving(head_timeout_s=2, body_grace_s=2, write_timeout_s=2))
         for data in STAGES.values():
@@ -145,12 +145,12 @@ def test_clients_that_leave_at_any_stage_leave_nothing_behind(leave: str) -> Non
                 if wait_for_route and b"\r\n\r\n" in data:
                     api.seen.get(timeout=10)
                 getattr(client, leave)()
-        # A half-closed client gets its answer where there is one; everybody's thread, segments and descriptors go.
+        # A half-closed client gets its answer, if any; the threads, segments and descriptors of all clients are freed.
         eventually(lambda: listener.open_connections == 0)
         check_health(listener.port, times=3)
 
 
-def test_spool_files_of_an_abandoned_upload_are_gone_with_it(tmp_path: Path) -> None:
+def test_abandoned_upload_leaves_no_spool_files(tmp_path: Path) -> None:
     with serving() as (listener, api):
         before = spool_files(listener)
         with RawClient(listener.port) as client:
@@ -165,7 +165,7 @@ def spool_files(listener: Listener) -> set[str]:
     return set(os.listdir(listener.spool.directory))
 
 
-def test_a_half_closed_client_gets_its_answer() -> None:
+def test_half_closed_client_gets_its_answer() -> None:
     with serving() as (listener, _), RawClient(listener.port) as client:
         client.send(HEALTH + b"GET /describe HTTP/1.1\r\nHost: a.test\r\n\r\n").half_close()
         assert client.read_response().status == 200
@@ -173,15 +173,15 @@ def test_a_half_closed_client_gets_its_answer() -> None:
         assert client.read_rest() == b""
 
 
-def test_after_every_kind_of_nonsense_a_good_request_succeeds() -> None:
-    nonsense = [
+def test_valid_request_succeeds_after_malformed_and_abandoned_ones() -> None:
+    inputs = [
         b"\x00" * 100,
         b"GET / HTTP/1.1\r\n" + b"a" * 100_000,
         UPLOAD + b"Content-Length: -1\r\n\r\n",
         *STAGES.values(),
     ]
     with serving(linger_s=0.1) as (listener, api):
-        for data in nonsense * 5:
+        for data in inputs * 5:
             with RawClient(listener.port) as client:
                 client.send(data)
         api.release(1)

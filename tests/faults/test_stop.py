@@ -1,4 +1,4 @@
-"""The ends of the front end: SIGTERM under load loses nothing, SIGKILL leaves nothing that the next start does not sweep."""
+"""How the front end ends: SIGTERM under load loses no request; after SIGKILL the next start removes what is left."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ PART_OF_A_FORM = b'--b\r\nContent-Disposition: form-data; name="image"; filename
 
 
 def under_load(server: FaultServer, moment_s: float, number: int) -> list[int | str]:
-    """Send `number` to the front end at `moment_s` of a steady load; every client's outcome."""
+    """Send signal `number` to the front end after `moment_s` of steady load, and return every client's outcome."""
     outcomes: list[int | str] = []
     content = b'{"prompt": "sleep 0.1"}'
-    head = f"POST /v3/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+    head = "POST /v3/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(content)}"
 
-    def come() -> None:
+    def send_requests() -> None:
         while "refused" not in outcomes:
             try:
                 with RawClient(server.port) as client:
@@ -35,30 +36,30 @@ def under_load(server: FaultServer, moment_s: float, number: int) -> list[int | 
             except ConnectionError:
                 outcomes.append("reset")
 
-    threads = [threading.Thread(target=come) for _ in range(6)]
+    threads = [threading.Thread(target=send_requests) for _ in range(6)]
     for thread in threads:
         thread.start()
     server.until(lambda: 200 in outcomes)
-    time.sleep(moment_s)  # the moment is the test: nothing is awaited
+    time.sleep(moment_s)  # the test is about the moment of the signal: there is no event to wait for
     server.signal(number)
     for thread in threads:
         thread.join()
     return outcomes
 
 
-def threads_that_take(pid: int, number: int) -> list[str]:
-    """The threads of a process that do not block a signal, but for the main one, which waits for it."""
+def threads_that_receive(pid: int, number: int) -> list[str]:
+    """Return the threads of a process that do not block a signal, without the main thread, which waits for it."""
     found = []
     for status in Path(f"/proc/{pid}/task").glob("*/status"):
         if status.parent.name == str(pid):
             continue
-        told = dict(line.split(":\t", 1) for line in status.read_text().splitlines())
-        if not int(told["SigBlk"], 16) >> (number - 1) & 1:
-            found.append(told["Name"])
+        status_fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines())
+        if not int(status_fields["SigBlk"], 16) >> (number - 1) & 1:
+            found.append(status_fields["Name"])
     return found
 
 
-def test_sighup_to_the_whole_group_reloads_and_ends_nothing(tmp_path: Path) -> None:
+def test_sighup_to_the_process_group_reloads_and_ends_no_process(tmp_path: Path) -> None:
     with FaultServer(tmp_path) as server:
         tracker = server.tracker()
         os.killpg(server.process.pid, signal.SIGHUP)
@@ -69,7 +70,7 @@ def test_sighup_to_the_whole_group_reloads_and_ends_nothing(tmp_path: Path) -> N
         assert server.wait() == 0
 
 
-def test_a_tracker_made_anew_leaves_the_signals_to_the_main_thread(tmp_path: Path) -> None:
+def test_restarted_resource_tracker_leaves_signals_to_the_main_thread(tmp_path: Path) -> None:
     with FaultServer(tmp_path) as server:
         tracker = server.tracker()
         os.kill(tracker, signal.SIGKILL)
@@ -78,7 +79,7 @@ def test_a_tracker_made_anew_leaves_the_signals_to_the_main_thread(tmp_path: Pat
         server.until(lambda: len(server.logged("worker ready")) == 2)
         assert server.tracker() != tracker
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            assert threads_that_take(server.process.pid, number) == []
+            assert threads_that_receive(server.process.pid, number) == []
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
 
@@ -91,8 +92,9 @@ def test_no_accepted_request_is_lost_at_a_stop(tmp_path: Path, number: int, roun
         workers = server.workers()
         outcomes = under_load(server, random.Random(round_number).random() * 0.3, number)
         assert server.wait() == 0
-    # 503: told that the server is going down. Refused: it no longer listens. Reset: its request was not read when the server
-    # stopped to listen. What was read is in the log, and its client has the answer that stands there.
+    # 503: the server is shutting down. Refused: it no longer listens. Reset: the request had not been read when the
+    # server stopped listening. Every request that was read is in the log, and its client has received the status logged
+    # there.
     assert set(outcomes) <= {200, 503, "refused", "reset"}, outcomes
     statuses = [line.split("POST /v3/images/generations ")[1].split()[0] for line in server.logged("POST /v3/")]
     assert sorted(statuses) == sorted(str(outcome) for outcome in outcomes if isinstance(outcome, int))
@@ -101,7 +103,7 @@ def test_no_accepted_request_is_lost_at_a_stop(tmp_path: Path, number: int, roun
     assert list(tmp_path.iterdir()) == []
 
 
-def test_draining_is_told_and_ends_at_the_grace_period(tmp_path: Path) -> None:
+def test_drain_ends_at_the_grace_period_and_the_client_gets_an_outcome(tmp_path: Path) -> None:
     with FaultServer(tmp_path, "--grace_period_s", "0.5") as server, server.client() as client:
         outcome: list[object] = []
 
@@ -123,7 +125,7 @@ def test_draining_is_told_and_ends_at_the_grace_period(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_upload_does_not_hold_up_the_end(tmp_path: Path) -> None:
+def test_upload_in_progress_gets_503_and_does_not_delay_the_stop(tmp_path: Path) -> None:
     with FaultServer(tmp_path, "--grace_period_s", "60", "--body_grace_s", "60") as server:
         with RawClient(server.port) as client:
             head = b"POST /v3/images/edits HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\n"
@@ -139,7 +141,7 @@ def test_an_upload_does_not_hold_up_the_end(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_second_signal_ends_it_now(tmp_path: Path) -> None:
+def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     with FaultServer(tmp_path) as server, server.client() as client:
         workers = server.workers()
 
@@ -159,11 +161,11 @@ def test_second_signal_ends_it_now(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_front_end_leaves_no_worker_and_the_next_start_sweeps_its_segments(tmp_path: Path) -> None:
+def test_killed_front_end_leaves_no_worker_and_the_next_start_removes_its_segments(tmp_path: Path) -> None:
     with FaultServer(tmp_path, "--replicas", "2") as server:
         server.until(lambda: server.standing()["workers"] == 2)
         workers = server.workers()
-        clients = [threading.Thread(target=_ask_in_vain, args=(server,)) for _ in range(4)]
+        clients = [threading.Thread(target=_expect_transport_error, args=(server,)) for _ in range(4)]
         for thread in clients:
             thread.start()
         server.until(lambda: server.standing()["running"] == 4)
@@ -180,12 +182,12 @@ def test_killed_front_end_leaves_no_worker_and_the_next_start_sweeps_its_segment
     assert list(tmp_path.iterdir()) == []
 
 
-def _ask_in_vain(server: FaultServer) -> None:
+def _expect_transport_error(server: FaultServer) -> None:
     with server.client() as client, pytest.raises(httpx.TransportError):
         server.generate(client, "sleep 60")
 
 
-def test_killed_front_end_takes_a_stopped_and_a_loading_worker_along(tmp_path: Path) -> None:
+def test_stopped_and_loading_workers_die_with_a_killed_front_end(tmp_path: Path) -> None:
     with FaultServer(tmp_path, "--replicas", "2", told={"load_s": 0.3}) as server:
         server.until(lambda: server.standing()["workers"] == 2)
         server.kill_worker(server.workers()[1])

@@ -1,4 +1,4 @@
-"""Bodies off a real connection: all of the content, none of what follows, within size and rate."""
+"""Bodies over a real connection: exactly the content, within the limits on size and rate."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read(body: Body, view_size: int) -> bytes:
 
 @pytest.mark.parametrize("framing", ["length", "chunks of 1", "chunks of 100", "chunks of 30000", "one chunk"])
 @pytest.mark.parametrize("view_size", [1000, 65536])
-def test_content_is_received_and_what_follows_is_left(framing: str, view_size: int) -> None:
+def test_content_is_received_and_the_following_bytes_are_left(framing: str, view_size: int) -> None:
     generator = random.Random(f"{framing} {view_size}")
     content = generator.randbytes(3000 if framing == "chunks of 1" else 200_000)
     sizes = {"chunks of 1": 1, "chunks of 100": 100, "chunks of 30000": 30000, "one chunk": len(content)}
@@ -56,7 +56,7 @@ def test_content_is_received_and_what_follows_is_left(framing: str, view_size: i
         with connected_pair() as (ours, theirs), sending(ours, pieces):
             transport = Transport(theirs, 5)
             first = transport.receive(5)
-            transport.put_back(first, 0)
+            transport.unread(first, 0)
             body = Body(transport, CHUNKED if framing in sizes else length(len(content)), Settings())
             assert body.expected == (None if framing in sizes else len(content))
             assert not body.is_complete
@@ -70,10 +70,10 @@ def test_content_is_received_and_what_follows_is_left(framing: str, view_size: i
             assert rest == b"GET /next"
 
 
-def test_a_body_without_content_is_complete_at_once() -> None:
+def test_body_without_content_is_complete_at_once() -> None:
     with connected_pair() as (ours, theirs):
         transport = Transport(theirs, 5)
-        body = Body(transport, length(0), Settings(), lambda: pytest.fail("nothing is waited for"))
+        body = Body(transport, length(0), Settings(), lambda: pytest.fail("no wait is needed"))
         assert body.is_complete
         assert read(body, 10) == b""
         ours.sendall(b"0\r\n\r\n")
@@ -83,26 +83,26 @@ def test_a_body_without_content_is_complete_at_once() -> None:
         assert body.is_complete
 
 
-def test_the_client_is_told_to_go_on_once_and_only_when_it_is_waited_for() -> None:
+def test_before_wait_is_called_once_and_only_before_a_wait() -> None:
     for head, data in ((length(10), b"x" * 10), (CHUNKED, chunked(b"x" * 10, 3))):
         with connected_pair() as (ours, theirs):
-            told: list[int] = []
+            calls: list[int] = []
             body = Body(
                 Transport(theirs, 5),
                 head,
                 Settings(),
-                lambda told=told, ours=ours, data=data: (told.append(1), ours.sendall(data)),
+                lambda calls=calls, ours=ours, data=data: (calls.append(1), ours.sendall(data)),
             )
-            assert told == []
+            assert calls == []
             assert read(body, 4) == b"x" * 10
-            assert told == [1]
+            assert calls == [1]
         with connected_pair() as (_, theirs):
             transport = Transport(theirs, 5)
-            transport.put_back(data, 0)
-            assert read(Body(transport, head, Settings(), lambda: pytest.fail("all of it was there")), 4) == b"x" * 10
+            transport.unread(data, 0)
+            assert read(Body(transport, head, Settings(), lambda: pytest.fail("no wait is needed")), 4) == b"x" * 10
 
 
-def test_a_body_holds_to_its_limit() -> None:
+def test_body_limit_applies_to_both_framings() -> None:
     with connected_pair() as (ours, theirs):
         transport = Transport(theirs, 5)
         assert Body(transport, length(100), Settings(max_body_bytes=100)).expected == 100
@@ -117,7 +117,7 @@ def test_a_body_holds_to_its_limit() -> None:
 @pytest.mark.parametrize(
     ("head", "data"), [(length(10), b"x" * 9), (CHUNKED, b"a\r\nx"), (CHUNKED, b"a"), (CHUNKED, b"0\r\n")]
 )
-def test_a_client_that_ends_too_early_is_gone(head: Head, data: bytes) -> None:
+def test_client_that_closes_in_mid_body_raises_client_gone(head: Head, data: bytes) -> None:
     with connected_pair() as (ours, theirs):
         ours.sendall(data)
         ours.shutdown(socket.SHUT_WR)
@@ -127,7 +127,7 @@ def test_a_client_that_ends_too_early_is_gone(head: Head, data: bytes) -> None:
         assert not body.is_complete
 
 
-def test_wrong_chunks_are_refused() -> None:
+def test_malformed_chunks_are_rejected() -> None:
     with connected_pair() as (ours, theirs):
         ours.sendall(b"3\r\nabcd")
         with pytest.raises(MalformedRequest):
@@ -135,7 +135,7 @@ def test_wrong_chunks_are_refused() -> None:
 
 
 def dribble(head: Head, pieces: list[bytes], pause_s: float, **limits: Any) -> bytes | type[ApiError]:
-    """What comes of a body whose pieces come one in each pause."""
+    """Read a body of which one piece arrives after each pause; return the content, or the class of the error."""
 
     def slowly() -> Any:
         for piece in pieces:
@@ -150,7 +150,7 @@ def dribble(head: Head, pieces: list[bytes], pause_s: float, **limits: Any) -> b
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_the_least_rate_of_a_body_is_asked_for_after_the_grace(is_chunked: bool) -> None:
+def test_minimum_rate_applies_after_the_grace_period(is_chunked: bool) -> None:
     content = b"x" * 20
     head = CHUNKED if is_chunked else length(20)
     pieces = [b"1\r\nx\r\n"] * 20 + [b"0\r\n\r\n"] if is_chunked else [b"x"] * 20
@@ -160,14 +160,14 @@ def test_the_least_rate_of_a_body_is_asked_for_after_the_grace(is_chunked: bool)
     assert dribble(head, pieces, 0.02, body_grace_s=2, min_body_bytes_per_s=10) == content
 
 
-def test_silence_has_a_limit_where_no_rate_is_asked_for() -> None:
+def test_silence_is_limited_without_a_minimum_rate() -> None:
     assert dribble(length(2), [b"x", b"x"], 0.4, body_grace_s=0.1, min_body_bytes_per_s=0) is RequestTimeout
     assert dribble(length(2), [b"x", b"x"], 0.05, body_grace_s=5, min_body_bytes_per_s=0) == b"xx"
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_quick_start_buys_no_long_silence(is_chunked: bool) -> None:
-    """A megabyte at a thousand bytes a second was credit for a quarter of an hour of silence."""
+def test_fast_start_does_not_allow_a_long_silence(is_chunked: bool) -> None:
+    """Without a cap, a megabyte at a minimum of 1000 bytes a second would allow a quarter of an hour of silence."""
     start = b"x" * 1_000_000
     data = b"%x\r\n%b\r\n" % (len(start), start) if is_chunked else start
     with connected_pair() as (ours, theirs), sending(ours, [data]):
@@ -179,7 +179,7 @@ def test_a_quick_start_buys_no_long_silence(is_chunked: bool) -> None:
         assert time.monotonic() - started < 10
 
 
-def test_our_own_pauses_are_not_the_client_s() -> None:
+def test_pauses_of_the_server_do_not_count_against_the_client() -> None:
     with connected_pair() as (ours, theirs):
         body = Body(Transport(theirs, 5), length(4), Settings(body_grace_s=0.3, min_body_bytes_per_s=1))
         view = memoryview(bytearray(2))
@@ -190,7 +190,7 @@ def test_our_own_pauses_are_not_the_client_s() -> None:
             assert body.readinto(view) == 2
 
 
-def test_content_goes_where_it_is_wanted_and_nowhere_else() -> None:
+def test_content_is_received_into_the_given_views_only() -> None:
     content = os.urandom(50_000)
     target = bytearray(60_000)
     for data, head in ((content, length(50_000)), (chunked(content, 7000), CHUNKED)):

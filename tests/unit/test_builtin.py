@@ -1,4 +1,4 @@
-"""The built-in model is whole, small and says of itself what its own files say."""
+"""The built-in model: complete, small, with the profile that its files declare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ovserve.settings.options import ModelSettings
 MAX_BYTES = 15_000_000
 
 
-def test_every_component_is_in_the_package_and_all_of_it_is_small() -> None:
+def test_package_contains_every_component_within_the_size_limit() -> None:
     directory = builtin_directory()
     present = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     graphs = {f"{part}/openvino_model" for part in ("text_encoder", "unet", "vae_encoder", "vae_decoder")}
@@ -25,13 +25,13 @@ def test_every_component_is_in_the_package_and_all_of_it_is_small() -> None:
     assert sum((directory / name).stat().st_size for name in present) < MAX_BYTES
 
 
-def test_the_scheduler_avoids_the_spacing_that_runs_a_timestep_too_many() -> None:
+def test_scheduler_spacing_does_not_run_an_extra_timestep() -> None:
     config = json.loads((builtin_directory() / "scheduler" / "scheduler_config.json").read_text("utf-8"))
     assert config["timestep_spacing"] == "leading"
-    assert config["clip_sample"] is False  # the library refuses DDIM otherwise
+    assert config["clip_sample"] is False  # OpenVINO GenAI rejects DDIM otherwise
 
 
-def test_its_profile_has_its_own_defaults_not_those_of_its_family() -> None:
+def test_profile_has_the_defaults_of_the_model_and_not_of_its_family() -> None:
     profile = read_profile(ModelSettings(name="shapes"))
     assert (profile.family, profile.tasks) == (
         "stable-diffusion",
@@ -46,7 +46,7 @@ def test_its_profile_has_its_own_defaults_not_those_of_its_family() -> None:
     assert profile.prompt_tokens == 32
 
 
-def test_presets_take_more_steps_for_more_quality_and_high_is_the_default() -> None:
+def test_presets_order_steps_by_quality_and_high_equals_the_default() -> None:
     profile = read_profile(ModelSettings(name="shapes"))
     steps = [profile.presets[name]["num_inference_steps"] for name in ("low", "medium", "high")]
     assert steps == sorted(set(steps))

@@ -1,4 +1,4 @@
-"""The chunk decoder: content comes back whatever the chunks and the split, and limits hold to the byte."""
+"""Chunk decoder: content round-trips whatever the chunks and the split, and limits are exact to the byte."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL = Settings(
 
 
 def decode(data: bytes, cuts: list[int], limits: Settings) -> tuple[bytes, bytes | None]:
-    """The content, and what follows the body (None when it has not ended), of data in pieces that end at `cuts`."""
+    """Decode data in pieces that end at `cuts`; return the content and the bytes after the body, None if incomplete."""
     decoder, content, start = ChunkDecoder(limits), b"", 0
     for end in sorted({*(cut for cut in cuts if 0 < cut < len(data)), len(data)}):
         piece, position = data[start:end], 0
@@ -49,7 +49,7 @@ trailers = st.lists(st.sampled_from([b"X-A: b\r\n", b"X-B:\r\n"]), max_size=2)
 
 @st.composite
 def bodies(draw: st.DrawFn) -> tuple[bytes, bytes]:
-    """A chunked body and its content."""
+    """Generate a chunked body and its content."""
     data = content = b""
     for size in draw(sizes):
         piece = draw(st.binary(min_size=size, max_size=size) | st.just(b"\r\n0\r\n\r\n"[:size].ljust(size, b"\r")))
@@ -64,12 +64,12 @@ cutting = st.lists(st.integers(1, 300), max_size=10)
 
 @settings(deadline=None)
 @given(bodies(), st.binary(max_size=20), cutting)
-def test_content_comes_back_whatever_the_chunks_and_the_split(
-    body: tuple[bytes, bytes], behind: bytes, cuts: list[int]
+def test_content_round_trips_whatever_the_chunks_and_the_split(
+    body: tuple[bytes, bytes], following: bytes, cuts: list[int]
 ) -> None:
     data, content = body
     for ends in ([], cuts, list(range(len(data)))):
-        assert decode(data + behind, ends, Settings()) == (content, behind)
+        assert decode(data + following, ends, Settings()) == (content, following)
 
 
 @settings(deadline=None)
@@ -99,7 +99,7 @@ def test_content_comes_back_whatever_the_chunks_and_the_split(
     ),
     cutting,
 )
-def test_the_outcome_does_not_depend_on_the_split(parts: list[bytes], cuts: list[int]) -> None:
+def test_result_does_not_depend_on_the_split(parts: list[bytes], cuts: list[int]) -> None:
     for data in (b"".join(parts), b"5\r\nhello" + b"".join(parts), b"5\r\nhello\r\n0\r\n" + b"".join(parts)):
         whole = outcome(data, [], SMALL)
         assert outcome(data, cuts, SMALL) == whole
@@ -108,53 +108,53 @@ def test_the_outcome_does_not_depend_on_the_split(parts: list[bytes], cuts: list
 
 @settings(deadline=None)
 @given(st.binary(max_size=100))
-def test_any_bytes_are_a_body_or_a_documented_refusal(data: bytes) -> None:
+def test_any_bytes_are_a_body_or_a_documented_error(data: bytes) -> None:
     outcome(data, [], SMALL)
     outcome(b"1\r\nx\r\n0\r\n" + data, [], SMALL)
 
 
-def test_a_wrong_byte_is_refused_when_it_comes() -> None:
+def test_wrong_byte_is_rejected_when_it_arrives() -> None:
     for wrong in (b"g", b"\n", b"-", b"7\rx", b"7;\x00", b"7\r\n1234567x", b"7\r\n1234567\rx", b"7\r\n1234567\r\ng"):
         assert outcome(wrong[:-1], [], Settings()) == (b"1234567" if len(wrong) > 5 else b"", None)
         assert outcome(wrong, [], Settings()) is MalformedRequest
 
 
-def test_the_content_holds_to_its_limit() -> None:
-    for sizes, is_taken in (([64], True), ([65], False), ([40, 24], True), ([40, 25], False)):
+def test_content_limit_is_exact() -> None:
+    for sizes, is_accepted in (([64], True), ([65], False), ([40, 24], True), ([40, 25], False)):
         data = b"".join(b"%x\r\n%b\r\n" % (size, b"x" * size) for size in sizes) + b"0\r\n\r\n"
-        assert outcome(data, [], SMALL) == ((b"x" * 64, b"") if is_taken else ContentTooLarge)
+        assert outcome(data, [], SMALL) == ((b"x" * 64, b"") if is_accepted else ContentTooLarge)
 
 
-def test_a_chunk_line_holds_to_its_limit() -> None:
-    for length, is_taken in ((32, True), (33, False)):
+def test_chunk_line_limit_is_exact() -> None:
+    for length, is_accepted in ((32, True), (33, False)):
         line = b"5;" + b"a" * (length - 4) + b"\r\n"
         assert len(line) == length
         for cuts in ([], list(range(100))):
             found = outcome(line + b"hello\r\n0\r\n\r\n", cuts, SMALL)
-            assert found == ((b"hello", b"") if is_taken else MalformedRequest)
+            assert found == ((b"hello", b"") if is_accepted else MalformedRequest)
 
 
-def test_trailers_hold_to_their_limits() -> None:
-    for length, number, is_taken in ((64, 2, True), (65, 1, False), (10, 3, False)):
+def test_trailer_limits_are_exact() -> None:
+    for length, number, is_accepted in ((64, 2, True), (65, 1, False), (10, 3, False)):
         field = b"X-A: " + b"b" * (length - 5) + b"\r\n"
         for cuts in ([], list(range(300))):
             found = outcome(b"0\r\n" + field * number + b"\r\n", cuts, SMALL)
-            assert found == ((b"", b"") if is_taken else FieldsTooLarge)
+            assert found == ((b"", b"") if is_accepted else FieldsTooLarge)
 
 
-def test_framing_may_outweigh_content_by_its_limit_and_no_more() -> None:
+def test_framing_overhead_limit_is_exact() -> None:
     limits = Settings(max_framing_overhead_bytes=1024)
-    taken = 0
+    accepted = 0
     for count in range(200, 300):
         data = b"1\r\nx" + b"\r\n1\r\nx" * (count - 1) + b"\r\n0\r\n\r\n"
         framing = len(data) - count
-        is_taken = framing - count <= 1024
-        taken += is_taken
-        assert outcome(data, [], limits) == ((b"x" * count, b"") if is_taken else MalformedRequest)
-    assert 0 < taken < 100
+        is_accepted = framing - count <= 1024
+        accepted += is_accepted
+        assert outcome(data, [], limits) == ((b"x" * count, b"") if is_accepted else MalformedRequest)
+    assert 0 < accepted < 100
 
 
-def test_a_body_of_one_megabyte_in_small_chunks_is_served() -> None:
+def test_one_megabyte_in_small_chunks_is_accepted() -> None:
     data = b"400\r\n" + b"x" * 1024 + b"\r\n"
     content, rest = decode(data * 1024 + b"0\r\n\r\n", [], Settings())
     assert (len(content), rest) == (1024 * 1024, b"")

@@ -1,4 +1,4 @@
-"""Server-sent events: whole lines, and the blank line that clients wait for."""
+"""Server-sent events: whole lines, always followed by a blank line."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from hypothesis import strategies as st
 from ovserve.front.http1.events import comment, encode_event, event
 
 
-def test_an_event_is_its_kind_and_its_data() -> None:
+def test_event_has_its_kind_and_its_data() -> None:
     assert event("image_edit.completed", b'{"a":1}') == b'event: image_edit.completed\ndata: {"a":1}\n\n'
 
 
-def test_a_comment_ends_with_a_blank_line_too() -> None:
+def test_comment_ends_with_a_blank_line() -> None:
     assert comment(b"step 3/20") == b": step 3/20\n\n"
     assert comment(b"a\r\nb") == b": a\n: b\n\n"
 
 
-def test_an_event_without_a_kind_is_a_comment() -> None:
+def test_event_without_a_kind_is_a_comment() -> None:
     assert encode_event("", b"waiting") == comment(b"waiting")
     assert encode_event("error", b"{}") == event("error", b"{}")
 
 
-def test_a_kind_of_two_lines_is_refused() -> None:
+def test_kind_of_two_lines_is_rejected() -> None:
     for kind in ("a\nb", "a\rb"):
         with pytest.raises(ValueError, match="one line"):
             event(kind, b"")
@@ -31,7 +31,7 @@ def test_a_kind_of_two_lines_is_refused() -> None:
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_no_data_can_end_an_event_early(text: str) -> None:
+def test_data_cannot_end_an_event_early(text: str) -> None:
     block = event("x", text.encode())
     assert block.endswith(b"\n\n")
     lines = block.removesuffix(b"\n\n").replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")

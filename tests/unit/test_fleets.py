@@ -1,3 +1,5 @@
+"""Slots and fleets: crash loops, backoff, limits on silence, and what starts when."""
+
 from __future__ import annotations
 
 import multiprocessing
@@ -54,7 +56,7 @@ def die(fleet: Fleet, slot: Slot, link: Link, *, after_s: float = 0.0, reason: s
     fleet.note_death(slot, link, reason, now + after_s)
 
 
-def test_deaths_in_a_row_without_a_finished_job_are_a_crash_loop(fleet: Fleet, links: list[Link]) -> None:
+def test_deaths_in_a_row_without_a_finished_job_fail_the_model(fleet: Fleet, links: list[Link]) -> None:
     for _ in range(2):
         die(fleet, fleet.slots[0], new_link(links))
         assert fleet.failure == ""
@@ -62,7 +64,7 @@ def test_deaths_in_a_row_without_a_finished_job_are_a_crash_loop(fleet: Fleet, l
     assert fleet.failure == "3 workers in a row died without finishing a job; the last: killed by signal 11"
 
 
-def test_worker_that_finished_a_job_starts_the_count_anew(fleet: Fleet, links: list[Link]) -> None:
+def test_worker_that_finished_a_job_resets_the_count(fleet: Fleet, links: list[Link]) -> None:
     for number in range(12):
         link = new_link(links)
         link.jobs_done = int(number % 3 == 2)
@@ -70,7 +72,7 @@ def test_worker_that_finished_a_job_starts_the_count_anew(fleet: Fleet, links: l
     assert fleet.failure == ""
 
 
-def test_job_finished_by_a_neighbour_starts_the_models_count_anew_and_not_the_slots(
+def test_job_finished_by_another_worker_resets_the_models_count_but_not_the_slots(
     fleet: Fleet, links: list[Link]
 ) -> None:
     neighbour = fleet.slots[1]
@@ -92,7 +94,7 @@ def test_model_with_a_ready_worker_is_not_failed(fleet: Fleet, links: list[Link]
     assert fleet.failure != ""
 
 
-def test_place_that_is_never_filled_is_told_though_its_neighbour_works(fleet: Fleet, links: list[Link]) -> None:
+def test_crash_loop_of_one_slot_is_reported_while_another_works(fleet: Fleet, links: list[Link]) -> None:
     neighbour = fleet.slots[0]
     neighbour.link = new_link(links)
     fleet.note_ready(neighbour, neighbour.link, time.monotonic())
@@ -103,7 +105,7 @@ def test_place_that_is_never_filled_is_told_though_its_neighbour_works(fleet: Fl
     assert fleet.crash_loop_reason == "worker 1 died 3 times in a row without finishing a job"
 
 
-def test_long_idle_life_is_no_crash_loop_but_death_under_a_job_is(fleet: Fleet, links: list[Link]) -> None:
+def test_deaths_after_long_idle_lives_do_not_count_but_deaths_with_a_job_do(fleet: Fleet, links: list[Link]) -> None:
     for _ in range(9):
         die(fleet, fleet.slots[0], new_link(links), after_s=11.0)
     assert (fleet.failure, fleet.deaths) == ("", 0)
@@ -114,22 +116,22 @@ def test_long_idle_life_is_no_crash_loop_but_death_under_a_job_is(fleet: Fleet, 
     assert fleet.failure != ""
 
 
-def test_second_death_under_one_job_is_the_jobs_and_not_the_workers(fleet: Fleet, links: list[Link]) -> None:
+def test_second_death_with_the_same_job_does_not_count(fleet: Fleet, links: list[Link]) -> None:
     for number in range(4):
         link = new_link(links)
-        link.jobs_lost, link.lost_second_try = 1, bool(number % 2)
+        link.jobs_lost, link.lost_retried_job = 1, bool(number % 2)
         die(fleet, fleet.slots[0], link)
     assert (fleet.failure, fleet.deaths) == ("", 2)
 
 
-def test_worker_that_says_why_it_cannot_load_fails_the_model_at_once(fleet: Fleet, links: list[Link]) -> None:
+def test_reported_load_failure_fails_the_model_at_once(fleet: Fleet, links: list[Link]) -> None:
     link = new_link(links, ready=False)
     link.failure = Failed("", {"message": "no such device"})
     die(fleet, fleet.slots[0], link, reason=load_failure(link))
     assert fleet.failure == "no such device"
 
 
-def test_model_that_has_worked_gets_its_tries_though_a_worker_says_why(fleet: Fleet, links: list[Link]) -> None:
+def test_reported_load_failure_of_a_model_that_was_ready_is_retried(fleet: Fleet, links: list[Link]) -> None:
     die(fleet, fleet.slots[0], new_link(links))
     link = new_link(links, ready=False)
     link.failure = Failed("", {"message": "device busy"})
@@ -137,7 +139,7 @@ def test_model_that_has_worked_gets_its_tries_though_a_worker_says_why(fleet: Fl
     assert fleet.failure == ""
 
 
-def test_one_worker_tries_a_model_first_and_the_others_follow(fleet: Fleet, links: list[Link]) -> None:
+def test_one_worker_starts_first_and_the_others_when_it_is_ready(fleet: Fleet, links: list[Link]) -> None:
     first, second = fleet.slots
     assert fleet.may_start(first)
     assert not fleet.may_start(second)
@@ -145,7 +147,7 @@ def test_one_worker_tries_a_model_first_and_the_others_follow(fleet: Fleet, link
     assert fleet.may_start(second)
 
 
-def test_ready_worker_clears_the_failure_and_lets_the_others_start(fleet: Fleet, links: list[Link]) -> None:
+def test_ready_worker_clears_the_failure_and_the_others_may_start(fleet: Fleet, links: list[Link]) -> None:
     first, second = fleet.slots
     fleet.note_ready(first, new_link(links), time.monotonic())
     fleet.failure = "reason"
@@ -156,7 +158,7 @@ def test_ready_worker_clears_the_failure_and_lets_the_others_start(fleet: Fleet,
     assert fleet.may_start(second)
 
 
-def test_what_the_first_worker_chose_holds_for_all_that_follow(fleet: Fleet, links: list[Link]) -> None:
+def test_options_chosen_by_the_first_worker_apply_to_all_later_ones(fleet: Fleet, links: list[Link]) -> None:
     first, second = fleet.slots
     link = new_link(links)
     link.ready = Ready(1, "toy", "", {"threads": 1, "streams": 2, "max_batch": 0, "path": "/nowhere", "replicas": 9})
@@ -168,14 +170,14 @@ def test_what_the_first_worker_chose_holds_for_all_that_follow(fleet: Fleet, lin
     assert (chosen.threads, chosen.streams, chosen.path, chosen.replicas) == (1, 2, None, 2)
 
 
-def test_back_off_doubles_up_to_its_limit_with_jitter(fleet: Fleet) -> None:
+def test_backoff_doubles_up_to_its_limit_with_jitter(fleet: Fleet) -> None:
     slot = fleet.slots[0]
     for deaths, middle in ((0, 1), (1, 1), (2, 2), (3, 4), (4, 8), (5, 10), (60, 10), (10**6, 10)):
         slot.deaths = deaths
-        delays = [slot.delay_s() for _ in range(50)]
+        delays = [slot.backoff_s() for _ in range(50)]
         assert 0.75 * middle <= min(delays) < max(delays) <= 1.25 * middle
     fleet.failure = "reason"
-    assert slot.delay_s() == 100.0
+    assert slot.backoff_s() == 100.0
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ def test_back_off_doubles_up_to_its_limit_with_jitter(fleet: Fleet) -> None:
         (True, Heartbeat("encode", 1.0), 60),
     ],
 )
-def test_silence_is_judged_by_the_phase(
+def test_silence_limit_depends_on_the_phase(
     fleet: Fleet, links: list[Link], ready: bool, beat: Heartbeat, limit_s: float
 ) -> None:
     link = new_link(links, ready=ready)
@@ -199,23 +201,21 @@ def test_silence_is_judged_by_the_phase(
     assert fleet.slots[0].silence_limit_s(link) == limit_s
 
 
-def test_fleet_whose_processes_do_not_end_starts_no_more_and_fails_when_none_is_left(
-    fleet: Fleet, links: list[Link]
-) -> None:
+def test_fleet_with_too_many_written_off_processes_starts_no_more_and_fails(fleet: Fleet, links: list[Link]) -> None:
     first, second = fleet.slots
     fleet.was_ready = True
-    fleet.unkillable = 2  # each slot may have one successor
+    fleet.written_off = 2  # as many as replicas: one more may be started for each slot
     assert fleet.may_start(first)
     assert fleet.may_start(second)
-    fleet.unkillable = 3
+    fleet.written_off = 3
     assert not fleet.may_start(first)
     second.process = CONTEXT.Process()
     die(fleet, first, new_link(links, ready=False))
-    assert fleet.failure == ""  # one is still there, and may work
+    assert fleet.failure == ""  # one process still runs, and may become ready
     die(fleet, second, new_link(links, ready=False), reason="hung")
-    assert fleet.failure.startswith("3 of its processes do not end")
+    assert fleet.failure.startswith("3 processes of this model have survived SIGKILL")
     assert fleet.failure.endswith("hung")
-    fleet.unkillable = 2
+    fleet.written_off = 2
     assert fleet.may_start(first)
     assert not fleet.may_start(second)
-    assert first.delay_s() == SETTINGS.failed_retry_s
+    assert first.backoff_s() == SETTINGS.failed_retry_s

@@ -1,4 +1,4 @@
-"""A front end's own folder: made, locked, made anew when it vanishes, swept when its front end is dead."""
+"""A front end's folder: created, locked, recreated if it vanishes, swept after a crash."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ovserve.wire.local.folder import Folder, sweep
 
 
 @pytest.fixture
-def losses() -> list[int]:
+def recreations() -> list[int]:
     return []
 
 
 @pytest.fixture
-def folder(tmp_path: Path, losses: list[int]) -> Iterator[Folder]:
-    made = Folder(tmp_path, lambda: losses.append(1))
+def folder(tmp_path: Path, recreations: list[int]) -> Iterator[Folder]:
+    made = Folder(tmp_path, lambda: recreations.append(1))
     yield made
     made.close()
     assert not made.path.exists()
@@ -36,37 +36,37 @@ def touch(folder: Folder) -> Path:
 
 
 @pytest.mark.parametrize("with_its_directory", [False, True])
-def test_a_folder_that_vanishes_is_made_anew_under_its_name_and_held(
-    tmp_path: Path, losses: list[int], with_its_directory: bool
+def test_vanished_folder_is_recreated_under_its_name_and_locked(
+    tmp_path: Path, recreations: list[int], with_its_directory: bool
 ) -> None:
-    folder = Folder(tmp_path / "spool", lambda: losses.append(1))
+    folder = Folder(tmp_path / "spool", lambda: recreations.append(1))
     touch(folder)
     shutil.rmtree(tmp_path / "spool" if with_its_directory else folder.path)
     made = touch(folder)
     assert made.parent == folder.path
     assert folder.path.stat().st_mode & 0o077 == 0
     assert sweep(tmp_path / "spool") == 0
-    assert (len(list(folder.path.iterdir())), losses) == (2, [1])
+    assert (len(list(folder.path.iterdir())), recreations) == (2, [1])
     touch(folder)
-    assert (folder.trouble, losses) == ("", [1])
+    assert (folder.unusable_reason, recreations) == ("", [1])
     folder.close()
     assert list((tmp_path / "spool").iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_anew_is_told_until_it_can(folder: Folder) -> None:
+def test_folder_that_cannot_be_recreated_has_a_reason_until_it_can(folder: Folder) -> None:
     shutil.rmtree(folder.path)
     folder.path.write_bytes(b"in the way")
     for _ in range(2):
         with pytest.raises(SpoolUnusable, match="Not a directory") as caught:
             folder.create()
         assert caught.value.retry_after_s
-        assert "Not a directory" in folder.trouble
+        assert "Not a directory" in folder.unusable_reason
     folder.path.unlink()
-    assert folder.trouble == ""  # whoever asks for it tries again: nobody sends requests to a server that is not ready
+    assert folder.unusable_reason == ""  # reading it tries again, because a server that is not ready gets no requests
     assert [path.name for path in folder.path.iterdir()] == ["lock"]
 
 
-def test_a_folder_that_cannot_be_locked_is_not_left_behind(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_cannot_be_locked_is_removed(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(folder.path)
 
     def refuse(*_: object) -> None:
@@ -81,7 +81,7 @@ def test_a_folder_that_cannot_be_locked_is_not_left_behind(folder: Folder, monke
     assert (folder.path / "lock").exists()
 
 
-def test_a_directory_that_became_read_only_is_told(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_directory_is_the_unusable_reason(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -89,20 +89,20 @@ def test_a_directory_that_became_read_only_is_told(folder: Folder, monkeypatch: 
         patched.setattr(os, "open", refuse)
         with pytest.raises(SpoolUnusable, match="Read-only"):
             folder.create()
-        assert "Read-only" in folder.trouble
-    assert folder.trouble == ""
+        assert "Read-only" in folder.unusable_reason
+    assert folder.unusable_reason == ""
 
 
-def test_a_full_directory_is_no_trouble(tmp_path: Path) -> None:
+def test_full_directory_is_spool_full_and_not_unusable(tmp_path: Path) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=5", "tiny", str(tmp_path)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs a privilege that this user lacks")
+        pytest.skip("mounting a tmpfs needs a privilege that this user does not have")
     folder = Folder(tmp_path)
     try:
         made = [touch(folder), touch(folder)]
         with pytest.raises(SpoolFull):
             folder.create()
-        assert folder.trouble == ""
+        assert folder.unusable_reason == ""
         made[0].unlink()
         touch(folder)
     finally:
@@ -110,7 +110,7 @@ def test_a_full_directory_is_no_trouble(tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_a_closed_folder_is_not_made_anew(tmp_path: Path) -> None:
+def test_closed_folder_is_not_recreated(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.close()
     with pytest.raises(SpoolUnusable):
@@ -118,7 +118,7 @@ def test_a_closed_folder_is_not_made_anew(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sweep_leaves_a_folder_that_is_just_being_made_and_takes_one_that_never_was(tmp_path: Path) -> None:
+def test_sweep_removes_an_old_folder_without_a_lock_and_keeps_a_new_one(tmp_path: Path) -> None:
     young, old = tmp_path / "ovserve-spool-young", tmp_path / "ovserve-spool-old"
     young.mkdir()
     old.mkdir()
@@ -127,8 +127,8 @@ def test_sweep_leaves_a_folder_that_is_just_being_made_and_takes_one_that_never_
     assert list(tmp_path.iterdir()) == [young]
 
 
-def test_sweep_touches_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "somebody").mkdir()
+def test_sweep_keeps_everything_else(tmp_path: Path) -> None:
+    (tmp_path / "other-folder").mkdir()
     (tmp_path / "a-file").write_bytes(b"")
     with (tmp_path / "locked").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""One connection: exchanges in order, errors in one form, streams that end, and a connection that persists when it may."""
+"""One connection: order of exchanges, persistence, Expect, errors, event streams, waits, timeouts, access log."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def api(running: tuple[Listener, ToyApi]) -> ToyApi:
     return running[1]
 
 
-def test_a_route_sees_the_request(client: RawClient) -> None:
+def test_route_receives_the_request(client: RawClient) -> None:
     fields = b"Authorization: Bearer k\r\nX-A: b\r\nx-a: c\r\n"
     seen = client.send(request("/describe/%C4%8D?x=1&y=%20", fields)).read_response().json
     assert (seen["method"], seen["path"], seen["query"]) == ("GET", "/describe/č", {"x": "1", "y": " "})
@@ -82,7 +82,7 @@ def test_head_is_answered_without_content(client: RawClient) -> None:
     assert client.send(request("/health")).read_response().json == {"live": True}
 
 
-def test_an_upload_is_spooled_and_given_back(client: RawClient) -> None:
+def test_upload_is_spooled(client: RawClient) -> None:
     part = (
         b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
         + b"\x00\r\n" * 50_000
@@ -92,7 +92,7 @@ def test_an_upload_is_spooled_and_given_back(client: RawClient) -> None:
     assert echo["uploads"][0][:2] == ["image", 150_000]
 
 
-def test_an_empty_answer_has_no_framing(client: RawClient) -> None:
+def test_response_204_has_no_content_fields(client: RawClient) -> None:
     response = client.send(request("/nothing", method="OPTIONS")).read_response()
     assert response.status == 204
     assert "content-length" not in response.fields
@@ -100,33 +100,33 @@ def test_an_empty_answer_has_no_framing(client: RawClient) -> None:
     assert client.send(request("/health")).read_response().status == 200
 
 
-def test_the_server_as_a_whole_has_options_too(client: RawClient) -> None:
+def test_options_asterisk_lists_the_methods(client: RawClient) -> None:
     response = client.send(request("*", method="OPTIONS")).read_response()
     assert (response.status, response.fields["allow"]) == (204, "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT")
 
 
-def test_a_file_has_its_own_type_and_fields(client: RawClient) -> None:
+def test_file_reply_has_its_own_type_and_fields(client: RawClient) -> None:
     response = client.send(request("/file")).read_response()
     assert (response.content, response.fields["content-type"]) == (b"\x89PNG", "image/png")
     assert response.fields["cache-control"] == "private"
 
 
-def test_a_large_answer_of_many_pieces_arrives_whole(client: RawClient) -> None:
+def test_large_answer_of_many_chunks_arrives_whole(client: RawClient) -> None:
     response = client.send(request("/large?size=20001&count=700")).read_response()
     assert len(response.content) == 20001 * 700
     assert response.content[20001 * 25 : 20001 * 25 + 3] == b"ZZZ"
 
 
-# --- connections that persist, or end --------------------------------------------------------------------------------
+# --- persistent connections -------------------------------------------------------------------------------------------
 
 
-def test_a_connection_ends_when_the_client_says_so(client: RawClient) -> None:
+def test_connection_close_ends_the_connection(client: RawClient) -> None:
     response = client.send(request("/health", b"Connection: close\r\n")).read_response()
     assert response.fields["connection"] == "close"
     assert client.read_rest() == b""
 
 
-def test_an_old_client_s_connection_ends_unless_it_asks(client: RawClient) -> None:
+def test_http_1_0_connection_ends_without_keep_alive(client: RawClient) -> None:
     kept = client.send(request("/health", b"Connection: keep-alive\r\n", version="1.0")).read_response()
     assert kept.fields["connection"] == "keep-alive"
     ended = client.send(request("/health", version="1.0")).read_response()
@@ -135,7 +135,7 @@ def test_an_old_client_s_connection_ends_unless_it_asks(client: RawClient) -> No
 
 
 @pytest.mark.parametrize("fields", [b"Content-Length: 1000\r\n", b"Content-Length: 65536\r\n"])
-def test_a_short_unread_body_is_dropped_and_the_connection_persists(client: RawClient, fields: bytes) -> None:
+def test_short_unread_body_is_discarded_and_the_connection_persists(client: RawClient, fields: bytes) -> None:
     body = b"x" * int(fields.split()[1])
     client.send(request("/ignore", fields, body, "POST"))
     assert "connection" not in client.read_response().fields
@@ -157,7 +157,7 @@ def test_other_unread_bodies_end_the_connection(client: RawClient, fields: bytes
     assert client.read_rest() == b""
 
 
-def test_an_answer_to_a_refused_upload_arrives_although_the_client_still_sends(running: Any) -> None:
+def test_answer_arrives_although_the_client_still_sends_its_upload(running: Any) -> None:
     for _ in range(5):
         with RawClient(running[0].port) as client:
             client.send(request("/nowhere", b"Content-Length: 3000000\r\n", method="POST"))
@@ -167,7 +167,7 @@ def test_an_answer_to_a_refused_upload_arrives_although_the_client_still_sends(r
             assert client.read_rest() == b""
 
 
-def test_an_error_in_mid_body_is_answered_and_the_connection_ends(client: RawClient) -> None:
+def test_malformed_chunk_is_400_and_ends_the_connection(client: RawClient) -> None:
     data = request("/echo", JSON + b"Transfer-Encoding: chunked\r\n", b'8\r\n{"a": 1}XX', "POST")
     response = client.send(data + b"y" * 100_000).read_response()
     assert (response.status, response.code, response.fields["connection"]) == (400, "malformed_request", "close")
@@ -175,38 +175,38 @@ def test_an_error_in_mid_body_is_answered_and_the_connection_ends(client: RawCli
     assert client.read_rest() == b""
 
 
-# --- Expect ------------------------------------------------------------------------------------------------------------
+# --- Expect -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_client_is_told_to_continue_when_the_route_reads_the_form(client: RawClient) -> None:
+def test_continue_is_sent_when_the_route_reads_the_form(client: RawClient) -> None:
     client.send(request("/echo", JSON + b"Content-Length: 8\r\nExpect: 100-continue\r\n", method="POST"))
     assert client.read_response().status == 100
     assert client.send(JSON_BODY).read_response().json["fields"] == [["a", 1]]
     assert client.send(request("/health")).read_response().status == 200
 
 
-def test_a_client_that_does_not_wait_is_not_told(client: RawClient) -> None:
+def test_continue_is_not_sent_when_the_body_has_arrived(client: RawClient) -> None:
     client.send(request("/echo", JSON + b"Content-Length: 8\r\nExpect: 100-continue\r\n", JSON_BODY, "POST"))
     assert client.read_response().status == 200
 
 
-def test_the_final_error_comes_before_the_body(client: RawClient) -> None:
+def test_final_error_is_sent_without_continue(client: RawClient) -> None:
     client.send(request("/nowhere", b"Content-Length: 8\r\nExpect: 100-continue\r\n", method="POST"))
     response = client.read_response()
     assert (response.status, response.fields["connection"]) == (404, "close")
 
 
-def test_a_body_of_an_unknown_type_is_refused_before_it_is_sent(client: RawClient) -> None:
+def test_unsupported_media_type_is_415_without_continue(client: RawClient) -> None:
     client.send(
         request("/echo", b"Content-Type: text/plain\r\nContent-Length: 8\r\nExpect: 100-continue\r\n", method="POST")
     )
     assert client.read_response().status == 415
 
 
-# --- errors ------------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_errors_have_one_form(client: RawClient) -> None:
+def test_every_error_has_the_error_object_and_its_fields(client: RawClient) -> None:
     missing = client.send(request("/nowhere")).read_response()
     assert (missing.status, missing.code, missing.json["error"]["param"]) == (404, "not_found", None)
     wrong = client.send(request("/raise?kind=other")).read_response()
@@ -220,7 +220,7 @@ def test_errors_have_one_form(client: RawClient) -> None:
     assert len({r.fields["x-request-id"] for r in (missing, wrong, full, method, crash)}) == 5
 
 
-def test_a_bug_is_answered_and_its_traceback_is_under_the_request_s_id(
+def test_unexpected_exception_is_500_and_its_traceback_is_logged_with_the_request_id(
     client: RawClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     response = client.send(request("/raise?kind=bug")).read_response()
@@ -233,20 +233,20 @@ def test_a_bug_is_answered_and_its_traceback_is_under_the_request_s_id(
     assert client.send(request("/health")).read_response().status == 200
 
 
-def test_a_field_that_would_split_the_response_is_a_bug(client: RawClient) -> None:
+def test_response_field_with_a_line_end_is_500(client: RawClient) -> None:
     response = client.send(request("/raise?kind=injection")).read_response()
     assert response.status == 500
     assert "set-cookie" not in response.fields
 
 
-# --- streams -----------------------------------------------------------------------------------------------------------
+# --- streams ----------------------------------------------------------------------------------------------------------
 
 
 def chunks(client: RawClient) -> list[bytes]:
     return list(iter(client.read_chunk, b""))
 
 
-def test_events_are_chunks_written_at_once(client: RawClient, api: ToyApi) -> None:
+def test_each_event_is_one_chunk_written_at_once(client: RawClient, api: ToyApi) -> None:
     client.send(request("/stream?do=3.wait.comment.5"))
     status, fields = client.read_head()
     assert (status, fields["content-type"], fields["transfer-encoding"]) == (200, "text/event-stream", "chunked")
@@ -259,17 +259,17 @@ def test_events_are_chunks_written_at_once(client: RawClient, api: ToyApi) -> No
     assert client.send(request("/health")).read_response().status == 200
 
 
-def test_a_stream_without_events_is_empty(client: RawClient) -> None:
+def test_stream_without_events_is_empty(client: RawClient) -> None:
     assert client.send(request("/stream")).read_response().content == b""
 
 
-def test_an_old_client_s_stream_ends_with_the_connection(client: RawClient) -> None:
+def test_http_1_0_stream_ends_with_the_connection(client: RawClient) -> None:
     response = client.send(request("/stream?do=3.4", version="1.0")).read_response()
     assert response.content == b"event: piece\ndata: xxx\n\nevent: piece\ndata: xxxx\n\n"
     assert "transfer-encoding" not in response.fields
 
 
-def test_an_error_before_the_first_event_has_its_own_status(client: RawClient, api: ToyApi) -> None:
+def test_error_before_the_first_event_has_its_own_status(client: RawClient, api: ToyApi) -> None:
     response = client.send(request("/stream?do=error")).read_response()
     assert (response.status, response.code) == (400, "invalid_value")
     assert api.closed.get(timeout=10) == "/stream"
@@ -277,7 +277,7 @@ def test_an_error_before_the_first_event_has_its_own_status(client: RawClient, a
 
 
 @pytest.mark.parametrize(("what", "code"), [("error", "invalid_value"), ("bug", "internal_error")])
-def test_an_error_in_mid_stream_is_the_last_event(client: RawClient, what: str, code: str) -> None:
+def test_error_in_a_stream_is_its_last_event(client: RawClient, what: str, code: str) -> None:
     client.send(request(f"/stream?do=3.{what}.4"))
     content = client.read_response().content
     *_, last = content.removesuffix(b"\n\n").split(b"\n\n")
@@ -289,7 +289,7 @@ def test_an_error_in_mid_stream_is_the_last_event(client: RawClient, what: str, 
     assert client.send(request("/health")).read_response().status == 200
 
 
-def test_a_client_that_leaves_ends_the_stream(running: Any, api: ToyApi) -> None:
+def test_client_that_leaves_ends_the_stream(running: Any, api: ToyApi) -> None:
     for leave in ("close", "abandon", "half_close"):
         with RawClient(running[0].port) as client:
             client.send(request("/stream?do=3.wait"))
@@ -300,10 +300,10 @@ def test_a_client_that_leaves_ends_the_stream(running: Any, api: ToyApi) -> None
             assert api.closed.get(timeout=10) == "/stream"
 
 
-# --- waiting -----------------------------------------------------------------------------------------------------------
+# --- waits ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_waiting_route_goes_on_when_it_is_woken(client: RawClient, api: ToyApi) -> None:
+def test_wait_ends_when_the_descriptor_is_readable(client: RawClient, api: ToyApi) -> None:
     client.send(request("/wait"))
     assert not client.has_answer(0.05)
     api.release()
@@ -312,19 +312,19 @@ def test_a_waiting_route_goes_on_when_it_is_woken(client: RawClient, api: ToyApi
 
 
 @pytest.mark.parametrize("leave", ["close", "abandon", "half_close"])
-def test_a_client_that_leaves_ends_its_wait(running: Any, api: ToyApi, leave: str) -> None:
+def test_wait_ends_when_the_client_leaves(running: Any, api: ToyApi, leave: str) -> None:
     with RawClient(running[0].port) as client:
-        client.send(request("/wait/" + leave) + request("/never"))  # pipelined bytes do not hide the end
+        client.send(request("/wait/" + leave) + request("/never"))  # pipelined bytes do not hide the end-of-file
         while api.seen.get(timeout=10) != "/wait/" + leave:
             pass
         getattr(client, leave)()
         assert api.gone.get(timeout=10) == "/wait/" + leave
 
 
-# --- time --------------------------------------------------------------------------------------------------------------
+# --- timeouts ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_slow_head_is_answered_408() -> None:
+def test_slow_head_is_408() -> None:
     with serving(head_timeout_s=0.2) as (listener, _), RawClient(listener.port) as client:
         client.send(b"GET /health HTTP/1.1\r\nHos")
         response = client.read_response()
@@ -332,7 +332,7 @@ def test_a_slow_head_is_answered_408() -> None:
         assert client.read_rest() == b""
 
 
-def test_a_head_that_dribbles_has_no_longer_than_one_that_stops() -> None:
+def test_head_timeout_is_not_extended_by_each_byte() -> None:
     with serving(head_timeout_s=0.3) as (listener, _), RawClient(listener.port) as client:
         started = time.monotonic()
         while not client.has_answer(0.05):
@@ -341,7 +341,7 @@ def test_a_head_that_dribbles_has_no_longer_than_one_that_stops() -> None:
         assert client.read_response().status in {400, 408, 414, 431}
 
 
-def test_silence_ends_a_connection_without_a_word() -> None:
+def test_idle_connection_is_closed_without_an_answer() -> None:
     with serving(head_timeout_s=0.1, idle_timeout_s=0.1) as (listener, _):
         with RawClient(listener.port) as client:
             assert client.read_rest() == b""
@@ -351,7 +351,7 @@ def test_silence_ends_a_connection_without_a_word() -> None:
             assert client.read_rest() == b""
 
 
-def test_a_slow_body_is_answered_408() -> None:
+def test_slow_body_is_408() -> None:
     with serving(body_grace_s=0.1, linger_s=0.1) as (listener, _), RawClient(listener.port) as client:
         client.send(request("/echo", JSON + b"Content-Length: 8\r\n", b"{", "POST"))
         response = client.read_response()
@@ -359,7 +359,7 @@ def test_a_slow_body_is_answered_408() -> None:
         assert client.read_rest() == b""
 
 
-def test_a_key_is_asked_for_before_the_body_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_api_key_is_checked_before_the_body_is_read(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ovserve")
     fields = JSON + b"Content-Length: 2000000\r\nExpect: 100-continue\r\n"
     with serving(api_key="sk-one") as (listener, api):
@@ -379,7 +379,7 @@ def test_a_key_is_asked_for_before_the_body_is(caplog: pytest.LogCaptureFixture)
     assert "sk-" not in str([(record.getMessage(), record.__dict__.get("fields")) for record in caplog.records])
 
 
-def test_every_answer_tells_an_allowed_origin() -> None:
+def test_every_answer_names_the_allowed_origin() -> None:
     asking = b"Origin: https://b.test\r\n"
     field = "access-control-allow-origin"
     origins = "https://a.test,https://b.test"
@@ -389,7 +389,7 @@ def test_every_answer_tells_an_allowed_origin() -> None:
         assert client.send(request("/stream?do=3", asking)).read_head()[1][field] == "https://b.test"
         client.read_chunk()
         client.read_chunk()
-        with RawClient(listener.port) as beyond:  # no place
+        with RawClient(listener.port) as beyond:  # the connection limit
             answer = beyond.send(request("/describe", asking)).read_response()
             assert (answer.status, answer.fields[field]) == (503, "https://b.test")
         with RawClient(listener.port) as beyond:
@@ -398,7 +398,7 @@ def test_every_answer_tells_an_allowed_origin() -> None:
 
 @pytest.mark.parametrize("blank", [b"\r\n", b"\r"])
 @pytest.mark.parametrize("is_late", [True, False])
-def test_a_line_end_after_a_request_is_no_request(blank: bytes, is_late: bool) -> None:
+def test_line_end_after_a_request_does_not_begin_another(blank: bytes, is_late: bool) -> None:
     with serving(head_timeout_s=0.2, idle_timeout_s=0.6) as (listener, _):
         with RawClient(listener.port) as client:
             client.send(request("/health") + (b"" if is_late else blank)).read_response()
@@ -407,13 +407,13 @@ def test_a_line_end_after_a_request_is_no_request(blank: bytes, is_late: bool) -
             assert client.read_rest() == b""
         with RawClient(listener.port) as client:
             client.send(request("/health") + blank).read_response()
-            time.sleep(0.3)  # longer than a head may take
+            time.sleep(0.3)  # longer than head_timeout_s
             rest = b"" if blank.endswith(b"\n") else b"\n"
             assert client.send(rest + request("/health")).read_response().status == 200
 
 
 @pytest.mark.parametrize("is_silent", [True, False])
-def test_an_upload_that_is_still_coming_when_the_server_goes_down_is_refused_at_once(is_silent: bool) -> None:
+def test_unfinished_upload_is_503_as_soon_as_the_server_drains(is_silent: bool) -> None:
     with serving() as (listener, api), RawClient(listener.port) as client:
         client.send(request("/echo", JSON + b"Content-Length: 100000\r\n", b"{", "POST"))
         assert api.seen.get(timeout=10) == "/echo"
@@ -424,25 +424,25 @@ def test_an_upload_that_is_still_coming_when_the_server_goes_down_is_refused_at_
         response = client.read_response()
         assert (response.status, response.code) == (503, "draining")
         assert (response.fields["retry-after"], response.fields["connection"]) == ("5", "close")
-        assert time.monotonic() - started < 10  # a silent one is given 20 s
+        assert time.monotonic() - started < 10  # the body rate would allow a silent client 20 s
 
 
-def test_a_client_that_does_not_read_is_given_up() -> None:
+def test_client_that_does_not_read_is_disconnected() -> None:
     with serving(write_timeout_s=0.2) as (listener, api), RawClient(listener.port) as client:
         client.send(request("/large?size=1000000&count=30"))
         assert api.seen.get(timeout=10) == "/large"
         until = time.monotonic() + 20
         while listener.open_connections:
             assert time.monotonic() < until
-            time.sleep(0.01)  # a socket that nobody reads tells nobody
+            time.sleep(0.01)  # a client that does not read cannot observe the close
         assert len(client.read_rest()) < 30_000_000
 
 
-# --- the log -----------------------------------------------------------------------------------------------------------
+# --- the log ----------------------------------------------------------------------------------------------------------
 
 
 def line_of(caplog: pytest.LogCaptureFixture, message: str) -> logging.LogRecord:
-    """The record with this message; it is written after the answer."""
+    """Wait for the record with this message, which is written after the answer."""
     until = time.monotonic() + 10
     while time.monotonic() < until:
         for record in caplog.records:
@@ -452,38 +452,38 @@ def line_of(caplog: pytest.LogCaptureFixture, message: str) -> logging.LogRecord
     raise AssertionError([record.getMessage() for record in caplog.records])
 
 
-def test_each_request_leaves_one_line(client: RawClient, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_request_is_logged(client: RawClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ovserve")
     fields = b"X-Client-Request-Id: mine-1\r\nAuthorization: Bearer secret\r\n"
     response: Response = client.send(request("/describe/%20?key=secret", fields)).read_response()
     client.send(request("/health")).read_response()
     record = line_of(caplog, "GET /describe/%20 200")
-    told = record.__dict__["fields"]
-    assert (told["id"], told["client_id"]) == (response.fields["x-request-id"], "mine-1")
-    assert told["bytes"] > len(response.content)
-    assert told["ms"] >= 0
-    assert "secret" not in str(told)
+    logged = record.__dict__["fields"]
+    assert (logged["id"], logged["client_id"]) == (response.fields["x-request-id"], "mine-1")
+    assert logged["bytes"] > len(response.content)
+    assert logged["ms"] >= 0
+    assert "secret" not in str(logged)
 
 
-def test_the_line_of_an_error_says_what_was_wrong(client: RawClient, caplog: pytest.LogCaptureFixture) -> None:
+def test_error_is_logged_with_code_and_message(client: RawClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ovserve")
     response = client.send(request("/raise?kind=other")).read_response()
-    told = line_of(caplog, f"GET /raise {response.status}").__dict__["fields"]
+    logged = line_of(caplog, f"GET /raise {response.status}").__dict__["fields"]
     error = json.loads(response.content)["error"]
-    assert (told["code"], told["why"]) == (
+    assert (logged["code"], logged["why"]) == (
         error["code"],
         error["message"][:200].encode("ascii", "backslashreplace").decode(),
     )
 
 
-def test_a_refused_request_leaves_a_line_too(client: RawClient, caplog: pytest.LogCaptureFixture) -> None:
+def test_malformed_request_is_logged(client: RawClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ovserve")
     response = client.send(b"nonsense\r\n\r\n").read_response()
-    record = line_of(caplog, "refused 400")
+    record = line_of(caplog, "rejected 400")
     assert record.__dict__["fields"]["id"] == response.fields["x-request-id"]
 
 
-def test_a_client_that_left_is_499_in_the_log(running: Any, api: ToyApi, caplog: pytest.LogCaptureFixture) -> None:
+def test_client_that_left_is_logged_as_499(running: Any, api: ToyApi, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ovserve")
     with RawClient(running[0].port) as client:
         client.send(request("/wait"))

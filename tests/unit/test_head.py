@@ -1,4 +1,4 @@
-"""The head parser: one meaning for each head, however it is split, and limits that hold to the byte."""
+"""Head parser: one result for each head, however it is split, and limits exact to the byte."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALL = Settings(max_request_line_bytes=64, max_field_line_bytes=64, max_head_by
 
 
 def outcome(data: bytes, cuts: list[int], settings: Settings) -> Head | tuple[type, str] | None:
-    """What comes of the bytes when they arrive in pieces that end at `cuts`; for an error its class and its words."""
+    """Parse bytes that arrive in pieces ending at `cuts`; return the head, None, or an error's class and message."""
     parser = HeadParser(settings)
     for end in sorted({*(cut for cut in cuts if 0 < cut < len(data)), len(data)}):
         try:
@@ -53,7 +53,7 @@ def parse(data: bytes, **settings: Any) -> Head:
     return head
 
 
-def refusal(data: bytes, **settings: Any) -> ApiError:
+def error_of(data: bytes, **settings: Any) -> ApiError:
     with pytest.raises(DOCUMENTED) as caught:
         HeadParser(Settings(**settings)).parse(data)
     assert isinstance(caught.value, ApiError)
@@ -99,7 +99,7 @@ lines = known | st.builds(lambda name, value: f"{name}: {value}".encode("latin-1
 
 @st.composite
 def heads(draw: st.DrawFn) -> bytes:
-    """Heads, most of them nearly right."""
+    """Generate heads, most of them almost well formed."""
     data = draw(st.sampled_from([b"", b"", b"", b"\r\n", b"\r", b"\n"]))
     for line in [draw(requests), *draw(st.lists(lines, max_size=6)), b""]:
         data += line + draw(line_ends)
@@ -109,7 +109,7 @@ def heads(draw: st.DrawFn) -> bytes:
 @settings(deadline=None)
 @given(heads() | st.binary(max_size=80), st.lists(st.integers(1, 400), max_size=8), st.booleans())
 @example(b"\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", [1, 2, 3], False)
-def test_the_outcome_does_not_depend_on_the_split(data: bytes, cuts: list[int], small: bool) -> None:
+def test_result_does_not_depend_on_the_split(data: bytes, cuts: list[int], small: bool) -> None:
     limits = SMALL if small else Settings()
     whole = outcome(data, [], limits)
     assert outcome(data, cuts, limits) == whole
@@ -118,15 +118,15 @@ def test_the_outcome_does_not_depend_on_the_split(data: bytes, cuts: list[int], 
 
 @settings(deadline=None)
 @given(st.binary(max_size=200))
-def test_any_bytes_are_a_head_or_a_documented_refusal(data: bytes) -> None:
+def test_any_bytes_are_a_head_or_a_documented_error(data: bytes) -> None:
     outcome(data, [len(data) // 2], SMALL)
     outcome(b"GET / HTTP/1.1\r\n" + data + b"\r\n\r\n", [], SMALL)
 
 
 @settings(deadline=None)
 @given(names, st.lists(st.tuples(names, values), max_size=30), st.booleans(), st.booleans())
-def test_a_head_comes_back_as_it_was_built(path: str, pairs: list[tuple[str, str]], padded: bool, old: bool) -> None:
-    # Padding sends a head through the careful path: both paths have to read the same.
+def test_head_round_trips(path: str, pairs: list[tuple[str, str]], padded: bool, old: bool) -> None:
+    # Padded values take the slow path; both paths must give the same result.
     end = " \t\r\n" if padded else "\r\n"
     built = f"PUT /{path}?q HTTP/1.{int(not old)}\r\nHost: a.test\r\n"
     built += "".join(f"x-{name}:\t{value}{end}" for name, value in pairs) + "\r\n"
@@ -140,7 +140,7 @@ def test_a_head_comes_back_as_it_was_built(path: str, pairs: list[tuple[str, str
     assert (head.version, head.keep_alive, head.size) == ("1.0" if old else "1.1", not old, len(built))
 
 
-def test_the_bytes_behind_a_head_are_left_alone() -> None:
+def test_bytes_after_a_head_are_not_parsed() -> None:
     data = b"GET /a HTTP/1.1\r\nHost: a\r\n\r\nGET /b HTTP/1.1\r\nHost: a\r\n\r\n"
     parser = HeadParser(Settings())
     first = parser.parse(data)
@@ -150,7 +150,7 @@ def test_the_bytes_behind_a_head_are_left_alone() -> None:
     assert (first.path, second.path, second.size) == ("/a", "/b", len(data) - first.size)
 
 
-def test_a_head_in_pieces_is_followed_by_a_head_in_pieces() -> None:
+def test_parser_accepts_several_heads_in_pieces() -> None:
     data = b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n"
     parser = HeadParser(Settings())
     for _ in range(3):
@@ -164,42 +164,42 @@ HOST = b"Host: a.test\r\n"
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_request_line_holds_to_its_limit(padded: bool) -> None:
+def test_request_line_limit_is_exact(padded: bool) -> None:
     pad = b" " if padded else b""
-    for length, is_taken in ((100, True), (101, False)):
+    for length, is_accepted in ((100, True), (101, False)):
         line = b"GET /" + b"a" * (length - 14) + b" HTTP/1.1"
         assert len(line) == length
         data = line + b"\r\nHost: a.test" + pad + b"\r\n\r\n"
-        if is_taken:
+        if is_accepted:
             assert parse(data, max_request_line_bytes=100).path == "/" + "a" * (length - 14)
         else:
-            assert isinstance(refusal(data, max_request_line_bytes=100), TargetTooLong)
+            assert isinstance(error_of(data, max_request_line_bytes=100), TargetTooLong)
 
 
-def test_a_field_line_holds_to_its_limit() -> None:
-    for length, is_taken in ((100, True), (101, False)):
+def test_field_line_limit_is_exact() -> None:
+    for length, is_accepted in ((100, True), (101, False)):
         data = b"GET / HTTP/1.1\r\n" + HOST + b"X-A: " + b"b" * (length - 5) + b"\r\n\r\n"
-        if is_taken:
+        if is_accepted:
             assert len(parse(data, max_field_line_bytes=100).fields["x-a"]) == length - 5
         else:
-            assert isinstance(refusal(data, max_field_line_bytes=100), FieldsTooLarge)
+            assert isinstance(error_of(data, max_field_line_bytes=100), FieldsTooLarge)
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_number_of_field_lines_holds_to_its_limit(padded: bool) -> None:
+def test_field_count_limit_is_exact(padded: bool) -> None:
     pad = b" " if padded else b""
-    for number, is_taken in ((9, True), (10, False)):
+    for number, is_accepted in ((9, True), (10, False)):
         data = b"GET / HTTP/1.1\r\n" + HOST + b"".join(b"X-%d: b%b\r\n" % (i, pad) for i in range(number)) + b"\r\n"
-        if is_taken:
+        if is_accepted:
             assert len(parse(data, max_fields=10).fields) == 10
         else:
-            assert isinstance(refusal(data, max_fields=10), FieldsTooLarge)
+            assert isinstance(error_of(data, max_fields=10), FieldsTooLarge)
 
 
-def test_the_whole_head_holds_to_its_limit() -> None:
+def test_head_size_limit_is_exact() -> None:
     data = b"GET / HTTP/1.1\r\n" + HOST + b"X-A: " + b"b" * 100 + b"\r\n" * 2
     assert parse(data + b"body" * 100, max_head_bytes=len(data)).size == len(data)
-    assert isinstance(refusal(data, max_head_bytes=len(data) - 1), FieldsTooLarge)
+    assert isinstance(error_of(data, max_head_bytes=len(data) - 1), FieldsTooLarge)
     parser = HeadParser(Settings(max_head_bytes=len(data) - 1))
     assert parser.parse(data[:-1]) is None
     with pytest.raises(FieldsTooLarge):
@@ -207,7 +207,7 @@ def test_the_whole_head_holds_to_its_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         (b"X-A : b", "field line 2: space before the colon"),
         (b" X-A: b", "field line 2: folded over two lines"),
@@ -218,13 +218,13 @@ def test_the_whole_head_holds_to_its_limit() -> None:
         (b"X-A: a\nb", "field line 2: LF without CR"),
     ],
 )
-def test_a_refusal_says_what_is_wrong_and_where(line: bytes, told: str) -> None:
-    error = refusal(b"GET / HTTP/1.1\r\n" + HOST + line + b"\r\n\r\n")
-    assert error.message == told
+def test_error_names_the_line_and_the_reason(line: bytes, message: str) -> None:
+    error = error_of(b"GET / HTTP/1.1\r\n" + HOST + line + b"\r\n\r\n")
+    assert error.message == message
     assert error.closes_connection
 
 
-def test_framing_is_length_or_chunked_or_nothing() -> None:
+def test_framing_is_length_or_chunked_or_none() -> None:
     def framed(fields: bytes) -> tuple[int | None, bool, bool]:
         head = parse(b"POST / HTTP/1.1\r\n" + HOST + fields + b"\r\n")
         return head.content_length, head.is_chunked, head.expects_continue
@@ -238,7 +238,7 @@ def test_framing_is_length_or_chunked_or_nothing() -> None:
     assert framed(b"Content-Length: 0\r\nExpect: 100-continue\r\n") == (0, False, False)
     assert framed(b"Content-Length: 999999999999999999\r\n") == (10**18 - 1, False, False)
     assert isinstance(
-        refusal(b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 1" + b"0" * 18 + b"\r\n\r\n"), ContentTooLarge
+        error_of(b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 1" + b"0" * 18 + b"\r\n\r\n"), ContentTooLarge
     )
 
 
@@ -253,17 +253,17 @@ def test_framing_is_length_or_chunked_or_nothing() -> None:
         (b"GET / HTTP/1.1\r\n" + b"a:b\r\n" * 12_000)[:65_000],
     ],
 )
-def test_hostile_heads_by_the_byte_take_linear_time(data: bytes) -> None:
+def test_hostile_heads_in_small_pieces_take_linear_time(data: bytes) -> None:
     limits = Settings(max_request_line_bytes=2**20, max_field_line_bytes=2**20, max_head_bytes=2**20, max_fields=10_000)
     started = time.process_time()
     outcome(data, list(range(0, len(data), 16)), limits)
-    assert time.process_time() - started < 5.0  # a quadratic reading takes minutes
+    assert time.process_time() - started < 5.0  # quadratic parsing takes minutes
 
 
 @pytest.mark.parametrize("target", ["/", "/x", "/x?", "/x?a=b", "/x?a?b", "/%41?%42"])
-def test_the_target_stays_as_it_came(target: str) -> None:
+def test_target_is_kept_as_received(target: str) -> None:
     data = f"GET {target} HTTP/1.1\r\nHost: a.test\r\n".encode()
-    for end in (b"\r\n", b"X: 1 \r\n\r\n"):  # the quick way, and the careful one
+    for end in (b"\r\n", b"X: 1 \r\n\r\n"):  # the plain path and the slow path
         head = HeadParser(Settings()).parse(data + end)
         assert head is not None
         assert head.target == target

@@ -1,4 +1,4 @@
-"""Format and dimensions from the header alone."""
+"""Format and dimensions of an upload, read from its header alone."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SETTINGS = Settings()
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_every_format_is_read(form: str) -> None:
+def test_every_format_is_recognised(form: str) -> None:
     head = read_head(memoryview(encoded(31, 17, form)), "image", SETTINGS)
     assert (head.format, head.width, head.height) == (form, 31, 17)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF"])
-def test_every_format_is_read_by_a_process_that_has_read_none_before(form: str) -> None:
+def test_every_format_is_recognised_in_a_new_process(form: str) -> None:
     stream = io.BytesIO()
     picture = Image.new("RGB", (9, 7))
     picture.save(stream, form, **({"save_all": True, "append_images": [picture]} if form == "MPO" else {}))
@@ -47,7 +47,7 @@ def test_every_format_is_read_by_a_process_that_has_read_none_before(form: str) 
     assert done.stdout.decode().strip() == ("JPEG" if form == "MPO" else form)
 
 
-def as_read_by_pillow(data: bytes) -> tuple[str, int, int, str]:
+def read_by_pillow(data: bytes) -> tuple[str, int, int, str]:
     with Image.open(io.BytesIO(data)) as image:
         return image.format or "", image.width, image.height, image.mode
 
@@ -66,43 +66,43 @@ def as_read_by_pillow(data: bytes) -> tuple[str, int, int, str]:
         ("TIFF", "RGB", {"big_tiff": True}),
     ],
 )
-def test_what_it_reads_is_what_the_worker_s_library_reads(form: str, mode: str, options: dict[str, Any]) -> None:
+def test_header_agrees_with_pillow(form: str, mode: str, options: dict[str, Any]) -> None:
     stream = io.BytesIO()
     picture = Image.new(mode, (31, 17))
     if mode == "P":
         picture.putpalette(bytes(range(30)))
     picture.save(stream, form, **options)
     head = read_head(memoryview(stream.getvalue()), "image", SETTINGS)
-    told, width, height, mode_read = as_read_by_pillow(stream.getvalue())
-    assert (head.format, head.width, head.height) == (told, width, height)
-    # The depth of its samples is nobody's concern here.
+    format_read, width, height, mode_read = read_by_pillow(stream.getvalue())
+    assert (head.format, head.width, head.height) == (format_read, width, height)
+    # The header's mode does not include the bits per sample.
     assert head.mode == {"1": "L", "I;16": "L"}.get(mode_read, mode_read)
 
 
-def test_pictures_from_elsewhere_are_read_alike(data: Path) -> None:
+def test_header_of_sample_files_agrees_with_pillow(data: Path) -> None:
     pictures = [path for path in data.rglob("*") if path.suffix in {".png", ".jpg", ".webp", ".gif", ".bmp", ".tif"}]
     assert pictures
     for path in pictures:
         content = path.read_bytes()
         head = read_head(memoryview(content), "image", SETTINGS)
-        assert (head.width, head.height) == as_read_by_pillow(content)[1:3], path
+        assert (head.width, head.height) == read_by_pillow(content)[1:3], path
 
 
-def test_a_gif_is_as_large_as_its_first_image() -> None:
+def test_gif_screen_is_enlarged_to_its_first_image() -> None:
     data = bytearray(encoded(20, 10, "GIF"))
     data[6:10] = struct.pack("<HH", 1, 1)
     head = read_head(memoryview(data), "image", SETTINGS)
-    assert (head.width, head.height) == as_read_by_pillow(bytes(data))[1:3] == (20, 10)
+    assert (head.width, head.height) == read_by_pillow(bytes(data))[1:3] == (20, 10)
 
 
-def test_a_bitmap_may_be_upside_down() -> None:
+def test_negative_height_of_a_bmp_is_accepted() -> None:
     data = bytearray(encoded(20, 10, "BMP"))
     data[22:26] = struct.pack("<i", -10)
     assert read_head(memoryview(data), "image", SETTINGS).height == 10
 
 
 def tiff_of_widths(*entries: tuple[int, int, int]) -> bytes:
-    """A picture 8 pixels high, with entries of (type, count, value) for its width."""
+    """A TIFF of 8 pixels height, with these (type, count, value) entries for its width."""
     tiff = encoded(8, 8, "TIFF")
     (at,) = struct.unpack_from("<I", tiff, 4)
     (count,) = struct.unpack_from("<H", tiff, at)
@@ -114,13 +114,13 @@ def tiff_of_widths(*entries: tuple[int, int, int]) -> bytes:
 
 
 @pytest.mark.parametrize("widths", [[(4, 1, 8), (4, 1, 4)], [(3, 1, 4), (4, 1, 8)], [(9, 1, 8)]])
-def test_the_width_of_a_tiff_is_what_the_worker_s_library_takes(widths: list[tuple[int, int, int]]) -> None:
+def test_width_of_a_tiff_agrees_with_pillow(widths: list[tuple[int, int, int]]) -> None:
     tiff = tiff_of_widths(*widths)
-    assert read_head(memoryview(tiff), "image", SETTINGS).width == as_read_by_pillow(tiff)[1] == widths[0][2]
+    assert read_head(memoryview(tiff), "image", SETTINGS).width == read_by_pillow(tiff)[1] == widths[0][2]
 
 
 @pytest.mark.parametrize("width", [(4, 0, 8), (3, 2, 8), (9, 1, -8)])
-def test_a_tiff_with_another_number_of_widths_than_one_is_refused(width: tuple[int, int, int]) -> None:
+def test_tiff_without_exactly_one_positive_width_is_rejected(width: tuple[int, int, int]) -> None:
     with pytest.raises(ImageError):
         read_head(memoryview(tiff_of_widths(width)), "image", SETTINGS)
 
@@ -181,8 +181,10 @@ def png_of_texts(count: int) -> bytes:
         "jpeg mixed junk",
     ],
 )
-def test_what_stands_before_the_size_costs_neither_time_nor_memory(make: Callable[[], bytes], is_read: bool) -> None:
-    """As Pillow reads them: 1.3 GB for the first, 14 s for the third, quadratic time for the fifth, 5 GB for the sixth."""
+def test_items_before_the_size_cost_little_time_and_memory(make: Callable[[], bytes], is_read: bool) -> None:
+    """Check bounds that Pillow does not keep: 1.3 GB for the first, 14 s for the third, quadratic time for the fifth,
+    5 GB for the sixth.
+    """
     content = memoryview(make())
     tracemalloc.start()
     try:
@@ -196,11 +198,11 @@ def test_what_stands_before_the_size_costs_neither_time_nor_memory(make: Callabl
         taken, (_, most) = time.process_time() - started, tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert taken < 1  # some milliseconds; far less than a second on any machine
+    assert taken < 1  # takes a few milliseconds
     assert most < 200_000
 
 
-def test_a_bomb_is_refused_without_decoding_it() -> None:
+def test_decompression_bomb_is_rejected_without_decoding() -> None:
     data = bytearray(encoded(1, 1))
     data[16:24] = (60_000).to_bytes(4, "big") * 2  # IHDR's width and height
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
@@ -210,25 +212,25 @@ def test_a_bomb_is_refused_without_decoding_it() -> None:
 
 @pytest.mark.parametrize("lossless", [False, True])
 @pytest.mark.parametrize("extended", [False, True])
-def test_a_webp_is_refused_by_its_first_bytes(lossless: bool, extended: bool) -> None:
+def test_too_large_webp_is_rejected_from_its_first_bytes(lossless: bool, extended: bool) -> None:
     stream = io.BytesIO()
     Image.new("RGBA" if extended else "RGB", (300, 200), (9, 9, 9, 9)).save(stream, "WEBP", lossless=lossless)
     small = Settings(max_image_pixels=300 * 200 - 1)
     with pytest.raises(ImageError, match="300x200"):
-        read_head(memoryview(stream.getvalue())[:30], "image", small)  # no more than these: Pillow could not open it
+        read_head(memoryview(stream.getvalue())[:30], "image", small)  # 30 bytes, which Pillow cannot open
     assert read_head(memoryview(stream.getvalue()), "image", SETTINGS).width == 300
 
 
 @pytest.mark.parametrize(
     ("start", "name"), [(b"\x00\x00\x00\x20ftypavif", "AVIF"), (b"%PDF-1.7", "PDF"), (b"<svg xmlns", "SVG")]
 )
-def test_a_foreign_format_is_named(start: bytes, name: str) -> None:
+def test_unsupported_format_is_named(start: bytes, name: str) -> None:
     with pytest.raises(ImageError, match=name):
         read_head(memoryview(start + b"\0" * 64), "image", SETTINGS)
 
 
 @given(st.binary(max_size=300))
-def test_random_bytes_raise_only_the_documented_error(data: bytes) -> None:
+def test_random_bytes_raise_image_error(data: bytes) -> None:
     with pytest.raises(ImageError) as caught:
         read_head(memoryview(data), "image", SETTINGS)
     assert caught.value.param == "image"
@@ -239,7 +241,7 @@ def test_random_bytes_raise_only_the_documented_error(data: bytes) -> None:
     cut=st.integers(0, 400),
     flips=st.lists(st.tuples(st.integers(0, 399), st.integers(0, 255)), max_size=4),
 )
-def test_a_damaged_header_is_read_or_refused(form: str, cut: int, flips: list[tuple[int, int]]) -> None:
+def test_damaged_header_is_read_or_rejected(form: str, cut: int, flips: list[tuple[int, int]]) -> None:
     data = bytearray(encoded(20, 20, form)[:cut])
     for at, value in flips:
         if at < len(data):
@@ -252,11 +254,11 @@ def test_a_damaged_header_is_read_or_refused(form: str, cut: int, flips: list[tu
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "P"])
-def test_a_clear_colour_is_seen_without_alpha(mode: str) -> None:
+def test_transparent_colour_without_alpha_is_recognised(mode: str) -> None:
     stream, plain = io.BytesIO(), io.BytesIO()
     picture = Image.new(mode, (3, 2))
     picture.save(stream, "PNG", transparency=(0, 0, 0) if mode == "RGB" else 0)
     picture.save(plain, "PNG")
-    assert read_head(memoryview(stream.getvalue()), "image", Settings()).may_be_clear
-    # A palette's entries are looked at by the worker alone.
-    assert read_head(memoryview(plain.getvalue()), "image", Settings()).may_be_clear is (mode == "P")
+    assert read_head(memoryview(stream.getvalue()), "image", Settings()).may_be_transparent
+    # Only the worker reads the entries of a palette.
+    assert read_head(memoryview(plain.getvalue()), "image", Settings()).may_be_transparent is (mode == "P")

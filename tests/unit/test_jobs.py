@@ -47,9 +47,7 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_no_descriptor_for_one_more_job_is_a_503_that_may_be_tried_again(
-    monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_job_without_a_descriptor_is_spool_full_with_retry_after(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def refuse(*_: object) -> int:
         raise OSError(number, os.strerror(number))
 
@@ -59,7 +57,7 @@ def test_no_descriptor_for_one_more_job_is_a_503_that_may_be_tried_again(
     assert caught.value.retry_after_s
 
 
-def test_job_runs_and_is_done(job: Job) -> None:
+def test_running_job_can_be_done(job: Job) -> None:
     assert job.move(State.RUNNING)
     assert not job.is_settled
     assert job.settle(State.DONE)
@@ -67,7 +65,7 @@ def test_job_runs_and_is_done(job: Job) -> None:
     assert job.timings.settled_at > 0
 
 
-def test_job_of_a_dead_worker_is_queued_again(job: Job) -> None:
+def test_running_job_can_be_requeued(job: Job) -> None:
     assert job.move(State.RUNNING)
     assert job.move(State.QUEUED)
     assert job.move(State.RUNNING)
@@ -75,7 +73,7 @@ def test_job_of_a_dead_worker_is_queued_again(job: Job) -> None:
 
 @pytest.mark.parametrize("last", SETTLED)
 @pytest.mark.parametrize("later", list(State))
-def test_nothing_moves_a_settled_job(last: State, later: State) -> None:
+def test_settled_job_does_not_change_state(last: State, later: State) -> None:
     job = make_job()
     job.move(State.RUNNING)
     error = WorkerCrashed("first")
@@ -86,17 +84,17 @@ def test_nothing_moves_a_settled_job(last: State, later: State) -> None:
     job.close()
 
 
-def test_waiting_job_is_never_done_without_running(job: Job) -> None:
+def test_queued_job_cannot_become_done(job: Job) -> None:
     assert not job.settle(State.DONE)
     assert job.state is State.QUEUED
 
 
-def test_settle_does_not_take_a_move_that_is_not_the_last(job: Job) -> None:
+def test_settle_rejects_a_state_that_is_not_final(job: Job) -> None:
     assert not job.settle(State.RUNNING)
     assert job.state is State.QUEUED
 
 
-def test_one_of_many_settlers_wins() -> None:
+def test_only_one_of_many_threads_settles_a_job() -> None:
     job = make_job()
     job.move(State.RUNNING)
     barrier, won = threading.Barrier(8), []
@@ -118,7 +116,7 @@ def test_one_of_many_settlers_wins() -> None:
 
 
 @given(st.lists(st.sampled_from(list(State)), max_size=12), st.booleans())
-def test_no_sequence_of_moves_leaves_a_last_state(moves: list[State], settles: bool) -> None:
+def test_no_sequence_of_moves_leaves_a_final_state(moves: list[State], settles: bool) -> None:
     job = make_job()
     for state in moves:
         before = job.state
@@ -142,7 +140,7 @@ def test_events_and_settlement_wake_the_handler(job: Job) -> None:
     assert job.take_events() == []
 
 
-def test_handler_that_does_not_stream_is_woken_for_the_end_only() -> None:
+def test_handler_without_streaming_is_woken_only_by_settlement() -> None:
     job = make_job(progress=False)
     job.post(PREPARED)
     assert not is_awake(job)
@@ -154,13 +152,13 @@ def test_handler_that_does_not_stream_is_woken_for_the_end_only() -> None:
     job.close()
 
 
-def test_unread_progress_is_replaced_so_that_the_list_stays_short(job: Job) -> None:
+def test_unread_progress_is_replaced_by_the_next(job: Job) -> None:
     for step in range(1000):
         job.post(Progress("id", 0, step, 1000))
     assert job.take_events() == [Progress("id", 0, 999, 1000)]
 
 
-def test_progress_does_not_swallow_other_events(job: Job, spool: Spool) -> None:
+def test_progress_does_not_replace_other_events(job: Job, spool: Spool) -> None:
     partial = Partial(0, 0, spool.store(b"x"), 1)
     for event in (Progress("id", 0, 1, 9), partial, Progress("id", 0, 2, 9), Progress("id", 0, 3, 9)):
         job.post(event)
@@ -170,7 +168,7 @@ def test_progress_does_not_swallow_other_events(job: Job, spool: Spool) -> None:
 def test_close_releases_what_the_job_owns(spool: Spool) -> None:
     job = make_job()
     segment = spool.store(b"x" * 100)
-    assert job.own(segment)
+    assert job.add_segment(segment)
     job.results[0] = Result(segment, 100, 7)
     job.close()
     job.close()
@@ -178,17 +176,17 @@ def test_close_releases_what_the_job_owns(spool: Spool) -> None:
     assert job.results == {}
 
 
-def test_closed_job_owns_nothing_more_and_is_told_nothing(spool: Spool) -> None:
+def test_closed_job_rejects_segments_and_events(spool: Spool) -> None:
     job = make_job()
     job.close()
-    assert not job.own(spool.store(b"late"))
+    assert not job.add_segment(spool.store(b"late"))
     assert spool.used_bytes == 0
     job.post(PREPARED)
     assert job.take_events() == []
     assert job.settle(State.CANCELLED)
 
 
-def test_dropped_results_are_made_again(job: Job, spool: Spool) -> None:
+def test_drop_results_removes_the_results(job: Job, spool: Spool) -> None:
     job.results[0] = Result(spool.store(b"x"), 1, 7)
     job.drop_results()
     assert job.results == {}

@@ -1,4 +1,4 @@
-"""API keys: who is asked for one, which are known, and a file of them that is read or refused in one line."""
+"""API keys: which requests need one, which keys are accepted, and errors of the key file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def request(fields: str = "", path: str = "/v1/models", method: str = "GET") -> 
     return Request(head, "192.0.2.1")
 
 
-def is_let_in(asked: Request, keys: Keys) -> bool:
+def is_accepted(asked: Request, keys: Keys) -> bool:
     try:
         keys.check(asked, is_open)
     except Unauthorized as error:
@@ -48,14 +48,14 @@ def is_let_in(asked: Request, keys: Keys) -> bool:
         (f"Authorization: Bearer {KEY}x\r\n", False),
         ("Authorization: Bearer sk-on\r\n", False),
         ("Authorization: Bearer\r\n", False),
-        (f"Authorization: Bearer wrong\r\napi-key: {KEY}\r\n", False),  # one of them would be whom it is counted for
+        (f"Authorization: Bearer wrong\r\napi-key: {KEY}\r\n", False),  # the first one found identifies the client
         ("api-key: \xff\r\n", False),
         ("", False),
     ],
 )
-def test_a_known_key_is_let_in_however_it_is_sent(fields: str, known: bool) -> None:
-    assert is_let_in(request(fields), Keys([KEY, "sk-two"])) is known
-    assert is_let_in(request(fields), Keys())  # nobody is asked
+def test_configured_key_is_accepted_in_each_form(fields: str, known: bool) -> None:
+    assert is_accepted(request(fields), Keys([KEY, "sk-two"])) is known
+    assert is_accepted(request(fields), Keys())  # no keys are configured
 
 
 @pytest.mark.parametrize(
@@ -81,69 +81,69 @@ def test_a_known_key_is_let_in_however_it_is_sent(fields: str, known: bool) -> N
         ("GET", "/v1/", False),
     ],
 )
-def test_what_needs_no_key(method: str, path: str, needs_none: bool) -> None:
-    assert is_let_in(request(method=method, path=path), Keys([KEY])) is needs_none
+def test_only_open_paths_need_no_key(method: str, path: str, needs_none: bool) -> None:
+    assert is_accepted(request(method=method, path=path), Keys([KEY])) is needs_none
 
 
-def test_the_file_holds_one_key_on_each_line(tmp_path: Path) -> None:
+def test_key_file_has_one_key_on_each_line(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_bytes(b"# for the office\r\nsk-one\r\n\n  sk-two \n")
     keys = read_keys(Settings(api_key_file=path, api_key="sk-three"))
     assert len(keys) == 3
     for key in ("sk-one", "sk-two", "sk-three"):
-        assert is_let_in(request(f"api-key: {key}\r\n"), keys)
-    assert not is_let_in(request("api-key: #\r\n"), keys)
+        assert is_accepted(request(f"api-key: {key}\r\n"), keys)
+    assert not is_accepted(request("api-key: #\r\n"), keys)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "No such file"),
-        (b"", "no key in it"),
-        (b"# only words\n\n", "no key in it"),
+        (b"", "no key found"),
+        (b"# only words\n\n", "no key found"),
         (b"good\nsecret with blanks\n", "line 2"),
         ("kočka\n".encode(), "line 1"),
         (b"x" * 513, "line 1"),
         (b"#" * 2_000_000, "larger than"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_told_in_one_line(tmp_path: Path, content: bytes | None, told: str) -> None:
+def test_unusable_key_file_is_a_one_line_error(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "keys"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(SettingsError, match=told) as caught:
+    with pytest.raises(SettingsError, match=message) as caught:
         read_keys(Settings(api_key_file=path))
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
 
 
-def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+def test_fifo_is_rejected_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "keys")
     for path in (tmp_path / "keys", tmp_path):
         with pytest.raises(SettingsError, match=r"not a regular file|directory"):
             read_keys(Settings(api_key_file=path))
 
 
-def test_a_key_that_no_field_can_carry_is_refused() -> None:
+def test_key_that_no_field_can_carry_is_rejected() -> None:
     with pytest.raises(SettingsError, match="api_key") as caught:
         read_keys(Settings(api_key="sk one"))
     assert "sk one" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("mode", "is_told"), [(0o600, False), (0o640, False), (0o644, True)])
-def test_a_file_that_everybody_can_read_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, is_told: bool
+@pytest.mark.parametrize(("mode", "is_logged"), [(0o600, False), (0o640, False), (0o644, True)])
+def test_world_readable_key_file_is_logged_as_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, is_logged: bool
 ) -> None:
     path = tmp_path / "keys"
     path.write_text(KEY)
     path.chmod(mode)
     read_keys(Settings(api_key_file=path))
     assert stat.S_IMODE(path.stat().st_mode) == mode
-    assert [record.levelno for record in caplog.records] == ([logging.WARNING] if is_told else [])
+    assert [record.levelno for record in caplog.records] == ([logging.WARNING] if is_logged else [])
     assert KEY not in caplog.text
 
 
-def test_a_key_is_not_shown_with_the_settings(tmp_path: Path) -> None:
+def test_key_does_not_appear_in_the_settings_or_errors(tmp_path: Path) -> None:
     assert KEY not in repr(load_settings({}, {"OVSERVE_API_KEY": KEY}))
     config = tmp_path / "c.toml"
     config.write_text("api_key = 123456\n")
@@ -152,9 +152,9 @@ def test_a_key_is_not_shown_with_the_settings(tmp_path: Path) -> None:
     assert "123456" not in str(caught.value)
 
 
-def test_a_known_key_says_who_asks_and_any_other_does_not() -> None:
+def test_only_a_configured_key_makes_a_request_verified() -> None:
     known, other = request(f"Authorization: Bearer {KEY}\r\n"), request("Authorization: Bearer sk-other\r\n")
-    assert is_let_in(known, Keys([KEY]))
-    assert is_let_in(other, Keys())  # nobody is asked
+    assert is_accepted(known, Keys([KEY]))
+    assert is_accepted(other, Keys())  # no keys are configured
     assert (known.is_verified, other.is_verified) == (True, False)
     assert known.key != other.key != ""

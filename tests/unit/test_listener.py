@@ -1,4 +1,4 @@
-"""The listening socket: it takes its port or says why not, gives each connection a place, and ends in order."""
+"""The listener: start-up errors, connection limit, eviction, exhausted resources and graceful stop."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 
 from ovserve.errors import StartupError
 from ovserve.front import listener as listener_module
+from ovserve.front import overflow as overflow_module
 from ovserve.front.handler import Connection
 from ovserve.front.listener import Listener
 from ovserve.settings.options import Settings
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("leak_guard")
 
 @contextmanager
 def listening(folder: Path, settings: Settings) -> Iterator[Listener]:
-    """A listener that is not started."""
+    """Yield a listener that is not started."""
     api, spool = ToyApi(), Spool(folder, 1_000_000)
     try:
         listener = Listener(settings, api, spool)
@@ -46,31 +47,31 @@ def listening(folder: Path, settings: Settings) -> Iterator[Listener]:
 
 
 def eventually(is_so: Callable[[], bool]) -> None:
-    """Wait for what a thread does after its client has its answer."""
+    """Wait for something that a thread does after its client has received the answer."""
     until = time.monotonic() + 10
     while not is_so():
         assert time.monotonic() < until
         time.sleep(0.005)
 
 
-def test_it_is_the_standard_library_s_threading_server() -> None:
+def test_listener_is_a_threading_http_server() -> None:
     assert issubclass(Listener, ThreadingHTTPServer)
 
 
-def test_an_occupied_port_is_named_in_one_line(tmp_path: Path) -> None:
+def test_occupied_port_is_a_one_line_startup_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StartupError, match=f"^cannot listen on 127.0.0.1 port {port}: Address already in use$"):
             listening(tmp_path, Settings(port=port)).__enter__()
 
 
-def test_an_address_of_another_machine_is_named_too(tmp_path: Path) -> None:
-    for host in ("192.0.2.1", "ä" * 70):  # the other is too long for a name
+def test_unusable_host_is_a_startup_error(tmp_path: Path) -> None:
+    for host in ("192.0.2.1", "ä" * 70):  # another machine's address; a name that is too long
         with pytest.raises(StartupError, match=rf"^cannot listen on {host} port 0: "):
             listening(tmp_path, Settings(host=host, port=0)).__enter__()
 
 
-def test_the_port_is_taken_when_it_is_made_and_served_when_it_is_started(tmp_path: Path) -> None:
+def test_port_is_bound_by_the_constructor_and_served_after_start(tmp_path: Path) -> None:
     with listening(tmp_path, Settings(port=0)) as listener, RawClient(listener.port) as client:
         client.send(HEALTH)
         assert not client.has_answer(0.05)
@@ -79,7 +80,7 @@ def test_the_port_is_taken_when_it_is_made_and_served_when_it_is_started(tmp_pat
 
 
 @pytest.mark.parametrize("host", ["::1", "[::1]"])
-def test_it_listens_on_ipv6(tmp_path: Path, host: str) -> None:
+def test_listens_on_ipv6(tmp_path: Path, host: str) -> None:
     with listening(tmp_path, Settings(host=host, port=0)) as listener:
         assert listener.host == "::1"
         listener.start()
@@ -88,7 +89,7 @@ def test_it_listens_on_ipv6(tmp_path: Path, host: str) -> None:
             assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
 
 
-def test_a_peer_that_vanished_is_looked_after(tmp_path: Path) -> None:
+def test_tcp_keepalive_detects_a_vanished_peer_within_two_minutes(tmp_path: Path) -> None:
     with listening(tmp_path, Settings(port=0)) as listener, RawClient(listener.port):
         select.select([listener.socket], [], [], 10)
         with listener.socket.accept()[0] as accepted:
@@ -100,7 +101,7 @@ def test_a_peer_that_vanished_is_looked_after(tmp_path: Path) -> None:
             assert idle + interval * count <= 120
 
 
-def test_it_knows_how_much_is_going_on() -> None:
+def test_open_connections_and_active_exchanges_are_counted() -> None:
     with serving() as (listener, api):
         assert (listener.open_connections, listener.active_exchanges) == (0, 0)
         with RawClient(listener.port) as idle, RawClient(listener.port) as busy:
@@ -114,10 +115,10 @@ def test_it_knows_how_much_is_going_on() -> None:
         eventually(lambda: (listener.open_connections, listener.active_exchanges) == (0, 0))
 
 
-# --- the end ------------------------------------------------------------------------------------------------------------
+# --- stop -------------------------------------------------------------------------------------------------------------
 
 
-def test_idle_connections_end_at_once_and_exchanges_in_flight_are_waited_for() -> None:
+def test_stop_closes_idle_connections_at_once_and_waits_for_requests_in_flight() -> None:
     with serving() as (listener, api), RawClient(listener.port) as idle, RawClient(listener.port) as busy:
         idle.send(HEALTH).read_response()
         busy.send(WAIT)
@@ -126,6 +127,8 @@ def test_idle_connections_end_at_once_and_exchanges_in_flight_are_waited_for() -
         stopping = threading.Thread(target=listener.stop, args=(30,))
         stopping.start()
         assert idle.read_rest() == b""
+        # A connection that becomes idle after the drain has begun ends itself, maybe before the socket is closed.
+        eventually(lambda: listener.socket.fileno() < 0)
         with pytest.raises(ConnectionError):
             RawClient(listener.port)
         assert stopping.is_alive()
@@ -137,10 +140,10 @@ def test_idle_connections_end_at_once_and_exchanges_in_flight_are_waited_for() -
         assert not stopping.is_alive()
 
 
-def test_who_was_not_accepted_yet_is_still_answered(tmp_path: Path) -> None:
+def test_stop_answers_connections_in_the_backlog(tmp_path: Path) -> None:
     with listening(tmp_path, Settings(port=0)) as listener:
         listener.start()
-        listener.shutdown()  # as if the accept thread had no time any more
+        listener.shutdown()  # so that the next connection stays in the backlog
         with RawClient(listener.port) as client:
             client.send(HEALTH)
             listener.stop(10)
@@ -149,7 +152,27 @@ def test_who_was_not_accepted_yet_is_still_answered(tmp_path: Path) -> None:
             assert answer.fields["connection"] == "close"
 
 
-def test_what_outlives_the_grace_is_cut() -> None:
+def test_stop_closes_the_socket_before_it_waits_for_connections_beyond_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(overflow_module, "STOP_GRACE_S", 20.0)
+    with serving(max_connections=1) as (listener, api), RawClient(listener.port) as busy:
+        busy.send(WAIT)
+        assert api.seen.get(timeout=10) == "/wait"
+        with RawClient(listener.port) as beyond:
+            beyond.send(HEALTH[:-2])
+            stopping = threading.Thread(target=listener.stop, args=(30,))
+            stopping.start()
+            eventually(lambda: listener.socket.fileno() < 0)
+            assert not beyond.has_answer(0)
+            assert beyond.send(HEALTH[-2:]).read_response().status == 200
+        api.release()
+        assert busy.read_response().status == 200
+        stopping.join(10)
+        assert not stopping.is_alive()
+
+
+def test_stop_aborts_requests_after_the_grace_period() -> None:
     with serving() as (listener, api):
         with RawClient(listener.port) as busy, RawClient(listener.port) as sending, RawClient(listener.port) as reading:
             busy.send(WAIT)
@@ -168,16 +191,16 @@ def test_what_outlives_the_grace_is_cut() -> None:
         assert listener.open_connections == 0
 
 
-def test_stopping_twice_or_before_the_start_is_no_error(tmp_path: Path) -> None:
+def test_stop_is_idempotent_and_needs_no_start(tmp_path: Path) -> None:
     with listening(tmp_path, Settings(port=0)) as listener:
         listener.stop(0)
         listener.stop(0)
 
 
-# --- more connections than places --------------------------------------------------------------------------------------
+# --- connection limit -------------------------------------------------------------------------------------------------
 
 
-def test_beyond_the_limit_the_answer_is_503_and_health_still_answers() -> None:
+def test_connections_beyond_the_limit_get_503_and_health_still_answers() -> None:
     with serving(max_connections=2) as (listener, api):
         with RawClient(listener.port) as first, RawClient(listener.port) as second:
             first.send(WAIT)
@@ -200,7 +223,7 @@ def test_beyond_the_limit_the_answer_is_503_and_health_still_answers() -> None:
 
 
 def served_again(listener: Listener) -> None:
-    """A place is free again."""
+    """Wait until a connection is below the limit and gets a thread again."""
 
     def is_served() -> bool:
         with RawClient(listener.port) as client:
@@ -209,14 +232,14 @@ def served_again(listener: Listener) -> None:
     eventually(is_served)
 
 
-def test_the_connection_that_was_idle_longest_makes_place_for_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener_module, "IDLE_ENOUGH_S", 0.0)
+def test_new_connection_evicts_the_one_idle_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "MIN_IDLE_S", 0.0)
     with serving(max_connections=3) as (listener, api), RawClient(listener.port) as busy:
         busy.send(WAIT)
         with RawClient(listener.port) as first, RawClient(listener.port) as second:
             for client in (second, first):
                 client.send(HEALTH).read_response()
-                time.sleep(0.1)  # nothing tells from outside that a thread waits again
+                time.sleep(0.1)  # from outside, a thread that waits again cannot be observed
             with RawClient(listener.port) as third:
                 assert third.send(ECHO).read_response().status == 200
             assert second.read_rest() == b""
@@ -225,7 +248,7 @@ def test_the_connection_that_was_idle_longest_makes_place_for_a_new_one(monkeypa
         assert busy.read_response().status == 200
 
 
-def test_who_was_answered_a_moment_ago_keeps_its_place() -> None:
+def test_recently_answered_connection_is_not_evicted() -> None:
     with serving(max_connections=1) as (listener, _), RawClient(listener.port) as first:
         first.send(ECHO).read_response()
         with RawClient(listener.port) as second:
@@ -238,7 +261,7 @@ def only_connection(listener: Listener) -> Connection:
     return connection
 
 
-def test_a_connection_that_has_begun_a_request_meanwhile_is_left_alone() -> None:
+def test_close_idle_with_an_outdated_idle_since_does_nothing() -> None:
     with serving() as (listener, api), RawClient(listener.port) as client:
         client.send(HEALTH).read_response()
         connection = only_connection(listener)
@@ -247,35 +270,35 @@ def test_a_connection_that_has_begun_a_request_meanwhile_is_left_alone() -> None
         client.send(WAIT)
         while api.seen.get(timeout=10) != "/wait":
             pass
-        assert not connection.close_idle(since)  # as whoever has read `idle_since` just before
+        assert not connection.close_idle(since)  # like a listener that has read `idle_since` just before the request
         api.release()
         assert client.read_response().status == 200
 
 
-def test_a_connection_whose_request_has_come_but_is_not_read_yet_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    woken, go_on = threading.Event(), threading.Event()
-    wake = Connection._wake
+def test_close_idle_keeps_a_connection_with_unread_request_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clearing, resume = threading.Event(), threading.Event()
+    clear_idle = Connection._clear_idle
 
-    def wake_late(connection: Connection) -> None:
+    def clear_late(connection: Connection) -> None:
         if connection.idle_since:
-            woken.set()
-            assert go_on.wait(10)
-        wake(connection)
+            clearing.set()
+            assert resume.wait(10)
+        clear_idle(connection)
 
-    monkeypatch.setattr(Connection, "_wake", wake_late)
+    monkeypatch.setattr(Connection, "_clear_idle", clear_late)
     with serving() as (listener, api), RawClient(listener.port) as client:
         client.send(HEALTH).read_response()
         connection = only_connection(listener)
         eventually(lambda: connection.idle_since > 0)
         client.send(WAIT)
-        assert woken.wait(10)
+        assert clearing.wait(10)
         assert not connection.close_idle(connection.idle_since)
-        go_on.set()
+        resume.set()
         api.release()
         assert client.read_response().status == 200
 
 
-def test_accepting_goes_on_when_the_machine_has_no_thread_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accepting_continues_when_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as (listener, _):
         start = threading.Thread.start
 
@@ -293,7 +316,7 @@ def test_accepting_goes_on_when_the_machine_has_no_thread_left(monkeypatch: pyte
         served_again(listener)
 
 
-def test_accepting_goes_on_when_descriptors_run_out() -> None:
+def test_accepting_continues_when_descriptors_run_out() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with serving() as (listener, _):
         waiting = [socket.socket() for _ in range(20)]
@@ -303,7 +326,7 @@ def test_accepting_goes_on_when_descriptors_run_out() -> None:
             for connection in waiting:
                 connection.settimeout(10)
                 connection.connect(("127.0.0.1", listener.port))
-            # Those that found no descriptor are closed rather than left in the backlog for ever.
+            # Connections without a descriptor are closed, rather than left in the backlog for ever.
             for connection in waiting[10:]:
                 assert connection.recv(1) == b""
         finally:
@@ -313,7 +336,7 @@ def test_accepting_goes_on_when_descriptors_run_out() -> None:
         served_again(listener)
 
 
-def test_accepting_goes_on_when_not_even_the_reserve_can_be_had_again() -> None:
+def test_accepting_continues_when_no_spare_descriptor_can_be_opened() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with serving() as (listener, _), socket.socket() as waiting:
         waiting.settimeout(10)
@@ -321,7 +344,7 @@ def test_accepting_goes_on_when_not_even_the_reserve_can_be_had_again() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
             waiting.connect(("127.0.0.1", listener.port))
             waiting.sendall(HEALTH)
-            time.sleep(0.2)  # nothing can be seen while nothing can be opened
+            time.sleep(0.2)  # without descriptors, the test cannot observe the listener
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert waiting.recv(100).startswith(b"HTTP/1.1 200 OK")

@@ -1,4 +1,4 @@
-"""The device loop over an engine that denoises nothing: fairness, bounds, cancellation, beats."""
+"""The device loop with an engine that denoises nothing: fairness, bounds, cancellation, heartbeats."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def work(job: str, picture: int = 0, *, alone: bool = False) -> Work:
 
 
 class CountingEngine:
-    """Ends each picture after `turns` turns; notes who shared a turn with whom."""
+    """Finishes each picture after `turns` turns; records the jobs of each turn in `together`."""
 
     name = "counting"
     schedulers: frozenset[str] = frozenset()
@@ -47,7 +47,7 @@ class CountingEngine:
         self.admitted: list[tuple[str, int]] = []
         self.together: list[list[str]] = []
         self.inside: dict[Work, int] = {}
-        self.gate: threading.Semaphore | None = None  # when set: a turn for each release
+        self.gate: threading.Semaphore | None = None  # if set, each turn waits for one release
 
     def load(self, beat: Callable[[str], None]) -> None:
         beat("load")
@@ -91,22 +91,22 @@ class CountingEngine:
 
 
 class Bench:
-    """A loop in its own thread, with all it gives out."""
+    """A device loop in its own thread, with its heartbeats and outcomes."""
 
     def __init__(self, engine: CountingEngine, hang_limit_s: float = 60.0) -> None:
         self.engine = engine
-        self.beats: list[tuple[str, float]] = []
+        self.heartbeats: list[tuple[str, float]] = []
         self.outcomes: list[tuple[Outcome, float]] = []
         self.changed = threading.Condition()
         self.refusals = 0
         self.expired: set[str] = set()
-        self.loop = DeviceLoop(engine, self.beat, self.deliver, self.is_wanted, hang_limit_s)
+        self.loop = DeviceLoop(engine, self.heartbeat, self.deliver, self.is_active, hang_limit_s)
         self.loop.load()
         self.thread = threading.Thread(target=self.loop.run)
 
-    def beat(self, phase: str, allow_s: float) -> None:
+    def heartbeat(self, phase: str, allow_s: float) -> None:
         with self.changed:
-            self.beats.append((phase, allow_s))
+            self.heartbeats.append((phase, allow_s))
             self.changed.notify_all()
 
     def deliver(self, outcome: Outcome, seconds: float) -> bool:
@@ -118,7 +118,7 @@ class Bench:
             self.changed.notify_all()
         return True
 
-    def is_wanted(self, work: Work) -> bool:
+    def is_active(self, work: Work) -> bool:
         if work.job in self.expired:
             work.cancelled.set()
         return not work.cancelled.is_set()
@@ -145,7 +145,7 @@ def running(engine: CountingEngine, hang_limit_s: float = 60.0) -> Iterator[Benc
         assert not bench.thread.is_alive()
 
 
-def test_each_piece_of_work_comes_out_once() -> None:
+def test_each_work_has_exactly_one_outcome() -> None:
     with running(CountingEngine(capacity=3, turns=2)) as bench:
         works = [[work(f"job{j}", k) for k in range(4)] for j in range(5)]
         for pictures in works:
@@ -158,7 +158,7 @@ def test_each_piece_of_work_comes_out_once() -> None:
     assert all(seconds > 0 for _, seconds in bench.outcomes)
 
 
-def test_jobs_take_turns_picture_by_picture() -> None:
+def test_jobs_are_admitted_round_robin_by_picture() -> None:
     with running(CountingEngine()) as bench:
         bench.loop.add([work("many", k) for k in range(4)])
         bench.loop.add([work("one")])
@@ -176,7 +176,7 @@ def test_jobs_take_turns_picture_by_picture() -> None:
     ]
 
 
-def test_a_job_joins_while_another_runs() -> None:
+def test_job_joins_while_another_runs() -> None:
     engine = CountingEngine(capacity=2, turns=4)
     engine.gate = threading.Semaphore(1)
     with running(engine) as bench:
@@ -189,7 +189,7 @@ def test_a_job_joins_while_another_runs() -> None:
     assert ["first", "second"] in engine.together
 
 
-def test_a_job_that_runs_alone_shares_no_turn_and_is_not_overtaken() -> None:
+def test_job_marked_alone_shares_no_turn_and_is_not_overtaken() -> None:
     with running(CountingEngine(capacity=3, turns=2)) as bench:
         bench.loop.add([work("before", k) for k in range(2)])
         bench.loop.add([work("alone", k, alone=True) for k in range(2)])
@@ -202,22 +202,22 @@ def test_a_job_that_runs_alone_shares_no_turn_and_is_not_overtaken() -> None:
     assert order.index("alone") < order.index("after")
 
 
-def test_work_nobody_wants_never_reaches_the_engine() -> None:
+def test_inactive_work_never_reaches_the_engine() -> None:
     with running(CountingEngine()) as bench:
-        unwanted = [work("gone", k) for k in range(3)]
-        for piece in unwanted:
+        cancelled = [work("cancelled", k) for k in range(3)]
+        for piece in cancelled:
             piece.cancelled.set()
-        bench.loop.add(unwanted)
+        bench.loop.add(cancelled)
         bench.loop.add([work("late")])
         bench.expired.add("late")
-        bench.loop.add([work("wanted")])
+        bench.loop.add([work("active")])
         bench.thread.start()
         outcomes = bench.wait_outcomes(5)
-    assert bench.engine.admitted == [("wanted", 0)]
+    assert bench.engine.admitted == [("active", 0)]
     assert sum(outcome.pixels is None and outcome.error is None for outcome in outcomes) == 4
 
 
-def test_work_in_flight_that_nobody_wants_any_more_is_dropped_at_the_next_turn() -> None:
+def test_work_in_flight_is_dropped_within_two_turns_of_expiry() -> None:
     engine = CountingEngine(turns=1000)
     engine.gate = threading.Semaphore(3)
     with running(engine) as bench:
@@ -231,7 +231,7 @@ def test_work_in_flight_that_nobody_wants_any_more_is_dropped_at_the_next_turn()
         assert len(engine.together) <= 5
 
 
-def test_waking_lets_go_of_cancelled_work_at_once() -> None:
+def test_wake_removes_cancelled_pending_work() -> None:
     engine = CountingEngine(turns=2)
     engine.gate = threading.Semaphore(0)
     with running(engine) as bench:
@@ -239,7 +239,7 @@ def test_waking_lets_go_of_cancelled_work_at_once() -> None:
         bench.loop.add([work("running")])
         bench.loop.add([waiting])
         bench.thread.start()
-        bench.wait(lambda: ("denoise", 0.0) in bench.beats)
+        bench.wait(lambda: ("denoise", 0.0) in bench.heartbeats)
         waiting.cancelled.set()
         bench.loop.wake()
         engine.gate.release()
@@ -248,41 +248,41 @@ def test_waking_lets_go_of_cancelled_work_at_once() -> None:
         engine.gate.release()
 
 
-def test_an_outcome_without_room_is_offered_again_and_the_loop_keeps_beating() -> None:
+def test_refused_outcome_is_offered_again_while_heartbeats_continue() -> None:
     with running(CountingEngine()) as bench:
         bench.refusals = 3
         bench.loop.add([work("a")])
         bench.thread.start()
         bench.wait_outcomes(1)
-    assert ("finish", 0.0) in bench.beats
+    assert ("finish", 0.0) in bench.heartbeats
 
 
-def test_it_beats_through_loading_work_and_idleness() -> None:
+def test_heartbeats_are_sent_while_loading_working_and_idle() -> None:
     with running(CountingEngine()) as bench:
         bench.thread.start()
-        bench.wait(lambda: [phase for phase, _ in bench.beats].count("idle") >= 2)  # a second apart
+        bench.wait(lambda: [phase for phase, _ in bench.heartbeats].count("idle") >= 2)  # a second apart
         bench.loop.add([work("a")])
         bench.wait_outcomes(1)
-        bench.wait(lambda: bench.beats[-1][0] == "idle")
-    phases = [phase for phase, _ in bench.beats]
+        bench.wait(lambda: bench.heartbeats[-1][0] == "idle")
+    phases = [phase for phase, _ in bench.heartbeats]
     assert phases[:3] == ["load", "load", "warm-up"]
     assert "denoise" in phases
     assert "decode" in phases
 
 
-def test_a_slow_phase_is_allowed_twenty_times_its_slowest() -> None:
+def test_slow_phase_is_allowed_twenty_times_its_slowest_run() -> None:
     with running(CountingEngine(turns=3, turn_s=0.3), hang_limit_s=1.0) as bench:
         bench.thread.start()
         bench.loop.add([work("a")])
         bench.wait_outcomes(1)
         bench.loop.add([work("b")])
         bench.wait_outcomes(2)
-    allowed = [allow_s for phase, allow_s in bench.beats if phase == "denoise"]
+    allowed = [allow_s for phase, allow_s in bench.heartbeats if phase == "denoise"]
     assert 6.0 <= max(allowed) <= 60.0
-    assert all(allow_s == 0.0 for phase, allow_s in bench.beats if phase == "idle")
+    assert all(allow_s == 0.0 for phase, allow_s in bench.heartbeats if phase == "idle")
 
 
-def test_one_long_pause_is_forgotten_after_a_few_turns() -> None:
+def test_allowance_of_one_long_pause_decays_over_turns() -> None:
     engine = CountingEngine(turn_s=0.3)
     with running(engine, hang_limit_s=1.0) as bench:
         bench.thread.start()
@@ -292,22 +292,22 @@ def test_one_long_pause_is_forgotten_after_a_few_turns() -> None:
         for k in range(10):
             bench.loop.add([work(f"fast{k}")])
             bench.wait_outcomes(2 + k)
-            bench.wait(lambda: bench.beats[-1][0] == "idle")
-    allowed = [allow_s for phase, allow_s in bench.beats if phase == "denoise"]
+            bench.wait(lambda: bench.heartbeats[-1][0] == "idle")
+    allowed = [allow_s for phase, allow_s in bench.heartbeats if phase == "denoise"]
     assert max(allowed) >= 3.0
     assert allowed[-1] == 0.0
 
 
-def test_a_fast_phase_leaves_it_to_the_configured_limit() -> None:
+def test_fast_phase_uses_the_configured_limit() -> None:
     with running(CountingEngine(turns=3), hang_limit_s=60.0) as bench:
         bench.thread.start()
         for k in range(10):
             bench.loop.add([work(f"j{k}")])
         bench.wait_outcomes(10)
-    assert all(allow_s == 0.0 for _, allow_s in bench.beats)
+    assert all(allow_s == 0.0 for _, allow_s in bench.heartbeats)
 
 
-def test_stopping_finishes_what_is_there() -> None:
+def test_stop_finishes_pending_work() -> None:
     bench = Bench(CountingEngine(turns=3))
     bench.loop.add([work("a", k) for k in range(3)])
     bench.loop.stop()
@@ -318,7 +318,7 @@ def test_stopping_finishes_what_is_there() -> None:
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 5])
-def test_no_more_than_the_capacity_is_in_flight(capacity: int) -> None:
+def test_in_flight_work_never_exceeds_the_capacity(capacity: int) -> None:
     with running(CountingEngine(capacity=capacity, turns=3)) as bench:
         bench.loop.add([work("a", k) for k in range(6)])
         bench.loop.add([work("b", k) for k in range(6)])

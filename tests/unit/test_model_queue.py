@@ -16,49 +16,49 @@ from ovserve.wire.request import ImageRequest
 CONTEXT = multiprocessing.get_context("spawn")
 
 
-def ticket(name: str, deaths: int = 0) -> Ticket:
+def ticket(name: str, failed_attempts: int = 0) -> Ticket:
     request = ImageRequest(task="edit", prompt="x")
-    return Ticket(Job(name, "toy", Client(name), request, Deadline.after(60), wakeup=-1), "path", deaths)
+    return Ticket(Job(name, "toy", Client(name), request, Deadline.after(60), wakeup=-1), "path", failed_attempts)
 
 
 @pytest.fixture
 def model() -> Iterator[ModelQueue]:
-    """With two workers of four places, each of which holds one job."""
+    """A model with two workers of capacity 4 and one assigned job each."""
     made = ModelQueue("toy", FairQueue(64), largest_picture_bytes=1)
     for index in range(2):
         link, end = open_link(CONTEXT, "toy", index, 0)
         end.close()
         link.ready = Ready(4, "toy")
         made.workers.append(
-            AttachedWorker(link, made, hang_limit_s=10.0, held={f"held{index}": ticket(f"held{index}")})
+            AttachedWorker(link, made, hang_limit_s=10.0, assigned={f"assigned{index}": ticket(f"assigned{index}")})
         )
     yield made
     for worker in made.workers:
         worker.link.close()
 
 
-def test_worker_that_is_kept_free_for_a_lone_job_takes_none_out_of_the_queue(model: ModelQueue) -> None:
+def test_worker_reserved_for_an_isolated_job_takes_no_other_from_the_queue(model: ModelQueue) -> None:
     model.workers[1].link.ready = None
-    for lone_or_unread in (ticket("lone", deaths=1), ticket("unread")):
-        model.queue.requeue(lone_or_unread)
+    for requeued in (ticket("isolated", failed_attempts=1), ticket("shared")):
+        model.queue.requeue(requeued)
     model.queue.push(ticket("waiting"))
     assert model.take_next() is None
-    assert sorted(each.job.id for each in model.queue) == ["lone", "unread", "waiting"]
-    model.workers[0].held.clear()
+    assert sorted(each.job.id for each in model.queue) == ["isolated", "shared", "waiting"]
+    model.workers[0].assigned.clear()
     taken = model.take_next()
     assert taken is not None
-    assert (taken[0], taken[1].job.id) == (model.workers[0], "lone")
+    assert (taken[0], taken[1].job.id) == (model.workers[0], "isolated")
 
 
-def test_other_workers_go_on_beside_the_one_that_is_kept_free(model: ModelQueue) -> None:
-    emptiest, other = model.workers
-    other.held["more"] = ticket("more")
-    for lone_or_unread in (ticket("lone", deaths=1), ticket("unread")):
-        model.queue.requeue(lone_or_unread)
+def test_other_workers_get_jobs_while_one_is_reserved(model: ModelQueue) -> None:
+    reserved, other = model.workers
+    other.assigned["more"] = ticket("more")
+    for requeued in (ticket("isolated", failed_attempts=1), ticket("shared")):
+        model.queue.requeue(requeued)
     taken = model.take_next()
     assert taken is not None
-    assert (taken[0], taken[1].job.id) == (other, "unread")
-    emptiest.held.clear()
+    assert (taken[0], taken[1].job.id) == (other, "shared")
+    reserved.assigned.clear()
     taken = model.take_next()
     assert taken is not None
-    assert (taken[0], taken[1].job.id) == (emptiest, "lone")
+    assert (taken[0], taken[1].job.id) == (reserved, "isolated")

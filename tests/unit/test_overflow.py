@@ -1,4 +1,4 @@
-"""Connections beyond the limit: answered at once, never in the way of a health check, whatever they do."""
+"""Connections beyond the limit: answered at once, and never able to keep a health check out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("leak_guard")
 
 @pytest.fixture
 def full() -> Iterator[Listener]:
-    """A listener whose only place is taken."""
+    """Yield a listener at its connection limit."""
     limits = {"max_connections": 1, "overflow_connections": 4, "overflow_timeout_s": 0.5}
     with serving(**limits) as (listener, api), RawClient(listener.port) as first:
         first.send(b"GET /wait HTTP/1.1\r\nHost: a.test\r\n\r\n")
@@ -29,7 +29,7 @@ def full() -> Iterator[Listener]:
         assert first.read_response().status == 200
 
 
-def test_a_body_that_still_comes_does_not_cost_the_client_its_answer(full: Listener) -> None:
+def test_client_that_still_sends_its_body_receives_the_503(full: Listener) -> None:
     for _ in range(5):
         with RawClient(full.port) as client:
             client.send(b"POST /echo HTTP/1.1\r\nHost: a.test\r\nContent-Length: 3000000\r\n\r\n").send(
@@ -40,27 +40,27 @@ def test_a_body_that_still_comes_does_not_cost_the_client_its_answer(full: Liste
             assert client.read_rest() == b""
 
 
-def test_what_is_no_request_is_refused_as_ever(full: Listener) -> None:
+def test_malformed_request_is_400(full: Listener) -> None:
     with RawClient(full.port) as client:
         response = client.send(b"GET / HTTP/1.1\nHost: a.test\n\n").read_response()
         assert (response.status, response.code) == (400, "malformed_request")
 
 
-def test_other_methods_on_a_health_path_find_no_place(full: Listener) -> None:
+def test_only_get_and_head_on_a_health_path_are_served(full: Listener) -> None:
     for method, status in ((b"POST", 503), (b"GET", 200), (b"HEAD", 200)):
         with RawClient(full.port) as client:
             client.send(method + b" /health HTTP/1.1\r\nHost: a.test\r\n\r\n")
             assert client.read_response(method.decode()).status == status
 
 
-def test_who_says_nothing_is_closed_in_time(full: Listener) -> None:
+def test_silent_connection_is_closed_in_time(full: Listener) -> None:
     with RawClient(full.port) as client:
         started = time.monotonic()
         assert client.read_rest() == b""
         assert time.monotonic() - started < 10
 
 
-def test_who_says_nothing_does_not_keep_health_out(full: Listener) -> None:
+def test_silent_connections_do_not_keep_health_checks_out(full: Listener) -> None:
     with ExitStack() as stack:
         for _ in range(20):
             silent = stack.enter_context(RawClient(full.port))
@@ -69,7 +69,7 @@ def test_who_says_nothing_does_not_keep_health_out(full: Listener) -> None:
             assert client.send(HEALTH).read_response().status == 200
 
 
-def test_a_client_that_goes_leaves_nothing_behind(full: Listener) -> None:
+def test_clients_that_leave_do_not_leak(full: Listener) -> None:
     for data in (b"", b"GET /he", HEALTH):
         for leave in ("close", "abandon", "half_close"):
             with RawClient(full.port) as client:
@@ -79,7 +79,7 @@ def test_a_client_that_goes_leaves_nothing_behind(full: Listener) -> None:
         assert client.send(HEALTH).read_response().status == 200
 
 
-def test_a_health_check_has_no_form_and_no_time_to_wait(full: Listener) -> None:
+def test_health_check_must_not_read_a_form_wait_or_stream(full: Listener) -> None:
     expected = {"form": 503, "wait": 503, "stream": 503, "bug": 500, "error": 400, "file": 200}
     for what, status in expected.items():
         with RawClient(full.port) as client:
@@ -94,7 +94,7 @@ def test_a_health_check_has_no_form_and_no_time_to_wait(full: Listener) -> None:
             assert client.read_rest() == b""
 
 
-def test_a_long_answer_is_written_as_it_is_read() -> None:
+def test_long_answer_is_written_without_blocking_other_connections() -> None:
     with serving(max_connections=1, overflow_timeout_s=20) as (listener, api), RawClient(listener.port) as first:
         first.send(b"GET /wait HTTP/1.1\r\nHost: a.test\r\n\r\n")
         assert api.seen.get(timeout=10) == "/wait"

@@ -1,3 +1,5 @@
+"""Worker processes: exit codes, memory, OOM score, and the tie to the parent process."""
+
 from __future__ import annotations
 
 import mmap
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.fleet.processes import explain_exit, machine_memory_bytes, prefer_for_oom, resident_bytes
+from ovserve.fleet.processes import describe_exit, machine_memory_bytes, raise_oom_score, resident_bytes
 
 MIB = 1024 * 1024
 
@@ -22,13 +24,13 @@ MIB = 1024 * 1024
         (-11, "killed by signal 11 (SIGSEGV): a crash in native code"),
         (-15, "killed by signal 15 (SIGTERM)"),
         (-70, "killed by signal 70"),
-        (0, "ended by itself with exit code 0"),
-        (3, "ended by itself with exit code 3"),
+        (0, "exited with code 0"),
+        (3, "exited with code 3"),
         (None, "still running"),
     ],
 )
-def test_exit_codes_in_an_operators_words(exitcode: int | None, words: str) -> None:
-    assert explain_exit(exitcode) == words
+def test_exit_codes_are_described_for_the_log(exitcode: int | None, words: str) -> None:
+    assert describe_exit(exitcode) == words
 
 
 def test_resident_memory_is_what_the_kernel_counts() -> None:
@@ -38,7 +40,7 @@ def test_resident_memory_is_what_the_kernel_counts() -> None:
     del held
 
 
-def test_pages_mapped_from_a_file_are_not_counted(tmp_path: Path) -> None:
+def test_pages_mapped_from_a_file_do_not_count_as_resident(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(os.urandom(32 * MIB))
     before = resident_bytes(os.getpid())
@@ -47,14 +49,14 @@ def test_pages_mapped_from_a_file_are_not_counted(tmp_path: Path) -> None:
         assert resident_bytes(os.getpid()) - before < 8 * MIB
 
 
-def test_resident_memory_of_nobody_is_nothing() -> None:
+def test_resident_memory_of_a_process_that_has_ended_is_zero() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     assert resident_bytes(ended.pid) == 0
 
 
 WHOLE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-UNLIMITED = 9223372036854771712  # v1's word for none
+UNLIMITED = 9223372036854771712  # how v1 writes no limit
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ UNLIMITED = 9223372036854771712  # v1's word for none
             MIB,
         ),
         ("0::/a/b\n", {"a/b/memory.max": 3 * MIB, "a/memory.max": 2 * MIB}, 2 * MIB),
-        ("0::/a/b\n", {"a/b/c/memory.max": MIB, "a/d/memory.max": MIB}, WHOLE),  # others' limits
+        ("0::/a/b\n", {"a/b/c/memory.max": MIB, "a/d/memory.max": MIB}, WHOLE),  # limits of other groups
         ("0::/../../host/group\n", {"memory.max": MIB}, MIB),  # seen from another namespace
         ("0::/of:colons\n", {"of:colons/memory.max": MIB}, MIB),
         ("4:memory:/docker/1\n", {"memory/docker/1/memory.limit_in_bytes": MIB}, MIB),
@@ -84,29 +86,29 @@ UNLIMITED = 9223372036854771712  # v1's word for none
         (None, {"memory.max": MIB}, MIB),
     ],
 )
-def test_memory_limit_is_the_least_of_the_control_groups(
+def test_memory_limit_is_the_lowest_of_the_control_groups(
     tmp_path: Path, membership: str | None, limits: dict[str, object], allowed: int
 ) -> None:
-    told, mount = tmp_path / "cgroup", tmp_path / "mount"
+    listed, mount = tmp_path / "cgroup", tmp_path / "mount"
     if membership is not None:
-        told.write_text(membership)
+        listed.write_text(membership)
     for name, limit in limits.items():
         (mount / name).parent.mkdir(parents=True, exist_ok=True)
         (mount / name).write_text(f"{limit}\n")
-    assert machine_memory_bytes(mount, told) == allowed
+    assert machine_memory_bytes(mount, listed) == allowed
 
 
-def test_memory_of_this_machine_is_known() -> None:
+def test_memory_of_this_machine_is_above_zero_and_within_its_size() -> None:
     assert 0 < machine_memory_bytes() <= WHOLE
 
 
-def test_worker_goes_before_the_front_end_when_memory_runs_out() -> None:
+def test_worker_has_a_higher_oom_score_than_the_front_end() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     own = int(Path("/proc/self/oom_score_adj").read_text())
-    prefer_for_oom(child.pid)
+    raise_oom_score(child.pid)
     assert int(Path(f"/proc/{child.pid}/oom_score_adj").read_text()) == min(1000, own + 500)
     child.communicate()
-    prefer_for_oom(child.pid)  # gone: nothing happens
+    raise_oom_score(child.pid)  # has exited: no error
 
 
 PARENT = """
@@ -117,20 +119,20 @@ sys.stdin.read()
 """
 CHILD = """
 import os, sys, threading
-from ovserve.fleet.processes import enter
-enter(int(sys.argv[1]))
-print("entered", flush=True)
+from ovserve.fleet.processes import bind_to_parent
+bind_to_parent(int(sys.argv[1]))
+print("bound", flush=True)
 threading.Event().wait()
 """
 
 
-def test_entered_process_dies_with_its_parent_and_hears_no_signal_of_the_front_end() -> None:
+def test_bound_process_dies_with_its_parent_and_ignores_the_front_ends_signals() -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout
-    pid_text, said = parent.stdout.readline().split()
-    assert said == "entered"
+    pid_text, printed = parent.stdout.readline().split()
+    assert printed == "bound"
     ended = os.pidfd_open(int(pid_text))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(int(pid_text), number)
@@ -144,7 +146,7 @@ def test_entered_process_dies_with_its_parent_and_hears_no_signal_of_the_front_e
     os.close(ended)
 
 
-def test_process_whose_parent_is_gone_already_does_not_start() -> None:
+def test_process_whose_parent_has_ended_exits_before_its_work() -> None:
     child = subprocess.Popen([sys.executable, "-c", CHILD, "1"], stdout=subprocess.PIPE)
     assert child.communicate(timeout=10)[0] == b""
     assert child.returncode == 1

@@ -1,4 +1,4 @@
-"""What is known of a model from its directory alone."""
+"""Model profiles, read from the directory without loading the model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from ovserve.errors import ModelError, SettingsError
 from ovserve.models.profile import builtin_directory, read_profile
-from ovserve.models.steps import least_steps, least_strength, steps_run
+from ovserve.models.steps import min_steps_for, min_strength_for, steps_run
 from ovserve.settings.options import ModelSettings, Resolution
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A copy of the built-in model's files without the weights' bytes."""
+    """A copy of the built-in model's directory with empty weight files."""
     target = tmp_path / "m"
     for source in builtin_directory().rglob("*"):
         copy = target / source.relative_to(builtin_directory())
@@ -34,7 +34,7 @@ def directory(tmp_path: Path) -> Path:
     return target
 
 
-def test_the_builtin_model_is_known_without_loading_it() -> None:
+def test_profile_of_the_builtin_model() -> None:
     profile = read_profile(ModelSettings(name="b"))
     assert profile.family == "stable-diffusion"
     assert profile.tasks == {"text2image", "image2image", "inpainting"}
@@ -44,7 +44,7 @@ def test_the_builtin_model_is_known_without_loading_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gone", "told"),
+    ("missing", "message"),
     [
         ("model_index.json", "model index"),
         ("unet/openvino_model.xml", "'unet'"),
@@ -57,22 +57,22 @@ def test_the_builtin_model_is_known_without_loading_it() -> None:
         ("vae_encoder/openvino_model.bin", "'vae_encoder'"),
     ],
 )
-def test_a_missing_component_is_named(directory: Path, gone: str, told: str) -> None:
-    target = directory / gone
+def test_missing_component_is_named(directory: Path, missing: str, message: str) -> None:
+    target = directory / missing
     if target.is_dir():
         shutil.rmtree(target)
     else:
         target.unlink()
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         read_profile(ModelSettings(name="m", path=directory))
 
 
-def test_a_wrong_directory_is_told(tmp_path: Path) -> None:
+def test_missing_directory_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such directory"):
         read_profile(ModelSettings(name="m", path=tmp_path / "nowhere"))
 
 
-def test_a_loop_of_links_is_no_directory(tmp_path: Path) -> None:
+def test_symlink_loop_is_reported_as_missing_directory(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with pytest.raises(ModelError, match="no such directory"):
@@ -80,13 +80,13 @@ def test_a_loop_of_links_is_no_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, f'{{"sample_size": 1{"0" * 5000}}}', '{"sample_size": 1e999}'])
-def test_json_that_no_tool_writes_is_told(directory: Path, text: str) -> None:
+def test_hostile_json_raises_model_error(directory: Path, text: str) -> None:
     (directory / "unet" / "config.json").write_text(text)
     with pytest.raises(ModelError):
         read_profile(ModelSettings(name="m", path=directory))
 
 
-def test_another_kind_of_model_is_refused(directory: Path) -> None:
+def test_unsupported_pipeline_class_is_rejected(directory: Path) -> None:
     index = json.loads((directory / "model_index.json").read_text())
     (directory / "model_index.json").write_text(json.dumps({**index, "_class_name": "AudioLDMPipeline"}))
     with pytest.raises(ModelError, match="AudioLDMPipeline"):
@@ -94,18 +94,18 @@ def test_another_kind_of_model_is_refused(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
-def test_unreadable_json_is_told(directory: Path, text: str) -> None:
+def test_unreadable_json_names_the_file(directory: Path, text: str) -> None:
     (directory / "model_index.json").write_text(text)
     with pytest.raises(ModelError, match=r"model_index\.json"):
         read_profile(ModelSettings(name="m", path=directory))
 
 
-def test_without_a_vae_encoder_only_text_to_image_is_left(directory: Path) -> None:
+def test_model_without_vae_encoder_supports_only_text2image(directory: Path) -> None:
     shutil.rmtree(directory / "vae_encoder")
     assert read_profile(ModelSettings(name="m", path=directory)).tasks == {"text2image"}
 
 
-def test_nine_channels_mean_inpainting_only(directory: Path) -> None:
+def test_unet_with_nine_channels_supports_only_inpainting(directory: Path) -> None:
     config = json.loads((directory / "unet/config.json").read_text())
     (directory / "unet/config.json").write_text(json.dumps({**config, "in_channels": 9}))
     profile = read_profile(ModelSettings(name="m", path=directory))
@@ -113,7 +113,7 @@ def test_nine_channels_mean_inpainting_only(directory: Path) -> None:
     assert profile.tasks == {"inpainting"}
 
 
-def test_a_directory_may_declare_its_sizes(directory: Path) -> None:
+def test_sizes_in_ovserve_json_are_used(directory: Path) -> None:
     sizes = {"native": "128x64", "min_side_px": 64, "max_side_px": 256, "side_multiple_px": 32}
     (directory / "ovserve.json").write_text(json.dumps({"sizes": sizes}))
     profile = read_profile(ModelSettings(name="m", path=directory))
@@ -121,7 +121,7 @@ def test_a_directory_may_declare_its_sizes(directory: Path) -> None:
     assert profile.working_size(100, 70) == Resolution(128, 96)
 
 
-def test_the_operators_defaults_win(directory: Path) -> None:
+def test_operator_defaults_override_the_directory(directory: Path) -> None:
     settings = ModelSettings(
         name="m", path=directory, default_num_inference_steps=7, default_guidance_scale=1.5, default_strength=0.4
     )
@@ -129,7 +129,7 @@ def test_the_operators_defaults_win(directory: Path) -> None:
     assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.strength) == (7, 1.5, 0.4)
 
 
-def test_a_default_outside_the_limits_stops_the_start(directory: Path) -> None:
+def test_default_outside_the_limits_raises_settings_error(directory: Path) -> None:
     with pytest.raises(SettingsError, match="num_inference_steps"):
         read_profile(ModelSettings(name="m", path=directory, max_num_inference_steps=3))
     with pytest.raises(SettingsError, match="strength"):
@@ -137,7 +137,7 @@ def test_a_default_outside_the_limits_stops_the_start(directory: Path) -> None:
 
 
 @given(width=st.integers(1, 5000), height=st.integers(1, 5000))
-def test_the_working_size_is_always_in_the_native_range(width: int, height: int) -> None:
+def test_working_size_is_always_in_the_native_range(width: int, height: int) -> None:
     profile = read_profile(ModelSettings(name="b"))
     size = profile.working_size(width, height)
     for side in (size.width, size.height):
@@ -146,30 +146,30 @@ def test_the_working_size_is_always_in_the_native_range(width: int, height: int)
 
 
 @given(steps=st.integers(1, 1000), strength=st.floats(0, 1))
-def test_steps_run_agrees_with_float32(steps: int, strength: float) -> None:
+def test_steps_run_equals_the_float32_product(steps: int, strength: float) -> None:
     assert steps_run(steps, strength) == min(int(np.float32(steps) * np.float32(strength)), steps)
 
 
 @given(steps=st.integers(1, 1000))
-def test_the_least_strength_runs_a_step(steps: int) -> None:
-    assert steps_run(steps, least_strength(steps)) >= 1
+def test_min_strength_runs_a_step(steps: int) -> None:
+    assert steps_run(steps, min_strength_for(steps)) >= 1
 
 
 @given(strength=st.floats(0.001, 1))
-def test_the_least_steps_run_one_and_one_fewer_runs_none(strength: float) -> None:
-    count = least_steps(strength)
+def test_min_steps_run_one_step_and_one_fewer_runs_none(strength: float) -> None:
+    count = min_steps_for(strength)
     assert steps_run(count, strength) == 1
     assert count == 1 or steps_run(count - 1, strength) == 0
 
 
-def test_the_operators_default_wins_over_the_directorys_preset() -> None:
+def test_operator_default_overrides_the_preset_high() -> None:
     settings = ModelSettings(name="b", default_num_inference_steps=5, max_num_inference_steps=6)
     presets = read_profile(settings).presets
     assert "num_inference_steps" not in presets["high"]
     assert all(preset.get("num_inference_steps", 0) <= 6 for preset in presets.values())
 
 
-def test_strengths_without_an_option_stay_within_the_limits() -> None:
+def test_default_strengths_without_an_option_are_clamped() -> None:
     defaults = read_profile(ModelSettings(name="b", max_strength=0.75)).defaults
     assert (defaults.strength, defaults.strength_inpainting) == (0.7, 0.75)
 
@@ -190,7 +190,7 @@ def test_strengths_without_an_option_stay_within_the_limits() -> None:
         '{"presets": {"low": {"steps": 4}}}',
     ],
 )
-def test_a_wrong_value_in_ovserve_json_is_told(directory: Path, text: str) -> None:
+def test_wrong_value_in_ovserve_json_is_reported(directory: Path, text: str) -> None:
     (directory / "ovserve.json").write_text(text)
     with pytest.raises(ModelError, match="wrong value"):
         read_profile(ModelSettings(name="m", path=directory))

@@ -25,7 +25,7 @@ def names(queue: FairQueue) -> list[str]:
     return found
 
 
-def test_one_client_is_served_in_order() -> None:
+def test_jobs_of_one_client_are_first_in_first_out() -> None:
     queue = FairQueue(10)
     for name in "abc":
         queue.push(ticket("client", name))
@@ -42,7 +42,7 @@ def test_clients_take_turns_however_many_jobs_each_has() -> None:
     assert names(queue) == ["a0", "b0", "c0", "a1", "c1", "a2", "a3"]
 
 
-def test_client_that_returns_waits_for_the_others_turns() -> None:
+def test_client_that_adds_a_job_waits_for_the_turns_of_the_others() -> None:
     queue = FairQueue(100)
     for name in ("a0", "b0", "c0"):
         queue.push(ticket(name[0], name))
@@ -51,7 +51,7 @@ def test_client_that_returns_waits_for_the_others_turns() -> None:
     assert names(queue) == ["b0", "c0", "a1"]
 
 
-def test_client_that_is_passed_over_keeps_its_turn() -> None:
+def test_ineligible_client_is_passed_over_and_keeps_its_turn() -> None:
     queue = FairQueue(100)
     for name in ("a0", "a1", "b0", "b1", "c0"):
         queue.push(ticket(name[0], name))
@@ -61,7 +61,7 @@ def test_client_that_is_passed_over_keeps_its_turn() -> None:
     assert names(queue) == ["a0", "b1", "a1"]
 
 
-def test_given_back_jobs_stand_before_all_in_the_order_they_came_back() -> None:
+def test_requeued_jobs_precede_all_others_in_the_order_of_requeueing() -> None:
     queue = FairQueue(1)
     queue.push(ticket("a"))
     first, second = ticket("b", "first"), ticket("c", "second")
@@ -74,37 +74,37 @@ def test_given_back_jobs_stand_before_all_in_the_order_they_came_back() -> None:
     assert names(queue) == ["a"]
 
 
-def test_given_back_job_that_may_have_neighbours_is_not_passed_while_one_that_may_not_waits() -> None:
+def test_pop_shared_skips_jobs_that_must_run_alone() -> None:
     queue = FairQueue(10)
-    lone, unread, ordinary = ticket("a"), ticket("b"), ticket("c")
-    lone.deaths = 1
+    isolated, shared, ordinary = ticket("a"), ticket("b"), ticket("c")
+    isolated.failed_attempts = 1
     queue.push(ordinary)
-    queue.requeue(lone)
-    queue.requeue(unread)
-    assert [queue.pop_shared(), queue.pop_shared(), queue.pop_shared()] == [unread, ordinary, None]
-    assert list(queue) == [lone]
+    queue.requeue(isolated)
+    queue.requeue(shared)
+    assert [queue.pop_shared(), queue.pop_shared(), queue.pop_shared()] == [shared, ordinary, None]
+    assert list(queue) == [isolated]
 
 
-def test_removed_job_is_gone_from_wherever_it_stood() -> None:
+def test_remove_takes_a_job_out_wherever_it_is() -> None:
     queue = FairQueue(10)
-    waiting, other, given_back = ticket("a"), ticket("a", "other"), ticket("b")
+    waiting, other, requeued = ticket("a"), ticket("a", "other"), ticket("b")
     for item in (waiting, other):
         queue.push(item)
-    queue.requeue(given_back)
+    queue.requeue(requeued)
     assert queue.remove(waiting.job) is waiting
     assert queue.remove(waiting.job) is None
-    assert queue.remove(given_back.job) is given_back
+    assert queue.remove(requeued.job) is requeued
     assert len(queue) == 1
     assert names(queue) == ["other"]
 
 
-def test_limit_holds_at_n_and_refuses_n_plus_one() -> None:
+def test_queue_accepts_limit_jobs_and_rejects_one_more() -> None:
     queue = FairQueue(3)
     for number in range(3):
         assert queue.has_space_for(Client(str(number)))
         queue.push(ticket(str(number)))
     assert not queue.has_space_for(Client("late"))
-    assert queue.has_space_for(Client("late"), free_workers=1)
+    assert queue.has_space_for(Client("late"), free_capacity=1)
     queue.pop()
     assert queue.has_space_for(Client("late"))
 
@@ -112,9 +112,7 @@ def test_limit_holds_at_n_and_refuses_n_plus_one() -> None:
 @pytest.mark.parametrize(
     ("limit", "by_key", "by_address"), [(1, 1, 1), (2, 2, 2), (8, 8, 8), (64, 51, 57), (810, 640, 720)]
 )
-def test_one_key_leaves_places_to_others_of_its_address_and_that_to_other_addresses(
-    limit: int, by_key: int, by_address: int
-) -> None:
+def test_one_key_and_one_address_cannot_fill_the_queue(limit: int, by_key: int, by_address: int) -> None:
     queue = FairQueue(limit)
     while queue.has_space_for(Client("greedy", "k")):
         queue.push(ticket("greedy", key="k"))
@@ -128,7 +126,7 @@ def test_one_key_leaves_places_to_others_of_its_address_and_that_to_other_addres
     assert queue.has_space_for(Client("other")) == (by_address < limit)
 
 
-def test_a_new_key_for_each_job_wins_no_turns() -> None:
+def test_a_new_key_for_each_job_gains_no_turns() -> None:
     queue = FairQueue(100)
     for number in range(5):
         queue.push(ticket("a", f"a{number}", key=str(number)))
@@ -146,7 +144,7 @@ def test_keys_of_one_address_take_turns() -> None:
 
 
 @given(st.lists(st.one_of(st.sampled_from("abcd"), st.none(), st.integers(0, 20)), max_size=60))
-def test_nothing_is_lost_doubled_or_overtaken(steps: list[str | int | None]) -> None:
+def test_jobs_are_not_lost_duplicated_or_reordered_within_a_client(steps: list[str | int | None]) -> None:
     queue = FairQueue(1000)
     waiting: list[Ticket] = []
     for step in steps:
@@ -161,20 +159,20 @@ def test_nothing_is_lost_doubled_or_overtaken(steps: list[str | int | None]) -> 
                 assert taken is first
                 waiting.remove(taken)
         elif step < len(waiting):
-            gone = waiting.pop(step)
-            assert queue.remove(gone.job) is gone
+            removed = waiting.pop(step)
+            assert queue.remove(removed.job) is removed
         assert len(queue) == len(waiting)
         assert set(queue) == set(waiting)
 
 
 @given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=80))
-def test_between_two_turns_of_a_client_no_other_has_two(clients: list[str]) -> None:
+def test_between_two_turns_of_a_client_no_other_client_has_two(clients: list[str]) -> None:
     queue = FairQueue(1000)
     for client in clients:
         queue.push(ticket(client))
     order = names(queue)
     for client in set(clients):
-        places = [place for place, name in enumerate(order) if name == client]
-        for before, after in itertools.pairwise(places):
+        positions = [position for position, name in enumerate(order) if name == client]
+        for before, after in itertools.pairwise(positions):
             between = order[before + 1 : after]
             assert len(between) == len(set(between))

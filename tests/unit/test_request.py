@@ -1,4 +1,4 @@
-"""A request as a route sees it: who sent it, what it is called, what its query says."""
+"""Request heads as routes see them: ids, client identity, API key and query."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import pytest
 
 from ovserve.front.http1.head import HeadParser
-from ovserve.front.request import Request, harmless, new_request_id
+from ovserve.front.request import Request, escape_for_log, new_request_id
 from ovserve.settings.options import Settings
 
 
@@ -17,13 +17,13 @@ def request(fields: str = "", target: str = "/", address: str = "192.0.2.1") -> 
     return Request(head, address)
 
 
-def test_ids_are_ours_and_never_the_same() -> None:
+def test_request_ids_are_random() -> None:
     ids = {new_request_id() for _ in range(100)}
     assert len(ids) == 100
     assert all(re.fullmatch("req_[0-9a-f]{32}", one) for one in ids)
 
 
-def test_a_key_is_known_by_its_fingerprint() -> None:
+def test_key_is_a_fingerprint_of_the_api_key() -> None:
     bearer = request("Authorization: Bearer sk-one\r\n").key
     assert re.fullmatch("[0-9a-f]{16}", bearer)
     assert request("authorization: bearer  sk-one\r\n").key == bearer
@@ -46,11 +46,11 @@ def test_a_key_is_known_by_its_fingerprint() -> None:
         ("fe80::1%eth0", "fe80::/64"),
     ],
 )
-def test_of_an_ipv6_address_counts_what_its_owner_cannot_choose(address: str, network: str) -> None:
+def test_network_is_the_ipv4_address_or_the_ipv6_prefix(address: str, network: str) -> None:
     assert request(address=address).network == network
 
 
-def test_a_forwarded_address_is_not_believed() -> None:
+def test_forwarded_address_is_ignored() -> None:
     assert request("X-Forwarded-For: 198.51.100.7\r\nForwarded: for=198.51.100.7\r\n").network == "192.0.2.1"
 
 
@@ -65,11 +65,11 @@ def test_a_forwarded_address_is_not_believed() -> None:
         ("/?a=%ff", {"a": "\ufffd"}),
     ],
 )
-def test_the_query_is_read_once_decoded(target: str, query: dict[str, str]) -> None:
+def test_query_is_decoded_once(target: str, query: dict[str, str]) -> None:
     assert dict(request(target=target).query) == query
 
 
-def test_a_client_s_own_id_is_known_only_when_it_can_do_no_harm() -> None:
+def test_client_request_id_must_be_short_and_printable() -> None:
     assert request("X-Client-Request-Id: abc-1\r\n").client_request_id == "abc-1"
     assert request("X-Client-Request-Id: a b\r\n").client_request_id is None
     assert request(f"X-Client-Request-Id: {'a' * 65}\r\n").client_request_id is None
@@ -77,6 +77,6 @@ def test_a_client_s_own_id_is_known_only_when_it_can_do_no_harm() -> None:
     assert request().client_request_id is None
 
 
-def test_what_a_client_wrote_is_harmless_in_a_log() -> None:
-    assert harmless("expected \x1b[2J\x9b\r\nü") == r"expected \x1b[2J\x9b\x0d\x0a\xfc"
-    assert len(harmless("x" * 1000)) == 200
+def test_escape_for_log_truncates_and_escapes() -> None:
+    assert escape_for_log("expected \x1b[2J\x9b\r\nü") == r"expected \x1b[2J\x9b\x0d\x0a\xfc"
+    assert len(escape_for_log("x" * 1000)) == 200

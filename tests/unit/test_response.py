@@ -1,4 +1,4 @@
-"""Response heads: every field in its place, and none that a caller could smuggle in."""
+"""Response heads: the fields of each response, and no field injection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def lines(head: bytes) -> list[str]:
     return head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
 
 
-def test_a_head_has_what_every_answer_needs() -> None:
+def test_head_has_the_common_fields() -> None:
     before = int(time.time())
     status, *found = lines(Responses(Settings()).head(200, "req_1", media_type="a/b", framing=b"Content-Length: 3\r\n"))
     fields = dict(line.split(": ", 1) for line in found)
@@ -34,35 +34,35 @@ def test_a_head_has_what_every_answer_needs() -> None:
     }
 
 
-def test_origins_are_as_configured() -> None:
+def test_allowed_origin_is_as_configured() -> None:
     head = Responses(Settings(allowed_origins="https://a.test")).head(200, "r")
     assert "Access-Control-Allow-Origin: https://a.test" in lines(head)
     assert b"Access-Control" not in Responses(Settings(allowed_origins=None)).head(200, "r")
 
 
-def test_of_several_origins_the_one_that_asks_is_told() -> None:
+def test_of_several_allowed_origins_the_request_s_own_is_named() -> None:
     responses = Responses(Settings(allowed_origins="https://a.test, http://localhost:3000"))
-    for asks, told in (
+    for origin, is_allowed in (
         ("http://localhost:3000", True),
         ("https://a.test", True),
         ("https://b.test", False),
         (None, False),
     ):
-        head = lines(responses.head(200, "r", origin=asks))
+        head = lines(responses.head(200, "r", origin=origin))
         assert [line for line in head if line.startswith("Access-Control-Allow")] == (
-            [f"Access-Control-Allow-Origin: {asks}"] if told else []
+            [f"Access-Control-Allow-Origin: {origin}"] if is_allowed else []
         )
-        assert "Vary: Origin" in head  # caches keep an answer for each origin
+        assert "Vary: Origin" in head  # so that caches store one response for each origin
 
 
-def test_phrases_are_those_of_rfc_9110() -> None:
+def test_reason_phrases_are_those_of_rfc_9110() -> None:
     responses = Responses(Settings())
     assert lines(responses.head(413, "r"))[0] == "HTTP/1.1 413 Content Too Large"
     assert lines(responses.head(414, "r"))[0] == "HTTP/1.1 414 URI Too Long"
     assert lines(responses.head(599, "r"))[0] == "HTTP/1.1 599 "
 
 
-def test_the_date_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_date_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     responses = Responses(Settings())
     for second in (784_111_777, 784_111_778):
         monkeypatch.setattr(time, "time", lambda second=second: second + 0.5)
@@ -70,12 +70,12 @@ def test_the_date_follows_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("value", ["a\r\nb: c", "a\n", "\r"])
-def test_a_field_cannot_hold_a_line_end(value: str) -> None:
+def test_field_with_a_line_end_is_rejected(value: str) -> None:
     with pytest.raises(ValueError, match="line end"):
         Responses(Settings()).head(200, "r", headers={"x-a": value})
 
 
-def test_errors_say_what_to_do() -> None:
+def test_error_fields_control_retries() -> None:
     assert error_fields(QueueFull("full", retry_after_s=500)) == {"Retry-After": "60", "x-should-retry": "true"}
     assert error_fields(WorkerCrashed("twice")) == {"x-should-retry": "false"}
     assert error_fields(MethodNotAllowed("no", headers={"Allow": "GET"})) == {"Allow": "GET"}
@@ -86,7 +86,7 @@ def test_errors_say_what_to_do() -> None:
     }
 
 
-def test_a_refusal_is_whole() -> None:
-    head, content = Responses(Settings()).refusal(InvalidValue("no"), "req_1")
+def test_closing_error_is_a_whole_response() -> None:
+    head, content = Responses(Settings()).closing_error(InvalidValue("no"), "req_1")
     assert f"Content-Length: {len(content)}" in lines(head)
     assert "Connection: close" in lines(head)

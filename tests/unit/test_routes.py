@@ -1,4 +1,4 @@
-"""Which row answers which method and path."""
+"""Routes: which handler serves which method and path."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class FakeExchange:
         return FakeForm([("prompt", "a star")])
 
     def wait(self, descriptor: int, deadline: object) -> bool:
-        raise AssertionError("nothing to wait for")
+        raise AssertionError("no handler in these tests waits")
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def api(tmp_path: Path) -> Any:
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_documents(api: ImagesApi, path: str, method: str) -> None:
+def test_documents_are_served(api: ImagesApi, path: str, method: str) -> None:
     reply = api.answer(FakeExchange(method, path))
     assert isinstance(reply, JsonReply | FileReply)
     assert reply.status == 200
@@ -93,19 +93,19 @@ def test_documents(api: ImagesApi, path: str, method: str) -> None:
         "/openai/deployments/m/images/edits",
     ],
 )
-def test_another_method_is_405_with_allow(api: ImagesApi, path: str) -> None:
+def test_other_method_is_405_with_allow(api: ImagesApi, path: str) -> None:
     with pytest.raises(MethodNotAllowed) as caught:
         api.answer(FakeExchange("GET", path))
     assert caught.value.headers["allow"] == "OPTIONS, POST"
 
 
 @pytest.mark.parametrize("path", ["/v3", "/v2/images", "/v1/v3/chat/completions", "/v2/metrics", "/v3/images/edit"])
-def test_an_unknown_path_is_404(api: ImagesApi, path: str) -> None:
+def test_unknown_path_is_404(api: ImagesApi, path: str) -> None:
     with pytest.raises(NotFound):
         api.answer(FakeExchange("GET", path))
 
 
-def test_the_page_may_run_its_own_script_and_nothing_else(api: ImagesApi) -> None:
+def test_page_policy_allows_only_its_own_script_and_style(api: ImagesApi) -> None:
     reply = api.answer(FakeExchange("GET", "/"))
     assert isinstance(reply, FileReply)
     assert reply.media_type.startswith("text/html")
@@ -116,10 +116,10 @@ def test_the_page_may_run_its_own_script_and_nothing_else(api: ImagesApi) -> Non
         assert f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" in policy
     assert policy.startswith("default-src 'none'")
     assert "unsafe" not in policy
-    assert not re.search(rb"(?:src|href)=\"(?!/)", content)  # it loads nothing from anywhere else
+    assert not re.search(rb"(?:src|href)=\"(?!/)", content)  # no resource from another server
 
 
-def test_an_address_needs_a_host(api: ImagesApi) -> None:
+def test_response_format_url_needs_a_host_field(api: ImagesApi) -> None:
     exchange = FakeExchange("POST", "/v1/images/generations")
     exchange.read_form = lambda: FakeForm([("prompt", "a star"), ("response_format", "url")])  # type: ignore[method-assign]
     with pytest.raises(BadRequest) as caught:
@@ -127,7 +127,7 @@ def test_an_address_needs_a_host(api: ImagesApi) -> None:
     assert caught.value.param == "response_format"
 
 
-def test_a_model_that_is_not_ready_is_told(api: ImagesApi) -> None:
+def test_model_that_is_not_ready_is_503(api: ImagesApi) -> None:
     with pytest.raises(ApiError) as caught:
         api.answer(FakeExchange("POST", "/v1/images/generations"))
     assert caught.value.status == 503
@@ -137,8 +137,8 @@ def test_a_model_that_is_not_ready_is_told(api: ImagesApi) -> None:
 
 
 @pytest.mark.parametrize(("path", "status"), [("/v3/models", 200), ("/v2/health/ready", 503), ("/v1/config", 200)])
-def test_model_that_a_reload_is_removing_hides_no_other(api: ImagesApi, path: str, status: int) -> None:
-    api.dispatcher.remove_model("m")  # the catalogue without it comes next
+def test_status_pages_list_a_model_that_a_reload_is_removing(api: ImagesApi, path: str, status: int) -> None:
+    api.dispatcher.remove_model("m")  # the catalog still has it
     assert api.dispatcher.models() == []
     reply = api.answer(FakeExchange("GET", path))
     assert isinstance(reply, JsonReply)
@@ -146,14 +146,14 @@ def test_model_that_a_reload_is_removing_hides_no_other(api: ImagesApi, path: st
     assert b'"m"' in b"".join(reply.chunks)
 
 
-def test_an_unknown_model_is_404(api: ImagesApi) -> None:
+def test_unknown_model_is_404(api: ImagesApi) -> None:
     with pytest.raises(ModelNotFound):
         api.answer(FakeExchange("GET", "/v1/models/me/ghost"))
     with pytest.raises(ModelNotFound):
         api.answer(FakeExchange("POST", "/v1/ghost/images/generations"))
 
 
-def test_a_drain_is_told_before_the_body_is_read(api: ImagesApi) -> None:
+def test_draining_is_503_before_the_body_is_read(api: ImagesApi) -> None:
     api.dispatcher.drain()
     with pytest.raises(ApiError) as caught:
         api.answer(FakeExchange("POST", "/v1/images/edits"))
@@ -161,11 +161,11 @@ def test_a_drain_is_told_before_the_body_is_read(api: ImagesApi) -> None:
     assert caught.value.retry_after_s
 
 
-def test_reload_is_for_the_machine_itself(api: ImagesApi) -> None:
-    stranger = FakeExchange("POST", "/v1/config/reload")
-    stranger.address = "192.0.2.1"
+def test_reload_is_only_for_local_requests(api: ImagesApi) -> None:
+    remote = FakeExchange("POST", "/v1/config/reload")
+    remote.address = "192.0.2.1"
     with pytest.raises(Forbidden):
-        api.answer(stranger)
+        api.answer(remote)
     for field in ("origin", "x_forwarded_for", "sec_fetch_site"):
         with pytest.raises(Forbidden):
             api.answer(FakeExchange("POST", "/v1/config/reload", **{field: "x"}))
@@ -176,30 +176,30 @@ def test_reload_is_for_the_machine_itself(api: ImagesApi) -> None:
         api.answer(FakeExchange("POST", "/v1/config/reload"))
 
 
-def test_a_preflight_names_the_methods(api: ImagesApi) -> None:
+def test_preflight_names_the_allowed_header_fields(api: ImagesApi) -> None:
     reply = api.answer(FakeExchange("OPTIONS", "/v1/images/edits", access_control_request_headers="authorization"))
     assert reply.headers["access-control-allow-headers"] == "authorization"
-    odd = api.answer(FakeExchange("OPTIONS", "/v1/images/edits", access_control_request_headers="a\r\nb: c"))
-    assert "access-control-allow-headers" not in odd.headers
+    invalid = api.answer(FakeExchange("OPTIONS", "/v1/images/edits", access_control_request_headers="a\r\nb: c"))
+    assert "access-control-allow-headers" not in invalid.headers
 
 
-def test_only_health_answers_beyond_the_connections(api: ImagesApi) -> None:
+def test_only_health_checks_are_exempt_from_the_connection_limit(api: ImagesApi) -> None:
     assert api.is_health("/v2/health/live")
     assert api.is_health("/v2/models/me/shapes/ready")
     assert not api.is_health("/v1/models")
 
 
-def test_every_row_says_what_it_is() -> None:
+def test_every_route_has_a_description() -> None:
     for row in ROUTES:
         assert row.text.endswith(".")
         assert row.path.startswith("/")
 
 
-def test_the_page_clears_no_message_but_its_list_s_own_and_hides_links_that_carry_no_key(api: ImagesApi) -> None:
+def test_page_clears_only_messages_of_the_model_list_and_hides_links_that_need_a_key(api: ImagesApi) -> None:
     reply = api.answer(FakeExchange("GET", "/"))
     assert isinstance(reply, FileReply)
     page = bytes(reply.content).decode()
     listing = page[page.index("async function listModels") : page.index("function draw")]
-    assert "tell(" not in listing
+    assert "showStatus(" not in listing
     assert 'at("links").hidden = reply.status === 401' in listing
     assert 'id="links"' in page

@@ -1,3 +1,5 @@
+"""The job runner with a flat engine: reported capacity and dropped previews."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -21,11 +23,11 @@ def partials_of(bench: WorkerBench, job: str, kind: type[Need | Picture]) -> lis
     return [message.partial for message in bench.of(job, kind)]
 
 
-def test_it_asks_for_no_more_jobs_than_a_worker_may(bench: WorkerBench) -> None:
+def test_reported_capacity_is_limited_to_the_maximum(bench: WorkerBench) -> None:
     assert bench.ready().capacity == MAX_CAPACITY
 
 
-def test_a_preview_without_room_is_left_out_and_its_picture_is_made(bench: WorkerBench) -> None:
+def test_preview_without_a_segment_is_dropped_and_its_picture_is_made(bench: WorkerBench) -> None:
     bench.grants_previews = False
     try:
         job = bench.start(task="generation", prompt="grey", partial_images=2, num_inference_steps=4)
@@ -37,7 +39,7 @@ def test_a_preview_without_room_is_left_out_and_its_picture_is_made(bench: Worke
     assert partials_of(bench, job, Picture) == [-1]
 
 
-def test_a_preview_that_cannot_be_encoded_is_left_out_and_its_picture_is_made(bench: WorkerBench) -> None:
+def test_preview_that_cannot_be_encoded_is_dropped_and_its_picture_is_made(bench: WorkerBench) -> None:
     job = bench.start(task="generation", prompt=flatengine.BROKEN, partial_images=2, num_inference_steps=4)
     end = bench.end(job)
     assert isinstance(end, Done), end

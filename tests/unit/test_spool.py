@@ -1,3 +1,5 @@
+"""Spool and segments: space, limits, fallback, release, and clean-up after a crash."""
+
 from __future__ import annotations
 
 import errno
@@ -30,19 +32,19 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 1 MiB."""
+    """Mount a tmpfs of 1 MiB."""
     folder = tmp_path / "tiny"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tiny", str(folder)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs a privilege that this user lacks")
+        pytest.skip("mounting a tmpfs needs a privilege that this user does not have")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """No file of this process may pass 1 MiB."""
+    """Limit the files of this process to 1 MiB."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, hard))
     yield
@@ -51,7 +53,7 @@ def small_files() -> Iterator[None]:
 
 @pytest.fixture
 def no_descriptors() -> Iterator[None]:
-    """This process may open no more files."""
+    """Leave this process no descriptor for another file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     probe = os.open(os.devnull, os.O_RDONLY)
     os.close(probe)
@@ -64,7 +66,7 @@ def files(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.rglob("*") if path.is_file() and path.name != "lock")
 
 
-def test_stored_bytes_are_read_by_another_hand(spool: Spool) -> None:
+def test_stored_bytes_can_be_read_through_a_blob_a_path_and_the_view(spool: Spool) -> None:
     segment = spool.store(b"hello spool")
     with open_blob(segment.blob(6, 5)) as view:
         assert bytes(view) == b"spool"
@@ -73,7 +75,7 @@ def test_stored_bytes_are_read_by_another_hand(spool: Spool) -> None:
 
 
 @pytest.mark.usefixtures("spool", "no_descriptors")
-def test_no_descriptor_for_one_more_file_is_spool_full(spool: Spool) -> None:
+def test_no_descriptor_left_for_a_file_is_spool_full(spool: Spool) -> None:
     with pytest.raises(SpoolFull):
         spool.create(10, reserve=10)
     assert spool.used_bytes == 0
@@ -81,12 +83,12 @@ def test_no_descriptor_for_one_more_file_is_spool_full(spool: Spool) -> None:
 
 @pytest.fixture
 def unmapped(spool: Spool) -> Segment:
-    """A segment that nobody has looked into."""
+    """Return a segment that is not mapped yet."""
     return spool.create(10, reserve=10)
 
 
 @pytest.mark.usefixtures("unmapped", "no_descriptors")
-def test_no_descriptor_to_map_a_file_with_is_spool_full(spool: Spool, unmapped: Segment) -> None:
+def test_no_descriptor_left_for_a_mapping_is_spool_full(spool: Spool, unmapped: Segment) -> None:
     with pytest.raises(SpoolFull, match="open files"):
         unmapped.view  # noqa: B018 - the property raises
     unmapped.release()
@@ -102,10 +104,10 @@ def test_no_memory_is_spool_full(spool: Spool, monkeypatch: pytest.MonkeyPatch, 
         patched.setattr(module, name, refuse)
         with pytest.raises(SpoolFull):
             assert spool.create(10, reserve=10).view
-    assert spool.trouble == ""
+    assert spool.unusable_reason == ""
 
 
-def test_stored_bytes_that_cannot_be_written_leave_nothing(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_no_segment(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise OSError(errno.EIO, "a disk that dies")
 
@@ -115,7 +117,7 @@ def test_stored_bytes_that_cannot_be_written_leave_nothing(spool: Spool, monkeyp
     assert (spool.used_bytes, files(spool.directory)) == (0, [])
 
 
-def test_filled_segment_shows_in_the_view(spool: Spool) -> None:
+def test_filled_bytes_are_in_the_view(spool: Spool) -> None:
     segment = spool.create(100, reserve=100)
     fill(segment.path, b"x" * 60)
     assert bytes(segment.view[:60]) == b"x" * 60
@@ -131,11 +133,11 @@ def test_segment_grows_in_place(spool: Spool) -> None:
     assert segment.reserved == 2 * MIB
     segment.reserve(5)
     assert segment.reserved == 2 * MIB
-    with pytest.raises(ValueError, match="asked for"):
+    with pytest.raises(ValueError, match="may have at most"):
         segment.reserve(3 * MIB + 1)
 
 
-def test_release_unlinks_and_gives_the_bytes_back(spool: Spool) -> None:
+def test_release_unlinks_the_file_and_frees_its_bytes(spool: Spool) -> None:
     segment = spool.create(MIB, reserve=MIB)
     assert spool.used_bytes == MIB
     segment.release()
@@ -146,7 +148,7 @@ def test_release_unlinks_and_gives_the_bytes_back(spool: Spool) -> None:
         segment.view  # noqa: B018 - the property raises
 
 
-def test_release_while_a_slice_is_held_still_unlinks(spool: Spool) -> None:
+def test_release_while_a_slice_is_held_still_unlinks_the_file(spool: Spool) -> None:
     segment = spool.create(10, reserve=10)
     held = segment.view[2:4]
     segment.release()
@@ -155,7 +157,7 @@ def test_release_while_a_slice_is_held_still_unlinks(spool: Spool) -> None:
     held.release()
 
 
-def test_limit_holds_at_n_and_refuses_n_plus_one(spool: Spool) -> None:
+def test_limit_allows_n_bytes_and_not_n_plus_one(spool: Spool) -> None:
     full = spool.create(8 * MIB, reserve=8 * MIB)
     with pytest.raises(SpoolFull) as caught:
         spool.create(1, reserve=1)
@@ -165,31 +167,31 @@ def test_limit_holds_at_n_and_refuses_n_plus_one(spool: Spool) -> None:
     spool.create(1, reserve=1)
 
 
-def test_what_never_fits_is_the_clients_to_change(spool: Spool, tmp_path: Path) -> None:
-    assert spool.most_bytes == 8 * MIB
+def test_size_that_can_never_fit_is_content_too_large(spool: Spool, tmp_path: Path) -> None:
+    assert spool.capacity_bytes == 8 * MIB
     spool.check_size(8 * MIB)
     with pytest.raises(ContentTooLarge, match=f"holds {8 * MIB}"):
         spool.create(9 * MIB, reserve=8 * MIB + 1)
     assert (spool.used_bytes, files(tmp_path)) == (0, [])
 
 
-def test_a_small_tmpfs_holds_no_more_than_its_size_and_its_fallbacks(tiny: Path, tmp_path: Path) -> None:
+def test_capacity_is_the_size_of_the_tmpfs_and_its_fallback(tiny: Path, tmp_path: Path) -> None:
     alone, pair = Spool(tiny, 64 * MIB), Spool(tiny, 64 * MIB, fallback=tmp_path / "disk")
-    assert (alone.most_bytes, pair.most_bytes) == (MIB, 64 * MIB)
+    assert (alone.capacity_bytes, pair.capacity_bytes) == (MIB, 64 * MIB)
     alone.close()
     pair.close()
 
 
-def test_concurrent_growth_never_passes_the_limit(tmp_path: Path) -> None:
+def test_concurrent_growth_never_exceeds_the_limit(tmp_path: Path) -> None:
     spool = Spool(tmp_path, 100 * 1000)
-    refused = []
+    rejected = []
 
     def grow() -> None:
         for _ in range(50):
             try:
                 spool.store(b"x" * 1000)
             except SpoolFull:
-                refused.append(1)
+                rejected.append(1)
 
     threads = [threading.Thread(target=grow) for _ in range(4)]
     for thread in threads:
@@ -197,17 +199,17 @@ def test_concurrent_growth_never_passes_the_limit(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert spool.used_bytes == 100 * 1000
-    assert len(refused) == 100
+    assert len(rejected) == 100
     spool.close()
 
 
-def test_full_tmpfs_is_an_error_and_never_a_signal(tiny: Path) -> None:
+def test_full_tmpfs_is_an_error_and_not_a_signal(tiny: Path) -> None:
     spool = Spool(tiny, 64 * MIB)
     kept = spool.create(4 * MIB, reserve=MIB // 2)
     kept.view[: MIB // 2] = b"k" * (MIB // 2)
     with pytest.raises(ContentTooLarge):
         kept.reserve(2 * MIB)
-    (tiny / "somebody-elses").write_bytes(b"x" * (MIB // 4))
+    (tiny / "other-program").write_bytes(b"x" * (MIB // 4))
     with pytest.raises(SpoolFull, match="full"):
         kept.reserve(MIB)
     with pytest.raises(SpoolFull):
@@ -215,12 +217,12 @@ def test_full_tmpfs_is_an_error_and_never_a_signal(tiny: Path) -> None:
     assert spool.used_bytes == MIB // 2
     assert bytes(kept.view[: MIB // 2]) == b"k" * (MIB // 2)
     kept.release()
-    spool.store(b"room again").release()
+    spool.store(b"space again").release()
     spool.close()
 
 
 @pytest.mark.usefixtures("small_files")
-def test_file_size_limit_is_spool_full_and_never_a_signal(spool: Spool) -> None:
+def test_file_size_limit_is_spool_full_and_not_a_signal(spool: Spool) -> None:
     with pytest.raises(SpoolFull):
         spool.create(2 * MIB, reserve=2 * MIB)
     grown = spool.create(2 * MIB, reserve=MIB // 2)
@@ -233,7 +235,7 @@ def test_file_size_limit_is_spool_full_and_never_a_signal(spool: Spool) -> None:
     assert files(spool.directory) == []
 
 
-def test_what_finds_no_room_goes_to_the_fallback_with_all_it_held(tiny: Path, tmp_path: Path) -> None:
+def test_segment_moves_to_the_fallback_with_its_bytes_when_the_spool_is_full(tiny: Path, tmp_path: Path) -> None:
     spool = Spool(tiny, 64 * MIB, fallback=tmp_path / "disk")
     grown = spool.create(4 * MIB, reserve=MIB // 2)
     grown.view[: MIB // 2] = bytes(range(256)) * (MIB // 512)
@@ -254,7 +256,7 @@ def test_what_finds_no_room_goes_to_the_fallback_with_all_it_held(tiny: Path, tm
     assert list((tmp_path / "disk").iterdir()) == []
 
 
-def test_full_fallback_is_spool_full_too(tiny: Path) -> None:
+def test_full_fallback_is_spool_full(tiny: Path) -> None:
     spool = Spool(tiny, 64 * MIB, fallback=tiny)
     held = spool.create(2 * MIB, reserve=MIB // 4)
     with pytest.raises(SpoolFull, match="fallback"):
@@ -272,7 +274,7 @@ def test_close_removes_the_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_living_front_ends_share_a_directory(tmp_path: Path) -> None:
+def test_live_front_ends_share_a_directory(tmp_path: Path) -> None:
     first = Spool(tmp_path, MIB)
     kept = first.store(b"mine")
     second = Spool(tmp_path, MIB)
@@ -282,7 +284,7 @@ def test_living_front_ends_share_a_directory(tmp_path: Path) -> None:
     second.close()
 
 
-def test_next_front_end_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
+def test_next_front_end_removes_the_folder_of_a_killed_one(tmp_path: Path) -> None:
     code = (
         "import os, sys, signal; from pathlib import Path; from ovserve.wire.local.spool import Spool\n"
         "Spool(Path(sys.argv[1]), 1 << 20).store(b'orphan'); os.kill(os.getpid(), signal.SIGKILL)"
@@ -309,7 +311,7 @@ def test_segments_and_their_folder_are_private(spool: Spool) -> None:
     assert spool.directory.stat().st_mode & 0o077 == 0
 
 
-def test_worker_learns_that_the_exchange_has_ended(spool: Spool) -> None:
+def test_released_segment_is_file_not_found_for_the_worker(spool: Spool) -> None:
     segment = spool.store(b"gone soon")
     blob = segment.blob(0, 4)
     segment.release()
@@ -319,9 +321,9 @@ def test_worker_learns_that_the_exchange_has_ended(spool: Spool) -> None:
         pass
 
 
-def test_blob_beyond_the_file_is_an_error_and_never_a_signal(spool: Spool) -> None:
+def test_blob_beyond_the_file_is_an_error_and_not_a_signal(spool: Spool) -> None:
     segment = spool.store(b"short")
-    with pytest.raises(ValueError), open_blob(Blob(segment.path, 0, 1 << 30)):  # noqa: PT011 - mmap's own words
+    with pytest.raises(ValueError), open_blob(Blob(segment.path, 0, 1 << 30)):  # noqa: PT011 - message of mmap
         pass
 
 

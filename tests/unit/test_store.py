@@ -1,4 +1,4 @@
-"""Kept pictures: names, time, room, ranges."""
+"""Stored pictures: names, expiry, size limit, byte ranges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def store(folder: Path, **settings: float) -> Store:
     return Store(Settings(store_dir=folder, **settings))  # type: ignore[arg-type]
 
 
-def test_a_picture_is_found_by_its_name_alone(tmp_path: Path) -> None:
+def test_picture_is_found_by_its_name(tmp_path: Path) -> None:
     kept = store(tmp_path / "s")
     names = {kept.keep(memoryview(b"data"), "png") for _ in range(20)}
     assert len(names) == 20
@@ -33,12 +33,12 @@ def test_a_picture_is_found_by_its_name_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["", "a.png", "../" * 8 + "etc/passwd", "x" * 32 + ".exe", "x" * 32 + ".png\n", "%2e%2e"]
 )
-def test_other_names_are_not_found(tmp_path: Path, name: str) -> None:
+def test_invalid_names_are_not_found(tmp_path: Path, name: str) -> None:
     with pytest.raises(NotFound):
         store(tmp_path).find(name)
 
 
-def test_a_picture_ends_with_its_time_and_is_removed(tmp_path: Path) -> None:
+def test_expired_picture_is_not_found_and_is_removed(tmp_path: Path) -> None:
     kept = store(tmp_path, url_ttl_s=60.0)
     name = kept.keep(memoryview(b"old"), "webp")
     os.utime(tmp_path / name, (time.time() - 61,) * 2)
@@ -48,7 +48,7 @@ def test_a_picture_ends_with_its_time_and_is_removed(tmp_path: Path) -> None:
     assert not (tmp_path / name).exists()
 
 
-def test_the_oldest_makes_room(tmp_path: Path) -> None:
+def test_oldest_pictures_are_removed_at_the_size_limit(tmp_path: Path) -> None:
     kept = store(tmp_path, store_bytes=MIB)
     names = []
     for age in range(5, 0, -1):
@@ -58,17 +58,17 @@ def test_the_oldest_makes_room(tmp_path: Path) -> None:
     assert left == names[2:]
 
 
-def test_a_new_store_finds_what_an_old_one_kept(tmp_path: Path) -> None:
+def test_new_store_finds_the_pictures_of_an_old_one(tmp_path: Path) -> None:
     name = store(tmp_path).keep(memoryview(b"data"), "jpeg")
     assert store(tmp_path).find(name).data == b"data"
 
 
-def test_only_the_owner_can_read_the_directory(tmp_path: Path) -> None:
+def test_directory_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     store(tmp_path / "s").keep(memoryview(b"data"), "png")
     assert (tmp_path / "s").stat().st_mode & 0o777 == 0o700
 
 
-def test_the_default_follows_systemd_and_the_desktop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_directory_follows_systemd_and_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
     monkeypatch.delenv("CACHE_DIRECTORY", raising=False)
     assert default_store() == Path("/c/ovserve/pictures")
@@ -78,22 +78,23 @@ def test_the_default_follows_systemd_and_the_desktop(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("value", "part"),
-    [(None, None), ("bytes=0-0", (0, 1)), ("bytes=2-", (2, 10)), ("bytes=-3", (7, 10)), ("bytes=0-99", (0, 10)), ("bytes=-99", (0, 10)),
-     ("bytes=5-2", None), ("bytes=0-1,3-4", None), ("lines=0-1", None), ("bytes=-", None), ("bytes=a-b", None)],
+    [(None, None), ("bytes=0-0", (0, 1)), ("bytes=2-", (2, 10)), ("bytes=-3", (7, 10)), ("bytes=0-99", (0, 10)),
+     ("bytes=-99", (0, 10)), ("bytes=5-2", None), ("bytes=0-1,3-4", None), ("lines=0-1", None), ("bytes=-", None),
+     ("bytes=a-b", None)],
 )  # fmt: skip
-def test_ranges(value: str | None, part: tuple[int, int] | None) -> None:
+def test_range_is_parsed(value: str | None, part: tuple[int, int] | None) -> None:
     assert parse_range(value, 10) == part
 
 
 @pytest.mark.parametrize("value", ["bytes=10-", "bytes=10-20", "bytes=-0"])
-def test_ranges_outside(value: str) -> None:
+def test_range_outside_the_file_is_rejected(value: str) -> None:
     with pytest.raises(RangeNotSatisfiable) as caught:
         parse_range(value, 10)
     assert caught.value.headers == {"content-range": "bytes */10"}
 
 
 @given(value=st.text(alphabet="bytes=0123456789-, ", max_size=24) | st.text(max_size=12), size=st.integers(1, 10**6))
-def test_any_range_is_inside_or_refused(value: str, size: int) -> None:
+def test_any_range_is_inside_the_file_or_rejected(value: str, size: int) -> None:
     try:
         part = parse_range(value, size)
     except RangeNotSatisfiable:
@@ -101,11 +102,11 @@ def test_any_range_is_inside_or_refused(value: str, size: int) -> None:
     assert part is None or 0 <= part[0] < part[1] <= size
 
 
-def test_files_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
-    holiday = tmp_path / "holiday.jpg"
-    holiday.write_bytes(bytes(900_000))
-    os.utime(holiday, (0, 0))
+def test_other_files_in_the_directory_are_not_removed(tmp_path: Path) -> None:
+    other = tmp_path / "holiday.jpg"
+    other.write_bytes(bytes(900_000))
+    os.utime(other, (0, 0))
     kept = store(tmp_path, store_bytes=MIB)
     for _ in range(5):
         kept.keep(memoryview(bytes(300_000)), "png")
-    assert holiday.exists()
+    assert other.exists()

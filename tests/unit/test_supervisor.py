@@ -1,3 +1,5 @@
+"""Supervisor over real toy processes: start, restart, hang, stop, reload, watchdog."""
+
 from __future__ import annotations
 
 import contextlib
@@ -16,507 +18,510 @@ from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import State
 from ovserve.errors import ModelFailed, NotReady, WorkerCrashed
 from tests.live import children_of, is_alive
-from tests.toysystem import PATIENCE_S, ToyHouse, finish, toy_model
+from tests.toysystem import PATIENCE_S, ToySystem, finish, toy_model
 
 pytestmark = pytest.mark.usefixtures("tracker", "leak_guard")
 
-SLACK_S = 2.0  # for a machine with other work
+SLACK_S = 2.0  # for a machine under other load
 
 
 @pytest.fixture(scope="session")
 def tracker() -> None:
-    """multiprocessing's own helper process, which every spawn needs once: no leak of ours."""
+    """Start multiprocessing's resource tracker, which the first spawn would start: it is not a leak."""
     resource_tracker.ensure_running()
 
 
 def test_workers_start_and_serve(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path, toy_model(replicas=2)) as house:
-        answer = house.ask("echo hello", n=2, seed=5)
+    with ToySystem(tmp_path, toy_model(replicas=2)) as system:
+        answer = system.ask("echo hello", n=2, seed=5)
         assert answer.state is State.DONE
         assert answer.pictures == [b"echo hello|5", b"echo hello|6"]
-        assert len(house.pids()) == 2
-        assert sorted(house.supervisor.worker_pids()) == ["toy/0#0", "toy/1#0"]
-        assert set(house.pids()) <= set(children_of(os.getpid()))
+        assert len(system.pids()) == 2
+        assert sorted(system.supervisor.worker_pids()) == ["toy/0#0", "toy/1#0"]
+        assert set(system.pids()) <= set(children_of(os.getpid()))
 
 
-def test_every_incarnation_gets_what_the_first_one_chose(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path, toy_model(replicas=3)) as house:
-        chosen = house.dispatcher.status("toy").engine_reason
-        for pid in house.pids():
+def test_every_incarnation_gets_the_options_that_the_first_one_chose(tmp_path: Path) -> None:
+    with ToySystem(tmp_path, toy_model(replicas=3)) as system:
+        chosen = system.dispatcher.status("toy").engine_reason
+        for pid in system.pids():
             os.kill(pid, signal.SIGKILL)
-        house.until(lambda: len({*house.supervisor.worker_pids()} & {"toy/0#1", "toy/1#1", "toy/2#1"}) == 3)
-        house.until(lambda: house.ready() == 3)
-        assert house.dispatcher.status("toy").engine_reason == chosen
+        system.until(lambda: len({*system.supervisor.worker_pids()} & {"toy/0#1", "toy/1#1", "toy/2#1"}) == 3)
+        system.until(lambda: system.ready() == 3)
+        assert system.dispatcher.status("toy").engine_reason == chosen
 
 
-def test_nothing_is_ready_before_the_warm_up(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path, toy_model(load_s=0.5), wait=False) as house:
-        assert not house.supervisor.wait_ready(Deadline.after(0.05))
+def test_model_is_not_ready_before_the_warm_up(tmp_path: Path) -> None:
+    with ToySystem(tmp_path, toy_model(load_s=0.5), wait=False) as system:
+        assert not system.supervisor.wait_ready(Deadline.after(0.05))
         with pytest.raises(NotReady):
-            house.ask("echo")
-        assert house.supervisor.wait_ready(Deadline.after(PATIENCE_S))
-        assert house.ask("echo").state is State.DONE
+            system.ask("echo")
+        assert system.supervisor.wait_ready(Deadline.after(PATIENCE_S))
+        assert system.ask("echo").state is State.DONE
 
 
-def test_dead_worker_is_replaced_by_its_next_incarnation(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path) as house:
-        [pid] = house.pids()
+def test_dead_worker_is_restarted_as_the_next_incarnation(tmp_path: Path) -> None:
+    with ToySystem(tmp_path) as system:
+        [pid] = system.pids()
         os.kill(pid, signal.SIGKILL)
-        house.until(lambda: house.supervisor.worker_pids().keys() == {"toy/0#1"} and house.ready() == 1)
-        assert house.ask("echo").state is State.DONE
+        system.until(lambda: system.supervisor.worker_pids().keys() == {"toy/0#1"} and system.ready() == 1)
+        assert system.ask("echo").state is State.DONE
         assert not is_alive(pid)
 
 
-def test_model_that_cannot_load_is_failed_at_once_with_the_workers_own_reason(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path, toy_model(load="fail no such device: XPU"), wait=False) as house:
-        assert not house.supervisor.wait_ready(Deadline.after(PATIENCE_S))
-        status = house.supervisor.status()["toy"]
+def test_model_that_cannot_load_fails_at_once_with_the_workers_reason(tmp_path: Path) -> None:
+    with ToySystem(tmp_path, toy_model(load="fail no such device: XPU"), wait=False) as system:
+        assert not system.supervisor.wait_ready(Deadline.after(PATIENCE_S))
+        status = system.supervisor.status()["toy"]
         assert status.failed
         assert status.reason == "failed: no such device: XPU"
         with pytest.raises(ModelFailed, match="XPU"):
-            house.ask("echo")
+            system.ask("echo")
 
 
-def test_crash_loop_is_a_failed_model_and_the_others_go_on(tmp_path: Path) -> None:
+def test_crash_loop_fails_the_model_and_not_the_others(tmp_path: Path) -> None:
     models = (toy_model("good"), toy_model("bad", load="segv"))
-    with ToyHouse(tmp_path, *models, wait=False, crash_loop_limit=3) as house:
-        house.until(lambda: house.supervisor.status()["bad"].failed)
-        reason = house.supervisor.status()["bad"].reason
+    with ToySystem(tmp_path, *models, wait=False, crash_loop_limit=3) as system:
+        system.until(lambda: system.supervisor.status()["bad"].failed)
+        reason = system.supervisor.status()["bad"].reason
         assert reason.startswith("failed: 3 workers in a row died")
         assert "SIGSEGV" in reason
-        house.until(lambda: house.ready("good") == 1)
-        assert house.ask("echo", model="good").state is State.DONE
+        system.until(lambda: system.ready("good") == 1)
+        assert system.ask("echo", model="good").state is State.DONE
 
 
-def test_failed_model_is_tried_again_slowly_and_comes_back(tmp_path: Path) -> None:
-    marker = tmp_path / "mended"
+def test_failed_model_is_retried_slowly_and_recovers(tmp_path: Path) -> None:
+    marker = tmp_path / "repaired"
     models = (toy_model(load=f"until {marker} exit 7", replicas=2),)
-    with ToyHouse(tmp_path, *models, wait=False, crash_loop_limit=2, failed_retry_s=1.0) as house:
-        house.until(lambda: house.supervisor.status()["toy"].failed)
+    with ToySystem(tmp_path, *models, wait=False, crash_loop_limit=2, failed_retry_s=1.0) as system:
+        system.until(lambda: system.supervisor.status()["toy"].failed)
         marker.touch()
-        house.until(lambda: house.ready() == 2)
-        status = house.supervisor.status()["toy"]
+        system.until(lambda: system.ready() == 2)
+        status = system.supervisor.status()["toy"]
         assert (status.ready, status.failed) == (True, False)
-        assert house.ask("echo").state is State.DONE
+        assert system.ask("echo").state is State.DONE
 
 
-def test_silent_worker_is_killed_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with ToyHouse(tmp_path, hang_limit_s=1.0, idle_hang_limit_s=1.0) as house:
-        [pid] = house.pids()
+def test_hung_worker_is_killed_and_restarted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ToySystem(tmp_path, hang_limit_s=1.0, idle_hang_limit_s=1.0) as system:
+        [pid] = system.pids()
         started = time.monotonic()
-        answer = house.ask(f"once {tmp_path / 'hung'} hang")
+        answer = system.ask(f"once {tmp_path / 'hung'} hang")
         assert (answer.state, answer.attempts) == (State.DONE, 2)
         assert time.monotonic() - started < 1.0 + 2.0 + SLACK_S
-        assert house.pids() != [pid]
+        assert system.pids() != [pid]
         assert "hung: no heartbeat" in str([getattr(record, "fields", {}) for record in caplog.records])
 
 
-def test_worker_that_sigkill_does_not_end_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SpawnProcess, "kill", lambda _: None)  # what it comes to while a driver holds the process
-    with ToyHouse(tmp_path / "spool", hang_limit_s=1.0, idle_hang_limit_s=1.0, terminate_timeout_s=1.0) as house:
-        [pid] = house.pids()
+def test_worker_that_survives_sigkill_is_written_off_and_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SpawnProcess, "kill", lambda _: None)  # as if a driver blocked the process
+    with ToySystem(tmp_path / "spool", hang_limit_s=1.0, idle_hang_limit_s=1.0, terminate_timeout_s=1.0) as system:
+        [pid] = system.pids()
         begun = tmp_path / "begun"
-        job = house.job(f"once {begun} sleep 60")
-        house.until(begun.exists)
+        job = system.job(f"once {begun} sleep 60")
+        system.until(begun.exists)
         os.kill(pid, signal.SIGSTOP)
-        house.until(lambda: house.ready() == 0)
-        assert house.pids() == [pid]  # killed, and not yet given up: it counts as ready no longer
+        system.until(lambda: system.ready() == 0)
+        assert system.pids() == [pid]  # killed but not written off yet: no longer counted as ready
         answer = finish(job, PATIENCE_S)
         assert (answer.state, answer.attempts) == (State.DONE, 2)
-        assert list(house.supervisor.worker_pids()) == ["toy/0#1"]
+        assert list(system.supervisor.worker_pids()) == ["toy/0#1"]
         assert is_alive(pid)
         os.kill(pid, signal.SIGKILL)
-        house.until(lambda: pid not in children_of(os.getpid()))  # it is no zombie
+        system.until(lambda: pid not in children_of(os.getpid()))  # it is reaped
 
 
-def test_model_whose_every_process_defies_sigkill_gets_one_successor_and_is_failed_until_one_has_gone(
+def test_model_with_more_than_replicas_processes_that_survive_sigkill_fails_until_one_exits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SpawnProcess, "kill", lambda _: None)
     limits = {"terminate_timeout_s": 0.2, "hang_limit_s": 0.5, "idle_hang_limit_s": 0.5, "failed_retry_s": 1.0}
-    with ToyHouse(tmp_path, **limits) as house:
-        wedged = []
+    with ToySystem(tmp_path, **limits) as system:
+        survivors = []
         for incarnation in range(2):
-            house.until(
-                lambda name=f"toy/0#{incarnation}": name in house.supervisor.worker_pids() and house.ready() == 1
+            system.until(
+                lambda name=f"toy/0#{incarnation}": name in system.supervisor.worker_pids() and system.ready() == 1
             )
-            wedged += house.pids()
-            os.kill(wedged[-1], signal.SIGSTOP)
-            house.until(lambda: house.ready() == 0)
-        house.until(lambda: house.supervisor.status()["toy"].failed)
-        assert "2 of its processes do not end" in house.supervisor.status()["toy"].reason
-        threading.Event().wait(2.0)  # when it would have been tried again
-        assert house.pids() == []
-        os.kill(wedged[0], signal.SIGKILL)
-        house.until(lambda: house.ready() == 1)
-        assert house.ask("echo").state is State.DONE
-        os.kill(wedged[1], signal.SIGKILL)
-        house.until(lambda: not {*wedged} & {*children_of(os.getpid())})
+            survivors += system.pids()
+            os.kill(survivors[-1], signal.SIGSTOP)
+            system.until(lambda: system.ready() == 0)
+        system.until(lambda: system.supervisor.status()["toy"].failed)
+        assert "2 processes of this model have survived SIGKILL" in system.supervisor.status()["toy"].reason
+        threading.Event().wait(2.0)  # longer than failed_retry_s
+        assert system.pids() == []
+        os.kill(survivors[0], signal.SIGKILL)
+        system.until(lambda: system.ready() == 1)
+        assert system.ask("echo").state is State.DONE
+        os.kill(survivors[1], signal.SIGKILL)
+        system.until(lambda: not {*survivors} & {*children_of(os.getpid())})
 
 
-def test_reload_does_not_wait_for_a_worker_that_sigkill_does_not_end(
+def test_reload_does_not_wait_for_a_worker_that_survives_sigkill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SpawnProcess, "kill", lambda _: None)
-    with ToyHouse(tmp_path / "spool", terminate_timeout_s=0.3, idle_hang_limit_s=1.0) as house:
-        [pid] = house.pids()
-        os.kill(pid, signal.SIGSTOP)  # it does not hear that it is to end
-        house.reload(toy_model(), terminate_timeout_s=0.3)
-        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+    with ToySystem(tmp_path / "spool", terminate_timeout_s=0.3, idle_hang_limit_s=1.0) as system:
+        [pid] = system.pids()
+        os.kill(pid, signal.SIGSTOP)  # it does not read the Stop message
+        system.reload(toy_model(), terminate_timeout_s=0.3)
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
         assert is_alive(pid)
-        assert house.ask("echo").state is State.DONE
+        assert system.ask("echo").state is State.DONE
         os.kill(pid, signal.SIGKILL)
-        house.until(lambda: pid not in children_of(os.getpid()))
+        system.until(lambda: pid not in children_of(os.getpid()))
 
 
-def test_worker_is_not_taken_for_silent_while_nobody_listens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with ToyHouse(tmp_path, toy_model(replicas=2), hang_limit_s=1.0, idle_hang_limit_s=1.0) as house:
-        go_on, wake = threading.Event(), house.dispatcher.on_change
-        house.dispatcher.on_change = lambda: assert_called(go_on.wait(PATIENCE_S))
-        doomed, other = house.pids()
+def test_worker_is_not_hung_while_the_dispatcher_stalls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ToySystem(tmp_path, toy_model(replicas=2), hang_limit_s=1.0, idle_hang_limit_s=1.0) as system:
+        go_on, wake = threading.Event(), system.dispatcher.on_change
+        system.dispatcher.on_change = lambda: assert_called(go_on.wait(PATIENCE_S))
+        doomed, other = system.pids()
         os.kill(doomed, signal.SIGKILL)
-        threading.Event().wait(3.0)  # the dispatcher stands still and hears no beat
-        house.dispatcher.on_change = wake
+        threading.Event().wait(3.0)  # the dispatcher is blocked and reads no heartbeat
+        system.dispatcher.on_change = wake
         go_on.set()
-        house.until(lambda: house.ready() == 2)
-        assert other in house.pids()
+        system.until(lambda: system.ready() == 2)
+        assert other in system.pids()
         assert "worker killed" not in caplog.text
 
 
-def test_worker_over_its_memory_limit_is_killed_and_the_job_with_it(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path, toy_model(memory=200 << 20, replicas=2)) as house:
+def test_worker_over_its_memory_limit_is_killed_and_the_job_fails(tmp_path: Path) -> None:
+    with ToySystem(tmp_path, toy_model(memory=200 << 20, replicas=2)) as system:
         started = time.monotonic()
-        answer = house.ask("leak")
+        answer = system.ask("leak")
         assert isinstance(answer.error, WorkerCrashed)
         assert time.monotonic() - started < 10
-        house.until(lambda: house.ready() == 2)
-        assert house.ask("echo").state is State.DONE
+        system.until(lambda: system.ready() == 2)
+        assert system.ask("echo").state is State.DONE
 
 
 def test_worker_that_breaks_the_protocol_is_killed(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path) as house:
-        [pid] = house.pids()
-        answer = house.ask(f"once {tmp_path / 'said'} garbage")
+    with ToySystem(tmp_path) as system:
+        [pid] = system.pids()
+        answer = system.ask(f"once {tmp_path / 'said'} garbage")
         assert answer.state is State.DONE
         assert not is_alive(pid)
 
 
-def test_stop_lets_jobs_finish_then_ends_every_process(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path, toy_model(replicas=2)) as house:
-        pids = house.pids()
-        jobs = [house.job("sleep 0.3") for _ in range(4)]
-        house.until(lambda: house.dispatcher.status("toy").running == 4)
-        house.stop()
+def test_stop_lets_jobs_finish_then_ends_all_processes(tmp_path: Path) -> None:
+    with ToySystem(tmp_path, toy_model(replicas=2)) as system:
+        pids = system.pids()
+        jobs = [system.job("sleep 0.3") for _ in range(4)]
+        system.until(lambda: system.dispatcher.status("toy").running == 4)
+        system.stop()
         assert [finish(job).state for job in jobs] == [State.DONE] * 4
         assert not any(is_alive(pid) for pid in pids)
 
 
-def test_stop_kills_what_runs_at_the_deadline(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path) as house:
-        job = house.job("sleep 60")
-        house.until(lambda: house.dispatcher.status("toy").running == 1)
+def test_stop_kills_workers_at_the_deadline(tmp_path: Path) -> None:
+    with ToySystem(tmp_path) as system:
+        job = system.job("sleep 60")
+        system.until(lambda: system.dispatcher.status("toy").running == 1)
         started = time.monotonic()
-        house.stop(grace_s=0.3)
+        system.stop(grace_s=0.3)
         assert time.monotonic() - started < 30
         assert finish(job).state is State.FAILED
 
 
 def test_stop_while_loading_does_not_wait_for_the_model(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path, toy_model(load="hang"), wait=False, terminate_timeout_s=0.5) as house:
-        house.until(lambda: len(house.pids()) == 1)
+    with ToySystem(tmp_path, toy_model(load="hang"), wait=False, terminate_timeout_s=0.5) as system:
+        system.until(lambda: len(system.pids()) == 1)
         started = time.monotonic()
-        house.stop()
+        system.stop()
         assert time.monotonic() - started < 20
 
 
 def test_stop_kills_a_stopped_worker(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path) as house:
-        os.kill(house.pids()[0], signal.SIGSTOP)
+    with ToySystem(tmp_path) as system:
+        os.kill(system.pids()[0], signal.SIGSTOP)
         started = time.monotonic()
-        house.stop(grace_s=0.5)
+        system.stop(grace_s=0.5)
         assert time.monotonic() - started < 20
 
 
-def test_workers_do_not_hear_the_front_ends_signals(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path) as house:
-        [pid] = house.pids()
+def test_workers_ignore_the_front_ends_signals(tmp_path: Path) -> None:
+    with ToySystem(tmp_path) as system:
+        [pid] = system.pids()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             os.kill(pid, number)
-        assert house.ask("echo").state is State.DONE
-        assert house.pids() == [pid]
+        assert system.ask("echo").state is State.DONE
+        assert system.pids() == [pid]
 
 
 def test_reload_replaces_every_worker_without_losing_a_job(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path, toy_model(replicas=2)) as house:
-        old = set(house.pids())
-        running = [house.job("sleep 0.5") for _ in range(4)]
-        waiting = [house.job("sleep 0.01") for _ in range(20)]
-        house.reload(toy_model(replicas=2, capacity=5))
-        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
-        assert not old & set(house.pids())
-        assert house.dispatcher.status("toy").capacity == 10
+    with ToySystem(tmp_path, toy_model(replicas=2)) as system:
+        old = set(system.pids())
+        running = [system.job("sleep 0.5") for _ in range(4)]
+        waiting = [system.job("sleep 0.01") for _ in range(20)]
+        system.reload(toy_model(replicas=2, capacity=5))
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert not old & set(system.pids())
+        assert system.dispatcher.status("toy").capacity == 10
         answers = [finish(job) for job in running + waiting]
         assert [(answer.state, answer.attempts) for answer in answers] == [(State.DONE, 1)] * 24
 
 
-def test_reload_to_a_shorter_deadline_lets_jobs_of_a_longer_one_finish(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path) as house:
-        job = house.job("sleep 2")
-        house.until(lambda: house.dispatcher.status("toy").running == 1)
-        house.reload(toy_model(), max_timeout_s=0.1, terminate_timeout_s=0.1)
+def test_reload_with_a_shorter_deadline_lets_jobs_with_a_longer_one_finish(tmp_path: Path) -> None:
+    with ToySystem(tmp_path) as system:
+        job = system.job("sleep 2")
+        system.until(lambda: system.dispatcher.status("toy").running == 1)
+        system.reload(toy_model(), max_timeout_s=0.1, terminate_timeout_s=0.1)
         answer = finish(job)
         assert (answer.state, answer.attempts) == (State.DONE, 1)
-        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
 
 
-def test_reload_that_fails_leaves_the_old_workers_serving(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path) as house:
-        old = house.pids()
-        house.reload(toy_model(load="fail broken weights"))
-        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
-        assert house.pids() == old
-        assert house.ask("echo").state is State.DONE
+def test_failed_reload_keeps_the_old_workers(tmp_path: Path) -> None:
+    with ToySystem(tmp_path) as system:
+        old = system.pids()
+        system.reload(toy_model(load="fail broken weights"))
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert system.pids() == old
+        assert system.ask("echo").state is State.DONE
 
 
-def test_reload_brings_models_and_takes_models_away(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path, toy_model("a"), toy_model("b")) as house:
-        going = [house.job("sleep 0.2", model="b") for _ in range(5)]
-        house.reload(toy_model("a"), toy_model("c", replicas=2))
-        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
-        house.until(lambda: house.dispatcher.models() == ["a", "c"] and house.ready("c") == 2)
-        assert [finish(job).state for job in going] == [State.DONE] * 5
-        assert house.ask("echo", model="c").state is State.DONE
+def test_reload_adds_and_removes_models(tmp_path: Path) -> None:
+    with ToySystem(tmp_path, toy_model("a"), toy_model("b")) as system:
+        last = [system.job("sleep 0.2", model="b") for _ in range(5)]
+        system.reload(toy_model("a"), toy_model("c", replicas=2))
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        system.until(lambda: system.dispatcher.models() == ["a", "c"] and system.ready("c") == 2)
+        assert [finish(job).state for job in last] == [State.DONE] * 5
+        assert system.ask("echo", model="c").state is State.DONE
 
 
-def test_removed_model_that_no_longer_loads_answers_its_queue(tmp_path: Path) -> None:
+def test_removed_model_that_no_longer_loads_fails_its_queued_jobs(tmp_path: Path) -> None:
     loads = tmp_path / "loads"
     loads.touch()
     models = (toy_model("a"), toy_model("b", load=f"until {loads} exit 7"))
-    with ToyHouse(tmp_path, *models, crash_loop_limit=2) as house:
-        jobs = [house.job("sleep 60", model="b") for _ in range(4)]
-        house.until(lambda: house.dispatcher.status("b").running == 2)
+    with ToySystem(tmp_path, *models, crash_loop_limit=2) as system:
+        jobs = [system.job("sleep 60", model="b") for _ in range(4)]
+        system.until(lambda: system.dispatcher.status("b").running == 2)
         loads.unlink()
-        house.reload(toy_model("a"))
-        house.until(lambda: house.dispatcher.status("b").reason == "unloading")
-        os.kill(house.pids("b")[0], signal.SIGKILL)
+        system.reload(toy_model("a"))
+        system.until(lambda: system.dispatcher.status("b").reason == "unloading")
+        os.kill(system.pids("b")[0], signal.SIGKILL)
         assert [type(finish(job, PATIENCE_S).error) for job in jobs] == [ModelFailed] * 4
-        house.until(lambda: house.dispatcher.models() == ["a"])
-        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        system.until(lambda: system.dispatcher.models() == ["a"])
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
 
 
-def test_removed_models_running_job_goes_to_a_successor_when_its_worker_dies(tmp_path: Path) -> None:
+def test_running_job_of_a_removed_model_is_requeued_when_its_worker_dies(tmp_path: Path) -> None:
     begun = tmp_path / "begun"
-    with ToyHouse(tmp_path / "spool", toy_model("a"), toy_model("b")) as house:
-        job = house.job(f"once {begun} sleep 60", model="b")
-        house.until(begun.exists)
-        house.reload(toy_model("a"))
-        house.until(lambda: house.dispatcher.status("b").reason == "unloading")
-        os.kill(house.pids("b")[0], signal.SIGKILL)
+    with ToySystem(tmp_path / "spool", toy_model("a"), toy_model("b")) as system:
+        job = system.job(f"once {begun} sleep 60", model="b")
+        system.until(begun.exists)
+        system.reload(toy_model("a"))
+        system.until(lambda: system.dispatcher.status("b").reason == "unloading")
+        os.kill(system.pids("b")[0], signal.SIGKILL)
         answer = finish(job, PATIENCE_S)
         assert (answer.state, answer.attempts) == (State.DONE, 2)
-        house.until(lambda: house.dispatcher.models() == ["a"])
-        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        system.until(lambda: system.dispatcher.models() == ["a"])
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
 
 
-def test_removed_model_is_forgotten_though_its_last_job_is_cancelled_while_no_worker_lives(tmp_path: Path) -> None:
+def test_removed_model_is_unloaded_when_its_last_job_is_cancelled_without_a_live_worker(tmp_path: Path) -> None:
     slow = {"restart_delay_s": 60.0, "max_restart_delay_s": 60.0}
-    with ToyHouse(tmp_path, toy_model("a"), toy_model("b"), **slow) as house:
-        os.kill(house.pids("b")[0], signal.SIGKILL)
-        house.until(lambda: house.dispatcher.status("b").reason == "restarting")
-        job = house.job("echo", model="b")
-        house.reload(toy_model("a"))
-        house.until(lambda: house.dispatcher.status("b").reason == "unloading")
-        house.dispatcher.cancel(job)
+    with ToySystem(tmp_path, toy_model("a"), toy_model("b"), **slow) as system:
+        os.kill(system.pids("b")[0], signal.SIGKILL)
+        system.until(lambda: system.dispatcher.status("b").reason == "restarting")
+        job = system.job("echo", model="b")
+        system.reload(toy_model("a"))
+        system.until(lambda: system.dispatcher.status("b").reason == "unloading")
+        system.dispatcher.cancel(job)
         job.close()
-        house.until(lambda: house.dispatcher.models() == ["a"])
+        system.until(lambda: system.dispatcher.models() == ["a"])
 
 
-def test_model_removed_and_named_again_gets_its_new_workers_only(tmp_path: Path) -> None:
+def test_model_removed_and_added_again_gives_jobs_only_to_its_new_workers(tmp_path: Path) -> None:
     died = tmp_path / "died"
-    with ToyHouse(tmp_path / "spool", toy_model("a"), toy_model("b")) as house:
-        [old] = house.pids("b")
-        running = house.job("sleep 60", model="b")
-        house.until(lambda: house.dispatcher.status("b").running == 1)
-        house.reload(toy_model("a"))
-        house.reload(toy_model("a"), toy_model("b", load_s=0.5))
-        assert house.dispatcher.status("b").workers == 0
-        later = house.job(f"once {died} exit 7", model="b")  # for the new: the old one has room
-        house.until(lambda: house.ready("b") == 1)
+    with ToySystem(tmp_path / "spool", toy_model("a"), toy_model("b")) as system:
+        [old] = system.pids("b")
+        running = system.job("sleep 60", model="b")
+        system.until(lambda: system.dispatcher.status("b").running == 1)
+        system.reload(toy_model("a"))
+        system.reload(toy_model("a"), toy_model("b", load_s=0.5))
+        assert system.dispatcher.status("b").workers == 0
+        # For the new worker, although the old one has free capacity.
+        later = system.job(f"once {died} exit 7", model="b")
+        system.until(lambda: system.ready("b") == 1)
         assert (finish(later).attempts, died.exists(), is_alive(old)) == (2, True, True)
-        house.dispatcher.cancel(running)
+        system.dispatcher.cancel(running)
         running.close()
-        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
         assert not is_alive(old)
 
 
-def test_second_reload_overtakes_the_first(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path) as house:
-        house.reload(toy_model(load="hang"))
-        house.until(lambda: len(house.pids()) == 2)
-        house.reload(toy_model(capacity=7))
-        house.until(lambda: house.dispatcher.status("toy").capacity == 7)
-        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
-        assert len(house.pids()) == 1
+def test_second_reload_replaces_the_first(tmp_path: Path) -> None:
+    with ToySystem(tmp_path) as system:
+        system.reload(toy_model(load="hang"))
+        system.until(lambda: len(system.pids()) == 2)
+        system.reload(toy_model(capacity=7))
+        system.until(lambda: system.dispatcher.status("toy").capacity == 7)
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert len(system.pids()) == 1
 
 
-def test_reloads_in_a_row_do_not_pile_up_loading_workers(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path, terminate_timeout_s=0.5) as house:
-        living: list[int] = []
+def test_reloads_in_a_row_do_not_accumulate_loading_workers(tmp_path: Path) -> None:
+    with ToySystem(tmp_path, terminate_timeout_s=0.5) as system:
+        counts: list[int] = []
 
         def has_taken_over() -> bool:
-            living.append(len(house.pids()))
-            return house.dispatcher.status("toy").capacity == 7
+            counts.append(len(system.pids()))
+            return system.dispatcher.status("toy").capacity == 7
 
         for _ in range(4):
-            house.reload(toy_model(load="hang"), terminate_timeout_s=0.5)
-            house.until(lambda: len(house.pids()) >= 2)
-        house.reload(toy_model(capacity=7), terminate_timeout_s=0.5)
-        house.until(has_taken_over)
-        assert max(living) == 2
-        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+            system.reload(toy_model(load="hang"), terminate_timeout_s=0.5)
+            system.until(lambda: len(system.pids()) >= 2)
+        system.reload(toy_model(capacity=7), terminate_timeout_s=0.5)
+        system.until(has_taken_over)
+        assert max(counts) == 2
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
 
 
-def test_worker_that_is_ready_too_late_does_not_make_a_failed_model_work(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path, toy_model(load="fail no such device"), wait=False) as house:
-        house.until(lambda: house.supervisor.status()["toy"].failed)
-        house.reload(toy_model(load_s=1.0))
-        house.until(lambda: len(house.pids()) == 1)
-        [late] = house.pids()
-        house.reload(toy_model(load="hang"))  # the one before is turned away, and ready within its grace
-        house.until(lambda: not is_alive(late))
-        assert house.dispatcher.status("toy").reason == "failed: no such device"
+def test_retired_worker_that_becomes_ready_does_not_clear_the_failure(tmp_path: Path) -> None:
+    with ToySystem(tmp_path, toy_model(load="fail no such device"), wait=False) as system:
+        system.until(lambda: system.supervisor.status()["toy"].failed)
+        system.reload(toy_model(load_s=1.0))
+        system.until(lambda: len(system.pids()) == 1)
+        [late] = system.pids()
+        system.reload(toy_model(load="hang"))  # retires the worker before, which becomes ready within its grace period
+        system.until(lambda: not is_alive(late))
+        assert system.dispatcher.status("toy").reason == "failed: no such device"
 
 
-def test_old_workers_are_meant_until_the_new_take_over_and_none_gets_a_job_after(tmp_path: Path) -> None:
+def test_old_settings_apply_until_the_new_workers_take_over_and_old_workers_get_no_job_after(tmp_path: Path) -> None:
     loads = tmp_path / "loads"
-    with ToyHouse(tmp_path / "spool", toy_model(queue_limit=8)) as house:
-        house.reload(toy_model(load=f"until {loads} hang", queue_limit=1))
-        house.until(lambda: len(house.pids()) == 2)
-        held = [house.job("sleep 0.3") for _ in range(2)]
-        waiting = [house.job("sleep 0.01") for _ in range(6)]  # beyond the new limit, within the one that holds
-        assert house.serving == []
+    with ToySystem(tmp_path / "spool", toy_model(queue_limit=8)) as system:
+        system.reload(toy_model(load=f"until {loads} hang", queue_limit=1))
+        system.until(lambda: len(system.pids()) == 2)
+        held = [system.job("sleep 0.3") for _ in range(2)]
+        waiting = [system.job("sleep 0.01") for _ in range(6)]  # more than the new limit allows; the old one applies
+        assert system.serving == []
         for job in held + waiting:
             assert finish(job).state is State.DONE
-        house.reload(toy_model(load="fail broken weights", queue_limit=1))
-        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
-        assert house.serving == []
-        house.reload(toy_model(queue_limit=7, capacity=3))
-        house.until(lambda: bool(house.serving))
-        assert [model.queue_limit for model in house.serving] == [7]
-        assert house.dispatcher.status("toy").capacity == 3  # the old one's are not among them
+        system.reload(toy_model(load="fail broken weights", queue_limit=1))
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert system.serving == []
+        system.reload(toy_model(queue_limit=7, capacity=3))
+        system.until(lambda: bool(system.serving))
+        assert [model.queue_limit for model in system.serving] == [7]
+        assert system.dispatcher.status("toy").capacity == 3  # without the old worker's
 
 
-def test_old_workers_make_way_for_as_many_as_are_ready_and_not_for_more(tmp_path: Path) -> None:
+def test_reload_retires_one_old_worker_for_each_ready_new_one(tmp_path: Path) -> None:
     loads = tmp_path / "loads"
     loads.touch()
-    with ToyHouse(tmp_path / "spool", toy_model(replicas=3)) as house:
-        house.reload(toy_model(replicas=3, load_s=0.5, load=f"until {loads} hang"))
-        house.until(lambda: house.supervisor.worker_pids().keys() > {"toy/1#1"})
-        loads.unlink()  # the first has come, the others have not
-        house.until(lambda: "toy/0#0" not in house.supervisor.worker_pids())
-        pids = house.pids()
-        house.ask_all(["sleep 0.1"] * 6)
-        assert house.pids() == pids
-        assert house.ready() == 3
-        assert house.serving == []
+    with ToySystem(tmp_path / "spool", toy_model(replicas=3)) as system:
+        system.reload(toy_model(replicas=3, load_s=0.5, load=f"until {loads} hang"))
+        system.until(lambda: system.supervisor.worker_pids().keys() > {"toy/1#1"})
+        loads.unlink()  # the first is ready, the others hang while they load
+        system.until(lambda: "toy/0#0" not in system.supervisor.worker_pids())
+        pids = system.pids()
+        system.ask_all(["sleep 0.1"] * 6)
+        assert system.pids() == pids
+        assert system.ready() == 3
+        assert system.serving == []
 
 
-def test_old_worker_that_works_stays_rather_than_a_dead_one(tmp_path: Path) -> None:
+def test_reload_retires_dead_old_workers_before_ready_ones(tmp_path: Path) -> None:
     loads = tmp_path / "loads"
     loads.touch()
     slow = {"restart_delay_s": 60.0, "max_restart_delay_s": 60.0}
-    with ToyHouse(tmp_path / "spool", toy_model(replicas=2), **slow) as house:
-        os.kill(house.supervisor.worker_pids()["toy/1#0"], signal.SIGKILL)
-        house.until(lambda: house.ready() == 1)
-        house.reload(toy_model(replicas=2, load_s=0.5, load=f"until {loads} hang"))
-        house.until(lambda: house.supervisor.worker_pids().keys() >= {"toy/0#1", "toy/1#1"})
-        loads.unlink()  # the first has come, the other has not
-        house.ask_all(["sleep 0.1"] * 6)
-        assert house.supervisor.worker_pids().keys() == {"toy/0#0", "toy/0#1", "toy/1#1"}
-        assert house.ready() == 2
-        assert house.serving == []
+    with ToySystem(tmp_path / "spool", toy_model(replicas=2), **slow) as system:
+        os.kill(system.supervisor.worker_pids()["toy/1#0"], signal.SIGKILL)
+        system.until(lambda: system.ready() == 1)
+        system.reload(toy_model(replicas=2, load_s=0.5, load=f"until {loads} hang"))
+        system.until(lambda: system.supervisor.worker_pids().keys() >= {"toy/0#1", "toy/1#1"})
+        loads.unlink()  # the first is ready, the other hangs while it loads
+        system.ask_all(["sleep 0.1"] * 6)
+        assert system.supervisor.worker_pids().keys() == {"toy/0#0", "toy/0#1", "toy/1#1"}
+        assert system.ready() == 2
+        assert system.serving == []
 
 
-def test_reload_half_of_which_fails_after_an_old_worker_has_gone_brings_another(tmp_path: Path) -> None:
+def test_half_failed_reload_recreates_the_old_worker_it_had_retired(tmp_path: Path) -> None:
     loads = tmp_path / "loads"
     loads.touch()
-    with ToyHouse(tmp_path / "spool", toy_model(replicas=2)) as house:
-        house.reload(toy_model(replicas=2, load_s=0.5, load=f"until {loads} exit 7", capacity=9))
-        house.until(lambda: house.supervisor.worker_pids().keys() > {"toy/1#1"})
-        loads.unlink()  # the first has come, the other dies at each try
-        house.until(lambda: "toy/0#0" not in house.supervisor.worker_pids())
-        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
-        house.until(lambda: house.dispatcher.status("toy").capacity == 4)
-        assert house.ask("echo").state is State.DONE
-        assert house.serving == []
+    with ToySystem(tmp_path / "spool", toy_model(replicas=2)) as system:
+        system.reload(toy_model(replicas=2, load_s=0.5, load=f"until {loads} exit 7", capacity=9))
+        system.until(lambda: system.supervisor.worker_pids().keys() > {"toy/1#1"})
+        loads.unlink()  # the first is ready, the other dies at each start
+        system.until(lambda: "toy/0#0" not in system.supervisor.worker_pids())
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        system.until(lambda: system.dispatcher.status("toy").capacity == 4)
+        assert system.ask("echo").state is State.DONE
+        assert system.serving == []
 
 
-def test_reload_half_of_which_fails_serves_where_of_the_old_workers_none_works(tmp_path: Path) -> None:
+def test_half_failed_reload_takes_over_if_no_old_worker_is_ready(tmp_path: Path) -> None:
     worked, loads = tmp_path / "worked", tmp_path / "loads"
     worked.touch()
     loads.touch()
     slow = {"restart_delay_s": 60.0, "max_restart_delay_s": 60.0}
-    with ToyHouse(tmp_path / "spool", toy_model(replicas=2, load=f"until {worked} exit 7"), **slow) as house:
+    with ToySystem(tmp_path / "spool", toy_model(replicas=2, load=f"until {worked} exit 7"), **slow) as system:
         worked.unlink()
-        for pid in house.pids():
+        for pid in system.pids():
             os.kill(pid, signal.SIGKILL)
-        house.until(lambda: house.ready() == 0)
+        system.until(lambda: system.ready() == 0)
         half = toy_model(replicas=2, load_s=0.5, load=f"until {loads} exit 7", queue_limit=7)
-        house.reload(half, crash_loop_limit=2)
-        house.until(lambda: "toy/1#1" in house.supervisor.worker_pids())
-        loads.unlink()  # the first has come, the other dies at each try
-        house.until(lambda: "toy/1#3" in house.supervisor.worker_pids())  # and is tried beyond the limit
-        assert house.ask("echo").state is State.DONE
+        system.reload(half, crash_loop_limit=2)
+        system.until(lambda: "toy/1#1" in system.supervisor.worker_pids())
+        loads.unlink()  # the first is ready, the other dies at each start
+        system.until(lambda: "toy/1#3" in system.supervisor.worker_pids())  # and is restarted beyond the limit
+        assert system.ask("echo").state is State.DONE
         loads.touch()
-        assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
-        assert house.ready() == 2
-        assert [model.queue_limit for model in house.serving] == [7]
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert system.ready() == 2
+        assert [model.queue_limit for model in system.serving] == [7]
 
 
 def test_reload_to_fewer_and_to_more_replicas(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path, toy_model(replicas=3)) as house:
+    with ToySystem(tmp_path, toy_model(replicas=3)) as system:
         for replicas in (1, 3):
-            house.reload(toy_model(replicas=replicas))
-            assert house.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
-            house.until(lambda: len(house.pids()) == replicas)  # noqa: B023 - awaited here
+            system.reload(toy_model(replicas=replicas))
+            assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+            system.until(lambda: len(system.pids()) == replicas)  # noqa: B023 - awaited here
 
 
-def test_watchdog_is_fed_while_everything_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watchdog_is_fed_while_both_loops_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(PATIENCE_S)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         monkeypatch.setenv("WATCHDOG_USEC", "600000")
         monkeypatch.delenv("WATCHDOG_PID", raising=False)
-        with ToyHouse(tmp_path / "spool"):
+        with ToySystem(tmp_path / "spool"):
             assert [manager.recv(100) for _ in range(3)] == [b"WATCHDOG=1"] * 3
 
 
-def test_two_houses_share_a_spool_directory(tmp_path: Path) -> None:
-    with ToyHouse(tmp_path) as one, ToyHouse(tmp_path) as two:
+def test_two_systems_share_a_spool_directory(tmp_path: Path) -> None:
+    with ToySystem(tmp_path) as one, ToySystem(tmp_path) as two:
         assert one.ask("echo").state is State.DONE
         assert two.ask("echo").state is State.DONE
 
 
-def test_watchdog_goes_hungry_when_the_dispatcher_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watchdog_is_not_fed_while_the_dispatcher_is_blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         monkeypatch.setenv("WATCHDOG_USEC", "300000")
         monkeypatch.delenv("WATCHDOG_PID", raising=False)
         go_on = threading.Event()
-        with ToyHouse(tmp_path / "spool") as house:
-            wake = house.dispatcher.on_change
-            house.dispatcher.on_change = lambda: assert_called(go_on.wait(PATIENCE_S))
-            os.kill(house.pids()[0], signal.SIGKILL)
+        with ToySystem(tmp_path / "spool") as system:
+            wake = system.dispatcher.on_change
+            system.dispatcher.on_change = lambda: assert_called(go_on.wait(PATIENCE_S))
+            os.kill(system.pids()[0], signal.SIGKILL)
             manager.settimeout(2.0)
             fed_s, started = 0.0, time.monotonic()
             with contextlib.suppress(TimeoutError):
                 while fed_s < PATIENCE_S:
                     manager.recv(100)
                     fed_s = time.monotonic() - started
-            assert 3.0 < fed_s < PATIENCE_S  # a dispatcher may be late; then nothing comes for six intervals and more
-            house.dispatcher.on_change = wake
+            assert 3.0 < fed_s < PATIENCE_S  # the tolerated delay, then no message for more than six intervals
+            system.dispatcher.on_change = wake
             go_on.set()
             manager.settimeout(PATIENCE_S)
             assert manager.recv(100) == b"WATCHDOG=1"

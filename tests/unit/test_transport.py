@@ -1,4 +1,4 @@
-"""Bytes over a real connection: received where they belong, written whole, waited for no longer than said."""
+"""Transport over a real connection: receiving, sending, waiting, and the time limit of each."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ovserve.front.transport import Transport
 from tests.sockets import connected_pair, sending
 
 
-def test_received_bytes_can_be_given_back_and_taken_in_part() -> None:
+def test_received_bytes_can_be_unread_and_taken_in_part() -> None:
     with connected_pair() as (ours, theirs):
         transport = Transport(theirs, 5)
         ours.sendall(b"head body")
         data = transport.receive(5)
         assert data == b"head body"
         assert not transport.has_pending
-        transport.put_back(data, 5)
+        transport.unread(data, 5)
         view = memoryview(bytearray(3))
         assert transport.take_into(view) == 3
         assert bytes(view) == b"bod"
@@ -34,7 +34,7 @@ def test_received_bytes_can_be_given_back_and_taken_in_part() -> None:
         assert transport.take_into(view) == 0
 
 
-def test_fill_fills_the_view_however_the_bytes_come() -> None:
+def test_fill_fills_the_view_whatever_the_pieces() -> None:
     data = os.urandom(300_000)
     pieces = [data[start : start + 7777] for start in range(0, len(data), 7777)]
     with connected_pair() as (ours, theirs), sending(ours, pieces):
@@ -43,7 +43,7 @@ def test_fill_fills_the_view_however_the_bytes_come() -> None:
         assert view == data
 
 
-def test_fill_stops_at_the_end_of_the_stream() -> None:
+def test_fill_stops_at_end_of_file() -> None:
     with connected_pair() as (ours, theirs):
         transport, view = Transport(theirs, 5), memoryview(bytearray(10))
         ours.sendall(b"abc")
@@ -52,7 +52,7 @@ def test_fill_stops_at_the_end_of_the_stream() -> None:
         assert transport.fill(view, 5) == 0
 
 
-def test_fill_returns_what_there_is_when_the_time_is_over() -> None:
+def test_fill_returns_received_bytes_at_the_timeout() -> None:
     with connected_pair() as (ours, theirs):
         transport, view = Transport(theirs, 5), memoryview(bytearray(10))
         ours.sendall(b"abc")
@@ -65,24 +65,24 @@ def test_fill_returns_what_there_is_when_the_time_is_over() -> None:
             transport.receive_beyond(view, 0.01)
 
 
-def test_fill_in_parts_takes_no_longer_than_was_said() -> None:
+def test_fill_in_parts_keeps_its_total_timeout() -> None:
     with connected_pair() as (ours, theirs):
         late = threading.Timer(1.5, ours.sendall, (b"a",))
         late.start()
         started = time.monotonic()
         assert Transport(theirs, 5).fill(memoryview(bytearray(4)), 3.0) == 1
-        assert time.monotonic() - started < 4.4  # 4.5 would be the whole time again from the first byte
+        assert time.monotonic() - started < 4.4  # 4.5 s if the timeout began again at the first byte
         late.join()
 
 
-def test_what_has_come_is_taken_when_the_time_is_over() -> None:
+def test_arrived_bytes_are_received_with_a_timeout_of_zero() -> None:
     with connected_pair() as (ours, theirs):
         ours.sendall(b"abc")
         theirs.recv(3, socket.MSG_PEEK | socket.MSG_WAITALL)
         assert Transport(theirs, 5).receive(0) == b"abc"
 
 
-def test_receive_beyond_keeps_what_does_not_fit() -> None:
+def test_receive_beyond_keeps_the_excess_pending() -> None:
     with connected_pair() as (ours, theirs):
         transport, view = Transport(theirs, 5), memoryview(bytearray(4))
         ours.sendall(b"abcdef")
@@ -105,7 +105,7 @@ RECEIVING: dict[str, Callable[[Transport], object]] = {
 
 
 @pytest.mark.parametrize("way", RECEIVING)
-def test_a_reset_is_a_client_gone(way: str) -> None:
+def test_reset_raises_client_gone(way: str) -> None:
     with connected_pair() as (ours, theirs):
         transport = Transport(theirs, 5)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -114,7 +114,7 @@ def test_a_reset_is_a_client_gone(way: str) -> None:
             RECEIVING[way](transport)
 
 
-def test_many_buffers_and_many_bytes_are_written_whole_and_in_order() -> None:
+def test_many_buffers_are_written_whole_and_in_order() -> None:
     buffers: list[bytes | memoryview] = [bytes([index % 251]) * (index % 7) for index in range(1500)]
     buffers += [b"", memoryview(os.urandom(3_000_000)), b"end"]
     expected = b"".join(buffers)
@@ -130,12 +130,12 @@ def test_many_buffers_and_many_bytes_are_written_whole_and_in_order() -> None:
         assert received == expected
 
 
-def test_a_client_that_stops_reading_is_given_up() -> None:
+def test_client_that_stops_reading_raises_client_gone() -> None:
     with connected_pair() as (_, theirs), pytest.raises(ClientGone, match="stopped reading"):
         Transport(theirs, 0.1).send([b"x" * 1_000_000] * 20)
 
 
-def test_wait_wakes_with_the_descriptor_and_ends_with_the_deadline() -> None:
+def test_wait_ends_with_the_descriptor_or_the_deadline() -> None:
     descriptor = os.eventfd(0, os.EFD_NONBLOCK)
     try:
         with connected_pair() as (_, theirs):
@@ -149,13 +149,13 @@ def test_wait_wakes_with_the_descriptor_and_ends_with_the_deadline() -> None:
         os.close(descriptor)
 
 
-def test_waiting_for_a_closed_descriptor_is_an_error_and_not_a_busy_loop() -> None:
+def test_wait_for_a_closed_descriptor_raises() -> None:
     with connected_pair() as (_, theirs), pytest.raises(ValueError, match="not open"):
         Transport(theirs, 5).wait(1_000_000, Deadline.after(5))
 
 
 @pytest.mark.parametrize("how", ["close", "half-close", "reset", "half-close behind pipelined bytes"])
-def test_wait_ends_as_soon_as_the_client_goes(how: str) -> None:
+def test_wait_ends_as_soon_as_the_client_closes(how: str) -> None:
     descriptor = os.eventfd(0)
     try:
         with connected_pair() as (ours, theirs):
@@ -182,13 +182,13 @@ def leaving(ours: socket.socket, how: str) -> None:
         ours.close()
 
 
-def test_linger_reads_until_the_client_closes_or_a_limit_is_reached() -> None:
+def test_linger_receives_until_the_client_closes_or_a_limit() -> None:
     with connected_pair() as (ours, theirs):
         ours.sendall(b"x" * 100_000)
         ours.shutdown(socket.SHUT_WR)
         Transport(theirs, 5).linger(1_000_000, 20)
         assert ours.recv(1) == b""
-        assert theirs.recv(1) == b""  # nothing is left that would turn the close into a reset
+        assert theirs.recv(1) == b""  # no unread bytes are left, which would turn the close into a reset
     with connected_pair() as (ours, theirs):
         ours.sendall(b"x" * 100_000)
         Transport(theirs, 5).linger(10_000, 20)
@@ -199,8 +199,8 @@ def test_linger_reads_until_the_client_closes_or_a_limit_is_reached() -> None:
         assert time.monotonic() - started < 10
 
 
-def test_a_wait_longer_than_a_tick_is_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ovserve.front.transport.TICK_S", 0.03)
+def test_wait_longer_than_the_kernel_timeout_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ovserve.front.transport.MAX_KERNEL_WAIT_S", 0.03)
     with connected_pair() as (ours, theirs):
         transport = Transport(theirs, 5)
         later = threading.Timer(0.15, ours.sendall, (b"late",))
@@ -213,12 +213,12 @@ def test_a_wait_longer_than_a_tick_is_one_wait(monkeypatch: pytest.MonkeyPatch) 
         assert 0.05 < time.monotonic() - started < 5
 
 
-def test_a_client_that_takes_a_few_bytes_now_and_then_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport_module, "SLOWEST_READER", 10**8)  # so that what the kernel buffers buys no time
+def test_client_below_the_minimum_read_rate_raises_client_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport_module, "MIN_READ_BYTES_PER_S", 10**8)  # so that bytes in kernel buffers add no time
     ended = threading.Event()
     with connected_pair() as (ours, theirs):
 
-        def read() -> None:  # always before the write timeout, so that no single wait is too long
+        def read() -> None:  # more often than the write timeout, so that no single wait is too long
             while not ended.wait(0.01):
                 ours.recv(200_000)
 

@@ -1,4 +1,4 @@
-"""The worker: a real process, a real link, the real engine on the built-in model."""
+"""The worker: a real process and link, with the real engine on the built-in model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CIRCLE = draw_scene("blue", [Figure("red", "circle", 64, 64, 34)])
 MIDDLE = np.zeros((128, 128), np.uint8)
 MIDDLE[24:104, 24:104] = 255
 GREEN = "a green circle on a blue background"
-LONG = 900  # steps: seconds of work for the built-in model
+MANY_STEPS = 900  # seconds of work for the built-in model
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,15 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerBench]:
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[WorkerBench]:
+def own_bench(tmp_path: Path) -> Iterator[WorkerBench]:
     """A worker that the test may end."""
     with WorkerBench(tmp_path) as worker:
         worker.ready()
         yield worker
 
 
-def gone(worker: WorkerBench) -> int | None:
-    """The exit code, once the link has told of the end."""
+def wait_for_exit(worker: WorkerBench) -> int | None:
+    """Read until the link is closed; return the worker's exit code."""
     with pytest.raises(LinkClosed):
         worker.until(lambda: False)
     worker.process.join(20)
@@ -62,58 +62,58 @@ def gone(worker: WorkerBench) -> int | None:
 # --- readiness --------------------------------------------------------------------------------------------------------
 
 
-def test_it_is_ready_after_a_real_pass_and_takes_more_jobs_than_the_engine_holds(bench: WorkerBench) -> None:
+def test_ready_follows_a_warm_up_pass_and_reports_spare_capacity(bench: WorkerBench) -> None:
     ready = bench.ready()
     assert ready.engine == "genai"
     assert ready.why == "configured"
     assert ready.capacity == 3
-    phases = [beat.phase for beat in bench.beats]
+    phases = [heartbeat.phase for heartbeat in bench.heartbeats]
     assert "load" in phases
     assert "warm-up" in phases
 
 
-def test_it_gives_way_to_the_front_end(bench: WorkerBench) -> None:
+def test_worker_has_lower_priority_than_the_front_end(bench: WorkerBench) -> None:
     assert bench.process.pid is not None
     assert os.getpriority(os.PRIO_PROCESS, bench.process.pid) == os.getpriority(os.PRIO_PROCESS, 0) + 10
 
 
-def test_it_beats_while_idle(bench: WorkerBench) -> None:
-    before = len(bench.beats)
-    bench.until(lambda: [beat.phase for beat in bench.beats[before:]].count("idle") >= 2)
+def test_heartbeats_are_sent_while_idle(bench: WorkerBench) -> None:
+    before = len(bench.heartbeats)
+    bench.until(lambda: [heartbeat.phase for heartbeat in bench.heartbeats[before:]].count("idle") >= 2)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_edit_gives_what_the_prompt_asked_for(bench: WorkerBench) -> None:
+def test_edit_follows_the_prompt(bench: WorkerBench) -> None:
     [data] = bench.make(prompt=GREEN, images=(bench.image(CIRCLE),), seed=1)
     scene = read_picture(pixels_of(data))
     assert scene.background == "blue"
     assert [found.colour for found in scene.objects] == ["green"]
 
 
-def test_a_masked_edit_paints_inside_and_keeps_the_rest_bit_for_bit(bench: WorkerBench) -> None:
+def test_masked_edit_paints_inside_and_keeps_the_rest_bit_for_bit(bench: WorkerBench) -> None:
     [data] = bench.make(prompt=GREEN, images=(bench.image(CIRCLE),), mask=bench.image(MIDDLE), seed=1)
     result = pixels_of(data)
     assert np.array_equal(result[MIDDLE == 0], CIRCLE[MIDDLE == 0])
     assert [found.colour for found in read_picture(result).objects] == ["green"]
 
 
-def test_a_picture_is_made_from_a_prompt_alone(bench: WorkerBench) -> None:
+def test_generation_follows_the_prompt(bench: WorkerBench) -> None:
     [data] = bench.make(task="generation", prompt="a yellow star on a purple background", seed=1)
     scene = read_picture(pixels_of(data))
     assert scene.background == "purple"
     assert [found.colour for found in scene.objects] == ["yellow"]
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_other_ones(bench: WorkerBench) -> None:
+def test_equal_seeds_give_equal_bytes_and_other_seeds_other_bytes(bench: WorkerBench) -> None:
     image = bench.image(CIRCLE)
     first, second, other = (bench.make(prompt=GREEN, images=(image,), seed=seed)[0] for seed in (5, 5, 6))
     assert first == second
     assert first != other
 
 
-def test_each_of_four_pictures_can_be_had_again_alone(bench: WorkerBench) -> None:
+def test_each_of_four_pictures_can_be_reproduced_alone(bench: WorkerBench) -> None:
     values = {"prompt": GREEN, "images": (bench.image(CIRCLE),), "mask": bench.image(MIDDLE)}
     job = bench.start(n=4, seed=2**32 - 2, **values)
     assert isinstance(bench.end(job), Done)
@@ -125,7 +125,7 @@ def test_each_of_four_pictures_can_be_had_again_alone(bench: WorkerBench) -> Non
         assert bench.make(seed=seeds[k], **values) == [data]
 
 
-def test_sizes_and_formats_are_served_as_asked(bench: WorkerBench) -> None:
+def test_result_has_the_requested_size_and_format(bench: WorkerBench) -> None:
     image = bench.image(CIRCLE)
     for form, magic in (("png", b"\x89PNG"), ("jpeg", b"\xff\xd8\xff"), ("webp", b"RIFF")):
         [data] = bench.make(images=(image,), width=200, height=96, output_format=form)
@@ -133,7 +133,7 @@ def test_sizes_and_formats_are_served_as_asked(bench: WorkerBench) -> None:
         assert pixels_of(data).shape == (96, 200, 3)
 
 
-def test_a_chosen_scheduler_holds_for_its_own_job_only(bench: WorkerBench) -> None:
+def test_scheduler_of_a_request_applies_to_its_job_only(bench: WorkerBench) -> None:
     image = bench.image(CIRCLE)
     before, other, after = (
         bench.make(prompt=GREEN, images=(image,), seed=3, scheduler=name, metadata=False)[0]
@@ -146,31 +146,31 @@ def test_a_chosen_scheduler_holds_for_its_own_job_only(bench: WorkerBench) -> No
 # --- the order of reports ---------------------------------------------------------------------------------------------
 
 
-def test_a_job_is_told_in_order(bench: WorkerBench) -> None:
+def test_reports_of_a_job_come_in_order(bench: WorkerBench) -> None:
     job = bench.start(prompt=GREEN, images=(bench.image(CIRCLE),), n=2, progress=True)
     done = bench.end(job)
     assert isinstance(done, Done)
-    said = bench.of(job, Prepared, Progress, Need, Picture, Done)
-    prepared = said[0]
+    reports = bench.of(job, Prepared, Progress, Need, Picture, Done)
+    prepared = reports[0]
     assert isinstance(prepared, Prepared)
     assert (prepared.mode, prepared.width, prepared.height, prepared.steps) == ("image2image", 128, 128, 8)
     assert prepared.text_tokens == 2 + len(GREEN.split())
-    steps = [message for message in said if isinstance(message, Progress) and message.picture == 0]
+    steps = [message for message in reports if isinstance(message, Progress) and message.picture == 0]
     assert [message.step for message in steps] == sorted(message.step for message in steps)
     assert {message.steps for message in steps} == {8}
-    assert sum(isinstance(message, Picture) for message in said) == 2
-    assert said[-1] is done
+    assert sum(isinstance(message, Picture) for message in reports) == 2
+    assert reports[-1] is done
     assert done.denoise_ms > 0
     assert done.finish_ms > 0
 
 
-def test_without_being_asked_it_tells_no_steps(bench: WorkerBench) -> None:
+def test_progress_is_sent_only_on_request(bench: WorkerBench) -> None:
     job = bench.start(images=(bench.image(CIRCLE),))
     bench.end(job)
     assert not bench.of(job, Progress)
 
 
-def test_a_long_message_is_cut_to_what_a_link_carries(bench: WorkerBench) -> None:
+def test_long_texts_are_shortened_to_fit_a_message(bench: WorkerBench) -> None:
     prompt = "\U0001f600 " * 2000
     error = bench.fail(task="generation", prompt=prompt)
     assert error["error"] == "PromptTooLong"
@@ -181,10 +181,10 @@ def test_a_long_message_is_cut_to_what_a_link_carries(bench: WorkerBench) -> Non
     assert error["error"] == "InvalidValue"
 
 
-# --- what goes wrong with one job ends that job -----------------------------------------------------------------------
+# --- an error in one job ends that job --------------------------------------------------------------------------------
 
 
-def test_a_damaged_image_costs_nobody_else_anything(bench: WorkerBench) -> None:
+def test_damaged_image_fails_only_its_own_job(bench: WorkerBench) -> None:
     pid = bench.process.pid
     error = bench.fail(images=(bench.blob(png(CIRCLE)[:500]),))
     assert (error["error"], error["param"]) == ("ImageError", "image")
@@ -194,18 +194,18 @@ def test_a_damaged_image_costs_nobody_else_anything(bench: WorkerBench) -> None:
     assert bench.process.pid == pid
 
 
-def test_a_cancelled_job_stops_within_a_few_steps_and_says_so(bench: WorkerBench) -> None:
-    job = bench.start(task="generation", num_inference_steps=LONG, progress=True)
+def test_cancelled_job_stops_within_a_few_steps_and_fails(bench: WorkerBench) -> None:
+    job = bench.start(task="generation", num_inference_steps=MANY_STEPS, progress=True)
     bench.until(lambda: len(bench.of(job, Progress)) >= 3)
     reached = bench.of(job, Progress)[-1].step
     bench.cancel(job)
     assert isinstance(bench.end(job), Failed)
-    assert bench.of(job, Progress)[-1].step < reached + 100 < LONG
+    assert bench.of(job, Progress)[-1].step < reached + 100 < MANY_STEPS
     assert not bench.of(job, Picture)
 
 
-def test_a_job_cancelled_before_its_turn_is_let_go_of_at_once(bench: WorkerBench) -> None:
-    running = bench.start(task="generation", num_inference_steps=LONG, progress=True)
+def test_job_cancelled_before_its_turn_fails_at_once(bench: WorkerBench) -> None:
+    running = bench.start(task="generation", num_inference_steps=MANY_STEPS, progress=True)
     waiting = bench.start(task="generation", n=4)
     bench.until(lambda: bool(bench.of(waiting, Prepared)))
     bench.cancel(waiting)
@@ -215,26 +215,26 @@ def test_a_job_cancelled_before_its_turn_is_let_go_of_at_once(bench: WorkerBench
     assert bench.make(task="generation")
 
 
-def test_cancelling_what_is_done_or_unknown_changes_nothing(bench: WorkerBench) -> None:
+def test_cancel_of_a_done_or_unknown_job_is_ignored(bench: WorkerBench) -> None:
     job = bench.start(task="generation")
     bench.end(job)
     bench.cancel(job)
-    bench.cancel("never heard of")
+    bench.cancel("unknown")
     assert bench.make(task="generation")
     assert len(bench.of(job, Done, Failed)) == 1
 
 
-def test_a_deadline_ends_a_job_on_the_device(bench: WorkerBench) -> None:
-    job = bench.start(timeout_s=0.4, task="generation", num_inference_steps=LONG, progress=True)
+def test_deadline_ends_a_job_on_the_device(bench: WorkerBench) -> None:
+    job = bench.start(timeout_s=0.4, task="generation", num_inference_steps=MANY_STEPS, progress=True)
     end = bench.end(job)
     assert isinstance(end, Failed)
     assert end.error["error"] == "DeadlineExceeded"
-    assert bench.of(job, Progress)[-1].step < LONG
+    assert bench.of(job, Progress)[-1].step < MANY_STEPS
 
 
-def test_a_deadline_that_has_passed_costs_no_device_time(bench: WorkerBench) -> None:
+def test_expired_job_uses_no_device_time(bench: WorkerBench) -> None:
     assert bench.fail(timeout_s=0.0, task="generation")["error"] == "DeadlineExceeded"
-    running = bench.start(task="generation", num_inference_steps=LONG, progress=True)
+    running = bench.start(task="generation", num_inference_steps=MANY_STEPS, progress=True)
     late = bench.start(timeout_s=0.05, task="generation", progress=True)
     passed = time.monotonic() + 0.1
     bench.until(lambda: bool(bench.of(running, Progress)) and time.monotonic() > passed)
@@ -245,17 +245,17 @@ def test_a_deadline_that_has_passed_costs_no_device_time(bench: WorkerBench) -> 
     assert not bench.of(late, Progress)
 
 
-def test_a_result_without_room_fails_the_job_and_nothing_else(bench: WorkerBench) -> None:
-    bench.grants_room = False
+def test_result_without_a_segment_fails_only_its_own_job(bench: WorkerBench) -> None:
+    bench.grants_segments = False
     try:
         error = bench.fail(task="generation", n=2)
     finally:
-        bench.grants_room = True
+        bench.grants_segments = True
     assert error["error"] == "SpoolFull"
     assert bench.make(task="generation")
 
 
-def test_an_exchange_that_has_ended_takes_its_segments_along(bench: WorkerBench) -> None:
+def test_job_fails_if_its_exchange_has_released_its_segments(bench: WorkerBench) -> None:
     segment = bench.spool.store(png(CIRCLE))
     blob = segment.blob(0, len(png(CIRCLE)))
     segment.release()
@@ -263,16 +263,16 @@ def test_an_exchange_that_has_ended_takes_its_segments_along(bench: WorkerBench)
     assert bench.make(task="generation")
 
 
-def test_jobs_side_by_side_are_all_answered(bench: WorkerBench) -> None:
+def test_concurrent_jobs_all_succeed(bench: WorkerBench) -> None:
     image = bench.image(CIRCLE)
     jobs = [bench.start(prompt=GREEN, images=(image,), seed=seed, alone=seed == 1) for seed in range(3)]
     ends = [bench.end(job) for job in jobs]
     assert all(isinstance(end, Done) for end in ends)
 
 
-def test_two_hundred_edits_leave_memory_flat(own: WorkerBench) -> None:
-    image, mask = own.image(CIRCLE), own.image(MIDDLE)
-    large = own.image(np.kron(CIRCLE, np.ones((6, 8, 1), np.uint8)))
+def test_memory_stays_flat_over_two_hundred_edits(own_bench: WorkerBench) -> None:
+    image, mask = own_bench.image(CIRCLE), own_bench.image(MIDDLE)
+    large = own_bench.image(np.kron(CIRCLE, np.ones((6, 8, 1), np.uint8)))
     resident = []
     for count in range(1, 201):
         values = {"num_inference_steps": 2, "strength": 1.0, "seed": count}
@@ -282,89 +282,89 @@ def test_two_hundred_edits_leave_memory_flat(own: WorkerBench) -> None:
             2: {"images": (large,)},
             3: {"task": "generation"},
         }
-        own.make(**kinds[count % 4], **values)
-        own.log.clear()
-        own.pictures.clear()
+        own_bench.make(**kinds[count % 4], **values)
+        own_bench.log.clear()
+        own_bench.pictures.clear()
         if count >= 60 and count % 20 == 0:
-            resident.append(resident_bytes(own.process.pid or 0))
-    # A leak grows at every turn; an allocator that takes one more arena, once.
+            resident.append(resident_bytes(own_bench.process.pid or 0))
+    # A leak grows with every job; an allocator that takes one more arena does so once.
     growth = sorted(later - earlier for earlier, later in itertools.pairwise(resident))
     assert growth[len(growth) // 2] < 1 << 20, resident
     assert resident[-1] - resident[0] < 64 << 20, resident
 
 
-def main_with_a_clock_set_forward(end: Any, profile: ModelProfile, model: ModelSettings, settings: Settings) -> None:
-    """An hour passes at once when a file appears in the directory for compiled models."""
+def main_with_a_clock_jump(end: Any, profile: ModelProfile, model: ModelSettings, settings: Settings) -> None:
+    """Run a worker whose clock jumps by an hour when a file appears in the directory for compiled models."""
     monotonic, path = time.monotonic, Path(str(model.cache_dir)) / "an-hour-later"
     time.monotonic = lambda: monotonic() + (3600.0 if path.exists() else 0.0)
     worker_main(end, profile, model, settings)
 
 
-def test_a_front_end_that_was_frozen_still_gets_its_pictures(tmp_path: Path) -> None:
+def test_grant_that_comes_an_hour_late_still_completes_the_job(tmp_path: Path) -> None:
     model = ModelSettings(name="shapes", engine="genai", cache_dir=tmp_path)
-    with WorkerBench(tmp_path / "spool", model, main=main_with_a_clock_set_forward) as worker:
+    with WorkerBench(tmp_path / "spool", model, main=main_with_a_clock_jump) as worker:
         worker.ready()
         worker.answers_needs = False
         job = worker.start(task="generation", timeout_s=1e6)
         worker.until(lambda: bool(worker.of(job, Need)))
-        before = len(worker.beats)
+        before = len(worker.heartbeats)
         (tmp_path / "an-hour-later").touch()
-        worker.until(lambda: len(worker.beats) > before + 2)  # a second apart: whoever looks at the clock has looked
+        worker.until(lambda: len(worker.heartbeats) > before + 2)  # a second apart: every thread has read the clock
         worker.answer(worker.of(job, Need)[0])
         assert isinstance(worker.end(job), Done)
 
 
-# --- its end ----------------------------------------------------------------------------------------------------------
+# --- exit -------------------------------------------------------------------------------------------------------------
 
 
-def test_told_to_stop_it_finishes_what_it_holds_and_exits(own: WorkerBench) -> None:
-    job = own.start(task="generation", n=3)
-    own.link.send(Stop())
-    assert isinstance(own.end(job), Done)
-    assert gone(own) == 0
+def test_stop_finishes_the_jobs_and_exits_with_0(own_bench: WorkerBench) -> None:
+    job = own_bench.start(task="generation", n=3)
+    own_bench.link.send(Stop())
+    assert isinstance(own_bench.end(job), Done)
+    assert wait_for_exit(own_bench) == 0
 
 
-def test_when_the_front_end_is_gone_it_ends_at_once(own: WorkerBench) -> None:
-    job = own.start(task="generation", num_inference_steps=LONG, progress=True)
-    own.until(lambda: bool(own.of(job, Progress)))
-    own.link.close()
-    own.process.join(5)
-    assert own.process.exitcode == 0
+def test_closed_link_ends_the_worker_at_once(own_bench: WorkerBench) -> None:
+    job = own_bench.start(task="generation", num_inference_steps=MANY_STEPS, progress=True)
+    own_bench.until(lambda: bool(own_bench.of(job, Progress)))
+    own_bench.link.close()
+    own_bench.process.join(5)
+    assert own_bench.process.exitcode == 0
 
 
-def test_what_is_no_command_ends_it(own: WorkerBench) -> None:
-    os.write(own.link.commands_fileno(), b'{"kind":"nonsense"}\n')
-    assert gone(own) not in (0, LOAD_FAILED)
+def test_invalid_message_ends_the_worker(own_bench: WorkerBench) -> None:
+    os.write(own_bench.link.commands_fileno(), b'{"kind":"nonsense"}\n')
+    assert wait_for_exit(own_bench) not in (0, LOAD_FAILED)
 
 
-def test_killed_in_mid_job_it_reads_as_end_of_file(own: WorkerBench) -> None:
-    job = own.start(task="generation", num_inference_steps=LONG, progress=True)
-    own.until(lambda: bool(own.of(job, Progress)))
-    assert own.process.pid is not None
-    os.kill(own.process.pid, signal.SIGKILL)
-    assert gone(own) == -signal.SIGKILL
+def test_killed_worker_reads_as_end_of_file(own_bench: WorkerBench) -> None:
+    job = own_bench.start(task="generation", num_inference_steps=MANY_STEPS, progress=True)
+    own_bench.until(lambda: bool(own_bench.of(job, Progress)))
+    assert own_bench.process.pid is not None
+    os.kill(own_bench.process.pid, signal.SIGKILL)
+    assert wait_for_exit(own_bench) == -signal.SIGKILL
 
 
-def test_told_to_stop_while_loading_it_ends(tmp_path: Path) -> None:
+def test_stop_while_loading_ends_the_worker(tmp_path: Path) -> None:
     with WorkerBench(tmp_path) as worker:
         worker.link.send(Stop())
-        assert gone(worker) == 0
+        assert wait_for_exit(worker) == 0
 
 
 def failure_of(worker: WorkerBench) -> str:
-    code = gone(worker)
+    code = wait_for_exit(worker)
     assert code == LOAD_FAILED
     assert worker.link.failure is not None
     assert not any(isinstance(message, Ready) for message in worker.log)
     return str(worker.link.failure.error["message"])
 
 
-def test_an_unknown_device_is_told_before_it_ends(tmp_path: Path) -> None:
+def test_unknown_device_is_reported_before_exit(tmp_path: Path) -> None:
     with WorkerBench(tmp_path, ModelSettings(name="shapes", engine="genai", device="TPU")) as worker:
         assert "TPU" in failure_of(worker)
 
 
-def test_damaged_weights_are_told_before_it_ends(tmp_path: Path) -> None:
+def test_damaged_weights_are_reported_before_exit(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(builtin_directory(), model)
     (model / "unet" / "openvino_model.xml").write_text("no network")
@@ -372,16 +372,16 @@ def test_damaged_weights_are_told_before_it_ends(tmp_path: Path) -> None:
         assert "broken" in failure_of(worker)
 
 
-# --- which engine -----------------------------------------------------------------------------------------------------
+# --- choice of the engine ---------------------------------------------------------------------------------------------
 
 
-def test_engines_are_chosen_by_name() -> None:
+def test_configured_engine_is_chosen() -> None:
     model = ModelSettings(name="shapes", engine="genai")
     engine, why = create_engine(read_profile(model), model)
     assert (engine.name, why) == ("genai", "configured")
 
 
-def test_stepwise_refuses_what_it_cannot_drive() -> None:
+def test_stepwise_rejects_an_unsupported_family() -> None:
     import dataclasses
 
     model = ModelSettings(name="shapes", engine="stepwise")
@@ -389,12 +389,12 @@ def test_stepwise_refuses_what_it_cannot_drive() -> None:
         create_engine(dataclasses.replace(read_profile(model), family="flux"), model)
 
 
-def test_what_stepwise_cannot_load_is_given_to_genai_and_told(tmp_path: Path) -> None:
+def test_auto_falls_back_to_genai_and_reports_why(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(builtin_directory(), model)
     path = model / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text())
-    # Our own loop refuses an interpolation it does not compute; the library does not look at it.
+    # Our own loop rejects an interpolation it does not implement; the library ignores the key.
     path.write_text(json.dumps({**config, "_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"}))
     with WorkerBench(tmp_path / "spool", ModelSettings(name="shapes", engine="auto", path=model)) as worker:
         ready = worker.ready()
@@ -403,41 +403,41 @@ def test_what_stepwise_cannot_load_is_given_to_genai_and_told(tmp_path: Path) ->
         assert worker.make(task="generation")
 
 
-class Unfamiliar(GenaiEngine):
-    """Fails to load in a way nobody foresaw, with all it needs already in memory."""
+class BrokenEngine(GenaiEngine):
+    """Fails to load with an unexpected exception, after it has taken its memory."""
 
     name = "stepwise"
 
-    def load(self, beat: Callable[[str], None]) -> None:
-        beat("load")
+    def load(self, heartbeat: Callable[[str], None]) -> None:
+        heartbeat("load")
         raise KeyError("an input of another name")
 
 
-def main_of_an_unfamiliar_export(end: Any, profile: ModelProfile, model: ModelSettings, settings: Settings) -> None:
-    first: list[weakref.ref[Engine]] = []
+def main_with_a_broken_engine(end: Any, profile: ModelProfile, model: ModelSettings, settings: Settings) -> None:
+    created: list[weakref.ref[Engine]] = []
 
     def create(profile: ModelProfile, settings: ModelSettings) -> tuple[Engine, str]:
         if settings.engine == "genai":
-            if first[0]() is not None:
+            if created[0]() is not None:
                 raise ModelError("the engine that failed is still in memory")
             return create_engine(profile, settings)
-        engine = Unfamiliar(profile, settings)
-        first.append(weakref.ref(engine))
+        engine = BrokenEngine(profile, settings)
+        created.append(weakref.ref(engine))
         return engine, "proven"
 
     JobRunner(end, profile, model, settings, create).run()
 
 
-def test_what_fails_in_any_way_in_stepwise_is_given_to_genai_which_then_has_the_memory_alone(tmp_path: Path) -> None:
+def test_fallback_to_genai_frees_the_failed_engine_first(tmp_path: Path) -> None:
     auto = ModelSettings(name="shapes", engine="auto")
-    with WorkerBench(tmp_path, auto, main=main_of_an_unfamiliar_export) as worker:
+    with WorkerBench(tmp_path, auto, main=main_with_a_broken_engine) as worker:
         ready = worker.ready()
         assert ready.engine == "genai"
         assert "KeyError: 'an input of another name'" in ready.why
         assert worker.make(task="generation")
 
 
-def test_auto_takes_stepwise_where_it_is_proven(tmp_path: Path) -> None:
+def test_auto_chooses_stepwise_for_the_builtin_model(tmp_path: Path) -> None:
     with WorkerBench(tmp_path / "spool", ModelSettings(name="shapes", engine="auto", threads=1, streams=2)) as worker:
         ready = worker.ready()
         assert ready.engine == "stepwise"
@@ -446,7 +446,7 @@ def test_auto_takes_stepwise_where_it_is_proven(tmp_path: Path) -> None:
         assert worker.make(task="generation")
 
 
-def test_threads_are_set_as_configured(tmp_path: Path) -> None:
+def test_configured_threads_are_accepted(tmp_path: Path) -> None:
     one = ModelSettings(name="shapes", engine="genai", threads=1)
     with WorkerBench(tmp_path, one, Settings(models=(one,))) as worker:
         worker.ready()

@@ -1,1 +1,1 @@
-"""What a client asked for: the table of fields, their values, and the request that comes of them."""
+"""Request parameters: the table of fields, the parsing of values, the validated request."""

@@ -1,7 +1,7 @@
-"""The one table of request fields: name, type, range, default, who takes it, and its text.
+"""The table of request fields: name, kind, range, default, endpoints, text.
 
-Validation, error messages, the reference page and the OpenAPI document are all made from this table. Names are the public
-API's own (OpenAI's, then the model server's extensions, then ours); they stop at `params.py`.
+Validation, error messages, the reference page and the OpenAPI document are all made from this table. The names are
+those of the public API (OpenAI's, then the model server's extensions, then ours); they are not used beyond `params.py`.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ class Field:
     """One field.
 
     Attributes:
+        name: the field's name in requests.
         kind: text, integer, number, boolean, choice, size, file, files, object.
-        text: what it does, for the reference page.
-        endpoints: which of edit, generation, variation take it.
-        default: as the reference page says it; empty for none.
-        low, high: inclusive bounds of a number, before the operator's own limits.
-        choices: the only values.
-        same_as: another name of that field; both may be given when they are equal.
-        needs: what a model must have to take it, in words; empty when every model does.
-        has: whether a model has that.
-        served: False for a name that clients know and no model here can serve: 400 unsupported_parameter.
+        text: what the field does, for the reference page and the OpenAPI document.
+        endpoints: the endpoints that accept it: edit, generation, variation.
+        default: the default as the reference page shows it; empty for none.
+        low, high: inclusive bounds of a number; the operator's limits apply as well.
+        choices: the accepted values.
+        same_as: the field of which this is another name; both may be given if they are equal.
+        needs: the model feature that the field requires, in words; empty if every model supports it.
+        has: whether a model has that feature.
+        served: False for a field that clients send and no model supports: 400 unsupported_parameter.
     """
 
     name: str
@@ -65,126 +66,142 @@ class Field:
     served: bool = True
 
 
-def _guided(profile: ModelProfile) -> bool:
+def _has_guidance(profile: ModelProfile) -> bool:
     return profile.takes_negative_prompt
 
 
-def _encoders(count: int) -> Callable[[ModelProfile], bool]:
+def _has_encoders(count: int) -> Callable[[ModelProfile], bool]:
     return lambda profile: profile.text_encoders >= count
 
 
-def _t5(profile: ModelProfile) -> bool:
+def _has_t5(profile: ModelProfile) -> bool:
     return profile.family in ("sd3", "flux")
 
 
-def _never(name: str, kind: str, text: str) -> Field:
+def _unsupported(name: str, kind: str, text: str) -> Field:
+    """Return a field that no model supports; `text` is a phrase for the error message."""
     return Field(name, kind, text, served=False)
 
 
 _TABLE = (
-    Field("model", "text", "Which model; may be left out when only one is served or a default is configured."),
+    Field("model", "text", "The model. May be left out if the server has only one model or a default model."),
     Field("prompt", "text", "What the picture should show. Required for edits and generations."),
     Field("image", "files", "The picture to edit: PNG, JPEG, WebP, GIF (first frame), BMP or TIFF.", _WITH_IMAGE),
-    Field("mask", "file", "Where to repaint; see mask_mode.", frozenset((EDIT,))),
-    Field("n", "integer", "How many pictures; picture k uses seed + k.", default="1", low=1, high=64),
+    Field("mask", "file", "The region to repaint; see `mask_mode`.", frozenset((EDIT,))),
+    Field("n", "integer", "Number of pictures. Picture k uses seed + k.", default="1", low=1, high=64),
     Field("num_images_per_prompt", "integer", "The model server's name for `n`.", low=1, high=64, same_as="n"),
-    Field("size", "size", "Size of the result: `auto` (the image's own) or WxH in pixels.", default="auto"),
-    Field("width", "integer", "Width of the result in pixels; with `height` in place of `size`.", low=1, high=99999),
-    Field("height", "integer", "Height of the result in pixels; with `width` in place of `size`.", low=1, high=99999),
-    Field("response_format", "choice", "How pictures come back.", default="b64_json", choices=("b64_json", "url")),
+    Field("size", "size", "Size of the result: `auto` (size of the image) or WxH in pixels.", default="auto"),
+    Field("width", "integer", "Width of the result in pixels; use `width` and `height`, or `size`.", low=1, high=99999),
+    Field("height", "integer", "Height of the result in pixels; use `width` and `height`, or `size`.",
+          low=1, high=99999),
+    Field("response_format", "choice", "Pictures in the reply: base64, or the URL of a stored file.",
+          default="b64_json", choices=("b64_json", "url")),
     Field("output_format", "choice", "File format of the pictures.", default="png", choices=("png", "jpeg", "webp")),
-    Field("output_compression", "integer", "Quality of jpeg and webp in percent; 100 makes webp lossless; png ignores it.",
+    Field("output_compression", "integer",
+          "Quality of jpeg and webp in percent. With 100, webp is lossless. Ignored for png.",
           default="100", low=0, high=100),
-    Field("background", "choice", "`transparent` keeps the source's alpha channel in the result; `auto` keeps it outside a mask; `opaque` never.",
+    Field("background", "choice",
+          "Alpha channel of the source: `transparent` keeps it, `auto` keeps it outside the mask, `opaque` removes it.",
           default="auto", choices=("auto", "opaque", "transparent")),
-    Field("quality", "choice", "Preset of steps and engine shortcuts; `high` is the model's own best. Explicit fields win.",
+    Field("quality", "choice",
+          "Preset of steps and engine shortcuts; `high` is the model's best. Fields in the request override it.",
           default="auto", choices=("auto", "low", "medium", "high", "standard", "hd", "xhigh", "max")),
-    Field("input_fidelity", "choice", "Preset of `strength` where that is left out and the whole image is edited: `high` keeps more of it.",
+    Field("input_fidelity", "choice",
+          "Preset of `strength`, used if that is left out and the whole image is edited; `high` keeps more of it.",
           frozenset((EDIT,)), default="low", choices=("low", "high")),
-    Field("stream", "boolean", "Answer with server-sent events.", frozenset((EDIT, GENERATION)), default="false"),
-    Field("partial_images", "integer", "How many previews a stream carries before each final picture.",
+    Field("stream", "boolean", "Send the reply as server-sent events.", frozenset((EDIT, GENERATION)), default="false"),
+    Field("partial_images", "integer", "Number of previews in a stream before each final picture.",
           frozenset((EDIT, GENERATION)), default="0", low=0, high=3),
-    Field("style", "choice", "Accepted for older clients; changes nothing.", default="", choices=("vivid", "natural")),
-    Field("moderation", "choice", "Accepted; no checker runs, and the reply says so.", default="", choices=("auto", "low")),
-    Field("user", "text", "Your own name for the end user; returned as safety_identifier."),
-    Field("safety_identifier", "text", "As `user`; wins over it."),
-    Field("negative_prompt", "text", "What the picture should not show.", needs="classifier-free guidance", has=_guided),
-    Field("prompt_2", "text", "Prompt for the second text encoder.", needs="a second text encoder", has=_encoders(2)),
-    Field("prompt_3", "text", "Prompt for the third text encoder.", needs="a third text encoder", has=_encoders(3)),
+    Field("style", "choice", "Accepted for older clients; has no effect.", default="", choices=("vivid", "natural")),
+    Field("moderation", "choice",
+          "Accepted, but no content is checked; the reply contains `moderation: {checked: false}`.",
+          default="", choices=("auto", "low")),
+    Field("user", "text", "Your identifier of the end user; returned as `safety_identifier`."),
+    Field("safety_identifier", "text", "Same purpose as `user`; overrides it."),
+    Field("negative_prompt", "text", "What the picture should not show.",
+          needs="classifier-free guidance", has=_has_guidance),
+    Field("prompt_2", "text", "Prompt for the second text encoder.",
+          needs="a second text encoder", has=_has_encoders(2)),
+    Field("prompt_3", "text", "Prompt for the third text encoder.", needs="a third text encoder", has=_has_encoders(3)),
     Field("negative_prompt_2", "text", "Negative prompt for the second text encoder.", needs="a second text encoder",
-          has=lambda profile: _guided(profile) and _encoders(2)(profile)),
+          has=lambda profile: _has_guidance(profile) and _has_encoders(2)(profile)),
     Field("negative_prompt_3", "text", "Negative prompt for the third text encoder.", needs="a third text encoder",
-          has=lambda profile: _guided(profile) and _encoders(3)(profile)),
+          has=lambda profile: _has_guidance(profile) and _has_encoders(3)(profile)),
     Field("num_inference_steps", "integer",
-          "Denoising steps; an edit runs num_inference_steps x strength of them, and where this is left out, at least one.",
+          "Denoising steps. An edit runs num_inference_steps x strength of them; if this is left out, at least one.",
           default="the model's", low=1, high=1000),
-    Field("guidance_scale", "number", "How strongly the prompt is followed; 1 or less turns guidance off.",
+    Field("guidance_scale", "number", "How closely the result follows the prompt; 1 or less turns guidance off.",
           default="the model's", low=0, high=FLOAT32_MAX),
-    Field("strength", "number", "How far the image is noised before it is denoised: near 0 keeps it, 1 forgets it; 0 leaves no step to run and is refused.", _WITH_IMAGE,
-          default="the model's", low=0, high=1),
-    Field("seed", "integer", "Seed of the noise, taken modulo 2**32. Random when left out or -1, and always reported.",
+    Field("strength", "number",
+          "How much noise is added to the image before denoising: near 0 keeps the image, 1 ignores it. 0 runs no "
+          "step and gets 400.",
+          _WITH_IMAGE, default="the model's", low=0, high=1),
+    Field("seed", "integer", "Seed of the noise, modulo 2**32. Random if left out or -1. The reply always contains it.",
           default="random", low=-1, high=2**64 - 1),
     Field("rng_seed", "integer", "The model server's name for `seed`.", low=-1, high=2**64 - 1, same_as="seed"),
-    Field("scheduler", "choice", "Noise scheduler; which of them a model serves depends on its engine.", default="the model's",
+    Field("scheduler", "choice", "Noise scheduler; the choices of a model depend on its engine.", default="the model's",
           choices=SCHEDULERS),
-    Field("max_sequence_length", "integer", "Tokens of the T5 text encoder.", low=1, high=512, needs="a T5 text encoder", has=_t5),
-    Field("resize_mode", "choice", "How an image of another shape is fitted: cut, padded or stretched.", _WITH_IMAGE,
-          default="crop", choices=("crop", "pad", "stretch")),
-    Field("mask_mode", "choice", "`alpha`: transparent is repainted; `luminance`: white is; `auto`: alpha if the mask has any.",
+    Field("max_sequence_length", "integer", "Maximum number of tokens for the T5 text encoder.",
+          low=1, high=512, needs="a T5 text encoder", has=_has_t5),
+    Field("resize_mode", "choice", "How an image of another aspect ratio is fitted: cropped, padded or stretched.",
+          _WITH_IMAGE, default="crop", choices=("crop", "pad", "stretch")),
+    Field("mask_mode", "choice",
+          "`alpha` repaints transparent pixels, `luminance` white ones; `auto` is alpha if the mask has transparent "
+          "pixels, else luminance.",
           frozenset((EDIT,)), default="auto", choices=("auto", "alpha", "luminance")),
-    Field("mask_blur", "integer", "Width in pixels of the soft seam, inside the mask or the image's own holes.", frozenset((EDIT,)), default="0",
-          low=0, high=256),
-    Field("truncate_prompt", "boolean", "Cut a prompt that is too long instead of refusing it.", default="false"),
-    Field("timeout_s", "number", "Deadline for the whole request in seconds.", default="600", low=0.01, high=86400),
+    Field("mask_blur", "integer",
+          "Width in pixels of the soft edge, inside the mask or the transparent pixels of the image.",
+          frozenset((EDIT,)), default="0", low=0, high=256),
+    Field("truncate_prompt", "boolean", "Cut a prompt that is too long instead of rejecting it.", default="false"),
+    Field("timeout_s", "number", "Time limit for the whole request in seconds.", default="600", low=0.01, high=86400),
     Field("metadata", "boolean", "Write prompt, seed and settings into the file.", default="true"),
-    _never("lora_alphas", "object", "Weights of LoRA adapters: no model here has adapters."),
-    _never("markup", "file", "An overlay with instructions."),
-    _never("complexity", "choice", "Detail of an animation or drawing."),
-    _never("frame_count", "integer", "Frames of an animation."),
-    _never("frame_duration_ms", "integer", "Duration of an animation's frames."),
-    _never("svg", "object", "Settings of a vector drawing."),
+    _unsupported("lora_alphas", "object", "weights of LoRA adapters"),
+    _unsupported("markup", "file", "an overlay with instructions"),
+    _unsupported("complexity", "choice", "detail of an animation or drawing"),
+    _unsupported("frame_count", "integer", "frames of an animation"),
+    _unsupported("frame_duration_ms", "integer", "duration of the frames of an animation"),
+    _unsupported("svg", "object", "settings of a vector drawing"),
 )  # fmt: skip
 
 FIELDS: Mapping[str, Field] = {field.name: field for field in _TABLE}
 
-# Other spellings of field names that clients send, and the field they mean.
+# Other spellings of field names that clients send, with the field they stand for.
 SPELLINGS: Mapping[str, str] = {"images": "image"}
 
 
 def field_named(name: str) -> Field | None:
-    """The field of that name, or None."""
+    """Return the field with this name or spelling, or None."""
     return FIELDS.get(SPELLINGS.get(name, name))
 
 
 @dataclass(frozen=True, slots=True)
 class Exclusion:
-    """Two fields whose values cannot go together.
+    """Two fields with values that cannot be combined.
 
     Attributes:
-        first, second: the fields; the error's `param` is the first.
-        first_told, second_told: the combination in words.
-        applies: whether it holds for resolved values by field name.
-        resolved: what a field counts as when the request leaves it out is in the values too (defaults are filled in).
+        first, second: names of the fields; the error's `param` is the first.
+        first_value, second_value: the fields and their values, in words.
+        applies: whether a request has this combination; gets every field's value by name, defaults included.
     """
 
     first: str
-    first_told: str
+    first_value: str
     second: str
-    second_told: str
+    second_value: str
     applies: Callable[[Mapping[str, Any]], bool]
 
 
-def _unguided(name: str) -> Callable[[Mapping[str, Any]], bool]:
+def _needs_guidance(name: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda values: bool(values[name]) and values["guidance_scale"] <= 1
 
 
 EXCLUSIONS = (
-    Exclusion("response_format", "'response_format' = 'url'", "stream", "'stream' = true (streams carry pictures as base64)",
+    Exclusion("response_format", "response_format = url", "stream", "stream = true (it sends pictures as base64)",
               lambda v: v["response_format"] == "url" and v["stream"]),
-    Exclusion("partial_images", "'partial_images' above 0", "stream", "'stream' = false",
+    Exclusion("partial_images", "partial_images above 0", "stream", "stream = false",
               lambda v: v["partial_images"] > 0 and not v["stream"]),
-    Exclusion("background", "'background' = 'transparent'", "output_format", "'output_format' = 'jpeg' (it has no alpha channel)",
+    Exclusion("background", "background = transparent", "output_format", "output_format = jpeg (it has no alpha)",
               lambda v: v["background"] == "transparent" and v["output_format"] == "jpeg"),
-    *(Exclusion(name, f"'{name}'", "guidance_scale", "'guidance_scale' of 1 or less (guidance is off)", _unguided(name))
+    *(Exclusion(name, name, "guidance_scale", "guidance_scale of 1 or less (guidance is off)", _needs_guidance(name))
       for name in ("negative_prompt", "negative_prompt_2", "negative_prompt_3")),
 )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Format and dimensions of an upload from its header alone: no pixel is decoded in the front end, nor anything else of a file.
+"""Format and dimensions of an uploaded image, read from its header alone. The front end decodes no image.
 
-What a library reads before it tells a picture's size, a stranger decides: comments, profiles and tags without end. So the few
-numbers are taken here where they lie. Nothing is copied, and whoever puts them behind more than STEPS other things is refused.
-A worker decodes with Pillow, under the same limits: if the two ever read a file differently, that is what counts.
+A sender decides how many comments, profiles and tags an image library reads before it knows the size. So this module
+reads only the few numbers it needs, at their offsets, without copying; a file that has them behind too many other items
+is rejected after MAX_READS reads. A worker decodes with Pillow under the same limits; if the two disagree about a file,
+Pillow's result counts.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from typing import Any, NamedTuple
 from ovserve.errors import ImageError
 from ovserve.settings.options import Settings
 
-__all__ = ["STEPS", "ImageHead", "read_head"]
+__all__ = ["MAX_READS", "ImageHead", "read_head"]
 
-# Looks at a header: a few for each segment, block, chunk or tag. Ordinary files need 3 to 40, one with a comment of 60 kB 250, a
-# photograph with a depth map of 10 MB in its metadata 500. So many take 10 ms.
-STEPS = 20_000
-PIECE_BYTES = 64 * 1024  # of what is passed over in one step
-MAX_JUNK_BYTES = 1024 * 1024  # in one place: a worker's library reads it byte by byte, a second for some MB
-_TOLD = "PNG, JPEG, WebP, GIF, BMP and TIFF"
-_WITH_ALPHA = ("RGBA", "LA", "P")  # a GIF tells of its clear colour behind what is looked at, so a palette may have one
-_FOREIGN = (
+# Reads of a header: a few for each segment, block, chunk or tag. Ordinary files need 3 to 40, one with a comment of 60
+# kB 250, a photograph with a depth map of 10 MB in its metadata 500. This many take 10 ms.
+MAX_READS = 20_000
+SEARCH_WINDOW_BYTES = 64 * 1024  # searched for a JPEG marker in one read
+MAX_JUNK_BYTES = 1024 * 1024  # between two JPEG segments: Pillow reads junk byte by byte, which takes 1 s for a few MB
+_ACCEPTED = "PNG, JPEG, WebP, GIF, BMP or TIFF"
+_WITH_ALPHA = ("RGBA", "LA", "P")  # P: a GIF names its transparent colour behind the part that is read here
+_OTHER_FORMATS = (
     (b"ftypheic", "HEIC"),
     (b"ftypheix", "HEIC"),
     (b"ftypmif1", "HEIF"),
@@ -37,90 +38,105 @@ _FOREIGN = (
 
 @dataclass(frozen=True, slots=True)
 class ImageHead:
-    """What the header says. Width and height in pixels, before any EXIF orientation; the mode as Pillow names it.
+    """The content of a header.
 
-    `may_be_clear`: some pixels may be transparent.
+    Attributes:
+        format: the format as Pillow names it.
+        width, height: in pixels, before any EXIF orientation.
+        mode: the mode as Pillow names it for 8 bits per sample, whatever the file has.
+        may_be_transparent: whether some pixels may be transparent.
     """
 
     format: str
     width: int
     height: int
     mode: str
-    may_be_clear: bool = False
+    may_be_transparent: bool = False
 
 
 class _Size(NamedTuple):
     width: int
     height: int
     mode: str
-    has_clear_colour: bool = False
+    has_transparent_colour: bool = False
 
 
-class _Look:
-    """A file of which a bounded number of places is looked at."""
+class _HeaderReader:
+    """A file with a bounded number of reads."""
 
     def __init__(self, data: memoryview) -> None:
         self._data = data
-        self._left = STEPS
+        self._reads_left = MAX_READS
 
-    def __call__(self, form: str, at: int) -> tuple[Any, ...]:
-        """What lies at an offset, by the letters of `struct`. Raises ValueError after STEPS, and struct.error beyond the end."""
-        self._left -= 1
-        if self._left < 0:
-            raise ValueError("it is made of too many pieces")
+    def unpack(self, form: str, at: int) -> tuple[Any, ...]:
+        """Return the values of a `struct` format at an offset.
+
+        Raises:
+            ValueError: more than MAX_READS reads.
+            struct.error: the offset is beyond the end of the file.
+        """
+        self._reads_left -= 1
+        if self._reads_left < 0:
+            raise ValueError(f"too many chunks, segments or tags: more than {MAX_READS} reads")
         return struct.unpack_from(form, self._data, at)
 
     def find(self, pattern: re.Pattern[bytes], at: int) -> int:
-        """Where the pattern, of up to two bytes, is found next. Raises as a look does, and counts one for each PIECE_BYTES."""
+        """Return the offset of the next match of a pattern of at most two bytes.
+
+        Counts one read for each SEARCH_WINDOW_BYTES. Raises as `unpack` does, and ValueError after MAX_JUNK_BYTES.
+        """
         first = at
         while True:
-            self("B", at)
+            self.unpack("B", at)
             if at - first > MAX_JUNK_BYTES:
-                raise ValueError(f"more than {MAX_JUNK_BYTES} bytes of it are none")
-            if found := pattern.search(self._data, at, at + PIECE_BYTES + 1):
+                raise ValueError(f"more than {MAX_JUNK_BYTES} bytes between two segments")
+            if found := pattern.search(self._data, at, at + SEARCH_WINDOW_BYTES + 1):
                 return found.start()
-            at += PIECE_BYTES
+            at += SEARCH_WINDOW_BYTES
 
 
 def read_head(data: memoryview, param: str, settings: Settings) -> ImageHead:
-    """Read an upload's header.
+    """Read the header of an uploaded image.
 
     Args:
         data: the whole upload.
         param: the field's name, for messages.
-        settings: bounds the pixels and the sides.
+        settings: limits of pixels and sides.
 
     Raises:
-        ImageError: empty, no image, a format that is not taken, or larger than the limits.
+        ImageError: the file is empty, not an image, damaged, in another format, or larger than the limits.
     """
     if not data:
-        raise ImageError(f"Invalid image file in '{param}': the file is empty.", param=param)
+        raise ImageError(f"{param} is an empty file; send {_ACCEPTED}.", param=param)
     start = bytes(data[:64])
     known = next((entry for entry in _FORMATS if entry.is_start(start)), None)
     if known is None:
-        raise ImageError(f"Invalid image file in '{param}': {_name(start)}. {_TOLD} are taken.", param=param)
+        raise ImageError(f"{param} {_describe_unknown(start)}; send {_ACCEPTED}.", param=param)
     try:
-        width, height, mode, has_clear_colour = known.read(_Look(data))
+        width, height, mode, has_transparent_colour = known.read(_HeaderReader(data))
     except (ValueError, KeyError, struct.error) as error:
-        told = error if isinstance(error, ValueError) else "it is damaged, or cut short"
-        raise ImageError(f"Invalid image file in '{param}': its header cannot be read ({told}).", param=param) from None
+        reason = error if isinstance(error, ValueError) else "damaged or truncated"
+        raise ImageError(
+            f"{param} is a {known.format} file whose header cannot be read ({reason}); send an intact file.",
+            param=param,
+        ) from None
     if max(width, height) > settings.max_image_side_px or width * height > settings.max_image_pixels:
         raise ImageError(
-            f"Image '{param}' is {width}x{height}; at most {settings.max_image_pixels} pixels and "
-            f"{settings.max_image_side_px} on a side are taken.",
+            f"{param} is {width}x{height}; this server allows at most {settings.max_image_pixels} pixels and "
+            f"{settings.max_image_side_px} pixels on a side. Send a smaller image.",
             param=param,
         )
     if min(width, height) < 1:
-        raise ImageError(f"Image '{param}' is {width}x{height}: it has no pixels.", param=param)
-    may_be_clear = has_clear_colour or mode in _WITH_ALPHA
-    return ImageHead(known.format, width, height, mode, may_be_clear)
+        raise ImageError(f"{param} is {width}x{height}; both sides must be at least 1 pixel.", param=param)
+    may_be_transparent = has_transparent_colour or mode in _WITH_ALPHA
+    return ImageHead(known.format, width, height, mode, may_be_transparent)
 
 
-def _name(start: bytes) -> str:
-    for mark, name in _FOREIGN:
+def _describe_unknown(start: bytes) -> str:
+    for mark, name in _OTHER_FORMATS:
         if mark in start:
-            return f"it looks like {name}"
-    return "it is no image in a known format"
+            return f"is {name}, which is not supported"
+    return "has an unrecognised image format"
 
 
 # --- the formats ------------------------------------------------------------------------------------------------------
@@ -128,24 +144,25 @@ def _name(start: bytes) -> str:
 _PNG_MODES = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}  # by colour type
 
 
-def _read_png(look: _Look) -> _Size:
-    """PNG third edition, sections 5.3 and 11.2.1: chunks, of which the first is IHDR, up to the first with pixels."""
+def _read_png(reader: _HeaderReader) -> _Size:
+    """Read PNG (third edition, sections 5.3 and 11.2.1): the chunks from IHDR, the first one, to the first IDAT."""
     at, found = 8, None
     while True:
-        length, kind = look(">I4s", at)
+        length, kind = reader.unpack(">I4s", at)
         if (kind == b"IHDR") == (found is not None):
-            raise ValueError("IHDR is not its first chunk, and no other")
+            raise ValueError("IHDR must be the first chunk and occur once")
         if kind == b"IHDR":
-            width, height, _, colour = look(">IIBB", at + 8)
+            width, height, _, colour = reader.unpack(">IIBB", at + 8)
             found = _Size(width, height, _PNG_MODES[colour])
         elif kind == b"tRNS" and found:
-            found = found._replace(has_clear_colour=True)
+            found = found._replace(has_transparent_colour=True)
         elif kind == b"IDAT" and found:
             return found
         at += length + 12
 
 
-# Of a segment: fill bytes 0xFF may stand before it, and none follows a stuffed byte (00) and restarts (D0 to D7).
+# The marker of a segment. Fill bytes 0xFF may precede it; stuffed bytes (00) and restart markers (D0 to D7) begin no
+# segment.
 _JPEG_MARK = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF
 _JPEG_SEGMENTS = frozenset((*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE)) - {0xC8}
@@ -153,60 +170,60 @@ _JPEG_SCAN = 0xDA  # SOS
 _JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}  # by number of components
 
 
-def _read_jpeg(look: _Look) -> _Size:
-    """ITU-T T.81 section B.1.1 and B.2: segments, one of which is the frame's, up to the first scan. Junk in between is passed over."""
+def _read_jpeg(reader: _HeaderReader) -> _Size:
+    """Read JPEG (ITU-T T.81 sections B.1.1 and B.2): segments up to the first scan, junk between them is skipped."""
     at, found = 2, None
     while True:
-        at = look.find(_JPEG_MARK, at) + 2
-        (kind,) = look("B", at - 1)
+        at = reader.find(_JPEG_MARK, at) + 2
+        (kind,) = reader.unpack("B", at - 1)
         if kind == _JPEG_SCAN and found:
             return found
-        (length,) = look(">H", at)
+        (length,) = reader.unpack(">H", at)
         if kind not in _JPEG_SEGMENTS or length < 2:
-            raise ValueError(f"segment 0x{kind:02x} of {length} bytes")
+            raise ValueError(f"invalid segment 0x{kind:02x} of {length} bytes")
         if kind in _JPEG_FRAMES:
-            depth, height, width, components = look(">BHHB", at + 2)
+            depth, height, width, components = reader.unpack(">BHHB", at + 2)
             if found or depth != 8:
-                raise ValueError(f"{depth} bits" if depth != 8 else "two frames")
+                raise ValueError(f"{depth} bits per sample, expected 8" if depth != 8 else "two frames")
             found = _Size(width, height, _JPEG_MODES[components])
         at += length
 
 
-def _read_webp(look: _Look) -> _Size:
-    """The three forms of RFC 9649: extended (section 2.7), lossy (RFC 6386 section 9.1), lossless (section 3.4)."""
-    (kind,) = look("4s", 12)
+def _read_webp(reader: _HeaderReader) -> _Size:
+    """Read WebP (RFC 9649): extended (section 2.7), lossy (RFC 6386 section 9.1) or lossless (section 3.4)."""
+    (kind,) = reader.unpack("4s", 12)
     if kind == b"VP8X":
-        flags, width, height = look("B3x3s3s", 20)
+        flags, width, height = reader.unpack("B3x3s3s", 20)
         width, height = (int.from_bytes(side, "little") + 1 for side in (width, height))
         return _Size(width, height, "RGBA" if flags & 0x10 else "RGB")
     if kind == b"VP8 ":
-        start, width, height = look("<3sHH", 23)
+        start, width, height = reader.unpack("<3sHH", 23)
         if start == b"\x9d\x01\x2a":
             return _Size(width & 0x3FFF, height & 0x3FFF, "RGB")
     if kind == b"VP8L":
-        start, bits = look("<cI", 20)
+        start, bits = reader.unpack("<cI", 20)
         if start == b"\x2f":
             return _Size((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, "RGBA" if bits >> 28 & 1 else "RGB")
-    raise ValueError("neither VP8, VP8L nor VP8X")
+    raise ValueError("the first chunk is not VP8, VP8L or VP8X")
 
 
-def _read_gif(look: _Look) -> _Size:
-    """GIF89a sections 18 to 26: the screen, grown by the first image where that is larger; extensions in between are passed over."""
-    width, height, flags = look("<HHB", 6)
+def _read_gif(reader: _HeaderReader) -> _Size:
+    """Read GIF (GIF89a sections 18 to 26): the screen size, enlarged to the first image if that is larger."""
+    width, height, flags = reader.unpack("<HHB", 6)
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     while True:
-        (kind,) = look("B", at)
+        (kind,) = reader.unpack("B", at)
         at += 1
         if kind == 0x2C:
-            left, top, wide, high = look("<HHHH", at)
+            left, top, wide, high = reader.unpack("<HHHH", at)
             return _Size(max(width, left + wide), max(height, top + high), "P")
         if kind == 0x3B:
-            raise ValueError("no image in it")
+            raise ValueError("the file contains no image")
         if kind == 0x21:
             at += 1
             size = -1
             while size:
-                (size,) = look("B", at)
+                (size,) = reader.unpack("B", at)
                 at += size + 1
 
 
@@ -214,17 +231,17 @@ _BMP_HEADERS = (40, 52, 56, 64, 108, 124)
 _BMP_BITFIELDS = 3
 
 
-def _read_bmp(look: _Look) -> _Size:
-    """The headers of OS/2 1.x (12 bytes) and of Windows 3 and later. A negative height means the first row is on top."""
-    (size,) = look("<I", 14)
+def _read_bmp(reader: _HeaderReader) -> _Size:
+    """Read BMP: headers of OS/2 1.x (12 bytes), Windows 3 and later; a negative height means top row first."""
+    (size,) = reader.unpack("<I", 14)
     if size == 12:
-        width, height, _, bits = look("<HHHH", 18)
+        width, height, _, bits = reader.unpack("<HHHH", 18)
         compression = alpha = 0
     elif size in _BMP_HEADERS:
-        width, height, _, bits, compression = look("<iiHHI", 18)
-        alpha = look("<I", 66)[0] if size >= 56 else 0
+        width, height, _, bits, compression = reader.unpack("<iiHHI", 18)
+        alpha = reader.unpack("<I", 66)[0] if size >= 56 else 0
     else:
-        raise ValueError(f"a header of {size} bytes")
+        raise ValueError(f"unknown header size of {size} bytes")
     if bits <= 8:
         return _Size(width, abs(height), "P")
     return _Size(width, abs(height), "RGBA" if compression == _BMP_BITFIELDS and alpha else "RGB")
@@ -232,29 +249,29 @@ def _read_bmp(look: _Look) -> _Size:
 
 _TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 9: "i", 16: "Q"}  # BYTE, SHORT, LONG, SLONG, LONG8
 _WIDTH, _HEIGHT, _PHOTOMETRIC, _EXTRA_SAMPLES = 256, 257, 262, 338
-_TIFF_MODES = {0: "L", 1: "L", 2: "RGB", 3: "P", 5: "CMYK"}  # by photometric interpretation; the others are colours
+_TIFF_MODES = {0: "L", 1: "L", 2: "RGB", 3: "P", 5: "CMYK"}  # by photometric interpretation; others count as RGB
 
 
-def _read_tiff(look: _Look) -> _Size:
-    """TIFF 6.0 section 2, and its form with 64-bit offsets: the numbers that lie in the first directory itself.
+def _read_tiff(reader: _HeaderReader) -> _Size:
+    """Read TIFF (6.0 section 2) and BigTIFF (64-bit offsets): the values stored in the first directory itself.
 
-    Of a tag that is there twice the first counts, as with Pillow.
+    If a tag occurs twice, the first counts, as in Pillow.
     """
-    (mark,) = look("4s", 0)
+    (mark,) = reader.unpack("4s", 0)
     order = "<" if mark[:1] == b"I" else ">"
     is_big = 43 in mark
-    (at,) = look(order + ("Q" if is_big else "I"), 8 if is_big else 4)
-    (count,) = look(order + ("Q" if is_big else "H"), at)
+    (at,) = reader.unpack(order + ("Q" if is_big else "I"), 8 if is_big else 4)
+    (count,) = reader.unpack(order + ("Q" if is_big else "H"), at)
     at += 8 if is_big else 2
     entry = order + ("HHQ" if is_big else "HHI")
     found: dict[int, int] = {}
     for _ in range(count):
-        tag, kind, values = look(entry, at)
+        tag, kind, values = reader.unpack(entry, at)
         at += struct.calcsize(entry)
         if tag in (_WIDTH, _HEIGHT, _PHOTOMETRIC, _EXTRA_SAMPLES):
             if values != 1 and tag in (_WIDTH, _HEIGHT):
-                raise ValueError(f"{values} values for a side")
-            found.setdefault(tag, *look(order + _TIFF_NUMBERS[kind], at))
+                raise ValueError(f"{values} values for width or height, expected 1")
+            found.setdefault(tag, *reader.unpack(order + _TIFF_NUMBERS[kind], at))
         at += 8 if is_big else 4
     mode = _TIFF_MODES.get(found.get(_PHOTOMETRIC, 1), "RGB")
     if found.get(_EXTRA_SAMPLES):
@@ -265,7 +282,7 @@ def _read_tiff(look: _Look) -> _Size:
 class _Format(NamedTuple):
     format: str
     is_start: Callable[[bytes], bool]
-    read: Callable[[_Look], _Size]
+    read: Callable[[_HeaderReader], _Size]
 
 
 _FORMATS = (

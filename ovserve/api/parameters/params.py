@@ -1,8 +1,8 @@
-"""Fields and uploads to a frozen, validated request: every rule that needs no pixels.
+"""Validation: the fields and uploads of a form to one frozen request. Checks every rule that needs no pixels.
 
-    Form ──▶ gather (names: x, x[], x[k], repeated) ──▶ value of each by its kind ──▶ the operator's limits ──▶ exclusions
+    Form ──▶ gather (names: x, x[], x[k], repeated) ──▶ parse values by kind ──▶ the operator's limits ──▶ exclusions
 
-Whatever is wrong is told by the field's name, with the bound it broke.
+Every error names the field, its value and the limit that applied.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from ovserve.api.exchange import Form, Upload
 from ovserve.api.parameters.fields import EDIT, EXCLUSIONS, FIELDS, GENERATION, SPELLINGS, VARIATION, Field, field_named
 from ovserve.api.parameters.imagehead import ImageHead, read_head
-from ovserve.api.parameters.values import check_range, expected, parse_value
+from ovserve.api.parameters.values import check_range, expected, parse_value, shown
 from ovserve.errors import (
     BadRequest,
     InvalidType,
@@ -27,16 +27,17 @@ from ovserve.errors import (
     UnsupportedParameter,
 )
 from ovserve.models.catalog import Catalog, ServedModel
-from ovserve.models.steps import is_lcm, least_steps, least_strength, steps_run
+from ovserve.models.steps import is_lcm, min_steps_for, min_strength_for, steps_run
 from ovserve.settings.options import Resolution, Settings
 from ovserve.wire.request import SEEDS, ImageRequest
 
 __all__ = ["Parameters", "parse_parameters"]
 
-FIDELITY = 0.7  # share of the model's own strength that `input_fidelity` = high leaves
+FIDELITY = 0.7  # `input_fidelity` = high multiplies the model's default strength by this
 
 _NAME = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
-_EMPTY = frozenset(("", "null", "None", "undefined"))
+_EMPTY = frozenset(("", "null", "None", "undefined"))  # texts that clients write for an absent value
+_PATHS = {EDIT: "images/edits", GENERATION: "images/generations", VARIATION: "images/variations"}  # for messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,13 @@ class Parameters:
     """One validated request.
 
     Attributes:
-        request: what a worker gets.
-        model: whom it is for.
-        stream, partial_images, response_format: how the answer is given.
+        request: the record for the worker.
+        model: the model that runs it.
+        stream, partial_images, response_format: form of the reply.
         quality: low, medium or high, never auto.
-        timeout_s: the deadline the client asked for, or the default.
-        safety_identifier: the client's own name for the end user.
-        moderation: whether the client asked for a check that no model here makes.
+        timeout_s: the time limit from the request, or the default.
+        safety_identifier: the client's identifier of the end user.
+        moderation: whether the client asked for moderation, which is not implemented.
     """
 
     request: ImageRequest
@@ -66,26 +67,23 @@ class Parameters:
 
 @dataclass(slots=True)
 class _Gathered:
-    """A form's fields and uploads by the name they mean."""
+    """A form's fields and uploads, grouped by field name."""
 
-    values: dict[str, list[tuple[str, Any]]] = field(default_factory=dict)  # field name: (as spelled, value)
+    values: dict[str, list[tuple[str, Any]]] = field(default_factory=dict)  # field name: (name as spelled, value)
     uploads: dict[str, list[Upload]] = field(default_factory=dict)
-
-    def given(self, name: str) -> bool:
-        return name in self.values or name in self.uploads
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def _meant(spelled: str) -> Field:
-    """The field a name on the wire means. Raises UnknownParameter with the nearest known name."""
+def _find_field(spelled: str) -> Field:
+    """Return the field for a name in a request. Raises UnknownParameter with the nearest known name."""
     match = _NAME.fullmatch(spelled)
     known = field_named(match[1]) if match else None
     if known is None:
         near = difflib.get_close_matches(spelled[:64], FIELDS, n=1, cutoff=0.7)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise UnknownParameter(f"Unknown parameter: '{spelled[:200]}'.{hint}", param=spelled[:200])
+        hint = f"did you mean {near[0]}?" if near else "/openapi.json lists the known ones."
+        raise UnknownParameter(f"Unknown parameter {spelled[:200]!r}; {hint}", param=spelled[:200])
     return known
 
 
@@ -96,44 +94,49 @@ def _is_empty(value: Any) -> bool:
 def _gather(form: Form, endpoint: str) -> _Gathered:
     gathered = _Gathered()
     for spelled, value in form.fields:
-        known = _meant(spelled)
-        # A prompt may be the word "null", and an image that is no image is told so; JSON's null is nothing in any field.
+        known = _find_field(spelled)
+        # The prompt may be the word "null", and an image given as text gets an error of its own. JSON's null is an
+        # absent value for every field.
         if _is_empty(value) and (value is None or known.name not in ("prompt", "image")):
             continue
-        _check_taken(known, spelled, endpoint)
+        _check_endpoint(known, spelled, endpoint)
         gathered.values.setdefault(known.name, []).append((spelled, value))
     for upload in form.uploads:
-        known = _meant(upload.name)
-        _check_taken(known, upload.name, endpoint)
+        known = _find_field(upload.name)
+        _check_endpoint(known, upload.name, endpoint)
         if known.kind not in ("file", "files"):
-            raise InvalidType(
-                f"Invalid type for '{upload.name}': expected {expected(known)}, but got a file.", param=upload.name
-            )
+            raise InvalidType(f"{upload.name} is a file; expected {expected(known)}.", param=upload.name)
         gathered.uploads.setdefault(known.name, []).append(upload)
     return gathered
 
 
-def _check_taken(known: Field, spelled: str, endpoint: str) -> None:
+def _check_endpoint(known: Field, spelled: str, endpoint: str) -> None:
     if not known.served:
-        raise UnsupportedParameter(f"'{spelled}' is not supported: {known.text}", param=spelled)
+        raise UnsupportedParameter(f"{spelled} ({known.text}) is not supported; remove it.", param=spelled)
     if endpoint not in known.endpoints:
-        told = {EDIT: "edits", GENERATION: "generations", VARIATION: "variations"}
-        takers = " and ".join(f"images/{told[name]}" for name in told if name in known.endpoints)
+        supporting = " and ".join(path for name, path in _PATHS.items() if name in known.endpoints)
         raise UnsupportedParameter(
-            f"'{spelled}' is not taken by images/{told[endpoint]}; {takers} takes it.", param=spelled
+            f"{spelled} is not supported by {_PATHS[endpoint]}, only by {supporting}; remove it.", param=spelled
         )
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-def _values(gathered: _Gathered, is_json: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """Every given value by its field's first name, and how the client spelled it.
+def _parse_values(gathered: _Gathered, is_json: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """Parse every value in the request.
 
-    A value may come twice, under one name or two, as long as it is the same.
+    Returns:
+        The values by field name (a second name, such as `rng_seed`, counts as its `same_as` field), and the names as
+        the client spelled them.
+
+    Raises:
+        InvalidType: a value of another type, or a list for a field that takes one value.
+        InvalidValue: a value out of range, or two different values for one field; equal values are accepted.
     """
     values: dict[str, Any] = {}
     spellings: dict[str, str] = {}
+    sent: dict[str, Any] = {}  # the first value of each field as the client sent it, for messages
     for name, entries in gathered.values.items():
         known = FIELDS[name]
         if known.kind in ("file", "files"):
@@ -142,26 +145,26 @@ def _values(gathered: _Gathered, is_json: bool) -> tuple[dict[str, Any], dict[st
         for spelled, raw in entries:
             if spelled != name and SPELLINGS.get(spelled) != name:
                 raise InvalidType(
-                    f"Invalid type for '{spelled}': '{name}' takes {expected(known)}, not a list.", param=spelled
+                    f"{spelled} is an element of a list; send {name} once, as {expected(known)}.", param=spelled
                 )
             value = parse_value(known, spelled, raw, is_json)
             if first in values and values[first] != value:
                 other = spellings[first]
-                told = (
-                    f"'{spelled}' = {raw} already exists"
+                conflict = (
+                    f"{spelled} was sent twice, as {shown(sent[first])} and as {shown(raw)}; send it once."
                     if other == spelled
-                    else f"'{spelled}' = {raw} contradicts '{other}'"
+                    else f"{spelled} is {shown(raw)}, but {other} is {shown(sent[first])}; send one of them."
                 )
-                raise InvalidValue(f"{told} = {values[first]}: give one.", param=spelled)
-            values[first], spellings[first] = value, spelled
+                raise InvalidValue(conflict, param=spelled)
+            values[first], spellings[first], sent[first] = value, spelled, raw
     return values, spellings
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def _refuse_text_images(gathered: _Gathered, is_json: bool) -> None:
-    """An image must be a file, or in JSON a data URL: everything else is told what is wrong with it."""
+def _reject_text_images(gathered: _Gathered, is_json: bool) -> None:
+    """Raise an error that says what to send, for an image that is neither a file nor, in JSON, a data URL."""
     for name in ("image", "mask"):
         for spelled, value in gathered.values.get(name, ()):
             if _is_empty(value) or value == []:
@@ -170,42 +173,51 @@ def _refuse_text_images(gathered: _Gathered, is_json: bool) -> None:
             reference = reference.get("image_url", reference) if isinstance(reference, dict) else reference
             if isinstance(reference, dict) and "file_id" in reference:
                 raise UnsupportedParameter(
-                    f"'{spelled}': files by id are not supported; send the image itself.", param=spelled
+                    f"{spelled} refers to a file by id, which is not supported; send the image itself.", param=spelled
                 )
             if isinstance(reference, str) and reference.startswith(("http://", "https://")):
                 raise InvalidValue(
-                    f"'{spelled}': addresses are not fetched; send the image itself or a data URL.", param=spelled
+                    f"{spelled} is {shown(reference)}; URLs are not fetched, send the image itself or a data URL.",
+                    param=spelled,
                 )
             if is_json:
-                raise InvalidType(f"Invalid type for '{spelled}': expected a data URL as image_url.", param=spelled)
-            raise InvalidType(
-                f"Invalid type for '{spelled}': expected a file, but got a string instead.", param=spelled
-            )
+                raise InvalidType(f"{spelled} is {shown(reference)}; expected a data URL in image_url.", param=spelled)
+            raise InvalidType(f"{spelled} is a string; expected a file (a part with a filename).", param=spelled)
 
 
-def _images(
-    gathered: _Gathered, model: ServedModel, settings: Settings
+def _check_images(
+    gathered: _Gathered, endpoint: str, model: ServedModel, settings: Settings
 ) -> tuple[list[Upload], Upload | None, list[ImageHead]]:
+    """Return the images, the mask and the images' headers after checking their number and headers."""
     images = gathered.uploads.get("image", [])
     masks = gathered.uploads.get("mask", [])
     if not images:
-        raise MissingParameter("Missing required parameter: 'image'.", param="image")
+        raise MissingParameter(f"image is missing; {_PATHS[endpoint]} requires it.", param="image")
     if len(images) > settings.max_images:
-        raise InvalidValue(f"'image': {len(images)} images; at most {settings.max_images} are taken.", param="image")
+        raise InvalidValue(
+            f"image was sent {len(images)} times; this server allows at most {settings.max_images} images.",
+            param="image",
+        )
     if len(masks) > 1:
-        raise InvalidValue("'mask': more than one mask; it applies to the first image.", param="mask")
+        raise InvalidValue(f"mask was sent {len(masks)} times; send one mask, for the first image.", param="mask")
     heads = [read_head(upload.view(), upload.name, settings) for upload in images]
     if len(images) > 1:
-        told = f"'image': {len(images)} images, but model '{model.name}' edits one: it takes no reference images."
-        raise UnsupportedParameter(told, param=images[1].name)
+        raise UnsupportedParameter(
+            f"image was sent {len(images)} times; model {model.name!r} takes one image and no reference images.",
+            param=images[1].name,
+        )
     if masks:
         read_head(masks[0].view(), masks[0].name, settings)
-    elif any(value != "auto" for _, value in gathered.values.get("mask_mode", ())):
-        raise InvalidValue("'mask_mode' says how a 'mask' is read, and there is none.", param="mask_mode")
+    for _, mask_mode in gathered.values.get("mask_mode", ()):
+        if not masks and mask_mode != "auto":
+            raise InvalidValue(
+                f"mask_mode is {shown(mask_mode)}, but no mask was sent; send a mask, or leave mask_mode out.",
+                param="mask_mode",
+            )
     return images, masks[0] if masks else None, heads
 
 
-# --- the whole --------------------------------------------------------------------------------------------------------
+# --- the request ------------------------------------------------------------------------------------------------------
 
 
 def parse_parameters(
@@ -216,42 +228,45 @@ def parse_parameters(
     Args:
         form: the body's fields and uploads.
         endpoint: edit, generation or variation.
-        path_model: the model named by the path, if it is.
+        path_model: the model named in the path, or None.
         catalog: the models served now.
         settings: the server's limits.
 
     Raises:
-        BadRequest and its kinds, ModelNotFound.
+        BadRequest: or one of its subclasses; `param` is the field at fault.
+        ModelNotFound: the request names an unknown model.
     """
     gathered = _gather(form, endpoint)
-    values, spelled = _values(gathered, form.is_json)
+    values, spelled = _parse_values(gathered, form.is_json)
     model = catalog.find(_model_name(values, path_model))
-    _check_family(gathered, model)
+    _check_features(gathered, model)
     if endpoint != VARIATION and not values.get("prompt"):
-        raise MissingParameter("Missing required parameter: 'prompt'.", param="prompt")
-    _refuse_text_images(gathered, form.is_json)
+        raise MissingParameter(f"prompt is missing or empty; {_PATHS[endpoint]} requires it.", param="prompt")
+    _reject_text_images(gathered, form.is_json)
     _check_limits(values, spelled, model)
     if "timeout_s" in values:
-        check_range(spelled["timeout_s"], values["timeout_s"], None, settings.max_timeout_s)
+        check_range(spelled["timeout_s"], values["timeout_s"], None, settings.max_timeout_s, "this server")
     resolved = _resolve(values, model, settings)
     for rule in EXCLUSIONS:
         if rule.applies(resolved):
             raise InvalidValue(
-                f"{rule.first_told} cannot go with {rule.second_told}.", param=spelled.get(rule.first, rule.first)
+                f"{rule.first_value} cannot be combined with {rule.second_value}; change one of them.",
+                param=spelled.get(rule.first, rule.first),
             )
     images: list[Upload] = []
     mask: Upload | None = None
     if endpoint != GENERATION:
-        images, mask, heads = _images(gathered, model, settings)
+        images, mask, heads = _check_images(gathered, endpoint, model, settings)
         _check_task(model, mask, heads[0])
     elif "text2image" not in model.profile.tasks:
         raise BadRequest(
-            f"Model '{model.name}' is an inpainting model: it cannot make a picture from a prompt alone.", param="model"
+            f"The model {model.name!r} is an inpainting model and needs an image; use images/edits.",
+            param="model",
         )
     resolved["preferred_strength"] = _preferred_strength(resolved, model)
     if "num_inference_steps" not in values and endpoint != GENERATION:
-        resolved["num_inference_steps"] = _enough_steps(endpoint, resolved, model, mask)
-    _check_a_step_runs(values, resolved, spelled, model)
+        resolved["num_inference_steps"] = _default_steps(endpoint, resolved, model, mask)
+    _check_strength_runs_a_step(values, resolved, spelled, model)
     request = _request(endpoint, resolved, images, mask)
     return Parameters(
         request=request,
@@ -267,7 +282,7 @@ def parse_parameters(
 
 
 def _request(endpoint: str, resolved: Mapping[str, Any], images: Sequence[Upload], mask: Upload | None) -> ImageRequest:
-    """The record for the worker, from every field's value."""
+    """Return the record for the worker, from every field's value."""
     size = resolved["size"] or Resolution(0, 0)
     return ImageRequest(
         task=endpoint,
@@ -306,24 +321,27 @@ def _request(endpoint: str, resolved: Mapping[str, Any], images: Sequence[Upload
 
 
 def _model_name(values: Mapping[str, Any], path_model: str | None) -> str | None:
+    """Return the model that the field or the path names; None for neither. Raises InvalidValue if they differ."""
     named: str | None = values.get("model")
     if path_model and named and named != path_model:
         raise InvalidValue(
-            f"'model' = '{named[:200]}' contradicts the path, which names '{path_model[:200]}'.", param="model"
+            f"model is {named[:200]!r}, but the path names {path_model[:200]!r}; send one of them.", param="model"
         )
     return named or path_model
 
 
-def _check_family(gathered: _Gathered, model: ServedModel) -> None:
+def _check_features(gathered: _Gathered, model: ServedModel) -> None:
     for name, entries in gathered.values.items():
         known = FIELDS[name]
         if known.has is not None and not known.has(model.profile):
-            told = f"'{entries[0][0]}' is not taken by model '{model.name}': it needs {known.needs}."
-            raise UnsupportedParameter(told, param=entries[0][0])
+            spelled = entries[0][0]
+            raise UnsupportedParameter(
+                f"{spelled} needs {known.needs}, which model {model.name!r} does not have; remove it.", param=spelled
+            )
 
 
 def _check_limits(values: Mapping[str, Any], spelled: Mapping[str, str], model: ServedModel) -> None:
-    """The operator's own minima and maxima, for what the request gives; defaults were checked at start."""
+    """Check the values in the request against the operator's limits; defaults were checked when the server started."""
     limits = model.limits
     bounds = (
         ("n", 1, limits.max_num_images_per_prompt),
@@ -335,27 +353,27 @@ def _check_limits(values: Mapping[str, Any], spelled: Mapping[str, str], model: 
     )
     for name, low, high in bounds:
         if name in values:
-            check_range(spelled[name], values[name], low, high)
+            check_range(spelled[name], values[name], low, high, "this model")
     size = values.get("size")
     if size:
         for side, limit in ((size.width, limits.max_resolution.width), (size.height, limits.max_resolution.height)):
             if side > limit:
-                told = f"Invalid value for 'size': {size} is more than the maximum of {limits.max_resolution}."
-                raise InvalidValue(told, param="size")
+                raise InvalidValue(f"size is {size}; this model allows at most {limits.max_resolution}.", param="size")
 
 
 _PLAIN_DEFAULTS: dict[str, Any] = {
-    "prompt": "", "negative_prompt": "", "prompt_2": "", "prompt_3": "", "negative_prompt_2": "", "negative_prompt_3": "",
-    "mask_mode": "auto", "mask_blur": 0, "resize_mode": "crop", "n": 1, "scheduler": "", "max_sequence_length": 0,
-    "truncate_prompt": False, "output_format": "png", "output_compression": 100, "background": "auto", "metadata": True,
-    "partial_images": 0, "stream": False, "response_format": "b64_json", "user": "", "safety_identifier": "", "moderation": "",
-    "input_fidelity": "", "strength": None,
+    "prompt": "", "prompt_2": "", "prompt_3": "", "negative_prompt": "", "negative_prompt_2": "", "negative_prompt_3": "",
+    "mask_mode": "auto", "mask_blur": 0, "resize_mode": "crop", "strength": None, "input_fidelity": "",
+    "n": 1, "scheduler": "", "max_sequence_length": 0, "truncate_prompt": False,
+    "output_format": "png", "output_compression": 100, "background": "auto", "metadata": True,
+    "response_format": "b64_json", "stream": False, "partial_images": 0,
+    "user": "", "safety_identifier": "", "moderation": "",
 }  # fmt: skip
 
 _QUALITIES = {"auto": "high", "standard": "medium", "hd": "high", "xhigh": "high", "max": "high"}
-# Share of the model's own steps where its directory declares no steps of its own, and the rest of a preset where it declares none:
-# measured as how far pictures are from the exact ones and what they cost (docs/performance.md). An engine that has no such
-# scheduler or shortcut makes the picture without.
+# For a model that declares no presets: the share of its default steps, and the rest of the preset. The values come from
+# measured differences to the exact pictures and measured times (docs/performance.md). An engine without such a
+# scheduler or shortcut ignores it.
 _STEP_SHARES = {"low": 0.3, "medium": 0.5, "high": 1.0}
 _PRESETS: dict[str, dict[str, Any]] = {
     "low": {"scheduler": "dpmpp_2m", "shortcuts": "guidance_until=0.6"},
@@ -365,7 +383,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def _resolve(values: Mapping[str, Any], model: ServedModel, settings: Settings) -> dict[str, Any]:
-    """Every field's value: the request's, else the quality preset's, else the model's, else the table's."""
+    """Return every field's value: from the request, else the quality preset, else the model, else the plain default."""
     defaults = model.profile.defaults
     named = values.get("quality", "auto")
     quality = _QUALITIES.get(named, named)
@@ -387,14 +405,19 @@ def _resolve(values: Mapping[str, Any], model: ServedModel, settings: Settings) 
 
 
 def _resolve_size(values: Mapping[str, Any], model: ServedModel) -> Resolution | None:
-    """`size`, or width and height, or the operator's default; None for the image's own. Raises InvalidValue."""
+    """Return `size`, or width and height, or the operator's default; None for the size of the image.
+
+    Raises:
+        InvalidValue: `size` differs from width or height.
+        MissingParameter: only one side is given, and the operator has set no default size.
+    """
     size: Resolution | None = values.get("size")
     width, height = values.get("width"), values.get("height")
     default = model.limits.default_resolution
     if size:
         for name, side, own in (("width", width, size.width), ("height", height, size.height)):
             if side is not None and side != own:
-                raise InvalidValue(f"'{name}' = {side} contradicts 'size' = {size}: give one.", param=name)
+                raise InvalidValue(f"{name} is {side}, but size is {size}; send one of them.", param=name)
         return size
     if width is None and height is None:
         return default
@@ -402,30 +425,43 @@ def _resolve_size(values: Mapping[str, Any], model: ServedModel) -> Resolution |
         return Resolution(width, height)
     if default is None:
         missing, given = ("height", "width") if height is None else ("width", "height")
-        raise MissingParameter(f"Missing required parameter: '{missing}' goes with '{given}'.", param=missing)
+        raise MissingParameter(f"{missing} is missing; send it together with {given}, or use size.", param=missing)
     return Resolution(width or default.width, height or default.height)
 
 
 def _check_task(model: ServedModel, mask: Upload | None, head: ImageHead) -> None:
     tasks = model.profile.tasks
     if mask is not None and "inpainting" not in tasks:
-        raise UnsupportedParameter(f"'mask' is not taken by model '{model.name}': it cannot inpaint.", param="mask")
-    if mask is None and "image2image" not in tasks and not ("inpainting" in tasks and head.may_be_clear):
-        needed = "a mask, or an image with transparent pixels" if "inpainting" in tasks else "a prompt alone"
-        raise MissingParameter(f"Model '{model.name}' works from {needed}: 'mask' is required.", param="mask")
+        raise UnsupportedParameter(f"mask is not supported: model {model.name!r} cannot inpaint.", param="mask")
+    if mask is None and "image2image" not in tasks and not ("inpainting" in tasks and head.may_be_transparent):
+        if "inpainting" not in tasks:
+            raise MissingParameter(
+                f"The model {model.name!r} cannot edit images, with or without a mask; use images/generations.",
+                param="mask",
+            )
+        raise MissingParameter(
+            f"mask is missing; model {model.name!r} only inpaints: send a mask, or an image with transparent pixels.",
+            param="mask",
+        )
 
 
 def _preferred_strength(resolved: Mapping[str, Any], model: ServedModel) -> float | None:
-    """What `input_fidelity` = high stands for; None without it. The worker knows whether the whole image is edited."""
+    """Return the strength for `input_fidelity` = high, else None.
+
+    Only the worker knows whether the whole image is edited, the case in which it applies.
+    """
     if resolved["input_fidelity"] != "high":
         return None
-    least = least_strength(resolved["num_inference_steps"])
-    preferred = max(model.profile.defaults.strength * FIDELITY, model.limits.min_strength, least)
+    one_step = min_strength_for(resolved["num_inference_steps"])
+    preferred = max(model.profile.defaults.strength * FIDELITY, model.limits.min_strength, one_step)
     return min(preferred, model.limits.max_strength)
 
 
-def _enough_steps(endpoint: str, resolved: Mapping[str, Any], model: ServedModel, mask: Upload | None) -> int:
-    """The count of steps, which nobody asked for: raised until the edit runs one of them, if the limit allows that."""
+def _default_steps(endpoint: str, resolved: Mapping[str, Any], model: ServedModel, mask: Upload | None) -> int:
+    """Return the step count for an edit that names none.
+
+    It is the default, raised until the edit runs one step, if the operator's limit allows that.
+    """
     steps: int = resolved["num_inference_steps"]
     defaults = model.profile.defaults
     strength: float = resolved["strength"] or 0.0
@@ -433,24 +469,26 @@ def _enough_steps(endpoint: str, resolved: Mapping[str, Any], model: ServedModel
         strength = defaults.strength_variation
     elif resolved["strength"] is None and mask is not None:
         strength = defaults.strength_inpainting
-    elif resolved["strength"] is None:  # holes in the image make it an inpainting; only the worker sees them
+    elif resolved["strength"] is None:  # transparent pixels would make it an inpainting, but only the worker sees them
         strength = min(resolved["preferred_strength"] or defaults.strength, defaults.strength_inpainting)
     if is_lcm(model.profile, resolved["scheduler"]) or not steps_run(model.limits.max_num_inference_steps, strength):
         return steps
-    return max(steps, least_steps(strength))
+    return max(steps, min_steps_for(strength))
 
 
-def _check_a_step_runs(
+def _check_strength_runs_a_step(
     values: Mapping[str, Any], resolved: Mapping[str, Any], spelled: Mapping[str, str], model: ServedModel
 ) -> None:
-    """Raises InvalidValue. The model's own strengths, and LCM's rule, are the worker's to check."""
+    """Raise InvalidValue if the requested strength runs no step.
+
+    The worker checks the model's default strengths, and LCM's rule.
+    """
     strength, steps = resolved["strength"], resolved["num_inference_steps"]
     if strength is None or is_lcm(model.profile, resolved["scheduler"]) or steps_run(steps, strength):
         return
-    # Where the count is left out, as many are run as this strength needs: only the limit stands against it.
-    most = steps if "num_inference_steps" in values else model.limits.max_num_inference_steps
-    told = (
-        f"Invalid value for 'strength': {strength:g} of {most} steps leaves no step to run; "
-        f"the smallest strength that works is {least_strength(most):g}."
+    # If the request names no step count, it was raised as far as the limit allows.
+    count = steps if "num_inference_steps" in values else model.limits.max_num_inference_steps
+    raise InvalidValue(
+        f"strength is {strength:g}, which runs none of {count} steps; use at least {min_strength_for(count):g}.",
+        param=spelled.get("strength", "strength"),
     )
-    raise InvalidValue(told, param=spelled.get("strength", "strength"))

@@ -1,7 +1,7 @@
-"""One field's value by its kind: text of a form, or a JSON value, to a value within the field's own bounds.
+"""Parsing of one field's value: form text or a JSON value to a value within the field's bounds.
 
-Numbers of a form are written as clients' own `str()` writes them, without blanks, signs or leading zeros; JSON values keep their
-types. Every error names the field as the client spelled it.
+Numbers in a form are accepted as the `str()` of client languages writes them, without blanks, plus signs or leading
+zeros; JSON values must have the right type. Every error message begins with the field's name as the client wrote it.
 """
 
 from __future__ import annotations
@@ -14,49 +14,73 @@ from ovserve.api.parameters.fields import Field
 from ovserve.errors import InvalidType, InvalidValue
 from ovserve.settings.options import Resolution
 
-__all__ = ["check_range", "expected", "parse_value"]
+__all__ = ["check_range", "expected", "parse_value", "shown"]
 
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,39})")
 _NUMBER = re.compile(r"-?(?:[0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,4})?")
-_LARGEST = 10**40
+_MAX_DIGITS = 40  # of an integer, in a form and in JSON
+_MAX_SHOWN_CHARS = 100  # of a value in a message
+_EXPECTED = {
+    "text": "a string",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "choice": "a string",
+    "size": "a string",
+    "file": "a file",
+    "files": "a file",
+    "object": "an object",
+}
 _TRUE, _FALSE = frozenset(("true", "1")), frozenset(("false", "0"))
 
 
 def expected(known: Field) -> str:
-    """What a field takes, in words."""
-    words = {"text": "a string", "integer": "a whole number", "number": "a number", "boolean": "true or false",
-             "choice": "a string", "size": "a string", "file": "a file", "files": "a file", "object": "an object"}  # fmt: skip
-    return words[known.kind]
+    """Return the type that a field accepts, in words."""
+    return _EXPECTED[known.kind]
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message: at most 100 characters, on one line, lists and objects without contents."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case str():
+            text = repr(value[:_MAX_SHOWN_CHARS])  # escapes what is not printable, halves of surrogate pairs included
+            return text if len(value) <= _MAX_SHOWN_CHARS else f"{text}..."
+        case int():
+            is_short = abs(value) < 10**_MAX_DIGITS  # int to str is quadratic, and an error above 4300 digits
+            return str(value) if is_short else f"a number of more than {_MAX_DIGITS} digits"
+        case float():
+            return repr(value)
+        case list():
+            return "an array"
+        case _:
+            return "an object"
 
 
 def _wrong_type(known: Field, spelled: str, value: Any) -> InvalidType:
-    names = {
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        list: "an array",
-        dict: "an object",
-    }
-    got = names.get(type(value), "null")
-    return InvalidType(f"Invalid type for '{spelled}': expected {expected(known)}, but got {got}.", param=spelled)
+    of_type = ", a string" if isinstance(value, str) else ""
+    return InvalidType(f"{spelled} is {shown(value)}{of_type}; expected {expected(known)}.", param=spelled)
 
 
-def _not_a(known: Field, spelled: str, value: str) -> InvalidValue:
-    return InvalidValue(
-        f"Invalid value for '{spelled}': expected {expected(known)}, but got '{value[:100]}'.", param=spelled
-    )
+def _malformed(known: Field, spelled: str, value: str, *, hint: str = "") -> InvalidValue:
+    return InvalidValue(f"{spelled} is {shown(value)}; expected {expected(known)}{hint}.", param=spelled)
 
 
 def _integer(known: Field, spelled: str, value: Any, is_json: bool) -> int:
     if is_json:
         if isinstance(value, bool) or not isinstance(value, int):
             raise _wrong_type(known, spelled, value)
-        if abs(value) >= _LARGEST:  # as many digits as a form may have; JSON has no end of them
-            raise InvalidValue(f"Invalid value for '{spelled}': a number of more than 40 digits.", param=spelled)
+        if abs(value) >= 10**_MAX_DIGITS:  # the same limit as in a form; JSON itself has none
+            raise InvalidValue(
+                f"{spelled} has too many digits; at most {_MAX_DIGITS} digits are allowed.", param=spelled
+            )
         return value
     if not _INTEGER.fullmatch(value):
-        raise _not_a(known, spelled, value)
+        hint = f" of at most {_MAX_DIGITS} digits, without blanks, plus sign or leading zeros"
+        raise _malformed(known, spelled, value, hint=hint)
     return int(value)
 
 
@@ -65,13 +89,13 @@ def _number(known: Field, spelled: str, value: Any, is_json: bool) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise _wrong_type(known, spelled, value)
     elif not _NUMBER.fullmatch(value):
-        raise _not_a(known, spelled, value)
+        raise _malformed(known, spelled, value, hint=", without blanks or plus sign")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise InvalidValue(f"Invalid value for '{spelled}': expected a finite number.", param=spelled)
+        raise InvalidValue(f"{spelled} is {shown(value)}; expected a finite number.", param=spelled)
     return number
 
 
@@ -82,7 +106,7 @@ def _boolean(known: Field, spelled: str, value: Any, is_json: bool) -> bool:
         raise _wrong_type(known, spelled, value)
     word = value.lower()
     if word not in _TRUE | _FALSE:
-        raise _not_a(known, spelled, value)
+        raise _malformed(known, spelled, value)
     return word in _TRUE
 
 
@@ -91,11 +115,11 @@ def _text(known: Field, spelled: str, value: Any) -> str:
         raise _wrong_type(known, spelled, value)
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which is no character (RFC 8259 section 8.2)
-        raise InvalidValue(
-            f"Invalid value for '{spelled}': it holds half of a surrogate pair.", param=spelled
-        ) from None
-    # Browser-made forms turn every line break into CR LF; the prompt means the same.
+    except (
+        UnicodeEncodeError
+    ):  # JSON can contain half of a surrogate pair, which is not a character (RFC 8259 section 8.2)
+        raise InvalidValue(f"{spelled} contains half of a surrogate pair; send valid Unicode.", param=spelled) from None
+    # Forms sent by browsers turn every line break into CR LF; the prompt is the same.
     return value.replace("\r\n", "\n")
 
 
@@ -104,10 +128,8 @@ def _choice(known: Field, spelled: str, value: Any) -> str:
     if word == "jpg" and "jpeg" in known.choices:
         return "jpeg"
     if word not in known.choices:
-        listed = ", ".join(f"'{choice}'" for choice in known.choices)
-        raise InvalidValue(
-            f"Invalid value for '{spelled}': '{word[:100]}'. Supported values are: {listed}.", param=spelled
-        )
+        choices = ", ".join(known.choices)
+        raise InvalidValue(f"{spelled} is {shown(word)}; choose one of: {choices}.", param=spelled)
     return word
 
 
@@ -118,13 +140,22 @@ def _size(known: Field, spelled: str, value: Any) -> Resolution | None:
     try:
         return Resolution.parse(word)
     except ValueError as error:
-        raise InvalidValue(
-            f"Invalid value for '{spelled}': '{word[:100]}': {error}, or 'auto'.", param=spelled
-        ) from None
+        raise InvalidValue(f"{spelled} is {shown(word)}; {error}, or auto.", param=spelled) from None
 
 
 def parse_value(known: Field, spelled: str, value: Any, is_json: bool) -> Any:
-    """One value by its field's kind, within the field's own bounds. Raises InvalidType and InvalidValue."""
+    """Parse one value by its field's kind and check the field's own bounds.
+
+    Args:
+        known: the field.
+        spelled: the field's name as the client wrote it, for messages.
+        value: text of a form, or any JSON value.
+        is_json: whether `value` is from JSON.
+
+    Raises:
+        InvalidType: the JSON value has another type.
+        InvalidValue: the text does not parse, or the value is out of range or not one of the choices.
+    """
     match known.kind:
         case "integer":
             parsed: Any = _integer(known, spelled, value, is_json)
@@ -138,17 +169,19 @@ def parse_value(known: Field, spelled: str, value: Any, is_json: bool) -> Any:
             return _size(known, spelled, value)
         case _:
             return _text(known, spelled, value)
-    check_range(spelled, parsed, known.low, known.high)
+    check_range(spelled, parsed, known.low, known.high, "the API")
     return parsed
 
 
-def check_range(spelled: str, value: float, low: float | None, high: float | None) -> None:
-    """Raise InvalidValue unless the value lies within the inclusive bounds."""
+def check_range(spelled: str, value: float, low: float | None, high: float | None, limited_by: str) -> None:
+    """Raise InvalidValue unless the value is within the inclusive bounds; `limited_by` names what sets them."""
     if low is not None and value < low:
-        told = "higher than 0" if low == 1 else f"at least {low:g}"
-        raise InvalidValue(f"Invalid value for '{spelled}': {value:g} must be {told}.", param=spelled)
-    if high is not None and value > high:
-        bound = str(high) if isinstance(high, int) else f"{high:g}"
         raise InvalidValue(
-            f"Invalid value for '{spelled}': {value:g} is more than the maximum of {bound}.", param=spelled
+            f"{spelled} is {_plain(value)}; {limited_by} requires at least {_plain(low)}.", param=spelled
         )
+    if high is not None and value > high:
+        raise InvalidValue(f"{spelled} is {_plain(value)}; {limited_by} allows at most {_plain(high)}.", param=spelled)
+
+
+def _plain(number: float) -> str:
+    return shown(int(number) if abs(number) < 1e15 and float(number).is_integer() else number)

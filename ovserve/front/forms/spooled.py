@@ -105,7 +105,7 @@ def receive(body: Body, form: SpooledForm, spool: Spool, limit: int) -> Iterator
     if not filled:
         return
     # Without an announced length, only the bytes received so far are certain.
-    segment = form.own(spool.borrow(ceiling, filled if body.expected is None else ceiling))
+    segment = form.own(spool.create_for_upload(ceiling, filled if body.expected is None else ceiling))
     segment.reserve(min(ceiling, GROWTH_BYTES[0]))
     segment.view[:filled] = first[:filled]
     yield segment, 0, filled

@@ -1,1 +1,1 @@
-"""The bytes of HTTP/1.1, sans-I/O: heads and chunks in, response heads and events out."""
+"""HTTP/1.1 syntax, sans-I/O: parses heads and chunks, encodes response heads and server-sent events."""

@@ -1,10 +1,10 @@
-"""The chunked transfer coding, sans-I/O: which bytes of a body are framing, and which are content (RFC 9112 section 7.1).
+"""Decoder of the chunked transfer coding, sans-I/O (RFC 9112 section 7.1).
 
-    SIZE ──▶ DATA ──▶ NEXT ──▶ DATA ...       SIZE, NEXT: a chunk's size and extensions; NEXT has the CRLF of the chunk before
-               0 ──▶ TRAILER ──▶ DONE         (the size 0)
+    SIZE ──▶ DATA ──▶ NEXT ──▶ DATA ...       SIZE, NEXT: chunk size and extensions
+               0 ──▶ TRAILER ──▶ DONE         NEXT: begins with the CRLF of the chunk before; 0: a chunk of size 0
 
-The decoder never sees content: it says how much there is (`remaining`), so that content can go straight to where it belongs.
-Extensions and trailers are checked and dropped.
+The decoder never receives content. It reports how much content comes next (`remaining`), so that the caller can receive
+it directly into its target. Chunk extensions and trailer fields are checked and dropped.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _EXTENSION = rf'[ \t]*+;[ \t]*+{TOKEN}(?:[ \t]*+=[ \t]*+(?:{TOKEN}|"(?:[^"\\\x00
 _LINE = rf"([0-9A-Fa-f]{{1,16}})(?:{_EXTENSION})*\r\n"
 _size_line = re.compile(_LINE.encode())
 _next_line = re.compile(rb"\r\n" + _LINE.encode())
-# What can still become such a line: a wrong byte is refused when it comes, not when its line ends.
-_BEGUN = rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t;][^\x00-\x08\x0a-\x1f\x7f]*)?\r?)?"
-_size_begun = re.compile(_BEGUN)
-_next_begun = re.compile(rb"\r?|\r\n" + _BEGUN)
+# Prefixes of such a line: a wrong byte is rejected when it arrives, not when its line ends.
+_PREFIX = rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t;][^\x00-\x08\x0a-\x1f\x7f]*)?\r?)?"
+_size_prefix = re.compile(_PREFIX)
+_next_prefix = re.compile(rb"\r?|\r\n" + _PREFIX)
 _trailer_line = re.compile(f"{TOKEN}:{_TEXT}*\r\n".encode())
 _bare_cr = re.compile(rb"\r(?=[^\n])")
 
@@ -43,8 +43,8 @@ class ChunkDecoder:
     """The framing of one body. Thread-safe: no.
 
     Attributes:
-        remaining: bytes of content before the next framing; above 0 exactly when content comes next.
-        content: bytes of content announced so far.
+        remaining: bytes of content left in the current chunk; above 0 exactly when content comes next.
+        content: bytes of content in all chunks so far, the current one included.
         framing: bytes of framing so far.
     """
 
@@ -55,7 +55,7 @@ class ChunkDecoder:
         self._field_limit = settings.max_field_line_bytes
         self._count_limit = settings.max_fields
         self._state = _State.SIZE
-        self._line = b""  # of a line that has not ended yet
+        self._line = b""  # the start of an incomplete line
         self._fields = 0
         self.remaining = 0
         self.content = 0
@@ -67,17 +67,21 @@ class ChunkDecoder:
         return self._state is _State.DONE
 
     def take(self, count: int) -> None:
-        """Say that `count` bytes of content were received, at most `remaining`."""
+        """Record that `count` bytes of content have been received, at most `remaining`."""
         self.remaining -= count
         if not self.remaining:
             self._state = _State.NEXT
 
     def feed(self, data: bytes, start: int) -> int:
-        """Read framing from data[start:]; where it ends: before content, behind the body, or len(data) when more is needed.
+        """Parse framing in `data[start:]`.
+
+        Returns:
+            The offset where the framing ends: the start of content, the end of the body, or len(data) when more is
+            needed.
 
         Raises:
-            MalformedRequest: not the chunked coding, or too much framing for its content.
-            ContentTooLarge: the chunk goes beyond the largest body.
+            MalformedRequest: the framing is malformed, or there is too much of it for its content.
+            ContentTooLarge: the chunk exceeds `max_body_bytes`.
             FieldsTooLarge: the trailer section is over a limit.
         """
         while start < len(data):
@@ -97,10 +101,10 @@ class ChunkDecoder:
             if match and match.end() - start <= self._line_limit:
                 self._begin_chunk(match)
                 return match.end()
-        # The rare path: a line in pieces, or a wrong one.
+        # Rare: an incomplete or malformed line.
         end = data.find(b"\n", start)
         if not is_first and len(self._line) < 2 and end >= 0 and (self._line + data[start : end + 1]) == b"\r\n":
-            end = data.find(b"\n", end + 1)  # that was the end of the chunk before
+            end = data.find(b"\n", end + 1)  # this one ends the previous chunk
         end = len(data) if end < 0 else end + 1
         self._line += data[start:end]
         match = complete.fullmatch(self._line)
@@ -109,9 +113,9 @@ class ChunkDecoder:
             self._begin_chunk(match)
             return end
         if len(self._line) > self._line_limit:
-            raise MalformedRequest(f"chunk line longer than {self._line_limit} bytes")
-        begun = _size_begun if is_first else _next_begun
-        if not begun.fullmatch(self._line):
+            raise MalformedRequest(f"a chunk line is longer than {self._line_limit} bytes")
+        prefix = _size_prefix if is_first else _next_prefix
+        if not prefix.fullmatch(self._line):
             raise MalformedRequest(f"malformed chunk after {self.content} bytes of content")
         return end
 
@@ -147,7 +151,12 @@ class ChunkDecoder:
         return end
 
     def _count_framing(self, count: int) -> None:
-        """A body in one-byte chunks costs minutes of interpreter time: framing may not outweigh content for long."""
+        """Raise MalformedRequest when framing exceeds content by more than `max_framing_overhead_bytes`.
+
+        Without the limit, a body in one-byte chunks takes minutes of interpreter time.
+        """
         self.framing += count
         if self.framing > self.content + self._overhead_limit:
-            raise MalformedRequest("the chunks are too small: framing outweighs content")
+            raise MalformedRequest(
+                f"the chunks are too small: framing exceeds content by more than {self._overhead_limit} bytes"
+            )

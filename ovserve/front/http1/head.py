@@ -1,10 +1,12 @@
-"""Request line and field lines to a Head, or a refusal: sans-I/O, with every framing rule of RFC 9112.
+"""Parser of request heads, sans-I/O: request line and field lines, with every framing rule of RFC 9112.
 
-A head that obeys the rules is read by two regular expressions (`_read_plain`); whatever those do not take goes through the
-careful path line by line (`_read_lines`), which knows how to read the rest and how to say what is wrong. Both end in `_conclude`,
-where the fields get their meaning. Nothing that two implementations could read in two ways is let through.
+Two paths: `_parse_plain` reads an ordinary head with two regular expressions. Any other head takes the slow path line
+by line (`_parse_lines`), which accepts unusual forms and reports what is wrong. Both end in `_build_head`, which
+interprets the fields.
 
-The outcome never depends on how the bytes were split: what is wrong first in the order of the bytes is what is reported.
+Invariants:
+- A head that two implementations could read differently is rejected.
+- The result does not depend on how the bytes were split: the error reported is the first one in byte order.
 """
 
 from __future__ import annotations
@@ -29,16 +31,17 @@ from ovserve.settings.options import Settings
 __all__ = ["METHODS", "Head", "HeadParser"]
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-# Fields of which a second line would leave the choice between two meanings to whoever reads it.
+# Fields that must not occur twice: implementations would differ in which of the two lines they use.
 SINGLE_FIELDS = frozenset({"host", "content-length", "transfer-encoding", "content-type", "authorization", "api-key"})
 LENGTH_DIGITS = 18  # below 2**63, and far above any limit
 
-# RFC 3986 section 3.3 and 3.4, and beyond them what browsers leave unencoded (WHATWG URL, percent-encode sets).
+# RFC 3986 sections 3.3 and 3.4, and the further characters that browsers do not encode (WHATWG URL, percent-encode
+# sets).
 _PATH = r"/[A-Za-z0-9\-._~!$&'()*+,;=:@/%\[\]|]*"
 _QUERY = r"[!$-;=?-~]*"
 _HOST = r"(?:\[[0-9A-Fa-f:.]+(?:%25[A-Za-z0-9\-._~]+)?\]|[A-Za-z0-9\-._~%]+)(?::[0-9]{0,5})?"
-# RFC 9112 section 3 and 5: one space between the parts, no space before the colon, and each line ends in CRLF.
-# Possessive repeats (`*+`): where two neighbours could share a run of blanks, trying each way would take quadratic time.
+# RFC 9112 sections 3 and 5: one space between the parts, no space before the colon, and each line ends in CRLF.
+# Possessive repeats (`*+`) avoid quadratic backtracking where two neighbouring patterns can both match a run of blanks.
 _VALUE = r"[^\x00-\x08\x0a-\x1f\x7f]*+"
 _plain_request_line = re.compile(rf"({TOKEN}) ({_PATH})(?:\?({_QUERY}))? HTTP/1\.([0-9])\r\n")
 _plain_field_lines = re.compile(rf"^({TOKEN}):[ \t]*+({_VALUE})\r\n", re.MULTILINE)
@@ -54,19 +57,19 @@ _control = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Head(NamedTuple):
-    """A request's head, understood. Immutable.
+    """A parsed request head. Immutable.
 
     Attributes:
         method: one of METHODS.
-        target: the request target as it came.
-        path: of the target, percent-decoded once; `*` for the asterisk form.
-        query: of the target, not decoded; empty when there is none.
+        target: the request target as received.
+        path: path of the target, percent-decoded once; `*` for the asterisk form.
+        query: query of the target, not decoded; empty when there is none.
         version: "1.0" or "1.1" (a higher minor version is read as 1.1, RFC 9110 section 2.5).
-        fields: field values by lower-case name; lines of one name joined by `, `.
+        fields: field values by lower-case name; several lines of one name are joined by `, `.
         keep_alive: whether the client lets the connection persist.
-        content_length: bytes of content; None when there is no Content-Length.
-        is_chunked: content comes in the chunked transfer coding. Never together with content_length.
-        expects_continue: the client waits for 100 (Continue) before it sends the content.
+        content_length: bytes of content; None without Content-Length.
+        is_chunked: whether the body has the chunked transfer coding; never together with content_length.
+        expects_continue: whether the client waits for 100 (Continue) before it sends the content.
         size: bytes of the head, its blank line included.
     """
 
@@ -84,49 +87,59 @@ class Head(NamedTuple):
 
 
 class HeadParser:
-    """The heads of one connection, one after another. Thread-safe: no."""
+    """Parses the heads of one connection, one after another. Thread-safe: no."""
 
     def __init__(self, settings: Settings) -> None:
         self._line_limit = settings.max_request_line_bytes
         self._field_limit = settings.max_field_line_bytes
         self._head_limit = settings.max_head_bytes
         self._count_limit = settings.max_fields
-        # A head this short has no line over a limit, other than perhaps the request line.
+        # In a head this short, only the request line can be over its limit.
         self._plain_limit = min(self._field_limit, self._head_limit)
-        self._restart()
+        self._reset()
 
-    def _restart(self) -> None:
+    def _reset(self) -> None:
         self._lines: list[str] = []
         self._line_start = 0
         self._searched = 0
 
     def parse(self, data: bytes) -> Head | None:
-        """Read the head at the start of `data`: all bytes since the end of the last message, grown by each call.
+        """Parse the head at the start of `data`. After an exception, the bytes that follow it cannot be parsed.
 
-        Returns None while the head is not complete; once it is, the next call is about the next message.
+        Args:
+            data: all bytes since the end of the last message; while the head is incomplete, each call passes the same
+                bytes and more. After a complete head, the next call is for the next message.
+
+        Returns:
+            The head, or None while it is incomplete.
 
         Raises:
-            MalformedRequest, TargetTooLong, FieldsTooLarge, ContentTooLarge, ExpectationFailed, NotImplementedMethod,
-            HttpVersionNotSupported: the refusal; what follows on the connection cannot be read.
+            MalformedRequest: the head breaks a rule of the grammar or of framing, or is ambiguous.
+            TargetTooLong: the request line is over its limit.
+            FieldsTooLarge: a field line, their number or the whole head is over its limit.
+            ContentTooLarge: Content-Length has more than LENGTH_DIGITS digits.
+            ExpectationFailed: Expect is not `100-continue`.
+            NotImplementedMethod: the method is not one of METHODS.
+            HttpVersionNotSupported: the major version is not 1.
         """
         end = data.find(b"\r\n\r\n", self._searched - 3 if self._searched > 3 else 0)
         if 0 <= end <= self._plain_limit - 4 and not self._lines:
-            head = self._read_plain(data[: end + 2].decode("latin-1"))
+            head = self._parse_plain(data[: end + 2].decode("latin-1"))
             if head is not None:
                 self._searched = self._line_start = 0
                 return head
-        head = self._read_lines(data)
+        head = self._parse_lines(data)
         if head is not None:
-            self._restart()
+            self._reset()
         return head
 
-    def _read_plain(self, text: str) -> Head | None:
-        """The head, when nothing about it is unusual; None when it needs the careful path."""
+    def _parse_plain(self, text: str) -> Head | None:
+        """Return the head if it is an ordinary one; None when it needs the slow path."""
         line = _plain_request_line.match(text)
         if line is None or line.end() - 2 > self._line_limit or " \r\n" in text or "\t\r\n" in text:
             return None
         found = _plain_field_lines.findall(text, line.end())
-        # Each line of the head begins and ends where a match does: as many matches as lines leave nothing in between.
+        # Each match is one whole line. As many matches as lines mean that every line has matched.
         if len(found) != text.count("\n") - 1 or len(found) > self._count_limit:
             return None
         fields = {name.lower(): value for name, value in found}
@@ -134,14 +147,14 @@ class HeadParser:
             return None
         method, path, query, minor = line.groups("")
         target = text[line.start(2) : line.end() - len(" HTTP/1.1\r\n")]
-        return _conclude((method, target, path, query, minor), fields, len(text) + 2)
+        return _build_head((method, target, path, query, minor), fields, len(text) + 2)
 
-    def _read_lines(self, data: bytes) -> Head | None:
-        """Read line by line, from where the last call stopped; None while the head is not complete."""
+    def _parse_lines(self, data: bytes) -> Head | None:
+        """Parse line by line, from where the last call stopped; return None while the head is incomplete."""
         window = data if len(data) <= self._head_limit else data[: self._head_limit]
         lines = self._lines
         if self._line_start == 0:
-            # One empty line before the request line is passed over (RFC 9112 section 2.2).
+            # One empty line before the request line is ignored (RFC 9112 section 2.2).
             if window == b"\r":
                 return None
             if window.startswith(b"\r\n"):
@@ -160,7 +173,7 @@ class HeadParser:
             self._line_start = self._searched = newline + 1
             line = window[start : newline - 1].decode("latin-1")
             if not line:
-                return _interpret(lines, newline + 1)
+                return _combine_lines(lines, newline + 1)
             if not lines:
                 _check_request_line(line)
             elif len(lines) > self._count_limit:
@@ -170,7 +183,7 @@ class HeadParser:
             lines.append(line)
 
     def _check_line(self, window: bytes, start: int, newline: int) -> None:
-        """Check length and line ends of one line, or of as much of it as there is (`newline` < 0)."""
+        """Check the length and line ends of one line, or of the part that has been received (`newline` < 0)."""
         limit = self._field_limit if self._lines else self._line_limit
         stop = len(window) if newline < 0 else newline
         bare = _bare_cr.search(window, max(start, self._searched - 1), min(stop + 1, start + limit + 2))
@@ -187,10 +200,13 @@ class HeadParser:
 
 
 def _check_first_byte(first: bytes) -> None:
-    """What cannot begin a request is refused at once: a client that speaks TLS would wait for an answer to its hello."""
+    """Raise MalformedRequest for a byte that cannot begin a request.
+
+    The check does not wait for the end of the line, because a TLS client waits for an answer to its ClientHello.
+    """
     if first and not _token.match(first.decode("latin-1")):
-        told = {b"\n": "LF without CR", b"\r": "CR"}.get(first, f"byte 0x{first[0]:02x}")
-        raise MalformedRequest(f"request line: expected a method, found {told}")
+        found = {b"\n": "LF without CR", b"\r": "CR"}.get(first, f"byte 0x{first[0]:02x}")
+        raise MalformedRequest(f"request line: expected a method, found {found}")
 
 
 def _check_request_line(line: str) -> None:
@@ -204,16 +220,16 @@ def _check_request_line(line: str) -> None:
     if not _token.fullmatch(method):
         raise MalformedRequest("request line: malformed method")
     if match[4] == "0":
-        raise MalformedRequest(f"request line: {match[3]} is not spoken here")
+        raise MalformedRequest(f"request line: {match[3]} is not supported; use HTTP/1.1")
     if match[4] != "1":
-        raise HttpVersionNotSupported(f"{match[3]} is not spoken here, only HTTP/1.1 and 1.0")
+        raise HttpVersionNotSupported(f"{match[3]} is not supported; use HTTP/1.1 or HTTP/1.0")
     if method not in METHODS:
-        raise NotImplementedMethod(f"method {method[:40]!r} is not known here")
+        raise NotImplementedMethod(f"method {method[:40]!r} is not supported")
     _split_target(method, target)
 
 
 def _split_target(method: str, target: str) -> tuple[str | None, str, str]:
-    """Authority (absolute form only), path and query of a target. Raises MalformedRequest. RFC 9112 section 3.2."""
+    """Return authority (absolute form only), path and query of a target. RFC 9112 section 3.2."""
     if target == "*" and method == "OPTIONS":
         return None, "*", ""
     if match := _origin_form.fullmatch(target):
@@ -224,28 +240,28 @@ def _split_target(method: str, target: str) -> tuple[str | None, str, str]:
 
 
 def _check_field_line(line: str, number: int) -> None:
-    """Check the grammar of one field line. Raises MalformedRequest that says what is wrong. RFC 9112 section 5."""
+    """Raise MalformedRequest with the reason if a field line breaks the grammar of RFC 9112 section 5."""
     if _field_line.fullmatch(line):
         return
     name, colon, _value = line.partition(":")
     if line[0] in " \t":
-        told = "folded over two lines"
+        reason = "folded over two lines"
     elif not colon:
-        told = "no colon"
+        reason = "no colon"
     elif name.rstrip(" \t") != name:
-        told = "space before the colon"
+        reason = "space before the colon"
     elif not _token.fullmatch(name):
-        told = "malformed field name"
+        reason = "malformed field name"
     else:
-        told = f"{name}: control character in the value"
-    raise MalformedRequest(f"field line {number}: {told}")
+        reason = f"{name}: control character in the value"
+    raise MalformedRequest(f"field line {number}: {reason}")
 
 
-def _interpret(lines: list[str], size: int) -> Head:
-    """The head of checked lines."""
+def _combine_lines(lines: list[str], size: int) -> Head:
+    """Build the head from its lines, each of which has been checked."""
     match = _request_line.fullmatch(lines[0])
     if match is None:
-        raise ValueError("the request line is not checked")
+        raise ValueError("the request line has not been checked")
     method, target = match[1], match[2]
     authority, path, query = _split_target(method, target)
     fields: dict[str, str] = {}
@@ -258,48 +274,54 @@ def _interpret(lines: list[str], size: int) -> Head:
             raise MalformedRequest(f"field {name} is given twice")
         else:
             fields[name] = f"{fields[name]}, {value}"
-    head = _conclude((method, target, path, query, match[5]), fields, size)
+    head = _build_head((method, target, path, query, match[5]), fields, size)
     if authority is not None:
-        fields["host"] = authority  # RFC 9112 section 3.2.2: the target's authority counts, whatever Host says
+        fields["host"] = authority  # RFC 9112 section 3.2.2: the target's authority replaces Host
     return head
 
 
-def _conclude(line: tuple[str, str, str, str, str], fields: dict[str, str], size: int) -> Head:
-    """Give the fields their meaning; `line`: method, target, path, query, minor version.
+def _build_head(line: tuple[str, str, str, str, str], fields: dict[str, str], size: int) -> Head:
+    """Interpret the fields.
 
-    Raises ApiError for what RFC 9112 has a server refuse, and for what is ambiguous.
+    Args:
+        line: method, target, path, query and minor version.
+        fields: field values by lower-case name.
+        size: bytes of the head.
+
+    Raises:
+        ApiError: RFC 9112 requires the server to reject the head, or it is ambiguous.
     """
     method, target, path, query, minor = line
     if method not in METHODS:
-        raise NotImplementedMethod(f"method {method[:40]!r} is not known here")
+        raise NotImplementedMethod(f"method {method[:40]!r} is not supported")
     if "%" in target:
         path = _decode_path(path, target)
-    is_old = minor == "0"
+    is_http10 = minor == "0"
     host = fields.get("host")
     if host is None:
-        if not is_old:
+        if not is_http10:
             raise MalformedRequest("field host is missing")
     elif not _host.fullmatch(host):
         raise MalformedRequest("field host: malformed")
     connection = fields.get("connection")
     if connection is None:
-        keep_alive = not is_old
+        keep_alive = not is_http10
     else:
         options = list_members(connection.lower())
-        keep_alive = "close" not in options and (not is_old or "keep-alive" in options)
+        keep_alive = "close" not in options and (not is_http10 or "keep-alive" in options)
     coding, length = fields.get("transfer-encoding"), fields.get("content-length")
     content_length = None
     if coding is not None:
-        _check_coding(coding, length, is_old)
+        _check_coding(coding, length, is_http10)
     elif length is not None:
-        content_length = _read_length(length)
+        content_length = _parse_length(length)
     expectation = fields.get("expect")
     expects_continue = False
-    if expectation is not None and not is_old:  # a 1.0 client cannot mean it: RFC 9110 section 10.1.1
+    if expectation is not None and not is_http10:  # ignored in an HTTP/1.0 request: RFC 9110 section 10.1.1
         if expectation.lower() != "100-continue":
-            raise ExpectationFailed("field expect: only 100-continue is known")
+            raise ExpectationFailed("field expect: only 100-continue is supported")
         expects_continue = coding is not None or bool(content_length)
-    version = "1.0" if is_old else "1.1"
+    version = "1.0" if is_http10 else "1.1"
     return Head(
         method,
         target,
@@ -316,7 +338,7 @@ def _conclude(line: tuple[str, str, str, str, str], fields: dict[str, str], size
 
 
 def _decode_path(path: str, target: str) -> str:
-    """Undo percent-encoding, once."""
+    """Percent-decode the path once. Raises MalformedRequest."""
     if _bad_escape.search(target):
         raise MalformedRequest("request line: malformed percent-encoding")
     try:
@@ -328,23 +350,23 @@ def _decode_path(path: str, target: str) -> str:
     return decoded
 
 
-def _check_coding(coding: str, length: str | None, is_old: bool) -> None:
-    """Refuse every Transfer-Encoding but a single final `chunked`. RFC 9112 section 6.1."""
+def _check_coding(coding: str, length: str | None, is_http10: bool) -> None:
+    """Raise MalformedRequest for every Transfer-Encoding other than a single `chunked`. RFC 9112 section 6.1."""
     error: ApiError | None = None
     if length is not None:
         error = MalformedRequest("both transfer-encoding and content-length are given")
-    elif is_old:
+    elif is_http10:
         error = MalformedRequest("transfer-encoding is not part of HTTP/1.0")
     elif coding.lower() != "chunked":
-        error = MalformedRequest("field transfer-encoding: only `chunked` is understood")
+        error = MalformedRequest("field transfer-encoding: only `chunked` is supported")
     if error:
         raise error
 
 
-def _read_length(text: str) -> int:
-    """The value of Content-Length: digits and nothing else. RFC 9112 section 6.3."""
+def _parse_length(text: str) -> int:
+    """Return the value of Content-Length, which must be digits only. RFC 9112 section 6.3."""
     if not (text.isascii() and text.isdigit()):
         raise MalformedRequest("field content-length: expected one whole number in digits")
     if len(text) > LENGTH_DIGITS:
-        raise ContentTooLarge("content-length is beyond any limit")
+        raise ContentTooLarge(f"field content-length: more than {LENGTH_DIGITS} digits")
     return int(text)

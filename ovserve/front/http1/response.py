@@ -1,6 +1,6 @@
-"""A reply, or an error, to the head of a response: status line and field lines.
+"""Encoder of response heads: status line and field lines.
 
-One `Responses` serves all threads of a listener; what never changes is encoded once.
+One `Responses` serves all threads of a listener; the field lines that never change are encoded once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ __all__ = ["CONTINUE", "JSON_TYPE", "NO_CONTENT", "Responses", "error_content", 
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 JSON_TYPE = "application/json"
-NO_CONTENT = frozenset({204, 304})  # such a response ends with its head: RFC 9112 section 6.3
-# What a script of another origin may read beside the fields that it may always read.
-EXPOSED = "x-request-id, retry-after, x-should-retry, openai-processing-ms"
+NO_CONTENT = frozenset({204, 304})  # such a response has no body: RFC 9112 section 6.3
+# Fields that a script of another origin may read, in addition to those that the Fetch standard always allows.
+EXPOSED_FIELDS = "x-request-id, retry-after, x-should-retry, openai-processing-ms"
 
 _PHRASES = {status.value: status.phrase for status in HTTPStatus} | {
-    413: "Content Too Large",  # RFC 9110 section 15.5; Python 3.11 has the names of RFC 7231
+    413: "Content Too Large",  # RFC 9110 section 15.5; Python 3.11 has the phrases of RFC 7231
     414: "URI Too Long",
     416: "Range Not Satisfiable",
     422: "Unprocessable Content",
@@ -32,16 +32,16 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 
 
 class Responses:
-    """Makes response heads. Thread-safe: yes (the cached date is replaced as a whole)."""
+    """Encodes response heads. Thread-safe: yes (the cached date is one tuple, replaced in one assignment)."""
 
     def __init__(self, settings: Settings) -> None:
         origins = parse_origins(settings.allowed_origins)
         constant = "Server: ovserve\r\n"
         if origins:
-            constant += f"Access-Control-Expose-Headers: {EXPOSED}\r\n"
+            constant += f"Access-Control-Expose-Headers: {EXPOSED_FIELDS}\r\n"
             constant += "Vary: Origin\r\n" if len(origins) > 1 else f"Access-Control-Allow-Origin: {origins[0]}\r\n"
         self._constant = constant.encode("ascii")
-        # The field takes one origin only: of several, it is the one that asks (Fetch standard, CORS protocol).
+        # The field holds only one origin: with several allowed, the request's own (Fetch standard, CORS protocol).
         self._origins = frozenset(origins if len(origins) > 1 else ())
         self._lines = {status: f"HTTP/1.1 {status} {phrase}\r\n".encode() for status, phrase in _PHRASES.items()}
         self._date = (0, b"")
@@ -57,15 +57,19 @@ class Responses:
         headers: Mapping[str, str] | None = None,
         origin: str | None = None,
     ) -> bytes:
-        """The head with its blank line.
+        """Return a response head, its blank line included.
 
         Args:
             status: any status code; an unknown one gets an empty phrase.
-            request_id: for x-request-id.
-            media_type: for Content-Type; empty: none.
-            framing, connection: whole field lines, or nothing.
-            headers: further fields. Raises ValueError when one of them holds a line end.
-            origin: the request's, which may be one of several that are allowed.
+            request_id: value of x-request-id.
+            media_type: value of Content-Type; empty for none.
+            framing: whole field lines such as Content-Length, or empty.
+            connection: the whole Connection field line, or empty.
+            headers: further fields.
+            origin: the request's Origin field.
+
+        Raises:
+            ValueError: a field of `headers` contains a line end.
         """
         second = int(time.time())
         date = self._date
@@ -73,15 +77,15 @@ class Responses:
             date = self._date = (second, _date_field(second))
         line = self._lines.get(status) or b"HTTP/1.1 %d \r\n" % status
         kind = f"Content-Type: {media_type}\r\n" if media_type else ""
-        own = f"{kind}x-request-id: {request_id}\r\n"
+        variable = f"{kind}x-request-id: {request_id}\r\n"
         if origin in self._origins:
-            own += f"Access-Control-Allow-Origin: {origin}\r\n"
+            variable += f"Access-Control-Allow-Origin: {origin}\r\n"
         if headers:
-            own += _field_lines(headers)
-        return b"".join((line, date[1], self._constant, own.encode("latin-1"), framing, connection, b"\r\n"))
+            variable += _field_lines(headers)
+        return b"".join((line, date[1], self._constant, variable.encode("latin-1"), framing, connection, b"\r\n"))
 
-    def refusal(self, error: ApiError, request_id: str, origin: str | None = None) -> list[bytes]:
-        """A whole error response, after which the connection is closed."""
+    def closing_error(self, error: ApiError, request_id: str, origin: str | None = None) -> list[bytes]:
+        """Return a whole error response with `Connection: close`."""
         content = error_content(error)
         head = self.head(
             error.status,
@@ -96,31 +100,31 @@ class Responses:
 
 
 def error_content(error: ApiError) -> bytes:
-    """OpenAI's error object."""
+    """Return the content of an error response: OpenAI's error object as JSON."""
     return json.dumps(error.body(), ensure_ascii=False).encode("utf-8", "replace")
 
 
 def error_fields(error: ApiError) -> dict[str, str]:
-    """The fields that tell a client what to do about an error."""
+    """Return the fields of an error response that control what clients do next, such as Retry-After."""
     fields = dict(error.headers)
     if error.retry_after_s is not None:
         fields["Retry-After"] = str(error.retry_after_s)
     if error.should_retry is not None:
         fields["x-should-retry"] = "true" if error.should_retry else "false"
     if error.status == 401:
-        fields.setdefault("WWW-Authenticate", "Bearer")  # RFC 9110 section 15.5.2: one challenge at least
+        fields.setdefault("WWW-Authenticate", "Bearer")  # RFC 9110 section 15.5.2: at least one challenge
     return fields
 
 
 def _field_lines(headers: Mapping[str, str]) -> str:
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
     if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
-        raise ValueError(f"a field holds a line end: {headers!r}")
+        raise ValueError(f"a response field contains a line end: {headers!r}")
     return lines
 
 
 def _date_field(second: int) -> bytes:
-    """Date in the IMF-fixdate form, whatever the locale. RFC 9110 section 5.6.7."""
+    """Return the Date field line in the IMF-fixdate form, independent of the locale. RFC 9110 section 5.6.7."""
     year, month, day, hour, minute, seconds, weekday = time.gmtime(second)[:7]
     text = f"{_WEEKDAYS[weekday]}, {day:02d} {_MONTHS[month - 1]} {year} {hour:02d}:{minute:02d}:{seconds:02d} GMT"
     return f"Date: {text}\r\n".encode()

@@ -1,1 +1,1 @@
-"""The boundary on one machine: pipes, and segments in a tmpfs."""
+"""The process boundary on one machine: pipes for messages, files in a tmpfs for encoded bytes."""

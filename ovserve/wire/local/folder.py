@@ -1,11 +1,12 @@
-"""A front end's own folder in a spool directory: made, held by a lock, made anew when it vanishes, swept when its front end is dead.
+"""A front end's own folder in the spool directory: created, locked, recreated if it vanishes, and swept after a crash.
 
-The folder is held by an flock for as long as the process lives: the lock, not a pid (containers reuse those), tells a living
-front end's folder from a dead one's, which the next `Folder` in the same directory removes.
+The process holds an flock on a file in the folder while it lives. The lock, not a pid (containers reuse pids),
+distinguishes the folder of a live front end from that of a dead one, which the next `Folder` in the same directory
+removes.
 
-What is not ours to hold may take the folder away all the same: systemd-logind when its user's last session ends (logind.conf(5),
-RemoveIPC), a cleaner of temporary files. The next file then finds it gone, and it is made again under the same name. What was in
-it is lost to those requests that are under way.
+Other programs may remove the folder while it is in use: systemd-logind when the user's last session ends
+(logind.conf(5), RemoveIPC), or a cleaner of temporary files. The next `create` then recreates it under the same name.
+Requests in flight lose the files that were in it.
 """
 
 from __future__ import annotations
@@ -26,149 +27,166 @@ from pathlib import Path
 from ovserve.errors import ApiError, SpoolFull, SpoolUnusable
 from ovserve.logs import fields
 
-__all__ = ["FULL_RETRY_S", "NO_DESCRIPTORS", "NO_ROOM", "Folder", "sweep"]
+__all__ = ["FULL_RETRY_S", "NO_DESCRIPTOR_ERRNOS", "NO_SPACE_ERRNOS", "Folder", "sweep"]
 
 PREFIX = "ovserve-spool-"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
-NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # each segment holds one, and a mapped one two, until its exchange ends
+NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
+# Each segment holds one descriptor, and a mapped one two, until its exchange ends.
+NO_DESCRIPTOR_ERRNOS = (errno.EMFILE, errno.ENFILE)
 FULL_RETRY_S = 2  # segments live for as long as one exchange
-_UNUSABLE_RETRY_S = 10  # somebody has to mend it
-_UNBORN_S = 60.0  # from a folder to its lock, many times over
+_UNUSABLE_RETRY_S = 10  # an operator has to repair it
+_UNLOCKED_LIFETIME_S = 60.0  # a new folder has its lock much sooner; an older one without a lock is abandoned
 
 log = logging.getLogger(__name__)
 
 
 class Folder:
-    """One folder with its lock. Thread-safe: yes, one lock.
+    """One locked folder. Thread-safe: yes, one lock.
 
     Args:
-        directory: where it is made, after the folders of dead front ends in it were removed.
-        on_loss: called when it has vanished and was made anew, under the same name and empty.
+        directory: parent of the folder. The folders of dead front ends in it are removed first.
+        on_recreate: called when the folder had vanished and was created again, empty, under the same name.
+
+    Raises:
+        OSError: the directory cannot be used.
     """
 
-    def __init__(self, directory: Path, on_loss: Callable[[], None] | None = None) -> None:
-        """Raises OSError when the directory cannot be used."""
+    def __init__(self, directory: Path, on_recreate: Callable[[], None] | None = None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         sweep(directory)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
-        self._on_loss = on_loss
-        self._guard = _take_lock(self.path)
-        self._trouble = ""
+        self._on_recreate = on_recreate
+        self._lock_descriptor = _create_lock(self.path)
+        self._unusable_reason = ""
         self._lock = threading.Lock()
 
     @property
-    def trouble(self) -> str:
-        """Why no file can be made here, tried again when it could not be; empty where nothing is known to be wrong."""
-        if self._trouble:
+    def unusable_reason(self) -> str:
+        """Why no file can be created here, or "". After a failure, each read of this property tries again."""
+        if self._unusable_reason:
             with contextlib.suppress(ApiError, OSError):
                 path, descriptor = self.create()
                 os.close(descriptor)
                 os.unlink(path)
-        return self._trouble
+        return self._unusable_reason
 
     def create(self) -> tuple[str, int]:
-        """A new file, open for reading and writing: path and descriptor. Raises SpoolFull and SpoolUnusable."""
+        """Create a file, open for reading and writing, and return its path and descriptor.
+
+        Raises:
+            SpoolFull: no space, or no descriptor, is left for another file.
+            SpoolUnusable: the folder cannot be used for another reason.
+        """
         try:
             try:
-                made = self._open_new()
+                created = self._open_new()
             except FileNotFoundError:
-                self._make_anew()
-                made = self._open_new()
+                self._recreate()
+                created = self._open_new()
         except OSError as error:
-            is_full = error.errno in NO_ROOM and self._is_there()
+            is_full = error.errno in NO_SPACE_ERRNOS and self._exists()
             if is_full:
-                self._trouble = ""
-            if is_full or error.errno in NO_DESCRIPTORS:
+                self._unusable_reason = ""
+            if is_full or error.errno in NO_DESCRIPTOR_ERRNOS:
                 raise SpoolFull(
-                    "the spool directory has no room for one more file", retry_after_s=FULL_RETRY_S
+                    f"cannot create another file in the spool: {error.strerror}", retry_after_s=FULL_RETRY_S
                 ) from None
-            if not self._trouble:
-                log.error("the spool is unusable", extra=fields(folder=self.path, why=error.strerror))  # noqa: TRY400
-            self._trouble = f"the spool directory cannot be used: {error.strerror}"
-            raise SpoolUnusable(self._trouble, retry_after_s=_UNUSABLE_RETRY_S) from None
-        self._trouble = ""
-        return made
+            if not self._unusable_reason:
+                log.error("spool unusable", extra=fields(folder=self.path, why=error.strerror))  # noqa: TRY400
+            self._unusable_reason = f"the spool directory cannot be used: {error.strerror}"
+            raise SpoolUnusable(self._unusable_reason, retry_after_s=_UNUSABLE_RETRY_S) from None
+        self._unusable_reason = ""
+        return created
 
     def close(self) -> None:
-        """Remove the folder with all that is in it. Safe to call twice."""
+        """Remove the folder and its files. Idempotent."""
         with self._lock:
-            guard, self._guard = self._guard, -1
-        if guard >= 0:
+            descriptor, self._lock_descriptor = self._lock_descriptor, -1
+        if descriptor >= 0:
             shutil.rmtree(self.path, ignore_errors=True)
-            os.close(guard)
+            os.close(descriptor)
 
     def _open_new(self) -> tuple[str, int]:
         path = f"{self.path}/{secrets.token_hex(12)}"
         return path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
-    def _is_there(self) -> bool:
+    def _exists(self) -> bool:
         try:
-            return os.path.samestat(os.stat(self.path / "lock"), os.fstat(self._guard))
+            return os.path.samestat(os.stat(self.path / "lock"), os.fstat(self._lock_descriptor))
         except OSError:
             return False
 
-    def _make_anew(self) -> None:
-        """Make the folder under its old name, which is what workers are told. Raises OSError."""
+    def _recreate(self) -> None:
+        """Create the folder again under its old name, because messages to workers carry that path.
+
+        Raises:
+            OSError: it cannot be created or locked.
+        """
         with self._lock:
-            if self._guard < 0:
-                raise FileNotFoundError(errno.ENOENT, "the server goes down")
-            if self._is_there():
-                return  # another thread was first
+            if self._lock_descriptor < 0:
+                raise FileNotFoundError(errno.ENOENT, "the server is shutting down")
+            if self._exists():
+                return  # another thread has recreated it
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir(0o700)  # refused where somebody else has taken the name: what lies there is not ours
+            self.path.mkdir(0o700)  # fails if another process has taken the name: its files are not ours
             try:
-                guard = _take_lock(self.path)
+                descriptor = _create_lock(self.path)
             except OSError:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
                 raise
-            os.close(self._guard)
-            self._guard = guard
-        log.warning("the spool folder had vanished, and was made anew", extra=fields(folder=self.path))
-        if self._on_loss:
-            self._on_loss()
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = descriptor
+        log.warning("spool folder had vanished; recreated", extra=fields(folder=self.path))
+        if self._on_recreate:
+            self._on_recreate()
 
 
-def _take_lock(folder: Path) -> int:
-    """Hold a folder; the descriptor. Locked before it gets its name: between the two, another front end's sweep would take the
-    folder for a dead one's. Raises OSError.
+def _create_lock(folder: Path) -> int:
+    """Create and lock the folder's lock file, and return its descriptor.
+
+    The file is locked before it gets its final name. Otherwise the sweep of another front end could find it unlocked,
+    and remove the folder as abandoned.
+
+    Raises:
+        OSError: the file cannot be created, locked or renamed.
     """
-    guard = os.open(folder / "lock.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(folder / "lock.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.rename(folder / "lock.new", folder / "lock")
     except OSError:
-        os.close(guard)
+        os.close(descriptor)
         with contextlib.suppress(OSError):
-            os.unlink(folder / "lock.new")  # else the folder could not be removed, nor made again
+            os.unlink(folder / "lock.new")  # else the folder could not be removed, and so not be recreated
         raise
-    return guard
+    return descriptor
 
 
 def sweep(directory: Path) -> int:
-    """Remove the folders of dead front ends from the spool directory; the number removed."""
+    """Remove the folders of dead front ends from the spool directory, and return how many were removed."""
     removed = 0
     for folder in directory.glob(PREFIX + "*"):
         try:
-            guard = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
         except OSError:
-            removed += _remove_unborn(folder)
+            removed += _remove_if_abandoned(folder)
             continue
         try:
-            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
             removed += 1
         except OSError:
-            continue  # its front end lives
+            continue  # its front end is alive
         finally:
-            os.close(guard)
+            os.close(descriptor)
     return removed
 
 
-def _remove_unborn(folder: Path) -> bool:
-    """Remove a folder without a lock, whose front end died before it had made one; one that is just being made stays."""
+def _remove_if_abandoned(folder: Path) -> bool:
+    """Remove a folder whose front end died before it created the lock. A new one may still get its lock, and stays."""
     with contextlib.suppress(OSError):
-        if time.time() - folder.stat().st_mtime > _UNBORN_S and os.access(folder, os.W_OK):
+        if time.time() - folder.stat().st_mtime > _UNLOCKED_LIFETIME_S and os.access(folder, os.W_OK):
             shutil.rmtree(folder)
             return True
     return False

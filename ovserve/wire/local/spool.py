@@ -1,7 +1,8 @@
 """Spool segments: memory-mapped files that carry encoded bytes between the front end and the workers.
 
-The front end alone creates, sizes and unlinks segments; workers open them by path (`open_blob`, `fill`). Space is taken with
-posix_fallocate, which makes a full tmpfs an error that can be answered, where writing to a plain mapping would be a SIGBUS.
+Only the front end creates, sizes and unlinks segments; workers open them by path (`open_blob`, `fill`). Space is
+allocated with posix_fallocate, so a full tmpfs is an error with a response, where a write to a plain mapping would be a
+SIGBUS.
 """
 
 from __future__ import annotations
@@ -20,61 +21,69 @@ from pathlib import Path
 from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull
 from ovserve.logs import fields
 from ovserve.wire.blobs import Blob
-from ovserve.wire.local.folder import FULL_RETRY_S, NO_DESCRIPTORS, NO_ROOM, Folder
-from ovserve.wire.local.warm import WarmFile, WarmPool, join
+from ovserve.wire.local.file_pool import FilePool, PooledFile, lock_for_reading
+from ovserve.wire.local.folder import FULL_RETRY_S, NO_DESCRIPTOR_ERRNOS, NO_SPACE_ERRNOS, Folder
 
 __all__ = ["Segment", "Spool", "default_directory", "fill", "open_blob"]
 
-_WARM_SHARE = 4  # one part in so many of what the spool can hold may be kept warm: the rest is for what is in flight
+_POOL_SHARE = 4  # the pool may hold at most 1/4 of the spool's capacity: the rest is for requests in flight
 
 log = logging.getLogger(__name__)
 
 
 def default_directory() -> Path:
-    """The machine's shared-memory tmpfs where there is one, else the temporary directory."""
+    """Return the machine's shared-memory tmpfs if it is writable, else the directory for temporary files."""
     shared = Path("/dev/shm")  # noqa: S108 - tmpfs is the point; segments lie in a folder of mode 0700
     return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
 
 class Segment:
-    """One file. `view` is writable up to `reserved` bytes; beyond that lies address space without pages: do not touch.
+    """One file of the spool. `view` is writable up to `reserved` bytes; beyond that it has no pages: do not touch it.
 
     Thread-safe: no; one owner at a time.
+
+    Args:
+        spool: where it is created and accounted for.
+        max_bytes: it may grow to this size.
+        mapping_bytes: if above 0, the file is mapped in this size and goes to the pool on release.
+        file: an open file from the pool to use; None: create one.
     """
 
-    def __init__(self, spool: Spool, ceiling: int, span: int = 0, file: WarmFile | None = None) -> None:
-        """`span`: above 0 the file is mapped in this size, and kept warm afterwards. `file`: go on in this one."""
+    def __init__(self, spool: Spool, max_bytes: int, mapping_bytes: int = 0, file: PooledFile | None = None) -> None:
         self._spool = spool
-        self._ceiling = ceiling
-        self._span = span
+        self._max_bytes = max_bytes
+        self._mapping_bytes = mapping_bytes
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
         self.reserved = 0
         if file is None:
             self.path, self._descriptor = spool.create_file()
         else:
-            self.path, self._descriptor, self._map, self.reserved = file.path, file.descriptor, file.mapping, file.size
+            self.path, self._descriptor, self._map = file.path, file.descriptor, file.mapping
+            self.reserved = file.allocated_bytes
             self._view = memoryview(file.mapping)
 
     @property
     def view(self) -> memoryview:
-        """The mapped bytes. Valid until `release`, or until `reserve` has moved the segment to another directory.
+        """The mapped bytes. Valid until `release`, or until `reserve` moves the segment to the fallback directory.
 
-        Raises SpoolFull when the system refuses a file of this size, or has no descriptor or memory left to map it.
+        Raises:
+            SpoolFull: the system rejects a file of this size, or has no descriptor or memory left to map it.
+            ValueError: the segment is released.
         """
         if self._view is None:
             if self._descriptor < 0:
                 raise ValueError("segment is released")
-            size = self._ceiling
+            size = self._max_bytes
             try:
                 os.ftruncate(self._descriptor, size)  # address space for all of it: the mapping never moves
-                if self._span > size:
-                    with contextlib.suppress(OSError):  # what later segments could use is not worth an error now
-                        os.ftruncate(self._descriptor, self._span)
-                        size = self._span
+                if self._mapping_bytes > size:
+                    with contextlib.suppress(OSError):  # the extra bytes are only for later segments
+                        os.ftruncate(self._descriptor, self._mapping_bytes)
+                        size = self._mapping_bytes
                 self._map = mmap.mmap(self._descriptor, size)  # takes a second descriptor
             except OSError as error:
-                if error.errno in NO_ROOM or error.errno in NO_DESCRIPTORS:
+                if error.errno in NO_SPACE_ERRNOS or error.errno in NO_DESCRIPTOR_ERRNOS:
                     raise SpoolFull(
                         f"a segment of {size} bytes cannot be mapped: {error.strerror}", retry_after_s=FULL_RETRY_S
                     ) from None
@@ -82,85 +91,91 @@ class Segment:
             self._view = memoryview(self._map)
         return self._view
 
-    def reserve(self, upto: int) -> None:
-        """Make the first `upto` bytes safe to touch.
+    def reserve(self, size: int) -> None:
+        """Allocate the first `size` bytes, so that they are safe to touch.
 
-        Raises SpoolFull when there is no room for them, here and in the fallback, and ContentTooLarge when there never can be.
+        Take a new `view` afterwards: if the spool directory is full, the segment moves to the fallback directory.
 
-        Take a new `view` afterwards: bytes that found no more room in the spool directory lie in the fallback directory then.
+        Raises:
+            SpoolFull: neither the spool directory nor the fallback has space for them now.
+            ContentTooLarge: the spool could never hold them.
         """
-        if upto <= self.reserved:
+        if size <= self.reserved:
             return
-        if upto > self._ceiling:
-            raise ValueError(f"segment of {self._ceiling} bytes asked for {upto}")
-        self._spool.check_size(upto)
-        self._spool.take(upto - self.reserved)
+        if size > self._max_bytes:
+            raise ValueError(f"reserve of {size} bytes; this segment may have at most {self._max_bytes}")
+        self._spool.check_size(size)
+        self._spool.charge(size - self.reserved)
         try:
-            if not _allocate(self._descriptor, self.reserved, upto):
-                self._spool.cool()
-                if not _allocate(self._descriptor, self.reserved, upto):
-                    self._move(upto)
+            if not _allocate(self._descriptor, self.reserved, size):
+                self._spool.empty_pool()
+                if not _allocate(self._descriptor, self.reserved, size):
+                    self._move_to_fallback(size)
         except BaseException:
-            self._spool.give(upto - self.reserved)
+            self._spool.uncharge(size - self.reserved)
             raise
-        self.reserved = upto
+        self.reserved = size
 
     def write(self, data: bytes) -> None:
-        """Fill the first bytes, reserved before, without mapping them."""
+        """Write the data at the start of the segment without mapping it. The bytes have to be reserved."""
         view = memoryview(data)
         while view:
             view = view[os.pwrite(self._descriptor, view, len(data) - len(view)) :]
 
     def blob(self, offset: int, size: int) -> Blob:
-        """A reference to `size` bytes from `offset`, for a message."""
+        """Return a reference to `size` bytes from `offset`, for a message."""
         return Blob(self.path, offset, size)
 
     def release(self) -> None:
-        """Unlink the file and give its bytes back. Safe to call twice; views handed out before become invalid."""
+        """Unlink the file, or put it into the pool, and free its bytes. Views become invalid. Idempotent."""
         if self._descriptor < 0:
             return
-        if not self._keep_file():
-            self._drop_file()
-        self._spool.give(self.reserved)
+        if not self._put_into_pool():
+            self._close_file()
+        self._spool.uncharge(self.reserved)
         self.reserved = 0
 
-    def _keep_file(self) -> bool:
-        if not self._span or self._map is None or self._view is None:
+    def _put_into_pool(self) -> bool:
+        if not self._mapping_bytes or self._map is None or self._view is None:
             return False
         self._view.release()
         self._view = None
-        file = WarmFile(self.path, self._descriptor, self._map, len(self._map), self.reserved)
-        is_kept = self._spool.warm.keep(file)
+        file = PooledFile(self.path, self._descriptor, self._map, len(self._map), self.reserved)
+        is_pooled = self._spool.file_pool.add(file)
         self.path = file.path
-        if is_kept:
+        if is_pooled:
             self._descriptor, self._map = -1, None
-        return is_kept
+        return is_pooled
 
-    def _move(self, upto: int) -> None:
-        """Go on in the fallback directory. Raises SpoolFull when there is none, or no room in it either."""
+    def _move_to_fallback(self, size: int) -> None:
+        """Move the segment to a file of `size` bytes in the fallback directory.
+
+        Raises:
+            SpoolFull: there is no fallback directory, or it is full too.
+        """
         folder = self._spool.fallback
         if folder is None or Path(self.path).parent == folder.path:
             raise SpoolFull("the spool directory is full", retry_after_s=FULL_RETRY_S)
         path, descriptor = folder.create()
         try:
-            has_room = _allocate(descriptor, 0, upto)
+            is_allocated = _allocate(descriptor, 0, size)
             copied = 0
-            while has_room and copied < self.reserved:
+            while is_allocated and copied < self.reserved:
                 copied += os.sendfile(descriptor, self._descriptor, copied, self.reserved - copied)
         except BaseException:
             os.close(descriptor)
             os.unlink(path)
             raise
-        if not has_room:
+        if not is_allocated:
             os.close(descriptor)
             os.unlink(path)
             raise SpoolFull("the spool directory and its fallback are full", retry_after_s=FULL_RETRY_S)
-        log.warning("segment moved to the fallback directory", extra=fields(bytes=upto))
-        self._drop_file()
+        log.warning("segment moved to the fallback directory", extra=fields(bytes=size))
+        self._close_file()
         self.path, self._descriptor = path, descriptor
-        self._span = 0  # what is kept warm lies in the spool directory
+        self._mapping_bytes = 0  # pooled files have to lie in the spool directory
 
-    def _drop_file(self) -> None:
+    def _close_file(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if self._view is not None:
             self._view.release()
@@ -169,55 +184,58 @@ class Segment:
             try:
                 self._map.close()
             except BufferError:
-                # Somebody still holds a slice; the mapping goes with it. The file's name goes now all the same.
+                # A slice of the view is still held; the mapping is freed with it. The file is still unlinked
+                # now.
                 log.debug("segment %s released while a view is held", self.path)
             self._map = None
         os.close(descriptor)
-        with contextlib.suppress(OSError):  # it may be gone; its bytes are given back all the same
+        with contextlib.suppress(OSError):  # it may have been removed; closing it has freed its bytes
             os.unlink(self.path)
 
 
 def _allocate(descriptor: int, begin: int, end: int) -> bool:
-    """Take the room for these bytes; False when there is none."""
+    """Allocate this range of a file; return False if there is no space."""
     try:
         os.posix_fallocate(descriptor, begin, end - begin)
     except OSError as error:
-        if error.errno in NO_ROOM:
+        if error.errno in NO_SPACE_ERRNOS:
             return False
         raise
     return True
 
 
-def _total_bytes(folder: Path) -> int:
-    """What the file system of this folder holds when it is empty."""
+def _file_system_bytes(folder: Path) -> int:
+    """Return the total size of the folder's file system; sys.maxsize if it has no limit or is unknown."""
     try:
         found = os.statvfs(folder)
-    except OSError:  # it has vanished: whoever makes a file in it is told
+    except OSError:  # the folder has vanished; the next `create` reports it
         return sys.maxsize
-    return found.f_blocks * found.f_frsize or sys.maxsize  # none: a tmpfs without a limit
+    return found.f_blocks * found.f_frsize or sys.maxsize  # 0: a tmpfs without a limit
 
 
 class Spool:
-    """The front end's own folder of segments, with a limit on their bytes. Thread-safe: yes, one lock.
+    """The front end's folder of segments, with a limit on their total size. Thread-safe: yes, one lock.
 
     Args:
-        directory: where the folder is made; a tmpfs, by preference.
-        limit_bytes: of all living segments together, those in the fallback too.
-        fallback: a directory for what finds no room in the first; None: SpoolFull at once.
-        warm_bytes: of files that are kept for the next uploads, a quarter of the spool at most; they count towards the limit, and
-            give way to segments.
+        directory: where the folder is created; preferably a tmpfs.
+        limit_bytes: limit for all live segments together, those in the fallback included.
+        fallback: a directory for segments that do not fit into the first; None: SpoolFull at once.
+        warm_bytes: limit for pooled files, which are reused for later uploads; at most a quarter of the spool. They
+            count towards `limit_bytes` and are evicted when segments need the space.
+
+    Raises:
+        SettingsError: a directory cannot be used.
     """
 
     def __init__(self, directory: Path, limit_bytes: int, fallback: Path | None = None, warm_bytes: int = 0) -> None:
-        """Raises SettingsError when a directory cannot be used."""
-        self._limit = limit_bytes
-        self._used = 0
+        self._limit_bytes = limit_bytes
+        self._used_bytes = 0
         self._lock = threading.Lock()
-        self._folder = _make_folder("spool_dir", directory, self.cool)
+        self._folder = _make_folder("spool_dir", directory, self.empty_pool)
         self.directory = self._folder.path
         self.fallback: Folder | None = None
-        self._share = min(limit_bytes, _total_bytes(self.directory)) // _WARM_SHARE
-        self.warm = WarmPool(self.directory, min(warm_bytes, self._share))
+        self._pool_share_bytes = min(limit_bytes, _file_system_bytes(self.directory)) // _POOL_SHARE
+        self.file_pool = FilePool(self.directory, min(warm_bytes, self._pool_share_bytes))
         try:
             if fallback is not None:
                 self.fallback = _make_folder("spool_fallback_dir", fallback)
@@ -227,34 +245,41 @@ class Spool:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of all living segments."""
-        return self._used
+        """Bytes of all live segments."""
+        return self._used_bytes
 
     @property
-    def trouble(self) -> str:
-        """Why the spool directory cannot be used, tried again when it could not be; empty where nothing is known to be wrong."""
-        return self._folder.trouble
+    def unusable_reason(self) -> str:
+        """Why the spool directory cannot be used, or "". After a failure, each read of this property tries again."""
+        return self._folder.unusable_reason
 
     @property
-    def most_bytes(self) -> int:
-        """What it could hold if nothing else were in it. Measured anew: operators enlarge a tmpfs where it is mounted."""
-        room = _total_bytes(self.directory)
+    def capacity_bytes(self) -> int:
+        """How much it could hold if it were empty. Measured each time, because a mounted tmpfs can be resized."""
+        capacity = _file_system_bytes(self.directory)
         if self.fallback is not None:
-            room += _total_bytes(self.fallback.path)
-        return min(self._limit, room)
+            capacity += _file_system_bytes(self.fallback.path)
+        return min(self._limit_bytes, capacity)
 
     def check_size(self, size: int) -> None:
-        """Whether one request's bytes could ever lie here together. Raises ContentTooLarge: trying again would change nothing."""
-        if size > self._share and size > (most := self.most_bytes):
-            raise ContentTooLarge(f"the request takes {size} bytes in the spool of this server, which holds {most}")
+        """Check that one request's bytes could fit into the empty spool.
+
+        Raises:
+            ContentTooLarge: they could not, so a retry would not help.
+        """
+        # What fits into the pool's share fits into the spool: no need to ask the file system.
+        if size > self._pool_share_bytes and size > (capacity := self.capacity_bytes):
+            raise ContentTooLarge(
+                f"the request takes {size} bytes of spool space; the spool of this server holds {capacity}"
+            )
 
     def create_file(self) -> tuple[str, int]:
-        """A new file in the spool directory: path and descriptor. Raises SpoolFull and SpoolUnusable."""
+        """Create a file in the spool directory; return its path and descriptor. Raises SpoolFull and SpoolUnusable."""
         return self._folder.create()
 
-    def create(self, ceiling: int, reserve: int = 0) -> Segment:
-        """A segment that may grow to `ceiling` bytes, `reserve` of them usable at once. Raises SpoolFull."""
-        segment = Segment(self, max(1, ceiling))
+    def create(self, max_bytes: int, reserve: int = 0) -> Segment:
+        """Create a segment that may grow to `max_bytes`, with `reserve` bytes allocated. Raises SpoolFull."""
+        segment = Segment(self, max(1, max_bytes))
         try:
             segment.reserve(reserve)
         except BaseException:
@@ -262,28 +287,32 @@ class Spool:
             raise
         return segment
 
-    def borrow(self, ceiling: int, wanted: int | None = None) -> Segment:
-        """A segment for an upload that may grow to `ceiling` bytes, in a warm file where there is one. Raises SpoolFull.
+    def create_for_upload(self, max_bytes: int, expected_bytes: int | None = None) -> Segment:
+        """Create a segment for an upload, in a file from the pool if one fits. Raises SpoolFull.
 
-        `wanted`: how many of them are known to come; None: all. For bytes that only the front end writes: a warm file still has the bytes of the upload before.
+        Only for bytes that the front end writes: a pooled file still has the bytes of an earlier upload.
+
+        Args:
+            max_bytes: it may grow to this size.
+            expected_bytes: how many bytes are known to come; None: `max_bytes`.
         """
-        ceiling = max(1, ceiling)
-        file = self.warm.lend(ceiling, ceiling if wanted is None else wanted)
+        max_bytes = max(1, max_bytes)
+        file = self.file_pool.acquire(max_bytes, max_bytes if expected_bytes is None else expected_bytes)
         if file is not None:
             try:
-                self.take(file.size)
+                self.charge(file.allocated_bytes)
             except SpoolFull:
-                file.close()  # there may be room for as much as will come
+                file.close()  # the bytes that really come may still fit
             else:
-                return Segment(self, ceiling, file.span, file)
-        return Segment(self, ceiling, self.warm.span_for(ceiling))
+                return Segment(self, max_bytes, file.mapping_bytes, file)
+        return Segment(self, max_bytes, self.file_pool.mapping_bytes_for(max_bytes))
 
-    def cool(self) -> None:
-        """Give up all warm files."""
-        self.warm.drop(self.warm.size)
+    def empty_pool(self) -> None:
+        """Close all pooled files."""
+        self.file_pool.evict(self.file_pool.size_bytes)
 
     def store(self, data: bytes) -> Segment:
-        """A segment with exactly these bytes. Raises SpoolFull."""
+        """Create a segment with exactly these bytes. Raises SpoolFull."""
         segment = self.create(len(data), reserve=len(data))
         try:
             segment.write(data)
@@ -292,45 +321,53 @@ class Spool:
             raise
         return segment
 
-    def take(self, size: int) -> None:
-        """Account for `size` more bytes; warm files give way to them. Raises SpoolFull at the limit."""
-        excess = self._used + self.warm.size + size - self._limit
+    def charge(self, size: int) -> None:
+        """Count `size` more bytes as used; pooled files are evicted to stay within the limit.
+
+        Raises:
+            SpoolFull: live segments alone would exceed the limit.
+        """
+        excess = self._used_bytes + self.file_pool.size_bytes + size - self._limit_bytes
         if excess > 0:
-            self.warm.drop(excess)
+            self.file_pool.evict(excess)
         with self._lock:
-            if self._used + size > self._limit:
+            if self._used_bytes + size > self._limit_bytes:
                 raise SpoolFull(
-                    f"uploads and results in flight are at the limit of {self._limit} bytes",
+                    f"uploads and results in flight have reached the spool limit of {self._limit_bytes} bytes",
                     retry_after_s=FULL_RETRY_S,
                 )
-            self._used += size
+            self._used_bytes += size
 
-    def give(self, size: int) -> None:
-        """Account for `size` fewer bytes."""
+    def uncharge(self, size: int) -> None:
+        """Count `size` fewer bytes as used."""
         with self._lock:
-            self._used -= size
+            self._used_bytes -= size
 
     def close(self) -> None:
-        """Remove the folders with all that is in them. Safe to call twice."""
-        self.cool()
+        """Remove the folders and all their files. Idempotent."""
+        self.empty_pool()
         self._folder.close()
         if self.fallback is not None:
             self.fallback.close()
 
 
-def _make_folder(option: str, directory: Path, on_loss: Callable[[], None] | None = None) -> Folder:
+def _make_folder(option: str, directory: Path, on_recreate: Callable[[], None] | None = None) -> Folder:
     try:
-        return Folder(directory, on_loss)
+        return Folder(directory, on_recreate)
     except OSError as error:
-        raise SettingsError(f"{option} {directory}: {error.strerror}") from None
+        raise SettingsError(f"{option} {directory} cannot be used: {error.strerror}") from None
 
 
 @contextmanager
 def open_blob(blob: Blob) -> Iterator[memoryview]:
-    """The bytes of a blob, mapped read-only. Runs in: worker. Raises FileNotFoundError when the exchange has ended."""
+    """Map the bytes of a blob read-only for the duration of the context. Runs in: worker.
+
+    Raises:
+        FileNotFoundError: the exchange has ended and its segments are released.
+    """
     descriptor = os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        join(descriptor, blob.path)
+        lock_for_reading(descriptor, blob.path)
         with mmap.mmap(descriptor, blob.offset + blob.size, prot=mmap.PROT_READ) as mapped:
             whole = memoryview(mapped)
             part = whole[blob.offset : blob.offset + blob.size]
@@ -344,7 +381,11 @@ def open_blob(blob: Blob) -> Iterator[memoryview]:
 
 
 def fill(path: str, data: bytes | memoryview) -> None:
-    """Write the announced bytes into a segment. Runs in: worker. Raises FileNotFoundError when the exchange has ended."""
+    """Write the announced bytes into a segment. Runs in: worker.
+
+    Raises:
+        FileNotFoundError: the exchange has ended and its segments are released.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         view = memoryview(data)

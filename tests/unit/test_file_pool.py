@@ -1,4 +1,4 @@
-"""Warm files: the next upload goes into a used file, and nobody who had the old one sees the new bytes."""
+"""File pool: uploads reuse files, and no reader of the earlier upload sees the new bytes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 from ovserve.errors import ContentTooLarge
 from ovserve.wire.blobs import Blob
+from ovserve.wire.local.file_pool import MAX_POOLED_FILES, lock_for_reading
 from ovserve.wire.local.spool import Segment, Spool, open_blob
-from ovserve.wire.local.warm import MOST_FILES, join
 
 MIB = 1 << 20
 
@@ -27,8 +27,8 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
     assert not list(tmp_path.rglob("*warm*"))
 
 
-def filled(spool: Spool, data: bytes, ceiling: int = 0) -> Segment:
-    segment = spool.borrow(ceiling or len(data))
+def filled(spool: Spool, data: bytes, max_bytes: int = 0) -> Segment:
+    segment = spool.create_for_upload(max_bytes or len(data))
     segment.reserve(len(data))
     segment.view[: len(data)] = data
     return segment
@@ -42,30 +42,30 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_the_next_segment_uses_the_same_file_under_another_name(spool: Spool) -> None:
+def test_next_upload_reuses_the_file_under_another_name(spool: Spool) -> None:
     first = filled(spool, b"first upload" * 1000)
     path, number = first.path, os.stat(first.path).st_ino
     first.release()
     assert not Path(path).exists()
     assert spool.used_bytes == 0
-    assert spool.warm.size == 12_000
+    assert spool.file_pool.size_bytes == 12_000
     second = filled(spool, b"second" * 10)
     assert os.stat(second.path).st_ino == number
     assert second.path != path
     assert spool.used_bytes == 12_000
-    assert spool.warm.size == 0
+    assert spool.file_pool.size_bytes == 0
     with open_blob(second.blob(0, 60)) as view:
         assert bytes(view) == b"second" * 10
 
 
-def test_a_small_upload_does_not_get_the_file_of_a_large_one(spool: Spool) -> None:
+def test_small_upload_does_not_get_the_file_of_a_large_one(spool: Spool) -> None:
     filled(spool, b"x" * (6 * MIB)).release()
-    small, unknown = filled(spool, b"y" * 5000), spool.borrow(6 * MIB, wanted=5000)
-    assert (small.reserved, unknown.reserved, spool.warm.size) == (5000, 0, 6 * MIB)
-    assert spool.borrow(6 * MIB).reserved == 6 * MIB
+    small, unknown = filled(spool, b"y" * 5000), spool.create_for_upload(6 * MIB, expected_bytes=5000)
+    assert (small.reserved, unknown.reserved, spool.file_pool.size_bytes) == (5000, 0, 6 * MIB)
+    assert spool.create_for_upload(6 * MIB).reserved == 6 * MIB
 
 
-def test_a_file_serves_larger_uploads_than_its_first(spool: Spool) -> None:
+def test_pooled_file_grows_for_a_larger_upload(spool: Spool) -> None:
     first = filled(spool, b"x" * 1000)
     number = os.stat(first.path).st_ino
     first.release()
@@ -75,23 +75,23 @@ def test_a_file_serves_larger_uploads_than_its_first(spool: Spool) -> None:
     assert bytes(second.view[:500_000]) == b"y" * 500_000
 
 
-def test_the_smallest_file_that_is_large_enough_is_lent(spool: Spool) -> None:
+def test_smallest_file_that_is_large_enough_is_reused(spool: Spool) -> None:
     segments = [filled(spool, b"x" * size) for size in (100_000, 400_000, 200_000)]
     for segment in segments:
         segment.release()
-    assert spool.borrow(150_000).reserved == 200_000
-    assert spool.borrow(900_000).reserved == 400_000
-    assert spool.borrow(2 * MIB).reserved == 0
-    assert spool.borrow(10).reserved == 100_000
+    assert spool.create_for_upload(150_000).reserved == 200_000
+    assert spool.create_for_upload(900_000).reserved == 400_000
+    assert spool.create_for_upload(2 * MIB).reserved == 0
+    assert spool.create_for_upload(10).reserved == 100_000
 
 
-def test_results_never_lie_in_warm_files(spool: Spool) -> None:
+def test_results_are_never_written_into_pooled_files(spool: Spool) -> None:
     filled(spool, b"an upload").release()
     assert spool.create(9, reserve=9).view[:9] == bytes(9)
-    assert spool.warm.size == 9
+    assert spool.file_pool.size_bytes == 9
 
 
-def test_a_worker_that_comes_late_finds_nothing(spool: Spool) -> None:
+def test_blob_of_a_pooled_or_reused_file_cannot_be_opened(spool: Spool) -> None:
     first = filled(spool, b"first")
     blob = first.blob(0, 5)
     first.release()
@@ -101,31 +101,31 @@ def test_a_worker_that_comes_late_finds_nothing(spool: Spool) -> None:
         filled(spool, b"other")
 
 
-def test_a_file_that_a_worker_reads_is_not_lent_again(spool: Spool) -> None:
+def test_file_that_a_worker_reads_is_not_pooled(spool: Spool) -> None:
     first = filled(spool, b"first")
     with open_blob(first.blob(0, 5)) as seen:
         first.release()
-        assert spool.warm.size == 0
+        assert spool.file_pool.size_bytes == 0
         filled(spool, b"other")
         assert bytes(seen) == b"first"
     assert len(files(spool)) == 1
 
 
-def test_a_worker_that_opened_the_file_before_and_joins_after_it_was_lent_gets_nothing(spool: Spool) -> None:
+def test_file_opened_before_release_cannot_be_locked_when_pooled_or_reused(spool: Spool) -> None:
     first = filled(spool, b"first")
     path = first.path
     early = os.open(path, os.O_RDONLY)
     first.release()
     with pytest.raises(FileNotFoundError):
-        join(early, path)  # it is kept
+        lock_for_reading(early, path)  # the file is in the pool
     second = filled(spool, b"other")
     assert os.fstat(early).st_ino == os.stat(second.path).st_ino
     with pytest.raises(FileNotFoundError):
-        join(early, path)  # it is lent
+        lock_for_reading(early, path)  # the file is reused
     os.close(early)
 
 
-def test_a_worker_that_was_killed_holds_nothing(spool: Spool) -> None:
+def test_killed_worker_does_not_keep_its_lock(spool: Spool) -> None:
     first = filled(spool, b"first")
     script = (
         "import sys; from ovserve.wire.local.spool import Blob, open_blob\n"
@@ -138,20 +138,20 @@ def test_a_worker_that_was_killed_holds_nothing(spool: Spool) -> None:
         worker.kill()
         worker.wait(10)
     first.release()
-    assert spool.warm.size == 5
+    assert spool.file_pool.size_bytes == 5
 
 
-def test_a_file_with_a_view_that_is_still_held_is_not_lent_again(spool: Spool) -> None:
+def test_file_with_a_view_still_held_is_not_pooled(spool: Spool) -> None:
     first = filled(spool, b"first")
     held = first.view[:5]
     first.release()
-    assert spool.warm.size == 0
+    assert spool.file_pool.size_bytes == 0
     filled(spool, b"other")
     assert bytes(held) == b"first"
     held.release()
 
 
-def test_releasing_twice_does_not_touch_the_next_owner(spool: Spool) -> None:
+def test_second_release_does_not_affect_the_next_owner(spool: Spool) -> None:
     first = filled(spool, b"first")
     first.release()
     second = filled(spool, b"other")
@@ -160,46 +160,44 @@ def test_releasing_twice_does_not_touch_the_next_owner(spool: Spool) -> None:
     assert Path(second.path).exists()
 
 
-def test_what_is_kept_has_a_limit_in_bytes(spool: Spool) -> None:
+def test_pool_has_a_limit_in_bytes(spool: Spool) -> None:
     segments = [filled(spool, b"x" * (3 * MIB)) for _ in range(4)]
     for segment in segments:
         segment.release()
-    assert spool.warm.size == 6 * MIB
+    assert spool.file_pool.size_bytes == 6 * MIB
     assert len(files(spool)) == 2
     filled(spool, b"x" * (9 * MIB)).release()
-    assert spool.warm.size == 6 * MIB
+    assert spool.file_pool.size_bytes == 6 * MIB
 
 
-def test_what_is_kept_is_at_most_a_quarter_of_the_spool(tmp_path: Path) -> None:
+def test_pool_is_at_most_a_quarter_of_the_spool(tmp_path: Path) -> None:
     spool = Spool(tmp_path, 4 * MIB, warm_bytes=4 * MIB)
     filled(spool, b"x" * (MIB + 1)).release()
-    assert spool.warm.size == 0
+    assert spool.file_pool.size_bytes == 0
     filled(spool, b"x" * MIB).release()
-    assert spool.warm.size == MIB
+    assert spool.file_pool.size_bytes == MIB
     spool.close()
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_an_upload_that_filled_the_spool_leaves_room_for_the_small_ones_after_it(
-    tmp_path: Path, announced: bool
-) -> None:
+def test_file_of_an_upload_that_filled_the_spool_leaves_space_for_small_ones(tmp_path: Path, announced: bool) -> None:
     spool = Spool(tmp_path, 4 * MIB, warm_bytes=4 * MIB)
     filled(spool, b"x" * (4 * MIB)).release()
     for _ in range(3):
-        upload = spool.borrow(5000 if announced else 4 * MIB, wanted=5000)
+        upload = spool.create_for_upload(5000 if announced else 4 * MIB, expected_bytes=5000)
         upload.reserve(5000)
         spool.store(b"its request").release()
         upload.release()
     spool.close()
 
 
-def test_an_upload_that_filled_a_small_tmpfs_leaves_room_for_the_small_ones_after_it(tmp_path: Path) -> None:
+def test_file_of_an_upload_that_filled_a_small_tmpfs_leaves_space_for_small_ones(tmp_path: Path) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "docker", str(tmp_path)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs a privilege that this user lacks")
+        pytest.skip("mounting a tmpfs needs a privilege that this user does not have")
     spool = Spool(tmp_path, 2048 * MIB, warm_bytes=64 * MIB)  # the defaults, in a container's /dev/shm
     try:
-        large = spool.borrow(256 * MIB)
+        large = spool.create_for_upload(256 * MIB)
         large.reserve(64 * MIB)
         assert large.view[:1] == b"\0"
         with pytest.raises(ContentTooLarge):
@@ -214,66 +212,66 @@ def test_an_upload_that_filled_a_small_tmpfs_leaves_room_for_the_small_ones_afte
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_what_is_kept_has_a_limit_in_files(spool: Spool) -> None:
+def test_pool_has_a_limit_in_files(spool: Spool) -> None:
     before = descriptors()
-    segments = [filled(spool, b"x") for _ in range(MOST_FILES + 5)]
+    segments = [filled(spool, b"x") for _ in range(MAX_POOLED_FILES + 5)]
     for segment in segments:
         segment.release()
-    assert len(files(spool)) == MOST_FILES
+    assert len(files(spool)) == MAX_POOLED_FILES
     spool.close()
     assert descriptors() < before
 
 
-def test_warm_files_give_way_at_the_spools_limit(spool: Spool) -> None:
+def test_pooled_files_are_evicted_at_the_spool_limit(spool: Spool) -> None:
     filled(spool, b"x" * (8 * MIB)).release()
     segment = spool.create(32 * MIB, reserve=32 * MIB)
-    assert spool.warm.size == 0
+    assert spool.file_pool.size_bytes == 0
     segment.release()
     with pytest.raises(ContentTooLarge):
         spool.create(33 * MIB, reserve=33 * MIB)
 
 
-def test_warm_files_give_way_in_a_full_directory(tmp_path: Path) -> None:
+def test_pooled_files_are_evicted_in_a_full_directory(tmp_path: Path) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tiny", str(tmp_path)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs a privilege that this user lacks")
+        pytest.skip("mounting a tmpfs needs a privilege that this user does not have")
     spool = Spool(tmp_path, 16 * MIB, warm_bytes=8 * MIB)
     try:
         filled(spool, b"x" * (MIB // 2)).release()
-        assert spool.warm.size == MIB // 2
-        filled(spool, b"y" * (3 * MIB // 2), ceiling=4 * MIB).release()
+        assert spool.file_pool.size_bytes == MIB // 2
+        filled(spool, b"y" * (3 * MIB // 2), max_bytes=4 * MIB).release()
     finally:
         spool.close()
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_a_folder_that_vanishes_takes_its_warm_files_along(spool: Spool) -> None:
+def test_pooled_files_of_a_vanished_folder_are_closed_when_used_or_evicted(spool: Spool) -> None:
     before = descriptors()
     held = filled(spool, b"held")
     for _ in range(2):
         filled(spool, b"upload").release()
     shutil.rmtree(spool.directory)
-    held.release()  # it cannot be kept
+    held.release()  # it cannot be pooled
     assert spool.used_bytes == 0
-    filled(spool, b"next").release()  # the kept one cannot be lent
-    assert spool.warm.size == 4
-    spool.cool()
+    filled(spool, b"next").release()  # the pooled one cannot be reused
+    assert spool.file_pool.size_bytes == 4
+    spool.empty_pool()
     assert (descriptors(), spool.used_bytes) == (before, 0)
 
 
-def test_warm_files_of_a_folder_that_vanished_are_given_up_when_it_is_made_anew(spool: Spool) -> None:
+def test_pool_is_emptied_when_the_folder_is_recreated(spool: Spool) -> None:
     filled(spool, b"upload").release()
     shutil.rmtree(spool.directory)
     spool.store(b"request").release()
-    assert spool.warm.size == 0
+    assert spool.file_pool.size_bytes == 0
 
 
-def test_without_a_pool_every_segment_has_its_own_file(tmp_path: Path) -> None:
+def test_without_a_pool_files_are_removed_on_release(tmp_path: Path) -> None:
     spool = Spool(tmp_path, MIB)
     first = filled(spool, b"first")
     blob = first.blob(0, 5)
     first.release()
     assert files(spool) == []
-    assert spool.borrow(5).view[:0] == b""
+    assert spool.create_for_upload(5).view[:0] == b""
     assert isinstance(blob, Blob)
     spool.close()

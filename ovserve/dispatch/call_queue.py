@@ -1,4 +1,4 @@
-"""Calls that other threads leave for one thread, and the descriptor that wakes it."""
+"""A queue of calls for one thread, with a descriptor that wakes it."""
 
 from __future__ import annotations
 
@@ -8,42 +8,45 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 
-__all__ = ["Inbox"]
+__all__ = ["CallQueue"]
 
 log = logging.getLogger(__name__)
 
 
-class Inbox:
-    """Calls in the order they were put. Thread-safe: yes; `clear_wakeup` and `take_all` are for the one thread."""
+class CallQueue:
+    """Calls in the order they were put.
+
+    Thread-safe: yes, but only the owning thread may call `clear_wakeup` and `run_all`.
+    """
 
     def __init__(self) -> None:
         self._calls: deque[Callable[[], None]] = deque()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        # Not when the thread ends: a late call would write to whoever got the number.
+        # Closed with this object, not when the thread ends: a late `put` would write to a reused descriptor number.
         weakref.finalize(self, os.close, self._wakeup)
 
     def fileno(self) -> int:
-        """Readable when there is something to look at."""
+        """Return the descriptor that is readable after `put` or `wake`."""
         return self._wakeup
 
     def put(self, call: Callable[[], None]) -> None:
-        """Leave a call, and wake the thread."""
+        """Append a call and wake the owning thread."""
         self._calls.append(call)
         self.wake()
 
     def wake(self) -> None:
-        """Have the thread look around."""
+        """Wake the owning thread without a call."""
         os.eventfd_write(self._wakeup, 1)
 
     def clear_wakeup(self) -> None:
-        """The thread has been woken."""
+        """Reset the descriptor to not readable."""
         os.eventfd_read(self._wakeup)
 
-    def take_all(self) -> None:
-        """Make the calls."""
+    def run_all(self) -> None:
+        """Run and remove all calls. An exception in one is logged and does not stop the others."""
         while self._calls:
             call = self._calls.popleft()
             try:
                 call()
             except Exception:
-                log.exception("a call failed")  # a bug; the calls behind it are others'
+                log.exception("queued call failed")  # a bug; the remaining calls are independent of it

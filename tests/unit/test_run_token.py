@@ -1,4 +1,4 @@
-"""Taking turns: one thread of those that are ready runs, and nobody waits for ever for one that does not let go."""
+"""Run token: one ready thread runs at a time, in order, and a holder that keeps the token is preempted."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import pytest
 
 from ovserve.deadline import Deadline
-from ovserve.front import turns as turns_module
+from ovserve.front import run_token as run_token_module
+from ovserve.front.run_token import RunHandle, RunToken
 from ovserve.front.transport import Transport
-from ovserve.front.turns import Turn, Turns
 from tests.sockets import connected_pair
 
 
@@ -36,99 +36,99 @@ def running(work: Callable[[], object]) -> Iterator[threading.Thread]:
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is deposed, however slow the machine: a turn that is kept shows."""
-    monkeypatch.setattr(turns_module, "PATIENCE_S", 1000.0)
+def no_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disable preemption, so that a token that is not released is noticed even on a slow machine."""
+    monkeypatch.setattr(run_token_module, "MAX_HOLD_S", 1000.0)
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("no_preemption")
 def test_one_thread_runs_at_a_time() -> None:
-    turns, inside, most = Turns(), [0], [0]
+    token, inside, most = RunToken(), [0], [0]
 
     def work() -> None:
-        turn = Turn(turns)
+        handle = RunHandle(token)
         for _ in range(50):
-            turn.take()
+            handle.acquire()
             inside[0] += 1
             most[0] = max(most[0], inside[0])
-            time.sleep(0)  # the interpreter's lock goes to whoever wants it
+            time.sleep(0)  # release the interpreter's lock
             inside[0] -= 1
-            turn.give()
+            handle.release()
 
     with running(work), running(work), running(work):
         pass
     assert most == [1]
 
 
-def test_a_turn_that_is_not_held_can_be_given_away() -> None:
-    turn = Turn(Turns())
-    turn.give()
-    turn.take()
-    turn.give()
-    turn.give()
+def test_release_without_acquire_does_nothing() -> None:
+    handle = RunHandle(RunToken())
+    handle.release()
+    handle.acquire()
+    handle.release()
+    handle.release()
 
 
-def test_a_holder_that_does_not_let_go_loses_its_turn_and_those_behind_go_one_by_one() -> None:
-    turns, inside, most, done = Turns(), [0], [0], [0]
-    stuck = Turn(turns)
-    stuck.take()
+def test_stuck_holder_is_preempted_and_the_waiters_run_one_at_a_time() -> None:
+    token, inside, most, done = RunToken(), [0], [0], [0]
+    stuck = RunHandle(token)
+    stuck.acquire()
 
     def work() -> None:
-        turn = Turn(turns)
-        turn.take()
+        handle = RunHandle(token)
+        handle.acquire()
         inside[0] += 1
         most[0] = max(most[0], inside[0])
-        time.sleep(turns_module.PATIENCE_S / 4)
+        time.sleep(run_token_module.MAX_HOLD_S / 4)
         inside[0] -= 1
         done[0] += 1
-        turn.give()
+        handle.release()
 
     with running(work), running(work), running(work), running(work):
         pass
     assert (done, most) == ([4], [1])
-    stuck.give()  # which is nothing any more
-    stuck.take()
-    stuck.give()
+    stuck.release()  # no effect: the handle was preempted
+    stuck.acquire()
+    stuck.release()
 
 
-@pytest.mark.usefixtures("patient")
-def test_who_always_has_more_to_do_lets_the_others_in_after_its_slice() -> None:
-    turns = Turns()
-    busy, other = Turn(turns), Turn(turns)
-    busy.take()
-    busy.pass_on()  # to nobody
+@pytest.mark.usefixtures("no_preemption")
+def test_busy_holder_yields_after_its_time_slice() -> None:
+    token = RunToken()
+    busy, other = RunHandle(token), RunHandle(token)
+    busy.acquire()
+    busy.yield_to_waiters()  # there are none yet
     had = threading.Event()
 
     def take_once() -> None:
-        other.take()
+        other.acquire()
         had.set()
-        other.give()
+        other.release()
 
     end = time.monotonic() + 20
     with running(take_once):
         while not had.is_set() and time.monotonic() < end:
-            busy.pass_on()
-        busy.give()
+            busy.yield_to_waiters()
+        busy.release()
     assert had.is_set()
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("no_preemption")
 @pytest.mark.parametrize(
     ("urgent", "expected"),
     [((), [0, 1, 2, 3, 4, 5, 6]), ((3, 5), [3, 5, 0, 1, 2, 4, 6]), (range(1, 7), [1, 2, 3, 4, 0, 5, 6])],
 )
-def test_turns_come_in_the_order_of_asking_but_for_the_urgent(urgent: Sequence[int], expected: list[int]) -> None:
-    turns, order = Turns(), list[int]()
-    first = Turn(turns)
-    first.take()
+def test_waiters_get_the_token_in_order_and_urgent_ones_first(urgent: Sequence[int], expected: list[int]) -> None:
+    token, order = RunToken(), list[int]()
+    first = RunHandle(token)
+    first.acquire()
 
     def work(number: int, waiting: threading.Barrier) -> None:
-        turn = Turn(turns)
-        turn.is_urgent = number in urgent
+        handle = RunHandle(token)
+        handle.is_urgent = number in urgent
         waiting.wait(20)
-        turn.take()
+        handle.acquire()
         order.append(number)
-        turn.give()
+        handle.release()
 
     threads = []
     for number in range(7):
@@ -136,17 +136,17 @@ def test_turns_come_in_the_order_of_asking_but_for_the_urgent(urgent: Sequence[i
         threads.append(threading.Thread(target=work, args=(number, waiting)))
         threads[-1].start()
         waiting.wait(20)
-        until(lambda: turns.length == len(threads))
-    first.give()
+        until(lambda: token.waiting_count == len(threads))
+    first.release()
     for thread in threads:
         thread.join(20)
     assert order == expected
 
 
-def go_through(turn: Turn, had: threading.Event) -> None:
-    turn.take()
+def go_through(handle: RunHandle, had: threading.Event) -> None:
+    handle.acquire()
     had.set()
-    turn.give()
+    handle.release()
 
 
 def wait_for_a_descriptor(transport: Transport) -> None:
@@ -169,7 +169,7 @@ def fill(transport: Transport) -> None:
 
 def fill_in_part(transport: Transport) -> None:
     with connected_pair() as (ours, theirs):
-        partly = Transport(theirs, 5, transport.turn)
+        partly = Transport(theirs, 5, transport.run_handle)
         ours.sendall(b"ab")
         assert partly.fill(memoryview(bytearray(4)), 0.2) == 2
 
@@ -189,70 +189,70 @@ WAITS: dict[str, Callable[[Transport], None]] = {
 }
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("no_preemption")
 @pytest.mark.parametrize("way", WAITS)
-def test_a_wait_for_the_client_gives_the_turn_away(way: str) -> None:
-    turns, had = Turns(), threading.Event()
-    mine, other = Turn(turns), Turn(turns)
+def test_wait_for_the_client_releases_the_token(way: str) -> None:
+    token, had = RunToken(), threading.Event()
+    mine, other = RunHandle(token), RunHandle(token)
 
     def take_once() -> None:
-        other.take()
+        other.acquire()
         had.set()
-        other.give()
+        other.release()
 
-    mine.take()
+    mine.acquire()
     with connected_pair() as (_, theirs), running(take_once):
         WAITS[way](Transport(theirs, 5, mine))
         assert had.wait(10)
-        mine.give()
+        mine.release()
 
 
-@pytest.mark.usefixtures("patient")
-def test_a_long_answer_gives_the_turn_away() -> None:
-    turns = Turns()
-    mine, other = Turn(turns), Turn(turns)
+@pytest.mark.usefixtures("no_preemption")
+def test_send_that_blocks_releases_the_token() -> None:
+    token = RunToken()
+    mine, other = RunHandle(token), RunHandle(token)
     content = b"x" * 20_000_000
     with connected_pair() as (ours, theirs):
 
-        def read() -> None:  # only once it is the reader's turn
-            other.take()
-            other.give()
+        def read() -> None:  # only after it has held the token
+            other.acquire()
+            other.release()
             left = len(content)
             while left:
                 left -= len(ours.recv(1 << 20))
 
-        mine.take()
+        mine.acquire()
         with running(read):
             assert Transport(theirs, 20, mine).send([content]) == len(content)
-            mine.give()
+            mine.release()
 
 
-@pytest.mark.usefixtures("patient")
-def test_what_can_be_had_at_once_keeps_the_turn() -> None:
-    turns = Turns()
-    mine, other, had = Turn(turns), Turn(turns), threading.Event()
-    mine.take()
+@pytest.mark.usefixtures("no_preemption")
+def test_calls_that_do_not_block_keep_the_token() -> None:
+    token = RunToken()
+    mine, other, had = RunHandle(token), RunHandle(token), threading.Event()
+    mine.acquire()
 
     with connected_pair() as (ours, theirs), running(lambda: go_through(other, had)):
-        until(lambda: turns.length == 1)
+        until(lambda: token.waiting_count == 1)
         transport = Transport(theirs, 5, mine)
         ours.sendall(b"abcdefgh")
         assert transport.receive(5) == b"abcdefgh"
         assert transport.send([b"answer"]) == 6
         assert not had.is_set()
-        mine.give()
+        mine.release()
 
 
-@pytest.mark.usefixtures("patient")
-def test_a_long_upload_lets_others_in_between_its_pieces() -> None:
-    turns = Turns()
-    mine, other, had = Turn(turns), Turn(turns), threading.Event()
-    mine.take()
+@pytest.mark.usefixtures("no_preemption")
+def test_fill_yields_to_waiters_after_the_time_slice() -> None:
+    token = RunToken()
+    mine, other, had = RunHandle(token), RunHandle(token), threading.Event()
+    mine.acquire()
 
     with connected_pair() as (ours, theirs), running(lambda: go_through(other, had)):
-        until(lambda: turns.length == 1)
-        time.sleep(2 * turns_module.SLICE_S)
+        until(lambda: token.waiting_count == 1)
+        time.sleep(2 * run_token_module.TIME_SLICE_S)
         ours.sendall(b"abcd")
         assert Transport(theirs, 5, mine).fill(memoryview(bytearray(4)), 5) == 4
         assert had.is_set()
-        mine.give()
+        mine.release()

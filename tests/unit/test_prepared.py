@@ -1,0 +1,192 @@
+"""A prepared request: assembled results, encoded files and previews."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from ovserve import __version__
+from ovserve.pixels import masks
+from ovserve.pixels.frames import size_of
+from ovserve.pixels.images import Pixels
+from ovserve.pixels.masks import feather
+from ovserve.settings.options import Resolution
+from tests.preparing import StoreBlob, blobs_in, noise, png, prepared, request, with_alpha
+
+
+@pytest.fixture
+def blob(tmp_path: Path) -> Iterator[StoreBlob]:
+    yield from blobs_in(tmp_path)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blur", [0, 5])
+@pytest.mark.parametrize("planes", [3, 4])
+def test_result_outside_the_mask_is_the_original(blob: StoreBlob, planes: int, blur: int) -> None:
+    pixels, mask = noise(61, 59, planes), np.zeros((59, 61), np.uint8)
+    mask[20:40, 10:30] = 255
+    found = prepared(images=(blob(png(pixels)),), mask=blob(png(mask)), mask_blur=blur)
+    work = found.work("j", 0)
+    result = found.assemble(noise(work.width, work.height))
+    with Image.open(io.BytesIO(found.encode(result, 0))) as image:
+        back = np.asarray(image)
+    assert back.shape == pixels.shape
+    assert np.array_equal(back[mask == 0], pixels[mask == 0])
+    assert not np.array_equal(back[mask > 0], pixels[mask > 0])
+
+
+def test_result_inside_the_mask_is_painted(blob: StoreBlob) -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, 32:] = 255
+    found = prepared(images=(blob(png(noise(64, 64))),), mask=blob(png(mask)))
+    painted = noise(64, 64)
+    assert np.array_equal(found.assemble(painted)[:, 32:], painted[:, 32:])
+
+
+def test_seam_is_computed_once_per_size(blob: StoreBlob, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.zeros((300, 1200), np.uint8)
+    mask[:, 600:] = 255
+    planned: list[tuple[Resolution, int]] = []
+
+    def counted(mask: Pixels, blur_px: int) -> Any:
+        planned.append((size_of(mask), blur_px))
+        return feather(mask, blur_px)
+
+    monkeypatch.setattr(masks, "feather", counted)
+    pixels = np.zeros((300, 1200, 3), np.uint8)
+    found = prepared(images=(blob(png(pixels)),), mask=blob(png(mask)), mask_blur=75, partial_images=2, n=3)
+    for _ in range(3):
+        found.assemble(noise(256, 64))
+        data = found.encode_preview(np.full((64, 256, 3), 200, np.uint8))
+    # One at the result's size, cropped to the repainted part, and one at the size of the previews.
+    assert planned == [(Resolution(601, 300), 75), (Resolution(257, 128), 32)]
+    with Image.open(io.BytesIO(data)) as image:
+        row = np.asarray(image)[64, :, 0].astype(int)
+    assert not row[:256].any()
+    assert (row[290:] == 200).all()
+    assert 0 < row[256] < row[270] < row[286] < 200
+
+
+# --- alpha and colour profile -----------------------------------------------------------------------------------------
+
+
+def test_transparent_background_keeps_the_source_alpha(blob: StoreBlob) -> None:
+    pixels = with_alpha(0, 10, 200)
+    found = prepared(images=(blob(png(pixels)),), background="transparent")
+    painted = noise(64, 64)
+    result = found.assemble(painted)
+    assert np.array_equal(result[..., 3], pixels[..., 3])
+    assert np.array_equal(result[..., :3], painted)
+
+
+def test_filled_holes_become_opaque_and_partial_alpha_stays(blob: StoreBlob) -> None:
+    pixels = with_alpha(0, 128)
+    result = prepared(images=(blob(png(pixels)),)).assemble(noise(64, 64))
+    assert result[0, :, 3].tolist() == [255] * 64
+    assert np.array_equal(result[1:], pixels[1:])
+
+
+def test_reported_background_matches_the_result(blob: StoreBlob) -> None:
+    soft, hard = (blob(png(with_alpha(0, 128))),), (blob(png(with_alpha(0))),)
+    assert prepared(images=soft).background == "transparent"
+    assert prepared(images=soft, background="opaque").background == "opaque"
+    assert prepared(images=soft, output_format="jpeg").background == "opaque"
+    assert prepared(images=hard).background == "opaque"  # its only holes are filled
+    assert prepared(images=hard, background="transparent").background == "transparent"
+    assert prepared(task="variation", images=soft).background == "opaque"
+    assert prepared(task="generation").background == "opaque"
+
+
+def test_result_without_transparency_has_no_alpha_plane(blob: StoreBlob) -> None:
+    pixels = with_alpha(0)
+    result = prepared(images=(blob(png(pixels)),)).assemble(noise(64, 64))
+    assert result.shape == (64, 64, 3)
+    assert np.array_equal(result[1:], pixels[1:, :, :3])
+
+
+def test_opaque_background_composites_partial_alpha_over_white(blob: StoreBlob) -> None:
+    pixels = with_alpha(0, 128)
+    result = prepared(images=(blob(png(pixels)),), background="opaque").assemble(noise(64, 64))
+    assert result.shape == (64, 64, 3)
+    assert np.array_equal(result[2:], pixels[2:, :, :3])
+
+
+def test_results_and_previews_keep_the_source_colour_profile(blob: StoreBlob) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    buffer = io.BytesIO()
+    Image.fromarray(noise(64, 64)).save(buffer, "PNG", icc_profile=profile)
+    for output_format in ("png", "jpeg", "webp"):
+        found = prepared(images=(blob(buffer.getvalue()),), output_format=output_format, metadata=False)
+        for data in (found.encode(noise(64, 64), 0), found.encode_preview(noise(64, 64))):
+            with Image.open(io.BytesIO(data)) as image:
+                assert image.info["icc_profile"] == profile
+    with Image.open(io.BytesIO(prepared(task="generation").encode(noise(64, 64), 0))) as image:
+        assert "icc_profile" not in image.info
+
+
+# --- seeds and metadata -----------------------------------------------------------------------------------------------
+
+
+def test_picture_seeds_count_up_and_wrap() -> None:
+    found = prepared(task="generation", n=3, seed=2**32 - 2)
+    assert [found.work("j", k).seed for k in range(3)] == [2**32 - 2, 2**32 - 1, 0]
+    assert request(task="generation", seed=5).seed_of(2) == 7
+
+
+def test_file_metadata_has_prompt_seed_and_settings(blob: StoreBlob) -> None:
+    found = prepared(images=(blob(png(noise(64, 64))),), negative_prompt="a dog", seed=7, n=2, strength=0.5)
+    with Image.open(io.BytesIO(found.encode(noise(64, 64), 1))) as image:
+        parameters = image.info["parameters"]
+    assert parameters == (
+        "a cat\nNegative prompt: a dog\nSteps: 12, Sampler: DDIM, CFG scale: 3, Seed: 8, Size: 64x64, Model: shapes, "
+        f"Denoising strength: 0.5, Version: ovserve {__version__}"
+    )
+
+
+def test_file_metadata_names_a_preset_with_shortcuts() -> None:
+    found = prepared(task="generation", quality="low", shortcuts="guidance_until=0.6")
+    with Image.open(io.BytesIO(found.encode(noise(64, 64), 0))) as image:
+        assert "Quality: low" in image.info["parameters"]
+
+
+def test_metadata_false_writes_no_metadata() -> None:
+    data = prepared(task="generation", metadata=False).encode(noise(64, 64), 0)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.info == {}
+    assert b"cat" not in data
+
+
+# --- previews ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "at"), [(0, 12, set()), (1, 12, {6}), (3, 12, {3, 6, 9}), (3, 2, {1}), (3, 1, set())]
+)
+def test_preview_steps_are_evenly_spread(asked: int, steps: int, at: set[int]) -> None:
+    work = prepared(task="generation", partial_images=asked, num_inference_steps=steps).work("j", 0)
+    assert work.previews == at
+
+
+@pytest.mark.parametrize("side", [8, 64])
+def test_preview_is_composited_like_the_result(blob: StoreBlob, side: int) -> None:
+    pixels, mask = noise(64, 64), np.zeros((64, 64), np.uint8)
+    mask[:, 32:] = 255
+    found = prepared(images=(blob(png(pixels)),), mask=blob(png(mask)))
+    with Image.open(io.BytesIO(found.encode_preview(noise(side, side)))) as image:
+        assert image.size == (64, 64)
+        assert np.array_equal(np.asarray(image)[:, :32], pixels[:, :32])
+        assert image.info == {}
+
+
+def test_preview_of_a_large_picture_is_scaled_down(blob: StoreBlob) -> None:
+    found = prepared(images=(blob(png(noise(1500, 1000))),))
+    with Image.open(io.BytesIO(found.encode_preview(noise(32, 24)))) as image:
+        assert image.size == (512, 341)
