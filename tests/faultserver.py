@@ -26,7 +26,7 @@ TINY_PNG = base64.b64decode(
 
 
 @dataclass(frozen=True)
-class Holdings:
+class Resources:
     """Resources in use by a front end: numbers of threads, descriptors, workers, and segments in its spool."""
 
     threads: int
@@ -36,13 +36,16 @@ class Holdings:
 
 
 class FaultServer(LiveServer):
-    """A live server that restarts workers quickly. The workers are toys, or with `real=True` the real ones."""
+    """A live server that restarts workers quickly. The workers are toys, or with `real=True` the real ones.
+
+    `toy_options` is the `plugin_config` of the toys (tests.toys).
+    """
 
     def __init__(
-        self, spool: Path, *arguments: str, real: bool = False, told: dict[str, Any] | None = None, **known: Any
+        self, spool: Path, *arguments: str, real: bool = False, toy_options: dict[str, Any] | None = None, **known: Any
     ):
         quick = ["--restart_delay_s", "0.02", "--max_restart_delay_s", "1", "--terminate_timeout_s", "2"]
-        toys = [] if real or "--config" in arguments else ["--plugin_config", json.dumps(told or {})]
+        toys = [] if real or "--config" in arguments else ["--plugin_config", json.dumps(toy_options or {})]
         module = ("ovserve",) if real else ("tests.toyserver",)
         self.spool = spool
         super().__init__(*quick, *toys, *arguments, spool=spool, module=module, **known)
@@ -62,15 +65,15 @@ class FaultServer(LiveServer):
         """Send a generation, which has no upload."""
         return client.post("/v3/images/generations", json={"prompt": prompt, **fields})
 
-    def standing(self) -> dict[str, Any]:
+    def model_status(self) -> dict[str, Any]:
         """Return the status of the only model: ready, reason, queued, running, and so on."""
         document: dict[str, Any] = self.fetch("/v3/models")[1]["data"][0]
         return document
 
-    def holdings(self) -> Holdings:
+    def resources(self) -> Resources:
         """Return the resources in use now."""
         pid = self.process.pid
-        return Holdings(
+        return Resources(
             threads=len(os.listdir(f"/proc/{pid}/task")),
             descriptors=len(descriptors_of(pid)),
             workers=len(self.workers()),
@@ -89,9 +92,9 @@ class FaultServer(LiveServer):
             assert time.monotonic() < end, f"still not true after {patience_s:g} s:\n" + "\n".join(self.log[-40:])
             time.sleep(0.01)
 
-    def until_settled(self, before: Holdings) -> None:
+    def until_released(self, before: Resources) -> None:
         """Wait until no more resources are in use than before."""
-        self.until(lambda: _fits(self.holdings(), before))
+        self.until(lambda: _fits(self.resources(), before))
 
     def workers(self) -> list[int]:
         """Return the process ids of the workers.
@@ -135,7 +138,7 @@ def _children(parent: int) -> list[int]:
     return sorted(found)
 
 
-def _fits(now: Holdings, before: Holdings) -> bool:
+def _fits(now: Resources, before: Resources) -> bool:
     return (
         now.threads <= before.threads
         and now.descriptors <= before.descriptors

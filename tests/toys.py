@@ -11,17 +11,17 @@ raise               fails the job with status 400
 exit N              exits with exit code N
 segv                exits with a segmentation fault
 dies POINT          kills itself with SIGKILL at a point of the job: received, prepared, step, announced, half (of a
-                    result's bytes are written), filled, told (one picture is reported, the job is not done), done
+                    result's bytes are written), filled, reported (the job is not done), done
 hang                stops its heartbeat and never answers
-stammer             writes the first half of a message, stops its heartbeat and never answers
+partial             writes the first half of a message, stops its heartbeat and never answers
 leak                allocates memory until it is killed
 garbage             writes bytes that are not a message
 wrong               reports a job that it was never given as done
 twice               reports its job as done twice
 too large           announces a picture of 10 bytes and reports 11
-absurd              announces a picture larger than any limit
+oversized           announces a picture larger than any limit
 unannounced         reports a picture that it never announced
-unasked             announces a picture number that was not requested
+unrequested         announces a picture number that was not requested
 short               reports the job as done without a picture
 unprepared          reports the job as done, but never as prepared
 once PATH COMMAND   if PATH does not exist: creates it, then runs COMMAND; else as echo
@@ -140,7 +140,7 @@ class _ToyJob:
             raise _Stopped from None
         self.pass_point("filled")
         self.end.send(Picture(self.id, picture, self.request.seed + picture, len(data), partial))
-        self.pass_point("told")
+        self.pass_point("reported")
 
     def finish(self) -> None:
         """Deliver all pictures and report the job as done."""
@@ -214,9 +214,9 @@ class _ToyWorker:
         elif command in ("exit", "segv"):
             job.prepare()
             die(prompt)
-        elif command in ("hang", "stammer"):
+        elif command in ("hang", "partial"):
             self.is_silent = True
-            if command == "stammer":
+            if command == "partial":
                 os.write(job.end.reports.fileno(), b'{"kind":"progress","job":"')
             threading.Event().wait()
         elif command == "leak":
@@ -270,11 +270,11 @@ def violate_protocol(job: _ToyJob, command: str) -> bool:
     elif command == "too large":
         send(Need(job.id, 0, 10))
         send(Picture(job.id, 0, 0, 11))
-    elif command == "absurd":
+    elif command == "oversized":
         send(Need(job.id, 0, 1 << 40))
     elif command == "unannounced":
         send(Picture(job.id, 0, 0, 5))
-    elif command == "unasked":
+    elif command == "unrequested":
         send(Need(job.id, job.request.n, 10))
     elif command == "short":
         send(Done(job.id, 0, 0, 0))

@@ -50,7 +50,7 @@ def test_deadline_ends_jobs_on_the_device_and_in_the_queue(plain: FaultServer) -
         holders = [threading.Thread(target=server.generate, args=(client, "sleep 1.0")) for _ in range(2)]
         for thread in holders:
             thread.start()
-        server.until(lambda: server.standing()["running"] == 2)
+        server.until(lambda: server.model_status()["running"] == 2)
         waiting = server.generate(client, "echo", timeout_s=0.2)
         assert waiting.status_code == 504
         assert "queue" in waiting.json()["error"]["message"]
@@ -94,7 +94,7 @@ def test_removed_spool_directory_is_created_again(tmp_path: Path) -> None:
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "spool_unusable")
         assert reply.headers["retry-after"]
         assert server.fetch("/v2/health/ready")[0] == 503
-        assert "Not a directory" in server.standing()["reason"]
+        assert "Not a directory" in server.model_status()["reason"]
         (tmp_path / "spool").unlink()
         assert server.fetch("/v2/health/ready")[0] == 200
         assert server.edit(client, "echo").status_code == 200
@@ -102,7 +102,7 @@ def test_removed_spool_directory_is_created_again(tmp_path: Path) -> None:
 
 def test_reload_under_load_loses_no_request(tmp_path: Path) -> None:
     with FaultServer(tmp_path, "--replicas", "2") as server:
-        server.until(lambda: server.standing()["workers"] == 2)
+        server.until(lambda: server.model_status()["workers"] == 2)
         old = server.workers()
         statuses: list[int] = []
         finished = threading.Event()
@@ -117,7 +117,7 @@ def test_reload_under_load_loses_no_request(tmp_path: Path) -> None:
             thread.start()
         server.until(lambda: len(statuses) > 10)
         server.signal(signal.SIGHUP)
-        server.until(lambda: all(gone(pid) for pid in old) and server.standing()["workers"] == 2)
+        server.until(lambda: all(gone(pid) for pid in old) and server.model_status()["workers"] == 2)
         finished.set()
         for thread in threads:
             thread.join()
@@ -186,7 +186,7 @@ def test_model_that_failed_to_load_recovers_with_a_corrected_configuration(tmp_p
 def test_worker_over_its_memory_limit_fails_only_its_job(tmp_path: Path) -> None:
     limit = str(300 << 20)
     with FaultServer(tmp_path, "--memory_limit_bytes", limit, "--replicas", "2") as server, server.client() as client:
-        server.until(lambda: server.standing()["workers"] == 2)
+        server.until(lambda: server.model_status()["workers"] == 2)
         replies: list[httpx.Response] = []
         leak = threading.Thread(target=lambda: replies.append(server.generate(client, "leak")))
         leak.start()
