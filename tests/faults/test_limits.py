@@ -18,6 +18,7 @@ import pytest
 
 from ovserve.metrics import WATCHED
 from tests.faultserver import FaultServer, descriptors_of, gone, picture_of
+from tests.live import BUILTIN_PATH
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_reload_changes_the_limits_only_when_the_new_workers_are_ready(tmp_path:
     config, loads = tmp_path / "config.toml", tmp_path / "loads"
 
     def write(max_steps: int, **plugin: object) -> None:
-        table = {"max_num_inference_steps": max_steps, "plugin_config": json.dumps(plugin)}
+        table = {"path": BUILTIN_PATH, "max_num_inference_steps": max_steps, "plugin_config": json.dumps(plugin)}
         lines = ["[[model]]", *(f"{name} = {json.dumps(value)}" for name, value in table.items())]
         config.write_text("\n".join(lines))
 
@@ -160,7 +161,7 @@ def test_reload_changes_the_limits_only_when_the_new_workers_are_ready(tmp_path:
 
 def test_reload_while_the_model_loads_takes_effect(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
-    table = "[[model]]\nplugin_config = '{}'"
+    table = f"[[model]]\npath = '{BUILTIN_PATH}'\nplugin_config = '{{}}'"
     config.write_text(table.format(json.dumps({"load": "hang"})))
     with FaultServer(tmp_path / "spool", "--config", str(config), wait_ready=False) as live:
         live.until(lambda: bool(live.workers()))
@@ -171,7 +172,7 @@ def test_reload_while_the_model_loads_takes_effect(tmp_path: Path) -> None:
 
 def test_model_that_failed_to_load_recovers_with_a_corrected_configuration(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
-    table = "[[model]]\nplugin_config = '{}'"
+    table = f"[[model]]\npath = '{BUILTIN_PATH}'\nplugin_config = '{{}}'"
     config.write_text(table.format(json.dumps({"load": "fail no such device", "load_s": 2.0})))
     with FaultServer(tmp_path / "spool", "--config", str(config), wait_ready=False) as live:
         live.until(lambda: bool(live.workers()))

@@ -10,6 +10,7 @@ import pytest
 from ovserve.errors import ModelError
 from ovserve.models.profile import builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings
+from tests.live import BUILTIN_PATH
 
 MAX_BYTES = 15_000_000
 
@@ -32,7 +33,7 @@ def test_scheduler_spacing_does_not_run_an_extra_timestep() -> None:
 
 
 def test_profile_has_the_defaults_of_the_model_and_not_of_its_family() -> None:
-    profile = read_profile(ModelSettings(name="shapes"))
+    profile = read_profile(ModelSettings(name="shapes", path=Path(BUILTIN_PATH)))
     assert (profile.family, profile.tasks) == (
         "stable-diffusion",
         frozenset({"text2image", "image2image", "inpainting"}),
@@ -47,14 +48,14 @@ def test_profile_has_the_defaults_of_the_model_and_not_of_its_family() -> None:
 
 
 def test_presets_order_steps_by_quality_and_high_equals_the_default() -> None:
-    profile = read_profile(ModelSettings(name="shapes"))
+    profile = read_profile(ModelSettings(name="shapes", path=Path(BUILTIN_PATH)))
     steps = [profile.presets[name]["num_inference_steps"] for name in ("low", "medium", "high")]
     assert steps == sorted(set(steps))
     assert steps[-1] == profile.defaults.num_inference_steps
 
 
 def test_path_builtin_shapes_is_the_default_model() -> None:
-    named = read_profile(ModelSettings(name="shapes", path=Path("builtin:shapes")))
+    named = read_profile(ModelSettings(name="shapes", path=Path(BUILTIN_PATH)))
     assert named == read_profile(ModelSettings(name="shapes"))
     assert named.directory == builtin_directory() == builtin_directory("shapes")
 

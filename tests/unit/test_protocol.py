@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.models.steps import is_lcm
 from ovserve.settings.options import ModelSettings
 from ovserve.wire.request import ImageRequest
+from tests.live import BUILTIN_PATH
 
-PROFILE = read_profile(ModelSettings(name="shapes"))
+PROFILE = read_profile(ModelSettings(name="shapes", path=Path(BUILTIN_PATH)))
 
 
 def profile(family: str = "stable-diffusion", **scheduling: Any) -> ModelProfile:
