@@ -21,7 +21,7 @@ from ovserve.engines.schedulers.schedulers import (
     SCHEDULERS,
     Plan,
     Scheduler,
-    Stepped,
+    StepResult,
     scheduler_name,
 )
 from ovserve.errors import InvalidValue, ModelError
@@ -44,7 +44,7 @@ def normal(seed: int) -> Array:
     return np.random.default_rng(seed).standard_normal(SHAPE, np.float32)
 
 
-def run_plan(plan: Plan, latents: Array, predict: Callable[[Array, int], Array]) -> list[Stepped]:
+def run_plan(plan: Plan, latents: Array, predict: Callable[[Array, int], Array]) -> list[StepResult]:
     """Return the results of all steps of a plan; `predict(scaled, timestep)` stands for the UNet."""
     history: tuple[Array, ...] = ()
     results = []
@@ -56,7 +56,7 @@ def run_plan(plan: Plan, latents: Array, predict: Callable[[Array, int], Array])
     return results
 
 
-def decoder_input(result: Stepped) -> Array:
+def decoder_input(result: StepResult) -> Array:
     """Return what the VAE decoder gets if this step was the last."""
     return result.latents if result.decoded is None else result.decoded
 
