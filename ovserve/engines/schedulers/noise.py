@@ -56,7 +56,7 @@ class SchedulerConfig:
         prediction_type: output of the UNet: `epsilon`, the noise, or `v_prediction`,
             sqrt(abar) epsilon - sqrt(1 - abar) x0 (Salimans and Ho 2022, arXiv:2202.00512, appendix D).
         timestep_spacing: leading, trailing, linspace (Lin et al. 2024, arXiv:2305.08891, table 2).
-        final_sigma_min: the last sigma is that of t = 0 instead of zero.
+        final_sigma_min: the last sigma is that of t = 0 instead of zero; for Euler, DPM-Solver++ and UniPC.
     """
 
     num_train_timesteps: int

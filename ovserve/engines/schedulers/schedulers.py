@@ -145,7 +145,8 @@ class Scheduler:
             indices = np.interp(np.log(sigmas), np.log(levels), np.arange(len(levels)))
             steps = tuple(int(index) for index in np.rint(indices))
         kind = UnipcPlan if self.name == "unipc" else DpmPlan
-        return kind(config, self.alphas, steps[start:], count, start, f32(1), np.append(sigmas, 0.0))
+        last = float(levels[0]) if config.final_sigma_min else 0.0
+        return kind(config, self.alphas, steps[start:], count, start, f32(1), np.append(sigmas, last))
 
     def _lcm(self, count: int, strength: float) -> Plan:
         """Take every k-th training timestep, and of these `count`: arXiv:2310.04378, section 4.3."""

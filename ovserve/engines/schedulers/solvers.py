@@ -18,6 +18,8 @@ from ovserve.engines.schedulers.plans import History, Plan, StepResult, divide
 
 __all__ = ["DpmPlan", "SolverPlan", "UnipcPlan"]
 
+SHORT_SCHEDULE = 15  # steps; a shorter schedule always ends with a step of order 1 in diffusers (lower_order_final)
+
 
 @dataclass(frozen=True, slots=True)
 class SolverPlan(Plan):
@@ -53,6 +55,11 @@ class SolverPlan(Plan):
     def _is_last(self, index: int) -> bool:
         return index == len(self.timesteps) - 1
 
+    def _is_level_repeated(self, index: int) -> bool:
+        """Return whether this step or the one before leads to the same noise level, so that there is no slope."""
+        before, here, after = self.sigmas[self.start + index - 1 : self.start + index + 2]
+        return bool(before == here or here == after)
+
     def _transfer(self, latents: Array, clean: Array, index: int) -> tuple[Array, float]:
         """Return the step of order 1 from `index` to the next level, and the factor of the terms of higher order."""
         _, sigma = self._scales(index)
@@ -69,11 +76,16 @@ class DpmPlan(SolverPlan):
         """Run one round of algorithm 2: order 2 uses the slope of x0 over lambda; the first step is of order 1."""
         clean = self._predicted_clean(prediction, latents, index)
         found, factor = self._transfer(latents, clean, index)
-        if history and not self._is_last(index):
+        if history and not self._is_order_1(index):
             here = self._lambda(index)
             ratio = (here - self._lambda(index - 1)) / (self._lambda(index + 1) - here)
             found = found + f32(factor * 0.5 / ratio) * (clean - history[0])
         return StepResult(found, clean, (clean,))
+
+    def _is_order_1(self, index: int) -> bool:
+        """Return whether a step after the first is of order 1."""
+        is_final = self._is_last(index) and (not self.config.final_sigma_min or self.count < SHORT_SCHEDULE)
+        return is_final or self._is_level_repeated(index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +109,7 @@ class UnipcPlan(SolverPlan):
         return StepResult(found, clean, (latents, clean, *history[1:2]))
 
     def _order(self, index: int) -> int:
-        return 1 if index == 0 or self._is_last(index) else 2
+        return 1 if index == 0 or self._is_last(index) or self._is_level_repeated(index) else 2
 
     def _ratio(self, index: int) -> float:
         """Return (lambda of the step before - lambda here) / (lambda of the next step - lambda here): negative."""
@@ -109,6 +121,8 @@ class UnipcPlan(SolverPlan):
         before, older = index - 1, history[1]
         found, factor = self._transfer(history[0], older, before)
         h = self._lambda(index) - self._lambda(before)
+        if h == 0.0:  # a step to the same noise level: its latents need no correction
+            return found
         scale = math.expm1(-h)
         first = scale / -h - 1.0
         if self._order(before) == 1:
