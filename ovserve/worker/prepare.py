@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ovserve import __version__
-from ovserve.engines.protocol import CLIP_WINDOW, Engine, Work, check_served, has_t5, read_by_clip_alone
+from ovserve.engines.protocol import CLIP_WINDOW, Engine, Work, check_served, clip_only_fields, has_t5
 from ovserve.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
@@ -310,7 +310,7 @@ def _small_backdrop(laid: _Laid, request: ImageRequest, size: Resolution) -> Bac
 
 def _read_prompt(request: ImageRequest, profile: ModelProfile, engine: Engine) -> tuple[str, int]:
     """The prompt to use, and its tokens. Raises PromptTooLong for a text that none of its encoders reads to the end."""
-    by_clip = read_by_clip_alone(profile, request)
+    by_clip = clip_only_fields(profile, request)
     names = ["prompt", "negative_prompt"]
     for encoder in range(2, profile.text_encoders + 1):
         names += [f"prompt_{encoder}", f"negative_prompt_{encoder}"]

@@ -37,7 +37,7 @@ __all__ = [
 Array = NDArray[np.float32]
 f32 = np.float32
 
-# Defaults of keys that are missing in scheduler_config.json, by the scheduler that reads it: those of the library's classes.
+# Defaults for keys missing in scheduler_config.json, by the scheduler that reads it, as in the library's classes.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "ddim": {"beta_schedule": "scaled_linear", "set_alpha_to_one": True},
     "pndm": {"beta_schedule": "linear", "set_alpha_to_one": False},
@@ -223,12 +223,12 @@ def _trailing(config: SchedulerConfig, count: int) -> tuple[int, ...]:
 
 
 def _clamp_to_schedule(config: SchedulerConfig, timesteps: tuple[int, ...]) -> tuple[int, ...]:
-    # With n = T, steps_offset moves the first timestep beyond the end of the schedule; the library reads out of bounds there.
+    # With n = T, steps_offset moves the first timestep beyond the schedule; the library reads out of bounds there.
     return tuple(min(t, config.num_train_timesteps - 1) for t in timesteps)
 
 
 def spaced_timesteps(config: SchedulerConfig, count: int) -> tuple[int, ...]:
-    """Return `count` training timesteps, falling, for DDIM, PNDM and the Euler schedulers: arXiv:2305.08891, table 2."""
+    """Return `count` training timesteps, falling, for DDIM, PNDM and Euler: arXiv:2305.08891, table 2."""
     total = config.num_train_timesteps
     if config.timestep_spacing == "trailing":
         return _trailing(config, count)

@@ -83,7 +83,7 @@ class EulerPlan(Plan):
         return (latents.astype(np.float64) / math.sqrt(sigma * sigma + 1.0)).astype(f32)
 
     def add_noise(self, clean: Array, noise: Array, index: int) -> Array:
-        """Add noise of this step's sigma, without scaling the latents: variance exploding, arXiv:2206.00364, section 2."""
+        """Add noise of this step's sigma to unscaled latents (variance exploding): arXiv:2206.00364, section 2."""
         noised: Array = clean + self.sigmas[self.start + index] * noise
         return noised
 
@@ -106,7 +106,8 @@ class EulerPlan(Plan):
 class EulerAncestralPlan(EulerPlan):
     """Euler ancestral: a step down to sigma_down, then fresh noise of sigma_up; together they give the next sigma.
 
-    sigma_up is the noise of ancestral sampling in the variance-exploding view: Song et al. 2021, arXiv:2011.13456, appendix F.
+    sigma_up is that of ancestral sampling in the variance-exploding view: Song et al. 2021, arXiv:2011.13456,
+    appendix F.
     """
 
     def draws_noise(self, index: int) -> bool:
@@ -148,7 +149,7 @@ class LcmPlan(Plan):
         return root(alpha) * clean + root(f32(1) - alpha) * noise
 
     def step(self, prediction: Array, latents: Array, index: int, history: History, noise: Array | None) -> StepResult:
-        """Run one round of algorithm 3: the consistency function c_skip x + c_out x0(x), then noise for the next timestep.
+        """Run one round of algorithm 3: the consistency function c_skip x + c_out x0(x), then fresh noise.
 
         Raises:
             ValueError: `noise` is None before the last step.

@@ -58,7 +58,7 @@ class SolverPlan(Plan):
     def _is_level_repeated(self, index: int) -> bool:
         """Return whether this step or the one before leads to the same noise level, so that there is no slope."""
         before, here, after = self.sigmas[self.start + index - 1 : self.start + index + 2]
-        return bool(before == here or here == after)
+        return bool(here in (before, after))
 
     def _transfer(self, latents: Array, clean: Array, index: int) -> tuple[Array, float]:
         """Return the step of order 1 from `index` to the next level, and the factor of the terms of higher order."""
@@ -98,7 +98,7 @@ class UnipcPlan(SolverPlan):
     """
 
     def step(self, prediction: Array, latents: Array, index: int, history: History, noise: Array | None) -> StepResult:
-        """Correct the input by algorithm 5 (UniC), then step by algorithm 6 (UniP): order 1 first and last, else order 2."""
+        """Correct the input by algorithm 5 (UniC), then step by algorithm 6 (UniP); order 1 first and last, else 2."""
         clean = self._predicted_clean(prediction, latents, index)
         if history:
             latents = self._corrected(clean, index, history)
@@ -117,7 +117,7 @@ class UnipcPlan(SolverPlan):
         return (self._lambda(index - 1) - here) / (self._lambda(index + 1) - here)
 
     def _corrected(self, clean: Array, index: int, history: History) -> Array:
-        """Compute the latents of `index` again from the step before, with the prediction made since: algorithm 5 (UniC)."""
+        """Compute the latents of `index` anew, with the prediction made from them: algorithm 5 (UniC)."""
         before, older = index - 1, history[1]
         found, factor = self._transfer(history[0], older, before)
         h = self._lambda(index) - self._lambda(before)

@@ -16,7 +16,7 @@ import numpy as np
 import openvino_genai as og
 from numpy.typing import NDArray
 
-from ovserve.engines.protocol import Work, longest_fitting
+from ovserve.engines.protocol import Work, truncate_to_window
 from ovserve.engines.schedulers.noise import Array, f32
 from ovserve.engines.stepwise.cache import ArrayCache
 from ovserve.engines.stepwise.compiled import component_config
@@ -99,7 +99,7 @@ class TextSide:
 
     def cut_prompt(self, prompt: str) -> str:
         """The longest beginning of a prompt that fits the window."""
-        return longest_fitting(prompt, self.count_tokens, self._encoders[0].window)
+        return truncate_to_window(prompt, self.count_tokens, self._encoders[0].window)
 
     def is_guided(self, work: Work) -> bool:
         """Whether a picture takes two rows. A guidance embedding takes the place of the second (arXiv:2310.04378)."""
