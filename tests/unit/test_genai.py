@@ -193,7 +193,7 @@ def test_invalid_working_size_is_an_internal_error(sd: Loaded) -> None:
     assert isinstance(outcome.error, InternalError)
 
 
-# Only UNets: a transformer accepts every multiple of its patch size.
+# Only UNets: a transformer has no downsampled and upsampled sizes that can disagree.
 @pytest.mark.parametrize("loaded", ["sd", "lcm", "sdxl", "inpaint"], indirect=True)
 def test_size_that_breaks_a_network_does_not_break_later_pictures(loaded: Loaded) -> None:
     mode = modes(loaded)[0]
