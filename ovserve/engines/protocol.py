@@ -270,7 +270,7 @@ def _check_fixed_values(profile: ModelProfile, request: Work | ImageRequest) -> 
 def clip_only_fields(profile: ModelProfile, request: Work | ImageRequest) -> frozenset[str]:
     """Return which text fields of a request only CLIP's encoders read, in the families that also have a T5 encoder.
 
-    Each CLIP encoder reads its own prompt, and T5 the last one; without a prompt of its own, an encoder reads the
+    Each CLIP encoder reads its own prompt, and T5 the last one; an encoder for which none was given reads the
     first (Esser et al. 2024, arXiv:2403.03206, section 5; FLUX the same with one CLIP encoder).
     """
     if not has_t5(profile):

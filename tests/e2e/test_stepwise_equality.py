@@ -172,10 +172,10 @@ def test_step_count_for_which_the_library_runs_an_extra_step_is_served(tmp_path:
     profile = read_profile(settings_of(tmp_path))
     work = work_of(profile, "text2image", num_inference_steps=12, on_step=lambda *step: steps.append(step))
     near = work_of(profile, "text2image", num_inference_steps=13)
-    served, neighbour = pixels_of(drive(engine, [work, near]))
+    served, longer = pixels_of(drive(engine, [work, near]))
     engine.close()
     assert steps == [(step, 12) for step in range(1, 13)]
-    assert np.abs(served.astype(int) - neighbour).mean() < 8
+    assert np.abs(served.astype(int) - longer).mean() < 8
 
 
 def test_sdxl_uses_the_second_prompts() -> None:

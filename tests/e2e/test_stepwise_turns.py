@@ -164,7 +164,7 @@ def test_turn_of_an_idle_engine_returns_nothing(traced: Traced) -> None:
 
 def test_phases_of_a_picture_are_encode_denoise_decode(traced: Traced) -> None:
     seen = []
-    traced.engine.admit(text(0, prompt="a phase of its own"))
+    traced.engine.admit(text(0, prompt="not encoded before"))
     while (phase := traced.engine.phase()) != "idle":
         seen.append(phase)
         traced.engine.turn()

@@ -36,9 +36,8 @@ __all__ = ["Components", "Layout", "Requests", "component_config"]
 
 log = logging.getLogger(__name__)
 
-EXPORT_LIMIT_BYTES = (
-    256 * 1024 * 1024
-)  # larger models are compiled again: an export is held in memory beside the compiled model
+# Larger models are compiled again, because an export is held in memory together with the compiled model.
+EXPORT_LIMIT_BYTES = 256 * 1024 * 1024
 
 UNET_INPUTS = frozenset({"sample", "timestep", "encoder_hidden_states", "timestep_cond", "text_embeds", "time_ids"})
 

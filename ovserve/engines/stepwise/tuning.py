@@ -384,7 +384,7 @@ def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None])
             run_encoder(requests.vae_encoder, image)
         beat("warm-up")
         run_decoder(requests.vae_decoder, latents)
-        # For a large model, making the kernels for other numbers of rows is negligible beside its steps.
+        # For a large model, making the kernels for other numbers of rows is negligible compared with its steps.
         for rows in (2,) if is_large else (2, 1, *range(4, tuning.rows + 1, 2)):
             beat("warm-up")
             run_unet(requests.unet, components.feeds.of(rows, timestep_per_row=tuning.timestep_per_row))
