@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -287,9 +286,8 @@ def test_memory_stays_flat_over_two_hundred_edits(own_bench: WorkerBench) -> Non
         own_bench.pictures.clear()
         if count >= 60 and count % 20 == 0:
             resident.append(resident_bytes(own_bench.process.pid or 0))
-    # A leak grows with every job; an allocator that takes one more arena does so once.
-    growth = sorted(later - earlier for earlier, later in itertools.pairwise(resident))
-    assert growth[len(growth) // 2] < 1 << 20, resident
+    # A leak raises the peak; the allocator only moves below it, by some MiB from sample to sample.
+    assert max(resident[4:]) - max(resident[:4]) < 4 << 20, resident  # 1 MiB for each 20 edits
     assert resident[-1] - resident[0] < 64 << 20, resident
 
 
