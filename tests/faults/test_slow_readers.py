@@ -77,11 +77,11 @@ def test_slow_readers_do_not_fill_the_memory(
     expected = sorted([bytes_of(7 + picture, SIZE) for picture in range(PICTURES)] * copies)
     with ExitStack() as stack, live.client() as client:
         assert live.generate(client, "echo").status_code == 200
-        before = live.holdings()
+        before = live.resources()
         growth = peak_of(live.process.pid)
         readers = [slow_reader(stack, live, post(**fields)) for _ in range(READERS)]
         heads = [reader.read_head() for reader in readers]
-        live.until(lambda: live.standing()["running"] == live.standing()["queued"] == 0)
+        live.until(lambda: live.model_status()["running"] == live.model_status()["queued"] == 0)
         assert len(live.segments()) >= READERS * PICTURES * copies
         assert growth() < BOUND_BYTES
         for reader, (status, head) in zip(readers, heads, strict=True):
@@ -90,7 +90,7 @@ def test_slow_readers_do_not_fill_the_memory(
         assert growth() < BOUND_BYTES
         for reader in readers:
             reader.close()
-        live.until_settled(before)
+        live.until_released(before)
     assert not live.logged("Traceback")
 
 
@@ -99,7 +99,7 @@ def test_slow_readers_do_not_fill_the_memory(
 def test_reader_that_leaves_releases_the_segments(live: FaultServer, stream: bool, leave: str) -> None:
     with live.client() as client:
         assert live.generate(client, "echo").status_code == 200
-        before = live.holdings()
+        before = live.resources()
         with ExitStack() as stack:
             readers = [slow_reader(stack, live, post(stream=stream)) for _ in range(READERS)]
             for reader in readers:
@@ -107,7 +107,7 @@ def test_reader_that_leaves_releases_the_segments(live: FaultServer, stream: boo
             live.until(lambda: len(live.segments()) >= READERS * PICTURES)
             for reader in readers:
                 getattr(reader, leave)()
-        live.until_settled(before)
+        live.until_released(before)
         live.until(lambda: live.segments() == [])
 
 
@@ -116,7 +116,7 @@ def test_slow_readers_of_a_stored_picture_do_not_fill_the_memory(live: FaultServ
         reply = live.generate(client, f"bytes {SIZE}", n=1, seed=9, response_format="url")
         path = reply.json()["data"][0]["url"].removeprefix(live.url)
         live.until(lambda: live.segments() == [])
-        before = live.holdings()
+        before = live.resources()
         growth = peak_of(live.process.pid)
         get = f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
         readers = [slow_reader(stack, live, get) for _ in range(2 * READERS)]
@@ -129,7 +129,7 @@ def test_slow_readers_of_a_stored_picture_do_not_fill_the_memory(live: FaultServ
         readers[0].abandon()
         for reader in readers[1:]:
             reader.close()
-        live.until_settled(before)
+        live.until_released(before)
 
 
 def test_drain_waits_for_a_reader_and_ends_with_the_grace_period(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def done_job(spool: Spool, sizes: list[int]) -> Iterator[Job]:
     job = Job("j", "m", Client("a"), edit(("n", "3")).request, Deadline.after(60))
     try:
         for number, size in enumerate(sizes):
-            segment = spool.store(SOURCE[:size])
+            segment = spool.put(SOURCE[:size])
             job.add_segment(segment)
             job.results[number] = Result(segment, size, 40 + number, number)
         yield job
