@@ -123,7 +123,10 @@ class Dispatcher:
             model.queue.push(ticket)
             self._in_flight.add(job)
             self._next_deadline = min(self._next_deadline, job.deadline)
+            is_demand = not model.workers
         self._calls.wake()
+        if is_demand and self.on_change:
+            self.on_change()  # a model that is not resident gets its workers
 
     def cancel(self, job: Job) -> bool:
         """Settle a job as cancelled. Return False when it was settled before.
@@ -175,13 +178,16 @@ class Dispatcher:
 
     # --- server and supervisor threads --------------------------------------------------------------------------------
 
-    def add_model(self, name: str, queue_limit: int, settings: Settings | None = None) -> None:
+    def add_model(
+        self, name: str, queue_limit: int, settings: Settings | None = None, *, is_resident: bool = True
+    ) -> None:
         """Add a model, or change its limits.
 
         Args:
             name: the model's name.
             queue_limit: how many jobs may wait for it.
             settings: new settings after a reload; they replace those of the constructor.
+            is_resident: it has workers always; otherwise jobs are admitted while it has none, and start them.
         """
         self._settings = settings or self._settings
         largest = largest_picture_bytes(self._settings, name)
@@ -193,6 +199,7 @@ class Dispatcher:
                 # Jobs admitted under the old limits may still produce pictures of the old size.
                 largest = max(largest, model.largest_picture_bytes)
                 model.queue.limit, model.largest_picture_bytes, model.is_removed = queue_limit, largest, False
+            self._models[name].is_resident = is_resident
 
     def remove_model(self, name: str) -> None:
         """Stop admission for a model. Its entry is deleted with the last of its queued jobs and workers."""
