@@ -70,6 +70,8 @@ class Server:
         self._reloading = threading.Lock()
         self._serving = threading.Lock()  # guards the API's settings and catalog, which two threads replace
         self._is_announced = False
+        self._reload_wanted = threading.Event()
+        self._reloader: threading.Thread | None = None
         # Block before the resource tracker starts: it inherits the mask (a SIGHUP to the group would end it). Block
         # again
         # afterwards: its start unblocks SIGINT and SIGTERM in this thread.
@@ -152,7 +154,23 @@ class Server:
             self._reload_on_signal()
 
     def _reload_on_signal(self) -> None:
-        """Reload on SIGHUP. Failures are only logged."""
+        """Begin a reload in a thread, so that a reload in progress does not hold up SIGTERM.
+
+        Signals that come during a reload cause one more, whatever their number.
+        """
+        self._reload_wanted.set()
+        if self._reloader is None:
+            self._reloader = threading.Thread(target=self._reload_while_wanted, name="reload", daemon=True)
+            self._reloader.start()
+
+    def _reload_while_wanted(self) -> None:
+        while True:
+            self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            self._try_reload()
+
+    def _try_reload(self) -> None:
+        """Reload. Failures are only logged."""
         try:
             self.reload()
         except StartupError as error:
@@ -170,6 +188,8 @@ class Server:
             StartupError: the new configuration is wrong; nothing was changed.
         """
         with self._reloading:
+            if self._dispatcher.is_draining:
+                raise StartupError("the server is shutting down")
             if self._is_announced:
                 systemd.notify_reloading()
             try:
