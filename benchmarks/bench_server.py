@@ -39,7 +39,7 @@ from typing import Annotated, Any
 if __package__ in (None, ""):  # run as a file: put the repository on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.edits import BUILTIN_NAME
+from benchmarks.edits import BUILTIN_NAME, BUILTIN_PATH
 from benchmarks.metadata import collect
 from benchmarks.results import Result
 from benchmarks.stats import estimate, ratio
@@ -170,7 +170,8 @@ def serve_stdlib() -> None:
 SERVERS: dict[str, Callable[[], None]] = {"ovserve": serve_ovserve, "fastapi": serve_fastapi, "stdlib": serve_stdlib}
 # The whole server, with a toy engine instead of the model; the toy takes any number of jobs at once.
 WHOLE_SERVER = "ovserve+worker"
-WHOLE_SERVER_COMMAND = [sys.executable, "-m", "tests.toyserver", "--port", "0", "--plugin_config", '{"capacity": 64}']
+WHOLE_SERVER_OPTIONS = ["--port", "0", "--model_path", str(BUILTIN_PATH), "--plugin_config", '{"capacity": 64}']
+WHOLE_SERVER_COMMAND = [sys.executable, "-m", "tests.toyserver", *WHOLE_SERVER_OPTIONS]
 
 NAMES = ["ovserve", WHOLE_SERVER, "fastapi", "stdlib"]
 

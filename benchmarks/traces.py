@@ -28,7 +28,7 @@ def chrome_trace(calls: Sequence[Finished[Call]]) -> dict[str, Any]:
         name = f"{call.subject.kind} x{len(rows)}"
         events.append({**common, "name": name, "cat": "slot", "pid": "slots", "tid": call.slot, "args": {"rows": rows}})
         for row in call.subject.rows:
-            if row.place == 0:
+            if row.condition == 0:
                 label = f"step {row.index + 1}" if call.subject.kind == "denoise" else call.subject.kind
                 events.append(
                     {**common, "name": label, "cat": "picture", "pid": "pictures", "tid": row.picture.work.job}

@@ -22,10 +22,11 @@ from ovserve.wire.local.spool import Spool
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.prepare import prepare
 from ovserve.worker.prepared import PreparedRequest
+from tests.live import BUILTIN_PATH
 
 StoreBlob = Callable[[bytes], Blob]
 
-MODEL = ModelSettings(name="shapes")
+MODEL = ModelSettings(name="shapes", path=Path(BUILTIN_PATH))
 PROFILE = read_profile(MODEL)
 # Works at 64 to 256 px, in multiples of 16.
 WIDE = dataclasses.replace(PROFILE, native=Resolution(64, 64), min_side_px=64, max_side_px=256)

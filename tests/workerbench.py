@@ -37,6 +37,7 @@ from ovserve.wire.messages import (
 )
 from ovserve.wire.request import ImageRequest
 from ovserve.worker import main as worker
+from tests.live import BUILTIN_PATH
 
 TIMEOUT_S = 60.0
 
@@ -55,7 +56,7 @@ class WorkerBench:
         settings: Settings | None = None,
         main: WorkerMain = worker.main,
     ) -> None:
-        self.model = model or ModelSettings(name="shapes", engine="genai")
+        self.model = model or ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="genai")
         self.settings = settings or Settings(models=(self.model,))
         self.profile = read_profile(self.model)
         self.spool = Spool(spool, 1 << 30)

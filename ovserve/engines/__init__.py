@@ -1,1 +1,1 @@
-"""What denoises: the Engine protocol and its two implementations."""
+"""The Engine protocol and its two implementations, `genai` and `stepwise`."""

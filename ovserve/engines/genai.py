@@ -1,13 +1,14 @@
-"""The engine over openvino_genai's own pipelines: every family the library serves, one picture at a time.
+"""The engine `genai`: openvino_genai's own pipelines, for every family the library serves, one picture at a time.
 
-The library's traps (calls that end the process, silent changes of meaning) are closed here, each with its reason beside it;
-tests/e2e/test_traps.py names them. Its laws for us:
-- One thread. Pipelines derived from one another share infer requests: two threads in them are a SIGSEGV.
-- Inpainting is built first and the others are derived from it: the other way round its mask processors are null (SIGSEGV).
-- A callback runs in a native thread: an exception, or a result that is no bool, ends the process (std::terminate).
-- A failure inside a network can stay in its infer request for good: after an unforeseen error the pipelines have to prove themselves.
+This file guards against the library's traps (calls that end the process, silent changes of meaning). Each guard has its
+reason beside it; tests/e2e/test_traps.py shows each trap. Rules:
+- One thread. Pipelines derived from one another share infer requests: a second thread causes a SIGSEGV.
+- Build inpainting first and derive the others from it; in the opposite order its mask processors are null (SIGSEGV).
+- A callback runs in a native thread: an exception, or a result that is not a bool, ends the process (std::terminate).
+- A failure inside a network can break its infer request permanently: after an unexpected error, test the pipelines.
 - A result is a view of the decoder's buffer, which the next call overwrites: copy it at once.
-- `decode` shares the decoder's infer request with `generate`, so there are no previews: nothing is decoded beside a generation.
+- No previews: `decode` shares the decoder's infer request with `generate`, so a picture in progress cannot be decoded.
+Runs in: worker, device thread; counting tokens also in the prepare thread.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ovserve.engines.protocol import (
     Work,
     check_served,
     has_t5,
-    longest_fitting,
+    truncate_to_window,
     warm_up_work,
 )
 from ovserve.engines.schedulers.schedulers import LIBRARY_SCHEDULERS
@@ -50,21 +51,21 @@ _SCHEDULERS = {
     "euler": og.Scheduler.Type.EULER_DISCRETE,
     "euler_ancestral": og.Scheduler.Type.EULER_ANCESTRAL_DISCRETE,
 }
-# What a configuration must not ask of a scheduler; the library says so only in the middle of a generation.
-_REFUSES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+# Configurations that a scheduler does not support; the library reports it only in the middle of a generation.
+_UNSUPPORTED_CONFIGS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "ddim": lambda config: config.get("clip_sample", True) or bool(config.get("thresholding")),
     "pndm": lambda config: not config.get("skip_prk_steps"),
     "euler": lambda config: bool(config.get("use_karras_sigmas")),
     "euler_ancestral": lambda config: config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"),
 }
-_FAMILIES_OF_OTHER_SCHEDULERS = ("stable-diffusion", "sdxl")
-_TOKENIZERS_OF_T5 = {"sd3": "tokenizer_3", "flux": "tokenizer_2"}  # of the encoder that reads the whole prompt
-_WITHOUT_GUIDANCE = 1.0
-_UNWORKABLE_KEPT = 64  # sizes; a client who tries them all costs a rebuild for each
+_FAMILIES_WITH_SCHEDULER_CHOICE = ("stable-diffusion", "sdxl")
+_T5_TOKENIZERS = {"sd3": "tokenizer_3", "flux": "tokenizer_2"}  # T5 reads the whole prompt
+_NO_GUIDANCE = 1.0
+_MAX_FAILED_SIZES = 64  # bounds the list; a size that drops out of it costs one more rebuild
 
 
 class GenaiEngine:
-    """One model's pipelines on one device, or on three: text encoder, denoiser, VAE."""
+    """The pipelines of one model on one device, or on three: text encoder, denoiser, VAE."""
 
     name = "genai"
     capacity = 1
@@ -75,21 +76,25 @@ class GenaiEngine:
         self._profile = profile
         self._settings = settings
         self._pipelines: dict[str, Any] = {}
-        self._own = LIBRARY_SCHEDULERS.get(profile.scheduling.name, "")
+        self._own_name = LIBRARY_SCHEDULERS.get(profile.scheduling.name, "")
         self._scheduler_config = profile.directory / "scheduler" / "scheduler_config.json"
         self._own_scheduler: Any = None
         self._pending: Work | None = None
-        self._unworkable: list[tuple[int, int]] = []  # sizes at which a network has failed
+        self._failed_sizes: list[tuple[int, int]] = []  # width, height at which a network has failed
         self._beat: Callable[[str], None] = lambda _phase: None
         clip = profile.directory / "tokenizer"
-        whole = profile.directory / _TOKENIZERS_OF_T5[profile.family] if has_t5(profile) else clip
-        self._tokenizer = _Tokenizer(whole if whole.is_dir() else clip, profile.prompt_tokens)
+        main = profile.directory / _T5_TOKENIZERS[profile.family] if has_t5(profile) else clip
+        self._tokenizer = _Tokenizer(main if main.is_dir() else clip, profile.prompt_tokens)
         self._clip_tokenizer = _Tokenizer(clip, CLIP_WINDOW) if has_t5(profile) else self._tokenizer
 
     # --- loading ---
 
     def load(self, beat: Callable[[str], None]) -> None:
-        """Read and compile the model, then make one real picture. Raises ModelError."""
+        """Read and compile the model, then make one real picture.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+        """
         self._beat = beat
         beat("load")
         try:
@@ -109,7 +114,7 @@ class GenaiEngine:
             "text2image": og.Text2ImagePipeline,
             "image2image": og.Image2ImagePipeline,
         }
-        # Uncompiled, then compile(): the constructor holds the interpreter lock, compile does not.
+        # Construct uncompiled, then compile(): the constructor holds the GIL, compile() does not.
         main = kinds[first](directory)
         beat("load")
         devices = self._settings.device.split()
@@ -120,7 +125,7 @@ class GenaiEngine:
             self._pipelines[task] = kinds[task](main)
         self._own_scheduler = self._scheduler("")
         for pipeline in self._pipelines.values():
-            # A derived FLUX or SD3 pipeline has no scheduler of its own, and its generate is a SIGSEGV without one.
+            # A derived FLUX or SD3 pipeline has no scheduler, and generate() without one is a SIGSEGV.
             pipeline.set_scheduler(self._own_scheduler)
         self.schedulers = self._offered_schedulers()
 
@@ -138,51 +143,58 @@ class GenaiEngine:
         return og.Scheduler.from_config(self._scheduler_config, kind)
 
     def _offered_schedulers(self) -> frozenset[str]:
-        """The model's own, and those that can be made from its configuration. Never LCM for a model that was not distilled for
-        it: the library then writes to an input the UNet does not have, a SIGSEGV."""
-        offered = {self._own} - {""}
-        if self._profile.family in _FAMILIES_OF_OTHER_SCHEDULERS and self._own != "lcm":
+        """Return the model's own scheduler and those that support its configuration.
+
+        Never LCM for a model that was not distilled for it: the library then writes to an input that the UNet does not
+        have, a SIGSEGV.
+        """
+        offered = {self._own_name} - {""}
+        if self._profile.family in _FAMILIES_WITH_SCHEDULER_CHOICE and self._own_name != "lcm":
             config = json.loads(self._scheduler_config.read_text("utf-8"))
             for name in _SCHEDULERS:
                 try:
                     self._scheduler(name)
                 except RuntimeError:
-                    continue  # a value that none of the library's schedulers takes
-                if not _REFUSES[name](config):
+                    continue  # a value that no scheduler of the library supports
+                if not _UNSUPPORTED_CONFIGS[name](config):
                     offered.add(name)
         return frozenset(offered)
 
     def _warm_up(self, beat: Callable[[str], None]) -> None:
-        """Pay for the first inference before reporting ready."""
+        """Make one picture before the worker reports ready.
+
+        Raises:
+            ModelError: the result does not have the expected shape.
+        """
         size = self._profile.native
         work = warm_up_work(self._profile, num_inference_steps=2)
         work.on_step = lambda _step, _steps: beat("warm-up")
         started = time.monotonic()
         pixels = self._generate(work)
         if pixels is None or pixels.shape != (size.height, size.width, 3):
-            raise ModelError(f"model {self._profile.name}: the warm-up pass gave no picture")
+            raise ModelError(f"model {self._profile.name}: the warm-up pass returned no picture")
         log.debug("warm-up pass took %.2f s", time.monotonic() - started)
 
     # --- prompts ---
 
     def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
-        """Tokens of a prompt, special tokens included, not truncated. Runs in: the prepare thread."""
+        """Count all tokens of a prompt, special tokens included. Runs in: the prepare thread."""
         return (self._clip_tokenizer if clip else self._tokenizer).count(prompt)
 
     def cut_prompt(self, prompt: str, *, clip: bool = False) -> str:
-        """The longest beginning of a prompt, at a word boundary, that fits the window. Runs in: the prepare thread."""
+        """Return the longest prefix of a prompt that fits the window. Runs in: the prepare thread."""
         return (self._clip_tokenizer if clip else self._tokenizer).cut(prompt)
 
     # --- work ---
 
     def admit(self, work: Work) -> None:
-        """Take the one piece of work for the next turn."""
+        """Accept the work of the next turn. Raises InternalError while there is one already."""
         if self._pending is not None:
-            raise InternalError("the engine was given a second piece of work")
+            raise InternalError("the engine has work already; its capacity is 1")
         self._pending = work
 
     def turn(self) -> Sequence[Outcome]:
-        """Make the whole picture that was admitted."""
+        """Make the admitted picture, from the first step to the last."""
         work, self._pending = self._pending, None
         if work is None:
             return ()
@@ -201,27 +213,30 @@ class GenaiEngine:
         return (Outcome(work, pixels=pixels),)
 
     def _recover(self, work: Work) -> None:
-        """Make sure that the failure stays with this picture.
+        """Make sure that the failure affects only this picture.
 
-        The library's own refusals leave a pipeline usable. A failure inside a network does not: an infer request that has met a
-        shape its graph cannot take fails at the shape that worked before it, for good (measured). A pass at the native size
-        shows it, or ends it, if the shape that worked was another.
+        After an error of the library's own checks a pipeline remains usable, but not always after a failure inside a
+        network: after one unsupported shape, an infer request fails permanently at the last shape that worked
+        (measured). So make a picture of the native size; it either shows the failure, or, if the last working shape
+        was another, ends it. If it fails, build the pipelines again.
 
         Raises:
-            RuntimeError: the pipelines cannot be built again either: the worker has to end.
+            RuntimeError: the pipelines cannot be built again; the worker must exit.
         """
         try:
             self._warm_up(self._beat)
         except (RuntimeError, ModelError):
-            log.warning("the pipelines did not recover: building them anew", extra=fields(model=self._profile.name))
+            log.warning(
+                "pipelines did not recover from a failure; rebuilding them", extra=fields(model=self._profile.name)
+            )
             self._pipelines.clear()
             self._build(self._beat)
             self._warm_up(self._beat)
             if (work.width, work.height) != (self._profile.native.width, self._profile.native.height):
-                self._unworkable = [*self._unworkable[1 - _UNWORKABLE_KEPT :], (work.width, work.height)]
+                self._failed_sizes = [*self._failed_sizes[1 - _MAX_FAILED_SIZES :], (work.width, work.height)]
 
     def phase(self) -> str:
-        """idle, or encode: the turn begins with the text encoder; the steps report themselves."""
+        """Return idle, or encode: a turn begins with the text encoder; its steps send their own heartbeats."""
         return "idle" if self._pending is None else "encode"
 
     def close(self) -> None:
@@ -229,10 +244,10 @@ class GenaiEngine:
         self._pipelines.clear()
 
     def _generate(self, work: Work) -> Pixels | None:
-        """One picture; None when it was cancelled."""
-        self._guard(work)
+        """Make one picture; return None if it was cancelled."""
+        self._check_work(work)
         pipeline = self._pipelines[work.mode]
-        changed = work.scheduler not in ("", self._own)
+        changed = work.scheduler not in ("", self._own_name)
         if changed:
             pipeline.set_scheduler(self._scheduler(work.scheduler))
         options = generation_options(work, self._profile)
@@ -242,16 +257,21 @@ class GenaiEngine:
             if changed:
                 pipeline.set_scheduler(self._own_scheduler)
         if work.cancelled.is_set() or not result.shape:
-            return None  # a cancelled call returns a scalar of garbage
+            return None  # a cancelled call returns a scalar without meaning
         # Not np.asarray: the tensor is the decoder's own buffer.
         pixels: Pixels = np.array(result.data[0], dtype=np.uint8, order="C", copy=True)
         return pixels
 
-    def _guard(self, work: Work) -> None:
-        """What must never reach the library, whoever let it come this far. Raises InvalidValue."""
-        check_served(self.name, self._profile, work)  # no steps: SIGFPE
+    def _check_work(self, work: Work) -> None:
+        """Check again everything that must never reach the library.
+
+        Raises:
+            InvalidValue: this model cannot do the work.
+            InternalError: the working size was chosen wrongly.
+        """
+        check_served(self.name, self._profile, work)  # zero steps: SIGFPE
         if not 0 <= work.strength <= 1:
-            raise InvalidValue("strength: must be within 0..1", param="strength")
+            raise InvalidValue(f"strength is {work.strength:g}; it must be within 0 to 1", param="strength")
         if is_lcm(self._profile, work.scheduler):  # too few timesteps for the steps: SIGSEGV
             enough = (
                 steps_run(self._profile.scheduling.original_inference_steps, work.strength) >= work.num_inference_steps
@@ -259,37 +279,45 @@ class GenaiEngine:
         else:
             enough = steps_run(work.num_inference_steps, work.strength) >= 1
         if not enough:
-            raise InvalidValue(f"strength: {work.strength:g} leaves no step to run", param="strength")
+            raise InvalidValue(
+                f"strength is {work.strength:g}, which leaves too few of {work.num_inference_steps} steps; raise it",
+                param="strength",
+            )
         if work.scheduler and work.scheduler not in self.schedulers:
-            raise InvalidValue(f"scheduler: {work.scheduler!r} is not served by this model", param="scheduler")
+            raise InvalidValue(
+                f"scheduler is {work.scheduler!r}; this model allows {', '.join(sorted(self.schedulers)) or 'none'}",
+                param="scheduler",
+            )
         if work.mode not in self._pipelines:
             raise InvalidValue(f"this model does not serve {work.mode}", param="model")
         multiple = self._profile.side_multiple_px
         if work.width < multiple or work.height < multiple or work.width % multiple or work.height % multiple:
-            raise InternalError(f"working size {work.width}x{work.height} is no multiple of {multiple}")
-        if (work.width, work.height) in self._unworkable:
-            raise InvalidValue(f"size: this model cannot work at {work.width}x{work.height}", param="size")
+            raise InternalError(f"working size {work.width}x{work.height} is not a multiple of {multiple}")
+        if (work.width, work.height) in self._failed_sizes:
+            raise InvalidValue(
+                f"size: this model failed at {work.width}x{work.height} before; use another size", param="size"
+            )
 
 
 def generation_options(work: Work, profile: ModelProfile) -> dict[str, Any]:
-    """Every option by its name in the library, which ignores the ones it does not know, and refuses some with others.
+    """Return the arguments of `generate` by their names in the library.
 
-    Never max_sequence_length: the first call freezes it, and every family's default is its text encoder's window.
+    The library silently ignores unknown names, and rejects some combinations. Never max_sequence_length: the first call
+    fixes it, and every family's default is its text encoder's window.
     """
     options: dict[str, Any] = {
-        "width": work.width,  # never left to the library: it takes the model's, the image's or a fixed size, by pipeline
+        "width": work.width,  # the library's default depends on the pipeline: the model's, the image's or a fixed size
         "height": work.height,
         "num_inference_steps": work.num_inference_steps,
         "guidance_scale": work.guidance_scale,
-        "rng_seed": work.seed % 2**32,  # left out, every call has seed 42
-        "num_images_per_prompt": 1,  # inpainting with more is refused, and picture k must be seed + k alone
+        "rng_seed": work.seed % 2**32,  # the default is seed 42 for every call
+        "num_images_per_prompt": 1,  # inpainting rejects more, and picture k must equal that of seed + k
     }
     if work.mode != "text2image":
         options["strength"] = work.strength
     prompts = {"prompt_2": work.prompt_2, "prompt_3": work.prompt_3}
-    if (
-        profile.takes_negative_prompt and work.guidance_scale > _WITHOUT_GUIDANCE
-    ):  # refused without guidance, even when empty
+    # Without guidance the library rejects a negative prompt, even an empty one.
+    if profile.takes_negative_prompt and work.guidance_scale > _NO_GUIDANCE:
         prompts |= {
             "negative_prompt": work.negative_prompt,
             "negative_prompt_2": work.negative_prompt_2,
@@ -303,7 +331,7 @@ def generation_options(work: Work, profile: ModelProfile) -> dict[str, Any]:
 
 
 def _tensors(work: Work) -> list[ov.Tensor]:
-    """The image, (1, H, W, 3), and the mask, (1, H, W, 1): no other shapes are taken."""
+    """Return the image, (1, H, W, 3), and the mask, (1, H, W, 1): the only shapes that the library accepts."""
     arrays = []
     if work.initial_image is not None:
         arrays.append(work.initial_image[None])
@@ -313,7 +341,7 @@ def _tensors(work: Work) -> list[ov.Tensor]:
 
 
 def _callback(work: Work) -> Callable[..., bool]:
-    """A step callback that never raises and always answers with a bool; True stops the generation about a step later."""
+    """Return a step callback that never raises and always returns a bool; True stops about a step later."""
 
     def after_step(*reported: Any) -> bool:
         try:
@@ -328,7 +356,7 @@ def _callback(work: Work) -> Callable[..., bool]:
 
 
 class _Tokenizer:
-    """Counts and cuts prompts. Its own infer requests: thread-safe beside the pipelines, for use by one thread."""
+    """Counts and truncates prompts. For one thread; safe beside the pipelines: its infer requests are its own."""
 
     def __init__(self, directory: Path, window: int) -> None:
         self._directory = directory
@@ -339,23 +367,23 @@ class _Tokenizer:
         if self._tokenizer is not None:
             return
         self._tokenizer = og.Tokenizer(str(self._directory))
-        self.count("the first call is slow")
+        self.count("the first call is slow, so make it during load")
 
     def count(self, prompt: str) -> int:
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError:
             raise InvalidValue(
-                "prompt: holds half of a surrogate pair, which is no character", param="prompt"
+                "prompt contains half of a surrogate pair, which is not a character; remove it", param="prompt"
             ) from None
         return int(self._tokenizer.encode(prompt).input_ids.shape[1])
 
     def cut(self, prompt: str) -> str:
-        return longest_fitting(prompt, self.count, self._window)
+        return truncate_to_window(prompt, self.count, self._window)
 
 
 def _first_line(error: BaseException) -> str:
-    """What the library says, without the source location it puts first."""
+    """Return the first line of the library's message that is not a source location."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith(("Exception from", "Check "))]
-    return (told or lines or ["unknown error"])[0][:300]
+    reasons = [line for line in lines if not line.startswith(("Exception from", "Check "))]
+    return (reasons or lines or ["unknown error"])[0][:300]

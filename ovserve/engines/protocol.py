@@ -1,8 +1,8 @@
-"""The Engine protocol: what the device loop asks of anything that denoises, and which engine a model gets.
+"""The Engine protocol, the choice of a model's engine, and the checks of a request that depend on the engine.
 
-An engine is driven by one thread, the device thread, in turns. A turn is one bounded piece of work: one UNet call for every
-row in flight (`stepwise`), or one whole picture (`genai`). Between turns the device loop beats, lets new work in and drops
-what was cancelled. Work is one picture: a request for n pictures is n pieces of work with seeds s, s+1, ...
+One thread, the device thread, drives an engine in turns. A turn is one bounded amount of work: one UNet call for every
+row in flight (`stepwise`), or one whole picture (`genai`). Between turns the device loop sends heartbeats, admits new
+work and drops cancelled work. `Work` is one picture: a request for n pictures is n of them with seeds s, s+1, ...
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ __all__ = [
     "Work",
     "check_served",
     "choose_engine",
+    "clip_only_fields",
     "has_t5",
-    "longest_fitting",
-    "overruns",
-    "read_by_clip_alone",
+    "runs_extra_step",
+    "truncate_to_window",
     "warm_up_work",
 ]
 
-CLIP_WINDOW = 77  # tokens that CLIP's text encoder reads, with those of begin and end: arXiv:2103.00020, section 2.4
+CLIP_WINDOW = 77  # tokens that CLIP's text encoder reads, start and end tokens included: arXiv:2103.00020, section 2.4
 
 Pixels = NDArray[np.uint8]
 
@@ -48,19 +48,19 @@ class Work:
     """One picture to denoise.
 
     Attributes:
-        job, picture: which request, and which of its pictures.
+        job, picture: id of the request, and number of the picture within it.
         mode: text2image, image2image, inpainting.
         initial_image: uint8 (H, W, 3), RGB, already at width x height; None for text2image.
-        mask_image: uint8 (H, W), 255 = repaint, 0 = keep, already pooled so that no thin mask vanishes on the latent grid;
-            None unless inpainting.
+        mask_image: uint8 (H, W), 255 = repaint, 0 = keep, already pooled so that no thin mask vanishes on the latent
+            grid; None unless inpainting.
         width, height: working size, multiples of the profile's side_multiple_px.
         strength: 1.0 for text2image.
         scheduler: empty for the model's own.
         alone: shares no call with other jobs.
-        previews: steps (1-based) after which `on_preview` wants an estimate of the final picture.
+        previews: steps (1-based) after which `on_preview` is to get an estimate of the final picture.
         on_step: called after each step with (step, steps); may be called from another thread; must not raise.
-        on_preview: called with an estimate, off the critical path where the engine can.
-        cancelled: set when nobody wants the picture any more; the engine stops at the next step.
+        on_preview: called with an estimate, where possible without delaying the next step.
+        cancelled: set when the picture is not needed any more; the engine stops at the next step.
     """
 
     job: str
@@ -92,7 +92,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """An estimate of the final picture after `step`: pixels uint8 (h, w, 3), RGB, possibly smaller than the result."""
+    """An estimate of the final picture after `step`: pixels uint8 (h, w, 3), RGB; may be smaller than the result."""
 
     step: int
     pixels: Pixels
@@ -100,7 +100,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a piece of work: pixels uint8 (H, W, 3), RGB; or an error; or neither, when it was cancelled."""
+    """The end of one `Work`: pixels uint8 (H, W, 3), RGB; or an error; or neither, if it was cancelled."""
 
     work: Work
     pixels: Pixels | None = None
@@ -108,48 +108,56 @@ class Outcome:
 
 
 class Engine(Protocol):
-    """Anything that denoises. Every method but `count_tokens` runs in the device thread."""
+    """An engine denoises pictures. All methods but `count_tokens` and `cut_prompt` run in the device thread."""
 
     name: str  # genai or stepwise
     capacity: int  # pictures in flight at once; known after `load`
-    schedulers: frozenset[str]  # names a request may choose from
-    tuned: dict[str, int]  # what `load` measured and chose, by option: the next incarnation is to have the same
+    schedulers: frozenset[str]  # names that a request may choose
+    tuned: dict[str, int]  # options that `load` chose by measuring; the next incarnation must use the same
 
     def load(self, beat: Callable[[str], None]) -> None:
         """Read and compile the model, then make one real picture.
 
-        `beat(phase)` is called as often as possible, from any thread.
+        Args:
+            beat: sends a heartbeat with the phase; called as often as possible, from any thread.
+
+        Raises:
+            ModelError: the model cannot be loaded.
         """
 
     def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
-        """Tokens of a prompt, special tokens included, not truncated. Thread-safe; runs in the prepare thread.
+        """Count all tokens of a prompt, special tokens included. Thread-safe; runs in the prepare thread.
 
         Args:
-            clip: as CLIP's encoder counts them, where the family's whole prompt is read by another one.
+            prompt: the text.
+            clip: count with CLIP's tokenizer, in families where another encoder reads the whole prompt.
+
+        Raises:
+            InvalidValue: the text cannot be encoded.
         """
 
     def cut_prompt(self, prompt: str, *, clip: bool = False) -> str:
-        """The longest beginning of a prompt, at a word boundary, that fits the window. Thread-safe."""
+        """Return the longest prefix of a prompt that fits the window; see `truncate_to_window`. Thread-safe."""
 
     def admit(self, work: Work) -> None:
-        """Let a piece of work join at the next turn. Never called beyond `capacity`."""
+        """Add work, which joins at the next turn. Never called beyond `capacity`."""
 
     def turn(self) -> Sequence[Outcome]:
-        """Do one bounded piece of work; what has ended with it. Empty and at once when there is nothing to do."""
+        """Do one bounded amount of work and return what has ended. With nothing to do, return () at once."""
 
     def phase(self) -> str:
-        """What the next turn will do: idle, encode, denoise or decode; heartbeats are judged by it."""
+        """Return what the next turn will do: idle, encode, denoise or decode. The heartbeat limit depends on it."""
 
     def close(self) -> None:
         """Release the device."""
 
 
-# Families whose denoiser is a UNet: what `stepwise` knows how to drive.
+# Families whose denoiser is a UNet, which `stepwise` can drive.
 STEPWISE_FAMILIES = frozenset({"stable-diffusion", "lcm", "sdxl"})
 
 
 def choose_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[str, str]:
-    """Which engine a model gets, and why: `auto` takes the one that serves this family best.
+    """Return the name of the engine for a model, and the reason for the log.
 
     Raises:
         ModelError: the configured engine cannot serve this model.
@@ -157,21 +165,25 @@ def choose_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[str, 
     if settings.engine == "stepwise":
         if profile.family not in STEPWISE_FAMILIES:
             raise ModelError(
-                f"model {profile.name}: engine stepwise serves {', '.join(sorted(STEPWISE_FAMILIES))}, and not {profile.family}"
+                f"model {profile.name}: engine stepwise does not serve family {profile.family}, "
+                f"only {', '.join(sorted(STEPWISE_FAMILIES))}; set engine to genai or auto"
             )
         return "stepwise", "configured"
     if settings.engine == "genai":
         return "genai", "configured"
     if profile.family not in STEPWISE_FAMILIES:
-        return "genai", f"stepwise has no loop for family {profile.family}"
+        return "genai", f"stepwise does not serve family {profile.family}"
     if "NPU" in settings.device:
-        return "genai", "NPUs want one static shape"
-    return "stepwise", "proven bit-equal for this family, and pictures share its calls"
+        return "genai", "an NPU requires static shapes"
+    return "stepwise", "same bits as genai for this family, and pictures share its calls"
 
 
 def warm_up_work(profile: ModelProfile, *, num_inference_steps: int) -> Work:
-    """One real picture of the native size, as a client would have it, in the most demanding mode of the model: ready means that it
-    has worked. The first inference also repacks the weights and takes the memory that a job will take."""
+    """Return work for the warm-up: one real picture of the native size, in the most demanding mode of the model.
+
+    A worker is ready only after it has made a picture. The first inference also repacks the weights and allocates the
+    memory that a job needs.
+    """
     size, with_mask = profile.native, "inpainting" in profile.tasks
     return Work(
         job="",
@@ -190,11 +202,11 @@ def warm_up_work(profile: ModelProfile, *, num_inference_steps: int) -> Work:
     )
 
 
-def overruns(num_inference_steps: int, num_train_timesteps: int) -> bool:
-    """Whether openvino_genai, at `timestep_spacing: trailing`, runs one step too many, at a timestep below zero.
+def runs_extra_step(num_inference_steps: int, num_train_timesteps: int) -> bool:
+    """Return whether openvino_genai, at `timestep_spacing: trailing`, runs one step too many, at a timestep below zero.
 
-    Its loop counts down in float32 from the number of training timesteps while above zero; for some step counts the last
-    subtraction leaves a positive rest, and the picture is destroyed by a step beyond the end (measured: 9, 11, 12, 18, ...).
+    Its loop counts down in float32 from the number of training timesteps while above zero. For some step counts (9, 11,
+    12, 18, ..., measured) the last subtraction leaves a positive remainder, and the extra step destroys the picture.
     """
     rest, step = np.float32(num_train_timesteps), np.float32(num_train_timesteps) / np.float32(num_inference_steps)
     for _ in range(num_inference_steps):
@@ -202,91 +214,107 @@ def overruns(num_inference_steps: int, num_train_timesteps: int) -> bool:
     return bool(rest > 0)
 
 
-def check_served(engine: str, profile: ModelProfile, asked: Work | ImageRequest) -> None:
-    """Raise InvalidValue for a number of steps, or a choice, that this engine cannot run for this model."""
+def check_served(engine: str, profile: ModelProfile, request: Work | ImageRequest) -> None:
+    """Check the step count and the other values that this engine cannot always run for this model.
+
+    Raises:
+        InvalidValue: the engine cannot run one of them.
+    """
     scheduling = profile.scheduling
-    steps, train = asked.num_inference_steps, scheduling.num_train_timesteps
+    steps, train = request.num_inference_steps, scheduling.num_train_timesteps
     if steps < 1:
-        raise InvalidValue("num_inference_steps: must be at least 1", param="num_inference_steps")
+        raise InvalidValue(f"num_inference_steps is {steps}; it must be at least 1", param="num_inference_steps")
     if steps > train:
         raise InvalidValue(
-            f"num_inference_steps: must be at most {train}, the timesteps the model was trained with",
+            f"num_inference_steps is {steps}; it must be at most {train}, the timesteps the model was trained with",
             param="num_inference_steps",
         )
     if engine != "genai":
         return
-    if scheduling.timestep_spacing == "trailing" and not is_lcm(profile, asked.scheduler) and overruns(steps, train):
+    if (
+        scheduling.timestep_spacing == "trailing"
+        and not is_lcm(profile, request.scheduler)
+        and runs_extra_step(steps, train)
+    ):
         near = sorted(
-            (count for count in range(1, 2 * steps + 2) if not overruns(count, train)),
+            (count for count in range(1, 2 * steps + 2) if not runs_extra_step(count, train)),
             key=lambda count: abs(count - steps),
         )
         raise InvalidValue(
-            f"num_inference_steps: this model's timestep spacing cannot be run in {steps} steps; "
+            f"num_inference_steps is {steps}, which this model's timestep spacing does not allow; "
             f"use {' or '.join(str(count) for count in sorted(near[:2]))}",
             param="num_inference_steps",
         )
-    _check_frozen(profile, asked)
+    _check_fixed_values(profile, request)
 
 
-def _check_frozen(profile: ModelProfile, asked: Work | ImageRequest) -> None:
-    """What the library fixes with the first picture it makes, which is the warm-up's, by the model's defaults."""
-    if profile.family in ("sd3", "flux") and asked.max_sequence_length not in (0, profile.prompt_tokens):
+def _check_fixed_values(profile: ModelProfile, request: Work | ImageRequest) -> None:
+    """Check the values that the library fixes with its first picture: that of the warm-up, with the model's defaults.
+
+    Raises:
+        InvalidValue: the request needs another value.
+    """
+    if profile.family in ("sd3", "flux") and request.max_sequence_length not in (0, profile.prompt_tokens):
         raise InvalidValue(
-            f"max_sequence_length: this model's text encoder was prepared for {profile.prompt_tokens} tokens",
+            f"max_sequence_length is {request.max_sequence_length}; this model allows only {profile.prompt_tokens}",
             param="max_sequence_length",
         )
     guided = profile.defaults.guidance_scale > 1
-    if profile.family == "sd3" and (asked.guidance_scale > 1) != guided:
-        side = "above 1: it was prepared with guidance" if guided else "at most 1: it was prepared without guidance"
-        raise InvalidValue(f"guidance_scale: for this model it must be {side}", param="guidance_scale")
+    if profile.family == "sd3" and (request.guidance_scale > 1) != guided:
+        bound = "above 1, because it was loaded with guidance" if guided else "at most 1, because it was loaded without"
+        raise InvalidValue(
+            f"guidance_scale is {request.guidance_scale:g}; for this model it must be {bound}", param="guidance_scale"
+        )
 
 
-def read_by_clip_alone(profile: ModelProfile, asked: Work | ImageRequest) -> frozenset[str]:
-    """Which of a request's texts no T5 encoder reads, in the families that have one beside CLIP's.
+def clip_only_fields(profile: ModelProfile, request: Work | ImageRequest) -> frozenset[str]:
+    """Return which text fields of a request only CLIP's encoders read, in the families that also have a T5 encoder.
 
-    CLIP's encoders read the prompt meant for each, T5 the last one; where that is not given, the first (Esser et al. 2024,
-    arXiv:2403.03206, section 5; FLUX the same with one CLIP encoder).
+    Each CLIP encoder reads its own prompt, and T5 the last one; an encoder for which none was given reads the
+    first (Esser et al. 2024, arXiv:2403.03206, section 5; FLUX the same with one CLIP encoder).
     """
     if not has_t5(profile):
         return frozenset()
     if profile.family == "flux":
-        return frozenset({"prompt"} if asked.prompt_2 else ())
+        return frozenset({"prompt"} if request.prompt_2 else ())
     alone = {"prompt_2", "negative_prompt_2"}
-    if asked.prompt_3:
+    if request.prompt_3:
         alone.add("prompt")
-    if asked.negative_prompt_3:
+    if request.negative_prompt_3:
         alone.add("negative_prompt")
     return frozenset(alone)
 
 
 def has_t5(profile: ModelProfile) -> bool:
-    """Whether a T5 encoder reads the prompt, whole, beside CLIP's encoders, which read CLIP_WINDOW tokens of it."""
+    """Return whether a T5 encoder reads the whole prompt, while CLIP's encoders read CLIP_WINDOW tokens of it."""
     return profile.family in ("sd3", "flux") and profile.prompt_tokens > CLIP_WINDOW
 
 
-def longest_fitting(prompt: str, count_tokens: Callable[[str], int], window: int) -> str:
-    """The longest beginning of a prompt of at most `window` tokens.
+def truncate_to_window(prompt: str, count_tokens: Callable[[str], int], window: int) -> str:
+    """Return the longest prefix of a prompt of at most `window` tokens that ends at a word boundary.
 
-    At a word boundary; where the word that goes beyond the window would leave more than half of it unused, as in a language that
-    writes no blanks, inside that word, behind a whole character.
+    If that leaves at least half of the window unused, as in a language without spaces, the prefix ends inside the next
+    word, after a whole character.
     """
     ends = [match.end() for match in re.finditer(r"\S+", prompt)]
-    cut, more = _last_fitting(prompt, ends, count_tokens, window)
-    if more and count_tokens(prompt[:cut]) <= window // 2:
-        marks = "\u200d\ufe0e\ufe0f"  # joiner and variation selectors: they belong to the character before them
+    cut, beyond = _last_end_within(prompt, ends, count_tokens, window)
+    if beyond and count_tokens(prompt[:cut]) <= window // 2:
+        marks = "\u200d\ufe0e\ufe0f"  # joiner and variation selectors belong to the character before them
         inside = [
             end
-            for end in range(cut + 1, more)
+            for end in range(cut + 1, beyond)
             if not unicodedata.combining(prompt[end]) and prompt[end] not in marks and prompt[end - 1] not in marks[0]
         ]
-        cut = max(cut, _last_fitting(prompt, inside, count_tokens, window)[0])
+        cut = max(cut, _last_end_within(prompt, inside, count_tokens, window)[0])
     return prompt[:cut]
 
 
-def _last_fitting(prompt: str, ends: Sequence[int], count_tokens: Callable[[str], int], window: int) -> tuple[int, int]:
-    """The last of these ends up to which a prompt fits, 0 where none does, and the end after it, 0 behind the last."""
+def _last_end_within(
+    prompt: str, ends: Sequence[int], count_tokens: Callable[[str], int], window: int
+) -> tuple[int, int]:
+    """Return the last of `ends` up to which a prompt fits, or 0; and the one after it, or 0."""
     low, high = 0, len(ends)
-    while low < high:  # more text is never fewer tokens
+    while low < high:  # binary search: more text never has fewer tokens
         middle = (low + high + 1) // 2
         if count_tokens(prompt[: ends[middle - 1]]) <= window:
             low = middle

@@ -19,7 +19,7 @@ from typing import Any
 from ovserve.errors import ModelError, SettingsError
 from ovserve.models.families import T5_ENCODERS, Defaults, family_of
 from ovserve.models.presets import PRESETS, Preset, limited_presets, resolve_preset
-from ovserve.settings.options import ModelSettings, Resolution
+from ovserve.settings.options import BUILTIN_PREFIX, ModelSettings, Resolution
 
 __all__ = [
     "ModelProfile",
@@ -96,14 +96,26 @@ class ModelProfile:
         return Resolution(*(min(high, max(low, side)) for side in sides))
 
 
+BUILTIN_MODELS = {"shapes": "builtin"}  # name to folder in the package
 SIZE_KEYS = ("native", "min_side_px", "max_side_px", "side_multiple_px")
 INPAINTING_CHANNELS = 9  # latents, mask, and the masked image's latents
 _FLOW_MATCHING = Scheduling("FlowMatchEulerDiscrete", 1000, "linspace", 50)
 
 
-def builtin_directory() -> Path:
-    """Return the directory of the built-in model inside the installed package."""
-    return Path(str(files("ovserve") / "builtin"))
+def builtin_directory(name: str = "shapes") -> Path:
+    """Return the directory of a built-in model inside the installed package. Raises ModelError for an unknown name."""
+    if name not in BUILTIN_MODELS:
+        known = ", ".join(f"{BUILTIN_PREFIX}{known}" for known in BUILTIN_MODELS)
+        raise ModelError(f"{BUILTIN_PREFIX}{name}: not one of the built-in models: {known}")
+    return Path(str(files("ovserve") / BUILTIN_MODELS[name]))
+
+
+def _model_directory(path: Path | None) -> Path:
+    """Return the directory that the option `path` means. Raises ModelError for an unknown built-in model."""
+    if path is None:
+        return builtin_directory()
+    text = str(path)
+    return builtin_directory(text.removeprefix(BUILTIN_PREFIX)) if text.startswith(BUILTIN_PREFIX) else path
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
@@ -154,10 +166,11 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
     """Read a model's directory, then apply the operator's defaults and limits.
 
     Raises:
-        ModelError: the directory is missing, is not an image pipeline, or lacks a component; the message names it.
+        ModelError: the built-in model is unknown, or the directory is missing, is not an image pipeline, or lacks a
+            component; the message names it.
         SettingsError: a default is outside the operator's limits.
     """
-    given = settings.path or builtin_directory()
+    given = _model_directory(settings.path)
     try:
         directory = Path(os.path.realpath(given))  # does not raise on a loop of symlinks, unlike Path.resolve
         profile = _read_directory(directory, settings)

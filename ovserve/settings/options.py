@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "BUILTIN_NAME",
+    "BUILTIN_PREFIX",
     "ModelSettings",
     "Option",
     "Resolution",
@@ -23,6 +25,8 @@ __all__ = [
 ]
 
 MIB = 1024 * 1024
+BUILTIN_PREFIX = "builtin:"  # of the option `path`: a model in the package, `builtin:shapes`
+BUILTIN_NAME = "ovserve-builtin"  # served name of a built-in model, if the option `name` is empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +100,15 @@ class ModelSettings:
     None means the value that the model declares.
     """
 
-    name: str = _option("", "Name for the request field `model`; empty: the directory's name.", aliases=("model_name",))
+    name: str = _option(
+        "",
+        "Name for the request field `model`; empty: the directory's name, or `ovserve-builtin`.",
+        aliases=("model_name",),
+    )
     path: Path | None = _option(
         None,
-        "Directory in diffusers layout with OpenVINO IR files; none: the built-in model.",
+        "Directory in diffusers layout with OpenVINO IR files, or the built-in model `builtin:shapes`; none: "
+        "`builtin:shapes`.",
         aliases=("model_path",),
     )
     device: str = _option(

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from ovserve.errors import SettingsError
-from ovserve.settings.options import ModelSettings, Option, Resolution, Settings, options_of, parse_origins
+from ovserve.settings.options import (
+    BUILTIN_NAME,
+    BUILTIN_PREFIX,
+    ModelSettings,
+    Option,
+    Resolution,
+    Settings,
+    options_of,
+    parse_origins,
+)
 
 __all__ = ["ENVIRONMENT_PREFIX", "load_settings", "service_variables"]
 
@@ -170,10 +179,13 @@ def _hint(name: str, known: set[str]) -> str:
 
 
 def _model_name(model: ModelSettings) -> ModelSettings:
+    """Return the settings with a name: the given one, else that of the built-in model or of the directory."""
     if model.name:
         return model
+    if model.path is None or str(model.path).startswith(BUILTIN_PREFIX):
+        return dataclasses.replace(model, name=BUILTIN_NAME)
     try:
-        name = (Path(os.path.realpath(model.path)).name or "model") if model.path else "ovserve-builtin"
+        name = Path(os.path.realpath(model.path)).name or "model"
     except OSError as error:  # a relative path, and the working directory is gone
         raise SettingsError(f"model path {model.path}: {error.strerror}") from None
     return dataclasses.replace(model, name=name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ovserve.engines.protocol import CLIP_WINDOW, Engine, has_t5, read_by_clip_alone
+from ovserve.engines.protocol import CLIP_WINDOW, Engine, clip_only_fields, has_t5
 from ovserve.errors import PromptTooLong
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
@@ -21,7 +21,7 @@ def fit_prompt(request: ImageRequest, profile: ModelProfile, engine: Engine) -> 
     Raises:
         PromptTooLong: a text is longer than the window of every encoder that reads it.
     """
-    by_clip = read_by_clip_alone(profile, request)
+    by_clip = clip_only_fields(profile, request)
     names = ["prompt", "negative_prompt"]
     for encoder in range(2, profile.text_encoders + 1):
         names += [f"prompt_{encoder}", f"negative_prompt_{encoder}"]

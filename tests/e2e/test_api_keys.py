@@ -12,7 +12,7 @@ import pytest
 
 from ovserve.api.routes import is_open
 from tests.faultserver import FaultServer
-from tests.live import LiveServer
+from tests.live import BUILTIN_PATH, LiveServer
 
 
 @pytest.fixture
@@ -98,9 +98,10 @@ def test_missing_key_file_stops_the_start(tmp_path: Path) -> None:
 
 def test_reload_without_keys_is_logged(tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
-    config.write_text('api_key = "sk-one"\n[[model]]\nplugin_config = "{}"\n')
+    model = f'[[model]]\npath = "{BUILTIN_PATH}"\nplugin_config = "{{}}"\n'
+    config.write_text(f'api_key = "sk-one"\n{model}')
     with FaultServer(tmp_path, "--config", str(config)) as server:
-        config.write_text('[[model]]\nplugin_config = "{}"\n')
+        config.write_text(model)
         server.signal(signal.SIGHUP)
         server.until(lambda: bool(server.logged("reloaded", "api_keys=0")))
         assert server.logged("everybody is answered")

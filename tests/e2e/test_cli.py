@@ -1,4 +1,4 @@
-"""The command line as an operator meets it: what stops the start, and what ends the process."""
+"""The command line: start-up errors, exit codes, signals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from ovserve.cli.commands import ExitCode
 from ovserve.models.profile import builtin_directory
-from tests.live import LiveServer, is_alive
+from tests.live import BUILTIN_NAME, BUILTIN_PATH, LiveServer, is_alive
 
 START_LIMIT_S = 60
 
@@ -33,47 +33,49 @@ def run(*arguments: str, environment: Mapping[str, str] | None = None) -> subpro
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "words"),
     [
         (["--model_path", "nowhere"], "no such directory"),
         (["--model-path", "/"], "model_index.json"),
         (["--port", "99999"], "--port=99999"),
         (["--target_device", "CPU GPU"], "device"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
-        (["--max_num_inference_steps", "3"], "num_inference_steps"),
+        (["--model_path", BUILTIN_PATH, "--max_num_inference_steps", "3"], "num_inference_steps"),
+        (["--model_path", "builtin:other"], "builtin:other: not one of the built-in models: builtin:shapes"),
     ],
 )
-def test_a_wrong_start_gets_one_line_and_code_two(arguments: list[str], told: str) -> None:
+def test_wrong_option_value_is_one_line_and_exit_code_two(arguments: list[str], words: str) -> None:
     done = run("--port", "0", *arguments) if "--port" not in arguments else run(*arguments)
     assert done.returncode == 2
-    assert told in done.stderr
+    assert words in done.stderr
     assert done.stderr.count("\n") == 1
     assert not done.stdout
 
 
-def test_an_unknown_device_ends_the_start_with_its_reason(tmp_path: Path) -> None:
-    done = run("--port", "0", "--target_device", "TPU", "--spool_dir", str(tmp_path), "--log_level", "error")
+def test_unknown_device_is_a_start_error_that_names_it(tmp_path: Path) -> None:
+    options = ("--target_device", "TPU", "--spool_dir", str(tmp_path), "--log_level", "error")
+    done = run("--port", "0", "--model_path", BUILTIN_PATH, *options)
     assert done.returncode == 2
     assert "TPU" in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 
-def test_an_occupied_port_is_told() -> None:
+def test_port_in_use_is_a_start_error() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = run("--port", str(taken.getsockname()[1]))
+        done = run("--port", str(taken.getsockname()[1]), "--model_path", BUILTIN_PATH)
     assert done.returncode == 2
     assert "in use" in done.stderr
 
 
-def test_version_and_help() -> None:
+def test_version_and_help_list_flags_commands_and_exit_codes() -> None:
     assert run("--version").stdout.startswith("ovserve ")
-    told = run("--help").stdout
+    text = run("--help").stdout
     for flag in ("--model_path", "--rest_port", "--target_device", "--config"):
-        assert flag in told
+        assert flag in text
     for row in ("serve", *(code.text for code in ExitCode)):
-        assert row in told
+        assert row in text
 
 
 @pytest.mark.parametrize(
@@ -94,12 +96,21 @@ def test_wrong_command_line_is_one_line_with_the_nearest_name(arguments: list[st
 
 
 def test_process_spawned_by_the_console_script_imports_no_front_end() -> None:
-    code = "import sys, ovserve.cli.main; print([m for m in sys.modules if m.startswith(('ovserve.front', 'ovserve.server'))])"
+    front_end = "('ovserve.front', 'ovserve.server')"
+    code = f"import sys, ovserve.cli.main; print([m for m in sys.modules if m.startswith({front_end})])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 
 
-def test_a_users_own_directory_under_its_own_name(tmp_path: Path) -> None:
+def test_server_without_a_model_option_serves_the_builtin_model(tmp_path: Path) -> None:
+    with LiveServer(spool=tmp_path, model=None) as live:
+        with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
+            assert [model.id for model in client.models.list()] == [BUILTIN_NAME]
+            assert client.images.generate(prompt="a red star").data
+        assert live.fetch("/v2/health/ready")[0] == 200
+
+
+def test_model_directory_is_served_under_the_given_name(tmp_path: Path) -> None:
     with LiveServer("--model_name", "me/shapes", "--model_path", str(builtin_directory()), spool=tmp_path) as live:
         with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
             assert client.models.retrieve("me/shapes").id == "me/shapes"
@@ -108,25 +119,27 @@ def test_a_users_own_directory_under_its_own_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains_what_is_in_flight_and_leaves_nothing(tmp_path: Path, data: Path, number: int) -> None:
+def test_signal_drains_jobs_in_flight_and_leaves_no_process_or_file(tmp_path: Path, data: Path, number: int) -> None:
     live = LiveServer(spool=tmp_path)
     workers = live.workers()
     assert workers
-    answered = threading.Event()
+    completed = threading.Event()
     started = threading.Event()
 
-    def edit() -> None:
+    def generate() -> None:
         with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-            stream = client.images.generate(prompt="a red star", stream=True, extra_body={"num_inference_steps": 100})
+            stream = client.images.generate(
+                model=BUILTIN_NAME, prompt="a red star", stream=True, extra_body={"num_inference_steps": 100}
+            )
             for event in stream:
                 if event.type == "image_generation.completed":
-                    answered.set()
+                    completed.set()
 
-    def watch() -> None:  # a job is in flight as soon as the queue or a worker holds it
+    def watch() -> None:  # a job that is queued or dispatched is in flight
         while not started.is_set():
-            started.set() if live.fetch("/v3/models/ovserve-builtin")[1]["running"] else None
+            started.set() if live.fetch(f"/v3/models/{BUILTIN_NAME}")[1]["running"] else None
 
-    threads = [threading.Thread(target=edit), threading.Thread(target=watch)]
+    threads = [threading.Thread(target=generate), threading.Thread(target=watch)]
     for thread in threads:
         thread.start()
     assert started.wait(30)
@@ -134,16 +147,16 @@ def test_a_signal_drains_what_is_in_flight_and_leaves_nothing(tmp_path: Path, da
     assert live.wait() == 0
     for thread in threads:
         thread.join()
-    assert answered.is_set()
+    assert completed.is_set()
     assert not [pid for pid in workers if is_alive(pid)]
     assert not list(tmp_path.iterdir())
 
 
-def test_a_second_signal_ends_now(tmp_path: Path) -> None:
+def test_second_signal_stops_at_once(tmp_path: Path) -> None:
     live = LiveServer("--grace_period_s", "600", spool=tmp_path)
     workers = live.workers()
     with socket.create_connection(("127.0.0.1", live.port)) as slow:
-        # A request whose body never comes is in flight for as long as it may be slow.
+        # A request whose body does not arrive stays in flight until its timeout.
         slow.sendall(
             b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5\r\n\r\n"
         )
@@ -157,23 +170,27 @@ def test_a_second_signal_ends_now(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_kubernetes_service_does_not_stop_the_start(tmp_path: Path) -> None:
+def test_variables_of_a_kubernetes_service_are_ignored_and_logged(tmp_path: Path) -> None:
     variables = {"OVSERVE_PORT": "tcp://10.0.0.11:8000", "OVSERVE_SERVICE_HOST": "10.0.0.11"}
-    done = run("--port", "0", "--target_device", "TPU", "--spool_dir", str(tmp_path), environment=variables)
+    options = ("--target_device", "TPU", "--spool_dir", str(tmp_path))
+    done = run("--port", "0", "--model_path", BUILTIN_PATH, *options, environment=variables)
     assert "TPU" in done.stderr.splitlines()[-1]
-    [told] = [line for line in done.stderr.splitlines() if "Kubernetes" in line]
-    assert 'ignored="OVSERVE_PORT, OVSERVE_SERVICE_HOST"' in told
+    [entry] = [line for line in done.stderr.splitlines() if "Kubernetes" in line]
+    assert 'ignored="OVSERVE_PORT, OVSERVE_SERVICE_HOST"' in entry
 
 
-def test_a_missing_directory_stops_the_start_though_another_model_is_right(tmp_path: Path) -> None:
+def test_missing_directory_of_one_model_is_a_start_error(tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
-    config.write_text("port = 0\n[[model]]\nname = 'right'\n[[model]]\nname = 'wrong'\npath = 'nowhere'\n")
+    config.write_text(
+        f"port = 0\n[[model]]\nname = 'right'\npath = '{BUILTIN_PATH}'\n[[model]]\nname = 'wrong'\npath = 'nowhere'\n"
+    )
     done = run("--config", str(config))
     assert done.returncode == 2
     assert "nowhere: no such directory" in done.stderr
 
 
-OUTLIVED = """
+# A server whose worker process blocks SIGTERM. Argument: the exit code; 2 means an error at start.
+STUCK_WORKER = """
 import multiprocessing, signal, sys, time
 from multiprocessing import resource_tracker
 from ovserve import errors
@@ -198,11 +215,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("code", [0, 2])
-def test_a_worker_that_no_signal_ends_does_not_keep_the_server_from_ending(tmp_path: Path, code: int) -> None:
-    script, told, errors = tmp_path / "outlived.py", tmp_path / "told", tmp_path / "errors"
-    script.write_text(OUTLIVED)
+def test_server_exits_although_a_worker_ignores_signals(tmp_path: Path, code: int) -> None:
+    script, output, errors = tmp_path / "stuck_worker.py", tmp_path / "output", tmp_path / "errors"
+    script.write_text(STUCK_WORKER)
     with (
-        told.open("w") as out,
+        output.open("w") as out,
         errors.open("w") as err,
         subprocess.Popen([sys.executable, str(script), str(code)], stdout=out, stderr=err) as server,
     ):
@@ -210,5 +227,5 @@ def test_a_worker_that_no_signal_ends_does_not_keep_the_server_from_ending(tmp_p
             assert server.wait(START_LIMIT_S / 2) == code
         finally:
             server.kill()
-            os.kill(int(told.read_text()), signal.SIGKILL)
+            os.kill(int(output.read_text()), signal.SIGKILL)
     assert "exiting while workers that survived SIGKILL still run" in errors.read_text()

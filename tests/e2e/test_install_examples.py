@@ -1,4 +1,4 @@
-"""What docs/install.md tells an operator to write: the proxy's configuration in front of a live server, the settings, the files it names."""
+"""The examples of docs/install.md: the proxy configuration before a live server, the settings, the container."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "install.md").read_text("utf-8")
 HOST = "images.example.org"
 KEY = "change-me"
-AROUND = """
+# The main configuration file, around the server block of the page.
+NGINX_CONF = """
 {user} daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
 events {{ worker_connections 256; }}
 http {{
@@ -35,6 +36,7 @@ http {{
 
 
 def block(name: str) -> str:
+    """Return the text of a marked block of the page."""
     found = re.search(rf"^ *<!-- example: {name} -->\n *```\w+\n(.*?)^ *```$", PAGE, re.DOTALL | re.MULTILINE)
     assert found
     return found[1]
@@ -42,7 +44,10 @@ def block(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def behind_nginx(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ssl.SSLContext]]:
-    """The address of the page's nginx configuration, and what trusts its certificate; only addresses and paths are others."""
+    """Start nginx with the configuration of the page; only addresses and paths are replaced.
+
+    Yields its URL, and an SSL context that trusts its certificate.
+    """
     folder, port = tmp_path_factory.mktemp("nginx"), free_port()
     certificate, key = folder / "fullchain.pem", folder / "privkey.pem"
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={HOST}"]
@@ -50,7 +55,7 @@ def behind_nginx(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -
     subprocess.run(make, check=True, capture_output=True)
     text = block("nginx").replace(f"/etc/ssl/{HOST}", str(folder)).replace("listen 443", f"listen 127.0.0.1:{port}")
     (folder / "ovserve.conf").write_text(text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}"))
-    (folder / "nginx.conf").write_text(AROUND.format(folder=folder, user="user root;" if os.getuid() == 0 else ""))
+    (folder / "nginx.conf").write_text(NGINX_CONF.format(folder=folder, user="user root;" if os.getuid() == 0 else ""))
     program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     assert program, "nginx is not installed: scripts/test installs it"
     command = [program, "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log"), "-p", str(folder)]
@@ -74,7 +79,7 @@ def behind_nginx(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -
         process.wait(START_LIMIT_S)
 
 
-def test_nginx_lets_clients_with_a_key_in(behind_nginx: tuple[str, ssl.SSLContext], data: Path) -> None:
+def test_nginx_forwards_requests_with_the_key(behind_nginx: tuple[str, ssl.SSLContext], data: Path) -> None:
     url, trust = behind_nginx
     image, prompt = (data / "red_circle.png").read_bytes(), "a green circle on a blue background"
     trusting = openai.DefaultHttpxClient(verify=trust)
@@ -87,7 +92,7 @@ def test_nginx_lets_clients_with_a_key_in(behind_nginx: tuple[str, ssl.SSLContex
         assert [event.type for event in stream][-1] == "image_edit.completed"
 
 
-def test_nginx_keeps_everybody_else_out(behind_nginx: tuple[str, ssl.SSLContext]) -> None:
+def test_nginx_rejects_a_wrong_key_and_other_paths(behind_nginx: tuple[str, ssl.SSLContext]) -> None:
     url, trust = behind_nginx
     with httpx.Client(base_url=url, verify=trust, timeout=60) as client:
         assert client.get("/v1/models").status_code == 401
@@ -105,7 +110,7 @@ def test_nginx_keeps_everybody_else_out(behind_nginx: tuple[str, ssl.SSLContext]
             assert reply.status_code == 404, path
 
 
-def test_nginx_leaves_sizes_to_the_server(behind_nginx: tuple[str, ssl.SSLContext]) -> None:
+def test_nginx_leaves_size_limits_to_the_server(behind_nginx: tuple[str, ssl.SSLContext]) -> None:
     url, trust = behind_nginx
     form = {"prompt": "x" * 3_000_000}
     with httpx.Client(base_url=url, verify=trust, timeout=60) as client:
@@ -116,7 +121,7 @@ def test_nginx_leaves_sizes_to_the_server(behind_nginx: tuple[str, ssl.SSLContex
     assert reply.json()["error"]["code"] == "part_too_large"
 
 
-def test_the_settings_are_settings(tmp_path: Path) -> None:
+def test_settings_example_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "ovserve.toml"
     path.write_text(re.sub(r"^   ", "", block("settings"), flags=re.MULTILINE))
     settings = load_settings({}, {}, path)
@@ -124,7 +129,7 @@ def test_the_settings_are_settings(tmp_path: Path) -> None:
     assert [model.name for model in settings.models] == ["ovserve-builtin"]
 
 
-def test_the_image_has_what_the_page_says() -> None:
+def test_dockerfile_and_unit_match_the_page() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
     for copied in re.findall(r"^COPY (.+) \S+$", dockerfile, re.MULTILINE):
         for name in copied.split():

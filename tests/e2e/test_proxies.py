@@ -1,4 +1,4 @@
-"""Behind nginx and HAProxy, as an operator would put them: persistent connections, large uploads, streams, refusals."""
+"""The server behind nginx and HAProxy: persistent connections, large uploads, streams, errors, disconnects."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ backend b
 
 
 def free_port() -> int:
+    """Return a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -69,6 +70,7 @@ def free_port() -> int:
 def proxied(
     request: pytest.FixtureRequest, server: LiveServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
+    """Start a proxy in front of the live server; yield the proxy's URL."""
     folder, port = tmp_path_factory.mktemp(request.param), free_port()
     program = shutil.which(request.param.partition("-")[0], path=f"{os.environ['PATH']}:/usr/sbin")
     assert program, f"{request.param} is not installed: scripts/test installs it"
@@ -104,16 +106,16 @@ def proxied(
         process.wait(START_LIMIT_S)
 
 
-def test_edits_over_persistent_connections(proxied: str, data: Path) -> None:
+def test_edits_are_served_over_persistent_connections(proxied: str, data: Path) -> None:
     image = (data / "red_circle.png").read_bytes()
     with httpx.Client(base_url=proxied, timeout=60) as client:
-        answers = [
+        replies = [
             client.post("/v1/images/edits", data={"prompt": PROMPT, "seed": "1"}, files={"image": ("a.png", image)})
             for _ in range(5)
         ]
-    assert {answer.status_code for answer in answers} == {200}
-    assert len({answer.json()["data"][0]["b64_json"] for answer in answers}) == 1
-    assert len({answer.headers["x-request-id"] for answer in answers}) == 5
+    assert {reply.status_code for reply in replies} == {200}
+    assert len({reply.json()["data"][0]["b64_json"] for reply in replies}) == 1
+    assert len({reply.headers["x-request-id"] for reply in replies}) == 5
 
 
 def test_streams_pass_through(proxied: str, data: Path) -> None:
@@ -126,7 +128,7 @@ def test_streams_pass_through(proxied: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_large_upload(proxied: str, chunked: bool) -> None:
+def test_large_upload_is_served(proxied: str, chunked: bool) -> None:
     stream = io.BytesIO()
     noise = Image.frombytes("RGB", (2000, 1600), random.Random(1).randbytes(2000 * 1600 * 3))
     noise.save(stream, "PNG", compress_level=0)
@@ -144,7 +146,7 @@ def test_a_large_upload(proxied: str, chunked: bool) -> None:
     assert reply.json()["size"] == "128x128"
 
 
-def test_a_refusal_in_the_middle_of_an_upload_arrives(proxied: str) -> None:
+def test_error_in_the_middle_of_an_upload_reaches_the_client(proxied: str) -> None:
     body = b'--b\r\nContent-Disposition: form-data; nome="image"\r\n\r\n' + b"x" * 3_000_000 + b"\r\n--b--\r\n"
     reply = httpx.post(
         f"{proxied}/v1/images/edits",
@@ -156,7 +158,7 @@ def test_a_refusal_in_the_middle_of_an_upload_arrives(proxied: str) -> None:
     assert reply.json()["error"]["message"]
 
 
-def test_errors_and_heads_pass_through(proxied: str) -> None:
+def test_errors_and_header_fields_pass_through(proxied: str) -> None:
     with httpx.Client(base_url=proxied, timeout=60) as client:
         assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
         assert client.head("/v1/models").status_code == 200
@@ -164,7 +166,7 @@ def test_errors_and_heads_pass_through(proxied: str) -> None:
         assert client.get("/v1/models").json()["data"][0]["id"] == "ovserve-builtin"
 
 
-def test_a_client_that_leaves_the_proxy_stops_its_work(proxied: str, server: LiveServer) -> None:
+def test_disconnect_from_the_proxy_cancels_the_job(proxied: str, server: LiveServer) -> None:
     document = {"prompt": "a star", "num_inference_steps": 100, "n": 10, "stream": True}
     with httpx.stream("POST", f"{proxied}/v1/images/generations", json=document, timeout=60) as reply:
         next(reply.iter_bytes())

@@ -1,3 +1,5 @@
+"""Engine `stepwise` makes the same bytes as OpenVINO GenAI, alone and in mixed batches."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -25,12 +27,12 @@ from tests.pictures import (
     work_of,
 )
 
-# Steps, strength and guidance that differ within one batch: rows at many timesteps, one row or two for a picture.
-WALKS = ((5, 1.0, 3.0), (9, 0.6, 1.0), (4, 1.0, 1.0), (7, 0.85, 6.5), (2, 0.99, 3.0), (1, 1.0, 2.0))
+# Steps, strength and guidance scale that differ within one batch: many timesteps, and one or two rows for a picture.
+SCHEDULES = ((5, 1.0, 3.0), (9, 0.6, 1.0), (4, 1.0, 1.0), (7, 0.85, 6.5), (2, 0.99, 3.0), (1, 1.0, 2.0))
 
 
 class Bench:
-    """An engine and the library over the same model."""
+    """The engine and the library with the same model."""
 
     def __init__(self, directory: Path, precision: str) -> None:
         self.calls: list[Finished[Call]] = []
@@ -39,12 +41,12 @@ class Bench:
         self.library = Library(directory, precision)
 
     def check(self, works: list[Work]) -> None:
-        """Every picture has the library's bytes."""
+        """Assert that every picture has the library's bytes."""
         self.calls.clear()
         for work, pixels in zip(works, pixels_of(drive(self.engine, works)), strict=True):
-            told = (work.mode, work.scheduler, work.num_inference_steps, work.strength, work.guidance_scale)
-            assert pixels.std() > 5, told
-            np.testing.assert_array_equal(pixels, self.library.picture(work), err_msg=str(told))
+            values = (work.mode, work.scheduler, work.num_inference_steps, work.strength, work.guidance_scale)
+            assert pixels.std() > 5, values
+            np.testing.assert_array_equal(pixels, self.library.picture(work), err_msg=str(values))
 
     @property
     def modes(self) -> list[str]:
@@ -52,7 +54,7 @@ class Bench:
 
     @property
     def schedulers(self) -> list[str]:
-        """Those the library runs: LCM with a v-prediction model ends the process there."""
+        """The schedulers that the library runs: LCM with a v-prediction model ends its process."""
         document = read_scheduler_config(self.profile.directory)
         crashing = {"lcm"} if document["prediction_type"] == "v_prediction" else set()
         return ["", *sorted((self.engine.schedulers & set(TYPES)) - crashing)]
@@ -70,10 +72,11 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     made.engine.close()
 
 
-def walks(bench: Bench, mode: str, scheduler: str, start: int = 0) -> list[Work]:
+def works_of(bench: Bench, mode: str, scheduler: str, start: int = 0) -> list[Work]:
+    """Return one picture for each of SCHEDULES."""
     is_lcm = bench.profile.family == "lcm"
     made = []
-    for place, (steps, strength, guidance_scale) in enumerate(WALKS):
+    for place, (steps, strength, guidance_scale) in enumerate(SCHEDULES):
         made.append(
             work_of(
                 bench.profile,
@@ -88,28 +91,30 @@ def walks(bench: Bench, mode: str, scheduler: str, start: int = 0) -> list[Work]
     return made
 
 
-def test_pictures_of_a_mixed_batch_have_the_library_s_bytes(bench: Bench) -> None:
+def test_mixed_batch_has_the_librarys_bytes(bench: Bench) -> None:
     columns = [
-        walks(bench, mode, scheduler, place) for place, scheduler in enumerate(bench.schedulers) for mode in bench.modes
+        works_of(bench, mode, scheduler, place)
+        for place, scheduler in enumerate(bench.schedulers)
+        for mode in bench.modes
     ]
     bench.check([work for row in zip(*columns, strict=True) for work in row])
     denoising = [call.subject for call in bench.calls if call.subject.kind == "denoise"]
     assert any(len({row.index for row in call.rows}) > 1 and len(call.pictures) > 2 for call in denoising)
 
 
-def test_pictures_made_one_at_a_time_have_the_library_s_bytes(bench: Bench) -> None:
+def test_single_pictures_have_the_librarys_bytes(bench: Bench) -> None:
     for place, scheduler in enumerate(bench.schedulers):
         for mode in bench.modes:
-            bench.check([walks(bench, mode, scheduler, place)[place % len(WALKS)]])
+            bench.check([works_of(bench, mode, scheduler, place)[place % len(SCHEDULES)]])
 
 
-def test_several_pictures_of_one_masked_edit_are_those_of_single_calls(bench: Bench) -> None:
-    # The library refuses more than one for most models; picture k is seed + k alone.
+def test_pictures_of_one_masked_edit_equal_those_of_single_calls(bench: Bench) -> None:
+    # The library rejects more than one for most models; picture k equals a single picture with seed + k.
     first = work_of(bench.profile, "inpainting", 3, guidance_scale=4.0)
     bench.check([replace(first, picture=k, seed=first.seed + k) for k in range(4)])
 
 
-def test_sizes_share_the_engine_and_not_their_calls(bench: Bench) -> None:
+def test_pictures_of_different_sizes_share_no_call(bench: Bench) -> None:
     native = bench.profile.native
     wide, tall = Resolution(native.width, native.height // 2), Resolution(native.width // 2, native.height + 64)
     mode = bench.modes[0]
@@ -119,7 +124,7 @@ def test_sizes_share_the_engine_and_not_their_calls(bench: Bench) -> None:
         assert len({(picture.work.width, picture.work.height) for picture in call.subject.pictures}) == 1
 
 
-def test_a_seed_is_taken_modulo_two_to_the_thirty_second(bench: Bench) -> None:
+def test_seed_is_used_modulo_2_to_the_32(bench: Bench) -> None:
     mode = bench.modes[0]
     works = [work_of(bench.profile, mode, 1, seed=seed) for seed in (7, 2**32 + 7)]
     first, second = pixels_of(drive(bench.engine, works))
@@ -143,7 +148,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_other_configurations_have_the_library_s_bytes(variant: str, tmp_path: Path) -> None:
+def test_other_scheduler_configurations_have_the_librarys_bytes(variant: str, tmp_path: Path) -> None:
     changes = VARIANTS[variant]
     directory = with_scheduler("sd", tmp_path, **changes)
     made = Bench(directory, "f32")
@@ -151,26 +156,29 @@ def test_other_configurations_have_the_library_s_bytes(variant: str, tmp_path: P
     works = []
     for place, scheduler in enumerate(sorted(schedulers)):
         for mode in made.modes:
-            walk = walks(made, mode, scheduler, place)
-            works += [work for work in walk if variant != "trailing" or work.num_inference_steps != 9]
+            works += [
+                work
+                for work in works_of(made, mode, scheduler, place)
+                if variant != "trailing" or work.num_inference_steps != 9
+            ]
     made.check(works)
     made.engine.close()
 
 
-def test_a_step_count_that_the_library_overruns_is_served(tmp_path: Path) -> None:
-    # With trailing spacing the library takes a thirteenth step at timestep -1, and the picture is noise.
+def test_step_count_for_which_the_library_runs_an_extra_step_is_served(tmp_path: Path) -> None:
+    # With trailing spacing the library runs a thirteenth step at timestep -1, and its picture is noise.
     engine = load_stepwise(with_scheduler("builtin", tmp_path, timestep_spacing="trailing"), "bf16")
     steps: list[tuple[int, int]] = []
     profile = read_profile(settings_of(tmp_path))
     work = work_of(profile, "text2image", num_inference_steps=12, on_step=lambda *step: steps.append(step))
     near = work_of(profile, "text2image", num_inference_steps=13)
-    served, neighbour = pixels_of(drive(engine, [work, near]))
+    served, longer = pixels_of(drive(engine, [work, near]))
     engine.close()
     assert steps == [(step, 12) for step in range(1, 13)]
-    assert np.abs(served.astype(int) - neighbour).mean() < 8
+    assert np.abs(served.astype(int) - longer).mean() < 8
 
 
-def test_sdxl_reads_its_second_prompts() -> None:
+def test_sdxl_uses_the_second_prompts() -> None:
     made = Bench(directory_of("sdxl"), "f32")
     first = work_of(made.profile, "text2image", 1)
     works = [

@@ -1,3 +1,5 @@
+"""Shortcuts of guidance: the rows they save, and how near their pictures are to the exact ones."""
+
 from __future__ import annotations
 
 import json
@@ -69,7 +71,7 @@ def decibels(first: Pixels, second: Pixels) -> float:
         ("guidance_every=2,guidance_until=0.7", 17, 28),
     ],
 )
-def test_shortcuts_cost_fewer_rows_and_stay_near_the_exact_picture(
+def test_shortcuts_use_fewer_rows_and_stay_near_the_exact_picture(
     engine: StepwiseEngine, calls: list[Finished[Call]], shortcuts: str, rows: int, least_db: float
 ) -> None:
     calls.clear()
@@ -78,12 +80,12 @@ def test_shortcuts_cost_fewer_rows_and_stay_near_the_exact_picture(
     calls.clear()
     near = pixels_of(drive(engine, works(shortcuts)))
     assert rows_of(calls) == rows * len(PROMPTS)
-    # The median: a picture on the brink between two layouts may tip over.
+    # The median, because a small change can move a picture to another layout of its objects.
     assert np.median([decibels(first, second) for first, second in zip(exact, near, strict=True)]) > least_db
     assert not np.array_equal(exact, near)
 
 
-def test_shortcuts_of_one_picture_do_not_touch_its_neighbours(engine: StepwiseEngine) -> None:
+def test_shortcuts_of_one_picture_do_not_change_others_in_the_batch(engine: StepwiseEngine) -> None:
     exact = pixels_of(drive(engine, works()))
     short = pixels_of(drive(engine, works("guidance_every=3")))
     mixed = [
@@ -95,24 +97,24 @@ def test_shortcuts_of_one_picture_do_not_touch_its_neighbours(engine: StepwiseEn
         np.testing.assert_array_equal(found[place], expected[place])
 
 
-def test_a_picture_without_guidance_has_nothing_to_leave_out(engine: StepwiseEngine) -> None:
+def test_shortcuts_do_not_change_a_picture_without_guidance(engine: StepwiseEngine) -> None:
     plain, short = (
         pixels_of(drive(engine, [replace(works(text)[0], guidance_scale=1.0)]))[0] for text in ("", "guidance_every=2")
     )
     np.testing.assert_array_equal(plain, short)
 
 
-def test_no_guidance_at_all_is_a_guidance_scale_of_one(engine: StepwiseEngine) -> None:
+def test_guidance_until_zero_equals_a_guidance_scale_of_one(engine: StepwiseEngine) -> None:
     without = pixels_of(drive(engine, [works("guidance_until=0")[0]]))[0]
     np.testing.assert_array_equal(without, pixels_of(drive(engine, [replace(works()[0], guidance_scale=1.0)]))[0])
 
 
-def test_shortcuts_that_are_none_end_the_work_with_an_error(engine: StepwiseEngine) -> None:
+def test_invalid_shortcuts_end_the_work_with_an_error(engine: StepwiseEngine) -> None:
     (outcome,) = drive(engine, [works("faster=please")[0]])
     assert isinstance(outcome.error, InternalError)
 
 
-def test_a_preset_with_shortcuts_that_are_none_is_told_when_the_model_is_loaded(tmp_path: Path) -> None:
+def test_preset_with_invalid_shortcuts_fails_the_load(tmp_path: Path) -> None:
     directory = with_scheduler("sd", tmp_path)
     (directory / "ovserve.json").write_text(json.dumps({"presets": {"low": {"shortcuts": "faster=please"}}}))
     settings = settings_of(directory)

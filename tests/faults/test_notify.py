@@ -36,7 +36,7 @@ def test_service_notifies_ready_watchdog_reloading_and_stopping(
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "900000")
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
-    with FaultServer(tmp_path / "spool", told={"load_s": 0.5}) as server:
+    with FaultServer(tmp_path / "spool", toy_options={"load_s": 0.5}) as server:
         found = next_notification(manager)
         assert found["READY"] == "1"
         assert "ovserve-builtin" in found["STATUS"]
@@ -57,7 +57,7 @@ def test_service_notifies_ready_watchdog_reloading_and_stopping(
 
 
 def test_service_that_cannot_load_its_model_never_notifies_ready(tmp_path: Path, manager: socket.socket) -> None:
-    with FaultServer(tmp_path / "spool", told={"load": "fail no such device"}, wait_ready=False) as server:
+    with FaultServer(tmp_path / "spool", toy_options={"load": "fail no such device"}, wait_ready=False) as server:
         assert server.wait() == 2
     manager.setblocking(False)
     with contextlib.suppress(BlockingIOError):

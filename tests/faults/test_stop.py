@@ -115,7 +115,7 @@ def test_drain_ends_at_the_grace_period_and_the_client_gets_an_outcome(tmp_path:
 
         asking = threading.Thread(target=ask)
         asking.start()
-        server.until(lambda: server.standing()["running"] == 1)
+        server.until(lambda: server.model_status()["running"] == 1)
         started = time.monotonic()
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
@@ -151,7 +151,7 @@ def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
 
         asking = threading.Thread(target=ask)
         asking.start()
-        server.until(lambda: server.standing()["running"] == 1)
+        server.until(lambda: server.model_status()["running"] == 1)
         server.signal(signal.SIGTERM)
         server.until(lambda: bool(server.logged("draining")))
         server.signal(signal.SIGTERM)
@@ -163,12 +163,12 @@ def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
 
 def test_killed_front_end_leaves_no_worker_and_the_next_start_removes_its_segments(tmp_path: Path) -> None:
     with FaultServer(tmp_path, "--replicas", "2") as server:
-        server.until(lambda: server.standing()["workers"] == 2)
+        server.until(lambda: server.model_status()["workers"] == 2)
         workers = server.workers()
         clients = [threading.Thread(target=_expect_transport_error, args=(server,)) for _ in range(4)]
         for thread in clients:
             thread.start()
-        server.until(lambda: server.standing()["running"] == 4)
+        server.until(lambda: server.model_status()["running"] == 4)
         assert server.segments()
         server.signal(signal.SIGKILL)
         assert server.wait() == -signal.SIGKILL
@@ -188,8 +188,8 @@ def _expect_transport_error(server: FaultServer) -> None:
 
 
 def test_stopped_and_loading_workers_die_with_a_killed_front_end(tmp_path: Path) -> None:
-    with FaultServer(tmp_path, "--replicas", "2", told={"load_s": 0.3}) as server:
-        server.until(lambda: server.standing()["workers"] == 2)
+    with FaultServer(tmp_path, "--replicas", "2", toy_options={"load_s": 0.3}) as server:
+        server.until(lambda: server.model_status()["workers"] == 2)
         server.kill_worker(server.workers()[1])
         server.until(lambda: len(server.workers()) == 2)
         workers = server.workers()

@@ -1,7 +1,7 @@
-"""The fuzzers: their committed corpus is replayed, then each of them runs for a bounded time on top of it.
+"""The fuzzers: replay the committed corpus, then run each fuzzer on it for a bounded time.
 
-For longer: `python -m tests.fuzz.fuzz multipart -max_total_time=3600 FOLDER tests/fuzz/corpus/multipart`. What it finds stays in
-FOLDER; an input that failed belongs into the corpus of the rule that it broke, with its mending.
+A longer run: `python -m tests.fuzz.fuzz multipart -max_total_time=3600 FOLDER tests/fuzz/corpus/multipart`. New inputs are
+saved in FOLDER. Add an input that failed to the corpus that covers the broken rule, together with the fix.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SECONDS = 10
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_corpus_holds(target: str) -> None:
+def test_corpus_passes(target: str) -> None:
     files = sorted((CORPUS / target).iterdir())
     assert len(files) > 50
     for file in files:

@@ -1,3 +1,5 @@
+"""The array cache: bound, order of eviction, threads, and keys of images."""
+
 from __future__ import annotations
 
 import threading
@@ -14,7 +16,7 @@ def floats(count: int, value: float = 0.0) -> np.ndarray:
     return np.full(count, value, np.float32)
 
 
-def test_what_was_put_is_found_and_cannot_be_changed() -> None:
+def test_stored_arrays_are_found_and_read_only() -> None:
     cache = ArrayCache(1000)
     cache.put("key", (floats(3, 1.0), floats(2, 2.0)))
     first, second = cache.find("key") or ()
@@ -25,7 +27,7 @@ def test_what_was_put_is_found_and_cannot_be_changed() -> None:
     assert cache.find("other") is None
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_least_recently_used_entry_is_evicted_first() -> None:
     cache = ArrayCache(3 * 40)
     for key in "abc":
         cache.put(key, (floats(10),))
@@ -34,7 +36,7 @@ def test_the_least_recently_used_goes_first() -> None:
     assert [key for key in "abcd" if cache.find(key) is not None] == ["a", "c", "d"]
 
 
-def test_what_is_larger_than_the_limit_is_not_held() -> None:
+def test_arrays_larger_than_the_limit_are_not_stored() -> None:
     cache = ArrayCache(100)
     cache.put("large", (floats(26),))
     assert cache.find("large") is None
@@ -42,7 +44,7 @@ def test_what_is_larger_than_the_limit_is_not_held() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 40)), max_size=60))
-def test_never_more_than_the_limit_is_held(puts: list[tuple[int, int]]) -> None:
+def test_stored_bytes_never_exceed_the_limit(puts: list[tuple[int, int]]) -> None:
     cache = ArrayCache(200)
     last: dict[int, int] = {}
     for key, count in puts:
@@ -54,7 +56,7 @@ def test_never_more_than_the_limit_is_held(puts: list[tuple[int, int]]) -> None:
         assert all(len(found[0]) == last[known] for known, found in held.items())
 
 
-def test_threads_may_share_a_cache() -> None:
+def test_cache_is_thread_safe() -> None:
     cache = ArrayCache(4000)
     failures: list[BaseException] = []
 
@@ -66,7 +68,7 @@ def test_threads_may_share_a_cache() -> None:
                 found = cache.find(key)
                 assert found is None or found[0][0] == key
                 cache.put(key, (floats(50, key),))
-        except BaseException as error:  # noqa: BLE001 - told by the main thread
+        except BaseException as error:  # noqa: BLE001 - reported by the main thread
             failures.append(error)
 
     threads = [threading.Thread(target=use, args=(seed,)) for seed in range(4)]
@@ -78,7 +80,7 @@ def test_threads_may_share_a_cache() -> None:
     assert cache.held_bytes <= 4000
 
 
-def test_a_digest_tells_content_and_shape_apart() -> None:
+def test_digest_depends_on_content_and_shape() -> None:
     image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     assert digest(image) == digest(image.copy())
     assert digest(image) == digest(np.asfortranarray(image))

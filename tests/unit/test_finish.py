@@ -25,8 +25,9 @@ from ovserve.worker.prepare import prepare
 from ovserve.worker.prepared import PreparedRequest
 from ovserve.worker.reports import ReportSender
 from tests.flatengine import FlatEngine
+from tests.live import BUILTIN_PATH
 
-MODEL = ModelSettings(name="shapes")
+MODEL = ModelSettings(name="shapes", path=Path(BUILTIN_PATH))
 PROFILE = read_profile(MODEL)
 PIXELS = np.zeros((PROFILE.native.height, PROFILE.native.width, 3), np.uint8)
 END_MARK = Grant("the last item", 0, "")

@@ -1,4 +1,4 @@
-"""The engine over the library's pipelines, on small random models of each family."""
+"""The engine `genai` on small random models of each family."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def work(mode: str, **values: Any) -> Work:
 
 
 class Loaded:
-    """One family's engine, loaded."""
+    """The loaded engine of one family's model, and the heartbeats of its load."""
 
     def __init__(self, kind: str) -> None:
         self.beats: list[str] = []
@@ -78,7 +78,7 @@ class Loaded:
         self.make(mode, on_step=lambda _step, steps: found.add(steps), **values)
         return found
 
-    def refuse(self, mode: str, **values: Any) -> str | None:
+    def reject(self, mode: str, **values: Any) -> str | None:
         self.engine.admit(work(mode, **values))
         [outcome] = self.engine.turn()
         assert outcome.pixels is None
@@ -104,14 +104,14 @@ def modes(loaded: Loaded) -> list[str]:
     return sorted(loaded.profile.tasks)
 
 
-def test_it_beats_while_loading_and_through_the_warm_up(loaded: Loaded) -> None:
+def test_heartbeats_are_sent_during_load_and_warm_up(loaded: Loaded) -> None:
     assert loaded.beats.count("load") >= 3
     assert loaded.beats[-1] == "warm-up"
     assert loaded.engine.capacity == 1
     assert loaded.engine.name == "genai"
 
 
-def test_every_mode_gives_a_picture_of_the_size_asked_for(loaded: Loaded) -> None:
+def test_every_mode_makes_a_picture_of_the_requested_size(loaded: Loaded) -> None:
     for mode in modes(loaded):
         assert loaded.make(mode).shape == (64, 64, 3)
         tall: dict[str, Any] = {"width": 48, "height": 80}
@@ -122,7 +122,7 @@ def test_every_mode_gives_a_picture_of_the_size_asked_for(loaded: Loaded) -> Non
         assert loaded.make(mode, **tall).shape == (80, 48, 3)
 
 
-def test_it_runs_the_steps_that_were_announced(loaded: Loaded) -> None:
+def test_the_announced_number_of_steps_is_run(loaded: Loaded) -> None:
     profile, engine = loaded.profile, loaded.engine
     for mode in modes(loaded):
         for count, strength in ((5, 0.5), (4, 1.0)):
@@ -132,7 +132,7 @@ def test_it_runs_the_steps_that_were_announced(loaded: Loaded) -> None:
             assert loaded.steps_reported(mode, num_inference_steps=count, strength=strength) == {announced}
 
 
-def test_seed_prompt_and_strength_all_matter_and_nothing_else_moves(loaded: Loaded) -> None:
+def test_pictures_depend_on_seed_prompt_and_strength_and_repeat_exactly(loaded: Loaded) -> None:
     for mode in modes(loaded):
         first = loaded.make(mode)
         assert np.array_equal(loaded.make(mode), first)
@@ -142,7 +142,7 @@ def test_seed_prompt_and_strength_all_matter_and_nothing_else_moves(loaded: Load
             assert not np.array_equal(loaded.make(mode, strength=0.5), first)
 
 
-def test_calls_without_guidance_or_with_every_prompt_pass(loaded: Loaded) -> None:
+def test_every_prompt_field_is_accepted_with_and_without_guidance(loaded: Loaded) -> None:
     texts = {
         "negative_prompt": "dog",
         "negative_prompt_2": "tree",
@@ -155,13 +155,13 @@ def test_calls_without_guidance_or_with_every_prompt_pass(loaded: Loaded) -> Non
             assert loaded.make(mode, guidance_scale=scale, **texts).shape == (64, 64, 3)
 
 
-def test_a_negative_prompt_counts_where_there_is_guidance(loaded: Loaded) -> None:
+def test_negative_prompt_changes_the_picture_where_the_model_takes_one(loaded: Loaded) -> None:
     mode = modes(loaded)[0]
     same = np.array_equal(loaded.make(mode), loaded.make(mode, negative_prompt="dog"))
     assert same != loaded.profile.takes_negative_prompt
 
 
-def test_every_offered_scheduler_works_and_leaves_the_models_own_as_it_was(loaded: Loaded) -> None:
+def test_offered_schedulers_work_and_do_not_change_the_models_own(loaded: Loaded) -> None:
     mode = modes(loaded)[0]
     before = loaded.make(mode)
     assert bool(loaded.engine.schedulers) == loaded.is_unet
@@ -170,33 +170,32 @@ def test_every_offered_scheduler_works_and_leaves_the_models_own_as_it_was(loade
         assert np.array_equal(loaded.make(mode), before)
 
 
-def test_an_lcm_keeps_to_its_own_scheduler() -> None:
+def test_lcm_offers_only_its_own_scheduler() -> None:
     assert Loaded("lcm").engine.schedulers == {"lcm"}
 
 
-def test_what_must_not_reach_the_library_is_refused(loaded: Loaded) -> None:
+def test_values_that_must_not_reach_the_library_are_rejected(loaded: Loaded) -> None:
     mode = modes(loaded)[0]
-    assert loaded.refuse(mode, num_inference_steps=0) == "num_inference_steps"
-    assert loaded.refuse(mode, num_inference_steps=1001) == "num_inference_steps"
-    assert loaded.refuse(mode, strength=0.0) == "strength"
-    assert loaded.refuse(mode, strength=1.5) == "strength"
-    assert loaded.refuse(mode, strength=float("nan")) == "strength"
-    assert loaded.refuse(mode, scheduler="heun") == "scheduler"
+    assert loaded.reject(mode, num_inference_steps=0) == "num_inference_steps"
+    assert loaded.reject(mode, num_inference_steps=1001) == "num_inference_steps"
+    assert loaded.reject(mode, strength=0.0) == "strength"
+    assert loaded.reject(mode, strength=1.5) == "strength"
+    assert loaded.reject(mode, strength=float("nan")) == "strength"
+    assert loaded.reject(mode, scheduler="heun") == "scheduler"
     for missing in {"text2image", "image2image", "inpainting"} - loaded.profile.tasks:
-        assert loaded.refuse(missing) == "model"
+        assert loaded.reject(missing) == "model"
     assert loaded.make(mode).shape == (64, 64, 3)
 
 
-def test_a_working_size_the_library_would_refuse_is_our_fault_not_the_clients(sd: Loaded) -> None:
+def test_invalid_working_size_is_an_internal_error(sd: Loaded) -> None:
     sd.engine.admit(work("text2image", width=60))
     [outcome] = sd.engine.turn()
     assert isinstance(outcome.error, InternalError)
 
 
-@pytest.mark.parametrize(
-    "loaded", ["sd", "lcm", "sdxl", "inpaint"], indirect=True
-)  # a transformer has no sizes to disagree
-def test_a_shape_that_breaks_a_network_does_not_break_the_pictures_after_it(loaded: Loaded) -> None:
+# Only UNets: a transformer has no downsampled and upsampled sizes that can disagree.
+@pytest.mark.parametrize("loaded", ["sd", "lcm", "sdxl", "inpaint"], indirect=True)
+def test_size_that_breaks_a_network_does_not_break_later_pictures(loaded: Loaded) -> None:
     mode = modes(loaded)[0]
     before = loaded.make(mode)
     odd: dict[str, Any] = {"width": 56, "height": 72}  # these networks were traced at multiples of 16
@@ -208,18 +207,18 @@ def test_a_shape_that_breaks_a_network_does_not_break_the_pictures_after_it(load
     [outcome] = loaded.engine.turn()
     assert isinstance(outcome.error, InternalError)
     assert np.array_equal(loaded.make(mode), before)
-    assert loaded.refuse(mode, **odd) == "size"  # once is enough
+    assert loaded.reject(mode, **odd) == "size"  # the engine remembers the size
     assert loaded.beats[-1] == "warm-up"
 
 
-def test_what_the_library_refuses_ends_that_picture_only(sd: Loaded) -> None:
+def test_error_of_the_library_ends_only_that_picture(sd: Loaded) -> None:
     sd.engine.admit(work("image2image", initial_image=np.zeros((64, 64, 4), np.uint8)))
     [outcome] = sd.engine.turn()
     assert isinstance(outcome.error, InternalError)
     assert sd.make("image2image").shape == (64, 64, 3)
 
 
-def test_only_one_picture_is_held_at_a_time(sd: Loaded) -> None:
+def test_second_admission_before_a_turn_is_an_internal_error(sd: Loaded) -> None:
     sd.engine.admit(work("text2image"))
     with pytest.raises(InternalError):
         sd.engine.admit(work("text2image"))
@@ -227,15 +226,15 @@ def test_only_one_picture_is_held_at_a_time(sd: Loaded) -> None:
     assert sd.engine.turn() == ()
 
 
-def test_a_cancelled_picture_costs_nothing(sd: Loaded) -> None:
-    piece = work("text2image", on_step=lambda step, steps: pytest.fail("it ran"))
+def test_cancelled_picture_is_not_started(sd: Loaded) -> None:
+    piece = work("text2image", on_step=lambda step, steps: pytest.fail("it was started"))
     piece.cancelled.set()
     sd.engine.admit(piece)
     [outcome] = sd.engine.turn()
     assert (outcome.pixels, outcome.error) == (None, None)
 
 
-def test_clip_counts_with_its_own_tokenizer_beside_t5(loaded: Loaded) -> None:
+def test_clip_tokens_are_counted_with_clips_tokenizer(loaded: Loaded) -> None:
     engine, long = loaded.engine, "cat " * 300
     clip = og.Tokenizer(str(loaded.profile.directory / "tokenizer"))
     assert engine.count_tokens(long, clip=True) == clip.encode(long).input_ids.shape[1]
@@ -244,7 +243,7 @@ def test_clip_counts_with_its_own_tokenizer_beside_t5(loaded: Loaded) -> None:
     assert len(counts) == (2 if loaded.profile.family in ("sd3", "flux") else 1)
 
 
-def test_tokens_are_counted_whole_and_prompts_cut_between_words(sd: Loaded) -> None:
+def test_all_tokens_are_counted_and_prompts_are_cut_between_words(sd: Loaded) -> None:
     assert sd.engine.count_tokens("") == 2
     assert sd.engine.count_tokens("a red cat") == 5
     assert sd.engine.count_tokens("cat " * 300) == 302
@@ -255,7 +254,7 @@ def test_tokens_are_counted_whole_and_prompts_cut_between_words(sd: Loaded) -> N
     assert 38 < sd.engine.count_tokens(cut) <= 77
 
 
-def test_options_leave_out_what_a_model_does_not_take() -> None:
+def test_options_contain_only_what_the_model_accepts() -> None:
     sd, lcm = (read_profile(settings_of(kind)) for kind in ("sd", "lcm"))
     full = work("text2image", negative_prompt="n", prompt_2="p2", negative_prompt_2="n2", prompt_3="p3")
     assert generation_options(full, sd)["negative_prompt"] == "n"
@@ -270,13 +269,13 @@ def test_options_leave_out_what_a_model_does_not_take() -> None:
     [{"device": "TPU"}, {"device": "CPU CPU TPU"}, {"plugin_config": '{"NO_SUCH_PROPERTY": 1}'}],
     ids=["device", "one of three devices", "property"],
 )
-def test_what_cannot_be_loaded_is_told(values: dict[str, Any]) -> None:
+def test_load_failure_names_the_model(values: dict[str, Any]) -> None:
     settings = settings_of("sd", **values)
     with pytest.raises(ModelError, match="model sd: "):
         GenaiEngine(read_profile(settings), settings).load(lambda phase: None)
 
 
-def test_three_devices_threads_properties_and_a_cache_are_passed_on(tmp_path: Path) -> None:
+def test_devices_threads_properties_and_cache_are_passed_to_the_library(tmp_path: Path) -> None:
     values = {
         "device": "CPU CPU CPU",
         "threads": 1,

@@ -1,3 +1,5 @@
+"""Previews: order, limits, size, and that failures do not matter."""
+
 from __future__ import annotations
 
 import threading
@@ -8,13 +10,13 @@ import numpy as np
 import pytest
 
 from ovserve.engines.protocol import Preview, Work
-from ovserve.engines.stepwise.previews import WAITING_LIMIT, Previews, choose_shrink, shrunk
+from ovserve.engines.stepwise.previews import MAX_QUEUED, Previews, choose_shrink, downscale
 
 WAIT_S = 10.0
 
 
 class ToyDecoder:
-    """An infer request whose pixels are the first latent channel; waits for `may_run`."""
+    """An infer request whose pixels are the first latent channel. `infer` waits for `may_run` and fails above 200."""
 
     def __init__(self) -> None:
         self.may_run = threading.Event()
@@ -51,7 +53,7 @@ def test_previews_are_decoded_smaller_and_in_order() -> None:
     previews, got, arrived = Previews(ToyDecoder(), 2), list[Preview](), threading.Semaphore(0)
     wanted = work(got, arrived)
     for step in (1, 2, 3):
-        previews.ask(wanted, step, latents(10.0 * step))
+        previews.enqueue(wanted, step, latents(10.0 * step))
     for _ in range(3):
         assert arrived.acquire(timeout=WAIT_S)
     previews.close()
@@ -63,64 +65,64 @@ def test_previews_are_decoded_smaller_and_in_order() -> None:
 
 
 @pytest.mark.usefixtures("leak_guard")
-def test_forgotten_work_gets_no_preview_any_more() -> None:
+def test_discarded_work_gets_no_preview() -> None:
     decoder, got, arrived = ToyDecoder(), list[Preview](), threading.Semaphore(0)
     previews = Previews(decoder, 1)
     decoder.may_run.clear()
     first, second = work(got, arrived), work([], arrived)
-    previews.ask(first, 1, latents(1.0))
-    previews.ask(first, 2, latents(2.0))
-    previews.ask(second, 1, latents(3.0))
-    previews.forget(first)
+    previews.enqueue(first, 1, latents(1.0))
+    previews.enqueue(first, 2, latents(2.0))
+    previews.enqueue(second, 1, latents(3.0))
+    previews.discard(first)
     decoder.may_run.set()
-    assert arrived.acquire(timeout=WAIT_S)  # of the second: the first's were passed by
+    assert arrived.acquire(timeout=WAIT_S)  # of the second; those of the first were dropped
     previews.close()
     assert got == []
 
 
 @pytest.mark.usefixtures("leak_guard")
-def test_a_preview_that_fails_is_passed_by(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_preview_is_logged_and_skipped(caplog: pytest.LogCaptureFixture) -> None:
     previews, got, arrived = Previews(ToyDecoder(), 1), list[Preview](), threading.Semaphore(0)
     wanted = work(got, arrived)
-    previews.ask(wanted, 1, latents(255.0))
-    previews.ask(wanted, 2, latents(100.0))
+    previews.enqueue(wanted, 1, latents(255.0))
+    previews.enqueue(wanted, 2, latents(100.0))
     assert arrived.acquire(timeout=WAIT_S)
     previews.close()
     assert [preview.step for preview in got] == [2]
-    assert "a preview failed" in caplog.text
+    assert "preview failed" in caplog.text
 
 
 @pytest.mark.usefixtures("leak_guard")
-def test_asking_never_waits() -> None:
+def test_enqueue_never_blocks_and_drops_previews_beyond_the_limit() -> None:
     decoder, got, arrived = ToyDecoder(), list[Preview](), threading.Semaphore(0)
     previews = Previews(decoder, 1)
     decoder.may_run.clear()
     wanted = work(got, arrived)
-    for step in range(3 * WAITING_LIMIT):
-        previews.ask(wanted, step, latents(1.0))
+    for step in range(3 * MAX_QUEUED):
+        previews.enqueue(wanted, step, latents(1.0))
     decoder.may_run.set()
     assert arrived.acquire(timeout=WAIT_S)
-    previews.forget(wanted)
+    previews.discard(wanted)
     previews.close()
-    assert decoder.calls <= WAITING_LIMIT + 1
+    assert decoder.calls <= MAX_QUEUED + 1
 
 
-def test_latents_are_averaged_over_whole_cells() -> None:
+def test_downscale_averages_whole_cells() -> None:
     ramp = np.arange(2 * 35 * 33, dtype=np.float32).reshape(1, 2, 35, 33)
-    small = shrunk(ramp, 2)
+    small = downscale(ramp, 2)
     assert small.shape == (1, 2, 17, 16)
     assert small[0, 0, 0, 0] == ramp[0, 0, :2, :2].mean()
     assert small[0, 1, 16, 15] == ramp[0, 1, 32:34, 30:32].mean()
-    np.testing.assert_array_equal(shrunk(ramp, 1), ramp)
+    np.testing.assert_array_equal(downscale(ramp, 1), ramp)
 
 
 @pytest.mark.parametrize(("side", "factor", "left"), [(16, 8, 16), (31, 2, 31), (64, 8, 16), (64, 2, 32), (8, 4, 8)])
-def test_previews_are_not_made_from_too_few_latents(side: int, factor: int, left: int) -> None:
-    assert shrunk(np.zeros((1, 4, side, side), np.float32), factor).shape == (1, 4, left, left)
+def test_downscale_leaves_a_minimum_of_latents(side: int, factor: int, left: int) -> None:
+    assert downscale(np.zeros((1, 4, side, side), np.float32), factor).shape == (1, 4, left, left)
 
 
 @pytest.mark.parametrize(
     ("decode_s", "step_s", "shrink"), [(0.001, 0.01, 1), (0.01, 0.01, 2), (3.0, 1.3, 4), (100.0, 0.1, 8)]
 )
-def test_a_preview_costs_at_most_half_a_step(decode_s: float, step_s: float, shrink: int) -> None:
+def test_shrink_keeps_decoding_within_half_a_step(decode_s: float, step_s: float, shrink: int) -> None:
     assert choose_shrink(decode_s, step_s) == shrink

@@ -15,6 +15,7 @@ from ovserve.errors import ModelError, SettingsError
 from ovserve.models.profile import builtin_directory, read_profile
 from ovserve.models.steps import min_steps_for, min_strength_for, steps_run
 from ovserve.settings.options import ModelSettings, Resolution
+from tests.live import BUILTIN_PATH
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def test_profile_of_the_builtin_model() -> None:
-    profile = read_profile(ModelSettings(name="b"))
+    profile = read_profile(ModelSettings(name="b", path=Path(BUILTIN_PATH)))
     assert profile.family == "stable-diffusion"
     assert profile.tasks == {"text2image", "image2image", "inpainting"}
     assert (profile.native, profile.side_multiple_px) == (Resolution(256, 256), 16)
@@ -138,7 +139,7 @@ def test_default_outside_the_limits_raises_settings_error(directory: Path) -> No
 
 @given(width=st.integers(1, 5000), height=st.integers(1, 5000))
 def test_working_size_is_always_in_the_native_range(width: int, height: int) -> None:
-    profile = read_profile(ModelSettings(name="b"))
+    profile = read_profile(ModelSettings(name="b", path=Path(BUILTIN_PATH)))
     size = profile.working_size(width, height)
     for side in (size.width, size.height):
         assert profile.min_side_px <= side <= profile.max_side_px
@@ -163,14 +164,16 @@ def test_min_steps_run_one_step_and_one_fewer_runs_none(strength: float) -> None
 
 
 def test_operator_default_overrides_the_preset_high() -> None:
-    settings = ModelSettings(name="b", default_num_inference_steps=5, max_num_inference_steps=6)
+    settings = ModelSettings(
+        name="b", path=Path(BUILTIN_PATH), default_num_inference_steps=5, max_num_inference_steps=6
+    )
     presets = read_profile(settings).presets
     assert "num_inference_steps" not in presets["high"]
     assert all(preset.get("num_inference_steps", 0) <= 6 for preset in presets.values())
 
 
 def test_default_strengths_without_an_option_are_clamped() -> None:
-    defaults = read_profile(ModelSettings(name="b", max_strength=0.75)).defaults
+    defaults = read_profile(ModelSettings(name="b", path=Path(BUILTIN_PATH), max_strength=0.75)).defaults
     assert (defaults.strength, defaults.strength_inpainting) == (0.7, 0.75)
 
 

@@ -21,7 +21,7 @@ from ovserve.engines.schedulers.schedulers import (
     SCHEDULERS,
     Plan,
     Scheduler,
-    Stepped,
+    StepResult,
     scheduler_name,
 )
 from ovserve.errors import InvalidValue, ModelError
@@ -44,7 +44,7 @@ def normal(seed: int) -> Array:
     return np.random.default_rng(seed).standard_normal(SHAPE, np.float32)
 
 
-def run_plan(plan: Plan, latents: Array, predict: Callable[[Array, int], Array]) -> list[Stepped]:
+def run_plan(plan: Plan, latents: Array, predict: Callable[[Array, int], Array]) -> list[StepResult]:
     """Return the results of all steps of a plan; `predict(scaled, timestep)` stands for the UNet."""
     history: tuple[Array, ...] = ()
     results = []
@@ -56,7 +56,7 @@ def run_plan(plan: Plan, latents: Array, predict: Callable[[Array, int], Array])
     return results
 
 
-def decoder_input(result: Stepped) -> Array:
+def decoder_input(result: StepResult) -> Array:
     """Return what the VAE decoder gets if this step was the last."""
     return result.latents if result.decoded is None else result.decoded
 
@@ -176,6 +176,22 @@ def test_initial_noise_has_the_level_of_the_first_timestep() -> None:
     assert Scheduler("ddim", DOCUMENT).plan(10, 1.0).init_sigma == 1
 
 
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+@pytest.mark.parametrize("count", [999, 1000])
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
+def test_solvers_step_across_repeated_noise_levels(name: str, count: int, spacing: str, final: str) -> None:
+    # With so many steps two of them are at the same timestep: the slope between them divided by zero.
+    document = DOCUMENT | {"timestep_spacing": spacing, "final_sigmas_type": final}
+    plan = Scheduler(name, document).plan(count, 1.0)
+    clean = normal(1)
+    start = plan.add_noise(clean, normal(2), 0)
+    results = run_plan(plan, start, PerfectModel(plan, clean, "epsilon"))
+    level = plan.sigmas[-1]
+    expected = (clean + level * normal(2)) / np.sqrt(level**2 + 1)
+    np.testing.assert_allclose(results[-1].latents, expected, atol=2e-3)
+
+
 def test_karras_levels_fall_from_highest_to_lowest() -> None:
     levels = karras_sigmas(0.03, 14.6, 10)
     assert levels[0] == pytest.approx(14.6)
@@ -224,6 +240,10 @@ SIGMA_TOLERANCE = 5e-6  # relative: torch and numpy round the cumulative product
 SOLVERS = sorted(SCHEDULERS - set(LIBRARY_SCHEDULERS.values()))
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
+CASES = [  # scheduler, prediction type, timestep spacing, final sigma type
+    *product(SOLVERS, PREDICTION_TYPES, SPACINGS, ("zero",)),
+    *product(SOLVERS, ("epsilon",), ("leading",), ("sigma_min",)),
+]
 RUNS = [  # num_inference_steps, strength
     *((count, 1.0) for count in (1, 2, 3, 4, 5, 10, 12, 25, 30)),
     *((3, 0.7), (4, 0.3), (4, 0.5), (9, 0.6), (10, 0.3), (25, 0.5), (50, 0.8)),
@@ -238,7 +258,7 @@ def vectors(data: Path) -> dict[str, Any]:
 
 
 def test_vectors_cover_every_case(vectors: dict[str, Any]) -> None:
-    assert sorted(map(tuple, vectors["cases"].tolist())) == sorted(product(SOLVERS, PREDICTION_TYPES, SPACINGS))
+    assert sorted(map(tuple, vectors["cases"].tolist())) == sorted(CASES)
     assert list(zip(vectors["counts"].tolist(), vectors["strengths"].tolist(), strict=True)) == RUNS
     assert vectors["steps"].tolist() == [1, 2, 3, 4, 5, 10, 12, 25, 30, 2, 1, 2, 5, 3, 12, 40]
     rows = len(RUNS) + sum(vectors["steps"].tolist())
@@ -249,25 +269,25 @@ def test_vectors_cover_every_case(vectors: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("count", "strength"), RUNS)
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_solvers_agree_with_diffusers(
-    vectors: dict[str, Any], name: str, spacing: str, prediction_type: str, count: int, strength: float
+    vectors: dict[str, Any], case: tuple[str, ...], count: int, strength: float
 ) -> None:
     about = json.loads(vectors["about"].item())
-    case = vectors["cases"].tolist().index([name, prediction_type, spacing])
+    place = vectors["cases"].tolist().index(list(case))
+    name, prediction_type, spacing, final = case
     # A run of s steps has s + 1 rows: the noised start, then the latents after each step.
     run = RUNS.index((count, strength))
     first = int(np.sum(vectors["steps"][:run] + 1))
     rows = slice(first, first + int(vectors["steps"][run]) + 1)
-    timesteps, sigmas, latents = (vectors[key][case, rows] for key in ("timesteps", "sigmas", "latents"))
+    timesteps, sigmas, latents = (vectors[key][place, rows] for key in ("timesteps", "sigmas", "latents"))
 
     def predict(scaled: Array, timestep: int) -> Array:  # the same formula as in the script
         mixed = np.einsum("ij,bjhw->bihw", vectors["mixing"].astype(np.float64), scaled.astype(np.float64))
         return np.tanh(mixed + about["timestep_weight"] * timestep).astype(np.float32)
 
     document = about["config"] | {"prediction_type": prediction_type, "timestep_spacing": spacing}
+    document["final_sigmas_type"] = final
     plan = Scheduler(name, document).plan(count, strength)
     assert [*plan.timesteps, -1] == timesteps.tolist()
     np.testing.assert_allclose(plan.sigmas[plan.start :], sigmas, rtol=SIGMA_TOLERANCE)

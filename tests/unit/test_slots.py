@@ -1,3 +1,5 @@
+"""Slots: calls run in parallel, return results and exceptions, and end before close() returns."""
+
 from __future__ import annotations
 
 import threading
@@ -10,7 +12,7 @@ WAIT_S = 10.0
 
 
 @pytest.mark.usefixtures("leak_guard")
-def test_calls_run_side_by_side_each_with_its_own_requests() -> None:
+def test_calls_run_in_parallel_with_the_requests_of_their_slot() -> None:
     slots: Slots[str] = Slots(["requests 0", "requests 1"])
     meeting = threading.Barrier(2)
     assert (slots.count, slots.free, slots.busy) == (2, 2, 0)
@@ -33,7 +35,7 @@ def test_calls_run_side_by_side_each_with_its_own_requests() -> None:
 
 
 @pytest.mark.usefixtures("leak_guard")
-def test_an_exception_comes_back_and_the_slot_goes_on() -> None:
+def test_exception_is_returned_and_the_slot_remains_usable() -> None:
     slots: Slots[str] = Slots(["only"])
 
     def fail(_requests: str) -> None:
@@ -50,7 +52,7 @@ def test_an_exception_comes_back_and_the_slot_goes_on() -> None:
 
 
 @pytest.mark.usefixtures("leak_guard")
-def test_closing_waits_for_the_call_under_way() -> None:
+def test_close_waits_for_the_call_in_flight() -> None:
     slots: Slots[str] = Slots(["only"])
     may_end, ended = threading.Event(), threading.Event()
 

@@ -19,6 +19,19 @@ def test_defaults_serve_the_builtin_model_on_loopback() -> None:
     assert settings.models[0].path is None
 
 
+@pytest.mark.parametrize("path", ["builtin:shapes", "builtin:unknown"])
+def test_builtin_model_is_served_as_ovserve_builtin_unless_named(path: str) -> None:
+    [model] = load_settings({"model_path": path}, {}).models
+    assert (model.name, model.path) == ("ovserve-builtin", Path(path))
+    assert load_settings({"path": path, "name": "a"}, {}).models[0].name == "a"
+
+
+@pytest.mark.parametrize("path", ["", "none"])
+def test_empty_path_is_the_default_model(path: str) -> None:
+    [model] = load_settings({"model_path": path}, {}).models
+    assert (model.name, model.path) == ("ovserve-builtin", None)
+
+
 def test_flag_wins_over_environment_over_file(tmp_path: Path) -> None:
     config = tmp_path / "ovserve.toml"
     config.write_text("port = 1\nlog_level = 'error'\nmax_fields = 7\n")
@@ -39,7 +52,8 @@ def test_names_of_the_reference_server_are_aliases(flag: str, attribute: str) ->
 def test_several_models_from_tables(tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
     config.write_text(
-        "default_model = 'b'\n[[model]]\nname = 'a'\n[[model]]\nname = 'b'\npath = '/m'\nmax_resolution = '512x256'\nreplicas = 2\n"
+        "default_model = 'b'\n[[model]]\nname = 'a'\n"
+        "[[model]]\nname = 'b'\npath = '/m'\nmax_resolution = '512x256'\nreplicas = 2\n"
     )
     settings = load_settings({}, {}, config)
     assert [model.name for model in settings.models] == ["a", "b"]
@@ -129,7 +143,7 @@ def test_origins_none_allows_no_origin() -> None:
 
 
 # As the kubelet sets them for a Service `ovserve` with the ports http (8000) and dns, and one `ovserve-rest`.
-OF_SERVICES = {
+OF_KUBERNETES = {
     "OVSERVE_SERVICE_HOST": "10.0.0.11",
     "OVSERVE_SERVICE_PORT": "8000",
     "OVSERVE_SERVICE_PORT_HTTP": "8000",
@@ -146,8 +160,8 @@ OF_SERVICES = {
 
 
 def test_variables_of_a_kubernetes_service_are_ignored() -> None:
-    assert load_settings({}, OF_SERVICES) == load_settings({}, {})
-    assert service_variables({**OF_SERVICES, "OVSERVE_HOST": "::", "SERVICE_HOST": "x"}) == list(OF_SERVICES)
+    assert load_settings({}, OF_KUBERNETES) == load_settings({}, {})
+    assert service_variables({**OF_KUBERNETES, "OVSERVE_HOST": "::", "SERVICE_HOST": "x"}) == list(OF_KUBERNETES)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What measuring at warm-up costs, and what it chooses."""
+"""The choice of streams, threads and rows: which layouts are compiled and measured, and which is chosen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SD = directory_of("sd")
 
 
 class Counted(Components):
-    """Components on a CPU of four cores that tell which layouts the UNet was compiled for."""
+    """Components on a CPU of four cores; `layouts` lists those the UNet was compiled for."""
 
     def cpu_threads(self) -> int:
         return 4
@@ -41,7 +41,7 @@ def tuned(components: Components) -> Tuning:
     return tune(components, lambda _phase: None)
 
 
-def test_a_large_model_is_compiled_once_and_gets_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_model_is_compiled_once_and_gets_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "LARGE_CALL_S", 0.0)
     components = read_components()
     assert tuned(components).layout == Layout(1, 4)
@@ -49,14 +49,14 @@ def test_a_large_model_is_compiled_once_and_gets_all_threads(monkeypatch: pytest
     assert components.layouts == [Layout(1, 4)]
 
 
-def test_what_lies_between_is_not_tried_where_single_threads_win_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layouts_between_are_not_compiled_if_single_threads_win_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "CLEAR_GAIN", 1e-9)
     components = read_components()
     tuned(components)
     assert components.layouts == [Layout(1, 4), Layout(4, 1)]
 
 
-def test_every_layout_is_tried_where_nothing_wins_clearly_and_single_threads_are_kept(
+def test_all_layouts_are_compiled_and_single_threads_kept_if_none_wins_clearly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tuning, "CLEAR_GAIN", 1e9)
@@ -65,9 +65,9 @@ def test_every_layout_is_tried_where_nothing_wins_clearly_and_single_threads_are
     assert components.layouts == [Layout(1, 4), Layout(4, 1), Layout(2, 2)]
 
 
-def test_when_time_is_up_a_small_model_gets_single_threads_and_short_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_model_gets_single_threads_and_short_calls_after_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "BUDGET_S", 0.0)
-    monkeypatch.setattr(tuning, "MEASURE_S", 60.0)  # which a measurement would take
+    monkeypatch.setattr(tuning, "MEASURE_S", 60.0)  # a single measurement would take this long
     started = time.monotonic()
     found = tuned(read_components())
     assert time.monotonic() - started < tuning.MEASURE_S
@@ -75,7 +75,7 @@ def test_when_time_is_up_a_small_model_gets_single_threads_and_short_calls(monke
     assert found.rows in tuning.ROW_CHOICES
 
 
-def test_what_is_pinned_is_not_measured_against_anything() -> None:
+def test_pinned_layout_is_the_only_one_compiled() -> None:
     components = read_components(streams=3, threads=1, max_batch=2)
     found = tuned(components)
     assert (found.layout, found.rows) == (Layout(3, 1), 4)
@@ -84,7 +84,7 @@ def test_what_is_pinned_is_not_measured_against_anything() -> None:
 
 @pytest.fixture
 def crowded(tmp_path: Path) -> Path:
-    """A model whose UNet gives other bits in calls of more than two rows."""
+    """Return a model whose UNet gives other bits in calls of more than two rows."""
     directory = with_scheduler("sd", tmp_path)
     (directory / "unet").unlink()
     (directory / "unet").mkdir()
@@ -101,33 +101,33 @@ def crowded(tmp_path: Path) -> Path:
     return directory
 
 
-def is_told_of_other_bits(caplog: pytest.LogCaptureFixture) -> bool:
+def warns_of_other_bits(caplog: pytest.LogCaptureFixture) -> bool:
     return "differ from those of a call of 2" in caplog.text
 
 
-@pytest.mark.parametrize(("max_batch", "is_told"), [(1, False), (2, True), (4, True)])
-def test_pinned_rows_that_come_out_otherwise_are_kept_and_told(
-    crowded: Path, caplog: pytest.LogCaptureFixture, max_batch: int, is_told: bool
+@pytest.mark.parametrize(("max_batch", "is_warned"), [(1, False), (2, True), (4, True)])
+def test_pinned_rows_with_other_bits_are_kept_with_a_warning(
+    crowded: Path, caplog: pytest.LogCaptureFixture, max_batch: int, is_warned: bool
 ) -> None:
     assert tuned(read_components(crowded, streams=1, threads=1, max_batch=max_batch)).rows == 2 * max_batch
-    assert is_told_of_other_bits(caplog) is is_told
+    assert warns_of_other_bits(caplog) is is_warned
 
 
-def test_nothing_is_told_of_pinned_rows_that_come_out_the_same(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_warning_if_pinned_rows_have_the_same_bits(caplog: pytest.LogCaptureFixture) -> None:
     tuned(read_components(streams=1, threads=1, max_batch=4))
-    assert not is_told_of_other_bits(caplog)
+    assert not warns_of_other_bits(caplog)
 
 
 @pytest.mark.parametrize("limit", ["BUDGET_S", "LONGEST_CALL_S"])
-def test_pinned_rows_are_not_tried_when_time_is_up_or_calls_are_long(
+def test_pinned_rows_are_not_checked_after_the_budget_or_if_calls_are_long(
     crowded: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     monkeypatch.setattr(tuning, limit, 0.0)
     assert tuned(read_components(crowded, streams=1, threads=1, max_batch=2)).rows == 4
-    assert not is_told_of_other_bits(caplog)
+    assert not warns_of_other_bits(caplog)
 
 
-def test_a_heavy_unet_is_tried_on_a_quarter_of_the_area(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heavy_unet_is_measured_on_a_quarter_of_the_area(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "HEAVY_UNET_BYTES", 0)
     monkeypatch.setattr(tuning, "LARGE_CALL_S", 0.0)
     components = read_components()

@@ -1,4 +1,4 @@
-"""How much memory a worker may still take."""
+"""The memory that a worker may still allocate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KIB, GIB = 1 << 10, 1 << 30
         ({"a/b": str(GIB // 2)}, 0),
     ],
 )
-def test_the_containers_limit_counts_beside_the_hosts_free_memory(
+def test_available_memory_is_the_smaller_of_the_hosts_and_the_containers(
     tmp_path: Path, limits: dict[str, str], left: int
 ) -> None:
     proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"

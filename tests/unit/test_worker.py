@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progres
 from ovserve.worker.main import create_engine
 from ovserve.worker.main import main as worker_main
 from ovserve.worker.runner import LOAD_FAILED, JobRunner
+from tests.live import BUILTIN_PATH
 from tests.reader import Figure, draw_scene, read_picture
 from tests.workerbench import WorkerBench, pixels_of, png
 
@@ -287,9 +287,8 @@ def test_memory_stays_flat_over_two_hundred_edits(own_bench: WorkerBench) -> Non
         own_bench.pictures.clear()
         if count >= 60 and count % 20 == 0:
             resident.append(resident_bytes(own_bench.process.pid or 0))
-    # A leak grows with every job; an allocator that takes one more arena does so once.
-    growth = sorted(later - earlier for earlier, later in itertools.pairwise(resident))
-    assert growth[len(growth) // 2] < 1 << 20, resident
+    # A leak raises the peak; the allocator only moves below it, by some MiB from sample to sample.
+    assert max(resident[4:]) - max(resident[:4]) < 4 << 20, resident  # 1 MiB for each 20 edits
     assert resident[-1] - resident[0] < 64 << 20, resident
 
 
@@ -301,7 +300,7 @@ def main_with_a_clock_jump(end: Any, profile: ModelProfile, model: ModelSettings
 
 
 def test_grant_that_comes_an_hour_late_still_completes_the_job(tmp_path: Path) -> None:
-    model = ModelSettings(name="shapes", engine="genai", cache_dir=tmp_path)
+    model = ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="genai", cache_dir=tmp_path)
     with WorkerBench(tmp_path / "spool", model, main=main_with_a_clock_jump) as worker:
         worker.ready()
         worker.answers_needs = False
@@ -360,7 +359,9 @@ def failure_of(worker: WorkerBench) -> str:
 
 
 def test_unknown_device_is_reported_before_exit(tmp_path: Path) -> None:
-    with WorkerBench(tmp_path, ModelSettings(name="shapes", engine="genai", device="TPU")) as worker:
+    with WorkerBench(
+        tmp_path, ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="genai", device="TPU")
+    ) as worker:
         assert "TPU" in failure_of(worker)
 
 
@@ -376,7 +377,7 @@ def test_damaged_weights_are_reported_before_exit(tmp_path: Path) -> None:
 
 
 def test_configured_engine_is_chosen() -> None:
-    model = ModelSettings(name="shapes", engine="genai")
+    model = ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="genai")
     engine, why = create_engine(read_profile(model), model)
     assert (engine.name, why) == ("genai", "configured")
 
@@ -384,7 +385,7 @@ def test_configured_engine_is_chosen() -> None:
 def test_stepwise_rejects_an_unsupported_family() -> None:
     import dataclasses
 
-    model = ModelSettings(name="shapes", engine="stepwise")
+    model = ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="stepwise")
     with pytest.raises(ModelError, match="flux"):
         create_engine(dataclasses.replace(read_profile(model), family="flux"), model)
 
@@ -429,7 +430,7 @@ def main_with_a_broken_engine(end: Any, profile: ModelProfile, model: ModelSetti
 
 
 def test_fallback_to_genai_frees_the_failed_engine_first(tmp_path: Path) -> None:
-    auto = ModelSettings(name="shapes", engine="auto")
+    auto = ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="auto")
     with WorkerBench(tmp_path, auto, main=main_with_a_broken_engine) as worker:
         ready = worker.ready()
         assert ready.engine == "genai"
@@ -438,7 +439,9 @@ def test_fallback_to_genai_frees_the_failed_engine_first(tmp_path: Path) -> None
 
 
 def test_auto_chooses_stepwise_for_the_builtin_model(tmp_path: Path) -> None:
-    with WorkerBench(tmp_path / "spool", ModelSettings(name="shapes", engine="auto", threads=1, streams=2)) as worker:
+    with WorkerBench(
+        tmp_path / "spool", ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="auto", threads=1, streams=2)
+    ) as worker:
         ready = worker.ready()
         assert ready.engine == "stepwise"
         assert (ready.tuned["threads"], ready.tuned["streams"]) == (1, 2)
@@ -447,7 +450,7 @@ def test_auto_chooses_stepwise_for_the_builtin_model(tmp_path: Path) -> None:
 
 
 def test_configured_threads_are_accepted(tmp_path: Path) -> None:
-    one = ModelSettings(name="shapes", engine="genai", threads=1)
+    one = ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="genai", threads=1)
     with WorkerBench(tmp_path, one, Settings(models=(one,))) as worker:
         worker.ready()
         assert worker.make(task="generation")

@@ -1,1 +1,1 @@
-"""The mathematics of diffusion as pure array functions: noise schedules and schedulers."""
+"""Noise schedules and schedulers as pure array functions."""

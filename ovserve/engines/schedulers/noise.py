@@ -1,11 +1,11 @@
-"""The noise schedule of a diffusion model: its configuration, cumulative alphas, and the timesteps that a number of steps visits.
+"""The noise schedule of a diffusion model: configuration, cumulative alphas, noise levels and timesteps.
 
-Everything is float32 in the order of operations of OpenVINO GenAI 2026.4, because the last bit of a coefficient is seen in the
-picture once bfloat16 has amplified it. Where that order departs from the papers it says so.
+Everything is float32 in the order of operations of OpenVINO GenAI 2026.4, because bfloat16 amplifies the last bit of a
+coefficient until it is visible in the picture. Comments mark where that order departs from the papers.
 
-Notation: beta_t is the variance added at training timestep t = 0..T-1, abar_t the product of (1 - beta_s) up to t (Ho et al. 2020,
-arXiv:2006.11239, section 2), sigma_t = sqrt((1 - abar_t) / abar_t) the noise level of the variance-exploding view (Karras et al.
-2022, arXiv:2206.00364, table 1).
+Notation: beta_t is the variance added at training timestep t = 0..T-1, abar_t the product of (1 - beta_s) up to t
+(Ho et al. 2020, arXiv:2006.11239, section 2), sigma_t = sqrt((1 - abar_t) / abar_t) the noise level of the
+variance-exploding view (Karras et al. 2022, arXiv:2206.00364, table 1).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 Array = NDArray[np.float32]
 f32 = np.float32
 
-# What a key means that scheduler_config.json leaves out, for each scheduler that may read the file: as the library's classes say.
+# Defaults for keys missing in scheduler_config.json, by the scheduler that reads it, as in the library's classes.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "ddim": {"beta_schedule": "scaled_linear", "set_alpha_to_one": True},
     "pndm": {"beta_schedule": "linear", "set_alpha_to_one": False},
@@ -45,18 +45,18 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "euler_ancestral": {"beta_schedule": "linear", "set_alpha_to_one": True},
     "lcm": {"beta_schedule": "scaled_linear", "set_alpha_to_one": True, "beta_start": 0.00085, "beta_end": 0.012},
 }
-_OTHERS: dict[str, Any] = {"beta_schedule": "linear", "set_alpha_to_one": True}
+_OTHER_DEFAULTS: dict[str, Any] = {"beta_schedule": "linear", "set_alpha_to_one": True}
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """What scheduler_config.json says, with the defaults of the scheduler that reads it. Names are the file's own.
+    """The content of scheduler_config.json, with the defaults of the scheduler that reads it. Names are the file's.
 
     Attributes:
-        prediction_type: what the UNet predicts: `epsilon`, the noise, or `v_prediction`, sqrt(abar) epsilon - sqrt(1 - abar) x0
-            (Salimans and Ho 2022, arXiv:2202.00512, appendix D).
+        prediction_type: output of the UNet: `epsilon`, the noise, or `v_prediction`,
+            sqrt(abar) epsilon - sqrt(1 - abar) x0 (Salimans and Ho 2022, arXiv:2202.00512, appendix D).
         timestep_spacing: leading, trailing, linspace (Lin et al. 2024, arXiv:2305.08891, table 2).
-        final_sigma_min: the last sigma is that of t = 0 in place of zero.
+        final_sigma_min: the last sigma is that of t = 0 instead of zero; for Euler, DPM-Solver++ and UniPC.
     """
 
     num_train_timesteps: int
@@ -77,26 +77,26 @@ class SchedulerConfig:
 
     @classmethod
     def parse(cls, document: Mapping[str, Any], scheduler: str) -> SchedulerConfig:
-        """The configuration as `scheduler` (a name of ours) reads it.
+        """Parse the configuration as `scheduler` (one of our names) reads it.
 
         Raises:
-            ModelError: a value that ovserve's own loop does not compute.
+            ModelError: a value is not supported.
         """
-        defaults = _DEFAULTS.get(scheduler, _OTHERS)
+        defaults = _DEFAULTS.get(scheduler, _OTHER_DEFAULTS)
 
-        def value(key: str, otherwise: Any) -> Any:
+        def value(key: str, fallback: Any) -> Any:
             found = document.get(key)
-            return defaults.get(key, otherwise) if found is None else found
+            return defaults.get(key, fallback) if found is None else found
 
-        def choice(key: str, otherwise: str, known: tuple[str, ...]) -> str:
-            found = str(value(key, otherwise))
+        def choice(key: str, fallback: str, known: tuple[str, ...]) -> str:
+            found = str(value(key, fallback))
             if found not in known:
-                raise ModelError(f"scheduler_config.json: {key} {found!r}: expected one of {', '.join(known)}")
+                raise ModelError(f"scheduler_config.json: {key} is {found!r}; expected one of {', '.join(known)}")
             return found
 
         for key in ("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
             if document.get(key):
-                raise ModelError(f"scheduler_config.json: {key} is not supported")
+                raise ModelError(f"scheduler_config.json: {key} is {document[key]!r}, which is not supported")
         if scheduler == "euler":
             choice("interpolation_type", "linear", ("linear",))
             choice("timestep_type", "discrete", ("discrete",))
@@ -110,7 +110,7 @@ class SchedulerConfig:
             steps_offset=int(value("steps_offset", 0)),
             prediction_type=choice("prediction_type", "epsilon", ("epsilon", "v_prediction")),
             timestep_spacing=choice("timestep_spacing", "leading", ("leading", "trailing", "linspace")),
-            # The library's PNDM and LCM do not know this key.
+            # The library's PNDM and LCM ignore this key.
             rescale_betas_zero_snr=bool(value("rescale_betas_zero_snr", False)) and scheduler not in ("pndm", "lcm"),
             clip_sample=bool(value("clip_sample", False)),
             clip_sample_range=float(value("clip_sample_range", 1.0)),
@@ -121,14 +121,18 @@ class SchedulerConfig:
 
 
 def read_scheduler_config(directory: Path) -> dict[str, Any]:
-    """The JSON object in `directory`/scheduler/scheduler_config.json. Raises ModelError."""
+    """Read the JSON object in `directory`/scheduler/scheduler_config.json.
+
+    Raises:
+        ModelError: the file cannot be read or holds no JSON object.
+    """
     path = directory / "scheduler" / "scheduler_config.json"
     try:
         document = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from None
+        raise ModelError(f"{path} cannot be read: {error}") from None
     if not isinstance(document, dict):
-        raise ModelError(f"{path}: expected a JSON object")
+        raise ModelError(f"{path} does not hold a JSON object")
     return document
 
 
@@ -157,7 +161,7 @@ def _betas(config: SchedulerConfig, *, endpoint: bool) -> Array:
 
 
 def _rescaled_to_zero_snr(betas: Array) -> Array:
-    """Betas whose last timestep is pure noise: Lin et al. 2024, arXiv:2305.08891, algorithm 1."""
+    """Return betas whose last timestep is pure noise: Lin et al. 2024, arXiv:2305.08891, algorithm 1."""
     roots = np.sqrt(np.multiply.accumulate(f32(1) - betas))
     first, last = roots[0], roots[-1]
     roots = (roots - last) * f32(first / f32(first - last))
@@ -167,10 +171,12 @@ def _rescaled_to_zero_snr(betas: Array) -> Array:
 
 
 def alphas_cumprod(config: SchedulerConfig, *, endpoint: bool = False) -> Array:
-    """abar_t for t = 0..T-1: float32 (T,).
+    """Return abar_t for t = 0..T-1: float32 (T,).
 
-    `endpoint`: whether beta_{T-1} is exactly beta_end. The library leaves it out for all schedulers but LCM, against the papers
-    and against diffusers, where T betas span the range with both ends.
+    Args:
+        config: the model's configuration.
+        endpoint: whether beta_{T-1} is exactly beta_end. In the library only LCM includes the endpoint; in the papers
+            and in diffusers T betas always span the range with both ends.
     """
     betas = _betas(config, endpoint=endpoint)
     if config.rescale_betas_zero_snr:
@@ -179,13 +185,13 @@ def alphas_cumprod(config: SchedulerConfig, *, endpoint: bool = False) -> Array:
 
 
 def sigmas_of(alphas: Array) -> Array:
-    """sigma_t = sqrt((1 - abar_t) / abar_t): float32, the root taken in double as the library does."""
+    """Return sigma_t = sqrt((1 - abar_t) / abar_t): float32, the root computed in double as the library does."""
     ratios = (f32(1) - alphas) / alphas
     return np.array([math.sqrt(float(ratio)) for ratio in ratios], f32)
 
 
 def interpolate(timesteps: tuple[int, ...], values: Array) -> Array:
-    """`values` at whole timesteps, by the library's linear interpolation between the two below: (y1 - y0) + y0, in float32."""
+    """Return `values` at integer timesteps as the library interpolates them: (y1 - y0) + y0, in float32."""
     found = []
     for t in timesteps:
         if t <= 0:
@@ -198,43 +204,46 @@ def interpolate(timesteps: tuple[int, ...], values: Array) -> Array:
     return np.array(found, f32)
 
 
-def _half_up(value: float) -> int:
+def _round_half_up(value: float) -> int:
     return math.floor(value + 0.5)
 
 
 def _trailing(config: SchedulerConfig, count: int) -> tuple[int, ...]:
-    """T, T - T/n, ... each less one.
+    """Return T - 1, T - T/n - 1, ...: n = `count` timesteps.
 
-    The library goes down by a float32 step until zero, and for some n (9, 11, 12, 18, 21, ...) rounding leaves it just above
-    zero: one timestep too many, -1, which it reads out of bounds. Here the walk ends after n.
+    The library counts down in float32 until zero, and for some n (9, 11, 12, 18, 21, ...) rounding ends just above
+    zero. It then adds a timestep of -1, which it reads out of bounds. This function stops after n.
     """
     ratio = f32(config.num_train_timesteps) / f32(count)
     at, found = f32(config.num_train_timesteps), []
     for _ in range(count):
-        found.append(_half_up(float(at)) - 1)
+        found.append(_round_half_up(float(at)) - 1)
         at = f32(at - ratio)
     return tuple(found)
 
 
-def _inside(config: SchedulerConfig, timesteps: tuple[int, ...]) -> tuple[int, ...]:
-    # steps_offset can push the first timestep beyond the schedule's end (n = T); the library reads past its array there.
+def _clamp_to_schedule(config: SchedulerConfig, timesteps: tuple[int, ...]) -> tuple[int, ...]:
+    # With n = T, steps_offset moves the first timestep beyond the schedule; the library reads out of bounds there.
     return tuple(min(t, config.num_train_timesteps - 1) for t in timesteps)
 
 
 def spaced_timesteps(config: SchedulerConfig, count: int) -> tuple[int, ...]:
-    """`count` training timesteps, falling, as DDIM, PNDM and the Euler schedulers space them (arXiv:2305.08891, table 2)."""
+    """Return `count` training timesteps, falling, for DDIM, PNDM and Euler: arXiv:2305.08891, table 2."""
     total = config.num_train_timesteps
     if config.timestep_spacing == "trailing":
         return _trailing(config, count)
     if config.timestep_spacing == "linspace":
-        places = _linspace(f32(0), f32(total - 1), count, endpoint=True)
-        return tuple(_half_up(float(t)) for t in places[::-1])
+        points = _linspace(f32(0), f32(total - 1), count, endpoint=True)
+        return tuple(_round_half_up(float(t)) for t in points[::-1])
     ratio = total // count
-    return _inside(config, tuple(i * ratio + config.steps_offset for i in reversed(range(count))))
+    return _clamp_to_schedule(config, tuple(i * ratio + config.steps_offset for i in reversed(range(count))))
 
 
 def spaced_timesteps_shifted(config: SchedulerConfig, count: int) -> tuple[int, ...]:
-    """`count` training timesteps, falling, as diffusers spaces them for DPM-Solver++ and UniPC: one of n + 1 places left out."""
+    """Return `count` training timesteps, falling, as diffusers spaces them for DPM-Solver++ and UniPC.
+
+    Leading and linspace spacing make n + 1 timesteps and drop the lowest.
+    """
     total = config.num_train_timesteps
     if config.timestep_spacing == "trailing":
         return tuple(round(total - i * total / count) - 1 for i in range(count))
@@ -242,11 +251,11 @@ def spaced_timesteps_shifted(config: SchedulerConfig, count: int) -> tuple[int, 
         rising = np.rint(np.linspace(0, total - 1, count + 1)).astype(int).tolist()
         return tuple(reversed(rising[1:]))
     ratio = total // (count + 1)
-    return _inside(config, tuple(i * ratio + config.steps_offset for i in reversed(range(1, count + 1))))
+    return _clamp_to_schedule(config, tuple(i * ratio + config.steps_offset for i in reversed(range(1, count + 1))))
 
 
 def karras_sigmas(lowest: float, highest: float, count: int, rho: float = 7.0) -> NDArray[np.float64]:
-    """`count` noise levels from `highest` down to `lowest`: Karras et al. 2022, arXiv:2206.00364, equation 5; rho as there."""
+    """Return `count` noise levels from `highest` down to `lowest`: Karras et al. 2022, arXiv:2206.00364, equation 5."""
     ramp = np.linspace(0.0, 1.0, count)
     low, high = lowest ** (1 / rho), highest ** (1 / rho)
     levels: NDArray[np.float64] = (high + ramp * (low - high)) ** rho

@@ -1,1 +1,1 @@
-"""The engine of our own loop: pictures join and leave between steps."""
+"""The engine `stepwise`: our own denoising loop, in which pictures join and leave between steps."""

@@ -1,4 +1,4 @@
-"""A bounded cache of arrays, keyed by content: what it returns is what would have been computed."""
+"""A bounded least-recently-used cache of arrays."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Arrays = tuple[NDArray[Any], ...]
 
 
 def digest(pixels: NDArray[np.uint8]) -> bytes:
-    """A key for the content of an image: its shape and bytes, hashed so that nobody finds two images with one key."""
+    """Return a key for an image: a cryptographic hash of shape and bytes, so that no client can force a collision."""
     hashed = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=32)
     hashed.update(np.ascontiguousarray(pixels).data)
     return hashed.digest()
 
 
 class ArrayCache:
-    """Least recently used goes first once `limit_bytes` are held. Thread-safe: yes, one lock.
+    """Holds at most `limit_bytes`; evicts the least recently used entries first. Thread-safe: yes, one lock.
 
-    Arrays are made read-only when they go in: everybody gets the same ones.
+    Invariant: stored arrays are read-only, because all callers share them.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -36,7 +36,7 @@ class ArrayCache:
         self._lock = threading.Lock()
 
     def find(self, key: Hashable) -> Arrays | None:
-        """The arrays put under `key`, or None."""
+        """Return the arrays stored under `key`, or None."""
         with self._lock:
             found = self._entries.get(key)
             if found is not None:
@@ -44,7 +44,7 @@ class ArrayCache:
             return found
 
     def put(self, key: Hashable, arrays: Arrays) -> None:
-        """Hold `arrays` under `key`; larger than the limit, they are not held."""
+        """Store `arrays` under `key`. Arrays larger than the limit are not stored."""
         for array in arrays:
             array.setflags(write=False)
         with self._lock:
@@ -52,12 +52,12 @@ class ArrayCache:
             self._entries[key] = arrays
             self._held_bytes += _bytes(arrays) - _bytes(old)
             while self._held_bytes > self._limit_bytes:
-                _, dropped = self._entries.popitem(last=False)
-                self._held_bytes -= _bytes(dropped)
+                _, evicted = self._entries.popitem(last=False)
+                self._held_bytes -= _bytes(evicted)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all arrays held."""
+        """Bytes of all stored arrays."""
         return self._held_bytes
 
 

@@ -1,13 +1,14 @@
-"""The models of one directory, read, checked and compiled for their devices: text encoders, UNet, VAE encoder and decoder.
+"""The compiled models of one directory: text encoders, UNet, VAE encoder and decoder.
 
-Every infer request here belongs to one slot. A slot is a place where one call runs at a time: on a CPU a stream of its own with
-a fixed number of threads, the same for each request whatever the load, because another number of threads moves the last bits of
-a result (measured) and another batch does not.
+Every infer request belongs to one slot. A slot runs one call at a time: on a CPU in its own stream with a fixed number
+of threads. The number does not depend on the load, because another number of threads changes the last bits of a result
+(measured); another batch does not.
 
-Each slot has compiled models of its own, of one stream each. One compiled model with several streams would hold the weights once,
-but the CPU plugin (2026.4.1) then packs them in all streams at the same time and they race: of ten compilations of the built-in
-model with NUM_STREAMS=2 on a busy machine, one gave other bits than the rest, and now and then one gave noise for pictures.
-With one stream every compilation gives the same bits, and they are those of the library's own pipelines.
+Each slot has its own compiled models with one stream each. One compiled model with several streams would hold the
+weights once, but the CPU plugin (2026.4.1) then packs them in all streams at the same time, with a race: of ten
+compilations of the built-in model with NUM_STREAMS=2 on a busy machine, one gave other bits than the rest, and
+occasionally one gave noise instead of pictures. With one stream every compilation gives the same bits, which are those
+of the library's own pipelines.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ __all__ = ["Components", "Layout", "Requests", "component_config"]
 
 log = logging.getLogger(__name__)
 
-EXPORT_LIMIT_BYTES = 256 * 1024 * 1024  # an export is held in memory beside the compiled model
+# Larger models are compiled again, because an export is held in memory together with the compiled model.
+EXPORT_LIMIT_BYTES = 256 * 1024 * 1024
 
 UNET_INPUTS = frozenset({"sample", "timestep", "encoder_hidden_states", "timestep_cond", "text_embeds", "time_ids"})
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a device is divided: `streams` calls side by side, each on `threads` CPU threads (0: the plugin's own choice)."""
+    """How a device is divided: `streams` calls side by side, each on `threads` CPU threads (0: the plugin's choice)."""
 
     streams: int = 1
     threads: int = 0
@@ -65,51 +67,63 @@ class VaeConfig:
     latent_channels: int
     scaling_factor: np.float32
     shift_factor: np.float32
-    scale: int  # pixels of a side for one latent cell
-    samples: bool = True  # the encoder gives mean and log-variance, not the latents themselves
+    scale: int  # side of a latent cell in pixels
+    samples: bool = True  # the encoder returns mean and log-variance, not latents
 
 
 class Feeds:
-    """UNet inputs of the native size, filled with the same noise each time, for measuring; `types` by input name."""
+    """UNet inputs of the native size for measuring, filled with the same noise each time; `types` by input name."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], types: dict[str, Any]) -> None:
         self._shapes = shapes
         self.types = types
 
     def of(self, rows: int, *, timestep_per_row: bool = True) -> dict[str, NDArray[Any]]:
-        """Inputs of `rows` rows, each at a timestep of its own, or all at the first one's; their first rows are those of fewer."""
-        feed = {name: np.concatenate([self._one(name, place) for place in range(rows)]) for name in self._shapes}
-        return feed if timestep_per_row else feed | {"timestep": self._one("timestep", 0)}
+        """Return inputs with `rows` rows; row i is the same for every value of `rows`.
+
+        Args:
+            rows: number of rows.
+            timestep_per_row: give each row a different timestep, instead of all rows that of the first.
+        """
+        feed = {name: np.concatenate([self._row(name, index) for index in range(rows)]) for name in self._shapes}
+        return feed if timestep_per_row else feed | {"timestep": self._row("timestep", 0)}
 
     def second(self, *, timestep_per_row: bool = True) -> dict[str, NDArray[Any]]:
-        """The second row of `of(2)` alone."""
-        feed = {name: self._one(name, 1) for name in self._shapes}
-        return feed if timestep_per_row else feed | {"timestep": self._one("timestep", 0)}
+        """Return the second row of `of(2)` alone."""
+        feed = {name: self._row(name, 1) for name in self._shapes}
+        return feed if timestep_per_row else feed | {"timestep": self._row("timestep", 0)}
 
     def quarter(self) -> tuple[Feeds, int]:
-        """The same of half the width and height, and by how much they are smaller; of the whole where the UNet could not halve those."""
+        """Return feeds of half the width and height, and the ratio of the areas, 4.
+
+        If the UNet could not halve such sides often enough, return these feeds and 1.
+        """
         channels, height, width = self._shapes["sample"]
         if height % 16 or width % 16:
             return self, 1
         return Feeds(self._shapes | {"sample": (channels, height // 2, width // 2)}, self.types), 4
 
-    def _one(self, name: str, place: int) -> NDArray[Any]:
+    def _row(self, name: str, index: int) -> NDArray[Any]:
         if name == "timestep":
-            # Rows at timesteps of their own: whether the graph takes them is seen from rows that come out otherwise than alone.
-            return np.array([(500 + 137 * place) % 1000], self.types[name])
-        noise: Array = np.random.default_rng((place, len(name))).standard_normal((1, *self._shapes[name]), np.float32)
+            # Timesteps differ between rows: a row compared with itself alone then shows whether the graph uses them.
+            return np.array([(500 + 137 * index) % 1000], self.types[name])
+        noise: Array = np.random.default_rng((index, len(name))).standard_normal((1, *self._shapes[name]), np.float32)
         return noise.astype(self.types[name])
 
 
 def component_config(directory: Path) -> dict[str, Any]:
-    """The JSON object in `directory`/config.json. Raises ModelError."""
+    """Read the JSON object in `directory`/config.json.
+
+    Raises:
+        ModelError: the file cannot be read or holds no JSON object.
+    """
     path = directory / "config.json"
     try:
         document = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from None
+        raise ModelError(f"{path} cannot be read: {error}") from None
     if not isinstance(document, dict):
-        raise ModelError(f"{path}: expected a JSON object")
+        raise ModelError(f"{path} does not hold a JSON object")
     return document
 
 
@@ -120,12 +134,12 @@ def _number(document: Mapping[str, Any], key: str, default: float) -> float:
 
 @dataclass
 class Components:
-    """The models of one directory. `read` once, then `compile` for a layout; again for another.
+    """The models of one directory. Call `read` once, then `compile` for a layout; again for another layout.
 
     Attributes:
         inputs: names of the UNet's inputs.
-        time_cond_dim: length of LCM's guidance embedding (arXiv:2310.04378, section 4.2); 0 without.
-        timestep_per_row: rows of one call may be at different timesteps.
+        time_cond_dim: length of LCM's guidance embedding (arXiv:2310.04378, section 4.2); 0 for other models.
+        timestep_per_row: whether rows of one call may be at different timesteps.
         feeds: inputs for measuring the UNet.
     """
 
@@ -142,7 +156,11 @@ class Components:
     _unets: dict[Layout, list[Any]] = field(default_factory=dict)
 
     def read(self) -> None:
-        """Read every model and check that the loop can drive it. Raises ModelError."""
+        """Read every model and check that the engine can drive it.
+
+        Raises:
+            ModelError: a file cannot be read, or a model has unsupported inputs or outputs.
+        """
         directory = self.profile.directory
         self._devices = _devices(self.settings)
         self._models = {name: self._read(name) for name in self._names()}
@@ -152,7 +170,7 @@ class Components:
         self._read_vae()
         self._read_unet()
         self.feeds = self._feeds()
-        self._models["vae_decoder"] = self._with_pixels_out(self._models["vae_decoder"])
+        self._models["vae_decoder"] = self._with_uint8_output(self._models["vae_decoder"])
 
     def _names(self) -> list[str]:
         encoders = ["text_encoder", "text_encoder_2"][: self.profile.text_encoders]
@@ -164,14 +182,14 @@ class Components:
         try:
             return self.core.read_model(path)
         except RuntimeError as error:
-            raise ModelError(f"{path}: cannot be read: {_reason(error)}") from None
+            raise ModelError(f"{path} cannot be read: {_reason(error)}") from None
 
     def _read_vae(self) -> None:
         config = component_config(self.profile.directory / "vae_decoder")
         encoder = self._models.get("vae_encoder")
         names = encoder.output(0).get_names() if encoder else {"latent_parameters"}
         if not names & {"latent_sample", "latent_parameters"}:
-            raise ModelError(f"vae_encoder: output {sorted(names)}: expected latent_sample or latent_parameters")
+            raise ModelError(f"vae_encoder: output is {sorted(names)}; expected latent_sample or latent_parameters")
         self.vae = VaeConfig(
             latent_channels=int(_number(config, "latent_channels", 4)),
             scaling_factor=np.float32(_number(config, "scaling_factor", 1.0)),
@@ -180,34 +198,41 @@ class Components:
             samples="latent_sample" not in names,
         )
         if self.in_channels not in (self.vae.latent_channels, 2 * self.vae.latent_channels + 1):
-            raise ModelError(f"unet: {self.in_channels} input channels are neither plain nor those of inpainting")
+            plain, masked = self.vae.latent_channels, 2 * self.vae.latent_channels + 1
+            raise ModelError(f"unet: in_channels is {self.in_channels}; expected {plain}, or {masked} for inpainting")
 
     def _read_unet(self) -> None:
         unet = self._models["unet"]
         self.inputs = frozenset(name for port in unet.inputs for name in port.get_names() & UNET_INPUTS)
         if len(self.inputs) < len(unet.inputs) or not {"sample", "timestep", "encoder_hidden_states"} <= self.inputs:
             raise ModelError(
-                f"unet: inputs {sorted(str(port.get_names()) for port in unet.inputs)} are not those of a UNet"
+                f"unet: inputs are {sorted(str(port.get_names()) for port in unet.inputs)}; "
+                f"expected sample, timestep, encoder_hidden_states and only {', '.join(sorted(UNET_INPUTS))}"
             )
         if unet.input("sample").get_partial_shape()[0].is_static:
-            raise ModelError("unet: its shapes are static: rows cannot join a call")
+            raise ModelError(
+                "unet: shapes are static, so rows cannot join a call; export dynamic shapes or set engine to genai"
+            )
         shape = unet.input("timestep").get_partial_shape()
         if shape.is_static:
-            self.timestep_per_row = self._free_timestep(unet)
+            self.timestep_per_row = self._reshape_timestep(unet)
 
-    def _free_timestep(self, unet: Any) -> bool:
-        """Some exports fix `timestep` to one value for all rows; most graphs take one for each as well."""
+    def _reshape_timestep(self, unet: Any) -> bool:
+        """Give `timestep` one value for each row, where the export has one for all; return whether the graph allows it.
+
+        Most graphs do.
+        """
         shape = unet.input("timestep").get_partial_shape()
         try:
             unet.reshape({"timestep": ov.PartialShape([-1])})
         except RuntimeError:
             unet.reshape({"timestep": shape})
-            log.info("the UNet takes one timestep for all rows: only rows at the same timestep share a call")
+            log.info("the UNet takes one timestep for all rows; only rows at the same timestep share a call")
             return False
         return True
 
-    def _with_pixels_out(self, decoder: Any) -> Any:
-        """The decoder with what the library puts around it: scaled latents in, uint8 (N, H, W, 3) out."""
+    def _with_uint8_output(self, decoder: Any) -> Any:
+        """Return the decoder with the library's pre- and postprocessing: scaled latents in, uint8 (N, H, W, 3) out."""
         process = PrePostProcessor(decoder)
         if self.vae.scaling_factor != 1:
             process.input().preprocess().scale(float(self.vae.scaling_factor))
@@ -226,20 +251,20 @@ class Components:
         process.output().tensor().set_layout(ov.Layout("NHWC"))
         return process.build()
 
-    # --- what measuring needs to know ---
+    # --- for measuring ---
 
     @property
     def denoiser_device(self) -> str:
-        """Where the UNet runs."""
+        """Device of the UNet."""
         return self._devices[1]
 
     @property
     def unet_bytes(self) -> int:
-        """Of its weights, as they are stored."""
+        """Size of the UNet's weights file."""
         return (self.profile.directory / "unet" / "openvino_model.bin").stat().st_size
 
     def cpu_threads(self) -> int:
-        """Threads that the plugin would take for one stream: the cores this process may use."""
+        """Return the threads that the plugin uses for one stream: the cores this process may use."""
         parameter = ops.parameter(ov.PartialShape([1]), np.float32)
         probe = ov.Model([ops.result(ops.abs(parameter))], [parameter])
         compiled = self.core.compile_model(probe, "CPU", {"NUM_STREAMS": 1})
@@ -258,18 +283,22 @@ class Components:
     # --- compiling ---
 
     def compile_unet(self, layout: Layout) -> list[Any]:
-        """The UNet alone, an infer request for each slot: for measuring. `compile` takes them over if it is for the same layout."""
+        """Compile only the UNet, for measuring, and return an infer request for each slot. `compile` reuses them."""
         compiled = self._compile("unet", layout)
-        copies = [self._again(compiled, layout) for _ in range(1, layout.streams)]
+        copies = [self._compile_copy(compiled, layout) for _ in range(1, layout.streams)]
         self._unets[layout] = [each.create_infer_request() for each in (compiled, *copies)]
         return self._unets[layout]
 
     def measured_unets(self, layout: Layout) -> list[Any]:
-        """Those that were compiled for measuring."""
+        """Return the infer requests that `compile_unet` made for this layout."""
         return self._unets[layout]
 
     def compile(self, layout: Layout, beat: Callable[[str], None]) -> None:
-        """Compile everything for this layout; `requests` then has one entry for each slot. Raises ModelError."""
+        """Compile all models for this layout; `requests` then has one entry for each slot.
+
+        Raises:
+            ModelError: a device cannot compile a model.
+        """
         self.requests = []
         unets = self._unets[layout] if layout in self._unets else self.compile_unet(layout)
         self._unets = {}
@@ -292,19 +321,18 @@ class Components:
             )
 
     def release_sources(self) -> None:
-        """Let go of the uncompiled models; `compile` cannot be called again."""
+        """Free the uncompiled models; `compile` cannot be called again."""
         self._models.clear()
 
     def _compile(self, name: str, layout: Layout) -> Any:
-        place = 0 if name.startswith("text") else 1 if name == "unet" else 2
-        device = self._devices[place]
+        device = self._devices[0 if name.startswith("text") else 1 if name == "unet" else 2]
         try:
             return self.core.compile_model(self._models[name], device, self._properties(name, device, layout))
         except RuntimeError as error:
-            raise ModelError(f"{name}: cannot be compiled for {device}: {_reason(error)}") from None
+            raise ModelError(f"{name} cannot be compiled for {device}: {_reason(error)}") from None
 
-    def _again(self, compiled: Any, layout: Layout) -> Any:
-        """The same UNet compiled once more. Read from an export of the first it is there four times as fast, and has the same bits."""
+    def _compile_copy(self, compiled: Any, layout: Layout) -> Any:
+        """Compile the UNet once more. Importing an export of the first is four times as fast, with the same bits."""
         device = self._devices[1]
         if not device.startswith("CPU") or self.settings.cache_dir or self.unet_bytes > EXPORT_LIMIT_BYTES:
             return self._compile("unet", layout)
@@ -321,11 +349,11 @@ class Components:
             properties["NUM_STREAMS"] = 1
             if layout.threads:
                 properties["INFERENCE_NUM_THREADS"] = layout.threads
-            # Pinned threads of two slots, or of two workers, would sit on the same cores while others stand idle.
+            # Pinned threads of two slots, or of two workers, would share cores while other cores are idle.
             properties.setdefault("ENABLE_CPU_PINNING", False)
         overflows = self.profile.family == "sdxl" and name.startswith("vae") and "GPU" in device
         if overflows and not self._models[name].has_rt_info(["runtime_options", "ACTIVATIONS_SCALE_FACTOR"]):
-            # As the library: SDXL's VAE overflows float16 unless the export carries a scale for its activations.
+            # As in the library: SDXL's VAE overflows float16 unless the export has a scale for its activations.
             properties.setdefault("INFERENCE_PRECISION_HINT", "f32")
         return properties
 
@@ -334,7 +362,10 @@ def _devices(settings: ModelSettings) -> tuple[str, str, str]:
     names = settings.device.split()
     text, denoiser, vae = names if len(names) == 3 else names * 3
     if any("NPU" in name for name in (text, denoiser, vae)):
-        raise ModelError("an NPU compiles static shapes only: rows cannot join a call there")
+        raise ModelError(
+            f"device is {settings.device!r}: an NPU requires static shapes, so rows cannot join a call; "
+            "set engine to genai"
+        )
     return text, denoiser, vae
 
 
@@ -347,34 +378,37 @@ def _reason(error: RuntimeError) -> str:
 
 
 def run_unet(request: Any, feed: Mapping[str, NDArray[Any]]) -> Array:
-    """One UNet call: float32 (rows, C, H/8, W/8), a copy. Raises RuntimeError."""
+    """Run the UNet and return a copy of its output: float32 (rows, C, H/8, W/8).
+
+    Raises:
+        RuntimeError: the call failed, or the UNet cannot work at this size.
+    """
     request.infer(dict(feed), share_inputs=True)
     found = np.array(request.get_output_tensor(0).data)
     rows, _, height, width = feed["sample"].shape
     if (len(found), *found.shape[2:]) != (rows, height, width):
-        # Sides that the UNet cannot halve as often as it wants to: the plugin then keeps the output of the call before, and
-        # does not say so.
+        # The UNet cannot halve these sides often enough. The plugin then silently keeps the output of the call before.
         raise RuntimeError(f"the UNet cannot work on {height} x {width} latents")
     return found
 
 
 def run_decoder(request: Any, latents: Array) -> NDArray[np.uint8]:
-    """Latents (1, C, h, w) to pixels uint8 (H, W, 3), a copy."""
+    """Decode latents (1, C, h, w); return a copy of the pixels, uint8 (H, W, 3)."""
     request.infer({0: np.ascontiguousarray(latents)}, share_inputs=True)
     return np.array(request.get_output_tensor(0).data[0])
 
 
 def run_encoder(request: Any, image: Array) -> Array:
-    """An image float32 (1, 3, H, W), -1..1, to what the VAE encoder gives, a copy."""
+    """Encode an image float32 (1, 3, H, W), -1..1; return a copy of the VAE encoder's output."""
     request.infer({0: image}, share_inputs=True)
     return np.array(request.get_output_tensor(0).data)
 
 
 def normalised_levels(core: Any) -> Array:
-    """What each of the 256 levels of a pixel becomes: float32 (256,), -1..1.
+    """Return the model input for each of the 256 pixel levels: float32 (256,), -1..1.
 
-    Computed by the same graph as the library's image processor: a division in numpy differs in the last bit, and bfloat16
-    makes fourteen levels of that.
+    Computed by the same graph as in the library's image processor. A division in numpy differs in the last bit, which
+    bfloat16 amplifies to a difference of up to fourteen levels.
     """
     parameter = ops.parameter(ov.PartialShape([-1, -1, -1, -1]), np.float32)
     process = PrePostProcessor(ov.Model([ops.result(parameter)], [parameter]))

@@ -1,6 +1,6 @@
-"""What a picture needs before its first step: embeddings of its prompts, the encoded image, and the first latents.
+"""Encoding of a picture before its first step: conditions, encoded image and first latents.
 
-Runs in: a slot's thread, with that slot's infer requests. Images are encoded once while their content stays in the cache.
+Encoded images are cached by content. Runs in: a slot's thread, with that slot's infer requests.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from ovserve.engines.schedulers.schedulers import Plan
 from ovserve.engines.stepwise.cache import ArrayCache, digest
 from ovserve.engines.stepwise.compiled import Components, Requests, normalised_levels, run_encoder
 from ovserve.engines.stepwise.picture import Blend, Draw, Start, latent_mask
-from ovserve.engines.stepwise.prompts import TextSide
+from ovserve.engines.stepwise.prompts import PromptEncoder
 
 __all__ = ["Encoding"]
 
-CACHE_BYTES = 64 * 1024 * 1024  # latents are 1/48 of their image: thousands at 512 px
-SEED_RANGE = 2**32  # the library's generator takes 32 bits
+CACHE_BYTES = 64 * 1024 * 1024  # encoded images; thousands at 512 px, where latents are 1/48 of the image
+SEED_RANGE = 2**32  # the library's generator takes seeds of 32 bits
 
 Moments = tuple[Array, ...]
 
 
 class Encoding:
-    """Turns work into `Start`s. Thread-safe; raises what an infer request raises."""
+    """Makes the `Start` of each picture. Thread-safe. Exceptions of infer requests are passed on."""
 
-    def __init__(self, components: Components, text: TextSide) -> None:
+    def __init__(self, components: Components, prompts: PromptEncoder) -> None:
         self._vae = components.vae
         self._takes_mask = components.profile.inpainting_unet
-        self._text = text
+        self._prompts = prompts
         self._levels = normalised_levels(components.core)
         self._cache = ArrayCache(CACHE_BYTES)
 
     def start(self, work: Work, plan: Plan, requests: Requests) -> Start:
-        """Everything before the first step, drawing from the seed's stream in the library's order: image, noise, masked image."""
-        conditions = self._text.conditions(work, requests.text_encoders)
+        """Make the `Start`, with random draws in the library's order: image, noise, masked image."""
+        conditions = self._prompts.conditions(work, requests.text_encoders)
         draw = _stream(work.seed)
         inpainting = work.mode == "inpainting"
         from_noise = work.mode == "text2image" or (inpainting and f32(work.strength) == 1)
@@ -58,9 +58,9 @@ class Encoding:
         return Start(conditions, latents, draw, extra_channels=np.concatenate([mask, masked], axis=1))
 
     def _moments(self, image: Pixels, mask: Pixels | None, requests: Requests) -> Moments:
-        """Mean and standard deviation of an image's latents, or the latents alone where the encoder gives those.
+        """Return mean and standard deviation of an image's latents, or the latents if the encoder returns these.
 
-        With a mask, of the image with zeros (mid-gray) where it says repaint.
+        With a mask, the part to repaint is set to zero (mid-gray) before encoding.
         """
         key = (digest(image), None if mask is None else digest(mask))
         found = self._cache.find(key)
@@ -78,7 +78,7 @@ class Encoding:
         return moments
 
     def _sample(self, moments: Moments, draw: Draw) -> Array:
-        """A draw from the VAE's posterior (Kingma and Welling 2014, arXiv:1312.6114, section 2.4), scaled for the UNet."""
+        """Draw from the VAE's posterior, scaled for the UNet: Kingma and Welling 2014, arXiv:1312.6114, section 2.4."""
         drawn = moments[0]
         if len(moments) == 2:
             drawn = drawn + moments[1] * draw(drawn.shape)

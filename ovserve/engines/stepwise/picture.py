@@ -1,7 +1,7 @@
-"""One picture on its way from noise to latents: which rows it needs next, and what their predictions make of it.
+"""The state of one picture between its UNet calls, from the first latents to the last.
 
-The order in which random numbers are drawn, and every product and sum, are those of OpenVINO GenAI 2026.4 for one picture alone,
-so that a picture is the same whoever it shares its UNet calls with.
+Invariant: the order of random draws, and of every product and sum, is that of OpenVINO GenAI 2026.4 for one picture
+alone. So a picture does not depend on the pictures it shares calls with.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from ovserve.engines.stepwise.shortcuts import EXACT, Shortcuts
 
 __all__ = ["Blend", "Draw", "Picture", "Start", "latent_mask"]
 
-Draw = Callable[[tuple[int, ...]], Array]  # standard normal noise of a shape, the next of one seed's stream
+Draw = Callable[[tuple[int, ...]], Array]  # returns standard normal noise of a shape: the next of one seed's stream
 
 
 @dataclass(frozen=True, slots=True)
 class Blend:
-    """Inpainting with a UNet that knows no mask: after each step the kept part is put back at that step's noise level.
+    """Inpainting with a UNet that takes no mask: after each step the kept part is restored at that step's noise level.
 
-    As in Avrahami et al. 2023, arXiv:2206.02779, section 3.2. All float32 (1, C, h, w); `mask` (1, 1, h, w): 1 = repaint.
+    As in Avrahami et al. 2023, arXiv:2206.02779, section 3.2. All float32 (1, C, h, w); `mask` (1, 1, h, w):
+    1 = repaint.
     """
 
     mask: Array
@@ -34,23 +35,25 @@ class Blend:
     noise: Array
 
     def at(self, plan: Plan, latents: Array, index: int) -> Array:
-        """`latents` with the kept part at the noise level of step `index`, or clean after the last."""
+        """Return `latents` with the kept part at the noise level of step `index`, or clean after the last step."""
         kept = self.image
         if index < len(plan.timesteps):
             kept = plan.add_noise(self.image, self.noise, index)
         return self.over(kept, latents)
 
     def over(self, kept: Array, latents: Array) -> Array:
-        """`latents` where the mask says repaint, `kept` elsewhere."""
+        """Return `latents` where the mask is 1, and `kept` elsewhere."""
         mixed: Array = (f32(1) - self.mask) * kept + self.mask * latents
         return mixed
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What encoding made ready: the conditions, the first latents, and what inpainting needs.
+    """The result of encoding: the conditions, the first latents, and the data for inpainting.
 
     Attributes:
+        draw: the seed's stream of noise, after what encoding drew from it.
+        blend: for inpainting with a UNet that takes no mask; else None.
         latents: float32 (1, C, h, w), at the noise level of the first step.
         extra_channels: mask and masked image of an inpainting UNet, float32 (1, 1 + C, h, w); else None.
     """
@@ -64,15 +67,15 @@ class Start:
 
 @dataclass(slots=True, eq=False)
 class Picture:
-    """One piece of work in flight. Owned by the device thread, but for `start`, which the slot that encodes it sets.
+    """One picture in flight. Owned by the device thread.
 
     Attributes:
         index: steps done.
-        predictions: of the rows of the step in flight, by place, as they come in.
-        difference: what the prompt made of the prediction when both rows were last computed.
-        passed: steps of shorter pictures that it has let by since its own last one.
+        predictions: of the rows of the step in flight, by condition, as their calls end.
+        difference: prediction with the prompt minus prediction without, when both rows were last computed.
+        overtakes: steps of shorter pictures since its own last step.
         is_solo: it shares no call.
-        is_ended: it failed; what is still under way for it is dropped.
+        is_ended: it failed; results of its calls in flight are dropped.
     """
 
     work: Work
@@ -86,13 +89,13 @@ class Picture:
     predictions: dict[int, Array] = field(default_factory=dict)
     difference: Array | None = None
     shortcuts: Shortcuts = EXACT
-    passed: int = 0
+    overtakes: int = 0
     is_solo: bool = False
     is_ended: bool = False
 
     @property
     def steps(self) -> int:
-        """UNet steps in all."""
+        """Number of UNet steps in total."""
         return len(self.plan.timesteps)
 
     @property
@@ -101,8 +104,8 @@ class Picture:
         return self.index == self.steps
 
     @property
-    def places(self) -> tuple[int, ...]:
-        """Which rows of the conditions the next step needs: without and with the prompt, or with it alone."""
+    def conditions(self) -> tuple[int, ...]:
+        """Which rows of the conditions the next step needs: 0 and 1 (without and with the prompt), or one of them."""
         if self.ready.conditions.rows == 1:
             return (0,)
         return (0, 1) if self.shortcuts.needs_both_rows(self.index, self.steps) else (1,)
@@ -110,11 +113,11 @@ class Picture:
     @property
     def rows(self) -> int:
         """Rows in the next UNet call."""
-        return len(self.places)
+        return len(self.conditions)
 
     @property
     def ready(self) -> Start:
-        """`start`, once there."""
+        """`start`, which is set once the picture is encoded."""
         if self.start is None:
             raise ValueError("the picture is not encoded yet")
         return self.start
@@ -125,21 +128,21 @@ class Picture:
         return self.plan.timesteps[self.index]
 
     def begin(self, start: Start) -> None:
-        """Take what encoding made ready."""
+        """Store the result of encoding."""
         self.start, self.latents = start, start.latents
 
     def sample(self) -> Array:
-        """The UNet's `sample` for each row of the next step: float32 (1, channels, h, w)."""
+        """Return the UNet's `sample` for each row of the next step: float32 (1, channels, h, w)."""
         scaled = self.plan.scale_input(self.latents, self.index)
         extra = self.ready.extra_channels
         return scaled if extra is None else np.concatenate([scaled, extra], axis=1)
 
     def advance(self) -> None:
-        """One step with the predictions of all rows."""
+        """Make one step with the predictions of all rows."""
         ready, index = self.ready, self.index
         prediction = self._guided()
         self.predictions = {}
-        self.passed = 0
+        self.overtakes = 0
         noise = ready.draw(self.latents.shape) if self.plan.draws_noise(index) else None
         found = self.plan.step(prediction, self.latents, index, self.history, noise)
         self.index, self.history = index + 1, found.history
@@ -147,11 +150,11 @@ class Picture:
         if ready.blend is not None:
             self.latents = ready.blend.at(self.plan, found.latents, self.index)
             self.clean = ready.blend.over(ready.blend.image, found.clean)
-        # Where a scheduler names what to decode, the library decodes that, unblended; the kept part is pasted back in pixels.
+        # The library does not blend latents that a scheduler returns for decoding; the kept part is pasted in pixels.
         self.decoded = self.latents if found.decoded is None else found.decoded
 
     def _guided(self) -> Array:
-        """The prediction that the scheduler steps with: arXiv:2207.12598, equation 6, in the form u + g (c - u)."""
+        """Return the prediction after guidance: arXiv:2207.12598, equation 6, in the form u + g (c - u)."""
         rows, scale = self.predictions, f32(self.work.guidance_scale)
         if len(rows) == 2:
             self.difference = rows[1] - rows[0]
@@ -159,15 +162,16 @@ class Picture:
             return guided
         (prediction,) = rows.values()
         if self.difference is not None and self.shortcuts.is_guided(self.index, self.steps):
-            # The same with an earlier difference: u = c - (c - u).
+            # The same with the difference of an earlier step: u = c - (c - u).
             return prediction + (scale - f32(1)) * self.difference
         return prediction
 
 
 def latent_mask(mask_image: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], scale: int) -> Array:
-    """A mask uint8 (H, W) on the latent grid: float32 (1, 1, h, w), 1 = repaint.
+    """Return a mask uint8 (H, W) on the latent grid: float32 (1, 1, h, w), 1 = repaint.
 
-    As the library: threshold at one half, then the first pixel of each cell. Masks come in pooled, so every pixel of a cell agrees.
+    As in the library: threshold at one half, then the first pixel of each cell. Masks are pooled before, so all pixels
+    of a cell are equal.
     """
     cells = (mask_image[::scale, ::scale] >= 128).astype(f32)
     return cells[None, None]

@@ -1,7 +1,7 @@
-"""Estimates of the final picture while it is made: the predicted clean latents through the VAE decoder, in a thread of their own.
+"""Previews of pictures in flight: the predicted clean latents, decoded by the VAE in a separate thread.
 
-The device thread hands latents over and goes on. A preview is decoded at a fraction of the picture's size where decoding is slow
-beside a step, so that it takes little from what denoises on the same cores.
+The device thread enqueues latents and continues. Where decoding is slow compared with a step, a preview is decoded at a
+fraction of the picture's size, so that it takes little time from the denoising on the same cores.
 """
 
 from __future__ import annotations
@@ -16,76 +16,81 @@ from ovserve.engines.protocol import Preview, Work
 from ovserve.engines.schedulers.noise import Array
 from ovserve.engines.stepwise.compiled import run_decoder
 
-__all__ = ["Previews", "choose_shrink", "shrunk"]
+__all__ = ["Previews", "choose_shrink", "downscale"]
 
 log = logging.getLogger(__name__)
 
-WAITING_LIMIT = 16  # previews not decoded yet; further ones are dropped: the device is busier than anybody can watch
+MAX_QUEUED = 16  # previews waiting to be decoded; further ones are dropped
 SHRINKS = (1, 2, 4, 8)
-LEAST_CELLS = 16  # of latents on a side: from fewer a decoder makes fog
-STEP_SHARE = 0.5  # of a step's time that a preview may cost
+MIN_CELLS = 16  # latents on a side; from fewer, the decoded preview is a blur
+MAX_STEP_SHARE = 0.5  # of a step's duration that decoding a preview may take
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _Queued:
     work: Work
     step: int
     clean: Array
 
 
 class Previews:
-    """Decodes previews, in the order asked for. `request` is an infer request of the VAE decoder that nobody else uses."""
+    """Decodes previews in the order they were enqueued.
+
+    Args:
+        request: an infer request of the VAE decoder that is used only here.
+        shrink: by how much a side of a preview is smaller than the picture's.
+    """
 
     def __init__(self, request: Any, shrink: int) -> None:
         self._request = request
         self._shrink = shrink
-        self._asked: queue.Queue[_Asked | None] = queue.Queue(WAITING_LIMIT)
+        self._queue: queue.Queue[_Queued | None] = queue.Queue(MAX_QUEUED)
         self._wanted: set[Work] = set()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name="previews", daemon=True)
         self._thread.start()
 
-    def ask(self, work: Work, step: int, clean: Array) -> None:
-        """Have `work.on_preview` called with what the clean latents of `step` look like. Returns at once."""
+    def enqueue(self, work: Work, step: int, clean: Array) -> None:
+        """Schedule a call of `work.on_preview` with the decoded clean latents of `step`. Never blocks."""
         with self._lock:
             self._wanted.add(work)
         try:
-            self._asked.put_nowait(_Asked(work, step, clean))
+            self._queue.put_nowait(_Queued(work, step, clean))
         except queue.Full:
-            log.debug("a preview was dropped: %d wait", WAITING_LIMIT)
+            log.debug("preview dropped: %d are queued already", MAX_QUEUED)
 
-    def forget(self, work: Work) -> None:
-        """The work has ended: once this returns, `work.on_preview` is not called any more."""
+    def discard(self, work: Work) -> None:
+        """Drop the previews of work that has ended: after the return, `work.on_preview` is not called any more."""
         with self._lock:
             self._wanted.discard(work)
 
     def close(self) -> None:
-        """End the thread, after the preview under way."""
+        """Stop the thread after the preview in progress."""
         with self._lock:
             self._wanted.clear()
-        self._asked.put(None)
+        self._queue.put(None)
         self._thread.join()
 
     def _serve(self) -> None:
-        while (asked := self._asked.get()) is not None:
-            if asked.work not in self._wanted or asked.work.on_preview is None:
+        while (queued := self._queue.get()) is not None:
+            if queued.work not in self._wanted or queued.work.on_preview is None:
                 continue
             try:
-                pixels = run_decoder(self._request, shrunk(asked.clean, self._shrink))
+                pixels = run_decoder(self._request, downscale(queued.clean, self._shrink))
                 with self._lock:
-                    if asked.work in self._wanted:
-                        asked.work.on_preview(Preview(asked.step, pixels))
-            except Exception:  # a preview is a courtesy: what goes wrong with one must not touch the picture
-                log.exception("a preview failed")
+                    if queued.work in self._wanted:
+                        queued.work.on_preview(Preview(queued.step, pixels))
+            except Exception:  # previews are best effort: an error must not affect the picture
+                log.exception("preview failed")
 
 
-def shrunk(latents: Array, factor: int) -> Array:
-    """Latents (1, C, h, w) averaged over cells of `factor` x `factor`, as far as LEAST_CELLS are left on each side.
+def downscale(latents: Array, factor: int) -> Array:
+    """Average latents (1, C, h, w) over cells of `factor` x `factor`.
 
-    What does not fill a cell is left out.
+    The factor is reduced so that MIN_CELLS remain on each side. Incomplete cells at the edge are dropped.
     """
     _, channels, height, width = latents.shape
-    factor = max(1, min(factor, height // LEAST_CELLS, width // LEAST_CELLS))
+    factor = max(1, min(factor, height // MIN_CELLS, width // MIN_CELLS))
     height, width = height // factor, width // factor
     cells = latents[:, :, : height * factor, : width * factor].reshape(1, channels, height, factor, width, factor)
     averaged: Array = cells.mean(axis=(3, 5))
@@ -93,8 +98,8 @@ def shrunk(latents: Array, factor: int) -> Array:
 
 
 def choose_shrink(decode_s: float, step_s: float) -> int:
-    """How much smaller a preview is: the least that keeps it cheap beside a step."""
+    """Return the smallest factor that keeps decoding a preview cheap compared with a step."""
     for factor in SHRINKS:
-        if decode_s / factor**2 <= STEP_SHARE * step_s:
+        if decode_s / factor**2 <= MAX_STEP_SHARE * step_s:
             return factor
     return SHRINKS[-1]

@@ -1,8 +1,8 @@
-"""Slots: places where one call to the device runs at a time, side by side, each with a thread and infer requests of its own.
+"""Slots: each has a thread and infer requests, and runs one call to the device at a time.
 
     device thread ──start──▶ slot thread ──▶ Finished ──wait──▶ device thread
 
-Infer requests run in their slot's thread with the interpreter lock released; an exception there comes back in `Finished`.
+Infer requests run in their slot's thread and release the GIL. An exception of a call is returned in `Finished`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Finished(Generic[T]):
-    """A call that has ended: what it was for, what it gave, or why it failed; times on the monotonic clock."""
+    """A call that has ended: its subject, and its result or error; times on the monotonic clock."""
 
     slot: int
     subject: T
@@ -32,7 +32,7 @@ class Finished(Generic[T]):
 
 
 class Slots(Generic[T]):
-    """A fixed number of slots. Every method runs in the device thread; `run` of a call in the slot's."""
+    """A fixed number of slots, one for each of `requests`. All methods run in the device thread."""
 
     def __init__(self, requests: Sequence[Any]) -> None:
         self._requests = list(requests)
@@ -48,25 +48,25 @@ class Slots(Generic[T]):
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of slots."""
         return len(self._requests)
 
     @property
     def free(self) -> int:
-        """How many have nothing to do."""
+        """Number of slots without a call."""
         return len(self._free)
 
     @property
     def busy(self) -> int:
-        """How many calls are under way."""
+        """Number of calls in flight."""
         return self.count - self.free
 
     def start(self, subject: T, run: Callable[[Any], Any]) -> None:
-        """Run `run(requests)` in a free slot."""
+        """Run `run(requests)` in a free slot's thread. Requires `free`."""
         self._inboxes[self._free.pop()].put((subject, run))
 
     def wait(self) -> list[Finished[T]]:
-        """Block until at least one call has ended; all that have. Only while `busy`."""
+        """Block until at least one call has ended; return all that have. Requires `busy`."""
         finished = [self._finished.get()]
         while True:
             try:
@@ -77,7 +77,7 @@ class Slots(Generic[T]):
         return finished
 
     def close(self) -> None:
-        """End the threads, after the calls under way."""
+        """Stop the threads after the calls in flight."""
         for inbox in self._inboxes:
             inbox.put(None)
         for thread in self._threads:
@@ -92,6 +92,6 @@ class Slots(Generic[T]):
             started_at = time.monotonic()
             try:
                 result = run(requests)
-            except Exception as raised:  # noqa: BLE001 - it belongs to the call's subject, whatever it is
+            except Exception as raised:  # noqa: BLE001 - the device thread decides what the failure means
                 error = raised
             self._finished.put(Finished(slot, subject, result, error, started_at, time.monotonic()))

@@ -1,0 +1,149 @@
+"""Engine `stepwise`: failed calls, failed pictures and failed devices."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from openvino import opset13 as ops
+
+from ovserve.engines.stepwise.engine import StepwiseEngine
+from ovserve.errors import InternalError, InvalidValue
+from ovserve.settings.options import Resolution
+from tests.pictures import (
+    drive,
+    image_of,
+    pixels_of,
+    work_of,
+)
+from tests.stepwise import PROFILE, Traced, Watched, load_watched, text, with_unet
+
+
+@pytest.fixture(scope="module")
+def traced() -> Iterator[Traced]:
+    made = Traced()
+    yield made
+    made.engine.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"scheduler": "heun"}, InvalidValue),
+        ({"mode": "image2image", "strength": 0.0, "scheduler": "ddim"}, InvalidValue),
+        ({"num_inference_steps": 1001}, InvalidValue),
+        ({"mode": "outpainting"}, InvalidValue),
+        ({"size": Resolution(64, 60)}, InternalError),
+        ({"size": Resolution(72, 72)}, InternalError),  # 9 latents on a side, which the UNet cannot halve
+    ],
+)
+def test_invalid_work_fails_without_affecting_other_pictures(
+    traced: Traced, options: dict[str, Any], error: type[Exception]
+) -> None:
+    mode = options.pop("mode", "text2image")
+    works = [text(0), work_of(PROFILE, mode, 1, **options), text(2)]
+    first, second, third = traced.drive(works)
+    assert isinstance(second.error, error)
+    pixels_of([first, third])
+
+
+@pytest.fixture(scope="module")
+def watched() -> Iterator[tuple[StepwiseEngine, Watched]]:
+    engine, components = load_watched()
+    yield engine, components
+    engine.close()
+
+
+def test_pictures_of_a_failed_shared_call_are_retried_alone(watched: tuple[StepwiseEngine, Watched]) -> None:
+    engine, components = watched
+    works = [text(k) for k in range(4)]
+    expected = pixels_of(drive(engine, works))
+
+    def seen(kind: str, inputs: Any) -> None:
+        if kind == "unet" and len(inputs["sample"]) > 2:
+            raise RuntimeError("no memory for so many rows")
+
+    components.seen = seen
+    found = pixels_of(drive(engine, works))
+    components.seen = Watched.seen
+    for first, second in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("kind", ["text_encoder", "vae_encoder", "unet", "vae_decoder"])
+def test_picture_whose_calls_fail_alone_ends_with_an_error(watched: tuple[StepwiseEngine, Watched], kind: str) -> None:
+    engine, components = watched
+
+    def seen(seen_kind: str, _inputs: Any) -> None:
+        # Not during the check of the device, which runs in the device thread.
+        if seen_kind == kind and threading.current_thread().name.startswith("slot"):
+            raise RuntimeError("the device is gone")
+
+    works = [
+        work_of(
+            PROFILE,
+            "image2image",
+            k,
+            prompt=f"fails in the {kind}",
+            initial_image=image_of(64, 64, len(kind) + 100 * k),
+        )
+        for k in range(2)
+    ]
+    components.seen = seen
+    outcomes = drive(engine, works)
+    components.seen = Watched.seen
+    assert [type(outcome.error) for outcome in outcomes] == [InternalError, InternalError]
+    assert "the device is gone" in str(outcomes[0].error)
+    pixels_of(drive(engine, works))
+
+
+@pytest.mark.parametrize("kind", ["vae_encoder", "unet", "vae_decoder"])
+def test_failed_device_ends_the_engine_instead_of_failing_each_picture(kind: str) -> None:
+    engine, components = load_watched()
+
+    def seen(seen_kind: str, _inputs: Any) -> None:
+        if seen_kind == kind:
+            raise RuntimeError("the device is gone")
+
+    components.seen = seen
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        drive(engine, [work_of(PROFILE, "image2image", 0, initial_image=image_of(64, 64, 3))])
+    engine.close()
+
+
+def scalar_timestep(model: Any) -> Any:
+    # A graph that reshapes its timestep to a scalar first, and so fails with two timesteps.
+    parameter = next(node for node in model.get_parameters() if "timestep" in node.output(0).get_names())
+    readers = list(parameter.output(0).get_target_inputs())
+    scalar = ops.reshape(parameter, ops.constant(np.array([], np.int64)), special_zero=False)
+    for reader in readers:
+        reader.replace_source_output(ops.unsqueeze(scalar, ops.constant(np.array([0]))).output(0))
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+class OneTimestep(Watched):
+    """Components of an export that takes one timestep for all rows."""
+
+    def read(self) -> None:
+        super().read()
+        self.timestep_per_row = False
+
+
+def test_device_check_uses_one_timestep_for_all_rows_if_the_export_requires_it(tmp_path: Path) -> None:
+    engine, components = load_watched(with_unet(tmp_path, scalar_timestep), OneTimestep)
+
+    def seen(kind: str, _inputs: Any) -> None:
+        if kind == "unet" and threading.current_thread().name.startswith("slot"):
+            raise RuntimeError("no memory for this picture")
+
+    components.seen = seen
+    [outcome] = drive(engine, [text()])
+    components.seen = Watched.seen
+    assert "no memory for this picture" in str(outcome.error)
+    pixels_of(drive(engine, [text()]))
+    engine.close()
