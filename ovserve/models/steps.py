@@ -25,20 +25,38 @@ __all__ = [
 _FLOW_MATCHING_FAMILIES = ("sd3", "flux")
 
 
-def default_strength(profile: ModelProfile, *, is_masked: bool, is_variation: bool, preferred: float | None) -> float:
-    """Return the strength of an edit that names none.
+def steps_run(num_inference_steps: int, strength: float) -> int:
+    """Return how many of `num_inference_steps` an edit at `strength` runs.
 
-    Args:
-        profile: the model.
-        is_masked: whether only a part of the image is edited.
-        is_variation: whether the request is a variation.
-        preferred: the strength of the request's `input_fidelity` for an edit of the whole image, or None.
+    This is the truncated float32 product, as OpenVINO GenAI computes it.
     """
-    if is_masked:
-        return profile.defaults.strength_inpainting
-    if preferred is not None:
-        return preferred
-    return profile.defaults.strength_variation if is_variation else profile.defaults.strength
+    return min(int(_single(_single(num_inference_steps) * _single(strength))), num_inference_steps)
+
+
+def min_steps_for(strength: float) -> int:
+    """Return the smallest `num_inference_steps` with which an edit at `strength` (above 0) runs one step."""
+    # The product is rounded to float32, so the exact quotient may be one too high or one too low.
+    count = max(1, math.ceil(1 / strength) - 1)
+    while not steps_run(count, strength):
+        count += 1
+    return count
+
+
+def min_strength_for(num_inference_steps: int) -> float:
+    """Return the smallest strength that runs one step.
+
+    It is rounded up to two decimals, or to as many as the step count has digits.
+    """
+    scale: int = 10 ** max(2, len(str(num_inference_steps)))
+    return math.ceil(scale / num_inference_steps) / scale
+
+
+def is_lcm(profile: ModelProfile, scheduler: str) -> bool:
+    """Return whether a request with `scheduler` (empty: the model's own) uses the LCM schedule (arXiv:2310.04378).
+
+    LCM takes its steps from the part of a longer schedule that strength leaves: all of them run, or none.
+    """
+    return (scheduler or profile.scheduling.name.lower()) == "lcm"
 
 
 def denoising_steps(profile: ModelProfile, scheduler: str, num_inference_steps: int, strength: float) -> int:
@@ -75,38 +93,20 @@ def smallest_strength(profile: ModelProfile, scheduler: str, num_inference_steps
     return min_strength_for(num_inference_steps)
 
 
-def is_lcm(profile: ModelProfile, scheduler: str) -> bool:
-    """Return whether a request with `scheduler` (empty: the model's own) uses the LCM schedule (arXiv:2310.04378).
+def default_strength(profile: ModelProfile, *, is_masked: bool, is_variation: bool, preferred: float | None) -> float:
+    """Return the strength of an edit that names none.
 
-    LCM takes its steps from the part of a longer schedule that strength leaves: all of them run, or none.
+    Args:
+        profile: the model.
+        is_masked: whether only a part of the image is edited.
+        is_variation: whether the request is a variation.
+        preferred: the strength of the request's `input_fidelity` for an edit of the whole image, or None.
     """
-    return (scheduler or profile.scheduling.name.lower()) == "lcm"
-
-
-def steps_run(num_inference_steps: int, strength: float) -> int:
-    """Return how many of `num_inference_steps` an edit at `strength` runs.
-
-    This is the truncated float32 product, as OpenVINO GenAI computes it.
-    """
-    return min(int(_single(_single(num_inference_steps) * _single(strength))), num_inference_steps)
-
-
-def min_steps_for(strength: float) -> int:
-    """Return the smallest `num_inference_steps` with which an edit at `strength` (above 0) runs one step."""
-    # The product is rounded to float32, so the exact quotient may be one too high or one too low.
-    count = max(1, math.ceil(1 / strength) - 1)
-    while not steps_run(count, strength):
-        count += 1
-    return count
-
-
-def min_strength_for(num_inference_steps: int) -> float:
-    """Return the smallest strength that runs one step.
-
-    It is rounded up to two decimals, or to as many as the step count has digits.
-    """
-    scale: int = 10 ** max(2, len(str(num_inference_steps)))
-    return math.ceil(scale / num_inference_steps) / scale
+    if is_masked:
+        return profile.defaults.strength_inpainting
+    if preferred is not None:
+        return preferred
+    return profile.defaults.strength_variation if is_variation else profile.defaults.strength
 
 
 def _single(value: float) -> float:
