@@ -61,14 +61,18 @@ def check_pictures(gathered: Gathered, endpoint: str, model: ServedModel, settin
     Raises:
         BadRequest: or one of its subclasses; `param` is the upload at fault, or `model` if it cannot generate.
     """
-    tasks = model.profile.tasks
     if endpoint == GENERATION:
-        if "text2image" not in tasks:
+        if "text2image" not in model.profile.tasks:
             raise BadRequest(
                 f"The model {model.name!r} is an inpainting model and needs an image; use images/edits.",
                 param="model",
             )
         return Pictures()
+    if not model.profile.tasks & {"image2image", "inpainting"}:
+        raise UnsupportedParameter(
+            f"image is not supported: model {model.name!r} cannot edit images; use another model, or images/generations.",
+            param="image",
+        )
     pictures, heads = _check_uploads(gathered, endpoint, model, settings)
     _check_task(model, pictures.mask, heads[0])
     return pictures
@@ -110,12 +114,7 @@ def _check_task(model: ServedModel, mask: Upload | None, head: ImageHead) -> Non
     tasks = model.profile.tasks
     if mask is not None and "inpainting" not in tasks:
         raise UnsupportedParameter(f"mask is not supported: model {model.name!r} cannot inpaint.", param="mask")
-    if mask is None and "image2image" not in tasks and not ("inpainting" in tasks and head.may_be_transparent):
-        if "inpainting" not in tasks:
-            raise MissingParameter(
-                f"The model {model.name!r} cannot edit images, with or without a mask; use images/generations.",
-                param="mask",
-            )
+    if mask is None and "image2image" not in tasks and not head.may_be_transparent:
         raise MissingParameter(
             f"mask is missing; model {model.name!r} only inpaints: send a mask, or an image with transparent pixels.",
             param="mask",
