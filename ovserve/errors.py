@@ -5,6 +5,7 @@
     │   ├── SettingsError             an option, the environment or the configuration file is wrong
     │   └── ModelError                a model directory is wrong or incomplete
     ├── ClientGone                    the client closed its connection: no response is sent
+    ├── BlobGone                      a worker opens a blob whose exchange has ended
     ├── LinkClosed                    the other side of a link is gone: end-of-file or a broken pipe
     ├── LinkGarbage                   the other side of a link broke the protocol
     └── ApiError                      becomes a response: OpenAI's error object with `status`
@@ -27,6 +28,7 @@ from typing import Any, ClassVar
 __all__ = [
     "ApiError",
     "BadRequest",
+    "BlobGone",
     "ClientGone",
     "ContentTooLarge",
     "DeadlineExceeded",
@@ -95,6 +97,10 @@ class ModelError(StartupError):
 
 class ClientGone(OvserveError):
     """The client closed its connection while its request was in flight. Logged as status 499; no response is sent."""
+
+
+class BlobGone(OvserveError):
+    """A worker opens a blob whose exchange has ended, so that its storage was released."""
 
 
 class LinkClosed(OvserveError):

@@ -31,6 +31,7 @@ from ovserve.models.catalog import Catalog, ServedModel, read_catalog
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.file_pool import MAX_POOLED_FILES
+from ovserve.wire.local.launcher import LocalLauncher
 from ovserve.wire.local.spool import Spool, default_directory
 from ovserve.worker import main as worker
 
@@ -95,7 +96,11 @@ class Server:
         try:
             self._dispatcher = Dispatcher(self._spool, settings)
             self._supervisor = Supervisor(
-                settings, _profiles(catalog), self._dispatcher, worker.main, self._note_serving
+                settings,
+                _profiles(catalog),
+                self._dispatcher,
+                LocalLauncher(worker.main, self._spool.worker_blobs()),
+                self._note_serving,
             )
             self._api = ImagesApi(settings, catalog, self._dispatcher, self.reload)
             _watch(self._api.metrics, self._spool, self._supervisor)

@@ -17,8 +17,9 @@ from ovserve.errors import ApiError
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.pixels.images import Pixels
 from ovserve.settings.options import ModelSettings, Resolution, Settings
+from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import Blob
-from ovserve.wire.local.spool import Spool
+from ovserve.wire.memory.blobs import MemoryBlobs
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.prepare import prepare
 from ovserve.worker.prepared import PreparedRequest
@@ -47,18 +48,21 @@ class WordCounter:
         return " ".join(prompt.split()[: 37 if clip else PROFILE.prompt_tokens - 2])
 
 
+BLOBS = MemoryBlobs()
 ENGINE: Engine = WordCounter()  # type: ignore[assignment]  # preparation never loads or runs one
 
 
-def blobs_in(directory: Path) -> Iterator[StoreBlob]:
-    """Yield a function that stores bytes as a blob in a spool; the body of a fixture."""
-    spool = Spool(directory, 1 << 30)
+def stored_blobs() -> Iterator[StoreBlob]:
+    """Yield a function that stores bytes as a blob for `prepared`; the body of a fixture."""
+    segments = []
 
     def store(data: bytes) -> Blob:
-        return spool.store(data).blob(0, len(data))
+        segments.append(BLOBS.put(data))
+        return segments[-1].blob(0, len(data))
 
     yield store
-    spool.close()
+    for segment in segments:
+        segment.release()
 
 
 def png(pixels: Pixels) -> bytes:
@@ -91,7 +95,7 @@ def request(**values: Any) -> ImageRequest:
 
 def prepared(profile: ModelProfile = WIDE, model: ModelSettings = MODEL, **values: Any) -> PreparedRequest:
     """Prepare a request."""
-    return prepare(request(**values), profile, model, Settings(), ENGINE)
+    return prepare(request(**values), profile, model, WorkerSettings.of(Settings()), ENGINE, blobs=BLOBS)
 
 
 def rejected(kind: type[ApiError], param: str, *texts: str, profile: ModelProfile = WIDE, **values: Any) -> None:

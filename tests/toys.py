@@ -41,12 +41,13 @@ import time
 from pathlib import Path
 from zlib import crc32
 
-from ovserve.errors import ImageError, InternalError, LinkClosed
+from ovserve.errors import BlobGone, ImageError, InternalError, LinkClosed
 from ovserve.models.families import Defaults
 from ovserve.models.profile import ModelProfile, Scheduling
-from ovserve.settings.options import ModelSettings, Resolution, Settings
-from ovserve.wire.local.pipes import WorkerEnd
-from ovserve.wire.local.spool import fill, open_blob
+from ovserve.settings.options import ModelSettings, Resolution
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.blobs import WorkerBlobs
+from ovserve.wire.local.pipes import PipeWorkerLink
 from ovserve.wire.messages import (
     Cancel,
     Done,
@@ -93,13 +94,14 @@ class _Stopped(Exception):
 class _ToyJob:
     """One job of the toy worker. A thread serves it; the command thread sets `cancelled` and `grants`."""
 
-    def __init__(self, end: WorkerEnd, run: Run) -> None:
+    def __init__(self, end: PipeWorkerLink, blobs: WorkerBlobs, run: Run) -> None:
+        self.blobs = blobs
         self.id = run.job
         self.end = end
-        self.request = ImageRequest.from_json(Path(run.request).read_bytes())
+        self.request = ImageRequest.from_json(blobs.read(run.request))
         self.cancelled = threading.Event()
         self.dies_at = ""
-        self.grants: dict[int, str] = {}  # path of the granted segment, by picture; empty: refused
+        self.grants: dict[int, str] = {}  # id of the granted storage, by picture; empty: refused
         self.grant_received = threading.Condition()
 
     def pass_point(self, point: str) -> None:
@@ -127,16 +129,16 @@ class _ToyJob:
         with self.grant_received:
             if not self.grant_received.wait_for(lambda: picture in self.grants, timeout=30):
                 raise TimeoutError
-            path = self.grants.pop(picture)
-        if not path:
+            storage = self.grants.pop(picture)
+        if not storage:
             raise _Stopped
         self.pass_point("announced")
         try:
             if self.dies_at == "half":
-                fill(path, data[: len(data) // 2])
+                self.blobs.fill(storage, data[: len(data) // 2])
                 self.pass_point("half")
-            fill(path, data)
-        except FileNotFoundError:
+            self.blobs.fill(storage, data)
+        except BlobGone:
             raise _Stopped from None
         self.pass_point("filled")
         self.end.send(Picture(self.id, picture, self.request.seed + picture, len(data), partial))
@@ -146,7 +148,7 @@ class _ToyJob:
         """Deliver all pictures and report the job as done."""
         for picture in range(self.request.n):
             if self.request.images:
-                with open_blob(self.request.images[0]) as view:
+                with self.blobs.open(self.request.images[0]) as view:
                     data = bytes(1020) + crc32(view).to_bytes(4, "big") if self.request.prompt == "crc" else bytes(view)
             else:
                 data = f"{self.request.prompt}|{self.request.seed + picture}".encode()
@@ -158,7 +160,8 @@ class _ToyJob:
 class _ToyWorker:
     """The jobs of one toy worker process, and its answers to commands."""
 
-    def __init__(self, end: WorkerEnd) -> None:
+    def __init__(self, end: PipeWorkerLink, blobs: WorkerBlobs) -> None:
+        self.blobs = blobs
         self.end = end
         self.jobs: dict[str, _ToyJob] = {}
         self.is_silent = False
@@ -173,8 +176,8 @@ class _ToyWorker:
                 os._exit(0)
             if isinstance(message, Run):
                 try:
-                    job = self.jobs[message.job] = _ToyJob(self.end, message)
-                except FileNotFoundError:
+                    job = self.jobs[message.job] = _ToyJob(self.end, self.blobs, message)
+                except BlobGone:
                     self.end.send(Failed(message.job, InternalError("the exchange has ended").to_wire()))
                     continue
                 threading.Thread(target=self.serve, args=(job,), daemon=True).start()
@@ -182,7 +185,7 @@ class _ToyWorker:
                 job.cancelled.set()
             elif isinstance(message, Grant) and (job := self.jobs.get(message.job)):
                 with job.grant_received:
-                    job.grants[message.picture] = message.path
+                    job.grants[message.picture] = message.storage
                     job.grant_received.notify_all()
             elif isinstance(message, Stop):
                 self.stopping.set()
@@ -283,9 +286,11 @@ def violate_protocol(job: _ToyJob, command: str) -> bool:
     return True
 
 
-def worker_main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: Settings) -> None:
+def worker_main(
+    end: PipeWorkerLink, blobs: WorkerBlobs, profile: ModelProfile, model: ModelSettings, settings: WorkerSettings
+) -> None:
     """Run a toy worker: the spawn target, in place of the real worker's main function."""
-    worker = _ToyWorker(end)
+    worker = _ToyWorker(end, blobs)
     options = json.loads(model.plugin_config or "{}")
     threading.Thread(target=worker.read_commands, daemon=True).start()
     end.send(Heartbeat("load"))

@@ -19,6 +19,7 @@ from ovserve.errors import ApiError
 from ovserve.fleet.supervisor import Supervisor
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.wire.local.launcher import LocalLauncher
 from ovserve.wire.local.spool import Spool
 from ovserve.wire.request import ImageRequest
 from tests import toys
@@ -59,8 +60,9 @@ class ToySystem:
         self.spool = Spool(directory, 64 << 20)
         self.dispatcher = Dispatcher(self.spool, self.settings)
         self.serving: list[ModelSettings] = []  # models whose new workers took over, in order
+        launcher = LocalLauncher(toys.worker_main, self.spool.worker_blobs())
         self.supervisor = Supervisor(
-            self.settings, profiles(self.settings), self.dispatcher, toys.worker_main, self._note_serving
+            self.settings, profiles(self.settings), self.dispatcher, launcher, self._note_serving
         )
         self._ids = itertools.count()
         self.supervisor.start()

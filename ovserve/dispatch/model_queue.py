@@ -13,7 +13,7 @@ from ovserve.dispatch.jobs import Client
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.errors import ModelFailed, NotReady, QueueFull
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.local.pipes import Link
+from ovserve.wire.link import Link
 from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progress
 
 __all__ = ["NOT_READY_RETRY_S", "AttachedWorker", "ModelQueue", "ModelStatus", "largest_picture_bytes"]
@@ -68,7 +68,6 @@ class AttachedWorker:
         assigned: tickets by job id, from dispatch until the worker reports the end of the job, even if it is settled
             earlier.
         ended: ids of the last ended jobs, newest last, each with whether it failed.
-        is_write_polled: whether its command descriptor is polled for writability.
         logged_phase: the last phase written to the log.
     """
 
@@ -77,13 +76,12 @@ class AttachedWorker:
     hang_limit_s: float
     assigned: dict[str, Ticket] = field(default_factory=dict)
     ended: dict[str, bool] = field(default_factory=dict)
-    is_write_polled: bool = False
     logged_phase: str = ""
 
     @property
     def capacity(self) -> int:
         """Jobs it can run at once; 0 before it is ready and after it was retired."""
-        return 0 if self.link.ready is None or self.link.is_retired else self.link.ready.capacity
+        return 0 if self.link.state.ready is None or self.link.state.is_retired else self.link.state.ready.capacity
 
     @property
     def has_capacity(self) -> bool:
@@ -125,7 +123,7 @@ class AttachedWorker:
 
         That is the hang limit after the cancellation, or what the newest heartbeat allows if that is longer.
         """
-        return Deadline(ticket.cancelled_at + max(self.hang_limit_s, self.link.allow_s))
+        return Deadline(ticket.cancelled_at + max(self.hang_limit_s, self.link.state.allow_s))
 
     def is_stuck(self) -> bool:
         """Return whether all its jobs are cancelled and past their cancel deadlines, so that its capacity is lost."""
@@ -243,7 +241,7 @@ class ModelQueue:
             reason = "unloading"
         elif not ready:
             reason = "restarting" if self.was_ready else "loading"
-        report = ready[0].link.ready if ready else None
+        report = ready[0].link.state.ready if ready else None
         return ModelStatus(
             name=self.name,
             ready=not reason,
@@ -261,7 +259,7 @@ class ModelQueue:
 
 def _load(worker: AttachedWorker) -> tuple[int, float]:
     """Return a sort key: fewest jobs first, then the newest heartbeat, because a hung worker sends none."""
-    return len(worker.assigned), -worker.link.beat_at
+    return len(worker.assigned), -worker.link.state.beat_at
 
 
 def largest_picture_bytes(settings: Settings, name: str) -> int:

@@ -18,7 +18,7 @@ from ovserve.dispatch.model_queue import AttachedWorker, ModelQueue
 from ovserve.dispatch.queues import Ticket
 from ovserve.errors import ApiError, DeadlineExceeded, InternalError, LinkGarbage, SpoolFull, from_wire
 from ovserve.logs import fields
-from ovserve.wire.local.spool import Spool
+from ovserve.wire.blobs import BlobStore
 from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Message, Need, Picture, Prepared, Progress, Ready
 
 __all__ = ["ReportApplier", "Settle"]
@@ -50,7 +50,7 @@ class ReportApplier:
 
     def __init__(
         self,
-        spool: Spool,
+        spool: BlobStore,
         send: Callable[[AttachedWorker, Message], None],
         settle: Settle,
         on_ready: Callable[[AttachedWorker], None],
@@ -63,7 +63,7 @@ class ReportApplier:
     def apply(self, worker: AttachedWorker, message: Message) -> None:
         """Apply one report. Raises LinkGarbage when it does not fit the jobs assigned to the worker."""
         if isinstance(message, Heartbeat):  # already recorded by the link
-            if worker.link.ready is None and message.phase != worker.logged_phase:
+            if worker.link.state.ready is None and message.phase != worker.logged_phase:
                 worker.logged_phase = message.phase
                 log.debug("worker phase changed", extra=fields(worker=worker.link.name, phase=message.phase))
             return
@@ -96,13 +96,13 @@ class ReportApplier:
         limit = _MAX_SIZE_FACTOR * worker.model.largest_picture_bytes
         if not 1 <= message.size <= limit:
             raise LinkGarbage(f"picture {message.picture} announced with {message.size} bytes; expected 1..{limit}")
-        path = "" if job.is_settled else self._create_segment(worker.model, ticket, message)
-        if not path and message.partial < 0 and not ticket.cancelled_at:
-            ticket.cancelled_at = time.monotonic()  # for the worker the empty path means the same as a Cancel
-        self._send(worker, Grant(job.id, message.picture, path))
+        storage = "" if job.is_settled else self._create_segment(worker.model, ticket, message)
+        if not storage and message.partial < 0 and not ticket.cancelled_at:
+            ticket.cancelled_at = time.monotonic()  # for the worker an empty grant means the same as a Cancel
+        self._send(worker, Grant(job.id, message.picture, storage))
 
     def _create_segment(self, model: ModelQueue, ticket: Ticket, message: Need) -> str:
-        """Create a segment and return its path. On failure return "" and fail the job; a preview is only skipped."""
+        """Create a segment and return its id. On failure return "" and fail the job; a preview is only skipped."""
         job, failure = ticket.job, None
         try:
             if message.size > model.largest_picture_bytes:
@@ -120,7 +120,7 @@ class ReportApplier:
             if not job.add_segment(segment):
                 return ""
             ticket.granted[message.picture, message.partial] = segment
-            return segment.path
+            return segment.id
         if message.partial < 0:
             self._settle(job, State.FAILED, failure)
         return ""
@@ -155,7 +155,7 @@ class ReportApplier:
             raise LinkGarbage(
                 f"'done' with {len(job.results)} of {job.request.n} pictures, prepared: {job.prepared is not None}"
             )
-        worker.link.jobs_done += 1
+        worker.link.update(jobs_done=worker.link.state.jobs_done + 1)
         worker.end_job(job.id, has_failed=False)
         timings = job.timings
         timings.prepare_ms, timings.denoise_ms = message.prepare_ms, message.denoise_ms

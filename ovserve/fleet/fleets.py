@@ -9,12 +9,12 @@ import dataclasses
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.local.pipes import Link
+from ovserve.wire.launcher import WorkerProcess
+from ovserve.wire.link import Link
 
 __all__ = ["Fleet", "Slot", "load_failure", "make_fleets"]
 
@@ -44,9 +44,8 @@ class Slot:
     index: int
     restart_at: float = 0.0
     deaths: int = 0
-    process: SpawnProcess | None = None
+    process: WorkerProcess | None = None
     link: Link | None = None
-    pid: int = 0
     started_at: float = 0.0
     ready_at: float = 0.0
     is_retired: bool = False
@@ -61,9 +60,9 @@ class Slot:
         """Whether the worker takes jobs."""
         return bool(self.ready_at) and not self.exit_reason and not self.is_retired and not self.is_killed
 
-    def assign(self, process: SpawnProcess, link: Link, now: float) -> None:
+    def assign(self, process: WorkerProcess, link: Link, now: float) -> None:
         """Record a new incarnation."""
-        self.process, self.link, self.pid = process, link, process.pid or 0
+        self.process, self.link = process, link
         self.started_at, self.ready_at, self.kill_at, self.write_off_at = now, 0.0, float("inf"), float("inf")
         self.is_killed, self.kill_reason, self.exit_reason = False, "", ""
 
@@ -74,11 +73,11 @@ class Slot:
     def silence_limit_s(self, link: Link) -> float:
         """Return the longest silence allowed now: the phase's limit, or more if the newest heartbeat allows more."""
         settings = self.fleet.settings
-        if link.ready is None or link.phase in _LOADING:
-            return max(settings.load_timeout_s, link.allow_s)
-        if link.phase == "idle":
-            return max(settings.idle_hang_limit_s, link.allow_s)
-        return max(settings.hang_limit_s, link.allow_s)
+        if link.state.ready is None or link.state.phase in _LOADING:
+            return max(settings.load_timeout_s, link.state.allow_s)
+        if link.state.phase == "idle":
+            return max(settings.idle_hang_limit_s, link.state.allow_s)
+        return max(settings.hang_limit_s, link.state.allow_s)
 
     def exceeded_limit(self, link: Link, silence_s: float, resident_bytes: int, default_limit_bytes: int) -> str:
         """Return which limit the worker exceeds, as the reason to kill it, or "".
@@ -91,8 +90,8 @@ class Slot:
         """
         limit_s = self.silence_limit_s(link)
         limit_bytes = self.fleet.model.memory_limit_bytes or default_limit_bytes
-        if silence_s > limit_s and not link.lost:
-            return f"hung: no heartbeat for {silence_s:.1f} s in phase {link.phase}, {limit_s:g} s allowed"
+        if silence_s > limit_s and not link.state.lost:
+            return f"hung: no heartbeat for {silence_s:.1f} s in phase {link.state.phase}, {limit_s:g} s allowed"
         if resident_bytes > limit_bytes:
             return f"memory: {resident_bytes >> 20} MiB resident, {limit_bytes >> 20} MiB allowed"
         return ""
@@ -182,8 +181,8 @@ class Fleet:
     def note_ready(self, slot: Slot, link: Link, now: float) -> None:
         """Record that a worker has passed its warm-up. What the first one has chosen applies to all later ones."""
         slot.ready_at, self.was_ready, self.failure = now, True, ""
-        if link.ready is not None:
-            self.model = _tuned(self.model, link.ready.tuned)
+        if link.state.ready is not None:
+            self.model = _tuned(self.model, link.state.ready.tuned)
 
     def note_death(self, slot: Slot, link: Link, reason: str, now: float) -> None:
         """Count a death, and set `failure` if the model has to be declared failed.
@@ -193,15 +192,17 @@ class Fleet:
         does not count: it says more about the job than about the worker, and three bad requests could otherwise take
         the model from all clients.
         """
-        done = self._jobs_done_by_dead + sum(each.link.jobs_done for each in self.slots if each.link)
-        has_worked = link.jobs_done > 0
-        is_old = bool(slot.ready_at) and now - slot.ready_at > self.settings.max_restart_delay_s and not link.jobs_lost
+        done = self._jobs_done_by_dead + sum(each.link.state.jobs_done for each in self.slots if each.link)
+        has_worked = link.state.jobs_done > 0
+        is_old = (
+            bool(slot.ready_at) and now - slot.ready_at > self.settings.max_restart_delay_s and not link.state.jobs_lost
+        )
         if has_worked or is_old:
             slot.deaths = self.deaths = 0
-        elif not link.lost_retried_job:
+        elif not link.state.lost_retried_job:
             slot.deaths += 1
             self.deaths = self.deaths + 1 if done == self._jobs_done_at_last_death else 1
-        self._jobs_done_by_dead += link.jobs_done
+        self._jobs_done_by_dead += link.state.jobs_done
         self._jobs_done_at_last_death = done
         slot.clear()
         if self.ready_slots:
@@ -212,7 +213,7 @@ class Fleet:
                 f"them has exited; the last: {reason}"
             )
             return
-        if link.failure is not None and not self.was_ready:
+        if link.state.failure is not None and not self.was_ready:
             self.failure = reason  # reported by the worker, which cannot load: an immediate retry would fail again
         elif self.deaths >= self.settings.crash_loop_limit:
             self.failure = f"{self.deaths} workers in a row died without finishing a job; the last: {reason}"
@@ -238,4 +239,4 @@ def _tuned(model: ModelSettings, tuned: Mapping[str, object]) -> ModelSettings:
 
 def load_failure(link: Link) -> str:
     """Return the reason that the worker itself has reported for its exit, or ""."""
-    return str(link.failure.error.get("message", "")) if link.failure else ""
+    return str(link.state.failure.error.get("message", "")) if link.state.failure else ""

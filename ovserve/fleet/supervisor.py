@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 import threading
@@ -33,25 +32,22 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
-from multiprocessing.context import SpawnProcess
 
 from ovserve import systemd
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.model_queue import ModelStatus
 from ovserve.errors import ModelNotFound
-from ovserve.fleet import processes
 from ovserve.fleet.fleets import Fleet, Slot, load_failure, make_fleets
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.local.pipes import Link, WorkerEnd, open_link
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.launcher import Launcher, WorkerProcess, WorkerSpec
 
-__all__ = ["Supervisor", "WorkerMain"]
+__all__ = ["Supervisor"]
 
-WorkerMain = Callable[[WorkerEnd, ModelProfile, ModelSettings, Settings], None]
 OnServing = Callable[[ModelProfile, ModelSettings], None]
 
 # Between checks of heartbeats and memory: the precision of a hang limit. A leak of 4 GB/s is seen within 1 GB.
@@ -70,7 +66,7 @@ class Supervisor:
         settings: limits; `settings.models` are the models to serve.
         profiles: each model's profile, by name.
         dispatcher: gets the models, the links and the failures.
-        worker_main: the spawn target, importable by name: `worker_main(end, profile, model_settings, settings)`.
+        launcher: starts the workers.
         on_serving: called in the supervisor thread with a profile and settings when the workers of a reload have taken
             over, and the old workers get no more jobs.
     """
@@ -80,26 +76,25 @@ class Supervisor:
         settings: Settings,
         profiles: Mapping[str, ModelProfile],
         dispatcher: Dispatcher,
-        worker_main: WorkerMain,
+        launcher: Launcher,
         on_serving: OnServing | None = None,
     ) -> None:
         self._dispatcher = dispatcher
-        self._worker_main = worker_main
+        self._launcher = launcher
         self._on_serving = on_serving
-        self._context = multiprocessing.get_context("spawn")
         self._settings = settings
         self._longest_job_s = settings.max_timeout_s  # maximum over all settings so far: jobs of each may still run
         self._incoming: dict[str, Fleet] = {}  # fleets of a reload that have not taken over yet
         self._unloading: list[Fleet] = []  # fleets of removed models with unfinished jobs
         self._retiring: list[Fleet] = []  # fleets whose slots are all retired
-        self._written_off: list[tuple[SpawnProcess, Fleet]] = []  # survived SIGKILL
+        self._written_off: list[tuple[WorkerProcess, Fleet]] = []  # survived SIGKILL
         self._incarnations: dict[tuple[str, int], int] = {}
         self._restarts: Counter[str] = Counter()
         self._calls: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._stop_by: Deadline | None = None
         self._ignore_silence_before = 0.0
-        self._memory_limit_bytes = processes.machine_memory_bytes() * 3 // 4
+        self._memory_limit_bytes = launcher.memory_bytes() * 3 // 4
         self.turned_at = time.monotonic()  # when the loop last woke
         self._watchdog = systemd.Watchdog()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -115,8 +110,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Start every model's workers."""
-        # Not left to the first spawn: the first start of the tracker unblocks signals in the thread that makes it.
-        resource_tracker.ensure_running()
+        self._launcher.prepare()
         self._thread.start()
 
     def wait_ready(self, deadline: Deadline) -> bool:
@@ -138,7 +132,7 @@ class Supervisor:
         """Return the process id of each live worker, by its name `model/index#incarnation`."""
         fleets = [*self._fleets.values(), *self._incoming.values(), *self._unloading, *self._retiring]
         slots = [slot for fleet in fleets for slot in list(fleet.slots)]
-        return {slot.link.name: slot.pid for slot in slots if slot.link and slot.pid and not slot.exit_reason}
+        return {slot.process.name: slot.process.pid for slot in slots if slot.process and not slot.exit_reason}
 
     def restarts(self) -> dict[str, int]:
         """Return for each model how many workers have died or been killed since the start, without retired ones."""
@@ -230,8 +224,8 @@ class Supervisor:
 
     def _wait(self) -> None:
         slots = [slot for fleet in self._all_fleets() for slot in fleet.slots]
-        sentinels = [slot.process.sentinel for slot in slots if slot.process and not slot.exit_reason]
-        sentinels += [process.sentinel for process, _ in self._written_off]
+        sentinels = [slot.process.readiness for slot in slots if slot.process and not slot.exit_reason]
+        sentinels += [process.readiness for process, _ in self._written_off]
         before = time.monotonic()
         waiting = [slot for slot in slots if not slot.process and self._may_start(slot)]
         due = min((slot.restart_at for slot in waiting), default=float("inf"))
@@ -282,52 +276,32 @@ class Supervisor:
         incarnation = self._incarnations.get(key, 0)
         self._incarnations[key] = incarnation + 1
         try:
-            link, process = self._spawn(fleet, slot.index, incarnation)
+            process, link = self._launcher.start(
+                WorkerSpec(fleet.profile, fleet.model, WorkerSettings.of(fleet.settings), slot.index, incarnation)
+            )
         except OSError as error:  # no descriptors, memory or process ids left: back off in each case
             slot.deaths += 1
             slot.restart_at = time.monotonic() + slot.backoff_s()
             log.warning("worker cannot be started", extra=fields(model=fleet.name, index=slot.index, why=str(error)))
             return
         slot.assign(process, link, time.monotonic())
-        processes.raise_oom_score(slot.pid)
         self._dispatcher.attach(link, fleet.settings)
-        log.info("worker started", extra=fields(worker=link.name, pid=slot.pid))
-
-    def _spawn(self, fleet: Fleet, index: int, incarnation: int) -> tuple[Link, SpawnProcess]:
-        link, end = open_link(self._context, fleet.name, index, incarnation)
-        process = self._context.Process(
-            target=processes.run_worker,
-            args=(self._worker_main, os.getpid(), end, fleet.profile, fleet.model, fleet.settings),
-            name=link.name,
-            daemon=True,
-        )
-        try:
-            # If the tracker had exited, `start` would start it again, and leave signals unblocked in this thread.
-            resource_tracker.ensure_running()
-            # The child inherits the mask, so a Ctrl-C never reaches it.
-            signal.pthread_sigmask(signal.SIG_BLOCK, processes.BLOCKED_SIGNALS)
-            process.start()
-        except OSError:
-            link.close()
-            raise
-        finally:
-            end.close()
-        return link, process
+        log.info("worker started", extra=fields(worker=link.name, pid=process.pid))
 
     # --- live workers -------------------------------------------------------------------------------------------------
 
     def _watch(self, slot: Slot, now: float) -> None:
-        link, fleet = slot.link, slot.fleet
-        if link is None:
+        process, link, fleet = slot.process, slot.link, slot.fleet
+        if process is None or link is None:
             return
-        if link.ready is not None and not slot.ready_at and not slot.is_retired and not slot.is_killed:
+        if link.state.ready is not None and not slot.ready_at and not slot.is_retired and not slot.is_killed:
             self._note_ready(slot, now)
-        if link.lost and slot.kill_at == float("inf"):
-            slot.kill_at = now if link.is_broken else now + fleet.settings.terminate_timeout_s
-            slot.kill_reason = link.lost if link.is_broken else ""
+        if link.state.lost and slot.kill_at == float("inf"):
+            slot.kill_at = now if link.state.is_broken else now + fleet.settings.terminate_timeout_s
+            slot.kill_reason = link.state.lost if link.state.is_broken else ""
         # What the dispatcher has not read is no silence.
-        silence_s = self._dispatcher.polled_at - max(link.beat_at, self._ignore_silence_before)
-        resident = processes.resident_bytes(slot.pid)
+        silence_s = self._dispatcher.polled_at - max(link.state.beat_at, self._ignore_silence_before)
+        resident = process.resident_bytes()
         if now >= slot.kill_at:
             self._kill(slot, slot.kill_reason or "did not exit within its grace period")
         elif reason := slot.exceeded_limit(link, silence_s, resident, self._memory_limit_bytes):
@@ -335,12 +309,12 @@ class Supervisor:
 
     def _note_ready(self, slot: Slot, now: float) -> None:
         fleet, link = slot.fleet, slot.link
-        if link is None or link.ready is None:
+        if link is None or link.state.ready is None:
             return
         fleet.note_ready(slot, link, now)
         self._dispatcher.clear_failure(fleet.name)
         took_s = round(now - slot.started_at, 2)
-        found = link.ready
+        found = link.state.ready
         log.info(
             "worker ready",
             extra=fields(worker=link.name, seconds=took_s, engine=found.engine, why=found.why, capacity=found.capacity),
@@ -353,7 +327,7 @@ class Supervisor:
         self._dispatcher.retire(slot.link)  # no jobs from now on: the process may take long to exit
         slot.process.kill()
         slot.write_off_at = time.monotonic() + slot.fleet.settings.terminate_timeout_s
-        log.warning("worker killed", extra=fields(worker=slot.process.name, pid=slot.pid, why=reason))
+        log.warning("worker killed", extra=fields(worker=slot.process.name, pid=slot.process.pid, why=reason))
 
     def _retire(self, slot: Slot, kill_at: float) -> None:
         """Give the worker no more jobs, stop it in order, and kill it at `kill_at`.
@@ -375,10 +349,10 @@ class Supervisor:
 
     def _write_off(self, slot: Slot) -> None:
         """Treat a process that survived SIGKILL as dead, because its slot and its jobs cannot wait for the driver."""
-        if slot.link is None:
+        if slot.link is None or slot.process is None:
             return
         slot.exit_reason = f"{slot.kill_reason}; survived SIGKILL"
-        log.error("worker survived SIGKILL; written off", extra=fields(worker=slot.link.name, pid=slot.pid))
+        log.error("worker survived SIGKILL; written off", extra=fields(worker=slot.process.name, pid=slot.process.pid))
         self._dispatcher.detach(slot.link, slot.exit_reason)
 
     def _reap_written_off(self) -> None:
@@ -392,14 +366,14 @@ class Supervisor:
         """Record why the process has exited, and have the dispatcher read its last reports and detach it."""
         if slot.process is None or slot.link is None:
             return
-        reason = processes.describe_exit(slot.process.exitcode)
+        reason = slot.process.exit_reason()
         slot.exit_reason = slot.kill_reason or reason
         self._dispatcher.detach(slot.link, slot.exit_reason)
 
     def _finish_exit(self, slot: Slot) -> None:
         """Count the death and schedule the restart, once the dispatcher has detached the worker (`lost` is set)."""
         process, link, fleet = slot.process, slot.link, slot.fleet
-        if process is None or link is None or not link.lost:
+        if process is None or link is None or not link.state.lost:
             return
         now, reason = time.monotonic(), load_failure(link) or slot.exit_reason
         if process.is_alive():
@@ -418,7 +392,9 @@ class Supervisor:
         slot.restart_at = now + delay_s
         log.warning(
             "worker died",
-            extra=fields(worker=link.name, pid=slot.pid, why=reason, deaths=fleet.deaths, restart_s=round(delay_s, 2)),
+            extra=fields(
+                worker=link.name, pid=process.pid, why=reason, deaths=fleet.deaths, restart_s=round(delay_s, 2)
+            ),
         )
         if fleet.failure != failed_before:
             log.error("model failed", extra=fields(model=fleet.name, why=fleet.failure))
@@ -509,11 +485,11 @@ class Supervisor:
             return 0
 
     def _is_stopped(self, now: float) -> bool:
-        live = [slot for fleet in self._all_fleets() for slot in fleet.slots if slot.process]
+        live = [slot.process for fleet in self._all_fleets() for slot in fleet.slots if slot.process]
         if not live:
             return True
         if self._stop_by and now > self._stop_by.at + self._settings.terminate_timeout_s:
-            for slot in live:  # a driver blocks it in an uninterruptible call
-                log.error("worker survived SIGKILL", extra=fields(worker=slot.link and slot.link.name, pid=slot.pid))
+            for process in live:  # a driver blocks it in an uninterruptible call
+                log.error("worker survived SIGKILL", extra=fields(worker=process.name, pid=process.pid))
             return True
         return False

@@ -41,7 +41,7 @@ from ovserve.front.run_token import RunHandle, RunToken
 from ovserve.front.transport import Transport
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
-from ovserve.wire.local.spool import Spool
+from ovserve.wire.blobs import BlobStore
 
 __all__ = ["Connection", "ConnectionContext"]
 
@@ -72,7 +72,7 @@ class ConnectionContext(Protocol):
         """Answers requests."""
 
     @property
-    def spool(self) -> Spool:
+    def spool(self) -> BlobStore:
         """Stores uploads."""
 
     @property

@@ -30,7 +30,7 @@ from ovserve.front.overflow import Overflow
 from ovserve.front.run_token import RunToken
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
-from ovserve.wire.local.spool import Spool
+from ovserve.wire.blobs import BlobStore
 
 __all__ = ["Listener"]
 
@@ -57,7 +57,7 @@ class Listener(ThreadingHTTPServer):
     daemon_threads = True  # the interpreter waits for no thread at exit; `stop` does, with a limit
     block_on_close = False
 
-    def __init__(self, settings: Settings, api: Api[Any], spool: Spool) -> None:
+    def __init__(self, settings: Settings, api: Api[Any], spool: BlobStore) -> None:
         """Bind the port and listen.
 
         Raises:

@@ -16,9 +16,9 @@ from ovserve.models.steps import default_strength, denoising_steps, is_lcm, smal
 from ovserve.pixels.frames import Fitting, Placement, fit_into, size_of
 from ovserve.pixels.images import Limits, Pixels, decode_image, extract_colour_profile, flatten, has_alpha
 from ovserve.pixels.masks import Seam, check_not_empty, mask_from_holes, mask_from_image, match_mask, pool
-from ovserve.settings.options import ModelSettings, Resolution, Settings
-from ovserve.wire.blobs import Blob
-from ovserve.wire.local.spool import open_blob
+from ovserve.settings.options import ModelSettings, Resolution
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.blobs import Blob, WorkerBlobs
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.prepared import Backdrop, PreparedRequest
 from ovserve.worker.prompts import fit_prompt
@@ -29,7 +29,13 @@ PREVIEW_SIDE_PX = 512  # a preview is shown for a second: it does not need every
 
 
 def prepare(
-    request: ImageRequest, profile: ModelProfile, model: ModelSettings, settings: Settings, engine: Engine
+    request: ImageRequest,
+    profile: ModelProfile,
+    model: ModelSettings,
+    settings: WorkerSettings,
+    engine: Engine,
+    *,
+    blobs: WorkerBlobs,
 ) -> PreparedRequest:
     """Decode, orient and fit the images, read the mask, count the tokens.
 
@@ -44,8 +50,8 @@ def prepare(
     if not request.scheduler and request.preferred_scheduler in engine.schedulers:
         request = replace(request, scheduler=request.preferred_scheduler)
     prompt, text_tokens = fit_prompt(request, profile, engine)
-    source, mask = _read_images(request, Limits(settings.max_image_pixels, settings.max_image_side_px))
-    colour_profile = _read_colour_profile(request)
+    source, mask = _read_images(request, blobs, Limits(settings.max_image_pixels, settings.max_image_side_px))
+    colour_profile = _read_colour_profile(request, blobs)
     mode = "text2image" if source is None else "image2image" if mask is None else "inpainting"
     _check_mode(mode, profile)
     if request.mask_blur and mode != "inpainting":
@@ -153,7 +159,7 @@ def _preview_backdrop(layout: _Layout, request: ImageRequest, size: Resolution) 
     return Backdrop(original, seam, backdrop.keeps_alpha, backdrop.is_opaque)
 
 
-def _read_images(request: ImageRequest, limits: Limits) -> tuple[Pixels | None, Pixels | None]:
+def _read_images(request: ImageRequest, blobs: WorkerBlobs, limits: Limits) -> tuple[Pixels | None, Pixels | None]:
     """Return the image, and the mask at the image's size, both upright; None for what the request does not have."""
     if not request.images:
         return None, None
@@ -162,10 +168,10 @@ def _read_images(request: ImageRequest, limits: Limits) -> tuple[Pixels | None, 
             f"image: {len(request.images)} images were sent; this model edits one and takes no reference images",
             param="image",
         )
-    source = _read_blob(request.images[0], "image", limits)
+    source = _read_blob(request.images[0], "image", blobs, limits)
     mask = None
     if request.mask is not None:
-        mask = mask_from_image(_read_blob(request.mask, "mask", limits), request.mask_mode)
+        mask = mask_from_image(_read_blob(request.mask, "mask", blobs, limits), request.mask_mode)
         check_not_empty(mask)
         mask = match_mask(mask, size_of(source))
     elif request.task == "edit" and request.background != "transparent":
@@ -173,15 +179,15 @@ def _read_images(request: ImageRequest, limits: Limits) -> tuple[Pixels | None, 
     return source, mask
 
 
-def _read_blob(blob: Blob, name: str, limits: Limits) -> Pixels:
-    with open_blob(blob) as data:
+def _read_blob(blob: Blob, name: str, blobs: WorkerBlobs, limits: Limits) -> Pixels:
+    with blobs.open(blob) as data:
         return decode_image(data, name, limits)
 
 
-def _read_colour_profile(request: ImageRequest) -> bytes:
+def _read_colour_profile(request: ImageRequest, blobs: WorkerBlobs) -> bytes:
     if not request.images:
         return b""
-    with open_blob(request.images[0]) as data:
+    with blobs.open(request.images[0]) as data:
         return extract_colour_profile(data)
 
 

@@ -29,7 +29,7 @@ def test_result_that_does_not_fit_is_spool_full_and_the_worker_gets_an_empty_gra
     worker.expect(Run)
     filler = harness.spool.create(SPOOL_BYTES, reserve=SPOOL_BYTES - harness.spool.used_bytes - 3)
     worker.send(Need(job.id, 0, 7))
-    assert worker.expect(Grant).path == ""
+    assert worker.expect(Grant).storage == ""
     assert harness.wait_settled(job) is State.FAILED
     assert isinstance(job.error, SpoolFull)
     worker.send(Failed(job.id, SpoolFull("no room").to_wire()))
@@ -52,7 +52,7 @@ def test_results_that_can_never_fit_together_are_content_too_large(harness: Disp
     job = harness.admit(n=4)
     worker.expect(Run)
     worker.send(*(Need(job.id, picture, 5 << 20) for picture in range(4)))
-    paths = [worker.expect(Grant).path for _ in range(4)]
+    paths = [worker.expect(Grant).storage for _ in range(4)]
     assert [bool(path) for path in paths] == [True, True, True, False]
     assert harness.wait_settled(job) is State.FAILED
     assert isinstance(job.error, ContentTooLarge)
@@ -71,7 +71,7 @@ def test_segment_that_cannot_be_created_fails_only_its_job(harness: DispatcherHa
     assert harness.wait_settled(job) is State.FAILED
     assert isinstance(job.error, SpoolUnusable)
     assert harness.wait_settled(other) is State.DONE
-    assert not worker.link.lost
+    assert not worker.link.state.lost
     harness.spool.directory.unlink()
 
 
@@ -107,7 +107,7 @@ def test_small_picture_with_the_longest_prompts_is_granted(harness: DispatcherHa
     job = harness.admit()
     worker.expect(Run)
     worker.send(Need(job.id, 0, 512 * 512 * 4 + 2 * 2 * 2 * 256 * 1024))
-    assert worker.expect(Grant).path
+    assert worker.expect(Grant).storage
 
 
 def test_preview_that_does_not_fit_is_skipped_and_its_picture_is_made(harness: DispatcherHarness) -> None:

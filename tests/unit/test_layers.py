@@ -44,7 +44,8 @@ INSIDE: dict[str, set[str]] = {
     "api.parameters": {"api.exchange"},
     "front.http1": set(),
     "front.forms": {"front.http1"},
-    "wire.local": {"wire.blobs", "wire.codec", "wire.messages"},
+    "wire.local": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},
+    "wire.memory": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},
     "engines.schedulers": set(),
     "engines.stepwise": {"engines.protocol", "engines.schedulers"},
 }
@@ -125,6 +126,14 @@ def test_restricted_packages_are_imported_only_in_their_places(name: str) -> Non
     for target in imports(MODULES[name]):
         places = ONLY.get(target.partition(".")[0])
         assert places is None or lies_in(name, places), f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_only_the_server_chooses_an_implementation_of_the_wire(name: str) -> None:
+    implementations = {"wire.local", "wire.memory"}
+    for target in own(MODULES[name]):
+        is_allowed = name == "server" or lies_in(name, implementations) or not lies_in(target, implementations)
+        assert is_allowed, f"{name} imports {target}"
 
 
 def test_every_package_is_in_the_table() -> None:

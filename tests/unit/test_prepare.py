@@ -13,12 +13,12 @@ from PIL import Image
 
 from ovserve.errors import ImageError, InvalidValue, MissingParameter, UnsupportedParameter
 from ovserve.settings.options import Resolution
-from tests.preparing import MODEL, PROFILE, WIDE, StoreBlob, blobs_in, noise, png, prepared, rejected, with_alpha
+from tests.preparing import MODEL, PROFILE, WIDE, StoreBlob, noise, png, prepared, rejected, stored_blobs, with_alpha
 
 
 @pytest.fixture
 def blob(tmp_path: Path) -> Iterator[StoreBlob]:
-    yield from blobs_in(tmp_path)
+    yield from stored_blobs()
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ from ovserve.pixels.frames import size_of
 from ovserve.pixels.images import Pixels
 from ovserve.pixels.masks import feather
 from ovserve.settings.options import Resolution
-from tests.preparing import StoreBlob, blobs_in, noise, png, prepared, request, with_alpha
+from tests.preparing import StoreBlob, noise, png, prepared, request, stored_blobs, with_alpha
 
 
 @pytest.fixture
 def blob(tmp_path: Path) -> Iterator[StoreBlob]:
-    yield from blobs_in(tmp_path)
+    yield from stored_blobs()
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

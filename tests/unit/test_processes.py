@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.fleet.processes import describe_exit, machine_memory_bytes, raise_oom_score, resident_bytes
+from ovserve.wire.local.processes import describe_exit, machine_memory_bytes, raise_oom_score, resident_bytes
 
 MIB = 1024 * 1024
 
@@ -119,7 +119,7 @@ sys.stdin.read()
 """
 CHILD = """
 import os, sys, threading
-from ovserve.fleet.processes import bind_to_parent
+from ovserve.wire.local.processes import bind_to_parent
 bind_to_parent(int(sys.argv[1]))
 print("bound", flush=True)
 threading.Event().wait()

@@ -18,9 +18,10 @@ import pytest
 from ovserve.engines.genai import GenaiEngine
 from ovserve.engines.protocol import Engine
 from ovserve.errors import LinkClosed, ModelError
-from ovserve.fleet.processes import resident_bytes
 from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.local.processes import resident_bytes
 from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progress, Ready, Stop
 from ovserve.worker.main import create_engine
 from ovserve.worker.main import main as worker_main
@@ -256,7 +257,7 @@ def test_result_without_a_segment_fails_only_its_own_job(bench: WorkerBench) -> 
 
 
 def test_job_fails_if_its_exchange_has_released_its_segments(bench: WorkerBench) -> None:
-    segment = bench.spool.store(png(CIRCLE))
+    segment = bench.spool.put(png(CIRCLE))
     blob = segment.blob(0, len(png(CIRCLE)))
     segment.release()
     assert bench.fail(images=(blob,))["error"] == "InternalError"
@@ -292,11 +293,13 @@ def test_memory_stays_flat_over_two_hundred_edits(own_bench: WorkerBench) -> Non
     assert resident[-1] - resident[0] < 64 << 20, resident
 
 
-def main_with_a_clock_jump(end: Any, profile: ModelProfile, model: ModelSettings, settings: Settings) -> None:
+def main_with_a_clock_jump(
+    link: Any, blobs: Any, profile: ModelProfile, model: ModelSettings, settings: WorkerSettings
+) -> None:
     """Run a worker whose clock jumps by an hour when a file appears in the directory for compiled models."""
     monotonic, path = time.monotonic, Path(str(model.cache_dir)) / "an-hour-later"
     time.monotonic = lambda: monotonic() + (3600.0 if path.exists() else 0.0)
-    worker_main(end, profile, model, settings)
+    worker_main(link, blobs, profile, model, settings)
 
 
 def test_grant_that_comes_an_hour_late_still_completes_the_job(tmp_path: Path) -> None:
@@ -332,7 +335,7 @@ def test_closed_link_ends_the_worker_at_once(own_bench: WorkerBench) -> None:
 
 
 def test_invalid_message_ends_the_worker(own_bench: WorkerBench) -> None:
-    os.write(own_bench.link.commands_fileno(), b'{"kind":"nonsense"}\n')
+    os.write(own_bench.link._commands.fileno(), b'{"kind":"nonsense"}\n')
     assert wait_for_exit(own_bench) not in (0, LOAD_FAILED)
 
 
@@ -353,9 +356,9 @@ def test_stop_while_loading_ends_the_worker(tmp_path: Path) -> None:
 def failure_of(worker: WorkerBench) -> str:
     code = wait_for_exit(worker)
     assert code == LOAD_FAILED
-    assert worker.link.failure is not None
+    assert worker.link.state.failure is not None
     assert not any(isinstance(message, Ready) for message in worker.log)
-    return str(worker.link.failure.error["message"])
+    return str(worker.link.state.failure.error["message"])
 
 
 def test_unknown_device_is_reported_before_exit(tmp_path: Path) -> None:
@@ -414,7 +417,9 @@ class BrokenEngine(GenaiEngine):
         raise KeyError("an input of another name")
 
 
-def main_with_a_broken_engine(end: Any, profile: ModelProfile, model: ModelSettings, settings: Settings) -> None:
+def main_with_a_broken_engine(
+    link: Any, blobs: Any, profile: ModelProfile, model: ModelSettings, settings: WorkerSettings
+) -> None:
     created: list[weakref.ref[Engine]] = []
 
     def create(profile: ModelProfile, settings: ModelSettings) -> tuple[Engine, str]:
@@ -426,7 +431,7 @@ def main_with_a_broken_engine(end: Any, profile: ModelProfile, model: ModelSetti
         created.append(weakref.ref(engine))
         return engine, "proven"
 
-    JobRunner(end, profile, model, settings, create).run()
+    JobRunner(link, blobs, profile, model, settings, create_engine=create).run()
 
 
 def test_fallback_to_genai_frees_the_failed_engine_first(tmp_path: Path) -> None:

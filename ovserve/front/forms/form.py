@@ -13,7 +13,7 @@ from ovserve.front.forms.multipart import MultipartParser, PartBegin, PartEnd
 from ovserve.front.forms.spooled import Body, SpooledForm, SpooledUpload, receive
 from ovserve.front.http1.headers import parse_options
 from ovserve.settings.options import Settings
-from ovserve.wire.local.spool import Segment, Spool
+from ovserve.wire.blobs import BlobStore, Segment
 
 __all__ = ["read_form"]
 
@@ -31,7 +31,7 @@ _IDENTITY = ("binary", "8bit", "7bit")  # RFC 2045 section 6.2: no transformatio
 _SUPPORTED = "multipart/form-data or application/json"
 
 
-def read_form(body: Body, content_type: str | None, spool: Spool, settings: Settings) -> SpooledForm:
+def read_form(body: Body, content_type: str | None, spool: BlobStore, settings: Settings) -> SpooledForm:
     """Receive and parse one body. The caller must release the form when the exchange ends.
 
     Raises:
@@ -76,7 +76,9 @@ def _parse_content_type(content_type: str | None) -> tuple[str, dict[str, str]]:
         raise BadRequest(f"Content-Type: {error}") from None
 
 
-def _read_multipart(body: Body, parser: MultipartParser, form: SpooledForm, spool: Spool, settings: Settings) -> None:
+def _read_multipart(
+    body: Body, parser: MultipartParser, form: SpooledForm, spool: BlobStore, settings: Settings
+) -> None:
     """Receive and parse a multipart body. The content of a part has the same offset in the segment as in the body."""
     part: PartBegin | None = None
     limit = settings.max_text_field_bytes

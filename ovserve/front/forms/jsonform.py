@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 from ovserve.errors import BadRequest, InvalidValue, PartTooLarge, TooManyParts, UnknownParameter
 from ovserve.front.forms.spooled import Body, SpooledForm, SpooledUpload, receive
 from ovserve.settings.options import Settings
-from ovserve.wire.local.spool import Segment, Spool
+from ovserve.wire.blobs import BlobStore, Segment
 
 __all__ = ["decode_in_place", "read_json"]
 
@@ -61,7 +61,7 @@ class _Cut(NamedTuple):
     end: int
 
 
-def read_json(body: Body, form: SpooledForm, spool: Spool, settings: Settings) -> None:
+def read_json(body: Body, form: SpooledForm, spool: BlobStore, settings: Settings) -> None:
     """Receive a JSON object into a segment and add its members to the form.
 
     Raises:
