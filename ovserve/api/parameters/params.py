@@ -31,6 +31,8 @@ from ovserve.wire.request import ImageRequest
 
 __all__ = ["Parameters", "parse_parameters"]
 
+_FILLED = tuple((name, known.attribute) for name, known in FIELDS.items() if known.attribute)
+
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
@@ -116,11 +118,10 @@ def _record(endpoint: str, resolved: Resolved, steps: int, pictures: Pictures) -
         "image": tuple(upload.blob for upload in pictures.images),
         "mask": pictures.mask.blob if pictures.mask else None,
     }
-    filled = {known.attribute: values.get(name) for name, known in FIELDS.items() if known.attribute}
     return ImageRequest(
         task=endpoint,
         preferred_strength=resolved.preferred_strength,
         preferred_scheduler=resolved.preferred_scheduler,
         shortcuts=resolved.shortcuts,
-        **{attribute: value for attribute, value in filled.items() if value is not None},
+        **{attribute: values[name] for name, attribute in _FILLED if values[name] is not None},
     )

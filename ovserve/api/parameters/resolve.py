@@ -26,6 +26,7 @@ from ovserve.wire.request import SEEDS
 __all__ = ["Resolved", "resolve", "resolve_steps"]
 
 FIDELITY = 0.7  # `input_fidelity` = high multiplies the model's default strength by this
+_DEFAULTS = {name: known.default for name, known in FIELDS.items() if known.served}
 _QUALITIES = {"auto": "high", "standard": "medium", "hd": "high", "xhigh": "high", "max": "high"}
 
 
@@ -56,7 +57,7 @@ def resolve(given: Mapping[str, Any], model: ServedModel, settings: Settings) ->
     preset = model.profile.preset(quality)
     size = _resolve_size(given, model.limits.default_resolution)
     values = {
-        **{name: known.default for name, known in FIELDS.items() if known.served},
+        **_DEFAULTS,
         "timeout_s": settings.default_timeout_s,
         "num_inference_steps": preset.num_inference_steps,
         "guidance_scale": preset.guidance_scale,

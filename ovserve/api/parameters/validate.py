@@ -15,6 +15,9 @@ from ovserve.settings.options import Resolution, Settings
 
 __all__ = ["Given", "check_exclusions", "check_features", "check_limits", "check_required", "parse_values"]
 
+_REQUIRED = tuple(known for known in FIELDS.values() if known.required and known.kind not in ("file", "files"))
+_LIMITED = tuple((known, known.limit) for known in FIELDS.values() if known.limit is not None)
+
 
 @dataclass(slots=True)
 class Given:
@@ -78,10 +81,10 @@ def check_features(gathered: Gathered, model: ServedModel) -> None:
 
 def check_required(given: Given, endpoint: str) -> None:
     """Raise MissingParameter for a required value that is missing or empty; `uploads.py` checks required files."""
-    for name, known in FIELDS.items():
-        is_file = known.kind in ("file", "files")
-        if endpoint in known.required and not is_file and not given.values.get(name):
-            raise MissingParameter(f"{name} is missing or empty; {PATHS[endpoint]} requires it.", param=name)
+    for known in _REQUIRED:
+        if endpoint in known.required and not given.values.get(known.name):
+            message = f"{known.name} is missing or empty; {PATHS[endpoint]} requires it."
+            raise MissingParameter(message, param=known.name)
 
 
 def check_limits(given: Given, model: ServedModel, settings: Settings) -> None:
@@ -90,16 +93,17 @@ def check_limits(given: Given, model: ServedModel, settings: Settings) -> None:
     Raises:
         InvalidValue: a value is out of the operator's bounds.
     """
-    for name, known in FIELDS.items():
-        value = given.values.get(name)
-        if value is None or known.limit is None:
+    for known, limit in _LIMITED:
+        value = given.values.get(known.name)
+        if value is None:
             continue
-        low, high = known.limit(model.limits, settings)
+        low, high = limit(model.limits, settings)
+        spelled = given.spelled(known.name)
         if isinstance(high, Resolution):
             if value.width > high.width or value.height > high.height:
-                raise InvalidValue(f"{name} is {value}; {known.limited_by} allows at most {high}.", param=name)
+                raise InvalidValue(f"{spelled} is {value}; {known.limited_by} allows at most {high}.", param=spelled)
         else:
-            check_range(given.spelled(name), value, low, high, known.limited_by)
+            check_range(spelled, value, low, high, known.limited_by)
 
 
 def check_exclusions(values: Mapping[str, Any], given: Given) -> None:
