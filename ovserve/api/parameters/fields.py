@@ -40,7 +40,6 @@ FLOAT32_MAX = 3.4028234663852886e38
 
 _RECORD = frozenset(attribute.name for attribute in dataclasses.fields(ImageRequest))
 
-
 # The operator's inclusive bounds of a value, from the options of the model and of the server; None for no bound.
 Limit = Callable[[ModelSettings, Settings], tuple[float | None, float | Resolution | None]]
 
