@@ -70,7 +70,7 @@ def check_pictures(gathered: Gathered, endpoint: str, model: ServedModel, settin
         return Pictures()
     if not model.profile.tasks & {"image2image", "inpainting"}:
         raise UnsupportedParameter(
-            f"image is not supported: model {model.name!r} cannot edit images; use another model or images/generations.",
+            f"image is not supported: model {model.name!r} cannot edit images; use another one, or images/generations.",
             param="image",
         )
     pictures, heads = _check_uploads(gathered, endpoint, model, settings)
