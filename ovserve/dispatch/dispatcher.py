@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable
 
 from ovserve.deadline import Deadline
+from ovserve.dispatch.allocator import Allocator
 from ovserve.dispatch.call_queue import CallQueue
 from ovserve.dispatch.jobs import Job, State
 from ovserve.dispatch.model_queue import (
@@ -89,7 +90,8 @@ class Dispatcher:
         self._workers: dict[int, AttachedWorker] = {}  # by the descriptor of their links
         self._stuck_checked_at = 0.0
         self._is_closing = False
-        self._reports = ReportApplier(spool, self._send, self._settle, self._note_ready)
+        self._allocator = Allocator(self._calls.put)
+        self._reports = ReportApplier(spool, self._send, self._settle, self._note_ready, self._allocator)
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
         self._thread.start()
 
@@ -329,6 +331,7 @@ class Dispatcher:
                 self._dispatch_queued(model)
 
     def _shut_down(self) -> None:
+        self._allocator.close()
         self._calls.run_all()
         with self._lock:
             for job in list(self._in_flight):

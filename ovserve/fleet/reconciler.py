@@ -1,13 +1,13 @@
-"""The reconciler: compares the desired models with the fleets that exist, and starts or retires fleets until they agree.
+"""The reconciler: starts or retires fleets until they agree with the desired models.
 
     desired record                      fleets of the model
     none                                serving fleet finishes its jobs, then retires; the model is removed
     same worker key as the serving one  the serving fleet adopts it in place; no process changes
-    another worker key                  an incoming fleet starts beside the serving one and takes over when it is ready
-    another one, whose workers fail     the serving fleet stays; the record is not tried again until the next `set_desired`
+    another worker key                  an incoming fleet starts beside the serving one and takes over when ready
+    another one, whose workers fail     the serving fleet stays; not tried again until the next `set_desired`
 
-Runs in: the supervisor thread, but for `set_desired`. No process is touched here: a slot that is created is started, and a slot
-that is retired is ended, by the supervisor.
+Runs in: the supervisor thread. No process is touched here: the supervisor starts the slots that are created, and ends
+those that are retired.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ _MAX_FILES = 10_000  # a model has a few dozen; more is not a model's directory 
 def fingerprint(directory: Path, cache_dir: Path | None = None) -> str:
     """Return a hash over the names, sizes and modification times of a model's files; contents are not read.
 
-    Hidden files and directories are left out, and so is `cache_dir` where it lies inside the directory: the server itself
-    writes there. A missing or unreadable directory has an empty fingerprint.
+    Hidden files and directories are left out, and so is `cache_dir` where it lies inside the directory: the server
+    itself writes there. A missing or unreadable directory has an empty fingerprint.
     """
     digest = hashlib.sha256()
     try:
