@@ -70,6 +70,8 @@ class Server:
         self._reloading = threading.Lock()
         self._serving = threading.Lock()  # guards the API's settings and catalog, which two threads replace
         self._is_announced = False
+        self._reload_wanted = threading.Event()
+        self._reloader: threading.Thread | None = None
         # Block before the resource tracker starts: it inherits the mask (a SIGHUP to the group would end it). Block
         # again
         # afterwards: its start unblocks SIGINT and SIGTERM in this thread.
@@ -153,7 +155,23 @@ class Server:
             self._reload_on_signal()
 
     def _reload_on_signal(self) -> None:
-        """Reload on SIGHUP. Failures are only logged."""
+        """Begin a reload in a thread, so that a reload in progress does not hold up SIGTERM.
+
+        Signals that come during a reload cause one more, whatever their number.
+        """
+        self._reload_wanted.set()
+        if self._reloader is None:
+            self._reloader = threading.Thread(target=self._reload_while_wanted, name="reload", daemon=True)
+            self._reloader.start()
+
+    def _reload_while_wanted(self) -> None:
+        while True:
+            self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            self._try_reload()
+
+    def _try_reload(self) -> None:
+        """Reload. Failures are only logged."""
         try:
             self.reload()
         except StartupError as error:
@@ -171,6 +189,8 @@ class Server:
             StartupError: the new configuration is wrong; nothing was changed.
         """
         with self._reloading:
+            if self._dispatcher.is_draining:
+                raise StartupError("the server is shutting down")
             if self._is_announced:
                 systemd.notify_reloading()
             try:
@@ -227,9 +247,9 @@ class Server:
 
 # Options that a reload changes; all others are fixed at start.
 RELOADED = frozenset((
-    "models", "default_model", "max_images", "max_image_pixels", "max_image_side_px", "default_timeout_s", "max_timeout_s",
-    "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s", "restart_delay_s",
-    "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "api_key", "api_key_file",
+    "models", "default_model", "max_images", "max_image_pixels", "max_image_side_px", "default_timeout_s",
+    "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
+    "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "api_key", "api_key_file",
 ))  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def _fields() -> Iterator[str]:
             + (f" Same as `{field.same_as}`." if field.same_as else "")
             + (f" Needs {field.needs}." if field.needs else "")
         )
-        yield f"| `{field.name}` | {field.kind} | {extent} | {field.default} | {takes} | {_cell(text)} |"
+        yield f"| `{field.name}` | {field.kind} | {extent} | {field.shown_default} | {takes} | {_cell(text)} |"
 
 
 def _kinds(root: type[ApiError]) -> Iterator[type[ApiError]]:

@@ -9,6 +9,7 @@ import queue
 import tempfile
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,19 @@ class ToyWindows:
             yield bytes([65 + number % 26]) * self._size
 
 
+@dataclass(frozen=True)
+class ToyMatch:
+    """The route of a request: only its properties."""
+
+    is_health: bool
+    is_open: bool
+
+
 class ToyApi:
     """The API, with a record of its requests.
 
     Attributes:
+        matched: method and path of each call of `match`.
         seen: paths of requests in the order of arrival.
         gone: paths of requests whose clients disconnected while the handler waited.
         closed: one entry for each closed event stream, and for each closed reply of `/windows` and `/windowed-file`.
@@ -56,6 +66,7 @@ class ToyApi:
     """
 
     def __init__(self) -> None:
+        self.matched: queue.Queue[tuple[str, str]] = queue.Queue()
         self.seen: queue.Queue[str] = queue.Queue()
         self.gone: queue.Queue[str] = queue.Queue()
         self.closed: queue.Queue[str] = queue.Queue()
@@ -70,18 +81,16 @@ class ToyApi:
         """Close the event descriptor."""
         os.close(self._wakeup)
 
-    def is_health(self, path: str) -> bool:
-        """Return whether this is the health check."""
-        return path == "/health"
-
-    def is_open(self, method: str, path: str) -> bool:
-        """Return whether no key is needed."""
-        return path == "/health" or method == "OPTIONS"
+    def match(self, method: str, path: str) -> ToyMatch:
+        """Return the properties of the route: `/health` is the health check, and needs no key."""
+        self.matched.put((method, path))
+        is_health = path == "/health" and method in ("GET", "HEAD")
+        return ToyMatch(is_health, is_open=path == "/health" or method == "OPTIONS")
 
     def count_refused(self, error: ApiError) -> None:
         """Do nothing."""
 
-    def answer(self, exchange: Exchange) -> Reply:
+    def answer(self, exchange: Exchange, match: ToyMatch) -> Reply:
         """Run the handler that the path names."""
         self.seen.put(exchange.path)
         name = exchange.path.strip("/").partition("/")[0].replace("-", "_")

@@ -7,16 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError
 from ovserve.wire.blobs import Blob
 
 __all__ = [
-    "Api", "Chunk", "Exchange", "FileReply", "Form", "JsonReply", "Reply", "ServerEvent", "StreamReply", "Upload",
-    "Windowed", "windows_of",
-]  # fmt: skip
+    "Api",
+    "Chunk",
+    "Exchange",
+    "FileReply",
+    "Form",
+    "JsonReply",
+    "Reply",
+    "RouteMatch",
+    "ServerEvent",
+    "StreamReply",
+    "Upload",
+    "Windowed",
+    "windows_of",
+]
 
 
 class Upload(Protocol):
@@ -184,17 +195,29 @@ class FileReply:
 Reply = JsonReply | StreamReply | FileReply
 
 
-class Api(Protocol):
+class RouteMatch(Protocol):
+    """The route of one request. The front end reads these properties, and hands it back to `Api.answer`."""
+
+    @property
+    def is_health(self) -> bool:
+        """Whether the request is a health check, which is served even at the connection limit."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the request needs no API key."""
+
+
+MatchT = TypeVar("MatchT", bound=RouteMatch)  # each API has its own kind of match
+
+
+class Api(Protocol[MatchT]):
     """The API as the front end uses it."""
 
-    def answer(self, exchange: Exchange) -> Reply:
+    def match(self, method: str, path: str) -> MatchT:
+        """Find the route of a request, once for everything that depends on it. An unknown path has a match too."""
+
+    def answer(self, exchange: Exchange, match: MatchT) -> Reply:
         """Serve one request of any method and path; HEAD like GET. Raises ApiError and ClientGone."""
-
-    def is_health(self, path: str) -> bool:
-        """Return whether this path is a health check, which is served even at the connection limit."""
-
-    def is_open(self, method: str, path: str) -> bool:
-        """Return whether this method and path need no API key."""
 
     def count_refused(self, error: ApiError) -> None:
         """Count a request that was rejected with this error before `answer` was called."""

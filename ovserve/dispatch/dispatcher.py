@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable
 
 from ovserve.deadline import Deadline
+from ovserve.dispatch.allocator import Allocator
 from ovserve.dispatch.call_queue import CallQueue
 from ovserve.dispatch.jobs import Job, State
 from ovserve.dispatch.model_queue import (
@@ -89,7 +90,8 @@ class Dispatcher:
         self._workers: dict[int, AttachedWorker] = {}  # by the descriptor of their links
         self._stuck_checked_at = 0.0
         self._is_closing = False
-        self._reports = ReportApplier(spool, self._send, self._settle, self._note_ready)
+        self._allocator = Allocator(self._calls.put)
+        self._reports = ReportApplier(spool, self._send, self._settle, self._note_ready, self._allocator)
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
         self._thread.start()
 
@@ -123,7 +125,10 @@ class Dispatcher:
             model.queue.push(ticket)
             self._in_flight.add(job)
             self._next_deadline = min(self._next_deadline, job.deadline)
+            is_demand = not model.workers
         self._calls.wake()
+        if is_demand and self.on_change:
+            self.on_change()  # a model that is not resident gets its workers
 
     def cancel(self, job: Job) -> bool:
         """Settle a job as cancelled. Return False when it was settled before.
@@ -175,13 +180,16 @@ class Dispatcher:
 
     # --- server and supervisor threads --------------------------------------------------------------------------------
 
-    def add_model(self, name: str, queue_limit: int, settings: Settings | None = None) -> None:
+    def add_model(
+        self, name: str, queue_limit: int, settings: Settings | None = None, *, is_resident: bool = True
+    ) -> None:
         """Add a model, or change its limits.
 
         Args:
             name: the model's name.
             queue_limit: how many jobs may wait for it.
             settings: new settings after a reload; they replace those of the constructor.
+            is_resident: it has workers always; otherwise jobs are admitted while it has none, and start them.
         """
         self._settings = settings or self._settings
         largest = largest_picture_bytes(self._settings, name)
@@ -193,6 +201,7 @@ class Dispatcher:
                 # Jobs admitted under the old limits may still produce pictures of the old size.
                 largest = max(largest, model.largest_picture_bytes)
                 model.queue.limit, model.largest_picture_bytes, model.is_removed = queue_limit, largest, False
+            self._models[name].is_resident = is_resident
 
     def remove_model(self, name: str) -> None:
         """Stop admission for a model. Its entry is deleted with the last of its queued jobs and workers."""
@@ -322,6 +331,7 @@ class Dispatcher:
                 self._dispatch_queued(model)
 
     def _shut_down(self) -> None:
+        self._allocator.close()
         self._calls.run_all()
         with self._lock:
             for job in list(self._in_flight):

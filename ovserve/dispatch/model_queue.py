@@ -144,6 +144,7 @@ class ModelQueue:
         failure: why the supervisor declared the model failed; empty if it did not.
         was_ready: whether a worker has been ready at any time.
         is_removed: whether the model is being unloaded.
+        is_resident: whether it has workers always; otherwise it admits jobs while it has none.
         job_s: mean seconds that a job spends in a worker; 0 before the first.
     """
 
@@ -154,6 +155,7 @@ class ModelQueue:
     failure: str = ""
     was_ready: bool = False
     is_removed: bool = False
+    is_resident: bool = True
     job_s: float = 0.0
 
     def take_next(self) -> tuple[AttachedWorker, Ticket] | None:
@@ -194,7 +196,7 @@ class ModelQueue:
             raise NotReady(f"Model {self.name!r} is being unloaded.", retry_after_s=NOT_READY_RETRY_S)
         if self.failure:
             raise self.failed_error(failed_retry_s)
-        if not self.was_ready:
+        if not self.was_ready and self.is_resident:
             raise NotReady(f"Model {self.name!r} is loading.", retry_after_s=NOT_READY_RETRY_S)
         if not self.has_space_for(client):
             raise QueueFull(
@@ -239,7 +241,7 @@ class ModelQueue:
             reason = unavailable_reason
         elif self.is_removed:
             reason = "unloading"
-        elif not ready:
+        elif not ready and (self.is_resident or self.workers):
             reason = "restarting" if self.was_ready else "loading"
         report = ready[0].link.state.ready if ready else None
         return ModelStatus(

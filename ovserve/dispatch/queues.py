@@ -40,7 +40,7 @@ class Ticket:
         request: id of the blob storage with the ImageRequest.
         failed_attempts: how many workers died after they had read the job.
         run_position: position of its Run command in the commands of its current worker.
-        granted: segments created for its current worker, by (picture, partial).
+        granted: segments granted to its current worker, by (picture, partial); None: announced, or refused.
         posted: the (picture, partial) pairs already posted to the handler, over all workers: each is posted once.
         cancelled_at: monotonic instant at which its worker was sent the cancellation; 0 if it was not.
     """
@@ -49,7 +49,7 @@ class Ticket:
     request: str
     failed_attempts: int = 0
     run_position: int = 0
-    granted: dict[tuple[int, int], Segment] = field(default_factory=dict)
+    granted: dict[tuple[int, int], Segment | None] = field(default_factory=dict)
     posted: set[tuple[int, int]] = field(default_factory=set)
     cancelled_at: float = 0.0
 

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from ovserve.dispatch.allocator import LARGE_BYTES, Allocator
 from ovserve.dispatch.jobs import Job, Partial, Result, State
 from ovserve.dispatch.model_queue import AttachedWorker, ModelQueue
 from ovserve.dispatch.queues import Ticket
 from ovserve.errors import ApiError, DeadlineExceeded, InternalError, LinkGarbage, SpoolFull, from_wire
 from ovserve.logs import fields
-from ovserve.wire.blobs import BlobStore
+from ovserve.wire.blobs import BlobStore, Segment
 from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Message, Need, Picture, Prepared, Progress, Ready
 
 __all__ = ["ReportApplier", "Settle"]
@@ -46,6 +47,7 @@ class ReportApplier:
         send: sends a worker a command.
         settle: settles a job and counts it once.
         on_ready: called with a worker that has passed its warm-up.
+        allocator: creates large segments in its own thread.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class ReportApplier:
         send: Callable[[AttachedWorker, Message], None],
         settle: Settle,
         on_ready: Callable[[AttachedWorker], None],
+        allocator: Allocator,
     ) -> None:
+        self._allocator = allocator
         self._spool = spool
         self._send = send
         self._settle = settle
@@ -96,34 +100,59 @@ class ReportApplier:
         limit = _MAX_SIZE_FACTOR * worker.model.largest_picture_bytes
         if not 1 <= message.size <= limit:
             raise LinkGarbage(f"picture {message.picture} announced with {message.size} bytes; expected 1..{limit}")
-        storage = "" if job.is_settled else self._create_segment(worker.model, ticket, message)
+        ticket.granted[key] = None
+        if job.is_settled:
+            self._grant(worker, ticket, message, None)
+            return
+
+        def create() -> Segment | ApiError:
+            return self._create_segment(worker.model, job, message.size)
+
+        def grant(created: Segment | ApiError) -> None:
+            if worker.assigned.get(job.id) is ticket:
+                self._grant(worker, ticket, message, created)
+            elif not isinstance(created, ApiError):
+                created.release()  # the worker was detached meanwhile
+
+        # In order: each picture's grants answer its Needs one after the other.
+        if message.size < LARGE_BYTES and not self._allocator.is_busy:
+            grant(create())
+        else:
+            self._allocator.run(create, grant)
+
+    def _grant(self, worker: AttachedWorker, ticket: Ticket, message: Need, created: Segment | ApiError | None) -> None:
+        """Send the Grant for a Need.
+
+        Without a segment it is empty: a preview is skipped, for a result the job fails.
+        """
+        job, storage = ticket.job, ""
+        if isinstance(created, ApiError):
+            if message.partial < 0:
+                self._settle(job, State.FAILED, created)
+        elif created is not None and job.add_segment(created):
+            ticket.granted[message.picture, message.partial] = created
+            storage = created.id
         if not storage and message.partial < 0 and not ticket.cancelled_at:
             ticket.cancelled_at = time.monotonic()  # for the worker an empty grant means the same as a Cancel
         self._send(worker, Grant(job.id, message.picture, storage))
 
-    def _create_segment(self, model: ModelQueue, ticket: Ticket, message: Need) -> str:
-        """Create a segment and return its id. On failure return "" and fail the job; a preview is only skipped."""
-        job, failure = ticket.job, None
+    def _create_segment(self, model: ModelQueue, job: Job, size: int) -> Segment | ApiError:
+        """Create a segment for a result, or return the error of the job.
+
+        Runs in: the dispatcher or allocator thread.
+        """
         try:
-            if message.size > model.largest_picture_bytes:
-                raise InternalError(
-                    f"The result takes {message.size} bytes; at most {model.largest_picture_bytes} are allowed."
+            if size > model.largest_picture_bytes:
+                return InternalError(
+                    f"The result takes {size} bytes; at most {model.largest_picture_bytes} are allowed."
                 )
-            self._spool.check_size(job.spool_bytes + message.size)  # a job's pictures are in the spool together
-            segment = self._spool.create(message.size, reserve=message.size)
+            self._spool.check_size(job.spool_bytes + size)  # a job's pictures are in the spool together
+            return self._spool.create(size, reserve=size)
         except ApiError as error:
-            failure = error
+            return error
         except OSError as error:  # fails only this job: the same read has reports for others
             log.exception("segment for a result could not be created", extra=fields(job=job.id))
-            failure = SpoolFull(f"The spool cannot store the result: {error.strerror}.", retry_after_s=_RETRY_S)
-        if failure is None:
-            if not job.add_segment(segment):
-                return ""
-            ticket.granted[message.picture, message.partial] = segment
-            return segment.id
-        if message.partial < 0:
-            self._settle(job, State.FAILED, failure)
-        return ""
+            return SpoolFull(f"The spool cannot store the result: {error.strerror}.", retry_after_s=_RETRY_S)
 
     def _apply_picture(self, ticket: Ticket, message: Picture) -> None:
         job, key = ticket.job, (message.picture, message.partial)

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ovserve.models.profile import ModelProfile
+from ovserve.fleet.desired import DesiredModel
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.launcher import WorkerProcess
 from ovserve.wire.link import Link
 
-__all__ = ["Fleet", "Slot", "load_failure", "make_fleets"]
+__all__ = ["Fleet", "Slot", "load_failure"]
 
 _LOADING = frozenset({"spawn", "load", "warm-up"})
 _JITTER = (0.75, 1.25)  # so that replicas that died together do not restart at the same moment
@@ -112,23 +112,42 @@ class Slot:
 class Fleet:
     """The workers of one model in one configuration.
 
+    Args:
+        desired: the record that it was started for.
+
     Attributes:
+        desired: the newest record that it serves.
+        settings: the server's options in this record.
+        model: the model's options in this record, with what the first worker has chosen at warm-up.
+        slots: its workers; one for each replica while it serves.
         deaths: in a row over all slots, without a job finished by any of them in between.
         failure: why the model was declared failed, or "".
         was_ready: a worker has passed its warm-up at least once.
         written_off: how many of its processes have survived SIGKILL and still exist.
     """
 
-    settings: Settings
-    model: ModelSettings
-    profile: ModelProfile
+    desired: DesiredModel
+    settings: Settings = field(init=False)
+    model: ModelSettings = field(init=False)
     slots: list[Slot] = field(default_factory=list)
     deaths: int = 0
     failure: str = ""
     was_ready: bool = False
     written_off: int = 0
+    _tuned: dict[str, Any] = field(default_factory=dict)
     _jobs_done_by_dead: int = 0
     _jobs_done_at_last_death: int = 0
+
+    def __post_init__(self) -> None:
+        self.adopt(self.desired)
+
+    def adopt(self, desired: DesiredModel) -> None:
+        """Serve a newer record with the same worker key. A failed model is tried again at once."""
+        self.desired, self.settings = desired, desired.settings
+        self.model = dataclasses.replace(desired.model, **self._tuned)
+        if self.failure:
+            for slot in self.slots:
+                slot.restart_at = 0.0
 
     @property
     def name(self) -> str:
@@ -163,10 +182,16 @@ class Fleet:
         """Whether no more processes are started, because more than `replicas` of them have survived SIGKILL."""
         return self.written_off > self.model.replicas
 
-    def recreate_slots(self) -> None:
-        """Create new slots in place of the retired ones, because the reload that retired them did not complete."""
+    def fill_slots(self, count: int) -> None:
+        """Create slots until `count` are active, each due for a start."""
         active = {slot.index for slot in self.active_slots}
-        self.slots += [Slot(self, index) for index in range(self.model.replicas) if index not in active]
+        missing = [index for index in range(count) if index not in active]
+        self.slots += [Slot(self, index) for index in missing[: max(0, count - len(active))]]
+
+    def surplus_slots(self, count: int) -> list[Slot]:
+        """Return the active slots beyond `count`, those that are not ready first, then the highest indices."""
+        active = sorted(self.active_slots, key=lambda slot: (slot.is_ready, -slot.index))
+        return active[: max(0, len(active) - count)]
 
     def may_start(self, slot: Slot) -> bool:
         """Return whether a worker may be started in this slot.
@@ -182,7 +207,8 @@ class Fleet:
         """Record that a worker has passed its warm-up. What the first one has chosen applies to all later ones."""
         slot.ready_at, self.was_ready, self.failure = now, True, ""
         if link.state.ready is not None:
-            self.model = _tuned(self.model, link.state.ready.tuned)
+            self._tuned |= _chosen(self.model, link.state.ready.tuned)
+            self.model = dataclasses.replace(self.model, **self._tuned)
 
     def note_death(self, slot: Slot, link: Link, reason: str, now: float) -> None:
         """Count a death, and set `failure` if the model has to be declared failed.
@@ -219,22 +245,14 @@ class Fleet:
             self.failure = f"{self.deaths} workers in a row died without finishing a job; the last: {reason}"
 
 
-def make_fleets(settings: Settings, profiles: Mapping[str, ModelProfile]) -> dict[str, Fleet]:
-    """Return a fleet for each model, with every slot due for a start."""
-    fleets = {model.name: Fleet(settings, model, profiles[model.name]) for model in settings.models}
-    for fleet in fleets.values():
-        fleet.slots = [Slot(fleet, index) for index in range(fleet.model.replicas)]
-    return fleets
-
-
-def _tuned(model: ModelSettings, tuned: Mapping[str, object]) -> ModelSettings:
-    """Return the settings with a worker's choices for options that the operator has left open."""
+def _chosen(model: ModelSettings, tuned: Mapping[str, object]) -> dict[str, Any]:
+    """Return a worker's choices for options that the operator has left open."""
     chosen: dict[str, Any] = {}
     for name in _TUNABLE:
         value = tuned.get(name)
         if type(value) is int and 1 <= value <= _MAX_TUNED and not getattr(model, name):
             chosen[name] = value
-    return dataclasses.replace(model, **chosen)
+    return chosen
 
 
 def load_failure(link: Link) -> str:

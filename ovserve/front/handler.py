@@ -17,9 +17,19 @@ import socket
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from ovserve.api.exchange import Api, Chunk, FileReply, JsonReply, Reply, ServerEvent, StreamReply, windows_of
+from ovserve.api.exchange import (
+    Api,
+    Chunk,
+    FileReply,
+    JsonReply,
+    Reply,
+    RouteMatch,
+    ServerEvent,
+    StreamReply,
+    windows_of,
+)
 from ovserve.deadline import Deadline
 from ovserve.errors import (
     ApiError,
@@ -70,7 +80,7 @@ class ConnectionContext(Protocol):
         """The limits."""
 
     @property
-    def api(self) -> Api:
+    def api(self) -> Api[Any]:
         """Answers requests."""
 
     @property
@@ -238,14 +248,15 @@ class Connection:
         if head is None:
             return False
         self._is_first = False
+        match: RouteMatch = self._context.api.match(head.method, head.path)
         # Sticky, because health checkers reuse their connections.
-        self._run_handle.is_urgent = self._context.api.is_health(head.path)
+        self._run_handle.is_urgent = match.is_health
         self.in_flight = True
         started = time.perf_counter()
         exchange = HttpExchange(self, head, self._address)
         sent = 0
         try:
-            sent = self._answer(exchange)
+            sent = self._answer(exchange, match)
         except ClientGone:
             exchange.keeps_connection = False
             exchange.status = CLIENT_GONE
@@ -300,15 +311,15 @@ class Connection:
         with self._idle_lock:
             self.idle_since = 0.0
 
-    def _answer(self, exchange: HttpExchange) -> int:
+    def _answer(self, exchange: HttpExchange, match: RouteMatch) -> int:
         """Answer the request and return the bytes written. Only here do errors of a request become responses."""
         head = exchange.head
         try:
             if head.is_chunked or head.content_length is not None:
                 go_on = self._send_continue if head.expects_continue else None
                 exchange.body = Body(self.transport, head, self.settings, go_on, lambda: self._context.is_draining)
-            self._check_key(exchange)
-            reply = SERVER_OPTIONS if head.path == "*" else self._context.api.answer(exchange)
+            self._check_key(exchange, match)
+            reply = SERVER_OPTIONS if head.path == "*" else self._context.api.answer(exchange, match)
             try:
                 if not isinstance(reply, StreamReply):
                     exchange.release()  # so that a client that reads slowly does not keep its upload in the spool
@@ -324,9 +335,9 @@ class Connection:
         except Exception as error:  # noqa: BLE001 - on a bug, the client gets an answer and the thread continues
             return self._write_error(exchange, _log_bug(exchange, error))
 
-    def _check_key(self, exchange: HttpExchange) -> None:
+    def _check_key(self, exchange: HttpExchange, match: RouteMatch) -> None:
         try:
-            self._context.keys.check(exchange, self._context.api.is_open)
+            self._context.keys.check(exchange, is_open=match.is_open)
         except ApiError as error:
             self._context.api.count_refused(error)
             raise

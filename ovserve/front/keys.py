@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from ovserve.errors import SettingsError, Unauthorized
@@ -33,17 +33,17 @@ class Keys:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def check(self, request: Request, is_open: Callable[[str, str], bool]) -> None:
+    def check(self, request: Request, *, is_open: bool) -> None:
         """Check the API key of a request, and set `request.is_verified` if it is a configured one.
 
         Args:
             request: the request to check.
-            is_open: whether a method and path need no key.
+            is_open: whether its route needs no key.
 
         Raises:
             Unauthorized: the request needs a key, and has none or an unknown one.
         """
-        if not self._digests or is_open(request.method, request.path):
+        if not self._digests or is_open:
             return
         if not request.api_key:
             raise Unauthorized(

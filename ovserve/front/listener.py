@@ -19,6 +19,7 @@ import socketserver
 import threading
 import time
 from http.server import ThreadingHTTPServer
+from typing import Any
 
 from ovserve.api.exchange import Api
 from ovserve.errors import StartupError
@@ -56,7 +57,7 @@ class Listener(ThreadingHTTPServer):
     daemon_threads = True  # the interpreter waits for no thread at exit; `stop` does, with a limit
     block_on_close = False
 
-    def __init__(self, settings: Settings, api: Api, spool: BlobStore) -> None:
+    def __init__(self, settings: Settings, api: Api[Any], spool: BlobStore) -> None:
         """Bind the port and listen.
 
         Raises:

@@ -191,11 +191,12 @@ class Overflow:
     def _answer_health(self, head: Head, connection: _OverflowConnection) -> list[bytes | memoryview]:
         """Return the answer to a health check. Raises TooManyConnections for other requests, and ApiError."""
         api = self._context.api
-        if head.method not in {"GET", "HEAD"} or not api.is_health(head.path):
+        match = api.match(head.method, head.path)
+        if not match.is_health:
             raise too_many_connections()
         exchange = _HealthExchange(head, connection.address)
         try:
-            reply = api.answer(exchange)
+            reply = api.answer(exchange, match)
         except (ApiError, ClientGone):
             raise
         except Exception as error:

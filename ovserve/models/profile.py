@@ -18,7 +18,7 @@ from typing import Any
 
 from ovserve.errors import ModelError, SettingsError
 from ovserve.models.families import T5_ENCODERS, Defaults, family_of
-from ovserve.models.presets import PRESETS, limited_presets
+from ovserve.models.presets import PRESETS, Preset, limited_presets, resolve_preset
 from ovserve.settings.options import BUILTIN_PREFIX, ModelSettings, Resolution
 
 __all__ = [
@@ -57,7 +57,7 @@ class ModelProfile:
         takes_negative_prompt: whether a negative prompt has any effect (classifier-free guidance).
         scheduling: the model's own scheduler.
         defaults: values for fields that a request leaves out.
-        presets: `quality` name to the fields it sets.
+        presets: the presets that the model declares: `quality` name to the fields it sets.
     """
 
     name: str
@@ -75,6 +75,10 @@ class ModelProfile:
     scheduling: Scheduling
     defaults: Defaults
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def preset(self, quality: str) -> Preset:
+        """Return the values of a `quality` preset (low, medium or high) for this model."""
+        return resolve_preset(quality, self.presets, self.defaults)
 
     def working_size(self, width: int, height: int) -> Resolution:
         """Return the size at which the model works on a picture of `width` x `height` pixels.

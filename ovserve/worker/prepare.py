@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from ovserve.engines.protocol import Engine, check_served
 from ovserve.errors import InvalidValue, MissingParameter, UnsupportedParameter
 from ovserve.models.profile import ModelProfile
-from ovserve.models.steps import is_lcm, min_strength_for, steps_run
+from ovserve.models.steps import default_strength, denoising_steps, is_lcm, smallest_strength
 from ovserve.pixels.frames import Fitting, Placement, fit_into, size_of
 from ovserve.pixels.images import Limits, Pixels, decode_image, extract_colour_profile, flatten, has_alpha
 from ovserve.pixels.masks import Seam, check_not_empty, mask_from_holes, mask_from_image, match_mask, pool
@@ -62,7 +60,7 @@ def prepare(
         )
     keeps_alpha = _resolve_keeps_alpha(request, source)
     strength = _resolve_strength(request, mode, profile)
-    steps = check_steps(request, mode, strength, profile, engine)
+    steps = check_steps(request, strength, profile, engine)
     layout = _plan_layout(request, source, mask, profile, model, keeps_alpha=keeps_alpha)
     preview_frame = fit_into(layout.frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
     cells = math.prod((layout.placement.canvas.width, layout.placement.canvas.height)) // profile.side_multiple_px**2
@@ -220,15 +218,16 @@ def _resolve_strength(request: ImageRequest, mode: str, profile: ModelProfile) -
         return 1.0
     if request.strength is not None:
         return request.strength
-    if mode == "inpainting":
-        return profile.defaults.strength_inpainting
-    if request.preferred_strength is not None:
-        return request.preferred_strength
-    return profile.defaults.strength_variation if request.task == "variation" else profile.defaults.strength
+    return default_strength(
+        profile,
+        is_masked=mode == "inpainting",
+        is_variation=request.task == "variation",
+        preferred=request.preferred_strength,
+    )
 
 
-def check_steps(request: ImageRequest, mode: str, strength: float, profile: ModelProfile, engine: Engine) -> int:
-    """Return how many steps will run.
+def check_steps(request: ImageRequest, strength: float, profile: ModelProfile, engine: Engine) -> int:
+    """Return how many steps will run; `strength` is the one that will run, 1.0 for text-to-image.
 
     Raises:
         InvalidValue: the number of steps, or the strength, cannot be run.
@@ -237,26 +236,13 @@ def check_steps(request: ImageRequest, mode: str, strength: float, profile: Mode
     check_served(engine.name, profile, request)
     if not 0 <= strength <= 1:
         raise InvalidValue(f"strength: {strength:g} is not within 0 to 1", param="strength")
+    steps = denoising_steps(profile, request.scheduler, count, strength)
+    if steps:
+        return steps
+    smallest = f"the smallest strength that works is {smallest_strength(profile, request.scheduler, count):g}"
     if is_lcm(profile, request.scheduler):
-        # LCM takes its steps from the part of a longer schedule that strength leaves.
         longer = profile.scheduling.original_inference_steps
-        if steps_run(longer, strength) < count:
-            raise InvalidValue(
-                f"strength: {strength:g} leaves fewer than {count} of {longer} timesteps; "
-                f"the smallest strength that works is {math.ceil(100 * count / longer) / 100:g}",
-                param="strength",
-            )
-        return count
-    steps = count if mode == "text2image" else steps_run(count, strength)
-    if steps < 1:
         raise InvalidValue(
-            f"strength: {strength:g} of {count} steps is less than one step; "
-            f"the smallest strength that works is {min_strength_for(count):g}",
-            param="strength",
+            f"strength: {strength:g} leaves fewer than {count} of {longer} timesteps; {smallest}", param="strength"
         )
-    if mode != "text2image" and profile.family in ("sd3", "flux"):
-        # Flow matching cuts the number of steps that are left out to an integer: the number that runs is rounded up.
-        return count - int(np.float32(count) - np.float32(count) * np.float32(strength))
-    is_pndm = (request.scheduler or profile.scheduling.name.lower()) == "pndm"
-    # PNDM takes its second step twice (arXiv:2202.09778, as diffusers has it).
-    return steps + 1 if is_pndm and count > 1 else steps
+    raise InvalidValue(f"strength: {strength:g} of {count} steps is less than one step; {smallest}", param="strength")

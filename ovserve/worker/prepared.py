@@ -133,6 +133,7 @@ class PreparedRequest:
             shortcuts=request.shortcuts,
             alone=alone,
             previews=self._preview_steps(),
+            request=request,
         )
 
     def _preview_steps(self) -> frozenset[int]:

@@ -102,7 +102,10 @@ def test_removed_spool_directory_is_created_again(tmp_path: Path) -> None:
 
 
 def test_reload_under_load_loses_no_request(tmp_path: Path) -> None:
-    with FaultServer(tmp_path, "--replicas", "2") as server:
+    config = tmp_path / "config.toml"
+    table = f"[[model]]\npath = '{BUILTIN_PATH}'\nreplicas = 2\nplugin_config = '{{}}'"
+    config.write_text(table.format("{}"))
+    with FaultServer(tmp_path / "spool", "--config", str(config)) as server:
         server.until(lambda: server.model_status()["workers"] == 2)
         old = server.workers()
         statuses: list[int] = []
@@ -117,6 +120,7 @@ def test_reload_under_load_loses_no_request(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         server.until(lambda: len(statuses) > 10)
+        config.write_text(table.format(json.dumps({"capacity": 3})))
         server.signal(signal.SIGHUP)
         server.until(lambda: all(gone(pid) for pid in old) and server.model_status()["workers"] == 2)
         finished.set()
@@ -124,6 +128,17 @@ def test_reload_under_load_loses_no_request(tmp_path: Path) -> None:
             thread.join()
         assert set(statuses) == {200}
         assert not server.logged("died with a job")
+
+
+def test_reload_of_an_unchanged_configuration_keeps_every_process(tmp_path: Path) -> None:
+    with FaultServer(tmp_path, "--replicas", "2") as server:
+        server.until(lambda: server.model_status()["workers"] == 2)
+        workers = server.workers()
+        server.signal(signal.SIGHUP)
+        server.until(lambda: bool(server.logged("reloaded")))
+        with server.client() as client:
+            assert server.edit(client, "echo").status_code == 200
+        assert server.workers() == workers
 
 
 def test_reload_changes_the_limits_only_when_the_new_workers_are_ready(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ BOUND_BYTES = 12 << 20
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
     store = tmp_path_factory.mktemp("store")
     spool = tmp_path_factory.mktemp("spool")
-    with FaultServer(spool, "--store_dir", str(store), "--log_level", "warning") as server:
+    with FaultServer(spool, "--store_dir", str(store), "--log_level", "warning") as server, server.client() as client:
+        # Starts what the first large result starts: a thread that allocates segments.
+        assert server.generate(client, f"bytes {SIZE}").status_code == 200
         yield server
 
 
@@ -75,8 +77,7 @@ def test_slow_readers_do_not_fill_the_memory(
     copies: int,
 ) -> None:
     expected = sorted([bytes_of(7 + picture, SIZE) for picture in range(PICTURES)] * copies)
-    with ExitStack() as stack, live.client() as client:
-        assert live.generate(client, "echo").status_code == 200
+    with ExitStack() as stack:
         before = live.resources()
         growth = peak_of(live.process.pid)
         readers = [slow_reader(stack, live, post(**fields)) for _ in range(READERS)]
@@ -97,18 +98,16 @@ def test_slow_readers_do_not_fill_the_memory(
 @pytest.mark.parametrize("leave", ["close", "abandon"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_reader_that_leaves_releases_the_segments(live: FaultServer, stream: bool, leave: str) -> None:
-    with live.client() as client:
-        assert live.generate(client, "echo").status_code == 200
-        before = live.resources()
-        with ExitStack() as stack:
-            readers = [slow_reader(stack, live, post(stream=stream)) for _ in range(READERS)]
-            for reader in readers:
-                assert reader.read_head()[0] == 200
-            live.until(lambda: len(live.segments()) >= READERS * PICTURES)
-            for reader in readers:
-                getattr(reader, leave)()
-        live.until_released(before)
-        live.until(lambda: live.segments() == [])
+    before = live.resources()
+    with ExitStack() as stack:
+        readers = [slow_reader(stack, live, post(stream=stream)) for _ in range(READERS)]
+        for reader in readers:
+            assert reader.read_head()[0] == 200
+        live.until(lambda: len(live.segments()) >= READERS * PICTURES)
+        for reader in readers:
+            getattr(reader, leave)()
+    live.until_released(before)
+    live.until(lambda: live.segments() == [])
 
 
 def test_slow_readers_of_a_stored_picture_do_not_fill_the_memory(live: FaultServer) -> None:

@@ -70,6 +70,22 @@ def test_sighup_to_the_process_group_reloads_and_ends_no_process(tmp_path: Path)
         assert server.wait() == 0
 
 
+def test_sigterm_does_not_wait_for_a_reload_in_progress(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    os.mkfifo(config)
+    first = threading.Thread(
+        target=config.write_text, args=("",)
+    )  # for the start; the reload finds no writer and waits
+    first.start()
+    with FaultServer(tmp_path / "spool", "--config", str(config)) as server:
+        first.join()
+        threads = server.resources().threads
+        server.signal(signal.SIGHUP)
+        server.until(lambda: server.resources().threads > threads)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
 def test_restarted_resource_tracker_leaves_signals_to_the_main_thread(tmp_path: Path) -> None:
     with FaultServer(tmp_path) as server:
         tracker = server.tracker()

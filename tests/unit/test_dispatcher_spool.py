@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ovserve.deadline import Deadline
+from ovserve.dispatch.allocator import LARGE_BYTES
 from ovserve.dispatch.jobs import Client, Job, State
 from ovserve.errors import ContentTooLarge, InternalError, SpoolFull, SpoolUnusable
 from ovserve.wire.blobs import Blob
-from ovserve.wire.messages import Done, Failed, Grant, Need, Run
+from ovserve.wire.messages import Done, Failed, Grant, Need, Picture, Prepared, Run
 from ovserve.wire.request import ImageRequest
-from tests.dispatcherharness import SPOOL_BYTES, DispatcherHarness
+from tests.dispatcherharness import PATIENCE_S, SPOOL_BYTES, DispatcherHarness
 
 
 @pytest.fixture
@@ -100,6 +103,54 @@ def test_result_above_the_largest_picture_fails_the_job_and_not_the_worker(harne
     assert isinstance(job.error, InternalError)
     worker.send(Failed(job.id, SpoolFull("no room").to_wire()))
     assert harness.admit().id == worker.serve()
+
+
+def test_allocation_of_a_large_result_does_not_block_other_workers(
+    harness: DispatcherHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.dispatcher.add_model("other", 4)
+    worker, other = harness.add_worker(), harness.add_worker(model="other")
+    may_allocate, create = threading.Event(), harness.spool.create
+
+    def slow_create(max_bytes: int, reserve: int = 0) -> Any:
+        if reserve >= LARGE_BYTES:
+            assert may_allocate.wait(PATIENCE_S)
+        return create(max_bytes, reserve=reserve)
+
+    monkeypatch.setattr(harness.spool, "create", slow_create)
+    job = harness.admit()
+    worker.expect(Run)
+    worker.send(Prepared(job.id, "image2image", 8, 8, 1, 1, 1, 1), Need(job.id, 0, LARGE_BYTES))
+    assert harness.admit(model="other").id == other.serve()
+    may_allocate.set()
+    assert worker.expect(Grant).storage
+    worker.send(Picture(job.id, 0, 1, LARGE_BYTES), Done(job.id, 0, 0, 0))
+    assert harness.wait_settled(job) is State.DONE
+
+
+def test_segment_allocated_after_its_worker_died_is_released(
+    harness: DispatcherHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = harness.add_worker()
+    may_allocate, created, create = threading.Event(), threading.Event(), harness.spool.create
+
+    def slow_create(max_bytes: int, reserve: int = 0) -> Any:
+        segment = create(max_bytes, reserve=reserve)
+        if reserve >= LARGE_BYTES:
+            created.set()
+            assert may_allocate.wait(PATIENCE_S)
+        return segment
+
+    monkeypatch.setattr(harness.spool, "create", slow_create)
+    job = harness.admit()
+    worker.expect(Run)
+    worker.send(Need(job.id, 0, LARGE_BYTES))
+    assert created.wait(PATIENCE_S)
+    worker.die()
+    harness.wait_until(lambda: bool(worker.link.state.lost))
+    may_allocate.set()
+    assert harness.add_worker().serve() == job.id
+    assert harness.wait_settled(job) is State.DONE  # the harness checks at its end that no segment is left
 
 
 def test_small_picture_with_the_longest_prompts_is_granted(harness: DispatcherHarness) -> None:

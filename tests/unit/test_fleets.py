@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ovserve.fleet.fleets import Fleet, Slot, load_failure, make_fleets
+from ovserve.fleet.desired import DesiredModel
+from ovserve.fleet.fleets import Fleet, Slot, load_failure
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.link import Link
 from ovserve.wire.memory.launcher import MemoryProcess
@@ -37,7 +38,9 @@ def links() -> Iterator[list[Link]]:
 
 @pytest.fixture
 def fleet() -> Fleet:
-    return make_fleets(SETTINGS, {"toy": toy_profile()})["toy"]
+    made = Fleet(DesiredModel(toy_profile(), SETTINGS.models[0], SETTINGS))
+    made.fill_slots(2)
+    return made
 
 
 def new_link(links: list[Link], *, ready: bool = True) -> Link:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ovserve.errors import (
     UnknownParameter,
     UnsupportedParameter,
 )
+from ovserve.models.catalog import Catalog
 from ovserve.settings.options import ModelSettings, Resolution, Settings
 from tests.forms import IMAGE, FakeForm, FakeUpload, catalog, edit, encoded
 
@@ -484,3 +486,14 @@ def test_inpainting_model_accepts_an_image_with_a_transparent_colour() -> None:
     with pytest.raises(MissingParameter) as caught:
         edit(path=inpainting)
     assert caught.value.param == "mask"
+
+
+@pytest.mark.parametrize("endpoint", [EDIT, VARIATION])
+@pytest.mark.parametrize("uploads", [(), (IMAGE,), (IMAGE, MASK), (FakeUpload("image", b"hello"),)])
+def test_edit_with_a_model_that_only_generates_is_unsupported(endpoint: str, uploads: tuple[FakeUpload, ...]) -> None:
+    [served] = catalog().models.values()
+    generator = replace(served, profile=replace(served.profile, tasks=frozenset({"text2image"})))
+    form = FakeForm([("prompt", "a star")], uploads[: 1 if endpoint == VARIATION else None])
+    with pytest.raises(UnsupportedParameter, match="model 'm' cannot edit images") as caught:
+        parse_parameters(form, endpoint, None, Catalog({"m": generator}, ""), SETTINGS)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "image")

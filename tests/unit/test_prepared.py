@@ -141,6 +141,11 @@ def test_picture_seeds_count_up_and_wrap() -> None:
     assert request(task="generation", seed=5).seed_of(2) == 7
 
 
+def test_works_carry_the_request_for_values_that_only_the_engine_reads() -> None:
+    found = prepared(task="generation", n=2, max_sequence_length=64)
+    assert all(found.work("j", k).request is found.request for k in range(2))
+
+
 def test_file_metadata_has_prompt_seed_and_settings(blob: StoreBlob) -> None:
     found = prepared(images=(blob(png(noise(64, 64))),), negative_prompt="a dog", seed=7, n=2, strength=0.5)
     with Image.open(io.BytesIO(found.encode(noise(64, 64), 1))) as image:

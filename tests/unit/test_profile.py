@@ -6,14 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ovserve.errors import ModelError, SettingsError
 from ovserve.models.profile import builtin_directory, read_profile
-from ovserve.models.steps import min_steps_for, min_strength_for, steps_run
 from ovserve.settings.options import ModelSettings, Resolution
 from tests.live import BUILTIN_PATH
 
@@ -144,23 +142,6 @@ def test_working_size_is_always_in_the_native_range(width: int, height: int) -> 
     for side in (size.width, size.height):
         assert profile.min_side_px <= side <= profile.max_side_px
         assert side % profile.side_multiple_px == 0
-
-
-@given(steps=st.integers(1, 1000), strength=st.floats(0, 1))
-def test_steps_run_equals_the_float32_product(steps: int, strength: float) -> None:
-    assert steps_run(steps, strength) == min(int(np.float32(steps) * np.float32(strength)), steps)
-
-
-@given(steps=st.integers(1, 1000))
-def test_min_strength_runs_a_step(steps: int) -> None:
-    assert steps_run(steps, min_strength_for(steps)) >= 1
-
-
-@given(strength=st.floats(0.001, 1))
-def test_min_steps_run_one_step_and_one_fewer_runs_none(strength: float) -> None:
-    count = min_steps_for(strength)
-    assert steps_run(count, strength) == 1
-    assert count == 1 or steps_run(count - 1, strength) == 0
 
 
 def test_operator_default_overrides_the_preset_high() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from ovserve.api.exchange import FileReply, JsonReply, windows_of
-from ovserve.api.routes import ROUTES, ImagesApi
+from ovserve.api.exchange import FileReply, JsonReply, Reply, windows_of
+from ovserve.api.routes import ROUTES, ImagesApi, match_route
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.errors import (
     ApiError,
@@ -51,6 +51,10 @@ class FakeExchange:
 
     def wait(self, descriptor: int, deadline: object) -> bool:
         raise AssertionError("no handler in these tests waits")
+
+
+def answer(api: ImagesApi, exchange: FakeExchange) -> Reply:
+    return api.answer(exchange, api.match(exchange.method, exchange.path))
 
 
 @pytest.fixture
@@ -91,7 +95,7 @@ def api(tmp_path: Path) -> Any:
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_documents_are_served(api: ImagesApi, path: str, method: str) -> None:
-    reply = api.answer(FakeExchange(method, path))
+    reply = answer(api, FakeExchange(method, path))
     assert isinstance(reply, JsonReply | FileReply)
     assert reply.status == 200
 
@@ -108,18 +112,18 @@ def test_documents_are_served(api: ImagesApi, path: str, method: str) -> None:
 )
 def test_other_method_is_405_with_allow(api: ImagesApi, path: str) -> None:
     with pytest.raises(MethodNotAllowed) as caught:
-        api.answer(FakeExchange("GET", path))
+        answer(api, FakeExchange("GET", path))
     assert caught.value.headers["allow"] == "OPTIONS, POST"
 
 
 @pytest.mark.parametrize("path", ["/v3", "/v2/images", "/v1/v3/chat/completions", "/v2/metrics", "/v3/images/edit"])
 def test_unknown_path_is_404(api: ImagesApi, path: str) -> None:
     with pytest.raises(NotFound):
-        api.answer(FakeExchange("GET", path))
+        answer(api, FakeExchange("GET", path))
 
 
 def test_page_policy_allows_only_its_own_script_and_style(api: ImagesApi) -> None:
-    reply = api.answer(FakeExchange("GET", "/"))
+    reply = answer(api, FakeExchange("GET", "/"))
     assert isinstance(reply, FileReply)
     assert reply.media_type.startswith("text/html")
     content = bytes(reply.content)
@@ -136,15 +140,15 @@ def test_response_format_url_needs_a_host_field(api: ImagesApi) -> None:
     exchange = FakeExchange("POST", "/v1/images/generations")
     exchange.read_form = lambda: FakeForm([("prompt", "a star"), ("response_format", "url")])  # type: ignore[method-assign]
     with pytest.raises(BadRequest) as caught:
-        api.answer(exchange)
+        answer(api, exchange)
     assert caught.value.param == "response_format"
 
 
 def test_model_that_is_not_ready_is_503(api: ImagesApi) -> None:
     with pytest.raises(ApiError) as caught:
-        api.answer(FakeExchange("POST", "/v1/images/generations"))
+        answer(api, FakeExchange("POST", "/v1/images/generations"))
     assert caught.value.status == 503
-    reply = api.answer(FakeExchange("GET", "/v2/health/ready"))
+    reply = answer(api, FakeExchange("GET", "/v2/health/ready"))
     assert isinstance(reply, JsonReply)
     assert reply.status == 503
 
@@ -153,7 +157,7 @@ def test_model_that_is_not_ready_is_503(api: ImagesApi) -> None:
 def test_status_pages_list_a_model_that_a_reload_is_removing(api: ImagesApi, path: str, status: int) -> None:
     api.dispatcher.remove_model("m")  # the catalog still has it
     assert api.dispatcher.models() == []
-    reply = api.answer(FakeExchange("GET", path))
+    reply = answer(api, FakeExchange("GET", path))
     assert isinstance(reply, JsonReply)
     assert reply.status == status
     assert b'"m"' in b"".join(reply.chunks)
@@ -161,15 +165,15 @@ def test_status_pages_list_a_model_that_a_reload_is_removing(api: ImagesApi, pat
 
 def test_unknown_model_is_404(api: ImagesApi) -> None:
     with pytest.raises(ModelNotFound):
-        api.answer(FakeExchange("GET", "/v1/models/me/ghost"))
+        answer(api, FakeExchange("GET", "/v1/models/me/ghost"))
     with pytest.raises(ModelNotFound):
-        api.answer(FakeExchange("POST", "/v1/ghost/images/generations"))
+        answer(api, FakeExchange("POST", "/v1/ghost/images/generations"))
 
 
 def test_draining_is_503_before_the_body_is_read(api: ImagesApi) -> None:
     api.dispatcher.drain()
     with pytest.raises(ApiError) as caught:
-        api.answer(FakeExchange("POST", "/v1/images/edits"))
+        answer(api, FakeExchange("POST", "/v1/images/edits"))
     assert (caught.value.status, caught.value.code) == (503, "draining")
     assert caught.value.retry_after_s
 
@@ -178,21 +182,21 @@ def test_reload_is_only_for_local_requests(api: ImagesApi) -> None:
     remote = FakeExchange("POST", "/v1/config/reload")
     remote.address = "192.0.2.1"
     with pytest.raises(Forbidden):
-        api.answer(remote)
+        answer(api, remote)
     for field in ("origin", "x_forwarded_for", "sec_fetch_site"):
         with pytest.raises(Forbidden):
-            api.answer(FakeExchange("POST", "/v1/config/reload", **{field: "x"}))
+            answer(api, FakeExchange("POST", "/v1/config/reload", **{field: "x"}))
     mapped = FakeExchange("POST", "/v1/config/reload")
     mapped.address = "::ffff:127.0.0.1"
-    assert isinstance(api.answer(mapped), JsonReply)
+    assert isinstance(answer(api, mapped), JsonReply)
     with pytest.raises(BadRequest, match="port=x"):
-        api.answer(FakeExchange("POST", "/v1/config/reload"))
+        answer(api, FakeExchange("POST", "/v1/config/reload"))
 
 
 def test_preflight_names_the_allowed_header_fields(api: ImagesApi) -> None:
-    reply = api.answer(FakeExchange("OPTIONS", "/v1/images/edits", access_control_request_headers="authorization"))
+    reply = answer(api, FakeExchange("OPTIONS", "/v1/images/edits", access_control_request_headers="authorization"))
     assert reply.headers["access-control-allow-headers"] == "authorization"
-    invalid = api.answer(FakeExchange("OPTIONS", "/v1/images/edits", access_control_request_headers="a\r\nb: c"))
+    invalid = answer(api, FakeExchange("OPTIONS", "/v1/images/edits", access_control_request_headers="a\r\nb: c"))
     assert "access-control-allow-headers" not in invalid.headers
 
 
@@ -219,7 +223,7 @@ def test_stored_picture_is_open_until_the_reply_is_closed(
     api: ImagesApi, method: str, headers: dict[str, str], status: int, content: bytes
 ) -> None:
     name = api.store.keep(memoryview(b"0123456789"), "png")
-    reply = api.answer(FakeExchange(method, f"/v1/images/files/{name}", **headers))
+    reply = answer(api, FakeExchange(method, f"/v1/images/files/{name}", **headers))
     assert isinstance(reply, FileReply)
     assert reply.status == status
     assert len(reply.content) == len(content)
@@ -232,14 +236,34 @@ def test_stored_picture_is_open_until_the_reply_is_closed(
 def test_range_outside_a_stored_picture_is_416(api: ImagesApi) -> None:
     name = api.store.keep(memoryview(b"0123456789"), "png")
     with pytest.raises(RangeNotSatisfiable):
-        api.answer(FakeExchange("GET", f"/v1/images/files/{name}", range="bytes=10-"))
+        answer(api, FakeExchange("GET", f"/v1/images/files/{name}", range="bytes=10-"))
     assert open_pictures() == []
 
 
-def test_only_health_checks_are_exempt_from_the_connection_limit(api: ImagesApi) -> None:
-    assert api.is_health("/v2/health/live")
-    assert api.is_health("/v2/models/me/shapes/ready")
-    assert not api.is_health("/v1/models")
+@pytest.mark.parametrize(
+    ("method", "path", "is_health"),
+    [
+        ("GET", "/v2/health/live", True),
+        ("HEAD", "/v2/health/ready", True),
+        ("GET", "/v2/models/me/shapes/ready", True),
+        ("POST", "/v2/health/live", False),
+        ("OPTIONS", "/v2/health/live", False),
+        ("POST", "/v2/health/live/images/edits", False),
+        ("GET", "/v2/health/nowhere", False),
+        ("GET", "/v1/models", False),
+    ],
+)
+def test_only_health_checks_are_exempt_from_the_connection_limit(method: str, path: str, is_health: bool) -> None:
+    assert match_route(method, path).is_health is is_health
+
+
+def test_match_has_the_row_its_placeholders_and_the_rows_of_the_path() -> None:
+    edit = match_route("POST", "/v1/some/model/images/edits")
+    assert edit.route is not None
+    assert (edit.route.path, edit.params) == ("/{model}/images/edits", {"model": "some/model"})
+    other = match_route("GET", "/v1/some/model/images/edits")
+    assert (other.route, other.of_path) == (None, (edit.route,))
+    assert match_route("GET", "/nowhere").of_path == ()
 
 
 def test_every_route_has_a_description() -> None:
@@ -249,7 +273,7 @@ def test_every_route_has_a_description() -> None:
 
 
 def test_page_clears_only_messages_of_the_model_list_and_hides_links_that_need_a_key(api: ImagesApi) -> None:
-    reply = api.answer(FakeExchange("GET", "/"))
+    reply = answer(api, FakeExchange("GET", "/"))
     assert isinstance(reply, FileReply)
     page = bytes(reply.content).decode()
     listing = page[page.index("async function listModels") : page.index("function draw")]

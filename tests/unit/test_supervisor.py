@@ -165,7 +165,7 @@ def test_reload_does_not_wait_for_a_worker_that_survives_sigkill(
     with ToySystem(tmp_path / "spool", terminate_timeout_s=0.3, idle_hang_limit_s=1.0) as system:
         [pid] = system.pids()
         os.kill(pid, signal.SIGSTOP)  # it does not read the Stop message
-        system.reload(toy_model(), terminate_timeout_s=0.3)
+        system.reload(toy_model(capacity=3), terminate_timeout_s=0.3)
         assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
         assert is_alive(pid)
         assert system.ask("echo").state is State.DONE
@@ -418,7 +418,7 @@ def test_reload_retires_one_old_worker_for_each_ready_new_one(tmp_path: Path) ->
         system.reload(toy_model(replicas=3, load_s=0.5, load=f"until {loads} hang"))
         system.until(lambda: system.supervisor.worker_pids().keys() > {"toy/1#1"})
         loads.unlink()  # the first is ready, the others hang while they load
-        system.until(lambda: "toy/0#0" not in system.supervisor.worker_pids())
+        system.until(lambda: "toy/2#0" not in system.supervisor.worker_pids())
         pids = system.pids()
         system.ask_all(["sleep 0.1"] * 6)
         assert system.pids() == pids
@@ -449,7 +449,7 @@ def test_half_failed_reload_recreates_the_old_worker_it_had_retired(tmp_path: Pa
         system.reload(toy_model(replicas=2, load_s=0.5, load=f"until {loads} exit 7", capacity=9))
         system.until(lambda: system.supervisor.worker_pids().keys() > {"toy/1#1"})
         loads.unlink()  # the first is ready, the other dies at each start
-        system.until(lambda: "toy/0#0" not in system.supervisor.worker_pids())
+        system.until(lambda: "toy/1#0" not in system.supervisor.worker_pids())
         assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
         system.until(lambda: system.dispatcher.status("toy").capacity == 4)
         assert system.ask("echo").state is State.DONE
