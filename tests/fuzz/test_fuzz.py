@@ -1,7 +1,7 @@
 """The fuzzers: replay the committed corpus, then run each fuzzer on it for a bounded time.
 
-A longer run: `python -m tests.fuzz.fuzz multipart -max_total_time=3600 FOLDER tests/fuzz/corpus/multipart`. New inputs are
-saved in FOLDER. Add an input that failed to the corpus that covers the broken rule, together with the fix.
+A longer run: `python -m tests.fuzz.fuzz multipart -max_total_time=3600 FOLDER tests/fuzz/corpus/multipart`. New inputs
+are saved in FOLDER. Add an input that failed to the corpus that covers the broken rule, together with the fix.
 """
 
 from __future__ import annotations
