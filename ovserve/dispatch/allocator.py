@@ -21,13 +21,13 @@ _END_TIMEOUT_S = 10.0  # for the allocations that were asked for before the end
 
 log = logging.getLogger(__name__)
 
-Created = Segment | ApiError
+Created = Segment | ApiError | None
 
 
 class Allocator:
     """One thread that creates segments in the order in which they are asked for.
 
-    `run` and `is_busy` belong to the dispatcher thread. The number of pending allocations is bounded by the pictures of
+    Only the dispatcher thread calls `run` and `close`. The number of pending allocations is bounded by the pictures of
     the jobs that workers hold.
 
     Args:
@@ -38,20 +38,13 @@ class Allocator:
         self._call_later = call_later
         self._requests: queue.SimpleQueue[tuple[Callable[[], Created], Callable[[Created], None]] | None]
         self._requests = queue.SimpleQueue()
-        self._pending = 0
         self._thread: threading.Thread | None = None
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether an allocation has been asked for whose result has not been handed over."""
-        return self._pending > 0
 
     def run(self, create: Callable[[], Created], done: Callable[[Created], None]) -> None:
         """Call `create` in the thread, then `done` with its result in the dispatcher thread."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="allocator", daemon=True)
             self._thread.start()
-        self._pending += 1
         self._requests.put((create, done))
 
     def close(self) -> None:
@@ -64,12 +57,8 @@ class Allocator:
         while (request := self._requests.get()) is not None:
             create, done = request
             try:
-                created = create()
+                created: Created = create()
             except Exception as error:
                 log.exception("allocation failed")  # a bug; the job fails, the thread goes on
                 created = InternalError(f"The result could not be stored: {type(error).__name__}.")
-            self._call_later(lambda created=created, done=done: self._hand_over(created, done))  # type: ignore[misc]
-
-    def _hand_over(self, created: Created, done: Callable[[Created], None]) -> None:
-        self._pending -= 1
-        done(created)
+            self._call_later(lambda created=created, done=done: done(created))  # type: ignore[misc]

@@ -41,6 +41,7 @@ class Ticket:
         failed_attempts: how many workers died after they had read the job.
         run_position: position of its Run command in the commands of its current worker.
         granted: segments granted to its current worker, by (picture, partial); None: announced, or refused.
+        allocating: Needs of its current worker whose segments are still being created.
         posted: the (picture, partial) pairs already posted to the handler, over all workers: each is posted once.
         cancelled_at: monotonic instant at which its worker was sent the cancellation; 0 if it was not.
     """
@@ -50,6 +51,7 @@ class Ticket:
     failed_attempts: int = 0
     run_position: int = 0
     granted: dict[tuple[int, int], Segment | None] = field(default_factory=dict)
+    allocating: int = 0
     posted: set[tuple[int, int]] = field(default_factory=set)
     cancelled_at: float = 0.0
 

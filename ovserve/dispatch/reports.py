@@ -105,17 +105,17 @@ class ReportApplier:
             self._grant(worker, ticket, message, None)
             return
 
-        def create() -> Segment | ApiError:
+        def create() -> Segment | ApiError | None:
             return self._create_segment(worker.model, job, message.size)
 
-        def grant(created: Segment | ApiError) -> None:
-            if worker.assigned.get(job.id) is ticket:
+        def grant(created: Segment | ApiError | None) -> None:
+            ticket.allocating -= 1
+            if worker.assigned.get(job.id) is ticket:  # else the worker was detached meanwhile
                 self._grant(worker, ticket, message, created)
-            elif not isinstance(created, ApiError):
-                created.release()  # the worker was detached meanwhile
 
+        ticket.allocating += 1
         # In order: each picture's grants answer its Needs one after the other.
-        if message.size < LARGE_BYTES and not self._allocator.is_busy:
+        if message.size < LARGE_BYTES and ticket.allocating == 1:
             grant(create())
         else:
             self._allocator.run(create, grant)
@@ -129,17 +129,17 @@ class ReportApplier:
         if isinstance(created, ApiError):
             if message.partial < 0:
                 self._settle(job, State.FAILED, created)
-        elif created is not None and job.add_segment(created):
+        elif created is not None:
             ticket.granted[message.picture, message.partial] = created
             storage = created.id
         if not storage and message.partial < 0 and not ticket.cancelled_at:
             ticket.cancelled_at = time.monotonic()  # for the worker an empty grant means the same as a Cancel
         self._send(worker, Grant(job.id, message.picture, storage))
 
-    def _create_segment(self, model: ModelQueue, job: Job, size: int) -> Segment | ApiError:
-        """Create a segment for a result, or return the error of the job.
+    def _create_segment(self, model: ModelQueue, job: Job, size: int) -> Segment | ApiError | None:
+        """Create a segment that belongs to the job, or return the error that the job fails with.
 
-        Runs in: the dispatcher or allocator thread.
+        Return None when the exchange has ended. Runs in: the dispatcher or allocator thread.
         """
         try:
             if size > model.largest_picture_bytes:
@@ -147,12 +147,13 @@ class ReportApplier:
                     f"The result takes {size} bytes; at most {model.largest_picture_bytes} are allowed."
                 )
             self._spool.check_size(job.spool_bytes + size)  # a job's pictures are in the spool together
-            return self._spool.create(size, reserve=size)
+            segment = self._spool.create(size, reserve=size)
         except ApiError as error:
             return error
         except OSError as error:  # fails only this job: the same read has reports for others
             log.exception("segment for a result could not be created", extra=fields(job=job.id))
             return SpoolFull(f"The spool cannot store the result: {error.strerror}.", retry_after_s=_RETRY_S)
+        return segment if job.add_segment(segment) else None
 
     def _apply_picture(self, ticket: Ticket, message: Picture) -> None:
         job, key = ticket.job, (message.picture, message.partial)
