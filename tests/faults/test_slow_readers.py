@@ -39,7 +39,7 @@ def post(**fields: object) -> bytes:
 
 
 def peak_of(pid: int) -> Callable[[], int]:
-    """Reset the peak of a process's resident memory (proc(5), clear_refs); return a function that returns its growth."""
+    """Reset the peak of resident memory (proc(5), clear_refs); return a function that returns its growth in bytes."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     before = _status_bytes(pid, "VmRSS")
     return lambda: _status_bytes(pid, "VmHWM") - before
