@@ -298,7 +298,8 @@ def _walk_gif(found: _Walk) -> None:
 def _walk_webp(found: _Walk) -> None:
     """Count the chunks, frames of an animation included (RFC 9649 section 2.3)."""
     data, at, chunks = found.data, 12, 0
-    found.end = min(len(data), 8 + int.from_bytes(data[4:8], "little") + 1)
+    size = int.from_bytes(data[4:8], "little")
+    found.end = min(len(data), 8 + size + (size & 1))
     while at + 8 <= found.end:
         kind, length = bytes(data[at : at + 4]), int.from_bytes(data[at + 4 : at + 8], "little")
         chunks += 1
