@@ -26,7 +26,9 @@ __all__ = ["FileFacts", "inspect"]
 
 # --- limits -----------------------------------------------------------------------------------------------------------
 
-MAX_METADATA_BYTES = 32 << 20  # a photograph with a depth map has 10 MB
+# Bytes that the first image needs. An animation or a document of several pages is one file.
+MIN_FILE_BYTES, MAX_FILE_BYTES_PER_PIXEL = 28 << 20, 16
+MAX_METADATA_BYTES = 16 << 20  # a photograph with a depth map has 10 MB
 MAX_EXIF_BYTES = 256 << 10  # a segment of a JPEG holds 64 kB; Pillow makes an object of each rational number
 
 # Times the blocks of a JPEG are visited. libjpeg's progressive script visits each 5 to 6 times, mozjpeg's up to 8.
@@ -110,7 +112,15 @@ def inspect(data: memoryview, name: str) -> FileFacts:
                 found.is_baseline = False  # damaged; the decoder gets all of it
                 found.end = len(data)
             if found.width and found.height:
-                return FileFacts(form, found.width, found.height, min(found.end, len(data)), found.is_baseline)
+                found.end = min(found.end, len(data))
+                limit = MIN_FILE_BYTES + MAX_FILE_BYTES_PER_PIXEL * found.width * found.height
+                if found.end > limit:
+                    raise ImageError(
+                        f"{name}: the {form} file needs {found.end} bytes for {found.width}x{found.height} pixels; this "
+                        f"server allows at most {limit}. Save the first image alone.",
+                        param=name,
+                    )
+                return FileFacts(form, found.width, found.height, found.end, found.is_baseline)
             break
     raise ImageError(f"{name}: not a readable PNG, JPEG, WebP, GIF, BMP or TIFF image", param=name)
 

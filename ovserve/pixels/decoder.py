@@ -53,8 +53,9 @@ BASELINE_PIXELS = 4_000_000  # a baseline file up to this size is decoded in the
 # A file gets its part of decode_cpu_limit_s: 0.05 of it up to one megapixel, 0.02 more for each further one, so all of
 # it from 49 megapixels. A photograph needs 5 to 50 ms of CPU time per megapixel.
 CPU_SHARE, CPU_SHARE_PER_MEGAPIXEL = 0.05, 0.02
-# Pillow, numpy and libwebp hold up to five copies of 4 bytes per pixel; a progressive JPEG 6 bytes and two copies.
-MEMORY_BYTES, MEMORY_BYTES_PER_PIXEL = 32 << 20, 24
+# Pillow, numpy and libwebp hold up to five copies of 4 bytes per pixel (measured: 17 bytes for WebP, 10 to 13 for other
+# formats); a progressive JPEG has 6 bytes of coefficients and two copies.
+MEMORY_BYTES, MEMORY_BYTES_PER_PIXEL = 32 << 20, 20
 PROFILE_BYTES = 1 << 20  # of a colour profile, see `extract_colour_profile`
 START_ATTEMPTS = 3
 BACKOFF_S = (1.0, 60.0)  # after START_ATTEMPTS; doubled up to the second

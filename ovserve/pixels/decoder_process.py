@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ovserve.errors import ImageError
+from ovserve.pixels import bmp_rle
 from ovserve.pixels.images import Limits, Pixels, decode_image, encode_image, extract_colour_profile
 from ovserve.wire.local.processes import bind_to_parent
 
@@ -42,6 +43,7 @@ def main(descriptor: int, parent: int) -> NoReturn:
     bind_to_parent(parent)
     Image.MAX_IMAGE_PIXELS = None  # replaced by our own limit
     warnings.simplefilter("ignore")  # of Pillow, about a client's file
+    bmp_rle.register()
     link = socket.socket(fileno=descriptor)
     _warm_up()
     base_bytes = _address_space_bytes()

@@ -328,7 +328,7 @@ class Settings:
         low=64 * MIB,
         high=1024 * 1024 * MIB,
         unit="bytes",
-        reason="an image of max_image_pixels with 24 bytes per pixel, and its file",
+        reason="20 bytes for each pixel of the largest image, and its file",
     )
 
     # Timeouts.

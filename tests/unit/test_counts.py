@@ -171,6 +171,16 @@ def test_pixel_bytes_of_a_gif_are_bounded_by_its_pixels() -> None:
         facts(gif_of_bytes(limit + 1000))
 
 
+def test_bytes_of_a_file_are_bounded_by_its_pixels() -> None:
+    limit = counts.MIN_FILE_BYTES + counts.MAX_FILE_BYTES_PER_PIXEL * 256
+    data = files.tiff()
+    assert facts(data.ljust(limit, b"\0")).end == limit
+    with pytest.raises(
+        ImageError, match=f"needs {limit + 1} bytes for 16x16 pixels; this server allows at most {limit}"
+    ):
+        facts(data.ljust(limit + 1, b"\0"))
+
+
 def test_overlapping_strips_pass_at_twice_the_file_and_fail_above() -> None:
     def strips(last: int) -> bytes:
         return files.tiff({273: (4, [16] * 16), 278: (4, [1]), 279: (4, [size // 8] * 15 + [last])})

@@ -51,7 +51,8 @@ def test_an_unusual_file_is_decoded_in_a_child_of_the_worker(bench: WorkerBench)
     assert bench.make(images=(bench.blob(files.encoded("GIF", CIRCLE)),))
     pid = decoder_of(bench)
     assert bench.make(
-        images=(bench.blob(files.encoded("TIFF", CIRCLE)),), mask=bench.blob(files.encoded("BMP", CIRCLE))
+        images=(bench.blob(files.encoded("TIFF", CIRCLE)),),
+        mask=bench.blob(files.encoded("BMP", Image.new("L", (64, 64), 255))),
     )
     assert decoder_of(bench) == pid
 
