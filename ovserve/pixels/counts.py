@@ -116,8 +116,8 @@ def inspect(data: memoryview, name: str) -> FileFacts:
                 limit = MIN_FILE_BYTES + MAX_FILE_BYTES_PER_PIXEL * found.width * found.height
                 if found.end > limit:
                     raise ImageError(
-                        f"{name}: the {form} file needs {found.end} bytes for {found.width}x{found.height} pixels; this "
-                        f"server allows at most {limit}. Save the first image alone.",
+                        f"{name}: the {form} file needs {found.end} bytes for {found.width}x{found.height} pixels; "
+                        f"this server allows at most {limit}. Save the first image alone.",
                         param=name,
                     )
                 return FileFacts(form, found.width, found.height, found.end, found.is_baseline)
