@@ -31,7 +31,8 @@ def _options(table: type) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, (entry, option) in options_of(table).items():
         aliases = "".join(f", `{alias}`" for alias in option.aliases)
-        default = "" if entry.default in (None, "") else f"`{entry.default}`"
+        shown = str(entry.default).lower() if isinstance(entry.default, bool) else entry.default
+        default = "" if shown in (None, "", ()) else f"`{shown}`"
         bounds = [
             f"at least {option.low:g}" if option.low is not None else "",
             f"at most {option.high:g}" if option.high is not None else "",

@@ -49,6 +49,7 @@ class Images:
             )
         form = exchange.read_form()  # may take minutes, so catalog and settings are read afterwards
         parameters = parse_parameters(form, endpoint, path_model, self.catalog, self.settings)
+        exchange.note("model", parameters.model.name)
         if parameters.response_format == "url" and not self._base_url(exchange):
             raise InvalidValue(
                 "response_format is url, but the request has no Host field to build the URL from; send Host, or set "

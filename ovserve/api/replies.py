@@ -58,6 +58,7 @@ def usage_of(prepared: Prepared) -> dict[str, Any]:
 def _picture_fields(parameters: Parameters, prepared: Prepared) -> dict[str, Any]:
     """Return the fields that every object with a picture contains, with resolved values."""
     return {
+        "model": parameters.model.name,
         "size": f"{prepared.width}x{prepared.height}",
         "quality": parameters.quality,
         "background": prepared.background,
@@ -169,11 +170,15 @@ def progress_comment(progress: Progress) -> ServerEvent:
     return ServerEvent("", f"picture {progress.picture + 1}: step {progress.step}/{progress.steps}".encode())
 
 
-def model_object(model: ServedModel, created: int, status: Mapping[str, Any]) -> dict[str, Any]:
-    """Return OpenAI's Model object with additional fields: profile, defaults, device and status."""
+def model_object(model: ServedModel, name: str, created: int, status: Mapping[str, Any]) -> dict[str, Any]:
+    """Return OpenAI's Model object with additional fields: profile, defaults, device and status.
+
+    `name` is the model's name or one of its aliases; for an alias, `alias_of` has the model's name.
+    """
     profile = model.profile
     return {
-        "id": model.name,
+        "id": name,
+        **({"alias_of": model.name} if name != model.name else {}),
         "object": "model",
         "created": created,
         "owned_by": "ovserve",
@@ -193,5 +198,8 @@ def model_object(model: ServedModel, created: int, status: Mapping[str, Any]) ->
 
 def models_object(catalog: Catalog, statuses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return OpenAI's list of Model objects; `statuses` has the status fields of each model by name."""
-    entries = [model_object(model, catalog.created, statuses.get(model.name, {})) for model in catalog.models.values()]
+    entries = [
+        model_object(model, name, catalog.created, statuses.get(model.name, {}))
+        for name, model in catalog.listed().items()
+    ]
     return {"object": "list", "data": entries}

@@ -239,7 +239,8 @@ def _models(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
 
 def _model(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Reply:
     model = api.catalog.find(params["id"])
-    return json_reply(model_object(model, api.catalog.created, _status_fields(api.dispatcher.status(model.name))))
+    status = _status_fields(api.dispatcher.status(model.name))
+    return json_reply(model_object(model, params["id"], api.catalog.created, status))
 
 
 def _live(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:

@@ -477,6 +477,7 @@ def _log_access(exchange: HttpExchange, sent: int, started: float) -> None:
         "ms": round((time.perf_counter() - started) * 1000, 1),
         "id": exchange.id,
         "address": exchange.address,
+        **exchange.notes,
     }
     if exchange.key:
         log_fields["key"] = exchange.key

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "BUILTIN_ALIASES",
     "BUILTIN_NAME",
     "BUILTIN_PREFIX",
+    "CATCH_ALL",
     "ModelSettings",
     "Option",
     "Resolution",
@@ -27,6 +29,9 @@ __all__ = [
 MIB = 1024 * 1024
 BUILTIN_PREFIX = "builtin:"  # of the option `path`: a model in the package, `builtin:shapes`
 BUILTIN_NAME = "ovserve-builtin"  # served name of a built-in model, if the option `name` is empty
+# What clients send that do not let their users choose a name, or have it as a default (measured).
+BUILTIN_ALIASES = ("gpt-image-1", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3", "default")
+CATCH_ALL = "*"  # the alias for every name that no model has
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,15 @@ class ModelSettings:
         "`builtin:shapes`.",
         aliases=("model_path",),
     )
+    aliases: tuple[str, ...] = _option(
+        (),
+        "Further names for the request field `model`, separated by commas; `*` stands for every name that no model has. "
+        "They load nothing more.",
+    )
+    builtin_aliases: bool = _option(
+        False,
+        f"Add the names that clients often send without a choice: {', '.join(f'`{name}`' for name in BUILTIN_ALIASES)}.",
+    )
     device: str = _option(
         "CPU", "OpenVINO device, or three separated by spaces: text encoder, denoiser, VAE.", aliases=("target_device",)
     )
@@ -171,6 +185,12 @@ class ModelSettings:
         low=0,
         unit="bytes",
     )
+
+    @property
+    def all_aliases(self) -> tuple[str, ...]:
+        """The aliases, with those of `builtin_aliases`; without the model's own name."""
+        added = BUILTIN_ALIASES if self.builtin_aliases else ()
+        return tuple(dict.fromkeys(alias for alias in (*self.aliases, *added) if alias != self.name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -166,7 +166,7 @@ def test_json_value_of_another_type_is_rejected(name: str, value: Any) -> None:
         ({"promt": "a"}, "Unknown parameter 'promt'; did you mean prompt?"),
         ({"cfg_scale": 1}, "Unknown parameter 'cfg_scale'; /openapi.json lists the known ones."),
         ({"prompt": ""}, "prompt is missing or empty; images/generations requires it."),
-        ({"model": "ghost"}, "The model 'ghost' does not exist; available: 'm'."),
+        ({"model": "ghost"}, "The model 'ghost' does not exist; available: 'm'. The server's option aliases adds further names."),
         ({"mask_mode": "auto"}, "mask_mode is not supported by images/generations, only by images/edits; remove it."),
         ({"prompt_2": "a"}, "prompt_2 needs a second text encoder, which model 'm' does not have; remove it."),
         ({"n": 1, "num_images_per_prompt": 2}, "num_images_per_prompt is 2, but n is 1; send one of them."),
@@ -359,6 +359,14 @@ def test_one_of_several_models_needs_a_name_or_a_default() -> None:
         parse_parameters(form, EDIT, None, catalog(*two), SETTINGS)
     assert parse_parameters(form, EDIT, None, catalog(*two, default="b"), SETTINGS).model.name == "b"
     assert parse_parameters(form, EDIT, "a", catalog(*two), SETTINGS).model.name == "a"
+
+
+def test_path_and_field_may_name_one_model_in_two_ways() -> None:
+    models = catalog(ModelSettings(name="m", aliases=("x",)), ModelSettings(name="other"))
+    form = FakeForm([("prompt", "a star"), ("model", "x")], (IMAGE,))
+    assert parse_parameters(form, EDIT, "m", models, SETTINGS).model.name == "m"
+    with pytest.raises(InvalidValue):
+        parse_parameters(form, EDIT, "other", models, SETTINGS)
 
 
 def test_path_and_field_must_name_the_same_model() -> None:

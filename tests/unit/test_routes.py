@@ -31,12 +31,16 @@ class FakeExchange:
 
     def __init__(self, method: str, path: str, **headers: str) -> None:
         self.method, self.path, self.headers = method, path, headers
+        self.notes: dict[str, str] = {}
 
     def header(self, name: str) -> str | None:
         return self.headers.get(name.replace("-", "_"))
 
     def read_form(self) -> FakeForm:
         return FakeForm([("prompt", "a star")])
+
+    def note(self, name: str, value: str) -> None:
+        self.notes[name] = value
 
     def wait(self, descriptor: int, deadline: object) -> bool:
         raise AssertionError("no handler in these tests waits")

@@ -77,7 +77,7 @@ def parse_parameters(
     """
     gathered = gather(form, endpoint)
     given = parse_values(gathered, form.is_json)
-    model = catalog.find(_model_name(given.values, path_model))
+    model = _find_model(catalog, given.values, path_model)
     check_features(gathered, model)
     check_required(given, endpoint)
     reject_text_images(gathered, form.is_json)
@@ -100,14 +100,14 @@ def parse_parameters(
     )
 
 
-def _model_name(values: Mapping[str, Any], path_model: str | None) -> str | None:
-    """Return the model that the field or the path names; None for neither. Raises InvalidValue if they differ."""
+def _find_model(catalog: Catalog, values: Mapping[str, Any], path_model: str | None) -> ServedModel:
+    """Return the model that the field or the path names. Raises InvalidValue if they name different ones."""
     named: str | None = values.get("model")
-    if path_model and named and named != path_model:
+    if path_model and named and catalog.name_of(named) != catalog.name_of(path_model):
         raise InvalidValue(
             f"model is {named[:200]!r}, but the path names {path_model[:200]!r}; send one of them.", param="model"
         )
-    return named or path_model
+    return catalog.find(path_model or named)
 
 
 def _record(endpoint: str, resolved: Resolved, steps: int, pictures: Pictures) -> ImageRequest:
