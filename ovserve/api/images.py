@@ -7,7 +7,7 @@ from collections.abc import Generator
 from ovserve.api.exchange import Exchange, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.api.parameters.params import Parameters, parse_parameters
 from ovserve.api.parameters.values import check_range, shown
-from ovserve.api.replies import completed_event, images_reply, partial_event, progress_comment
+from ovserve.api.replies import completed_event, ignored_headers, images_reply, partial_event, progress_comment
 from ovserve.api.store import Store
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
@@ -50,6 +50,8 @@ class Images:
         form = exchange.read_form()  # may take minutes, so catalog and settings are read afterwards
         parameters = parse_parameters(form, endpoint, path_model, self.catalog, self.settings)
         exchange.note("model", parameters.model.name)
+        if parameters.ignored:
+            exchange.note("ignored", ignored_headers(parameters).get("x-ovserve-ignored", ""))
         if parameters.response_format == "url" and not self._base_url(exchange):
             raise InvalidValue(
                 "response_format is url, but the request has no Host field to build the URL from; send Host, or set "
@@ -164,7 +166,7 @@ class Images:
             early += job.take_events()
         if job.is_settled:
             _check_done(job)
-        return StreamReply(self._stream_events(exchange, job, parameters, early))
+        return StreamReply(self._stream_events(exchange, job, parameters, early), ignored_headers(parameters))
 
     def _stream_events(
         self, exchange: Exchange, job: Job, parameters: Parameters, early: list[JobEvent]

@@ -110,11 +110,17 @@ def _components() -> dict[str, Any]:
         "type": "object",
         "properties": {
             "created": {"type": "integer"},
+            "model": text,
             "size": text,
             "quality": {"type": "string", "enum": ["low", "medium", "high"]},
             "background": {"type": "string", "enum": ["opaque", "transparent"]},
             "output_format": {"type": "string", "enum": ["png", "jpeg", "webp"]},
             "data": {"type": "array", "items": picture},
+            "ignored": {
+                "type": "array",
+                "items": text,
+                "description": "Names of what the request contains and was not used.",
+            },
             "usage": {"type": "object"},
         },
         "required": ["created", "data", "usage"],

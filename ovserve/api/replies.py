@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 from ovserve.api.exchange import JsonReply, ServerEvent
 from ovserve.api.parameters.params import Parameters
@@ -17,6 +18,7 @@ from ovserve.wire.messages import Prepared, Progress
 
 __all__ = [
     "completed_event",
+    "ignored_headers",
     "images_reply",
     "json_reply",
     "model_object",
@@ -26,6 +28,8 @@ __all__ = [
     "timing_headers",
     "usage_of",
 ]
+
+IGNORED_BYTES = 512  # of the field x-ovserve-ignored: a head must stay small
 
 
 def _dumps(value: Any) -> bytes:
@@ -67,13 +71,25 @@ def _picture_fields(parameters: Parameters, prepared: Prepared) -> dict[str, Any
 
 
 def _client_fields(parameters: Parameters) -> dict[str, Any]:
-    """Return the reply's fields for request fields that change no picture: safety_identifier and moderation."""
+    """Return the reply's fields for what changes no picture: safety_identifier, moderation, and what was ignored."""
     fields: dict[str, Any] = {}
+    if parameters.ignored:
+        fields["ignored"] = parameters.ignored
     if parameters.safety_identifier:
         fields["safety_identifier"] = parameters.safety_identifier
     if parameters.moderation:
         fields["moderation"] = {"checked": False}
     return fields
+
+
+def ignored_headers(parameters: Parameters) -> dict[str, str]:
+    """Return the field with the percent-encoded names of what was ignored, those that fit IGNORED_BYTES."""
+    line = ""
+    for name in parameters.ignored:
+        longer = f"{line}, {quote(name, safe='')}" if line else quote(name, safe="")
+        if len(longer) <= IGNORED_BYTES:
+            line = longer
+    return {"x-ovserve-ignored": line} if line else {}
 
 
 def _usage_of_picture(prepared: Prepared, parameters: Parameters, picture: int) -> dict[str, Any]:
@@ -127,7 +143,7 @@ def images_reply(
             base64 = base64_of(result.segment.view, result.size)
             chunks += [comma + b'{"b64_json":"', base64, b'",' + _dumps(fields)[1:]]
     chunks.append(b'],"usage":' + _dumps(usage_of(prepared)) + b"}\n")
-    return JsonReply(chunks, 200, timing_headers(job))
+    return JsonReply(chunks, 200, {**timing_headers(job), **ignored_headers(parameters)})
 
 
 def _event_kind(parameters: Parameters) -> str:

@@ -177,6 +177,13 @@ class ModelSettings:
     )
     min_strength: float = _option(0.0, "Minimum strength.", low=0, high=1)
     max_strength: float = _option(1.0, "Maximum strength.", low=0, high=1)
+    extra_images: str = _option(
+        "refuse",
+        "Several images for a model that takes one: `refuse` (400), or `first`: the first is used, and the reply names "
+        "the others (`ignored`).",
+        choices=("refuse", "first"),
+        reason="a picture made from a part of the request can surprise",
+    )
     memory_limit_bytes: int = _option(
         0,
         "Resident memory, without mapped files, above which a worker is killed; 0: three quarters of the memory of "

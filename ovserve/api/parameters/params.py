@@ -31,6 +31,7 @@ from ovserve.wire.request import ImageRequest
 
 __all__ = ["Parameters", "parse_parameters"]
 
+MAX_IGNORED = 20  # names in a reply: a client that sends more of them is broken in another way
 _FILLED = tuple((name, known.attribute) for name, known in FIELDS.items() if known.attribute)
 
 
@@ -46,6 +47,7 @@ class Parameters:
         timeout_s: the time limit from the request, or the default.
         safety_identifier: the client's identifier of the end user.
         moderation: whether the client asked for moderation, which is not implemented.
+        ignored: names of what the request contains and the picture does not depend on, at most MAX_IGNORED.
     """
 
     request: ImageRequest
@@ -57,6 +59,7 @@ class Parameters:
     timeout_s: float
     safety_identifier: str
     moderation: bool
+    ignored: tuple[str, ...] = ()
 
 
 def parse_parameters(
@@ -97,6 +100,7 @@ def parse_parameters(
         timeout_s=values["timeout_s"],
         safety_identifier=values["safety_identifier"] or values["user"],
         moderation=bool(values["moderation"]),
+        ignored=pictures.ignored[:MAX_IGNORED],
     )
 
 

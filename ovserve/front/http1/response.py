@@ -19,7 +19,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 JSON_TYPE = "application/json"
 NO_CONTENT = frozenset({204, 304})  # such a response has no body: RFC 9112 section 6.3
 # Fields that a script of another origin may read, in addition to those that the Fetch standard always allows.
-EXPOSED_FIELDS = "x-request-id, retry-after, x-should-retry, openai-processing-ms"
+EXPOSED_FIELDS = "x-request-id, retry-after, x-should-retry, openai-processing-ms, x-ovserve-ignored"
 
 _PHRASES = {status.value: status.phrase for status in HTTPStatus} | {
     413: "Content Too Large",  # RFC 9110 section 15.5; Python 3.11 has the phrases of RFC 7231
