@@ -28,6 +28,12 @@ class ServedModel:
         """The value of the request field `model`."""
         return self.profile.name
 
+    @property
+    def cuts_prompt(self) -> bool:
+        """Whether a prompt that is too long is cut if the request does not say: the operator's choice, else the model's."""
+        chosen = self.limits.truncate_prompt
+        return self.profile.cuts_prompt if chosen is None else chosen == "cut"
+
 
 @dataclass(frozen=True, slots=True)
 class Catalog:

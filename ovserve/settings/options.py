@@ -184,6 +184,12 @@ class ModelSettings:
         choices=("refuse", "first"),
         reason="a picture made from a part of the request can surprise",
     )
+    truncate_prompt: str | None = _option(
+        None,
+        "A prompt that is too long, where the request field `truncate_prompt` is left out: `refuse` (400) or `cut`; none: "
+        "what the model declares, else `refuse`.",
+        choices=("refuse", "cut"),
+    )
     memory_limit_bytes: int = _option(
         0,
         "Resident memory, without mapped files, above which a worker is killed; 0: three quarters of the memory of "

@@ -74,6 +74,13 @@ def test_empty_and_null_texts_are_absent_values(name: str, text: str) -> None:
     assert edit((name, text), ("rng_seed", "1")).request == edit(("rng_seed", "1")).request
 
 
+def test_operator_and_model_choose_what_happens_to_a_long_prompt() -> None:
+    assert edit().request.truncate_prompt is True  # the built-in model's own default
+    assert edit(truncate_prompt="refuse").request.truncate_prompt is False
+    assert edit(("truncate_prompt", "true"), truncate_prompt="refuse").request.truncate_prompt is True
+    assert edit(("truncate_prompt", "false")).request.truncate_prompt is False
+
+
 def test_browser_line_breaks_are_normalised() -> None:
     form = FakeForm([("prompt", "a\r\nb")], (IMAGE,))
     assert parse_parameters(form, EDIT, None, catalog(), SETTINGS).request.prompt == "a\nb"

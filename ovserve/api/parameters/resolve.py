@@ -59,6 +59,7 @@ def resolve(given: Mapping[str, Any], model: ServedModel, settings: Settings) ->
     values = {
         **_DEFAULTS,
         "timeout_s": settings.default_timeout_s,
+        "truncate_prompt": model.cuts_prompt,
         "num_inference_steps": preset.num_inference_steps,
         "guidance_scale": preset.guidance_scale,
         **given,
