@@ -218,7 +218,7 @@ def test_unknown_words_do_not_disturb_the_builtin_model(client: openai.OpenAI) -
     )
     reply = client.images.generate(prompt=prompt, size="256x256", n=3, extra_body={"seed": 1})
     used = reply.data[0].revised_prompt
-    assert used.startswith("A flat illustration of a yellow heart with on a purple background")
+    assert used.startswith("A, detailed flat illustration of a yellow heart with, on a purple background")
     scenes = [read_picture(pixels(item)) for item in reply.data]
     shown = [(scene.background, scene.largest.colour, scene.largest.shape) for scene in scenes if scene.largest]
     assert ("purple", "yellow", "heart") in shown
