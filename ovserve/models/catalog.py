@@ -30,7 +30,7 @@ class ServedModel:
 
     @property
     def cuts_prompt(self) -> bool:
-        """Whether a prompt that is too long is cut if the request does not say: the operator's choice, else the model's."""
+        """Whether a prompt that is too long is cut, if the request does not choose: by the operator, else the model."""
         chosen = self.limits.truncate_prompt
         return self.profile.cuts_prompt if chosen is None else chosen == "cut"
 
@@ -78,8 +78,8 @@ class Catalog:
     def announcing(self, new: Catalog) -> Catalog:
         """Return the catalog to serve while the workers of `new` are loading.
 
-        The names, the aliases and the default of `new` apply at once. Models that are already served keep their current entries, so
-        that requests are checked against the profile of the workers that will run them.
+        The names, the aliases and the default of `new` apply at once. Models that are already served keep their current
+        entries, so that requests are checked against the profile of the workers that will run them.
         """
         return replace(new, models={name: self.models.get(name, model) for name, model in new.models.items()})
 

@@ -118,12 +118,12 @@ class ModelSettings:
     )
     aliases: tuple[str, ...] = _option(
         (),
-        "Further names for the request field `model`, separated by commas; `*` stands for every name that no model has. "
-        "They load nothing more.",
+        "Further names for the request field `model`, separated by commas; `*` stands for every name that no model "
+        "has. They load nothing more.",
     )
     builtin_aliases: bool = _option(
         False,
-        f"Add the names that clients often send without a choice: {', '.join(f'`{name}`' for name in BUILTIN_ALIASES)}.",
+        f"Add names that clients send on their own: {', '.join(f'`{name}`' for name in BUILTIN_ALIASES)}.",
     )
     device: str = _option(
         "CPU", "OpenVINO device, or three separated by spaces: text encoder, denoiser, VAE.", aliases=("target_device",)
@@ -186,8 +186,8 @@ class ModelSettings:
     )
     truncate_prompt: str | None = _option(
         None,
-        "A prompt that is too long, where the request field `truncate_prompt` is left out: `refuse` (400) or `cut`; none: "
-        "what the model declares, else `refuse`.",
+        "A prompt that is too long, where the request field `truncate_prompt` is left out: `refuse` (400) or `cut`; "
+        "none: what the model declares, else `refuse`.",
         choices=("refuse", "cut"),
     )
     memory_limit_bytes: int = _option(

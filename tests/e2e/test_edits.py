@@ -213,8 +213,8 @@ def test_too_long_prompt_is_cut_unless_truncate_prompt_is_false(client: openai.O
 
 def test_unknown_words_do_not_disturb_the_builtin_model(client: openai.OpenAI) -> None:
     prompt = (
-        "A minimalist, hyper-detailed flat illustration of a vibrant yellow heart with crisp edges, centered on a solid "
-        "purple background, masterpiece, trending on artstation, award-winning composition, volumetric lighting"
+        "A minimalist, hyper-detailed flat illustration of a vibrant yellow heart with crisp edges, centered on a "
+        "solid purple background, masterpiece, trending on artstation, award-winning composition, volumetric lighting"
     )
     reply = client.images.generate(prompt=prompt, size="256x256", n=3, extra_body={"seed": 1})
     used = reply.data[0].revised_prompt

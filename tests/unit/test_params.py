@@ -173,7 +173,10 @@ def test_json_value_of_another_type_is_rejected(name: str, value: Any) -> None:
         ({"promt": "a"}, "Unknown parameter 'promt'; did you mean prompt?"),
         ({"cfg_scale": 1}, "Unknown parameter 'cfg_scale'; /openapi.json lists the known ones."),
         ({"prompt": ""}, "prompt is missing or empty; images/generations requires it."),
-        ({"model": "ghost"}, "The model 'ghost' does not exist; available: 'm'. The server's option aliases adds further names."),
+        (
+            {"model": "ghost"},
+            "The model 'ghost' does not exist; available: 'm'. The server's option aliases adds further names.",
+        ),
         ({"mask_mode": "auto"}, "mask_mode is not supported by images/generations, only by images/edits; remove it."),
         ({"prompt_2": "a"}, "prompt_2 needs a second text encoder, which model 'm' does not have; remove it."),
         ({"n": 1, "num_images_per_prompt": 2}, "num_images_per_prompt is 2, but n is 1; send one of them."),

@@ -195,8 +195,8 @@ _TABLE = (
           "Width in pixels of the soft edge, inside the mask or the transparent pixels of the image.",
           frozenset((EDIT,)), default=0, low=0, high=256),
     Field("truncate_prompt", "boolean",
-          "Cut a prompt that is too long instead of rejecting it. The built-in model then also leaves out words that it "
-          "does not know. The reply contains the prompt that was used (`revised_prompt`).",
+          "Cut a prompt that is too long instead of rejecting it. The built-in model then also leaves out words that "
+          "it does not know. The reply contains the prompt that was used (`revised_prompt`).",
           default_text="the option `truncate_prompt`; the built-in model's own default is true"),
     Field("timeout_s", "number", "Time limit for the whole request in seconds.",
           default_text="the option `default_timeout_s`", low=0.01, high=86400,
