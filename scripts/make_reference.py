@@ -65,11 +65,7 @@ def _fields() -> Iterator[str]:
         takes = " | ".join(
             "yes" if endpoint in field.endpoints else "" for endpoint in ("edit", "generation", "variation")
         )
-        text = (
-            field.text
-            + (f" Same as `{field.same_as}`." if field.same_as else "")
-            + (f" Needs {field.needs}." if field.needs else "")
-        )
+        text = field.text + (f" Needs {field.needs}." if field.needs else "")
         yield f"| `{field.name}` | {field.kind} | {extent} | {field.shown_default} | {takes} | {_cell(text)} |"
 
 

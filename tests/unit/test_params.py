@@ -162,7 +162,9 @@ def test_json_value_of_another_type_is_rejected(name: str, value: Any) -> None:
     [
         ({"n": "1"}, "n is '1', a string; expected a whole number."),
         ({"n": True}, "n is true; expected a whole number."),
-        ({"n": 65}, "n is 65; the API allows at most 64."),
+        ({"n": 65}, "n is 65; this model allows at most 10."),
+        ({"num_images_per_prompt": 65}, "num_images_per_prompt is 65; this model allows at most 10."),
+        ({"n": 0}, "n is 0; the API requires at least 1."),
         ({"n": 11}, "n is 11; this model allows at most 10."),
         ({"seed": 1.0}, "seed is 1.0; expected a whole number."),
         ({"prompt": 10**5000}, "prompt is a number of more than 40 digits; expected a string."),

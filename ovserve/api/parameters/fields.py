@@ -125,7 +125,6 @@ _TABLE = (
     Field("mask", "file", "The region to repaint; see `mask_mode`.", frozenset((EDIT,))),
     Field("n", "integer", "Number of pictures. Picture k uses seed + k.", default=1, low=1, high=64,
           limit=lambda model, _: (None, model.max_num_images_per_prompt)),
-    Field("num_images_per_prompt", "integer", "The model server's name for `n`.", low=1, high=64, same_as="n"),
     Field("size", "size", "Size of the result: `auto` (size of the image) or WxH in pixels.", default_text="auto",
           limit=lambda model, _: (None, model.max_resolution)),
     Field("width", "integer", "Width of the result in pixels; use `width` and `height`, or `size`.", low=1, high=99999,
@@ -180,7 +179,6 @@ _TABLE = (
           limit=lambda model, _: (model.min_strength, model.max_strength)),
     Field("seed", "integer", "Seed of the noise, modulo 2**32. Random if left out or -1. The reply always contains it.",
           default_text="random", low=-1, high=2**64 - 1),
-    Field("rng_seed", "integer", "The model server's name for `seed`.", low=-1, high=2**64 - 1, same_as="seed"),
     Field("scheduler", "choice", "Noise scheduler; the choices of a model depend on its engine.",
           default_text="the model's", choices=SCHEDULERS),
     Field("max_sequence_length", "integer", "Maximum number of tokens for the T5 text encoder.",
@@ -210,7 +208,29 @@ _TABLE = (
     _unsupported("svg", "object", "settings of a vector drawing"),
 )  # fmt: skip
 
-FIELDS: Mapping[str, Field] = {field.name: field for field in _TABLE}
+# Further names of fields, and the field of each.
+_SYNONYMS = (
+    ("num_images_per_prompt", "n"),
+    ("rng_seed", "seed"),
+)
+
+
+def _synonym(name: str, field: Field) -> Field:
+    """Return a field that is another name of `field`."""
+    return dataclasses.replace(
+        field,
+        name=name,
+        text=f"Another name of `{field.name}`.",
+        required=frozenset(),
+        default=None,
+        default_text="",
+        same_as=field.name,
+        record="",
+    )
+
+
+_BY_NAME = {field.name: field for field in _TABLE}
+FIELDS: Mapping[str, Field] = {**_BY_NAME, **{name: _synonym(name, _BY_NAME[of]) for name, of in _SYNONYMS}}
 
 # Other spellings of field names that clients send, with the field they stand for.
 SPELLINGS: Mapping[str, str] = {"images": "image"}

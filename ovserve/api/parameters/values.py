@@ -144,7 +144,7 @@ def _size(known: Field, spelled: str, value: Any) -> Resolution | None:
 
 
 def parse_value(known: Field, spelled: str, value: Any, is_json: bool) -> Any:
-    """Parse one value by its field's kind and check the field's own bounds.
+    """Parse one value by its field's kind; check the field's own bounds, unless the operator can set narrower ones.
 
     Args:
         known: the field.
@@ -169,7 +169,8 @@ def parse_value(known: Field, spelled: str, value: Any, is_json: bool) -> Any:
             return _size(known, spelled, value)
         case _:
             return _text(known, spelled, value)
-    check_range(spelled, parsed, known.low, known.high, "the API")
+    if known.limit is None:  # else `check_limits` checks both, so that a message gives the limit that applied
+        check_range(spelled, parsed, known.low, known.high, "the API")
     return parsed
 
 
