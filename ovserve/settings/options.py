@@ -190,6 +190,12 @@ class ModelSettings:
         "none: what the model declares, else `refuse`.",
         choices=("refuse", "cut"),
     )
+    default_response_format: str = _option(
+        "b64_json",
+        "Pictures in a reply whose request does not choose with `response_format`; streams always contain base64.",
+        choices=("b64_json", "url"),
+        reason="OpenAI's current models send base64; clients written for dall-e expect `url`",
+    )
     memory_limit_bytes: int = _option(
         0,
         "Resident memory, without mapped files, above which a worker is killed; 0: three quarters of the memory of "

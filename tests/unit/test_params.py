@@ -81,6 +81,14 @@ def test_operator_and_model_choose_what_happens_to_a_long_prompt() -> None:
     assert edit(("truncate_prompt", "false")).request.truncate_prompt is False
 
 
+def test_operator_chooses_the_default_response_format_except_for_streams() -> None:
+    assert edit(default_response_format="url").response_format == "url"
+    assert edit(("response_format", "b64_json"), default_response_format="url").response_format == "b64_json"
+    assert edit(("stream", "true"), default_response_format="url").response_format == "b64_json"
+    with pytest.raises(InvalidValue, match="response_format = url cannot be combined with stream = true"):
+        edit(("stream", "true"), ("response_format", "url"))
+
+
 def test_browser_line_breaks_are_normalised() -> None:
     form = FakeForm([("prompt", "a\r\nb")], (IMAGE,))
     assert parse_parameters(form, EDIT, None, catalog(), SETTINGS).request.prompt == "a\nb"

@@ -132,7 +132,7 @@ _TABLE = (
     Field("height", "integer", "Height of the result in pixels; use `width` and `height`, or `size`.",
           low=1, high=99999, limit=lambda model, _: (None, model.max_resolution.height)),
     Field("response_format", "choice", "Pictures in the reply: base64, or the URL of a stored file.",
-          default="b64_json", choices=("b64_json", "url")),
+          default_text="the option `default_response_format`", choices=("b64_json", "url")),
     Field("output_format", "choice", "File format of the pictures.", default="png", choices=("png", "jpeg", "webp")),
     Field("output_compression", "integer",
           "Quality of jpeg and webp in percent. With 100, webp is lossless. Ignored for png.",

@@ -60,6 +60,7 @@ def resolve(given: Mapping[str, Any], model: ServedModel, settings: Settings) ->
         **_DEFAULTS,
         "timeout_s": settings.default_timeout_s,
         "truncate_prompt": model.cuts_prompt,
+        "response_format": "b64_json" if given.get("stream") else model.limits.default_response_format,
         "num_inference_steps": preset.num_inference_steps,
         "guidance_scale": preset.guidance_scale,
         **given,
