@@ -26,7 +26,7 @@ class _Row(Protocol):
 
 
 _PATHS = {"/images/edits": EDIT, "/images/generations": GENERATION, "/images/variations": VARIATION}
-_SIZE = "^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
+_SIZE = "^(auto|[1-9][0-9]{0,4}[xX*\u00d7][1-9][0-9]{0,4})$"
 
 
 def _schema(field: Field, *, is_json: bool) -> dict[str, Any]:

@@ -196,6 +196,12 @@ class ModelSettings:
         choices=("b64_json", "url"),
         reason="OpenAI's current models send base64; clients written for dall-e expect `url`",
     )
+    unknown_fields: str = _option(
+        "refuse",
+        "Request fields that no model has: `refuse` (400), or `ignore`: the reply names them (`ignored`).",
+        choices=("refuse", "ignore"),
+        reason="a mistyped name would change nothing, unnoticed",
+    )
     memory_limit_bytes: int = _option(
         0,
         "Resident memory, without mapped files, above which a worker is killed; 0: three quarters of the memory of "

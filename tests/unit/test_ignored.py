@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ovserve.api.parameters.params import MAX_IGNORED
 from ovserve.api.replies import IGNORED_BYTES, ignored_headers
-from ovserve.errors import UnsupportedParameter
+from ovserve.errors import UnknownParameter, UnsupportedParameter
 from ovserve.settings.options import Settings
 from tests.forms import FakeUpload, edit, encoded
 
@@ -35,8 +35,23 @@ def test_first_image_is_used_and_the_others_are_named(spelled: str, ignored: str
     assert edit(uploads=(first,), extra_images="first").ignored == ()
 
 
+def test_unknown_fields_are_ignored_and_named_by_option() -> None:
+    sent = (("clip_skip", "2"), ("zz[a]", ""), ("ž" * 200, "1"))
+    upload = FakeUpload("depth_map", b"x")
+    parameters = edit(*sent, uploads=(FakeUpload("image", encoded()), upload), unknown_fields="ignore")
+    assert parameters.ignored == ("clip_skip", "zz[a]", "ž" * 100, "depth_map")
+    with pytest.raises(UnknownParameter, match="'clip_skip'"):
+        edit(*sent)
+
+
+def test_fields_that_are_known_and_not_supported_are_never_ignored() -> None:
+    with pytest.raises(UnsupportedParameter, match="markup"):
+        edit(("markup", "x"), ("zz", "1"), unknown_fields="ignore")
+
+
 def test_at_most_twenty_names_are_listed() -> None:
     assert Settings().max_images < MAX_IGNORED
+    assert len(edit(*((f"z{n}", "1") for n in range(99)), unknown_fields="ignore").ignored) == MAX_IGNORED
     uploads = tuple(FakeUpload("image", encoded()) for _ in range(Settings().max_images))
     assert len(edit(uploads=uploads, extra_images="first").ignored) == len(uploads) - 1
 

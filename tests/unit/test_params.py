@@ -89,6 +89,52 @@ def test_operator_chooses_the_default_response_format_except_for_streams() -> No
         edit(("stream", "true"), ("response_format", "url"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "attribute", "expected"),
+    [
+        *((name, "7", "num_inference_steps", 7) for name in ("steps", "step", "num_steps")),
+        *((name, "2.5", "guidance_scale", 2.5) for name in ("cfg_scale", "cfg", "guidance", "true_cfg_scale")),
+        *((name, "euler", "scheduler", "euler") for name in ("sampler", "sample_method", "sampling_method")),
+        *((name, "0.5", "strength", 0.5) for name in ("denoising_strength", "denoise")),
+        ("num_images_per_prompt", "3", "n", 3),
+        ("rng_seed", "4", "seed", 4),
+    ],
+)
+def test_names_of_other_servers_are_accepted(name: str, value: str, attribute: str, expected: object) -> None:
+    assert getattr(edit((name, value)).request, attribute) == expected
+    own = FIELDS[name].same_as
+    assert getattr(edit((name, value), (own, value)).request, attribute) == expected
+    other = "ddim" if FIELDS[name].kind == "choice" else "1"
+    with pytest.raises(InvalidValue, match=f"{own} is '?{other}'?, but {name} is"):
+        edit((name, value), (own, other))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler"),
+    [
+        ("Euler a", "euler_ancestral"),
+        ("euler_a", "euler_ancestral"),
+        ("Euler", "euler"),
+        ("k_euler", "euler"),
+        ("DPM++ 2M Karras", "dpmpp_2m_karras"),
+        ("dpm++2m", "dpmpp_2m"),
+        ("UniPC", "unipc"),
+        ("DDIM", "ddim"),
+        ("PLMS", "pndm"),
+    ],
+)
+def test_samplers_of_other_programs_are_accepted(sampler: str, scheduler: str) -> None:
+    assert edit(("sampler", sampler)).request.scheduler == scheduler
+    with pytest.raises(InvalidValue, match="choose one of: ddim"):
+        edit(("sampler", sampler + "x"))
+
+
+@pytest.mark.parametrize("text", ["64X32", "64*32", "64\u00d732"])
+def test_sizes_of_other_servers_are_accepted(text: str) -> None:
+    request = edit(("size", text)).request
+    assert (request.width, request.height) == (64, 32)
+
+
 def test_browser_line_breaks_are_normalised() -> None:
     form = FakeForm([("prompt", "a\r\nb")], (IMAGE,))
     assert parse_parameters(form, EDIT, None, catalog(), SETTINGS).request.prompt == "a\nb"
@@ -124,7 +170,22 @@ def test_different_duplicates_are_rejected(fields: tuple[tuple[str, str], ...], 
 
 
 @pytest.mark.parametrize(
-    "value", ["512", "512x", "x512", "512X512", " 512x512", "0x5", "-1x5", "1e3x5", "512x512x3", "AUTO", "9" * 30]
+    "value",
+    [
+        "512",
+        "512x",
+        "x512",
+        "512XX512",
+        "512**512",
+        "512,512",
+        " 512x512",
+        "0x5",
+        "-1x5",
+        "1e3x5",
+        "512x512x3",
+        "AUTO",
+        "9" * 30,
+    ],
 )
 def test_malformed_size_is_rejected(value: str) -> None:
     with pytest.raises(InvalidValue, match="size") as caught:
@@ -181,7 +242,7 @@ def test_json_value_of_another_type_is_rejected(name: str, value: Any) -> None:
         ({"user": {"a": 1}}, "user is an object; expected a string."),
         ({"stream": "\n\ud800" + "y" * 99}, f"stream is '\\n\\ud800{'y' * 98}'..., a string; expected true or false."),
         ({"promt": "a"}, "Unknown parameter 'promt'; did you mean prompt?"),
-        ({"cfg_scale": 1}, "Unknown parameter 'cfg_scale'; /openapi.json lists the known ones."),
+        ({"clip_skip": 1}, "Unknown parameter 'clip_skip'; /openapi.json lists the known ones."),
         ({"prompt": ""}, "prompt is missing or empty; images/generations requires it."),
         (
             {"model": "ghost"},
@@ -211,7 +272,7 @@ def test_json_null_is_an_absent_value() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("num_inference_step", "num_inference_steps"), ("promt", "prompt"), ("cfg_scale", None), ("image[0][x", None)],
+    [("num_inference_step", "num_inference_steps"), ("promt", "prompt"), ("clip_skip", None), ("image[0][x", None)],
 )
 def test_unknown_field_error_suggests_the_nearest_name(name: str, hint: str | None) -> None:
     with pytest.raises(UnknownParameter) as caught:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ovserve.models.profile import ModelProfile
@@ -36,6 +36,16 @@ _WITH_IMAGE = frozenset((EDIT, VARIATION))
 _WITH_PROMPT = frozenset((EDIT, GENERATION))
 
 SCHEDULERS = ("ddim", "pndm", "euler", "euler_ancestral", "lcm", "dpmpp_2m", "dpmpp_2m_karras", "unipc")
+# The names of the same schedulers in other programs (Stable Diffusion web UI, ComfyUI, stable-diffusion.cpp).
+SAMPLERS = {
+    "plms": "pndm",
+    "eulera": "euler_ancestral",
+    "keuler": "euler",
+    "keulera": "euler_ancestral",
+    "dpm++2m": "dpmpp_2m",
+    "kdpm++2m": "dpmpp_2m",
+    "dpm++2mkarras": "dpmpp_2m_karras",
+}
 FLOAT32_MAX = 3.4028234663852886e38
 
 _RECORD = frozenset(attribute.name for attribute in dataclasses.fields(ImageRequest))
@@ -60,6 +70,7 @@ class Field:
         limit: returns the operator's bounds; None if there are none.
         limited_by: what these bounds belong to, in words.
         choices: the accepted values.
+        spellings: other spellings of them; case, blanks, `_` and `-` do not count.
         same_as: the field of which this is another name; both may be given if they are equal.
         needs: the model feature that the field requires, in words; empty if every model supports it.
         has: whether a model has that feature.
@@ -79,6 +90,7 @@ class Field:
     limit: Limit | None = None
     limited_by: str = "this model"
     choices: tuple[str, ...] = ()
+    spellings: Mapping[str, str] = field(default_factory=dict)
     same_as: str = ""
     needs: str = ""
     has: Callable[[ModelProfile], bool] | None = None
@@ -133,7 +145,8 @@ _TABLE = (
           low=1, high=99999, limit=lambda model, _: (None, model.max_resolution.height)),
     Field("response_format", "choice", "Pictures in the reply: base64, or the URL of a stored file.",
           default_text="the option `default_response_format`", choices=("b64_json", "url")),
-    Field("output_format", "choice", "File format of the pictures.", default="png", choices=("png", "jpeg", "webp")),
+    Field("output_format", "choice", "File format of the pictures.", default="png", choices=("png", "jpeg", "webp"),
+          spellings={"jpg": "jpeg"}),
     Field("output_compression", "integer",
           "Quality of jpeg and webp in percent. With 100, webp is lossless. Ignored for png.",
           default=100, low=0, high=100),
@@ -180,7 +193,7 @@ _TABLE = (
     Field("seed", "integer", "Seed of the noise, modulo 2**32. Random if left out or -1. The reply always contains it.",
           default_text="random", low=-1, high=2**64 - 1),
     Field("scheduler", "choice", "Noise scheduler; the choices of a model depend on its engine.",
-          default_text="the model's", choices=SCHEDULERS),
+          default_text="the model's", choices=SCHEDULERS, spellings=SAMPLERS),
     Field("max_sequence_length", "integer", "Maximum number of tokens for the T5 text encoder.",
           low=1, high=512, needs="a T5 text encoder", has=_has_t5),
     Field("resize_mode", "choice", "How an image of another aspect ratio is fitted: cropped, padded or stretched.",
@@ -208,10 +221,22 @@ _TABLE = (
     _unsupported("svg", "object", "settings of a vector drawing"),
 )  # fmt: skip
 
-# Further names of fields, and the field of each.
+# Further names of fields, and the field of each: the model server's, and those of other local servers.
 _SYNONYMS = (
     ("num_images_per_prompt", "n"),
     ("rng_seed", "seed"),
+    ("steps", "num_inference_steps"),
+    ("step", "num_inference_steps"),
+    ("num_steps", "num_inference_steps"),
+    ("cfg_scale", "guidance_scale"),
+    ("cfg", "guidance_scale"),
+    ("guidance", "guidance_scale"),
+    ("true_cfg_scale", "guidance_scale"),
+    ("sampler", "scheduler"),
+    ("sample_method", "scheduler"),
+    ("sampling_method", "scheduler"),
+    ("denoising_strength", "strength"),
+    ("denoise", "strength"),
 )
 
 
@@ -233,7 +258,7 @@ _BY_NAME = {field.name: field for field in _TABLE}
 FIELDS: Mapping[str, Field] = {**_BY_NAME, **{name: _synonym(name, _BY_NAME[of]) for name, of in _SYNONYMS}}
 
 # Other spellings of field names that clients send, with the field they stand for.
-SPELLINGS: Mapping[str, str] = {"images": "image"}
+SPELLINGS: Mapping[str, str] = {"images": "image", "image_url": "image"}
 
 
 def field_named(name: str) -> Field | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ovserve.api.exchange import Form
 from ovserve.api.parameters.fields import FIELDS
-from ovserve.api.parameters.gather import gather
+from ovserve.api.parameters.gather import Gathered, gather, refuse_unknown
 from ovserve.api.parameters.resolve import Resolved, resolve, resolve_steps
 from ovserve.api.parameters.uploads import Pictures, check_pictures, reject_text_images
 from ovserve.api.parameters.validate import (
@@ -24,7 +24,7 @@ from ovserve.api.parameters.validate import (
     check_required,
     parse_values,
 )
-from ovserve.errors import InvalidValue
+from ovserve.errors import ApiError, InvalidValue
 from ovserve.models.catalog import Catalog, ServedModel
 from ovserve.settings.options import Settings
 from ovserve.wire.request import ImageRequest
@@ -32,6 +32,7 @@ from ovserve.wire.request import ImageRequest
 __all__ = ["Parameters", "parse_parameters"]
 
 MAX_IGNORED = 20  # names in a reply: a client that sends more of them is broken in another way
+MAX_IGNORED_CHARS = 100  # of such a name
 _FILLED = tuple((name, known.attribute) for name, known in FIELDS.items() if known.attribute)
 
 
@@ -79,6 +80,8 @@ def parse_parameters(
         ModelNotFound: the request names an unknown model.
     """
     gathered = gather(form, endpoint)
+    if gathered.unknown and not _ignores_unknown(catalog, gathered, path_model):
+        refuse_unknown(gathered)
     given = parse_values(gathered, form.is_json)
     model = _find_model(catalog, given.values, path_model)
     check_features(gathered, model)
@@ -100,8 +103,17 @@ def parse_parameters(
         timeout_s=values["timeout_s"],
         safety_identifier=values["safety_identifier"] or values["user"],
         moderation=bool(values["moderation"]),
-        ignored=pictures.ignored[:MAX_IGNORED],
+        ignored=(*pictures.ignored, *(name[:MAX_IGNORED_CHARS] for name in gathered.unknown))[:MAX_IGNORED],
     )
+
+
+def _ignores_unknown(catalog: Catalog, gathered: Gathered, path_model: str | None) -> bool:
+    """Return whether the model that a request names, if it is one, ignores unknown fields."""
+    named = next((value for _, value in gathered.values.get("model", ()) if isinstance(value, str)), None)
+    try:
+        return catalog.find(path_model or named).limits.unknown_fields == "ignore"
+    except ApiError:  # the error for the model's name comes after that for the unknown field
+        return False
 
 
 def _find_model(catalog: Catalog, values: Mapping[str, Any], path_model: str | None) -> ServedModel:

@@ -19,7 +19,7 @@ __all__ = ["read_form"]
 
 # The name of a part decides whether it is a picture: openai-python sends bytes without a filename, curl a prompt with
 # one.
-_IMAGE_NAME = re.compile(r"(?:images?|mask)(?:\[[^\[\]]*\])?")
+_IMAGE_NAME = re.compile(r"(?:images?|image_url|mask)(?:\[[^\[\]]*\])?")
 _UTF_8 = ("utf-8", "utf8", "us-ascii", "ascii")
 # The other charsets here are those that clients declare by default, whatever the text is (RFC 7578 section 5.1.2).
 _CHARSETS = {
