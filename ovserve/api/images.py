@@ -12,20 +12,36 @@ from ovserve.api.store import Store
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.jobs import Client, Job, JobEvent, Partial, Result, State
-from ovserve.errors import ApiError, ClientGone, DeadlineExceeded, Draining, InternalError, InvalidValue, SpoolFull
+from ovserve.errors import (
+    ApiError,
+    ClientGone,
+    DeadlineExceeded,
+    Draining,
+    InternalError,
+    InvalidValue,
+    ModelNotFound,
+    SpoolFull,
+)
 from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog
 from ovserve.settings.options import Settings
 from ovserve.wire.messages import Prepared, Progress
 
-__all__ = ["Images"]
+__all__ = ["Images", "base_url_hint"]
 
 STREAM_HEAD_WAIT_S = (
     10.0  # a stream's headers are sent once the job is prepared, or after this; later errors are events
 )
 KEEP_ALIVE_S = 15.0  # idle time on a stream before a comment line is sent; clients time out after 300
 DRAINING_RETRY_S = 5  # Retry-After while draining; another or the restarted instance answers by then
+BASE_PATH = "/v1"  # of the base URL that messages suggest
 OVERRUN_S = 30.0  # the handler gives up if a job is still unsettled this long after its deadline
+
+
+def base_url_hint(exchange: Exchange) -> str:
+    """Return the base URL of the API, for the message to a client whose path is wrong."""
+    scheme = "https" if exchange.header("x-forwarded-proto") == "https" else "http"
+    return f"the base URL is {scheme}://{exchange.header('host') or 'HOST:PORT'}{BASE_PATH}"
 
 
 class Images:
@@ -43,6 +59,10 @@ class Images:
     def serve(self, exchange: Exchange, endpoint: str, path_model: str | None) -> Reply:
         """Serve one edit, generation or variation. Raises ApiError and ClientGone."""
         # Checked before the body is read, so that a client that waits for 100-continue gets the error at once.
+        if path_model and "/deployments/" not in exchange.path and not self.catalog.name_of(path_model):
+            raise ModelNotFound(
+                f"The path names {path_model[:200]!r}, which is not a model; {base_url_hint(exchange)}.", param="model"
+            )
         if self._dispatcher.is_draining:
             raise Draining(
                 "The server is shutting down and accepts no new jobs; retry later.", retry_after_s=DRAINING_RETRY_S
