@@ -135,6 +135,13 @@ def test_sizes_of_other_servers_are_accepted(text: str) -> None:
     assert (request.width, request.height) == (64, 32)
 
 
+def test_strength_zero_is_accepted_unless_the_operator_requires_more() -> None:
+    assert edit(("strength", "0")).request.strength == 0
+    assert edit(("strength", "0.0"), ("steps", "1")).request.num_inference_steps == 1
+    with pytest.raises(InvalidValue, match=r"strength is 0; this model requires at least 0\.1"):
+        edit(("strength", "0"), min_strength=0.1)
+
+
 def test_browser_line_breaks_are_normalised() -> None:
     form = FakeForm([("prompt", "a\r\nb")], (IMAGE,))
     assert parse_parameters(form, EDIT, None, catalog(), SETTINGS).request.prompt == "a\nb"
