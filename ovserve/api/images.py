@@ -145,7 +145,7 @@ class Images:
         return self.settings.public_url.rstrip("/") or (f"http://{host}" if host else "")
 
     def _store_pictures(self, exchange: Exchange, job: Job, parameters: Parameters) -> dict[int, str]:
-        """Store every picture of a job and return the URL of each by picture number. Raises StoreFull, StoreUnusable."""
+        """Store all pictures of a job; return the URL of each by picture number. Raises StoreFull and StoreUnusable."""
         base = self._base_url(exchange)
         urls = {}
         for number, result in job.results.items():

@@ -36,4 +36,4 @@ def _lines(settings: Settings, catalog: Catalog, keys: int) -> Iterator[str]:
         profile, limits = model.profile, model.limits
         default = " (default)" if name == settings.default_model else ""
         yield f"model {name}{default}: {profile.family} from {profile.directory}"
-        yield f"  device {limits.device}, engine {limits.engine}, {limits.replicas} workers"
+        yield f"  device {limits.device}, engine {limits.engine}, replicas {limits.replicas}"

@@ -17,7 +17,7 @@ class ExitCode(enum.IntEnum):
     USAGE = 2, "Wrong command line or wrong configuration. Another start would end in the same way."
     UNAVAILABLE = (
         3,
-        "The server cannot start because of a fault that may pass: port in use, directory of a model missing, disk full.",
+        "The server cannot start because of a fault that may pass: port in use, model directory missing, disk full.",
     )
     MODELS_FAILED = (
         4,
