@@ -108,7 +108,7 @@ def inspect(data: memoryview, name: str) -> FileFacts:
                 walk(found)
             except _TooMuch as error:
                 raise ImageError(f"{name}: the {form} file has {error}. Save the image again.", param=name) from None
-            except (struct.error, ValueError, KeyError, IndexError):
+            except (struct.error, ValueError, KeyError, IndexError, ArithmeticError):
                 found.is_baseline = False  # damaged; the decoder gets all of it
                 found.end = len(data)
             if found.width and found.height:
@@ -138,6 +138,8 @@ class _Walk:
 
     def unpack(self, form: str, at: int) -> tuple[int, ...]:
         """Return the values of a `struct` format at an offset. Raises struct.error beyond the end of the file."""
+        if at > len(self.data):  # an offset of 64 bits may be too large for unpack_from
+            raise struct.error
         return struct.unpack_from(form, self.data, at)
 
     def add_metadata(self, size: int) -> None:
@@ -411,12 +413,20 @@ class _Tiff:
         return self.found.unpack(self.order + self.word, at)[0]
 
     def value(self, tags: dict[int, _Tag], tag: int, default: int | None = None) -> int:
-        """Return the first value of a tag. Raises KeyError without one and without a default."""
+        """Return the first value of a tag.
+
+        Raises:
+            KeyError: there is none, and no default; or it is not an integer.
+            ValueError: it is negative.
+        """
         if tag not in tags:
             if default is None:
                 raise KeyError(tag)
             return default
-        return self.found.unpack(self.order + _TIFF_NUMBERS[tags[tag].kind], tags[tag].at)[0]
+        (found,) = self.found.unpack(self.order + _TIFF_NUMBERS[tags[tag].kind], tags[tag].at)
+        if found < 0:
+            raise ValueError(f"tag {tag} is negative")
+        return found
 
     def values(self, tag: _Tag) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         """Return all values of a tag; fewer where the file ends."""
