@@ -43,6 +43,7 @@ MIN_PNG_DATA_CHUNK_BYTES = 512
 MIN_PNG_DATA_CHUNKS = 1024
 
 MAX_GIF_BLOCKS = 8192  # sub-blocks of 255 bytes before the first frame: 2 MB
+MIN_GIF_BLOCK_BYTES = 32  # sub-blocks of pixels of less than this on average are rejected, after the first ones
 MAX_GIF_BYTES_PER_PIXEL = 4  # a code takes at most 12 bits and stands for at least one pixel
 MIN_GIF_BYTES = 64 << 10
 
@@ -106,21 +107,14 @@ def inspect(data: memoryview, name: str) -> FileFacts:
             found = _Walk(data, form)
             try:
                 walk(found)
+                found.check_size(min(found.end, len(data)))
             except _TooMuch as error:
                 raise ImageError(f"{name}: the {form} file has {error}. Save the image again.", param=name) from None
             except (struct.error, ValueError, KeyError, IndexError, ArithmeticError):
                 found.is_baseline = False  # damaged; the decoder gets all of it
                 found.end = len(data)
             if found.width and found.height:
-                found.end = min(found.end, len(data))
-                limit = MIN_FILE_BYTES + MAX_FILE_BYTES_PER_PIXEL * found.width * found.height
-                if found.end > limit:
-                    raise ImageError(
-                        f"{name}: the {form} file needs {found.end} bytes for {found.width}x{found.height} pixels; "
-                        f"this server allows at most {limit}. Save the first image alone.",
-                        param=name,
-                    )
-                return FileFacts(form, found.width, found.height, found.end, found.is_baseline)
+                return FileFacts(form, found.width, found.height, min(found.end, len(data)), found.is_baseline)
             break
     raise ImageError(f"{name}: not a readable PNG, JPEG, WebP, GIF, BMP or TIFF image", param=name)
 
@@ -141,6 +135,11 @@ class _Walk:
         if at > len(self.data):  # an offset of 64 bits may be too large for unpack_from
             raise struct.error
         return struct.unpack_from(form, self.data, at)
+
+    def check_size(self, size: int) -> None:
+        """Check the bytes that the first image needs, or those of it that were walked."""
+        limit = MIN_FILE_BYTES + MAX_FILE_BYTES_PER_PIXEL * self.width * self.height
+        _check(size, limit, f"or more bytes for {self.width}x{self.height} pixels")
 
     def add_metadata(self, size: int) -> None:
         """Count bytes of metadata."""
@@ -248,6 +247,7 @@ def _walk_png(found: _Walk) -> None:
             if data_chunks > MIN_PNG_DATA_CHUNKS:
                 allowed = MIN_PNG_DATA_CHUNKS + data_bytes // MIN_PNG_DATA_CHUNK_BYTES
                 _check(data_chunks, allowed, f"chunks for {data_bytes} bytes of compressed pixels")
+                found.check_size(at)
         else:
             chunks += 1
             _check(chunks, MAX_PNG_CHUNKS, "chunks besides IDAT")
@@ -297,9 +297,13 @@ def _walk_gif(found: _Walk) -> None:
     left, top, wide, high, flags = found.unpack("<HHHHB", at + 1)
     found.width, found.height = max(width, left + wide), max(height, top + high)
     at += 11 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
-    first, limit = at, MIN_GIF_BYTES + MAX_GIF_BYTES_PER_PIXEL * wide * high
+    first, limit, blocks = at, MIN_GIF_BYTES + MAX_GIF_BYTES_PER_PIXEL * wide * high, 0
     while length := data[at]:
         at += length + 1
+        blocks += 1
+        if blocks > MAX_GIF_BLOCKS:
+            allowed = MAX_GIF_BLOCKS + (at - first) // MIN_GIF_BLOCK_BYTES
+            _check(blocks, allowed, f"blocks for {at - first} bytes of pixels")
         _check(at - first, limit, f"or more bytes in its first frame of {wide}x{high}")
     found.end = at + 1
 

@@ -43,6 +43,8 @@ def gif_of_bytes(count: int) -> bytes:
     )
 
 
+GIF_BLOCK_BYTES = len(files.gif()) - 2 - files.gif().index(b"\x2c\0\0\0\0\x10\0\x10\0") - 11
+
 # What is repeated, the limit, and a file that repeats it n times.
 CASES: dict[str, tuple[str, int, Callable[[int], bytes]]] = {
     "jpeg_passes": ("passes over its blocks", counts.MAX_JPEG_PASSES, files.jpeg_scans),
@@ -94,6 +96,12 @@ CASES: dict[str, tuple[str, int, Callable[[int], bytes]]] = {
         "blocks before its first frame",
         counts.MAX_GIF_BLOCKS,
         lambda n: files.gif(before=b"\x21\xfe" + b"\1a" * (n - 1) + b"\0"),
+    ),
+    "gif_pixel_blocks": (
+        "blocks for",
+        # The largest number of blocks that their bytes allow: one of ordinary size, the others of 2 bytes.
+        next(n for n in range(8192, 9999) if n + 1 > counts.MAX_GIF_BLOCKS + (2 * n + GIF_BLOCK_BYTES) // 32),
+        lambda n: files.gif(more=b"\1\0" * (n - 1)),
     ),
     "webp_chunks": ("chunks", counts.MAX_WEBP_CHUNKS, lambda n: files.webp(*[webp_chunk(b"prVt", b"")] * (n - 2))),
     "webp_exif": ("bytes of EXIF data", counts.MAX_EXIF_BYTES, lambda n: files.webp(webp_chunk(b"EXIF", bytes(n)))),
@@ -176,7 +184,7 @@ def test_bytes_of_a_file_are_bounded_by_its_pixels() -> None:
     data = files.tiff()
     assert facts(data.ljust(limit, b"\0")).end == limit
     with pytest.raises(
-        ImageError, match=f"needs {limit + 1} bytes for 16x16 pixels; this server allows at most {limit}"
+        ImageError, match=f"{limit + 1} or more bytes for 16x16 pixels; this server allows at most {limit}"
     ):
         facts(data.ljust(limit + 1, b"\0"))
 
