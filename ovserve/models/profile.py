@@ -58,6 +58,8 @@ class ModelProfile:
         scheduling: the model's own scheduler.
         defaults: values for fields that a request leaves out.
         presets: the presets that the model declares: `quality` name to the fields it sets.
+        cuts_prompt: a prompt that is too long is cut, unless the request or the operator says otherwise.
+        drops_unknown_words: where a prompt may be cut, words without a token of their own are left out of it.
     """
 
     name: str
@@ -75,6 +77,8 @@ class ModelProfile:
     scheduling: Scheduling
     defaults: Defaults
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cuts_prompt: bool = False
+    drops_unknown_words: bool = False
 
     def preset(self, quality: str) -> Preset:
         """Return the values of a `quality` preset (low, medium or high) for this model."""
@@ -97,6 +101,7 @@ class ModelProfile:
 
 
 BUILTIN_MODELS = {"shapes": "builtin"}  # name to folder in the package
+PROMPT_KEYS = {"too_long": ("refuse", "cut"), "unknown_words": ("keep", "drop")}  # to the values of each
 SIZE_KEYS = ("native", "min_side_px", "max_side_px", "side_multiple_px")
 INPAINTING_CHANNELS = 9  # latents, mask, and the masked image's latents
 _FLOW_MATCHING = Scheduling("FlowMatchEulerDiscrete", 1000, "linspace", 50)
@@ -222,12 +227,19 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
         scheduling=_FLOW_MATCHING if is_transformer else _read_scheduling(directory, index),
         defaults=_defaults(defaults, declared.get("defaults", {}), settings),
         presets=limited_presets(declared.get("presets", {}), settings),
+        cuts_prompt=declared.get("prompts", {}).get("too_long") == "cut",
+        drops_unknown_words=declared.get("prompts", {}).get("unknown_words") == "drop",
     )
 
 
 def _check_overrides(declared: dict[str, Any]) -> None:
     """Raise ValueError for an unknown name or a wrong size in ovserve.json: a typo would be ignored silently."""
-    known = {"defaults": tuple(f.name for f in dataclasses.fields(Defaults)), "sizes": SIZE_KEYS, "presets": PRESETS}
+    known = {
+        "defaults": tuple(f.name for f in dataclasses.fields(Defaults)),
+        "sizes": SIZE_KEYS,
+        "presets": PRESETS,
+        "prompts": tuple(PROMPT_KEYS),
+    }
     for section, names in (("", tuple(known)), *known.items()):
         for name in declared.get(section, {}) if section else declared:
             if name not in names:
@@ -236,6 +248,11 @@ def _check_overrides(declared: dict[str, Any]) -> None:
     for name, value in declared.get("sizes", {}).items():
         if name != "native" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"ovserve.json: sizes.{name} is {value!r}; expected a whole number of pixels, 1 or more")
+    for name, value in declared.get("prompts", {}).items():
+        if value not in PROMPT_KEYS[name]:
+            raise ValueError(
+                f"ovserve.json: prompts.{name} is {value!r}; expected one of {', '.join(PROMPT_KEYS[name])}"
+            )
 
 
 def _component_config(directory: Path, name: str, what: str) -> dict[str, Any]:
