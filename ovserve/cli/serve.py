@@ -83,7 +83,7 @@ def run(arguments: Sequence[str]) -> int:
             server = Server(settings, lambda: parse_arguments(arguments, os.environ))
         except (OSError, MemoryError) as error:
             log.debug("cannot start", exc_info=True)
-            return _end(report_error(f"cannot start: {error or type(error).__name__}", ExitCode.TRANSIENT))
+            return _end(report_error(f"cannot start: {str(error) or type(error).__name__}", ExitCode.TRANSIENT))
         return _end(server.run())
     except StartupError as error:
         return _end(report_error(str(error), _exit_code(error)))
