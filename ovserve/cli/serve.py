@@ -83,7 +83,7 @@ def run(arguments: Sequence[str]) -> int:
             server = Server(settings, lambda: parse_arguments(arguments, os.environ))
         except (OSError, MemoryError) as error:
             log.debug("cannot start", exc_info=True)
-            return _end(report_error(f"cannot start: {error or type(error).__name__}", ExitCode.UNAVAILABLE))
+            return _end(report_error(f"cannot start: {str(error) or type(error).__name__}", ExitCode.TRANSIENT))
         return _end(server.run())
     except StartupError as error:
         return _end(report_error(str(error), _exit_code(error)))
@@ -99,7 +99,7 @@ def report_error(message: str, code: ExitCode) -> ExitCode:
 def _exit_code(error: StartupError) -> ExitCode:
     if isinstance(error, ModelsFailed):
         return ExitCode.MODELS_FAILED
-    return ExitCode.UNAVAILABLE if error.is_transient else ExitCode.USAGE
+    return ExitCode.TRANSIENT if error.is_transient else ExitCode.USAGE
 
 
 def _end(code: int) -> int:
