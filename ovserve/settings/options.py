@@ -202,6 +202,13 @@ class ModelSettings:
         choices=("refuse", "ignore"),
         reason="a mistyped name would change nothing, unnoticed",
     )
+    missing_alpha: str = _option(
+        "refuse",
+        "`background` = `transparent` for an image without an alpha channel, or without an image: `refuse` (400), or "
+        "`opaque`: the result is opaque, and the reply's `background` says so.",
+        choices=("refuse", "opaque"),
+        reason="an opaque result can surprise; but some chat models ask for transparency on their own",
+    )
     memory_limit_bytes: int = _option(
         0,
         "Resident memory, without mapped files, above which a worker is killed; 0: three quarters of the memory of "
