@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Generator
 
 from ovserve.api.exchange import Exchange, JsonReply, Reply, ServerEvent, StreamReply
@@ -20,7 +21,8 @@ from ovserve.errors import (
     InternalError,
     InvalidValue,
     ModelNotFound,
-    SpoolFull,
+    StoreFull,
+    StoreUnusable,
 )
 from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog
@@ -155,7 +157,7 @@ class Images:
         return self.settings.public_url.rstrip("/") or (f"http://{host}" if host else "")
 
     def _store_pictures(self, exchange: Exchange, job: Job, parameters: Parameters) -> dict[int, str]:
-        """Store every picture of a job and return the URL of each by picture number. Raises SpoolFull."""
+        """Store all pictures of a job; return the URL of each by picture number. Raises StoreFull and StoreUnusable."""
         base = self._base_url(exchange)
         urls = {}
         for number, result in job.results.items():
@@ -163,7 +165,8 @@ class Images:
                 try:
                     name = self._store.keep(picture, parameters.request.output_format)
                 except OSError as error:
-                    raise SpoolFull(
+                    kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreUnusable
+                    raise kind(
                         f"The server cannot store the picture ({error.strerror}); retry later, or use response_format "
                         "b64_json.",
                         retry_after_s=10,

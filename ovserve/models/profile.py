@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ovserve.errors import ModelError, SettingsError
+from ovserve.errors import ModelError, SettingsError, may_pass
 from ovserve.models.families import T5_ENCODERS, Defaults, family_of
 from ovserve.models.presets import PRESETS, Preset, limited_presets, resolve_preset
 from ovserve.settings.options import BUILTIN_PREFIX, ModelSettings, Resolution
@@ -129,7 +129,9 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
         document = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path.parent}: {what} is missing ({path.name})") from None
-    except (OSError, ValueError) as error:  # unreadable, not UTF-8, not JSON, a number with thousands of digits
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error}", is_transient=may_pass(error)) from None
+    except ValueError as error:  # not UTF-8, not JSON, a number with thousands of digits
         raise ModelError(f"{path}: cannot be read: {error}") from None
     except RecursionError:
         raise ModelError(f"{path}: cannot be read: nested too deeply") from None
@@ -180,7 +182,7 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
         directory = Path(os.path.realpath(given))  # does not raise on a loop of symlinks, unlike Path.resolve
         profile = _read_directory(directory, settings)
     except OSError as error:
-        raise ModelError(f"{given}: cannot be read: {error.strerror}") from None
+        raise ModelError(f"{given}: cannot be read: {error.strerror}", is_transient=may_pass(error)) from None
     except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a JSON value of an unexpected type
         raise ModelError(f"{given}: a configuration file has a wrong value: {error}") from None
     _check_defaults(profile, settings)
@@ -188,8 +190,10 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
 
 
 def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
-    if not directory.is_dir():
-        raise ModelError(f"{directory}: no such directory")
+    if not directory.is_dir():  # perhaps its file system is not mounted yet
+        raise ModelError(f"{directory}: no such directory", is_transient=not directory.exists())
+    if not any(directory.iterdir()):
+        raise ModelError(f"{directory}: the directory is empty; is its file system mounted?", is_transient=True)
     index = _read_json(directory / "model_index.json", "the model index")
     family, defaults = family_of(str(index.get("_class_name", "")), directory)
     is_transformer = (directory / "transformer").is_dir()
