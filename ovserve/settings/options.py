@@ -192,9 +192,10 @@ class ModelSettings:
     )
     default_response_format: str = _option(
         "b64_json",
-        "Pictures in a reply whose request does not choose with `response_format`; streams always contain base64.",
-        choices=("b64_json", "url"),
-        reason="OpenAI's current models send base64; clients written for dall-e expect `url`",
+        "Pictures in a reply whose request does not choose with `response_format`; `openai`: as OpenAI does, `url` for "
+        "a request that names `dall-e-...`, else base64. Streams always contain base64.",
+        choices=("b64_json", "url", "openai"),
+        reason="clients of current models expect base64, those written for dall-e a URL",
     )
     unknown_fields: str = _option(
         "refuse",
