@@ -192,15 +192,23 @@ class ModelSettings:
     )
     default_response_format: str = _option(
         "b64_json",
-        "Pictures in a reply whose request does not choose with `response_format`; streams always contain base64.",
-        choices=("b64_json", "url"),
-        reason="OpenAI's current models send base64; clients written for dall-e expect `url`",
+        "Pictures in a reply whose request does not choose with `response_format`; `openai`: as OpenAI does, `url` for "
+        "a request that names `dall-e-...`, else base64. Streams always contain base64.",
+        choices=("b64_json", "url", "openai"),
+        reason="clients of current models expect base64, those written for dall-e a URL",
     )
     unknown_fields: str = _option(
         "refuse",
         "Request fields that no model has: `refuse` (400), or `ignore`: the reply names them (`ignored`).",
         choices=("refuse", "ignore"),
         reason="a mistyped name would change nothing, unnoticed",
+    )
+    missing_alpha: str = _option(
+        "refuse",
+        "`background` = `transparent` for an image without an alpha channel, or without an image: `refuse` (400), or "
+        "`opaque`: the result is opaque, and the reply's `background` says so.",
+        choices=("refuse", "opaque"),
+        reason="an opaque result can surprise; but some chat models ask for transparency on their own",
     )
     memory_limit_bytes: int = _option(
         0,

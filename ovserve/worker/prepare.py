@@ -58,7 +58,7 @@ def prepare(
         raise InvalidValue(
             "mask_blur: needs a mask; send one, or an image with fully transparent pixels", param="mask_blur"
         )
-    keeps_alpha = _resolve_keeps_alpha(request, source)
+    keeps_alpha = _resolve_keeps_alpha(request, source, model)
     strength = _resolve_strength(request, mode, profile)
     steps = check_steps(request, strength, profile, engine)
     layout = _plan_layout(request, source, mask, profile, model, keeps_alpha=keeps_alpha)
@@ -215,13 +215,15 @@ def _check_mode(mode: str, profile: ModelProfile) -> None:
     raise UnsupportedParameter(f"model {profile.name!r} does not serve {mode}", param="model")
 
 
-def _resolve_keeps_alpha(request: ImageRequest, source: Pixels | None) -> bool:
+def _resolve_keeps_alpha(request: ImageRequest, source: Pixels | None, model: ModelSettings) -> bool:
     """Return whether a result gets the source's alpha. Raises InvalidValue when that is impossible."""
     if request.background != "transparent":
         return False
     if request.output_format == "jpeg":
         raise InvalidValue("background: transparent needs output_format png or webp", param="background")
     if source is None or not has_alpha(source):
+        if model.missing_alpha == "opaque":
+            return False
         raise InvalidValue(
             "background: transparent needs an image with an alpha channel; the model itself makes opaque pictures",
             param="background",

@@ -87,7 +87,7 @@ def test_bytes_of_a_stream(server: LiveServer, data: Path) -> None:
     ("fields", "files", "param"),
     [
         ({"stream": "true", "n": "0"}, True, "n"),
-        ({"stream": "true", "prompt": "red " * 60}, True, "prompt"),
+        ({"stream": "true", "prompt": "red " * 60, "truncate_prompt": "false"}, True, "prompt"),
         ({"stream": "true"}, False, "image"),
     ],
 )

@@ -104,6 +104,17 @@ def test_zero_steps_and_more_than_trained_steps_are_rejected() -> None:
     rejected(InvalidValue, "num_inference_steps", "1000", task="generation", num_inference_steps=1001)
 
 
+def test_operator_can_serve_an_opaque_result_where_there_is_no_alpha(blob: StoreBlob) -> None:
+    opaque = dataclasses.replace(MODEL, missing_alpha="opaque")
+    image = blob(png(noise(64, 64)))
+    for values in ({"images": (image,)}, {"task": "generation"}):
+        rejected(InvalidValue, "background", "needs an image with an alpha channel", background="transparent", **values)
+        found = prepared(model=opaque, background="transparent", **values)
+        assert (found.background, found.backdrop.keeps_alpha) == ("opaque", False)
+    kept = prepared(model=opaque, background="transparent", images=(blob(png(with_alpha(0))),))
+    assert kept.background == "transparent"
+
+
 def test_strength_zero_runs_no_step_and_gives_the_source(blob: StoreBlob) -> None:
     source = noise(64, 96)
     found = prepared(images=(blob(png(source)),), strength=0.0, partial_images=2)
