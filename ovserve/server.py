@@ -23,12 +23,13 @@ from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.errors import ModelError, StartupError
 from ovserve.fleet.supervisor import Supervisor
-from ovserve.front.keys import read_keys
+from ovserve.front.keys import read_admin_keys, read_keys
 from ovserve.front.listener import Listener
 from ovserve.logs import fields
 from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog, ServedModel, read_catalog
 from ovserve.models.profile import ModelProfile
+from ovserve.settings.access import parse_listen
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.file_pool import MAX_POOLED_FILES
 from ovserve.wire.local.launcher import LocalLauncher
@@ -45,6 +46,7 @@ STOP_TIMEOUT_S = 10.0  # for workers to exit once nothing is in flight
 # Enough for any thread count; some libraries iterate over all possible descriptors.
 MAX_DESCRIPTORS = 65536
 OWN_DESCRIPTORS = 128 + 2 * MAX_POOLED_FILES  # of the front end, its links, and the warm files
+ADMIN_CONNECTIONS = 32  # of the admin listener: an operator's tools and a few monitors
 # Socket, the upload's segment and its mapping, the request's segment, the job's eventfd. Each picture and preview adds
 # one.
 CONNECTION_DESCRIPTORS = 5
@@ -107,6 +109,10 @@ class Server:
             self._api = ImagesApi(settings, catalog, self._dispatcher, self.reload)
             _watch(self._api.metrics, self._spool, self._supervisor)
             self._listener = Listener(settings, self._api, self._spool)
+            self._listeners = [self._listener]
+            if admin := parse_listen(settings.admin_listen):
+                operators = dataclasses.replace(settings, max_connections=ADMIN_CONNECTIONS)
+                self._listeners.append(Listener(operators, self._api, self._spool, admin))
         except BaseException:
             self._spool.close()
             raise
@@ -114,7 +120,8 @@ class Server:
     def run(self) -> int:
         """Serve until a signal; return the exit code. Raises StartupError when no model can be served."""
         self._supervisor.start()
-        self._listener.start()
+        for listener in self._listeners:
+            listener.start()
         try:
             if not self._await_ready():
                 return 0
@@ -194,13 +201,17 @@ class Server:
                 systemd.notify_reloading()
             try:
                 settings = self._reread()
-                catalog, keys = read_catalog(settings), read_keys(settings)
+                catalog, keys, admin_keys = read_catalog(settings), read_keys(settings), read_admin_keys(settings)
                 self._supervisor.reload(settings, _profiles(catalog))
                 with self._serving:
                     self._api.configure(settings, self._api.catalog.announcing(catalog))
-                if self._listener.keys and not keys:
+                if self._listener.access.keys and not keys:
                     log.warning("no API key is configured any more: requests without a key are served")
-                self._listener.keys = keys
+                for listener in self._listeners:
+                    # Where it listens, and so what the rules protect, is fixed at start.
+                    listener.configure(
+                        dataclasses.replace(settings, admin_listen=self._settings.admin_listen), keys, admin_keys
+                    )
                 log.info("reloaded", extra=fields(models=", ".join(catalog.models), api_keys=len(keys)))
                 if fixed := _fixed(self._settings, settings):
                     log.warning("changed options that take effect at the next start: %s", ", ".join(fixed))
@@ -236,7 +247,8 @@ class Server:
         self._dispatcher.drain()
         self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S if not self._listener.active_exchanges else 0))
         self._dispatcher.close()
-        self._listener.stop(LAST_RESPONSES_S)  # also for requests that arrived after the last check
+        for listener in self._listeners:
+            listener.stop(LAST_RESPONSES_S)  # also for requests that arrived after the last check
         self._spool.close()
         left = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
         if left:
@@ -248,6 +260,7 @@ RELOADED = frozenset((
     "models", "default_model", "max_images", "max_image_pixels", "max_image_side_px", "default_timeout_s",
     "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
     "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "api_key", "api_key_file",
+    "admin_key", "admin_key_file", "allowed_hosts",
 ))  # fmt: skip
 
 
@@ -267,6 +280,8 @@ def _raise_descriptor_limit(settings: Settings) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     limit = max(limit, soft)
     needed = OWN_DESCRIPTORS + settings.overflow_connections + CONNECTION_DESCRIPTORS * settings.max_connections
+    if settings.admin_listen:
+        needed += settings.overflow_connections + ADMIN_CONNECTIONS * CONNECTION_DESCRIPTORS
     if limit < needed:
         log.warning(
             "max_connections may need more descriptors than this process is allowed",
