@@ -120,6 +120,7 @@ class Server:
     def run(self) -> int:
         """Serve until a signal; return the exit code. Raises StartupError when no model can be served."""
         self._supervisor.start()
+        self._api.store.start()
         for listener in self._listeners:
             listener.start()
         try:
@@ -249,6 +250,7 @@ class Server:
         self._dispatcher.close()
         for listener in self._listeners:
             listener.stop(LAST_RESPONSES_S)  # also for requests that arrived after the last check
+        self._api.store.close()
         self._spool.close()
         left = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
         if left:
