@@ -1,4 +1,4 @@
-"""Parse the options that say who may reach the server: origins, host names, addresses of proxies, the admin listener."""
+"""Parsers of the options for access: origins, host names, addresses of proxies, the admin listener."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def parse_networks(text: str | None) -> tuple[IPv4Network | IPv6Network, ...]:
 
 
 def parse_listen(text: str | None) -> ListenAddress | None:
-    """Parse `ADDRESS:PORT`, `[ADDRESS]:PORT` or the absolute path of a Unix socket; None for None. Raises ValueError."""
+    """Parse `ADDRESS:PORT`, `[ADDRESS]:PORT` or the absolute path of a Unix socket; None stays. Raises ValueError."""
     if text is None:
         return None
     path = text.removeprefix("unix:")

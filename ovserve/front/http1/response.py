@@ -37,7 +37,7 @@ class Responses:
 
     def __init__(self, settings: Settings) -> None:
         self._origins = OriginRule(settings)
-        # nosniff: a browser must not run a picture or a text as a script, whatever its bytes look like (Fetch standard).
+        # nosniff: a browser must not run a picture or a text as a script, whatever its bytes are (Fetch standard).
         constant = "Server: ovserve\r\nX-Content-Type-Options: nosniff\r\n"
         constant += f"Access-Control-Expose-Headers: {EXPOSED_FIELDS}\r\n"
         # The field holds only one origin: the request's own, if it is allowed (Fetch standard, CORS protocol).
