@@ -122,7 +122,9 @@ class LogLimit:
     def report(self) -> None:
         """Log how many lines have been suppressed since the last report, if any have."""
         with self._lock:
-            number, self._suppressed, self._timer = self._suppressed, 0, None
+            number, self._suppressed = self._suppressed, 0
+            if threading.current_thread() is self._timer:
+                self._timer = None
             logger, level = self._logger, self._level
         if number:
             values = fields(number=number, interval_s=self._interval_s)
@@ -134,6 +136,7 @@ class LogLimit:
         if timer is not None:
             timer.cancel()
             timer.join()
+            self._timer = None
         self.report()
 
     def _start_timer(self, delay_s: float) -> threading.Timer | None:

@@ -119,8 +119,8 @@ class Access:
             return
         self._refused.note(origin)
         raise Forbidden(
-            f"Requests of web pages of the origin {origin[:SHOWN_CHARS]!r} are refused. If the page is yours, add its "
-            "origin to the option allowed_origins."
+            f"Requests of web pages of the origin {origin[:SHOWN_CHARS]!r} are refused. If the page is yours, the "
+            "server's log names the option that allows it."
         )
 
     def _check_admin(self, request: Request, match: RouteMatch) -> None:

@@ -333,8 +333,6 @@ class Listener(ThreadingHTTPServer):
         self._accept_backlog()
         self.server_close()  # before any wait: it resets the connections that have entered the backlog meanwhile
         self._overflow.stop()
-        for limit in (self.rejections, self._exhaustion, self._refused_origins.limit):
-            limit.stop()
         with self._changed:
             threads = list(self._connections.values())
             for connection in self._connections:
@@ -349,6 +347,8 @@ class Listener(ThreadingHTTPServer):
         end = time.monotonic() + ABORT_TIMEOUT_S
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
+        for limit in (self.rejections, self._exhaustion, self._refused_origins.limit):
+            limit.stop()
         os.close(self._wakeup)
         if self._spare_fd >= 0:
             os.close(self._spare_fd)
