@@ -26,7 +26,8 @@ __all__ = ["Authority", "HostRule", "OriginRule", "is_loopback_host", "parse_hos
 
 # Names that container engines give to the machine that runs the container.
 MACHINE_NAMES = frozenset({"localhost", "host.docker.internal", "host.containers.internal"})
-MAX_ORIGIN_CHARS = 512  # a longer one is foreign: host names have at most 253 characters
+MAX_CHARS = 512  # of a Host or Origin field; a longer one is foreign: host names have at most 253 characters
+CACHED_VALUES = 256  # most clients of a server send the same few
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _authority = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[^\]]*)?\]|[A-Za-z0-9\-._~%]*)(?::([0-9]{0,5}))?")
 _origin = re.compile(r"([a-z][a-z0-9+.\-]*)://([^/?#@\s]*)", re.IGNORECASE)
@@ -67,7 +68,7 @@ def parse_host(text: str) -> Authority | None:
 
 def parse_origin(text: str) -> Origin | None:
     """Parse an Origin field; None for `null`, for a list of origins and for everything else that is malformed."""
-    match = _origin.fullmatch(text) if len(text) <= MAX_ORIGIN_CHARS else None
+    match = _origin.fullmatch(text) if len(text) <= MAX_CHARS else None
     authority = parse_host(match[2]) if match else None
     return Origin(match[1].lower(), authority) if match and authority else None
 
@@ -108,7 +109,7 @@ def _is_address(host: str) -> bool:
 
 
 class HostRule:
-    """Which values of Host are accepted. Thread-safe: immutable.
+    """Which values of Host are accepted. Thread-safe: immutable, except for a cache.
 
     Args:
         settings: `allowed_hosts` and `public_url`.
@@ -123,11 +124,15 @@ class HostRule:
             names.add((urlsplit(settings.public_url).hostname or "").removesuffix("."))
         self._names = frozenset(name for name in names if name and not name.startswith("*"))
         self._suffixes = (".localhost", *(name[1:] for name in given if name.startswith("*.")))
+        self._is_known = lru_cache(maxsize=CACHED_VALUES)(self._find)
 
     def allows(self, host: str | None) -> bool:
         """Return whether a request with this Host field is served. One without a host is not from a browser."""
         if not self.is_active or not host:
             return True
+        return len(host) <= MAX_CHARS and self._is_known(host)
+
+    def _find(self, host: str) -> bool:
         authority = parse_host(host)
         if authority is None:
             return False
@@ -146,12 +151,15 @@ class OriginRule:
         given = parse_origins(settings.allowed_origins)
         self.allows_all = given == ("*",)
         self._origins = frozenset(given)
-        self.is_listed = lru_cache(maxsize=256)(self._is_listed)
+        self._is_known = lru_cache(maxsize=CACHED_VALUES)(self._find)
 
-    def _is_listed(self, origin: str) -> bool:
+    def is_listed(self, origin: str) -> bool:
         """Return whether an origin is configured or loopback, so that its scripts may read responses (CORS)."""
+        return self.allows_all or (len(origin) <= MAX_CHARS and self._is_known(origin))
+
+    def _find(self, origin: str) -> bool:
         text = origin.lower()
-        if self.allows_all or text in self._origins:
+        if text in self._origins:
             return True
         parsed = parse_origin(text)
         if parsed is None:
