@@ -23,7 +23,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 
 from ovserve.api.exchange import Api
-from ovserve.errors import StartupError
+from ovserve.errors import StartupError, may_pass
 from ovserve.front.access import Access, RefusedOrigins
 from ovserve.front.handler import Connection
 from ovserve.front.http1.forwarded import TrustedProxies
@@ -102,7 +102,8 @@ class Listener(ThreadingHTTPServer):
         except (OSError, TypeError) as error:  # TypeError: a host that cannot be encoded as a name (IDNA)
             why = getattr(error, "strerror", None) or str(error)
             shown = self.host if self._is_socket else f"{address[0]} port {address[1]}"
-            raise StartupError(f"cannot listen on {shown}: {why}") from None
+            is_transient = isinstance(error, OSError) and may_pass(error)
+            raise StartupError(f"cannot listen on {shown}: {why}", is_transient=is_transient) from None
         self.port: int = 0 if self._is_socket else self.socket.getsockname()[1]
         try:
             self.configure(settings, read_keys(settings), read_admin_keys(settings))
