@@ -24,7 +24,8 @@ def check_parent(directory: Path) -> None:
     then nobody but its owner can remove or rename a folder.
 
     Raises:
-        OSError: they can, or the directory cannot be read.
+        PermissionError: with EPERM, they can.
+        OSError: the directory cannot be read.
     """
     mode = os.stat(directory).st_mode
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
@@ -40,7 +41,9 @@ def open_private(path: Path, *, create: bool = False) -> int:
         create: whether to create it, and its parents, if it does not exist.
 
     Raises:
-        OSError: it is not a folder, belongs to another user, cannot be made private, or its parent is unsafe.
+        PermissionError: with EPERM, it is a symbolic link, belongs to another user or cannot be made private, or its
+            parent is unsafe.
+        OSError: it cannot be opened or created.
     """
     try:
         descriptor = os.open(path, _FOLDER_FLAGS)
@@ -52,6 +55,10 @@ def open_private(path: Path, *, create: bool = False) -> int:
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
         descriptor = os.open(path, _FOLDER_FLAGS)
+    except NotADirectoryError:
+        if path.is_symlink():
+            raise PermissionError(errno.EPERM, "is a symbolic link", str(path)) from None
+        raise
     try:
         _make_private(descriptor, path)
     except BaseException:

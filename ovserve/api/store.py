@@ -143,11 +143,12 @@ class Store:
         if settings.store_dir and parent.exists() and not os.access(parent, os.W_OK):
             raise SettingsError(f"store_dir {parent}: not writable")
         try:
-            with contextlib.suppress(FileNotFoundError):
-                check_parent(parent)
-                os.close(open_private(self._directory))
+            check_parent(parent)
+            os.close(open_private(self._directory))
         except OSError as error:
-            raise SettingsError(f"store_dir {error.filename}: {error.strerror}") from None
+            if error.errno == errno.EPERM:
+                raise SettingsError(f"store_dir {error.filename}: {error.strerror}") from None
+            # It does not exist yet, or cannot be used now: `keep` tries again.
 
     def start(self) -> None:
         """Read the index in the background, and expire the pictures of earlier runs."""

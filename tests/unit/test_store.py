@@ -225,7 +225,7 @@ def test_parent_that_others_may_write_needs_the_sticky_bit(tmp_path: Path, mode:
 def test_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "pictures").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(SettingsError, match=r"store_dir .*/pictures: "):
+    with pytest.raises(SettingsError, match=r"store_dir .*/pictures: is a symbolic link"):
         Store(Settings(store_dir=tmp_path))
 
 
