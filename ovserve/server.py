@@ -323,9 +323,10 @@ def check_settings(settings: Settings) -> tuple[Catalog, int]:
         The models, and the number of API keys.
 
     Raises:
-        StartupError: a model's directory, the file with the API keys or the store's directory cannot be used.
+        StartupError: a model's directory, a file with keys or the store's directory cannot be used.
     """
     Store(settings)
+    read_admin_keys(settings)
     return read_catalog(settings), len(read_keys(settings))
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ovserve.errors import StartupError
 from ovserve.front.listener import Listener
@@ -20,6 +22,7 @@ from ovserve.wire.local.spool import Spool
 from tests.rawclient import RawClient, Response
 from tests.toyapi import ToyApi, serving
 
+PORTS: list[int] = []  # of the shared server
 FOREIGN = "Origin: https://evil.test\r\n"
 
 
@@ -29,6 +32,14 @@ def checking(**settings: Any) -> Iterator[RawClient]:
     settings.setdefault("allowed_hosts", None)
     with serving(**settings) as (listener, _), RawClient(listener.port) as client:
         yield client
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared() -> Iterator[None]:
+    """Serve for the property test, which cannot start a server for each example."""
+    with serving(allowed_hosts=None) as (listener, _):
+        PORTS[:] = [listener.port]
+        yield
 
 
 def ask(client: RawClient, path: str, fields: str = "", method: str = "GET", host: str = "127.0.0.1:8000") -> Response:
@@ -119,6 +130,23 @@ def test_star_allows_every_origin_and_the_list_its_own() -> None:
             answer = ask(client, "/describe", f"Origin: {origin}\r\n")
             assert (answer.status, answer.fields["access-control-allow-origin"]) == (200, origin)
         assert ask(client, "/describe", FOREIGN).status == 403
+
+
+field_text = st.text(st.characters(max_codepoint=255, exclude_categories=["Cc"]), max_size=60)
+
+
+@settings(max_examples=200)
+@given(field_text, field_text, field_text | st.sampled_from(["none", "same-origin", "same-site", "cross-site"]))
+def test_any_fields_get_a_documented_answer(host: str, origin: str, site: str) -> None:
+    head = f"GET /describe HTTP/1.1\r\nHost: {host}\r\nOrigin: {origin}\r\nSec-Fetch-Site: {site}\r\n"
+    head += "Connection: close\r\n\r\n"
+    with RawClient(PORTS[0]) as client:
+        answer = client.send(head.encode("latin-1")).read_response()
+    assert (answer.status, answer.json.get("error", {}).get("code")) in {
+        (200, None), (400, "malformed_request"), (403, "forbidden"), (421, "misdirected_request")
+    }  # fmt: skip
+    if answer.status != 200:
+        assert "access-control-allow-origin" not in answer.fields
 
 
 def test_sec_fetch_site_counts_only_without_origin() -> None:
