@@ -237,21 +237,25 @@ class Server:
     def _drain(self) -> None:
         """Reject new jobs and wait for those in flight, up to the grace period. A second signal ends the process."""
         self._dispatcher.drain()
-        self._listener.is_draining = True  # responses close their connections
+        for listener in self._listeners:
+            listener.is_draining = True  # responses close their connections
         systemd.notify_stopping()
         grace = Deadline.after(self._settings.grace_period_s)
-        while self._listener.active_exchanges and not grace.is_expired():
+        while self._active_exchanges() and not grace.is_expired():
             poll_s = POLL_S if self._dispatcher.in_flight() else REFUSING_POLL_S
             if _next_signal(poll_s) in ENDING_SIGNALS:
-                log.warning("second signal: aborting", extra=fields(in_flight=self._listener.active_exchanges))
+                log.warning("second signal: aborting", extra=fields(in_flight=self._active_exchanges()))
                 self._supervisor.stop(Deadline.after(0))
                 self._spool.close()
                 os._exit(1)
 
+    def _active_exchanges(self) -> int:
+        return sum(listener.active_exchanges for listener in self._listeners)
+
     def _stop(self) -> None:
         """Stop all parts. Jobs over the grace period get an error response before their connections are closed."""
         self._dispatcher.drain()
-        self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S if not self._listener.active_exchanges else 0))
+        self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S if not self._active_exchanges() else 0))
         self._dispatcher.close()
         for listener in self._listeners:
             listener.stop(LAST_RESPONSES_S)  # also for requests that arrived after the last check
