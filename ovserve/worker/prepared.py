@@ -8,6 +8,8 @@ Runs in: worker; `work` in the prepare thread, the rest in the finish thread. Th
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 
 from ovserve import __version__
@@ -18,7 +20,18 @@ from ovserve.pixels.masks import Seam
 from ovserve.settings.options import Resolution
 from ovserve.wire.request import ImageRequest
 
-__all__ = ["Backdrop", "PreparedRequest"]
+__all__ = ["Backdrop", "PreparedRequest", "on_one_line"]
+
+_LABELS = ("negative prompt:", "steps:")  # with which the second and the last line of the metadata begin
+_LINE_BREAKS = re.compile("[\\x85\\u2028\\u2029]")  # as str.splitlines and editors see them; JSON keeps these
+
+
+def on_one_line(text: str) -> str:
+    """Return a prompt as one line of the metadata: unchanged, or as a JSON string where it could be misread."""
+    start = text.lstrip()
+    if text.splitlines() in ([text], []) and not start.startswith('"') and not start.lower().startswith(_LABELS):
+        return text
+    return _LINE_BREAKS.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,7 +177,7 @@ class PreparedRequest:
     def _parameters(self, picture: int) -> str:
         """Return seed and settings in the form that common image tools read.
 
-        The prompt, the negative prompt, then one line of pairs.
+        The prompt, the negative prompt, then one line of pairs. A prompt cannot add a line, nor look like another.
         """
         request = self.request
         pairs: list[tuple[str, object]] = [
@@ -179,8 +192,8 @@ class PreparedRequest:
         if self.mode != "text2image":
             pairs.append(("Denoising strength", f"{self.strength:g}"))
         pairs.append(("Version", f"ovserve {__version__}"))
-        lines = [self.prompt]
+        lines = [on_one_line(self.prompt)]
         if self.negative_prompt:
-            lines.append(f"Negative prompt: {self.negative_prompt}")
+            lines.append(f"Negative prompt: {on_one_line(self.negative_prompt)}")
         lines.append(", ".join(f"{key}: {value}" for key, value in pairs))
         return "\n".join(lines)

@@ -313,7 +313,8 @@ def test_second_signal_stops_at_once(tmp_path: Path) -> None:
     with socket.create_connection(("127.0.0.1", live.port)) as slow:
         # A request whose body does not arrive stays in flight until its timeout.
         slow.sendall(
-            b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5\r\n\r\n"
+            b"POST /v1/images/edits HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 5\r\n\r\n"
         )
         live.fetch("/v2/health/live")
         live.signal(signal.SIGTERM)

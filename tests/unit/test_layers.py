@@ -14,7 +14,7 @@ import ovserve
 
 PACKAGE = Path(ovserve.__file__).parent
 # Every module may import these.
-FOUNDATIONS = {"errors", "deadline", "logs", "metrics", "systemd", "settings"}
+FOUNDATIONS = {"errors", "deadline", "folders", "logs", "metrics", "systemd", "settings"}
 
 # What each top-level module or package may import from ovserve, besides FOUNDATIONS and itself.
 MAY: dict[str, set[str]] = {
@@ -33,6 +33,7 @@ MAY: dict[str, set[str]] = {
     "models": set(),
     "web": set(),
     "errors": set(),
+    "folders": set(),
     "deadline": set(),
     "logs": set(),
     "metrics": {"errors"},
