@@ -36,6 +36,7 @@ from ovserve.engines.protocol import (
 from ovserve.engines.schedulers.schedulers import LIBRARY_SCHEDULERS
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
+from ovserve.models.families import LCM_SCHEDULER
 from ovserve.models.profile import ModelProfile
 from ovserve.models.steps import is_lcm, steps_run
 from ovserve.pixels.images import Pixels
@@ -58,8 +59,6 @@ _UNSUPPORTED_CONFIGS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "euler": lambda config: bool(config.get("use_karras_sigmas")),
     "euler_ancestral": lambda config: config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"),
 }
-_FAMILIES_WITH_SCHEDULER_CHOICE = ("stable-diffusion", "sdxl")
-_T5_TOKENIZERS = {"sd3": "tokenizer_3", "flux": "tokenizer_2"}  # T5 reads the whole prompt
 _NO_GUIDANCE = 1.0
 _MAX_FAILED_SIZES = 64  # bounds the list; a size that drops out of it costs one more rebuild
 
@@ -83,9 +82,10 @@ class GenaiEngine:
         self._failed_sizes: list[tuple[int, int]] = []  # width, height at which a network has failed
         self._beat: Callable[[str], None] = lambda _phase: None
         clip = profile.directory / "tokenizer"
-        main = profile.directory / _T5_TOKENIZERS[profile.family] if has_t5(profile) else clip
+        t5 = profile.traits.t5 if has_t5(profile) else None
+        main = profile.directory / t5.tokenizer if t5 is not None else clip
         self._tokenizer = _Tokenizer(main if main.is_dir() else clip, profile.prompt_tokens)
-        self._clip_tokenizer = _Tokenizer(clip, CLIP_WINDOW) if has_t5(profile) else self._tokenizer
+        self._clip_tokenizer = _Tokenizer(clip, CLIP_WINDOW) if t5 is not None else self._tokenizer
 
     # --- loading ---
 
@@ -149,7 +149,7 @@ class GenaiEngine:
         have, a SIGSEGV.
         """
         offered = {self._own_name} - {""}
-        if self._profile.family in _FAMILIES_WITH_SCHEDULER_CHOICE and self._own_name != "lcm":
+        if self._profile.traits.takes_schedulers and self._own_name != LCM_SCHEDULER:
             config = json.loads(self._scheduler_config.read_text("utf-8"))
             for name in _SCHEDULERS:
                 try:

@@ -254,13 +254,13 @@ def _check_fixed_values(profile: ModelProfile, request: Work | ImageRequest) -> 
     Raises:
         InvalidValue: the request needs another value.
     """
-    if profile.family in ("sd3", "flux") and request.max_sequence_length not in (0, profile.prompt_tokens):
+    if profile.traits.t5 is not None and request.max_sequence_length not in (0, profile.prompt_tokens):
         raise InvalidValue(
             f"max_sequence_length is {request.max_sequence_length}; this model allows only {profile.prompt_tokens}",
             param="max_sequence_length",
         )
     guided = profile.defaults.guidance_scale > 1
-    if profile.family == "sd3" and (request.guidance_scale > 1) != guided:
+    if profile.traits.fixes_guidance and (request.guidance_scale > 1) != guided:
         bound = "above 1, because it was loaded with guidance" if guided else "at most 1, because it was loaded without"
         raise InvalidValue(
             f"guidance_scale is {request.guidance_scale:g}; for this model it must be {bound}", param="guidance_scale"
@@ -273,21 +273,20 @@ def clip_only_fields(profile: ModelProfile, request: Work | ImageRequest) -> fro
     Each CLIP encoder reads its own prompt, and T5 the last one; an encoder for which none was given reads the
     first (Esser et al. 2024, arXiv:2403.03206, section 5; FLUX the same with one CLIP encoder).
     """
-    if not has_t5(profile):
+    t5 = profile.traits.t5
+    if t5 is None or not has_t5(profile):
         return frozenset()
-    if profile.family == "flux":
-        return frozenset({"prompt"} if request.prompt_2 else ())
-    alone = {"prompt_2", "negative_prompt_2"}
-    if request.prompt_3:
-        alone.add("prompt")
-    if request.negative_prompt_3:
-        alone.add("negative_prompt")
+    alone = set()
+    for name in ("prompt", "negative_prompt") if profile.traits.takes_negative_prompt else ("prompt",):
+        alone |= {f"{name}_{number}" for number in range(2, t5.number)}
+        if getattr(request, f"{name}_{t5.number}"):
+            alone.add(name)
     return frozenset(alone)
 
 
 def has_t5(profile: ModelProfile) -> bool:
     """Return whether a T5 encoder reads the whole prompt, while CLIP's encoders read CLIP_WINDOW tokens of it."""
-    return profile.family in ("sd3", "flux") and profile.prompt_tokens > CLIP_WINDOW
+    return profile.traits.t5 is not None and profile.prompt_tokens > CLIP_WINDOW
 
 
 def truncate_to_window(prompt: str, count_tokens: Callable[[str], int], window: int) -> str:

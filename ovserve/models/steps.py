@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 
+from ovserve.models.families import LCM_SCHEDULER
 from ovserve.models.profile import ModelProfile
 
 __all__ = ["is_lcm", "min_steps_for", "min_strength_for", "steps_run"]
@@ -45,4 +46,4 @@ def is_lcm(profile: ModelProfile, scheduler: str) -> bool:
 
     LCM takes its steps from the part of a longer schedule that strength leaves: all of them run, or none.
     """
-    return (scheduler or profile.scheduling.name.lower()) == "lcm"
+    return (scheduler or profile.scheduling.name.lower()) == LCM_SCHEDULER

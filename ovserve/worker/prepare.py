@@ -248,8 +248,7 @@ def check_steps(request: ImageRequest, mode: str, strength: float, profile: Mode
             f"the smallest strength that works is {min_strength_for(count):g}",
             param="strength",
         )
-    if mode != "text2image" and profile.family in ("sd3", "flux"):
-        # Flow matching cuts the number of steps that are left out to an integer: the number that runs is rounded up.
+    if mode != "text2image" and profile.traits.rounds_steps_up:
         return count - int(np.float32(count) - np.float32(count) * np.float32(strength))
     is_pndm = (request.scheduler or profile.scheduling.name.lower()) == "pndm"
     # PNDM takes its second step twice (arXiv:2202.09778, as diffusers has it).

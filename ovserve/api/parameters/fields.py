@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ovserve.models.families import LCM_SCHEDULER
 from ovserve.models.profile import ModelProfile
 
 __all__ = [
@@ -30,7 +31,7 @@ ENDPOINTS = (EDIT, GENERATION, VARIATION)
 _EVERY = frozenset(ENDPOINTS)
 _WITH_IMAGE = frozenset((EDIT, VARIATION))
 
-SCHEDULERS = ("ddim", "pndm", "euler", "euler_ancestral", "lcm", "dpmpp_2m", "dpmpp_2m_karras", "unipc")
+SCHEDULERS = ("ddim", "pndm", "euler", "euler_ancestral", LCM_SCHEDULER, "dpmpp_2m", "dpmpp_2m_karras", "unipc")
 FLOAT32_MAX = 3.4028234663852886e38
 
 
@@ -75,7 +76,7 @@ def _has_encoders(count: int) -> Callable[[ModelProfile], bool]:
 
 
 def _has_t5(profile: ModelProfile) -> bool:
-    return profile.family in ("sd3", "flux")
+    return profile.traits.t5 is not None
 
 
 def _unsupported(name: str, kind: str, text: str) -> Field:
