@@ -69,7 +69,7 @@ class Watched(Components):
 
         self.requests = [
             Requests(
-                unet=watched("unet", each.unet),
+                denoiser=watched("unet", each.denoiser),
                 text_encoders=tuple(watched("text_encoder", request) for request in each.text_encoders),
                 vae_encoder=watched("vae_encoder", each.vae_encoder),
                 vae_decoder=watched("vae_decoder", each.vae_decoder),

@@ -1,4 +1,4 @@
-"""The Engine protocol, the choice of a model's engine, and the checks of a request that depend on the engine.
+"""The Engine protocol, and the checks of a request that depend on the engine.
 
 One thread, the device thread, drives an engine in turns. A turn is one bounded amount of work: one UNet call for every
 row in flight (`stepwise`), or one whole picture (`genai`). Between turns the device loop sends heartbeats, admits new
@@ -17,10 +17,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ovserve.errors import ApiError, InvalidValue, ModelError
+from ovserve.errors import ApiError, InvalidValue
 from ovserve.models.profile import ModelProfile
 from ovserve.models.steps import is_lcm
-from ovserve.settings.options import ModelSettings
 from ovserve.wire.request import ImageRequest
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "Preview",
     "Work",
     "check_served",
-    "choose_engine",
     "clip_only_fields",
     "has_t5",
     "runs_extra_step",
@@ -150,32 +148,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the device."""
-
-
-# Families whose denoiser is a UNet, which `stepwise` can drive.
-STEPWISE_FAMILIES = frozenset({"stable-diffusion", "lcm", "sdxl"})
-
-
-def choose_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[str, str]:
-    """Return the name of the engine for a model, and the reason for the log.
-
-    Raises:
-        ModelError: the configured engine cannot serve this model.
-    """
-    if settings.engine == "stepwise":
-        if profile.family not in STEPWISE_FAMILIES:
-            raise ModelError(
-                f"model {profile.name}: engine stepwise does not serve family {profile.family}, "
-                f"only {', '.join(sorted(STEPWISE_FAMILIES))}; set engine to genai or auto"
-            )
-        return "stepwise", "configured"
-    if settings.engine == "genai":
-        return "genai", "configured"
-    if profile.family not in STEPWISE_FAMILIES:
-        return "genai", f"stepwise does not serve family {profile.family}"
-    if "NPU" in settings.device:
-        return "genai", "an NPU requires static shapes"
-    return "stepwise", "same bits as genai for this family, and pictures share its calls"
 
 
 def warm_up_work(profile: ModelProfile, *, num_inference_steps: int) -> Work:

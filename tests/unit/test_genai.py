@@ -11,8 +11,9 @@ import openvino_genai as og
 import pytest
 from numpy.typing import NDArray
 
+from ovserve.engines.families.lookup import DRIVEN_FAMILIES
 from ovserve.engines.genai import GenaiEngine, generation_options
-from ovserve.engines.protocol import STEPWISE_FAMILIES, Work
+from ovserve.engines.protocol import Work
 from ovserve.errors import InternalError, InvalidValue, ModelError
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings
@@ -59,7 +60,7 @@ class Loaded:
 
     @property
     def is_unet(self) -> bool:
-        return self.profile.family in STEPWISE_FAMILIES
+        return self.profile.family in DRIVEN_FAMILIES
 
     def make(self, mode: str, **values: Any) -> NDArray[np.uint8]:
         piece = work(mode, **values)

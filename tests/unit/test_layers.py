@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import ovserve
+from ovserve.models.families import FAMILIES
 
 PACKAGE = Path(ovserve.__file__).parent
 FOUNDATIONS = {
@@ -53,7 +54,8 @@ INSIDE: dict[str, set[str]] = {
     "front.forms": {"front.http1"},
     "wire.local": {"wire.blobs", "wire.codec", "wire.messages"},
     "engines.schedulers": set(),
-    "engines.stepwise": {"engines.protocol", "engines.schedulers"},
+    "engines.families": {"engines.protocol", "engines.schedulers"},
+    "engines.stepwise": {"engines.protocol", "engines.schedulers", "engines.families"},
 }
 # The only places that may import these packages.
 ONLY: dict[str, tuple[str, ...]] = {
@@ -65,6 +67,8 @@ ONLY: dict[str, tuple[str, ...]] = {
     "http": ("front",),
     "socketserver": ("front",),
 }
+# The only places that may contain the name of a model family.
+FAMILY_MODULES = ("models.families", "engines.families")
 
 
 def modules() -> dict[str, ast.Module]:
@@ -130,6 +134,13 @@ def test_arrays_decoders_and_openvino_stay_in_their_places(name: str) -> None:
     for target in imports(MODULES[name]):
         places = ONLY.get(target.partition(".")[0])
         assert places is None or lies_in(name, places), f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_only_the_table_and_the_family_modules_name_a_family(name: str) -> None:
+    if not lies_in(name, FAMILY_MODULES):
+        named = [node for node in ast.walk(MODULES[name]) if isinstance(node, ast.Constant) and node.value in FAMILIES]
+        assert not named, f"{name}:{named[0].lineno} names family {named[0].value}"
 
 
 def test_every_package_has_its_arrows() -> None:

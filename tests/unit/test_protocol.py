@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from ovserve.engines.protocol import check_served, choose_engine, runs_extra_step, truncate_to_window
+from ovserve.engines.choice import choose_engine
+from ovserve.engines.protocol import check_served, runs_extra_step, truncate_to_window
 from ovserve.errors import InvalidValue, ModelError
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.models.steps import is_lcm

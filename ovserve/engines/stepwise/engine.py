@@ -18,22 +18,21 @@ Runs in: the device thread; calls run in slot threads (`slots`), previews in the
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ovserve.engines.protocol import STEPWISE_FAMILIES, Outcome, Pixels, Work, warm_up_work
+from ovserve.engines.families.protocol import DenoiserRow, Feed
+from ovserve.engines.protocol import Outcome, Pixels, Work, warm_up_work
 from ovserve.engines.schedulers.noise import Array, read_scheduler_config
-from ovserve.engines.schedulers.schedulers import SCHEDULERS, Plan, Scheduler, scheduler_name
+from ovserve.engines.schedulers.schedulers import Plan, Scheduler
 from ovserve.engines.stepwise.batching import Batcher, Call, Row
-from ovserve.engines.stepwise.compiled import Components, Requests, run_decoder, run_encoder, run_unet
+from ovserve.engines.stepwise.compiled import Components, Requests, run_decoder, run_encoder
 from ovserve.engines.stepwise.encoding import Encoding
 from ovserve.engines.stepwise.picture import Picture, Start
 from ovserve.engines.stepwise.previews import Previews, choose_shrink
@@ -118,34 +117,22 @@ class StepwiseEngine:
 
     def _load(self, beat: Callable[[str], None]) -> None:
         profile = self._profile
-        if profile.family not in STEPWISE_FAMILIES:
-            raise ModelError(
-                f"model {profile.name}: engine stepwise does not serve family {profile.family}, "
-                f"only {', '.join(sorted(STEPWISE_FAMILIES))}; set engine to genai or auto"
-            )
         self._components.read()
+        self._family = self._components.family
         beat("load")
         _check_presets(profile)
         document = read_scheduler_config(profile.directory)
-        own = scheduler_name(document, profile.scheduling.name)
-        self._schedulers = _available_schedulers(own, document, is_lcm=bool(self._components.time_cond_dim))
+        own, self._schedulers = self._family.schedulers(document, profile.scheduling.name)
         self._schedulers[""] = self._schedulers[own]
         self.schedulers = frozenset(self._schedulers) - {""}
-        self._prompts = PromptEncoder(profile, self._components.time_cond_dim, _forces_zeros(profile))
-        self._timestep_type = self._components.feeds.types["timestep"]
+        self._prompts = PromptEncoder(profile, self._family)
         self._tuning = tune(self._components, beat)
         self._components.compile(self._tuning.layout, beat)
         self._components.release_sources()
         self._encoding = Encoding(self._components, self._prompts)
         self._slots: Slots[Call] = Slots(self._components.requests)
         self._closing.callback(self._slots.close)
-        self._batcher = Batcher(
-            self._ready,
-            self._tuning,
-            profile.native,
-            self._slots.count,
-            timestep_per_row=self._components.timestep_per_row,
-        )
+        self._batcher = Batcher(self._ready, self._tuning, profile.native, self._slots.count, self._sharing_key)
         self.capacity = self._tuning.capacity
         layout = self._tuning.layout
         self.tuned = {"streams": layout.streams, "threads": layout.threads, "max_batch": self._tuning.rows // 2}
@@ -197,14 +184,14 @@ class StepwiseEngine:
     def admit(self, work: Work) -> None:
         """Add a picture, which is encoded at once if a slot is free. An error ends it at the next turn."""
         try:
-            picture = Picture(work, self._plan(work), is_solo=work.alone, shortcuts=parse_shortcuts(work.shortcuts))
+            plan, shortcuts = self._plan(work), parse_shortcuts(work.shortcuts)
         except ApiError as error:
             self._outcomes.append(Outcome(work, error=error))
             return
         except ValueError as error:
             self._outcomes.append(Outcome(work, error=InternalError(f"shortcuts is {work.shortcuts!r}: {error}")))
             return
-        self._encodes.append(picture)
+        self._encodes.append(Picture(work, plan, self._family.guidance, is_solo=work.alone, shortcuts=shortcuts))
         self._fill_slots()
 
     def _plan(self, work: Work) -> Plan:
@@ -285,21 +272,20 @@ class StepwiseEngine:
 
     def _start_rows(self, rows: list[Row]) -> None:
         feed = self._feed(rows)
-        self._start(Call("denoise", tuple(rows)), lambda requests: run_unet(requests.unet, feed))
+        self._start(Call("denoise", tuple(rows)), lambda requests: self._family.run(requests.denoiser, feed))
 
-    def _feed(self, rows: list[Row]) -> dict[str, NDArray[Any]]:
+    def _feed(self, rows: list[Row]) -> Feed:
         samples = {row.picture: row.picture.sample() for row in rows}
-        parts: dict[str, list[Array]] = {name: [] for name in self._components.inputs - {"sample", "timestep"}}
-        for row in rows:
-            for name, values in parts.items():
-                values.append(row.picture.ready.conditions.arrays[name][row.condition])
-        feed: dict[str, NDArray[Any]] = {name: np.stack(values) for name, values in parts.items()}
-        feed["sample"] = np.concatenate([samples[row.picture] for row in rows])
-        timesteps = [row.picture.timestep for row in rows]
-        feed["timestep"] = np.array(
-            timesteps if self._components.timestep_per_row else timesteps[:1], self._timestep_type
-        )
-        return feed
+        denoised = [
+            DenoiserRow(samples[row.picture], row.picture.timestep, row.picture.ready.conditions, row.condition)
+            for row in rows
+        ]
+        components = self._components
+        return self._family.feed(denoised, components.types, timestep_per_row=components.timestep_per_row)
+
+    def _sharing_key(self, picture: Picture) -> Hashable:
+        per_row = self._components.timestep_per_row
+        return self._family.sharing_key(picture.latents, picture.timestep, timestep_per_row=per_row)
 
     def _start(self, call: Call, run: Callable[[Requests], object]) -> None:
         self._calls.append(call)
@@ -382,23 +368,12 @@ class StepwiseEngine:
         if requests.vae_encoder is not None:
             run_encoder(requests.vae_encoder, np.zeros((1, 3, size.height, size.width), np.float32))
         feed = self._components.feeds.of(2, timestep_per_row=self._components.timestep_per_row)
-        run_unet(requests.unet, feed)
+        self._family.run(requests.denoiser, feed)
         run_decoder(requests.vae_decoder, latents)
 
 
 def _call_of_one(kind: str, picture: Picture) -> Call:
     return Call(kind, (Row(picture, 0, picture.index),))
-
-
-def _available_schedulers(own: str, document: Mapping[str, Any], *, is_lcm: bool) -> dict[str, Scheduler]:
-    """Return the model's own scheduler and those that support its configuration; only its own for an LCM model."""
-    offered = {own: Scheduler(own, document)}
-    for name in () if is_lcm else sorted(SCHEDULERS - {own}):
-        try:
-            offered[name] = Scheduler(name, document)
-        except ModelError as error:
-            log.debug("scheduler %s is not available: %s", name, error)
-    return offered
 
 
 def _check_presets(profile: ModelProfile) -> None:
@@ -412,18 +387,3 @@ def _check_presets(profile: ModelProfile) -> None:
             parse_shortcuts(str(preset.get("shortcuts", "")))
         except ValueError as error:
             raise ModelError(f"model {profile.name}: preset {quality}: shortcuts: {error}") from None
-
-
-def _forces_zeros(profile: ModelProfile) -> bool:
-    """Return whether SDXL uses zeros for a missing negative prompt, and not the embedding of an empty text.
-
-    Reads model_index.json as the library does.
-
-    Raises:
-        ModelError: the file cannot be read.
-    """
-    try:
-        document = json.loads((profile.directory / "model_index.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{profile.directory}: model_index.json cannot be read: {error}") from None
-    return bool(document.get("force_zeros_for_empty_prompt", True))

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ovserve.engines.families.protocol import Conditions, Guidance
 from ovserve.engines.protocol import Work
 from ovserve.engines.schedulers.noise import Array, f32
 from ovserve.engines.schedulers.schedulers import History, Plan
-from ovserve.engines.stepwise.prompts import Conditions
 from ovserve.engines.stepwise.shortcuts import EXACT, Shortcuts
 
 __all__ = ["Blend", "Draw", "Picture", "Start", "latent_mask"]
@@ -72,7 +72,8 @@ class Picture:
     Attributes:
         index: steps done.
         predictions: of the rows of the step in flight, by condition, as their calls end.
-        difference: prediction with the prompt minus prediction without, when both rows were last computed.
+        guidance: how the guidance scale acts.
+        difference: what guidance kept of the predictions when both rows were last computed.
         overtakes: steps of shorter pictures since its own last step.
         is_solo: it shares no call.
         is_ended: it failed; results of its calls in flight are dropped.
@@ -80,6 +81,7 @@ class Picture:
 
     work: Work
     plan: Plan
+    guidance: Guidance
     start: Start | None = None
     index: int = 0
     latents: Array = field(default_factory=lambda: np.zeros((1, 1, 1, 1), f32))
@@ -154,16 +156,14 @@ class Picture:
         self.decoded = self.latents if found.decoded is None else found.decoded
 
     def _guided(self) -> Array:
-        """Return the prediction after guidance: arXiv:2207.12598, equation 6, in the form u + g (c - u)."""
-        rows, scale = self.predictions, f32(self.work.guidance_scale)
+        """Return the prediction after guidance, with the difference of an earlier step if only one row was computed."""
+        rows, scale = self.predictions, self.work.guidance_scale
         if len(rows) == 2:
-            self.difference = rows[1] - rows[0]
-            guided: Array = rows[0] + scale * self.difference
+            guided, self.difference = self.guidance.combine(rows[0], rows[1], scale)
             return guided
         (prediction,) = rows.values()
         if self.difference is not None and self.shortcuts.is_guided(self.index, self.steps):
-            # The same with the difference of an earlier step: u = c - (c - u).
-            return prediction + (scale - f32(1)) * self.difference
+            return self.guidance.reuse(prediction, self.difference, scale)
         return prediction
 
 
