@@ -24,11 +24,12 @@ import numpy as np
 import openvino as ov
 import openvino_genai as og
 
+from ovserve.engines.checks import check_fixed_values, check_scheduler, check_step_count, check_step_spacing
 from ovserve.engines.protocol import (
     CLIP_WINDOW,
+    Features,
     Outcome,
     Work,
-    check_served,
     has_t5,
     truncate_to_window,
     warm_up_work,
@@ -41,6 +42,7 @@ from ovserve.models.profile import ModelProfile
 from ovserve.models.steps import is_lcm, steps_run
 from ovserve.pixels.images import Pixels
 from ovserve.settings.options import ModelSettings
+from ovserve.wire.request import ImageRequest
 
 __all__ = ["GenaiEngine", "generation_options"]
 
@@ -70,7 +72,7 @@ class GenaiEngine:
     capacity = 1
 
     def __init__(self, profile: ModelProfile, settings: ModelSettings) -> None:
-        self.schedulers: frozenset[str] = frozenset()
+        self.features = Features(profile.tasks)
         self.tuned: dict[str, int] = {}
         self._profile = profile
         self._settings = settings
@@ -127,7 +129,7 @@ class GenaiEngine:
         for pipeline in self._pipelines.values():
             # A derived FLUX or SD3 pipeline has no scheduler, and generate() without one is a SIGSEGV.
             pipeline.set_scheduler(self._own_scheduler)
-        self.schedulers = self._offered_schedulers()
+        self.features = Features(self._profile.tasks, self._offered_schedulers())
 
     def _properties(self, devices: list[str]) -> dict[str, Any]:
         settings = self._settings
@@ -175,7 +177,18 @@ class GenaiEngine:
             raise ModelError(f"model {self._profile.name}: the warm-up pass returned no picture")
         log.debug("warm-up pass took %.2f s", time.monotonic() - started)
 
-    # --- prompts ---
+    # --- requests ---
+
+    def check(self, request: Work | ImageRequest) -> None:
+        """Check the scheduler, and the values with which the library fails or ends the process. Thread-safe.
+
+        Raises:
+            InvalidValue: the request has one of them.
+        """
+        check_scheduler(request, self.features.schedulers)
+        check_step_count(request, self._profile)  # zero steps: SIGFPE
+        check_step_spacing(request, self._profile)
+        check_fixed_values(request, self._profile)
 
     def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
         """Count all tokens of a prompt, special tokens included. Runs in: the prepare thread."""
@@ -269,7 +282,7 @@ class GenaiEngine:
             InvalidValue: this model cannot do the work.
             InternalError: the working size was chosen wrongly.
         """
-        check_served(self.name, self._profile, work)  # zero steps: SIGFPE
+        self.check(work)
         if not 0 <= work.strength <= 1:
             raise InvalidValue(f"strength is {work.strength:g}; it must be within 0 to 1", param="strength")
         if is_lcm(self._profile, work.scheduler):  # too few timesteps for the steps: SIGSEGV
@@ -282,11 +295,6 @@ class GenaiEngine:
             raise InvalidValue(
                 f"strength is {work.strength:g}, which leaves too few of {work.num_inference_steps} steps; raise it",
                 param="strength",
-            )
-        if work.scheduler and work.scheduler not in self.schedulers:
-            raise InvalidValue(
-                f"scheduler is {work.scheduler!r}; this model allows {', '.join(sorted(self.schedulers)) or 'none'}",
-                param="scheduler",
             )
         if work.mode not in self._pipelines:
             raise InvalidValue(f"this model does not serve {work.mode}", param="model")

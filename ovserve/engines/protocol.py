@@ -1,4 +1,4 @@
-"""The Engine protocol, and the checks of a request that depend on the engine.
+"""The Engine protocol: what an engine can do, and what it does.
 
 One thread, the device thread, drives an engine in turns. A turn is one bounded amount of work: one UNet call for every
 row in flight (`stepwise`), or one whole picture (`genai`). Between turns the device loop sends heartbeats, admits new
@@ -17,21 +17,19 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ovserve.errors import ApiError, InvalidValue
+from ovserve.errors import ApiError
 from ovserve.models.profile import ModelProfile
-from ovserve.models.steps import is_lcm
 from ovserve.wire.request import ImageRequest
 
 __all__ = [
     "CLIP_WINDOW",
     "Engine",
+    "Features",
     "Outcome",
     "Preview",
     "Work",
-    "check_served",
     "clip_only_fields",
     "has_t5",
-    "runs_extra_step",
     "truncate_to_window",
     "warm_up_work",
 ]
@@ -105,12 +103,30 @@ class Outcome:
     error: ApiError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What an engine can do with its model. Each of these is read by code that is the same for all engines.
+
+    Attributes:
+        tasks: those of text2image, image2image, inpainting that it serves.
+        schedulers: names that a request may choose; known after `load`.
+        previews: it estimates the final picture during the steps.
+    """
+
+    tasks: frozenset[str]
+    schedulers: frozenset[str] = frozenset()
+    previews: bool = False
+
+
 class Engine(Protocol):
-    """An engine denoises pictures. All methods but `count_tokens` and `cut_prompt` run in the device thread."""
+    """An engine denoises pictures. Runs in: the device thread.
+
+    `check`, `count_tokens` and `cut_prompt` are thread-safe and run in the prepare thread too.
+    """
 
     name: str  # genai or stepwise
     capacity: int  # pictures in flight at once; known after `load`
-    schedulers: frozenset[str]  # names that a request may choose
+    features: Features
     tuned: dict[str, int]  # options that `load` chose by measuring; the next incarnation must use the same
 
     def load(self, beat: Callable[[str], None]) -> None:
@@ -123,8 +139,16 @@ class Engine(Protocol):
             ModelError: the model cannot be loaded.
         """
 
+    def check(self, request: Work | ImageRequest) -> None:
+        """Check that this engine can do what a request asks of its model, as far as that depends on the engine.
+
+        Raises:
+            InvalidValue: it cannot; names the field.
+            InternalError: a preset of the model asks for something that the engine does not have.
+        """
+
     def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
-        """Count all tokens of a prompt, special tokens included. Thread-safe; runs in the prepare thread.
+        """Count all tokens of a prompt, special tokens included.
 
         Args:
             prompt: the text.
@@ -172,71 +196,6 @@ def warm_up_work(profile: ModelProfile, *, num_inference_steps: int) -> Work:
         initial_image=np.full((size.height, size.width, 3), 127, np.uint8) if with_mask else None,
         mask_image=np.full((size.height, size.width), 255, np.uint8) if with_mask else None,
     )
-
-
-def runs_extra_step(num_inference_steps: int, num_train_timesteps: int) -> bool:
-    """Return whether openvino_genai, at `timestep_spacing: trailing`, runs one step too many, at a timestep below zero.
-
-    Its loop counts down in float32 from the number of training timesteps while above zero. For some step counts (9, 11,
-    12, 18, ..., measured) the last subtraction leaves a positive remainder, and the extra step destroys the picture.
-    """
-    rest, step = np.float32(num_train_timesteps), np.float32(num_train_timesteps) / np.float32(num_inference_steps)
-    for _ in range(num_inference_steps):
-        rest = np.float32(rest - step)
-    return bool(rest > 0)
-
-
-def check_served(engine: str, profile: ModelProfile, request: Work | ImageRequest) -> None:
-    """Check the step count and the other values that this engine cannot always run for this model.
-
-    Raises:
-        InvalidValue: the engine cannot run one of them.
-    """
-    scheduling = profile.scheduling
-    steps, train = request.num_inference_steps, scheduling.num_train_timesteps
-    if steps < 1:
-        raise InvalidValue(f"num_inference_steps is {steps}; it must be at least 1", param="num_inference_steps")
-    if steps > train:
-        raise InvalidValue(
-            f"num_inference_steps is {steps}; it must be at most {train}, the timesteps the model was trained with",
-            param="num_inference_steps",
-        )
-    if engine != "genai":
-        return
-    if (
-        scheduling.timestep_spacing == "trailing"
-        and not is_lcm(profile, request.scheduler)
-        and runs_extra_step(steps, train)
-    ):
-        near = sorted(
-            (count for count in range(1, 2 * steps + 2) if not runs_extra_step(count, train)),
-            key=lambda count: abs(count - steps),
-        )
-        raise InvalidValue(
-            f"num_inference_steps is {steps}, which this model's timestep spacing does not allow; "
-            f"use {' or '.join(str(count) for count in sorted(near[:2]))}",
-            param="num_inference_steps",
-        )
-    _check_fixed_values(profile, request)
-
-
-def _check_fixed_values(profile: ModelProfile, request: Work | ImageRequest) -> None:
-    """Check the values that the library fixes with its first picture: that of the warm-up, with the model's defaults.
-
-    Raises:
-        InvalidValue: the request needs another value.
-    """
-    if profile.traits.t5 is not None and request.max_sequence_length not in (0, profile.prompt_tokens):
-        raise InvalidValue(
-            f"max_sequence_length is {request.max_sequence_length}; this model allows only {profile.prompt_tokens}",
-            param="max_sequence_length",
-        )
-    guided = profile.defaults.guidance_scale > 1
-    if profile.traits.fixes_guidance and (request.guidance_scale > 1) != guided:
-        bound = "above 1, because it was loaded with guidance" if guided else "at most 1, because it was loaded without"
-        raise InvalidValue(
-            f"guidance_scale is {request.guidance_scale:g}; for this model it must be {bound}", param="guidance_scale"
-        )
 
 
 def clip_only_fields(profile: ModelProfile, request: Work | ImageRequest) -> frozenset[str]:

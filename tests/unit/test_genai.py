@@ -124,12 +124,11 @@ def test_every_mode_makes_a_picture_of_the_requested_size(loaded: Loaded) -> Non
 
 
 def test_the_announced_number_of_steps_is_run(loaded: Loaded) -> None:
-    profile, engine = loaded.profile, loaded.engine
     for mode in modes(loaded):
         for count, strength in ((5, 0.5), (4, 1.0)):
             strength = 1.0 if mode == "text2image" else strength  # noqa: PLW2901
             request = ImageRequest(task="edit", prompt="", num_inference_steps=count, guidance_scale=3.0)
-            announced = check_steps(request, mode, strength, profile, engine)
+            announced = check_steps(request, mode, strength, loaded.profile)
             assert loaded.steps_reported(mode, num_inference_steps=count, strength=strength) == {announced}
 
 
@@ -165,14 +164,14 @@ def test_negative_prompt_changes_the_picture_where_the_model_takes_one(loaded: L
 def test_offered_schedulers_work_and_do_not_change_the_models_own(loaded: Loaded) -> None:
     mode = modes(loaded)[0]
     before = loaded.make(mode)
-    assert bool(loaded.engine.schedulers) == loaded.is_unet
-    for name in sorted(loaded.engine.schedulers):
+    assert bool(loaded.engine.features.schedulers) == loaded.is_unet
+    for name in sorted(loaded.engine.features.schedulers):
         assert loaded.make(mode, scheduler=name).shape == (64, 64, 3)
         assert np.array_equal(loaded.make(mode), before)
 
 
 def test_lcm_offers_only_its_own_scheduler() -> None:
-    assert Loaded("lcm").engine.schedulers == {"lcm"}
+    assert Loaded("lcm").engine.features.schedulers == {"lcm"}
 
 
 def test_values_that_must_not_reach_the_library_are_rejected(loaded: Loaded) -> None:

@@ -55,7 +55,7 @@ INSIDE: dict[str, set[str]] = {
     "wire.local": {"wire.blobs", "wire.codec", "wire.messages"},
     "engines.schedulers": set(),
     "engines.families": {"engines.protocol", "engines.schedulers"},
-    "engines.stepwise": {"engines.protocol", "engines.schedulers", "engines.families"},
+    "engines.stepwise": {"engines.protocol", "engines.checks", "engines.schedulers", "engines.families"},
 }
 # The only places that may import these packages.
 ONLY: dict[str, tuple[str, ...]] = {

@@ -217,7 +217,7 @@ class Components:
     # --- compiling ---
 
     def compile_denoiser(self, layout: Layout) -> list[Any]:
-        """Compile only the denoiser, and return an infer request for each slot, for measuring; `compile` reuses them."""
+        """Compile only the denoiser, for measuring; return an infer request for each slot. `compile` reuses them."""
         compiled = self._compile(self.family.denoiser, layout)
         copies = [self._compile_copy(compiled, layout) for _ in range(1, layout.streams)]
         self._denoisers[layout] = [each.create_infer_request() for each in (compiled, *copies)]

@@ -27,8 +27,9 @@ from typing import Any
 
 import numpy as np
 
+from ovserve.engines.checks import check_scheduler, check_step_count
 from ovserve.engines.families.protocol import DenoiserRow, Feed
-from ovserve.engines.protocol import Outcome, Pixels, Work, warm_up_work
+from ovserve.engines.protocol import Features, Outcome, Pixels, Work, warm_up_work
 from ovserve.engines.schedulers.noise import Array, read_scheduler_config
 from ovserve.engines.schedulers.schedulers import Plan, Scheduler
 from ovserve.engines.stepwise.batching import Batcher, Call, Row
@@ -44,6 +45,7 @@ from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings
+from ovserve.wire.request import ImageRequest
 
 __all__ = ["Call", "Row", "StepwiseEngine"]
 
@@ -70,7 +72,7 @@ class StepwiseEngine:
         components: Components | None = None,
     ) -> None:
         self.capacity = 1
-        self.schedulers: frozenset[str] = frozenset()
+        self.features = Features(profile.tasks, previews=True)
         self.tuned: dict[str, int] = {}
         self._profile = profile
         self._settings = settings
@@ -86,6 +88,11 @@ class StepwiseEngine:
         self._encode_s = 0.0  # duration of the last encode call
         self._call_s = 0.0  # duration of the last denoising call
         self._closing = ExitStack()  # resources that `load` has started, also if it failed halfway
+
+    @property
+    def schedulers(self) -> frozenset[str]:
+        """The schedulers that a request may choose."""
+        return self.features.schedulers
 
     # --- loading ---
 
@@ -124,7 +131,7 @@ class StepwiseEngine:
         document = read_scheduler_config(profile.directory)
         own, self._schedulers = self._family.schedulers(document, profile.scheduling.name)
         self._schedulers[""] = self._schedulers[own]
-        self.schedulers = frozenset(self._schedulers) - {""}
+        self.features = Features(profile.tasks, frozenset(self._schedulers) - {""}, previews=True)
         self._prompts = PromptEncoder(profile, self._family)
         self._tuning = tune(self._components, beat)
         self._components.compile(self._tuning.layout, beat)
@@ -169,7 +176,21 @@ class StepwiseEngine:
         run_decoder(request, latents)
         return (time.monotonic() - started) * side**2
 
-    # --- prompts ---
+    # --- requests ---
+
+    def check(self, request: Work | ImageRequest) -> None:
+        """Check the scheduler, the number of steps, and the shortcuts of the preset. Thread-safe.
+
+        Raises:
+            InvalidValue: a value that this engine does not have for this model.
+            InternalError: the preset's shortcuts are invalid.
+        """
+        check_scheduler(request, self.features.schedulers)
+        check_step_count(request, self._profile)
+        try:
+            parse_shortcuts(request.shortcuts)
+        except ValueError as error:
+            raise InternalError(f"shortcuts is {request.shortcuts!r}: {error}") from None
 
     def count_tokens(self, prompt: str, *, clip: bool = False) -> int:  # noqa: ARG002 - all encoders are CLIP's
         """Count all tokens of a prompt, special tokens included. Thread-safe."""
@@ -184,29 +205,23 @@ class StepwiseEngine:
     def admit(self, work: Work) -> None:
         """Add a picture, which is encoded at once if a slot is free. An error ends it at the next turn."""
         try:
+            self.check(work)
             plan, shortcuts = self._plan(work), parse_shortcuts(work.shortcuts)
         except ApiError as error:
             self._outcomes.append(Outcome(work, error=error))
-            return
-        except ValueError as error:
-            self._outcomes.append(Outcome(work, error=InternalError(f"shortcuts is {work.shortcuts!r}: {error}")))
             return
         self._encodes.append(Picture(work, plan, self._family.guidance, is_solo=work.alone, shortcuts=shortcuts))
         self._fill_slots()
 
     def _plan(self, work: Work) -> Plan:
-        scheduler = self._schedulers.get(work.scheduler)
-        if scheduler is None:
-            raise InvalidValue(
-                f"scheduler is {work.scheduler!r}; this model allows {', '.join(sorted(self.schedulers))}",
-                param="scheduler",
-            )
         if work.mode not in self._profile.tasks:
             raise InvalidValue(f"this model does not serve {work.mode}", param="model")
         scale = self._components.vae.scale
         if work.width % scale or work.height % scale or min(work.width, work.height) < scale:
             raise InternalError(f"working size {work.width}x{work.height} is not a multiple of {scale}")
-        return scheduler.plan(work.num_inference_steps, 1.0 if work.mode == "text2image" else work.strength)
+        return self._schedulers[work.scheduler].plan(
+            work.num_inference_steps, 1.0 if work.mode == "text2image" else work.strength
+        )
 
     def phase(self) -> str:
         """Return what the next turn waits for: idle, encode, denoise or decode."""
