@@ -219,7 +219,7 @@ class GenaiEngine:
             return (Outcome(work, error=error),)
         except MemoryError:
             return (Outcome(work, error=InternalError("not enough memory for this picture")),)
-        except RuntimeError as error:
+        except Exception as error:  # the binding raises more than RuntimeError: TypeError, ValueError, ...
             log.exception("generation failed")
             self._recover(work)
             return (Outcome(work, error=InternalError(f"the engine failed: {_first_line(error)}")),)

@@ -18,9 +18,21 @@ from tests.pictures import (
     drive,
     image_of,
     pixels_of,
+    settings_of,
     work_of,
 )
-from tests.stepwise import PROFILE, Traced, Watched, load_watched, text, with_unet
+from tests.stepwise import (
+    PROFILE,
+    SD,
+    STAGES,
+    FaultyComponents,
+    Traced,
+    Watched,
+    broken,
+    load_watched,
+    text,
+    with_unet,
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +125,41 @@ def test_failed_device_ends_the_engine_instead_of_failing_each_picture(kind: str
     with pytest.raises(RuntimeError, match="the device is gone"):
         drive(engine, [work_of(PROFILE, "image2image", 0, initial_image=image_of(64, 64, 3))])
     engine.close()
+
+
+# --- a picture that fails in the device thread ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def faulty() -> Iterator[StepwiseEngine]:
+    settings = settings_of(SD)
+    engine = StepwiseEngine(PROFILE, settings, components=FaultyComponents(PROFILE, settings))
+    engine.load(lambda _phase: None)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_exception_in_a_step_of_one_picture_fails_only_that_picture(
+    faulty: StepwiseEngine, traced: Traced, stage: str
+) -> None:
+    works = [text(k, num_inference_steps=4 + k) for k in range(3)]
+    expected = pixels_of(traced.drive(works))
+    *neighbours, failed = drive(faulty, [*works, broken(stage)])
+    assert isinstance(failed.error, InternalError)
+    assert f"{stage} broke" in failed.error.message
+    assert failed.error.status == 500
+    for pixels, other in zip(expected, pixels_of(neighbours), strict=True):
+        np.testing.assert_array_equal(pixels, other)
+    assert faulty.phase() == "idle"
+    pixels_of(drive(faulty, works))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_exception_in_a_step_of_a_picture_alone_fails_it_once(faulty: StepwiseEngine, stage: str) -> None:
+    [failed] = drive(faulty, [broken(stage)])
+    assert f"{stage} broke" in str(failed.error)
+    assert faulty.phase() == "idle"
 
 
 def scalar_timestep(model: Any) -> Any:

@@ -218,6 +218,14 @@ def test_error_of_the_library_ends_only_that_picture(sd: Loaded) -> None:
     assert sd.make("image2image").shape == (64, 64, 3)
 
 
+def test_exception_of_the_binding_ends_only_that_picture(sd: Loaded) -> None:
+    sd.engine.admit(work("text2image", seed="one"))
+    [outcome] = sd.engine.turn()
+    assert isinstance(outcome.error, InternalError)
+    assert outcome.error.message.startswith("the engine failed: ")
+    assert sd.make("text2image").shape == (64, 64, 3)
+
+
 def test_second_admission_before_a_turn_is_an_internal_error(sd: Loaded) -> None:
     sd.engine.admit(work("text2image"))
     with pytest.raises(InternalError):

@@ -28,7 +28,7 @@ Types = Mapping[str, Any]  # the dtype of each input that a model's denoiser has
 Encode = Callable[[int, Sequence[str]], Sequence[tuple[Array, ...]]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Conditions:
     """Denoiser inputs of one picture besides latents and timestep: two rows (without and with the prompt), or one.
 
@@ -41,7 +41,7 @@ class Conditions:
     rows: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class DenoiserRow:
     """One row of a call.
 

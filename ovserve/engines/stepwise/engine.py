@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -207,8 +207,8 @@ class StepwiseEngine:
         try:
             self.check(work)
             plan, shortcuts = self._plan(work), parse_shortcuts(work.shortcuts)
-        except ApiError as error:
-            self._outcomes.append(Outcome(work, error=error))
+        except Exception as error:  # noqa: BLE001 - it ends this picture, not the worker
+            self._outcomes.append(Outcome(work, error=_error_of(work, error)))
             return
         self._encodes.append(Picture(work, plan, self._family.guidance, is_solo=work.alone, shortcuts=shortcuts))
         self._fill_slots()
@@ -286,11 +286,24 @@ class StepwiseEngine:
         return True
 
     def _start_rows(self, rows: list[Row]) -> None:
-        feed = self._feed(rows)
-        self._start(Call("denoise", tuple(rows)), lambda requests: self._family.run(requests.denoiser, feed))
+        """Start a denoising call, without the pictures whose samples cannot be made."""
+        samples: dict[Picture, Array] = {}
+        for picture in dict.fromkeys(row.picture for row in rows if not row.picture.is_ended):
+            try:
+                samples[picture] = picture.sample()
+            except Exception as error:  # noqa: BLE001 - it ends this picture, not its neighbours and not the worker
+                self._fail_picture(picture, error)
+        call = Call("denoise", tuple(row for row in rows if row.picture in samples))
+        if not call.rows:
+            return
+        try:
+            feed = self._feed(call.rows, samples)
+        except Exception as error:  # noqa: BLE001 - as in a slot: each picture is then tried alone
+            self._fail(call, error)
+        else:
+            self._start(call, lambda requests: self._family.run(requests.denoiser, feed))
 
-    def _feed(self, rows: list[Row]) -> Feed:
-        samples = {row.picture: row.picture.sample() for row in rows}
+    def _feed(self, rows: Sequence[Row], samples: Mapping[Picture, Array]) -> Feed:
         denoised = [
             DenoiserRow(samples[row.picture], row.picture.timestep, row.picture.ready.conditions, row.condition)
             for row in rows
@@ -341,13 +354,20 @@ class StepwiseEngine:
         for picture in call.pictures:
             if picture.is_ended or len(picture.predictions) < picture.rows:
                 continue
-            picture.advance()
-            work = picture.work
-            if work.on_step is not None:
-                work.on_step(picture.index, picture.steps)
-            if picture.index in work.previews and picture.clean is not None and not picture.is_done:
-                self._previews.enqueue(work, picture.index, picture.clean)
-            (self._decodes if picture.is_done else self._ready).append(picture)
+            try:
+                self._advance(picture)
+            except Exception as error:  # noqa: BLE001 - it ends this picture, not its neighbours and not the worker
+                self._fail_picture(picture, error)
+
+    def _advance(self, picture: Picture) -> None:
+        """Make a picture's step and queue it for the next call."""
+        picture.advance()
+        work = picture.work
+        if work.on_step is not None:
+            work.on_step(picture.index, picture.steps)
+        if picture.index in work.previews and picture.clean is not None and not picture.is_done:
+            self._previews.enqueue(work, picture.index, picture.clean)
+        (self._decodes if picture.is_done else self._ready).append(picture)
 
     def _finish_decoded(self, picture: Picture, pixels: Pixels) -> None:
         is_cancelled = picture.work.cancelled.is_set()
@@ -360,17 +380,23 @@ class StepwiseEngine:
 
     def _fail(self, call: Call, error: Exception) -> None:
         """Retry each picture of a failed shared call alone; a picture that was alone in the call has failed."""
-        log.error("call failed", exc_info=error, extra=fields(kind=call.kind, rows=len(call.rows)))
         shared = len(call.pictures) > 1
+        if shared:
+            log.error("shared call failed", exc_info=error, extra=fields(kind=call.kind, rows=len(call.rows)))
         for picture in call.pictures:
             picture.predictions = {}
             if shared:
                 picture.is_solo = True
                 self._ready.append(picture)
-            elif not picture.is_ended:  # the call of the picture's other row may have failed before
-                picture.is_ended = True
-                cause = error if isinstance(error, ApiError) else InternalError(f"the engine failed: {error}")
-                self._finish(Outcome(picture.work, error=cause))
+            else:
+                self._fail_picture(picture, error)
+
+    def _fail_picture(self, picture: Picture, error: Exception) -> None:
+        """End a picture with an error, once: the call of its other row may have failed before."""
+        if picture.is_ended:
+            return
+        picture.is_ended = True
+        self._finish(Outcome(picture.work, error=_error_of(picture.work, error, steps_done=picture.index)))
 
     def _check_device(self, slot: int) -> None:
         """Run one pass at the native size in a free slot whose last call failed: did the picture fail, or the device?
@@ -385,6 +411,15 @@ class StepwiseEngine:
         feed = self._components.feeds.of(2, timestep_per_row=self._components.timestep_per_row)
         self._family.run(requests.denoiser, feed)
         run_decoder(requests.vae_decoder, latents)
+
+
+def _error_of(work: Work, error: Exception, **where: int) -> ApiError:
+    """Return an exception as the error of a picture; log it unless it is about the request."""
+    if isinstance(error, ApiError):
+        return error
+    log.error("picture failed", exc_info=error, extra=fields(job=work.job, picture=work.picture, **where))
+    reason = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
+    return InternalError(f"the engine failed: {reason}")
 
 
 def _call_of_one(kind: str, picture: Picture) -> Call:
