@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino as ov
 
 from ovserve.engines.families.protocol import Conditions, DenoiserRow, Encode, Family, Feed, Types
@@ -142,7 +144,10 @@ class Faulty:
             def step(prediction: Array, latents: Array, index: int, *rest: Any) -> Any:
                 if steps == BROKEN_STEPS["step"] and index == 1:
                     raise ArithmeticError("step broke")
-                return made.step(prediction, latents, index, *rest)
+                found = made.step(prediction, latents, index, *rest)
+                if steps == NAN_STEPS and index == 1:
+                    found = replace(found, latents=found.latents * np.float32("nan"))
+                return found
 
             return _Broken(made, scale_input=scale_input, step=step)
 
@@ -150,6 +155,7 @@ class Faulty:
 
 
 BROKEN_SCALE = 13.0
+NAN_STEPS = 14  # the number of steps of pictures whose second step makes latents of NaN
 BROKEN_STEPS = {"plan": 11, "scale_input": 12, "step": 13}
 
 

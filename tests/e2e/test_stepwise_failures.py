@@ -22,6 +22,7 @@ from tests.pictures import (
     work_of,
 )
 from tests.stepwise import (
+    NAN_STEPS,
     PROFILE,
     SD,
     STAGES,
@@ -160,6 +161,16 @@ def test_exception_in_a_step_of_a_picture_alone_fails_it_once(faulty: StepwiseEn
     [failed] = drive(faulty, [broken(stage)])
     assert f"{stage} broke" in str(failed.error)
     assert faulty.phase() == "idle"
+
+
+def test_latents_that_are_not_finite_fail_only_their_picture(faulty: StepwiseEngine, traced: Traced) -> None:
+    works = [text(k, num_inference_steps=4 + k) for k in range(3)]
+    expected = pixels_of(traced.drive(works))
+    *neighbours, failed = drive(faulty, [*works, text(0, num_inference_steps=NAN_STEPS)])
+    assert isinstance(failed.error, InternalError)
+    assert "step 2 of 15" in failed.error.message  # PNDM runs one step more
+    for pixels, other in zip(expected, pixels_of(neighbours), strict=True):
+        np.testing.assert_array_equal(pixels, other)
 
 
 def scalar_timestep(model: Any) -> Any:

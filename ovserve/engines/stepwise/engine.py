@@ -41,7 +41,7 @@ from ovserve.engines.stepwise.prompts import PromptEncoder
 from ovserve.engines.stepwise.shortcuts import parse_shortcuts
 from ovserve.engines.stepwise.slots import Finished, Slots
 from ovserve.engines.stepwise.tuning import LARGE_CALL_S, tune, warm_up
-from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
+from ovserve.errors import ApiError, BadRequest, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings
@@ -344,8 +344,12 @@ class StepwiseEngine:
             self._apply_predictions(call, finished.result)
 
     def _begin_steps(self, picture: Picture, start: Start) -> None:
-        picture.begin(start)
-        self._ready.append(picture)
+        try:
+            picture.begin(start)
+        except InternalError as error:
+            self._fail_picture(picture, error)
+        else:
+            self._ready.append(picture)
 
     def _apply_predictions(self, call: Call, predictions: Array) -> None:
         """Store each row's prediction in its picture; a picture with all its predictions makes its step."""
@@ -415,9 +419,11 @@ class StepwiseEngine:
 
 def _error_of(work: Work, error: Exception, **where: int) -> ApiError:
     """Return an exception as the error of a picture; log it unless it is about the request."""
-    if isinstance(error, ApiError):
+    if isinstance(error, BadRequest):
         return error
     log.error("picture failed", exc_info=error, extra=fields(job=work.job, picture=work.picture, **where))
+    if isinstance(error, ApiError):
+        return error
     reason = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
     return InternalError(f"the engine failed: {reason}")
 

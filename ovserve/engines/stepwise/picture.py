@@ -16,6 +16,7 @@ from ovserve.engines.protocol import Work
 from ovserve.engines.schedulers.noise import Array, f32
 from ovserve.engines.schedulers.schedulers import History, Plan
 from ovserve.engines.stepwise.shortcuts import EXACT, Shortcuts
+from ovserve.errors import InternalError
 
 __all__ = ["Blend", "Draw", "Picture", "Start", "latent_mask"]
 
@@ -130,8 +131,13 @@ class Picture:
         return self.plan.timesteps[self.index]
 
     def begin(self, start: Start) -> None:
-        """Store the result of encoding."""
+        """Store the result of encoding.
+
+        Raises:
+            InternalError: the first latents are not finite.
+        """
         self.start, self.latents = start, start.latents
+        _check_finite("encoding", self.latents)
 
     def sample(self) -> Array:
         """Return the UNet's `sample` for each row of the next step: float32 (1, channels, h, w)."""
@@ -140,7 +146,18 @@ class Picture:
         return scaled if extra is None else np.concatenate([scaled, extra], axis=1)
 
     def advance(self) -> None:
-        """Make one step with the predictions of all rows."""
+        """Make one step with the predictions of all rows.
+
+        Raises:
+            InternalError: its latents are not finite.
+        """
+        with np.errstate(invalid="ignore", over="ignore"):  # the check below reports it
+            self._advance()
+        # The plan's result for decoding is checked where it is used: after the last step.
+        results = (self.latents, self.decoded) if self.is_done else (self.latents,)
+        _check_finite(f"step {self.index} of {self.steps}", *results)
+
+    def _advance(self) -> None:
         ready, index = self.ready, self.index
         prediction = self._guided()
         self.predictions = {}
@@ -165,6 +182,20 @@ class Picture:
         if self.difference is not None and self.shortcuts.is_guided(self.index, self.steps):
             return self.guidance.reuse(prediction, self.difference, scale)
         return prediction
+
+
+def _check_finite(stage: str, *arrays: Array | None) -> None:
+    """Check that latents have no infinity and no NaN: the VAE would make a black picture of them.
+
+    Raises:
+        InternalError: they have; `stage` says after what.
+    """
+    for array in arrays:
+        if array is not None and not np.isfinite(array).all():
+            raise InternalError(
+                f"the latents are not finite after {stage}: the model overflows; "
+                "set INFERENCE_PRECISION_HINT to f32 in plugin_config, or use a lower guidance_scale"
+            )
 
 
 def latent_mask(mask_image: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], scale: int) -> Array:
