@@ -17,6 +17,7 @@ from ovserve.settings.options import Resolution
 from tests.pictures import (
     drive,
     image_of,
+    load_stepwise,
     pixels_of,
     settings_of,
     work_of,
@@ -62,6 +63,21 @@ def test_invalid_work_fails_without_affecting_other_pictures(
     first, second, third = traced.drive(works)
     assert isinstance(second.error, error)
     pixels_of([first, third])
+
+
+def test_size_that_the_unet_cannot_do_does_not_change_later_pictures() -> None:
+    # In one slot, so that the calls after the failed one have the shape of the last that worked: the plugin then fails
+    # silently once more, and its output would still be that of another picture.
+    engine = load_stepwise(SD, streams=1)
+    works = [text(k, num_inference_steps=3) for k in range(3)]
+    expected = [pixels_of(drive(engine, [work]))[0] for work in works]
+    for one_with_shape in (works[0], text(0, guidance_scale=1.0)):
+        for later, pixels in zip(works, expected, strict=True):
+            pixels_of(drive(engine, [one_with_shape]))
+            for failed in drive(engine, [text(k, size=Resolution(72, 72)) for k in range(3)]):
+                assert isinstance(failed.error, InternalError)
+            np.testing.assert_array_equal(pixels_of(drive(engine, [later]))[0], pixels)
+    engine.close()
 
 
 @pytest.fixture(scope="module")

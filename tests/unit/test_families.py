@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ovserve.engines.families.guidance import RowGuidance
 from ovserve.engines.families.lcm import EmbeddedGuidance, guidance_embedding
 from ovserve.engines.families.lookup import DRIVEN_FAMILIES, family_for
 from ovserve.engines.families.protocol import Conditions, DenoiserRow, Family
+from ovserve.engines.families.unet import run_unet
 from ovserve.engines.protocol import Work
 from ovserve.errors import ModelError
 from ovserve.models.families import FAMILIES
@@ -114,6 +116,26 @@ def test_feed_has_the_sample_of_each_row_and_only_inputs_of_the_model(
     assert feed["sample"][:, 0, 0, 0].tolist() == [5.0, 5.0, 6.0]
     assert feed["encoder_hidden_states"].ravel().tolist() == [0.0, 1.0, 1.0]
     assert feed["timestep"].tolist() == timesteps
+
+
+class IdleRequest:
+    """An infer request of which `infer` writes nothing."""
+
+    def __init__(self, output: np.ndarray) -> None:
+        self.tensor = SimpleNamespace(data=output, size=output.size)
+
+    def infer(self, inputs: Any, **options: Any) -> None:
+        pass
+
+    def get_output_tensor(self, index: int) -> Any:
+        return self.tensor
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 0, 0), (2, 4, 8, 8), (1, 4, 8, 8), (2, 4, 16, 16)])
+def test_output_that_the_call_has_not_written_is_an_error(shape: tuple[int, ...]) -> None:
+    feed = {"sample": np.zeros((2, 4, 8, 8), np.float32)}
+    with pytest.raises(RuntimeError, match="cannot work on 8 x 8 latents"):
+        run_unet(IdleRequest(np.ones(shape, np.float32)), feed)
 
 
 def test_pictures_share_a_call_at_one_size_and_at_one_timestep_where_the_call_takes_only_one() -> None:

@@ -334,7 +334,7 @@ class StepwiseEngine:
             self._trace(finished)
         if finished.error is not None:
             self._fail(call, finished.error)
-            if len(call.pictures) == 1 and isinstance(finished.error, RuntimeError):
+            if isinstance(finished.error, RuntimeError):
                 self._check_device(finished.slot)
         elif call.kind == "encode":
             self._begin_steps(call.pictures[0], finished.result)
@@ -403,7 +403,7 @@ class StepwiseEngine:
         self._finish(Outcome(picture.work, error=_error_of(picture.work, error, steps_done=picture.index)))
 
     def _check_device(self, slot: int) -> None:
-        """Run one pass at the native size in a free slot whose last call failed: did the picture fail, or the device?
+        """Run one pass at the native size in a free slot whose last call failed: did the pictures fail, or the device?
 
         Raises:
             RuntimeError: the device failed; the worker must exit, and other workers take its jobs.
@@ -412,8 +412,16 @@ class StepwiseEngine:
         latents = np.zeros((1, vae.latent_channels, size.height // vae.scale, size.width // vae.scale), np.float32)
         if requests.vae_encoder is not None:
             run_encoder(requests.vae_encoder, np.zeros((1, 3, size.height, size.width), np.float32))
-        feed = self._components.feeds.of(2, timestep_per_row=self._components.timestep_per_row)
-        self._family.run(requests.denoiser, feed)
+        per_row = self._components.timestep_per_row
+        for rows in (1, 2):
+            # Two shapes: after a call that failed, a request fails on with the shape that worked last, until another
+            # one works (measured). That failure is no sign of a failed device.
+            feed = self._components.feeds.of(rows, timestep_per_row=per_row)
+            try:
+                self._family.run(requests.denoiser, feed)
+            except RuntimeError:
+                if rows == 2:
+                    raise
         run_decoder(requests.vae_decoder, latents)
 
 
