@@ -59,11 +59,11 @@ def chaos(result: Result, seconds: float) -> None:
         tempfile.TemporaryDirectory() as spool,
         FaultServer(Path(spool), "--replicas", "3", "--log_level", "warning", real=True) as server,
     ):
-        server.until(lambda: server.standing()["workers"] == 3, READY_S)
-        before = server.holdings()
+        server.until(lambda: server.model_status()["workers"] == 3, READY_S)
+        before = server.resources()
         run = run_chaos(server, IMAGE, clients=8, seconds=seconds, every_s=5.0, seed=1)
-        server.until(lambda: server.standing()["workers"] == 3, READY_S)
-        server.until_settled(before)
+        server.until(lambda: server.model_status()["workers"] == 3, READY_S)
+        server.until_released(before)
         run.check()
     counts = {
         "kills": run.kills,

@@ -32,8 +32,9 @@ if __package__ in (None, ""):  # run as a file: put the repository on the path
 
 from ovserve.errors import LinkClosed
 from ovserve.wire.blobs import Blob
-from ovserve.wire.local.pipes import WorkerEnd, open_link
-from ovserve.wire.local.spool import Spool, default_directory, open_blob
+from ovserve.wire.local.blobs import SpoolBlobs
+from ovserve.wire.local.pipes import PipeWorkerLink, open_link
+from ovserve.wire.local.spool import Spool, default_directory
 from ovserve.wire.messages import Done, Message, Need, Run
 
 MESSAGE = Run("job_0123456789abcdef0123456789abcdef", "/dev/shm/ovserve-spool-abcdefgh/0123456789abcdef01234567", 599.5)
@@ -53,7 +54,7 @@ def read_pages(data: bytes | memoryview) -> int:
 # --- child processes --------------------------------------------------------------------------------------------------
 
 
-def answer_link(end: WorkerEnd) -> None:
+def answer_link(end: PipeWorkerLink, blobs: SpoolBlobs) -> None:
     """Answer each message with a message; if it names a segment, read the segment and answer with its length."""
     try:
         while True:
@@ -63,7 +64,7 @@ def answer_link(end: WorkerEnd) -> None:
             if message.timeout_s > 0:
                 end.send(ANSWER)
                 continue
-            with open_blob(Blob(message.request, 0, int(-message.timeout_s))) as view:
+            with blobs.open(Blob(message.request, 0, int(-message.timeout_s))) as view:
                 end.send(Need(message.job, 0, read_pages(view)))
     except LinkClosed:
         return
@@ -88,15 +89,15 @@ def answer_pipe(commands: Connection, reports: Connection) -> None:
 def over_link() -> Iterator[Callable[[bytes], None]]:
     """Open a link of ovserve, with a spool for bytes."""
     link, end = open_link(CONTEXT, "bench", 0, 0)
-    child = CONTEXT.Process(target=answer_link, args=(end,))
-    child.start()
-    end.close()
     with tempfile.TemporaryDirectory(dir=default_directory()) as directory:
         spool = Spool(Path(directory), 1 << 30)
+        child = CONTEXT.Process(target=answer_link, args=(end, spool.worker_blobs()))
+        child.start()
+        end.close()
 
         def receive() -> Message:
             while True:
-                select.select([link.fileno()], [], [])
+                select.select([link.readiness], [], [])
                 if found := link.receive():
                     return found[0]
 
@@ -105,8 +106,8 @@ def over_link() -> Iterator[Callable[[bytes], None]]:
                 link.send(MESSAGE)
                 receive()
                 return
-            segment = spool.store(data)
-            link.send(Run(MESSAGE.job, segment.path, -float(len(data))))
+            segment = spool.put(data)
+            link.send(Run(MESSAGE.job, segment.id, -float(len(data))))
             answer = receive()
             segment.release()
             if not isinstance(answer, Need) or answer.size != len(data):

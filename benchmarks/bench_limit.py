@@ -22,6 +22,7 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from benchmarks import metadata
+from benchmarks.edits import BUILTIN_PATH
 from benchmarks.results import Result
 from ovserve.engines.stepwise.compiled import Components, Layout
 from ovserve.models.profile import read_profile
@@ -80,7 +81,7 @@ def measure_peak(core: Any, precision: str, repeats: int) -> float:
 
 def measure(result: Result, options: argparse.Namespace) -> None:
     """Add the peak, the operations of a UNet call and their rate to the result, with calls as the engine makes them."""
-    settings = ModelSettings(name="model", path=options.model, engine="stepwise")
+    settings = ModelSettings(name="model", path=options.model or BUILTIN_PATH, engine="stepwise")
     components = Components(read_profile(settings), settings)
     components.read()
     threads = components.cpu_threads()

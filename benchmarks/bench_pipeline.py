@@ -29,6 +29,7 @@ import openvino as ov
 import openvino_genai as og
 
 from benchmarks import metadata, stats
+from benchmarks.edits import BUILTIN_PATH
 from benchmarks.results import Result
 from benchmarks.traces import chrome_trace, svg
 from ovserve.engines.protocol import Pixels, Work
@@ -135,7 +136,7 @@ def measure(result: Result, options: argparse.Namespace) -> list[Finished[Call]]
     pinned = {"threads": 1, "streams": options.streams or 2} if options.pin else {"streams": options.streams}
     settings = ModelSettings(
         name="model",
-        path=options.model,
+        path=options.model or BUILTIN_PATH,
         engine="stepwise",
         plugin_config=json.dumps(plugin) if plugin else "",
         **pinned,

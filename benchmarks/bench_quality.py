@@ -24,6 +24,7 @@ from threading import Event
 import numpy as np
 
 from benchmarks import metadata
+from benchmarks.edits import BUILTIN_PATH
 from benchmarks.results import Result
 from ovserve.engines.protocol import Pixels, Work
 from ovserve.engines.stepwise.engine import Call, StepwiseEngine
@@ -148,7 +149,7 @@ def read_scene(pixels: Pixels) -> tuple[str, list[tuple[str, str]]]:
 
 def measure(result: Result, options: argparse.Namespace) -> None:
     """Make the works with every variant, and add cost and distance from the exact pictures to the result."""
-    settings = ModelSettings(name="model", path=options.model, engine="stepwise")
+    settings = ModelSettings(name="model", path=options.model or BUILTIN_PATH, engine="stepwise")
     profile = read_profile(settings)
     calls: list[Finished[Call]] = []
     engine = StepwiseEngine(profile, settings, calls.append)

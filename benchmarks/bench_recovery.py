@@ -90,7 +90,7 @@ def main() -> None:
                 send_edit(client)
                 alone_s = min(time_edit(client) for _ in range(3))
                 for _ in range(options.kills):
-                    server.until(lambda: server.standing()["workers"] == replicas, READY_S)  # noqa: B023 - called at once
+                    server.until(lambda: server.model_status()["workers"] == replicas, READY_S)  # noqa: B023 - called at once
                     result.add("recovery", [time_recovery(server, client, case, alone_s)], case={"killed": case})
     print(result.report())
     if options.save:

@@ -39,7 +39,7 @@ from typing import Annotated, Any
 if __package__ in (None, ""):  # run as a file: put the repository on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.edits import BUILTIN_NAME
+from benchmarks.edits import BUILTIN_NAME, BUILTIN_PATH
 from benchmarks.metadata import collect
 from benchmarks.results import Result
 from benchmarks.stats import estimate, ratio
@@ -82,17 +82,17 @@ def serve_ovserve() -> None:
     from ovserve.settings.options import Settings
     from ovserve.wire.local.spool import Spool, default_directory
 
-    class Toy:
-        def is_health(self, path: str) -> bool:
-            return False
+    class OpenRoute:
+        is_health, is_open = False, True
 
-        def is_open(self, method: str, path: str) -> bool:
-            return True
+    class Toy:
+        def match(self, method: str, path: str) -> OpenRoute:
+            return OpenRoute()
 
         def count_refused(self, error: ApiError) -> None:
             pass
 
-        def answer(self, exchange: Exchange) -> Reply:
+        def answer(self, exchange: Exchange, match: OpenRoute) -> Reply:
             if exchange.path != PATH or exchange.method != "POST":
                 raise NotFound("no such path")
             form = exchange.read_form()
@@ -170,7 +170,8 @@ def serve_stdlib() -> None:
 SERVERS: dict[str, Callable[[], None]] = {"ovserve": serve_ovserve, "fastapi": serve_fastapi, "stdlib": serve_stdlib}
 # The whole server, with a toy engine instead of the model; the toy takes any number of jobs at once.
 WHOLE_SERVER = "ovserve+worker"
-WHOLE_SERVER_COMMAND = [sys.executable, "-m", "tests.toyserver", "--port", "0", "--plugin_config", '{"capacity": 64}']
+WHOLE_SERVER_OPTIONS = ["--port", "0", "--model_path", str(BUILTIN_PATH), "--plugin_config", '{"capacity": 64}']
+WHOLE_SERVER_COMMAND = [sys.executable, "-m", "tests.toyserver", *WHOLE_SERVER_OPTIONS]
 
 NAMES = ["ovserve", WHOLE_SERVER, "fastapi", "stdlib"]
 
@@ -344,7 +345,8 @@ def compare(result: Result, servers: Sequence[str], clients: Sequence[int]) -> s
         pairs = [one / two for one, two in zip(ours, theirs, strict=True) if two]
         ours, theirs = (result.find("cpu", server=name, clients=number).values for name in (server, other))
         lines.append(
-            f"{server} / {other}, {number} clients: throughput {estimate(pairs)}, CPU of a request {ratio(ours, theirs)}"
+            f"{server} / {other}, {number} clients: throughput {estimate(pairs)}, CPU of a request "
+            f"{ratio(ours, theirs)}"
         )
     return "\n".join(lines)
 

@@ -12,13 +12,15 @@ import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = ["BUILTIN_NAME", "Body", "Kind", "parse_kind"]
+__all__ = ["BUILTIN_NAME", "BUILTIN_PATH", "Body", "Kind", "parse_kind"]
 
 BUILTIN_NAME = "ovserve-builtin"  # the built-in model in the request field `model`
+BUILTIN_PATH = Path("builtin:shapes")  # the built-in model in the option `path`
 BOUNDARY = "----ovserve-benchmark-7c1f0a"
 TASKS = {"edit": "edits", "masked": "edits", "generate": "generations", "variation": "variations"}
 OWN_KEYS = {"picture_px", "upload_bytes", "same"}  # attributes of a kind; any other key is a form field

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.edits import picture, prompt
+from benchmarks.edits import BUILTIN_PATH, picture, prompt
 from ovserve.engines.protocol import Engine, choose_engine
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Settings
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="denoising steps (%(default)s)")
     parser.add_argument("--edits", type=int, default=30, help="edits that are measured (%(default)s)")
     options = parser.parse_args()
-    model = ModelSettings(name="builtin", engine=options.engine)
+    model = ModelSettings(name="builtin", path=BUILTIN_PATH, engine=options.engine)
     profile, settings = read_profile(model), Settings(models=(model,))
     engine = make_engine(profile, model)
     whole, encoding = [], []

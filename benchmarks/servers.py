@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from benchmarks.edits import BUILTIN_PATH
+
 __all__ = ["SERVICES", "RunningServer", "Service", "bench_home", "memory_of_tree", "model_path"]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +89,9 @@ class Service:
         start = [str(self.python), "-m", self.module, "--port", str(port), *self.arguments, *extra]
         if not self.is_ours:
             return [*start, "--model", str(model_path(model, self.form))]
-        return start if model == BUILTIN else [*start, "--model_name", model, "--model_path", str(model_path(model))]
+        if model == BUILTIN:
+            return [*start, "--model_path", str(BUILTIN_PATH)]
+        return [*start, "--model_name", model, "--model_path", str(model_path(model))]
 
 
 SERVICES = {

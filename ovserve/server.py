@@ -1,6 +1,7 @@
 """The server: create the parts, listen, start, announce readiness, reload, drain, stop.
 
-The main thread only waits for signals. SIGTERM and SIGINT drain; a second one ends the process at once. SIGHUP reloads.
+The main thread only waits for signals. SIGTERM, SIGINT and SIGQUIT drain; a second one ends the process at once. SIGHUP
+reloads. SIGUSR1 and SIGUSR2 are logged and have no effect.
 Signals are blocked in every thread and received with sigtimedwait, so that no handler interrupts a critical section.
 Spawned processes inherit the mask, so Ctrl-C does not reach them.
 """
@@ -19,9 +20,10 @@ from multiprocessing import resource_tracker
 
 from ovserve import systemd
 from ovserve.api.routes import ImagesApi
+from ovserve.api.store import Store
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.errors import ModelError, StartupError
+from ovserve.errors import ModelsFailed, StartupError
 from ovserve.fleet.supervisor import Supervisor
 from ovserve.front.keys import read_keys
 from ovserve.front.listener import Listener
@@ -31,12 +33,17 @@ from ovserve.models.catalog import Catalog, ServedModel, read_catalog
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.file_pool import MAX_POOLED_FILES
+from ovserve.wire.local.launcher import LocalLauncher
 from ovserve.wire.local.spool import Spool, default_directory
 from ovserve.worker import main as worker
 
-__all__ = ["Server"]
+__all__ = ["Server", "check_settings"]
 
-SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+ENDING_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGQUIT))
+# For log rotation in other servers. Their default action would end the process.
+IGNORED_SIGNALS = frozenset((signal.SIGUSR1, signal.SIGUSR2))
+SIGNALS = ENDING_SIGNALS | IGNORED_SIGNALS | {signal.SIGHUP}
+IDLE_POLL_S = 3600.0  # of the main thread while the server runs; it waits for nothing else than a signal
 POLL_S = 0.1  # interval at which the main thread checks progress between signals
 REFUSING_POLL_S = 0.01  # once no job is left; under load the moments without an active exchange are short
 LAST_RESPONSES_S = 1.0  # for responses still being written when the server stops listening
@@ -69,6 +76,8 @@ class Server:
         self._reloading = threading.Lock()
         self._serving = threading.Lock()  # guards the API's settings and catalog, which two threads replace
         self._is_announced = False
+        self._reload_wanted = threading.Event()
+        self._reloader: threading.Thread | None = None
         # Block before the resource tracker starts: it inherits the mask (a SIGHUP to the group would end it). Block
         # again
         # afterwards: its start unblocks SIGINT and SIGTERM in this thread.
@@ -95,7 +104,11 @@ class Server:
         try:
             self._dispatcher = Dispatcher(self._spool, settings)
             self._supervisor = Supervisor(
-                settings, _profiles(catalog), self._dispatcher, worker.main, self._note_serving
+                settings,
+                _profiles(catalog),
+                self._dispatcher,
+                LocalLauncher(worker.main, self._spool.worker_blobs()),
+                self._note_serving,
             )
             self._api = ImagesApi(settings, catalog, self._dispatcher, self.reload)
             _watch(self._api.metrics, self._spool, self._supervisor)
@@ -107,6 +120,7 @@ class Server:
     def run(self) -> int:
         """Serve until a signal; return the exit code. Raises StartupError when no model can be served."""
         self._supervisor.start()
+        self._api.store.start()
         self._listener.start()
         try:
             if not self._await_ready():
@@ -128,26 +142,41 @@ class Server:
             is_settled = self._supervisor.wait_reloaded(Deadline.after(0))
             statuses = self._supervisor.status().values()
             if is_settled and statuses and all(status.failed for status in statuses):
-                raise ModelError("; ".join(f"model {status.name}: {status.reason}" for status in statuses))
+                raise ModelsFailed("; ".join(f"model {status.name}: {status.reason}" for status in statuses))
             number = _next_signal(POLL_S)
             if number == signal.SIGHUP:
                 self._reload_on_signal()
-            elif number:
+            elif number in ENDING_SIGNALS:
                 return False
         return True
 
     def _await_end(self) -> None:
         while True:
-            number = signal.sigwait(SIGNALS)
-            if number != signal.SIGHUP:
-                log.info(
-                    "draining", extra=fields(signal=signal.Signals(number).name, grace_s=self._settings.grace_period_s)
-                )
+            number = _next_signal(IDLE_POLL_S)
+            if number is not None and number in ENDING_SIGNALS:
+                log.info("draining", extra=fields(signal=number.name, grace_s=self._settings.grace_period_s))
                 return
-            self._reload_on_signal()
+            if number == signal.SIGHUP:
+                self._reload_on_signal()
 
     def _reload_on_signal(self) -> None:
-        """Reload on SIGHUP. Failures are only logged."""
+        """Begin a reload in a thread, so that a reload in progress does not hold up SIGTERM.
+
+        Signals that come during a reload cause one more, whatever their number.
+        """
+        self._reload_wanted.set()
+        if self._reloader is None:
+            self._reloader = threading.Thread(target=self._reload_while_wanted, name="reload", daemon=True)
+            self._reloader.start()
+
+    def _reload_while_wanted(self) -> None:
+        while True:
+            self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            self._try_reload()
+
+    def _try_reload(self) -> None:
+        """Reload. Failures are only logged."""
         try:
             self.reload()
         except StartupError as error:
@@ -165,6 +194,8 @@ class Server:
             StartupError: the new configuration is wrong; nothing was changed.
         """
         with self._reloading:
+            if self._dispatcher.is_draining:
+                raise StartupError("the server is shutting down")
             if self._is_announced:
                 systemd.notify_reloading()
             try:
@@ -200,7 +231,7 @@ class Server:
         grace = Deadline.after(self._settings.grace_period_s)
         while self._listener.active_exchanges and not grace.is_expired():
             poll_s = POLL_S if self._dispatcher.in_flight() else REFUSING_POLL_S
-            if _next_signal(poll_s) in (signal.SIGTERM, signal.SIGINT):
+            if _next_signal(poll_s) in ENDING_SIGNALS:
                 log.warning("second signal: aborting", extra=fields(in_flight=self._listener.active_exchanges))
                 self._supervisor.stop(Deadline.after(0))
                 self._spool.close()
@@ -212,6 +243,7 @@ class Server:
         self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S if not self._listener.active_exchanges else 0))
         self._dispatcher.close()
         self._listener.stop(LAST_RESPONSES_S)  # also for requests that arrived after the last check
+        self._api.store.close()
         self._spool.close()
         left = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
         if left:
@@ -220,9 +252,9 @@ class Server:
 
 # Options that a reload changes; all others are fixed at start.
 RELOADED = frozenset((
-    "models", "default_model", "max_images", "max_image_pixels", "max_image_side_px", "default_timeout_s", "max_timeout_s",
-    "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s", "restart_delay_s",
-    "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "api_key", "api_key_file",
+    "models", "default_model", "max_images", "max_image_pixels", "max_image_side_px", "default_timeout_s",
+    "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
+    "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "api_key", "api_key_file",
 ))  # fmt: skip
 
 
@@ -269,10 +301,29 @@ def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
     metrics.watch("ovserve_worker_restarts_total", lambda: [([name], n) for name, n in supervisor.restarts().items()])
 
 
+def check_settings(settings: Settings) -> tuple[Catalog, int]:
+    """Read what the settings name, as a start does, and start nothing.
+
+    Returns:
+        The models, and the number of API keys.
+
+    Raises:
+        StartupError: a model's directory, the file with the API keys or the store's directory cannot be used.
+    """
+    Store(settings)
+    return read_catalog(settings), len(read_keys(settings))
+
+
 def _profiles(catalog: Catalog) -> dict[str, ModelProfile]:
     return {name: model.profile for name, model in catalog.models.items()}
 
 
-def _next_signal(timeout_s: float) -> int | None:
+def _next_signal(timeout_s: float) -> signal.Signals | None:
+    """Return the next signal, or None at the timeout. An ignored one is only logged, and returned."""
     taken = signal.sigtimedwait(SIGNALS, timeout_s)
-    return taken.si_signo if taken else None
+    if taken is None:
+        return None
+    number = signal.Signals(taken.si_signo)
+    if number in IGNORED_SIGNALS:
+        log.info("signal ignored", extra=fields(signal=number.name))
+    return number

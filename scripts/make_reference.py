@@ -31,7 +31,8 @@ def _options(table: type) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, (entry, option) in options_of(table).items():
         aliases = "".join(f", `{alias}`" for alias in option.aliases)
-        default = "" if entry.default in (None, "") else f"`{entry.default}`"
+        shown = str(entry.default).lower() if isinstance(entry.default, bool) else entry.default
+        default = "" if shown in (None, "", ()) else f"`{shown}`"
         bounds = [
             f"at least {option.low:g}" if option.low is not None else "",
             f"at most {option.high:g}" if option.high is not None else "",
@@ -64,12 +65,8 @@ def _fields() -> Iterator[str]:
         takes = " | ".join(
             "yes" if endpoint in field.endpoints else "" for endpoint in ("edit", "generation", "variation")
         )
-        text = (
-            field.text
-            + (f" Same as `{field.same_as}`." if field.same_as else "")
-            + (f" Needs {field.needs}." if field.needs else "")
-        )
-        yield f"| `{field.name}` | {field.kind} | {extent} | {field.default} | {takes} | {_cell(text)} |"
+        text = field.text + (f" Needs {field.needs}." if field.needs else "")
+        yield f"| `{field.name}` | {field.kind} | {extent} | {field.shown_default} | {takes} | {_cell(text)} |"
 
 
 def _kinds(root: type[ApiError]) -> Iterator[type[ApiError]]:
@@ -153,8 +150,8 @@ def make_reference() -> str:
         "## Request fields",
         "",
         "For a field that takes a list, `image`, `image[]` and `image[0]` are the same name. An empty value, `null`",
-        "and an absent field mean the same. A field may be repeated with an equal value. An unknown name is answered with",
-        "400 `unknown_parameter`, which suggests the nearest known name.",
+        "and an absent field mean the same. A field may be repeated with an equal value. An unknown name is answered",
+        "with 400 `unknown_parameter`, which suggests the nearest known name.",
         "",
         *_fields(),
         "",
@@ -168,7 +165,8 @@ def make_reference() -> str:
         "",
         "## Paths",
         "",
-        "Rows marked yes are served under `/v3`, `/v1`, `/v3/v1` and `/openai/v1`, and without a prefix. HEAD is",
+        "Rows marked yes are served under `/v3`, `/v1`, `/v3/v1`, `/openai/v1`, `/api/v1` and `/engines/v1`, and",
+        "without a prefix; the paths of images and models also under `/openai`. Doubled slashes count as one. HEAD is",
         "answered like GET, OPTIONS with Allow and the CORS fields.",
         "",
         "| method | path | prefixes | description |",
@@ -178,8 +176,8 @@ def make_reference() -> str:
         "## Errors",
         "",
         'Every error is `{"error": {"message", "type", "param", "code"}}` with the header field `x-request-id`;',
-        "`param` names the wrong field. Official clients retry 408, 409, 429 and every 5xx twice unless `x-should-retry` is",
-        "false.",
+        "`param` names the wrong field. Official clients retry 408, 409, 429 and every 5xx twice unless",
+        "`x-should-retry` is false.",
         "",
         *_errors(),
         "",

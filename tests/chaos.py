@@ -1,6 +1,7 @@
-"""A chaos run: steady clients, workers killed at random moments, and a reckoning of every request against the log.
+"""A chaos run: constant load, workers killed at random moments, and a check of every response against the log.
 
-Each request asks for one of a few pictures, known by its seed; whatever happened to the workers in between, one seed has one picture.
+Each request asks for one of a few pictures, selected by its seed. A seed must always give the same picture, no matter
+how many workers were killed meanwhile.
 """
 
 from __future__ import annotations
@@ -18,25 +19,28 @@ from pathlib import Path
 import httpx
 
 from tests.faultserver import FaultServer
+from tests.live import BUILTIN_NAME
 
 SEEDS = 12
-FIELDS = {"prompt": "a green circle on a blue background", "strength": "0.7"}
+FIELDS = {"model": BUILTIN_NAME, "prompt": "a green circle on a blue background", "strength": "0.7"}
 _JOB = re.compile(r"\bjob=(\S+)")
 
 
 @dataclass
-class Reckoning:
-    """What became of a chaos run.
+class ChaosRun:
+    """The outcome of a chaos run.
 
     Attributes:
-        statuses: how many requests were answered with each status.
-        latencies_s: of the requests answered with 200.
-        kills: how many workers were killed.
-        retried, lost: ids of the jobs that the log shows with one death and with two.
-        crashed: ids of the requests answered with `worker_crashed`.
-        other: bodies of every answer that is neither.
-        pictures: how many different pictures each seed gave: one.
-        recoveries_s: from each kill to the next answer.
+        statuses: number of responses by status code.
+        latencies_s: of the responses with status 200.
+        kills: number of killed workers.
+        retried: ids of jobs that were requeued after the death of a worker, from the log.
+        lost: ids of jobs that failed after the death of a second worker, from the log.
+        crashed: ids of the requests with the error `worker_crashed`.
+        other: status and body of every other error.
+        pictures: hashes of the pictures by seed; each seed must have one.
+        recoveries_s: time from each kill to the next response.
+        model_failed: the log reports that the model failed.
     """
 
     statuses: collections.Counter[int] = field(default_factory=collections.Counter)
@@ -51,7 +55,7 @@ class Reckoning:
     model_failed: bool = False
 
     def check(self) -> None:
-        """Every accepted request was answered with 200, or with 500 if and only if the log shows two deaths under it."""
+        """Check that every response is 200, or 500 if and only if the log shows that two workers died with the job."""
         assert set(self.statuses) <= {200, 500}, self.other
         assert not self.other, self.other
         assert self.crashed == self.lost
@@ -60,44 +64,42 @@ class Reckoning:
         assert {seed: len(shown) for seed, shown in self.pictures.items()} == dict.fromkeys(self.pictures, 1)
 
 
-def run_chaos(
-    server: FaultServer, image: Path, *, clients: int, seconds: float, every_s: float, seed: int
-) -> Reckoning:
-    """Ask with `clients` at once for so long, and kill a worker chosen by chance every `every_s` seconds."""
-    found = Reckoning()
+def run_chaos(server: FaultServer, image: Path, *, clients: int, seconds: float, every_s: float, seed: int) -> ChaosRun:
+    """Send edits from `clients` clients for `seconds` seconds; kill a random worker every `every_s` seconds."""
+    found = ChaosRun()
     lock = threading.Lock()
-    until = time.monotonic() + seconds
-    answered = threading.Condition(lock)
+    end = time.monotonic() + seconds
+    response_received = threading.Condition(lock)
     content = image.read_bytes()
-    chance = random.Random(seed)
+    random_worker = random.Random(seed)
 
-    def ask(number: int) -> None:
-        picks = random.Random(number)
+    def send_edits(number: int) -> None:
+        random_seed = random.Random(number)
         with server.client(timeout_s=120) as client:
-            while time.monotonic() < until:
-                pick = picks.randrange(SEEDS)
+            while time.monotonic() < end:
+                picture_seed = random_seed.randrange(SEEDS)
                 started = time.monotonic()
                 reply = client.post(
-                    "/v3/images/edits", data={**FIELDS, "seed": str(pick)}, files={"image": ("a.png", content)}
+                    "/v3/images/edits", data={**FIELDS, "seed": str(picture_seed)}, files={"image": ("a.png", content)}
                 )
                 took_s = time.monotonic() - started
-                with answered:
-                    _note(found, reply, pick, took_s)
-                    answered.notify_all()
+                with response_received:
+                    _record(found, reply, picture_seed, took_s)
+                    response_received.notify_all()
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    threads = [threading.Thread(target=send_edits, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
-    while time.monotonic() + every_s < until:
+    while time.monotonic() + every_s < end:
         time.sleep(every_s)
         pids = server.workers()
         if not pids:
             continue
-        server.kill_worker(chance.choice(pids))
+        server.kill_worker(random_worker.choice(pids))
         killed_at = time.monotonic()
-        with answered:
+        with response_received:
             found.kills += 1
-            answered.wait(60)
+            response_received.wait(60)
             found.recoveries_s.append(time.monotonic() - killed_at)
     for thread in threads:
         thread.join()
@@ -111,13 +113,13 @@ def run_chaos(
     return found
 
 
-def _note(found: Reckoning, reply: httpx.Response, pick: int, took_s: float) -> None:
-    found.statuses[reply.status_code] += 1
+def _record(run: ChaosRun, reply: httpx.Response, seed: int, took_s: float) -> None:
+    run.statuses[reply.status_code] += 1
     if reply.status_code == 200:
-        found.latencies_s.append(took_s)
+        run.latencies_s.append(took_s)
         picture = base64.b64decode(reply.json()["data"][0]["b64_json"])
-        found.pictures[pick].add(hashlib.sha256(picture).hexdigest())
+        run.pictures[seed].add(hashlib.sha256(picture).hexdigest())
     elif reply.status_code == 500 and reply.json()["error"]["code"] == "worker_crashed":
-        found.crashed.add(reply.headers["x-request-id"])
+        run.crashed.add(reply.headers["x-request-id"])
     else:
-        found.other.append(f"{reply.status_code} {reply.text}")
+        run.other.append(f"{reply.status_code} {reply.text}")

@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: the live server, the official client, sample pictures, and a guard against leaks."""
+"""Fixtures for all tests: the live server, the sample pictures, and a check for leaks."""
 
 from __future__ import annotations
 
@@ -8,40 +8,51 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.live import LiveServer, children_of
 
 DATA = Path(__file__).parent / "data"
+# nginx, haproxy, curl and jq, where scripts/test has extracted them because the machine lacks them.
+PROGRAMS = Path(__file__).parents[1] / ".venv" / "programs" / "bin"
+
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", str(PROGRAMS)])
+
+# A deadline would fail examples on a loaded machine: speed is measured in benchmarks. In CI, Hypothesis has none already.
+_profile = hypothesis.settings.get_profile(hypothesis.settings.get_current_profile_name())
+hypothesis.settings.register_profile("no deadline", _profile, deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """The directory with the sample pictures."""
+    """Return the directory with the sample pictures."""
     return DATA
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """One live server with the built-in model for every test that leaves it as it was."""
+    """Start one live server with the built-in model. It is shared by all tests that do not change its state."""
     with LiveServer(spool=tmp_path_factory.mktemp("spool")) as live:
         yield live
 
 
 @pytest.fixture
 def leak_guard() -> Iterator[None]:
-    """Fail a test that leaves threads, descriptors or child processes of this process behind."""
+    """Fail the test if it leaves threads, descriptors or child processes of this process behind."""
     gc.collect()
-    threads, descriptors, children = _now()
+    threads, descriptors, children = _snapshot()
     yield
     gc.collect()
-    after_threads, after_descriptors, after_children = _now()
+    after_threads, after_descriptors, after_children = _snapshot()
     assert after_threads <= threads, f"threads left: {after_threads - threads}"
     assert after_children <= children, f"children left: {after_children - children}"
     assert len(after_descriptors) <= len(descriptors), f"descriptors left: {after_descriptors - descriptors}"
 
 
-def _now() -> tuple[set[str], set[str], set[int]]:
+def _snapshot() -> tuple[set[str], set[str], set[int]]:
+    """Return the names of the running threads, the open descriptors, and the ids of the child processes."""
     threads = {thread.name for thread in threading.enumerate() if thread.is_alive()}
     descriptors = set()
     for name in os.listdir("/proc/self/fd"):

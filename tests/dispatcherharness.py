@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import pytest
 
@@ -20,8 +20,12 @@ from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.jobs import Client, Job, State
 from ovserve.errors import LinkClosed
 from ovserve.settings.options import ModelSettings, Resolution, Settings
+from ovserve.wire.blobs import WorkerBlobs
+from ovserve.wire.link import Link
 from ovserve.wire.local.pipes import open_link
-from ovserve.wire.local.spool import Spool, fill
+from ovserve.wire.local.spool import Spool
+from ovserve.wire.memory.blobs import MemoryBlobs
+from ovserve.wire.memory.link import open_memory_link
 from ovserve.wire.messages import Done, Grant, Message, Need, Picture, Prepared, Ready, Run
 from ovserve.wire.request import ImageRequest
 
@@ -39,11 +43,17 @@ class FakeWorker:
     Args:
         model: the model that the link is for.
         index: the worker's index.
+        blobs: its access to the front end's blobs.
         reads: whether to read commands from the start; otherwise call `reader.start()`.
+        pipes: over real pipes, for what depends on their buffers or on raw bytes.
     """
 
-    def __init__(self, model: str = "toy", index: int = 0, reads: bool = True) -> None:
-        self.link, self.end = open_link(CONTEXT, model, index, 0)
+    def __init__(self, model: str, index: int, blobs: WorkerBlobs, reads: bool = True, pipes: bool = False) -> None:
+        self.blobs = blobs
+        self.link: Link
+        self.end: Any
+        self.link, self.end = open_link(CONTEXT, model, index, 0) if pipes else open_memory_link(model, index, 0)
+        self._pipes = pipes
         self.commands: queue.Queue[Message | None] = queue.Queue()  # None: the link is closed
         self.reader = threading.Thread(target=self._read, daemon=True)
         if reads:
@@ -81,7 +91,7 @@ class FakeWorker:
         """Report one picture, or one preview, with these bytes."""
         self.send(Prepared(job, "image2image", 8, 8, 1, 1, 1, 1), Need(job, picture, len(data), partial))
         grant = self.expect(Grant)
-        fill(grant.path, data)
+        self.blobs.fill(grant.storage, data)
         self.send(Picture(job, picture, 40 + picture, len(data), partial))
 
     def serve(self) -> str:
@@ -92,32 +102,39 @@ class FakeWorker:
         return run.job
 
     def die(self) -> None:
-        """Close the descriptors as the kernel does for a killed process."""
-        os.dup2(os.open(os.devnull, os.O_RDONLY), self.end.commands.fileno())
-        self.end.reports.close()
+        """Close the worker's side as the end of a process does."""
+        if self._pipes:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), self.end.commands.fileno())
+            self.end.reports.close()
+        else:
+            self.end.close()
 
     def close(self) -> None:
         """Close both ends of the link."""
         self.link.close()
         if self.reader.ident:
             self.reader.join(PATIENCE_S)
-        self.end.commands.close()
-        if not self.end.reports.closed:
-            self.end.reports.close()
+        self.end.close()
 
 
 class DispatcherHarness:
     """A dispatcher with its spool, fake workers and jobs. Asserts on `close` that the spool is empty.
 
     Args:
-        directory: spool directory.
+        spool_directory: for tests of a real spool; None: blobs are kept in memory.
         options: settings other than the defaults.
     """
 
-    def __init__(self, directory: Path, **options: object) -> None:
+    def __init__(self, spool_directory: Path | None = None, **options: object) -> None:
         model = ModelSettings(name="toy", max_resolution=Resolution(512, 512))
         self.settings = Settings(models=(model,), **options)  # type: ignore[arg-type]
-        self.spool = Spool(directory, SPOOL_BYTES)
+        self.spool: Any  # a MemoryBlobs or a Spool
+        self.worker_blobs: WorkerBlobs
+        if spool_directory is None:
+            self.spool = self.worker_blobs = MemoryBlobs(SPOOL_BYTES)
+        else:
+            self.spool = Spool(spool_directory, SPOOL_BYTES)
+            self.worker_blobs = self.spool.worker_blobs()
         self.changes = threading.Event()
         self.dispatcher = Dispatcher(self.spool, self.settings, on_change=self.changes.set)
         self.dispatcher.add_model("toy", 4)
@@ -133,15 +150,17 @@ class DispatcherHarness:
     ) -> None:
         self.close()
 
-    def add_worker(self, capacity: int = 1, model: str = "toy", ready: bool = True, reads: bool = True) -> FakeWorker:
+    def add_worker(
+        self, capacity: int = 1, model: str = "toy", ready: bool = True, reads: bool = True, pipes: bool = False
+    ) -> FakeWorker:
         """Attach a fake worker and wait until it is ready."""
-        worker = FakeWorker(model, len(self.workers), reads)
+        worker = FakeWorker(model, len(self.workers), self.worker_blobs, reads, pipes)
         self.workers.append(worker)
         self.dispatcher.attach(worker.link)
         if ready:
             worker.send(Ready(capacity, "fake"))
             # Not by the count of ready workers: one that has just died may still be counted.
-            self.wait_until(lambda: worker.link.ready is not None)
+            self.wait_until(lambda: worker.link.state.ready is not None)
         return worker
 
     def make_job(
@@ -180,7 +199,8 @@ class DispatcherHarness:
         for worker in self.workers:
             worker.close()
         assert self.spool.used_bytes == 0
-        self.spool.close()
+        if isinstance(self.spool, Spool):
+            self.spool.close()
 
 
 def events(job: Job, until_settled: bool = False) -> list[object]:

@@ -1,4 +1,4 @@
-"""A live server for the fault tests, what it holds at a moment, and requests that command its toy workers."""
+"""A live server for the fault tests, its resources in use, and requests with commands for its toy workers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ TINY_PNG = base64.b64decode(
 
 
 @dataclass(frozen=True)
-class Holdings:
-    """What a front end holds: threads, descriptors, living children, segments in its spool."""
+class Resources:
+    """Resources in use by a front end: numbers of threads, descriptors, workers, and segments in its spool."""
 
     threads: int
     descriptors: int
@@ -36,41 +36,44 @@ class Holdings:
 
 
 class FaultServer(LiveServer):
-    """A live server with toy workers, or with `real=True` the real ones, and quick restarts."""
+    """A live server that restarts workers quickly. The workers are toys, or with `real=True` the real ones.
+
+    `toy_options` is the `plugin_config` of the toys (tests.toys).
+    """
 
     def __init__(
-        self, spool: Path, *arguments: str, real: bool = False, told: dict[str, Any] | None = None, **known: Any
+        self, spool: Path, *arguments: str, real: bool = False, toy_options: dict[str, Any] | None = None, **known: Any
     ):
         quick = ["--restart_delay_s", "0.02", "--max_restart_delay_s", "1", "--terminate_timeout_s", "2"]
-        toys = [] if real or "--config" in arguments else ["--plugin_config", json.dumps(told or {})]
+        toys = [] if real or "--config" in arguments else ["--plugin_config", json.dumps(toy_options or {})]
         module = ("ovserve",) if real else ("tests.toyserver",)
         self.spool = spool
         super().__init__(*quick, *toys, *arguments, spool=spool, module=module, **known)
 
     @contextmanager
     def client(self, timeout_s: float = 60.0) -> Iterator[httpx.Client]:
-        """A client with room for many requests at once."""
+        """Open a client without a limit on connections."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         with httpx.Client(base_url=self.url, timeout=timeout_s, limits=limits) as client:
             yield client
 
     def edit(self, client: httpx.Client, prompt: str, **fields: Any) -> httpx.Response:
-        """One edit; the toy obeys the prompt."""
+        """Send an edit; the prompt is the toy worker's command."""
         return client.post("/v3/images/edits", data={"prompt": prompt, **fields}, files={"image": ("a.png", TINY_PNG)})
 
     def generate(self, client: httpx.Client, prompt: str, **fields: Any) -> httpx.Response:
-        """One generation, without an upload."""
+        """Send a generation, which has no upload."""
         return client.post("/v3/images/generations", json={"prompt": prompt, **fields})
 
-    def standing(self) -> dict[str, Any]:
-        """The only model's ready, reason, queued, running, ..."""
+    def model_status(self) -> dict[str, Any]:
+        """Return the status of the only model: ready, reason, queued, running, and so on."""
         document: dict[str, Any] = self.fetch("/v3/models")[1]["data"][0]
         return document
 
-    def holdings(self) -> Holdings:
-        """What it holds now."""
+    def resources(self) -> Resources:
+        """Return the resources in use now."""
         pid = self.process.pid
-        return Holdings(
+        return Resources(
             threads=len(os.listdir(f"/proc/{pid}/task")),
             descriptors=len(descriptors_of(pid)),
             workers=len(self.workers()),
@@ -78,43 +81,46 @@ class FaultServer(LiveServer):
         )
 
     def segments(self) -> list[str]:
-        """Segments in the spool; files that are kept warm for the next uploads are none."""
+        """Return the names of the segments in the spool, without the warm files kept for the next uploads."""
         names = [path.name for path in self.spool.rglob("*") if path.is_file()]
         return [name for name in names if name != "lock" and not name.startswith(WARM)]
 
     def until(self, is_so: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
-        """Wait for something in another process that no descriptor tells of."""
+        """Poll until a condition is true that no descriptor signals. Raises AssertionError with the log in it."""
         end = time.monotonic() + patience_s
         while not is_so():
-            assert time.monotonic() < end, "did not come about:\n" + "\n".join(self.log[-40:])
+            assert time.monotonic() < end, f"still not true after {patience_s:g} s:\n" + "\n".join(self.log[-40:])
             time.sleep(0.01)
 
-    def until_settled(self, before: Holdings) -> None:
-        """Wait until it holds no more than before."""
-        self.until(lambda: _fits(self.holdings(), before))
+    def until_released(self, before: Resources) -> None:
+        """Wait until no more resources are in use than before."""
+        self.until(lambda: _fits(self.resources(), before))
 
     def workers(self) -> list[int]:
-        """Process ids of the workers. From every process's parent: the kernel's lists of children skip some while others end."""
+        """Return the process ids of the workers.
+
+        Found by the parent of every process: the kernel's lists of children can miss some while other children exit.
+        """
         return [pid for pid in _children(self.process.pid) if "spawn_main" in command_of(pid)]
 
     def tracker(self) -> int:
-        """Process id of multiprocessing's helper."""
+        """Return the process id of multiprocessing's resource tracker."""
         [pid] = [pid for pid in _children(self.process.pid) if "resource_tracker" in command_of(pid)]
         return pid
 
     def kill_worker(self, pid: int | None = None, number: int = signal.SIGKILL) -> int:
-        """Signal a worker, the first unless told; its pid."""
+        """Send a signal to a worker, by default to the first; return its process id."""
         pid = pid or self.workers()[0]
         os.kill(pid, number)
         return pid
 
     def logged(self, *words: str) -> list[str]:
-        """The log lines with all these words."""
+        """Return the log lines that contain all these words."""
         return [line for line in list(self.log) if all(word in line for word in words)]
 
 
 def descriptors_of(pid: int) -> list[str]:
-    """What a process has open, warm files of the spool aside."""
+    """Return the targets of the open descriptors of a process, without warm files of the spool."""
     found = []
     for path in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
@@ -123,6 +129,7 @@ def descriptors_of(pid: int) -> list[str]:
 
 
 def _children(parent: int) -> list[int]:
+    """Return the ids of the processes with this parent."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -131,7 +138,7 @@ def _children(parent: int) -> list[int]:
     return sorted(found)
 
 
-def _fits(now: Holdings, before: Holdings) -> bool:
+def _fits(now: Resources, before: Resources) -> bool:
     return (
         now.threads <= before.threads
         and now.descriptors <= before.descriptors
@@ -141,11 +148,11 @@ def _fits(now: Holdings, before: Holdings) -> bool:
 
 
 def picture_of(reply: httpx.Response, number: int = 0) -> bytes:
-    """The bytes of one picture of a reply."""
+    """Return the bytes of one picture of a reply; the status must be 200."""
     assert reply.status_code == 200, reply.text
     return base64.b64decode(reply.json()["data"][number]["b64_json"])
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended."""
+    """Return whether a process has exited."""
     return not is_alive(pid)

@@ -10,8 +10,10 @@ import numpy as np
 
 from ovserve.engines.protocol import Features, Outcome, Preview, Work
 from ovserve.models.profile import ModelProfile
-from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.local.pipes import WorkerEnd
+from ovserve.settings.options import ModelSettings
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.blobs import WorkerBlobs
+from ovserve.wire.link import WorkerLink
 from ovserve.worker.runner import JobRunner
 
 BROKEN = "the first preview is broken"  # the prompt that gives a preview that cannot be encoded
@@ -61,6 +63,9 @@ class FlatEngine:
         self._works.clear()
 
 
-def main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: Settings) -> NoReturn:
+def main(
+    link: WorkerLink, blobs: WorkerBlobs, profile: ModelProfile, model: ModelSettings, settings: WorkerSettings
+) -> NoReturn:
     """Run a worker with this engine; the spawn target."""
-    JobRunner(end, profile, model, settings, lambda _profile, _model: (FlatEngine(), "test")).run()
+    create_engine = lambda _profile, _model: (FlatEngine(), "test")  # noqa: E731
+    JobRunner(link, blobs, profile, model, settings, create_engine=create_engine).run()

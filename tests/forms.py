@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -15,6 +17,7 @@ from ovserve.models.catalog import Catalog, ServedModel
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.blobs import Blob
+from tests.live import BUILTIN_PATH
 
 __all__ = ["IMAGE", "FakeForm", "FakeUpload", "catalog", "edit", "encoded"]
 
@@ -60,8 +63,13 @@ def encoded(width: int = 128, height: int = 128, form: str = "PNG", mode: str = 
 
 def catalog(*models: ModelSettings, default: str = "") -> Catalog:
     """Return a catalog of the built-in model, or of models with these settings."""
-    served = [ServedModel(read_profile(model), model) for model in (models or (ModelSettings(name="m"),))]
-    return Catalog({model.name: model for model in served}, default)
+    named = [
+        dataclasses.replace(model, path=model.path or Path(BUILTIN_PATH))
+        for model in models or [ModelSettings(name="m")]
+    ]
+    served = [ServedModel(read_profile(model), model) for model in named]
+    aliases = {alias: model.name for model in named for alias in model.all_aliases}
+    return Catalog({model.name: model for model in served}, default, aliases)
 
 
 IMAGE = FakeUpload("image", encoded())

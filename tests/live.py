@@ -1,4 +1,4 @@
-"""A live server in a process of its own, as a user starts it: `python -m ovserve` on a free port."""
+"""A live server in a separate process, started as a user does: `python -m ovserve` on a free port."""
 
 from __future__ import annotations
 
@@ -14,30 +14,57 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["LiveServer", "children_of", "is_alive", "resident_bytes"]
+__all__ = ["BUILTIN_NAME", "BUILTIN_PATH", "LiveServer", "children_of", "is_alive", "resident_bytes"]
 
+BUILTIN_PATH = "builtin:shapes"  # the built-in model as the option `path`
+BUILTIN_NAME = "ovserve-builtin"  # the built-in model as the request field `model`
 PINNED = ["--streams", "2", "--threads", "1", "--max_batch", "8"]
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 
 
 class LiveServer:
-    """`with LiveServer("--max_body_bytes", "1000") as server:`; `server.url` has no trailing slash."""
+    """A running server: `with LiveServer("--max_body_bytes", "1000") as server:`.
+
+    Args:
+        arguments: options. The port is 0 unless given; threads and streams are fixed unless an engine is given.
+        spool: directory of the spool.
+        wait_ready: return when the server is ready.
+        module: what to start with `python -m`.
+        model: value of --model_path, unless the arguments contain --model_path or --config; None: no --model_path.
+        program: what to start in place of `python -m module`.
+        cwd: directory to start it in.
+
+    Attributes:
+        lines: standard output so far.
+        log: standard error so far.
+        process: the front end.
+    """
 
     def __init__(
-        self, *arguments: str, spool: Path | None = None, wait_ready: bool = True, module: Sequence[str] = ("ovserve",)
+        self,
+        *arguments: str,
+        spool: Path | None = None,
+        wait_ready: bool = True,
+        module: Sequence[str] = ("ovserve",),
+        model: str | None = BUILTIN_PATH,
+        program: Sequence[str] = (),
+        cwd: Path | None = None,
     ) -> None:
-        own = ["--port", "0"] if "--port" not in arguments else []
+        defaults = ["--port", "0"] if "--port" not in arguments else []
         if "--config" not in arguments and "--engine" not in arguments:
-            own += PINNED  # measuring the best division of the device takes seconds at each start
+            defaults += PINNED  # without it, each start measures threads and streams for seconds
+        if model is not None and not {"--config", "--model_path"} & set(arguments):
+            defaults += ["--model_path", model]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("OVSERVE_")}
         if spool:
-            own += ["--spool_dir", str(spool)]
+            defaults += ["--spool_dir", str(spool)]
         self.lines: list[str] = []
         self.log: list[str] = []
         self._ready = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *module, *own, *arguments],
+            [*(program or (sys.executable, "-m", *module)), *defaults, *arguments],
+            cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -62,27 +89,27 @@ class LiveServer:
         stream.close()
 
     def await_ready(self) -> None:
-        """Wait for the ready line; the log is in the error when it does not come."""
+        """Wait for the ready line. Raises AssertionError with the log if the server does not become ready."""
         if not self._ready.wait(READY_TIMEOUT_S) or not any(line.startswith("ready ") for line in list(self.lines)):
             self.stop()
             raise AssertionError("the server did not become ready:\n" + "\n".join(self.log))
 
     @property
     def url(self) -> str:
-        """`http://127.0.0.1:PORT`"""
+        """Base URL, `http://127.0.0.1:PORT`, without a trailing slash."""
         return next(line for line in self.lines if line.startswith("ready ")).removeprefix("ready ")
 
     @property
     def port(self) -> int:
-        """The port it listens on."""
+        """Port that the server listens on."""
         return int(self.url.rpartition(":")[2])
 
     def workers(self) -> list[int]:
-        """Process ids of the workers."""
+        """Return the process ids of the workers."""
         return [pid for pid in children_of(self.process.pid) if "spawn_main" in command_of(pid)]
 
     def fetch(self, path: str) -> tuple[int, Any]:
-        """GET a JSON document: status and value."""
+        """GET a JSON document; return the status and the value."""
         try:
             with urllib.request.urlopen(self.url + path, timeout=30) as reply:
                 return reply.status, json.load(reply)
@@ -95,14 +122,14 @@ class LiveServer:
         self.process.send_signal(number)
 
     def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
-        """The exit code, once it has ended and its output is read."""
+        """Wait until the process has exited and its output is read; return the exit code."""
         code = self.process.wait(timeout_s)
         for reader in self._readers:
             reader.join(STOP_TIMEOUT_S)
         return code
 
     def stop(self) -> int:
-        """End it with SIGTERM, by force after the timeout; the exit code."""
+        """Stop the server with SIGTERM; return its exit code. After the timeout, kill it and raise TimeoutExpired."""
         if self.process.poll() is None:
             self.signal(signal.SIGTERM)
             try:
@@ -123,7 +150,7 @@ class LiveServer:
 
 
 def command_of(pid: int) -> str:
-    """A process's command line; empty when it has ended."""
+    """Return the command line of a process; empty if it has exited."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
@@ -131,7 +158,7 @@ def command_of(pid: int) -> str:
 
 
 def children_of(pid: int) -> list[int]:
-    """Direct children of a process, over all its threads."""
+    """Return the ids of the direct children of a process, of all its threads."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
@@ -142,7 +169,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -150,6 +177,6 @@ def is_alive(pid: int) -> bool:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of a process."""
+    """Return the resident memory of a process in bytes."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -18,16 +18,18 @@ from ovserve.errors import ApiError
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.pixels.images import Pixels
 from ovserve.settings.options import ModelSettings, Resolution, Settings
+from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import Blob
-from ovserve.wire.local.spool import Spool
+from ovserve.wire.memory.blobs import MemoryBlobs
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.prepare import prepare
 from ovserve.worker.prepared import PreparedRequest
+from tests.live import BUILTIN_PATH
 
 StoreBlob = Callable[[bytes], Blob]
 
-MODEL = ModelSettings(name="shapes")
-PROFILE = read_profile(MODEL)
+MODEL = ModelSettings(name="shapes", path=Path(BUILTIN_PATH))
+PROFILE = dataclasses.replace(read_profile(MODEL), drops_unknown_words=False)  # the engine here knows every word
 # Works at 64 to 256 px, in multiples of 16.
 WIDE = dataclasses.replace(PROFILE, native=Resolution(64, 64), min_side_px=64, max_side_px=256)
 NOISE = np.random.default_rng(5)
@@ -54,6 +56,9 @@ class WordCounter:
         return " ".join(prompt.split()[: 37 if clip else PROFILE.prompt_tokens - 2])
 
 
+BLOBS = MemoryBlobs()
+
+
 def engine_of(profile: ModelProfile, **features: Any) -> Engine:
     """Return an engine for this model, with other features if given; preparation never loads or runs it."""
     engine = WordCounter(profile)
@@ -61,15 +66,17 @@ def engine_of(profile: ModelProfile, **features: Any) -> Engine:
     return engine  # type: ignore[return-value]
 
 
-def blobs_in(directory: Path) -> Iterator[StoreBlob]:
-    """Yield a function that stores bytes as a blob in a spool; the body of a fixture."""
-    spool = Spool(directory, 1 << 30)
+def stored_blobs() -> Iterator[StoreBlob]:
+    """Yield a function that stores bytes as a blob for `prepared`; the body of a fixture."""
+    segments = []
 
     def store(data: bytes) -> Blob:
-        return spool.store(data).blob(0, len(data))
+        segments.append(BLOBS.put(data))
+        return segments[-1].blob(0, len(data))
 
     yield store
-    spool.close()
+    for segment in segments:
+        segment.release()
 
 
 def png(pixels: Pixels) -> bytes:
@@ -104,7 +111,9 @@ def prepared(
     profile: ModelProfile = WIDE, model: ModelSettings = MODEL, engine: Engine | None = None, **values: Any
 ) -> PreparedRequest:
     """Prepare a request."""
-    return prepare(request(**values), profile, model, Settings(), engine or engine_of(profile))
+    return prepare(
+        request(**values), profile, model, WorkerSettings.of(Settings()), engine or engine_of(profile), blobs=BLOBS
+    )
 
 
 def rejected(kind: type[ApiError], param: str, *texts: str, profile: ModelProfile = WIDE, **values: Any) -> None:

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: boundaries, parts, bodies that nearly are forms, and ways to cut bytes into pieces."""
+"""Hypothesis strategies: boundaries, parts, malformed bodies, and splits of bytes into pieces."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ boundaries = st.builds(
     lambda inner, last: inner + last, st.text(_INNER, max_size=69), st.sampled_from(_INNER.replace(" ", ""))
 )
 
-# Every character that can stand in a name, the awkward ones often. No backslash: what it means depends on who wrote it.
+# Every character that a name can contain; characters with a meaning in the syntax occur often.
+# No backslash: clients disagree about whether it escapes the next character.
 _names = st.text(
     st.one_of(
         st.sampled_from("ab[]=;,'\"%20/ \t"),
@@ -27,7 +28,7 @@ _names = st.text(
 
 
 def _content(boundary: str) -> st.SearchStrategy[bytes]:
-    """Bytes made of what a delimiter is made of, with no delimiter at the start of a line."""
+    """Return a strategy for content: bytes that resemble a delimiter, but no delimiter at the start of a line."""
     pieces = st.sampled_from(
         [b"\r", b"\n", b"\r\n", b"-", b"--", boundary.encode()[:-1], boundary.encode(), b"\r\n--", b"x"]
     )
@@ -40,7 +41,7 @@ def _content(boundary: str) -> st.SearchStrategy[bytes]:
 
 
 def parts(boundary: str, max_size: int = 6) -> st.SearchStrategy[list[Part]]:
-    """Parts that a form with this boundary can carry."""
+    """Return a strategy for lists of parts that a form with this boundary can contain."""
     part = st.builds(
         Part,
         _names,
@@ -73,7 +74,7 @@ _LINES = [
     b"\xff",
     b":",
 ]
-# Bodies for the boundary B0, most of which are malformed in one place or another.
+# Bodies for the boundary B0; most of them are malformed.
 almost_forms = st.lists(st.sampled_from(_LINES) | st.binary(max_size=3), max_size=30).map(b"".join)
 
 cuts = st.lists(st.integers(1, 40), max_size=60)

@@ -1,52 +1,55 @@
-"""A worker process whose behaviour the prompt commands, over real links and real segments, without a model.
+"""A toy worker process without a model: the prompt is a command. Links and segments are the real ones.
 
-prompt              what the worker does
-------------------  ------------------------------------------------------------------------------------------------------
-echo TEXT           gives each picture the bytes `echo TEXT|seed`, or the first image's bytes where there is one
-crc                 gives a picture of 1024 bytes, the last four of them the CRC-32 of the first image
-sleep S             the same after S seconds, stopping when cancelled
-steps N S           the same after N steps of S seconds with a Progress for each, stopping when cancelled
-previews N          a Partial for each of N previews, then the result
-raise               answers the job with a 400
-exit N              ends the process with exit code N
-segv                ends it with a segmentation fault
-dies POINT          ends it with SIGKILL at a point of the job: received, prepared, step, announced, half (of a result's
-                    bytes), filled, told (of one picture, not of the end), done
-hang                stops beating and never answers
-stammer             writes the first half of a message, stops beating and never answers
-leak                takes memory until it is ended
-garbage             writes bytes that are no message
-wrong               answers for a job that it was never given
-twice               answers for its job twice
-too large           announces 10 bytes and claims 11
-absurd              announces more bytes than any picture has
-unannounced         claims a picture that it never announced
-unasked             announces a picture number that was not asked for
-short               says done without a picture
-unprepared          says done without ever having said that the job is prepared
-deaf                holds on to its job when cancelled and never answers
-once PATH COMMAND   does COMMAND unless PATH exists, which it makes first; then echoes
+prompt              behaviour of the worker
+------------------  ----------------------------------------------------------------------------------------------------
+echo TEXT           returns for each picture the bytes `echo TEXT|seed`; with an image, the bytes of the first image
+crc                 returns 1024 bytes for each picture; the last four are the CRC-32 of the first image
+bytes N             returns for each picture, and each requested preview, `bytes_of(seed, N)`
+sleep S             as echo, after S seconds; stops when cancelled
+steps N S           as echo, after N steps of S seconds with a Progress message for each; stops when cancelled
+previews N          as echo, after N Partial pictures
+raise               fails the job with status 400
+exit N              exits with exit code N
+segv                exits with a segmentation fault
+dies POINT          kills itself with SIGKILL at a point of the job: received, prepared, step, announced, half (of a
+                    result's bytes are written), filled, reported (the job is not done), done
+hang                stops its heartbeat and never answers
+partial             writes the first half of a message, stops its heartbeat and never answers
+leak                allocates memory until it is killed
+garbage             writes bytes that are not a message
+wrong               reports a job that it was never given as done
+twice               reports its job as done twice
+too large           announces a picture of 10 bytes and reports 11
+oversized           announces a picture larger than any limit
+unannounced         reports a picture that it never announced
+unrequested         announces a picture number that was not requested
+short               reports the job as done without a picture
+unprepared          reports the job as done, but never as prepared
+once PATH COMMAND   if PATH does not exist: creates it, then runs COMMAND; else as echo
 
-`plugin_config` of the model, a JSON object, commands the rest: {"load": COMMAND, "load_s": S, "capacity": N}; load commands:
-fail TEXT (says why, then ends), exit N, segv, kill, hang, until PATH COMMAND (does COMMAND unless PATH exists).
+The model's `plugin_config`, a JSON object, sets the behaviour before the first job: {"load": COMMAND, "load_s": S,
+"capacity": N}. Commands for "load": fail TEXT (reports the error TEXT, then exits), exit N, segv, kill, hang,
+until PATH COMMAND (runs COMMAND unless PATH exists).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import threading
 import time
 from pathlib import Path
 from zlib import crc32
 
-from ovserve.errors import ImageError, InternalError, LinkClosed
+from ovserve.errors import BlobGone, ImageError, InternalError, LinkClosed
 from ovserve.models.families import Defaults
 from ovserve.models.profile import ModelProfile, Scheduling
-from ovserve.settings.options import ModelSettings, Resolution, Settings
-from ovserve.wire.local.pipes import WorkerEnd
-from ovserve.wire.local.spool import fill, open_blob
+from ovserve.settings.options import ModelSettings, Resolution
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.blobs import WorkerBlobs
+from ovserve.wire.local.pipes import PipeWorkerLink
 from ovserve.wire.messages import (
     Cancel,
     Done,
@@ -63,10 +66,11 @@ from ovserve.wire.messages import (
 )
 from ovserve.wire.request import ImageRequest
 
-BEAT_S = 0.05
+HEARTBEAT_S = 0.05
 
 
 def toy_profile(name: str = "toy") -> ModelProfile:
+    """Return the profile of a toy model; its directory does not exist."""
     return ModelProfile(
         name=name,
         directory=Path("/nowhere"),
@@ -85,25 +89,35 @@ def toy_profile(name: str = "toy") -> ModelProfile:
     )
 
 
+def bytes_of(seed: int, size: int) -> bytes:
+    """Return the bytes of a picture with this seed for the prompt `bytes SIZE`."""
+    return random.Random(seed).randbytes(size)
+
+
 class _Stopped(Exception):
-    """The job was cancelled, or there was no room for its result."""
+    """The job was cancelled, or its result was not granted a segment."""
 
 
 class _ToyJob:
-    def __init__(self, end: WorkerEnd, run: Run) -> None:
+    """One job of the toy worker. A thread serves it; the command thread sets `cancelled` and `grants`."""
+
+    def __init__(self, end: PipeWorkerLink, blobs: WorkerBlobs, run: Run) -> None:
+        self.blobs = blobs
         self.id = run.job
         self.end = end
-        self.request = ImageRequest.from_json(Path(run.request).read_bytes())
+        self.request = ImageRequest.from_json(blobs.read(run.request))
         self.cancelled = threading.Event()
         self.dies_at = ""
-        self.rooms: dict[int, str] = {}
-        self.room_came = threading.Condition()
+        self.grants: dict[int, str] = {}  # id of the granted storage, by picture; empty: refused
+        self.grant_received = threading.Condition()
 
     def pass_point(self, point: str) -> None:
+        """Kill the process if the prompt names this point."""
         if self.dies_at == point:
             die("kill")
 
     def prepare(self) -> None:
+        """Report the job as prepared."""
         self.pass_point("received")
         self.end.send(Prepared(self.id, "image2image", 64, 64, 1, 5, 0, 0))
         self.pass_point("prepared")
@@ -112,49 +126,60 @@ class _ToyJob:
             self.pass_point("step")
 
     def sleep(self, seconds: float) -> None:
+        """Wait. Raises _Stopped when the job is cancelled."""
         if self.cancelled.wait(seconds):
             raise _Stopped
 
     def deliver(self, picture: int, data: bytes, partial: int = -1) -> None:
+        """Announce a picture, write it into the granted segment and report it."""
         self.end.send(Need(self.id, picture, len(data), partial))
-        with self.room_came:
-            if not self.room_came.wait_for(lambda: picture in self.rooms, timeout=30):
+        with self.grant_received:
+            if not self.grant_received.wait_for(lambda: picture in self.grants, timeout=30):
                 raise TimeoutError
-            path = self.rooms.pop(picture)
-        if not path:
+            storage = self.grants.pop(picture)
+        if not storage:
             raise _Stopped
         self.pass_point("announced")
         try:
             if self.dies_at == "half":
-                fill(path, data[: len(data) // 2])
+                self.blobs.fill(storage, data[: len(data) // 2])
                 self.pass_point("half")
-            fill(path, data)
-        except FileNotFoundError:
+            self.blobs.fill(storage, data)
+        except BlobGone:
             raise _Stopped from None
         self.pass_point("filled")
         self.end.send(Picture(self.id, picture, self.request.seed + picture, len(data), partial))
-        self.pass_point("told")
+        self.pass_point("reported")
 
     def finish(self) -> None:
+        """Deliver all pictures and report the job as done."""
         for picture in range(self.request.n):
             if self.request.images:
-                with open_blob(self.request.images[0]) as view:
+                with self.blobs.open(self.request.images[0]) as view:
                     data = bytes(1020) + crc32(view).to_bytes(4, "big") if self.request.prompt == "crc" else bytes(view)
             else:
                 data = f"{self.request.prompt}|{self.request.seed + picture}".encode()
+            if self.request.prompt.startswith("bytes "):
+                data = bytes_of(self.request.seed + picture, int(self.request.prompt.split()[1]))
+                for index in range(self.request.partial_images):
+                    self.deliver(picture, data, partial=index)
             self.deliver(picture, data)
         self.end.send(Done(self.id, 1.0, 2.0, 3.0))
         self.pass_point("done")
 
 
-class _Toy:
-    def __init__(self, end: WorkerEnd) -> None:
+class _ToyWorker:
+    """The jobs of one toy worker process, and its answers to commands."""
+
+    def __init__(self, end: PipeWorkerLink, blobs: WorkerBlobs) -> None:
+        self.blobs = blobs
         self.end = end
         self.jobs: dict[str, _ToyJob] = {}
         self.is_silent = False
         self.stopping = threading.Event()
 
     def read_commands(self) -> None:
+        """Read commands until the link closes, then exit."""
         while True:
             try:
                 message = self.end.receive()
@@ -162,56 +187,55 @@ class _Toy:
                 os._exit(0)
             if isinstance(message, Run):
                 try:
-                    job = self.jobs[message.job] = _ToyJob(self.end, message)
-                except FileNotFoundError:
+                    job = self.jobs[message.job] = _ToyJob(self.end, self.blobs, message)
+                except BlobGone:
                     self.end.send(Failed(message.job, InternalError("the exchange has ended").to_wire()))
                     continue
                 threading.Thread(target=self.serve, args=(job,), daemon=True).start()
             elif isinstance(message, Cancel) and (job := self.jobs.get(message.job)):
                 job.cancelled.set()
             elif isinstance(message, Grant) and (job := self.jobs.get(message.job)):
-                with job.room_came:
-                    job.rooms[message.picture] = message.path
-                    job.room_came.notify_all()
+                with job.grant_received:
+                    job.grants[message.picture] = message.storage
+                    job.grant_received.notify_all()
             elif isinstance(message, Stop):
                 self.stopping.set()
 
     def serve(self, job: _ToyJob) -> None:
+        """Run the command of a job and settle the job."""
         try:
-            self.obey(job, job.request.prompt)
+            self.run(job, job.request.prompt)
         except _Stopped:
             job.end.send(Failed(job.id, InternalError("stopped").to_wire()))
         except LinkClosed:
             os._exit(0)
         self.jobs.pop(job.id, None)
 
-    def obey(self, job: _ToyJob, prompt: str) -> None:
+    def run(self, job: _ToyJob, prompt: str) -> None:
+        """Run the command in the prompt."""
         command, _, rest = prompt.partition(" ")
         if command == "once":
             path, _, inner = rest.partition(" ")
             if not Path(path).exists():
                 Path(path).touch()
-                self.obey(job, inner)
+                self.run(job, inner)
                 return
         elif command == "raise":
-            raise_error = ImageError("the toy was told to refuse", param="image")
-            job.end.send(Failed(job.id, raise_error.to_wire()))
+            job.end.send(Failed(job.id, ImageError("the prompt is `raise`", param="image").to_wire()))
             return
         elif command == "dies":
             job.dies_at = rest
         elif command in ("exit", "segv"):
             job.prepare()
             die(prompt)
-        elif command in ("hang", "stammer"):
+        elif command in ("hang", "partial"):
             self.is_silent = True
-            if command == "stammer":
+            if command == "partial":
                 os.write(job.end.reports.fileno(), b'{"kind":"progress","job":"')
             threading.Event().wait()
         elif command == "leak":
             leak()
-        elif command == "deaf":
-            threading.Event().wait()
-        elif misbehave(job, prompt):
+        elif violate_protocol(job, prompt):
             return
         job.prepare()
         if command == "sleep":
@@ -228,6 +252,7 @@ class _Toy:
 
 
 def die(command: str) -> None:
+    """End the process: `exit N`, `segv` or `kill`."""
     name, _, rest = command.partition(" ")
     if name == "exit":
         os._exit(int(rest))
@@ -236,19 +261,20 @@ def die(command: str) -> None:
 
 
 def leak() -> None:
-    held = []
+    """Allocate 16 MiB every 20 ms and never return."""
+    blocks = []
     while True:
-        held.append(b"x" * (16 << 20))
+        blocks.append(b"x" * (16 << 20))
         time.sleep(0.02)
 
 
-def misbehave(job: _ToyJob, command: str) -> bool:
-    """The protocol's violations; False when the command is none of them."""
+def violate_protocol(job: _ToyJob, command: str) -> bool:
+    """Violate the protocol as the command says. Return False if the command is not a violation."""
     send = job.end.send
     if command == "garbage":
-        os.write(job.end.reports.fileno(), b"\x80\x04 no message of ours\n")
+        os.write(job.end.reports.fileno(), b"\x80\x04 not a message\n")
     elif command == "wrong":
-        send(Done("a-job-of-somebody-else", 0, 0, 0))
+        send(Done("an-unknown-job", 0, 0, 0))
     elif command == "unprepared":
         job.finish()
     elif command == "twice":
@@ -258,11 +284,11 @@ def misbehave(job: _ToyJob, command: str) -> bool:
     elif command == "too large":
         send(Need(job.id, 0, 10))
         send(Picture(job.id, 0, 0, 11))
-    elif command == "absurd":
+    elif command == "oversized":
         send(Need(job.id, 0, 1 << 40))
     elif command == "unannounced":
         send(Picture(job.id, 0, 0, 5))
-    elif command == "unasked":
+    elif command == "unrequested":
         send(Need(job.id, job.request.n, 10))
     elif command == "short":
         send(Done(job.id, 0, 0, 0))
@@ -271,14 +297,16 @@ def misbehave(job: _ToyJob, command: str) -> bool:
     return True
 
 
-def worker_main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: Settings) -> None:
-    """The spawn target."""
-    toy = _Toy(end)
-    told = json.loads(model.plugin_config or "{}")
-    threading.Thread(target=toy.read_commands, daemon=True).start()
+def worker_main(
+    end: PipeWorkerLink, blobs: WorkerBlobs, profile: ModelProfile, model: ModelSettings, settings: WorkerSettings
+) -> None:
+    """Run a toy worker: the spawn target, in place of the real worker's main function."""
+    worker = _ToyWorker(end, blobs)
+    options = json.loads(model.plugin_config or "{}")
+    threading.Thread(target=worker.read_commands, daemon=True).start()
     end.send(Heartbeat("load"))
-    command = str(told.get("load", ""))
-    time.sleep(float(told.get("load_s", 0)))
+    command = str(options.get("load", ""))
+    time.sleep(float(options.get("load_s", 0)))
     if command.startswith("until "):
         _, path, inner = command.split(" ", 2)
         command = "" if Path(path).exists() else inner
@@ -290,9 +318,9 @@ def worker_main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, set
     if command:
         die(command)
     tuned = {"threads": model.threads or os.getpid() % 200 + 1, "streams": model.streams or 1}
-    end.send(Ready(int(told.get("capacity", 2)), "toy", f"threads={tuned['threads']}", tuned))
-    while not (toy.stopping.is_set() and not toy.jobs):
-        if not toy.is_silent:
-            end.send(Heartbeat("denoise" if toy.jobs else "idle"))
-        toy.stopping.wait(BEAT_S) if not toy.stopping.is_set() else time.sleep(BEAT_S / 10)
+    end.send(Ready(int(options.get("capacity", 2)), "toy", f"threads={tuned['threads']}", tuned))
+    while not (worker.stopping.is_set() and not worker.jobs):
+        if not worker.is_silent:
+            end.send(Heartbeat("denoise" if worker.jobs else "idle"))
+        worker.stopping.wait(HEARTBEAT_S) if not worker.stopping.is_set() else time.sleep(HEARTBEAT_S / 10)
     os._exit(0)

@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ovserve.fleet.supervisor import WorkerMain
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.blobs import Blob
-from ovserve.wire.local.pipes import Link, open_link
-from ovserve.wire.local.spool import Segment, Spool
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.blobs import Blob, Segment
+from ovserve.wire.launcher import WorkerMain
+from ovserve.wire.link import Link
+from ovserve.wire.local.pipes import open_link
+from ovserve.wire.local.spool import Spool
 from ovserve.wire.messages import (
     Cancel,
     Done,
@@ -37,6 +39,7 @@ from ovserve.wire.messages import (
 )
 from ovserve.wire.request import ImageRequest
 from ovserve.worker import main as worker
+from tests.live import BUILTIN_PATH
 
 TIMEOUT_S = 60.0
 
@@ -55,7 +58,7 @@ class WorkerBench:
         settings: Settings | None = None,
         main: WorkerMain = worker.main,
     ) -> None:
-        self.model = model or ModelSettings(name="shapes", engine="genai")
+        self.model = model or ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="genai")
         self.settings = settings or Settings(models=(self.model,))
         self.profile = read_profile(self.model)
         self.spool = Spool(spool, 1 << 30)
@@ -67,7 +70,9 @@ class WorkerBench:
         self._jobs = 0
         context = multiprocessing.get_context("spawn")
         self.link, end = open_link(context, self.model.name, 0, 0)
-        self.process = context.Process(target=main, args=(end, self.profile, self.model, self.settings), daemon=True)
+        worker_settings = WorkerSettings.of(self.settings)
+        arguments = (end, self.spool.worker_blobs(), self.profile, self.model, worker_settings)
+        self.process = context.Process(target=main, args=arguments, daemon=True)
         self.process.start()
         end.close()
 
@@ -92,7 +97,7 @@ class WorkerBench:
         Raises:
             LinkClosed: the worker has ended.
         """
-        if not select.select([self.link.fileno()], [], [], timeout_s)[0]:
+        if not select.select([self.link.readiness], [], [], timeout_s)[0]:
             return False
         for message in self.link.receive():
             self._note(message)
@@ -113,12 +118,12 @@ class WorkerBench:
 
     def answer(self, need: Need) -> None:
         """Answer a Need with a segment, or without one as `grants_segments` and `grants_previews` say."""
-        path = ""
+        storage = ""
         if self.grants_segments and (self.grants_previews or need.partial < 0):
             segment = self.spool.create(need.size, reserve=need.size)
             self._segments[need.job, need.picture, need.partial] = segment
-            path = segment.path
-        self.link.send(Grant(need.job, need.picture, path))
+            storage = segment.id
+        self.link.send(Grant(need.job, need.picture, storage))
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Read messages until the condition holds."""
@@ -130,9 +135,9 @@ class WorkerBench:
 
     def ready(self) -> Ready:
         """Wait until the worker is ready; return its report."""
-        self.until(lambda: self.link.ready is not None)
-        assert self.link.ready is not None
-        return self.link.ready
+        self.until(lambda: self.link.state.ready is not None)
+        assert self.link.state.ready is not None
+        return self.link.state.ready
 
     def of(self, job: str, *kinds: type[Message]) -> list[Any]:
         """Return the messages of these kinds about a job, in order."""
@@ -141,7 +146,7 @@ class WorkerBench:
     # --- commands to the worker ---
 
     def blob(self, data: bytes) -> Blob:
-        return self.spool.store(data).blob(0, len(data))
+        return self.spool.put(data).blob(0, len(data))
 
     def image(self, pixels: NDArray[np.uint8]) -> Blob:
         return self.blob(png(pixels))
@@ -163,8 +168,8 @@ class WorkerBench:
         """Send the worker a job; return its id."""
         self._jobs += 1
         job = f"job{self._jobs}"
-        segment = self.spool.store(self.request(**values).to_json())
-        self.link.send(Run(job, segment.path, timeout_s, alone))
+        segment = self.spool.put(self.request(**values).to_json())
+        self.link.send(Run(job, segment.id, timeout_s, alone))
         return job
 
     def cancel(self, job: str) -> None:

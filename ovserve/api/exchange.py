@@ -5,15 +5,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError
 from ovserve.wire.blobs import Blob
 
-__all__ = ["Api", "Exchange", "FileReply", "Form", "JsonReply", "Reply", "ServerEvent", "StreamReply", "Upload"]
+__all__ = [
+    "Api",
+    "Chunk",
+    "Exchange",
+    "FileReply",
+    "Form",
+    "JsonReply",
+    "Reply",
+    "RouteMatch",
+    "ServerEvent",
+    "StreamReply",
+    "Upload",
+    "Windowed",
+    "windows_of",
+]
 
 
 class Upload(Protocol):
@@ -93,6 +107,9 @@ class Exchange(Protocol):
     def header(self, name: str) -> str | None:
         """Return the value of a header field by its lower-case name; lines with the same name are joined by `, `."""
 
+    def note(self, name: str, value: str) -> None:
+        """Add a field to the log line of the request. The value must be safe to log."""
+
     def read_form(self) -> Form:
         """Read the body. Raises ApiError (4xx, spool_full) and ClientGone. The form ends with the exchange."""
 
@@ -100,21 +117,56 @@ class Exchange(Protocol):
         """Wait until `descriptor` is readable; return False at the deadline. Raises ClientGone if the client closes."""
 
 
+class Windowed(Protocol):
+    """Bytes of a reply that are produced while it is written, so that a slow reader does not hold them in memory."""
+
+    def __len__(self) -> int:
+        """Return how many bytes `windows` yields in total."""
+
+    def windows(self) -> Iterator[bytes]:
+        """Yield the bytes in windows of bounded size. Raises OSError when their source cannot be read any more."""
+
+
+Chunk = bytes | memoryview | Windowed
+
+
+def windows_of(chunks: Iterable[Chunk]) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of all chunks in order."""
+    for chunk in chunks:
+        if isinstance(chunk, bytes | memoryview):
+            yield chunk
+        else:
+            yield from chunk.windows()
+
+
+def _hold_nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class JsonReply:
-    """A JSON document in chunks, which are written one after another, so that pictures are not joined in memory."""
+    """A JSON document in chunks, which are written one after another, so that pictures are not joined in memory.
 
-    chunks: Sequence[bytes | memoryview]
+    Attributes:
+        close: releases what the chunks are read from. The front end calls it once, when the reply is written or cannot
+            be written.
+    """
+
+    chunks: Sequence[Chunk]
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
+    close: Callable[[], None] = _hold_nothing
 
 
 @dataclass(frozen=True, slots=True)
 class ServerEvent:
-    """One server-sent event with one line of JSON as data. With an empty kind it is a comment line with text."""
+    """One server-sent event with one line of JSON as data. With an empty kind it is a comment line with text.
+
+    The chunks of `data` are valid until the next event is requested from the stream.
+    """
 
     kind: str
-    data: bytes
+    data: Sequence[Chunk]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,31 +179,48 @@ class StreamReply:
     events: Generator[ServerEvent, None, None]
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    def close(self) -> None:
+        """Close the iterator. Idempotent."""
+        self.events.close()
+
 
 @dataclass(frozen=True, slots=True)
 class FileReply:
-    """Bytes of one media type, e.g. a stored picture or the metrics."""
+    """Bytes of one media type, e.g. a stored picture or the metrics. `close` is that of `JsonReply`."""
 
-    content: bytes | memoryview
+    content: Chunk
     media_type: str
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
+    close: Callable[[], None] = _hold_nothing
 
 
 Reply = JsonReply | StreamReply | FileReply
 
 
-class Api(Protocol):
+class RouteMatch(Protocol):
+    """The route of one request. The front end reads these properties, and hands it back to `Api.answer`."""
+
+    @property
+    def is_health(self) -> bool:
+        """Whether the request is a health check, which is served even at the connection limit."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the request needs no API key."""
+
+
+MatchT = TypeVar("MatchT", bound=RouteMatch)  # each API has its own kind of match
+
+
+class Api(Protocol[MatchT]):
     """The API as the front end uses it."""
 
-    def answer(self, exchange: Exchange) -> Reply:
+    def match(self, method: str, path: str) -> MatchT:
+        """Find the route of a request, once for everything that depends on it. An unknown path has a match too."""
+
+    def answer(self, exchange: Exchange, match: MatchT) -> Reply:
         """Serve one request of any method and path; HEAD like GET. Raises ApiError and ClientGone."""
-
-    def is_health(self, path: str) -> bool:
-        """Return whether this path is a health check, which is served even at the connection limit."""
-
-    def is_open(self, method: str, path: str) -> bool:
-        """Return whether this method and path need no API key."""
 
     def count_refused(self, error: ApiError) -> None:
         """Count a request that was rejected with this error before `answer` was called."""

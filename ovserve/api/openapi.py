@@ -25,9 +25,8 @@ class _Row(Protocol):
     def is_open(self) -> bool: ...
 
 
-_REQUIRED = {EDIT: ["image", "prompt"], GENERATION: ["prompt"], VARIATION: ["image"]}
 _PATHS = {"/images/edits": EDIT, "/images/generations": GENERATION, "/images/variations": VARIATION}
-_SIZE = "^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
+_SIZE = "^(auto|[1-9][0-9]{0,4}[xX*\u00d7][1-9][0-9]{0,4})$"
 
 
 def _schema(field: Field, *, is_json: bool) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def _schema(field: Field, *, is_json: bool) -> dict[str, Any]:
             schema = {"type": "string", "format": "binary"}
         case _:
             schema = {"type": "string"}
-    default = f" Default: {field.default}." if field.default else ""
+    default = f" Default: {field.shown_default}." if field.shown_default else ""
     return {**schema, "description": field.text + default}
 
 
@@ -63,7 +62,7 @@ def _body(endpoint: str) -> dict[str, Any]:
     for media_type, is_json in kinds if endpoint != VARIATION else kinds[:1]:
         accepted = [field for field in FIELDS.values() if field.served and endpoint in field.endpoints]
         properties = {field.name: _schema(field, is_json=is_json) for field in accepted}
-        required = _REQUIRED[endpoint]
+        required = sorted(field.name for field in accepted if endpoint in field.required)
         if is_json and "image" in properties:
             properties["images"] = {"type": "array", "items": properties.pop("image"), "minItems": 1}
             required = ["images" if name == "image" else name for name in required]
@@ -111,11 +110,17 @@ def _components() -> dict[str, Any]:
         "type": "object",
         "properties": {
             "created": {"type": "integer"},
+            "model": text,
             "size": text,
             "quality": {"type": "string", "enum": ["low", "medium", "high"]},
             "background": {"type": "string", "enum": ["opaque", "transparent"]},
             "output_format": {"type": "string", "enum": ["png", "jpeg", "webp"]},
             "data": {"type": "array", "items": picture},
+            "ignored": {
+                "type": "array",
+                "items": text,
+                "description": "Names of what the request contains and was not used.",
+            },
             "usage": {"type": "object"},
         },
         "required": ["created", "data", "usage"],

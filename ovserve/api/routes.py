@@ -1,7 +1,9 @@
 """The table of routes: method, path and handler function.
 
-Paths are served under `/v3`, `/v1`, `/openai/v1`, `/v3/v1` (as the model server does) and without a prefix. `{model}`
-and `{id}` may contain slashes: clients send them raw or as %2F, and the front end has already decoded the path once.
+Paths are served under `/v3`, `/v1`, `/openai/v1`, `/v3/v1` (as the model server does), `/api/v1`, `/engines/v1`,
+`/openai` and without a prefix. Doubled slashes count as one: clients join a base URL that ends in a slash with a path
+that begins with one. `{model}` and `{id}` may contain slashes: clients send them raw or as %2F, and the front end has
+already decoded the path once.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from ipaddress import ip_address
 
 from ovserve import __version__
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, StreamReply
-from ovserve.api.images import Images
+from ovserve.api.images import Images, base_url_hint
 from ovserve.api.openapi import openapi_document
 from ovserve.api.page import front_page
 from ovserve.api.parameters.fields import EDIT, GENERATION, VARIATION
@@ -29,17 +31,19 @@ from ovserve.errors import (
     Forbidden,
     MethodNotAllowed,
     NotFound,
+    RangeNotSatisfiable,
     StartupError,
 )
 from ovserve.metrics import CONTENT_TYPE, Metrics
 from ovserve.models.catalog import Catalog
 from ovserve.settings.options import Settings
 
-__all__ = ["ROUTES", "ImagesApi", "Route", "is_open"]
+__all__ = ["ROUTES", "ImagesApi", "Match", "Route", "match_route"]
 
 Handler = Callable[["ImagesApi", Exchange, Mapping[str, str]], Reply]
-_HEALTH = re.compile(r"/v2/health/.*|/v2/models/.+/ready")
-_PREFIX = re.compile(r"/(?:v3/v1|openai/v1|v3|v1)(?=/)")
+# `/openai` alone is Azure's; a path such as /openai/deployments/... is a row of its own.
+_PREFIX = re.compile(r"/(?:(?:v3/v1|openai/v1|api/v1|engines/v1|v3|v1)(?=/)|openai(?=/(?:images|models)(?:/|$)))")
+_SLASHES = re.compile("//+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +56,30 @@ class Route:
     handle: Handler
     prefixed: bool = True  # served under every prefix and without one; else only as written
     is_open: bool = False  # needs no API key
+    is_health: bool = False  # a health check, served even at the connection limit
 
     def pattern(self) -> re.Pattern[str]:
         """Return the regular expression that the whole path, without its prefix, must match."""
         return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", re.escape(self.path)))
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The rows of the table for one request; implements `exchange.RouteMatch`.
+
+    Attributes:
+        route: the row that serves the request; None if the path is unknown or does not support the method.
+        params: values of the placeholders in that row's path.
+        of_path: all rows of the path, whatever their method; empty if the path is unknown.
+        is_open: whether the request needs no API key. A CORS preflight needs none: browsers send none (Fetch standard).
+        is_health: whether the request is a health check.
+    """
+
+    route: Route | None
+    params: Mapping[str, str]
+    of_path: tuple[Route, ...]
+    is_open: bool
+    is_health: bool
 
 
 class ImagesApi:
@@ -81,21 +105,25 @@ class ImagesApi:
         self.settings = self.images.settings = settings
         self.catalog = self.images.catalog = catalog
 
-    def answer(self, exchange: Exchange) -> Reply:
+    def match(self, method: str, path: str) -> Match:
+        """Find the row that serves a request."""
+        return match_route(method, path)
+
+    def answer(self, exchange: Exchange, match: Match) -> Reply:
         """Serve one request; HEAD is answered as GET. Raises ApiError and ClientGone."""
-        method = "GET" if exchange.method == "HEAD" else exchange.method
-        found = list(_matches(exchange.path))
-        if not found:
+        if match.route is not None:
+            return self._handle_and_count(match.route, exchange, match.params)
+        if not match.of_path:
             self.metrics.responses.labels("unmatched", "404").inc()
-            raise NotFound(f"Path {exchange.path[:200]} does not exist; /openapi.json lists the paths of this server.")
-        for route, params in found:
-            if route.method == method:
-                return self._handle_and_count(route, exchange, params)
-        allowed = {route.method for route, _ in found}
+            raise NotFound(
+                f"Path {exchange.path[:200]} does not exist; {base_url_hint(exchange)}, and /openapi.json lists the "
+                "paths."
+            )
+        allowed = {route.method for route in match.of_path}
         allow = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"}))
-        if method == "OPTIONS":
+        if exchange.method == "OPTIONS":
             return FileReply(b"", "", 204, _preflight(exchange, allow))
-        self.metrics.responses.labels(found[0][0].path, "405").inc()
+        self.metrics.responses.labels(match.of_path[0].path, "405").inc()
         raise MethodNotAllowed(
             f"Path {exchange.path[:200]} does not support {exchange.method}; use {allow}.", headers={"allow": allow}
         )
@@ -133,30 +161,28 @@ class ImagesApi:
     def _workers(self) -> list[tuple[list[str], float]]:
         return [([status.name], status.workers) for status in self._statuses()]
 
-    def is_health(self, path: str) -> bool:
-        """Return whether this path is a health check, which is served even at the connection limit."""
-        return _HEALTH.fullmatch(path) is not None
-
-    def is_open(self, method: str, path: str) -> bool:
-        """Return whether this method and path need no API key."""
-        return is_open(method, path)
-
     def count_refused(self, error: ApiError) -> None:
         """Count a rejected request under the error's code, so that invented paths do not become labels."""
         self.metrics.responses.labels(error.code or "refused", str(error.status)).inc()
 
 
-def is_open(method: str, path: str) -> bool:
-    """Return whether the route needs no API key. A CORS preflight needs none: browsers send none (Fetch standard)."""
-    if method == "OPTIONS":
-        return True
-    method = "GET" if method == "HEAD" else method
-    return next((route.is_open for route, _ in _matches(path) if route.method == method), False)
+def match_route(method: str, path: str) -> Match:
+    """Return the first row of the table that serves a method and path; HEAD counts as GET."""
+    served_as = "GET" if method == "HEAD" else method
+    of_path = tuple(_rows_of(path))
+    route, params = next(((row, params) for row, params in of_path if row.method == served_as), (None, {}))
+    return Match(
+        route=route,
+        params=params,
+        of_path=tuple(row for row, _ in of_path),
+        is_open=method == "OPTIONS" or (route is not None and route.is_open),
+        is_health=route is not None and route.is_health,
+    )
 
 
-def _matches(path: str) -> Iterator[tuple[Route, Mapping[str, str]]]:
+def _rows_of(path: str) -> Iterator[tuple[Route, Mapping[str, str]]]:
     """Yield every route for a path, with the values of its placeholders."""
-    path = path.rstrip("/") or "/"
+    path = _SLASHES.sub("/", path).rstrip("/") or "/"
     bare = _PREFIX.sub("", path, count=1)
     for route, pattern in _COMPILED:
         match = pattern.fullmatch(bare if route.prefixed else path)
@@ -221,7 +247,8 @@ def _models(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
 
 def _model(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Reply:
     model = api.catalog.find(params["id"])
-    return json_reply(model_object(model, api.catalog.created, _status_fields(api.dispatcher.status(model.name))))
+    status = _status_fields(api.dispatcher.status(model.name))
+    return json_reply(model_object(model, params["id"], api.catalog.created, status))
 
 
 def _live(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
@@ -301,16 +328,20 @@ def _file(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Repl
         "x-content-type-options": "nosniff",
     }
     if _is_known(exchange.header("if-none-match"), picture.etag):
-        return FileReply(b"", "", 304, headers)
+        return FileReply(b"", "", 304, headers, picture.close)
     # RFC 9110 section 14.2: Range is defined for GET only and is ignored with HEAD.
     is_ranged = exchange.method == "GET" and exchange.header("if-range") in (None, picture.etag)
     wanted = exchange.header("range") if is_ranged else None
-    part = parse_range(wanted, len(picture.data))
+    try:
+        part = parse_range(wanted, picture.size)
+    except RangeNotSatisfiable:
+        picture.close()
+        raise
     if part is None:
-        return FileReply(picture.data, picture.media_type, 200, headers)
+        return FileReply(picture.part(0, picture.size), picture.media_type, 200, headers, picture.close)
     start, end = part
-    headers["content-range"] = f"bytes {start}-{end - 1}/{len(picture.data)}"
-    return FileReply(picture.data[start:end], picture.media_type, 206, headers)
+    headers["content-range"] = f"bytes {start}-{end - 1}/{picture.size}"
+    return FileReply(picture.part(start, end), picture.media_type, 206, headers, picture.close)
 
 
 def _metrics(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
@@ -349,14 +380,17 @@ ROUTES = (
     ),
     Route("GET", "/models", "All models.", _models),
     Route("GET", "/models/{id}", "One model.", _model),
-    Route("GET", "/v2/health/live", "200 while the process responds.", _live, prefixed=False, is_open=True),
-    Route(
-        "GET",
-        "/v2/health/ready",
-        "200 when at least one model is ready, else 503 with the reasons.",
-        _ready,
-        prefixed=False,
-        is_open=True,
+    *(
+        Route("GET", path, text, handler, prefixed=False, is_open=True, is_health=True)
+        for paths, text, handler in (
+            (("/v2/health/live", "/livez", "/ping"), "200 while the process responds.", _live),
+            (
+                ("/v2/health/ready", "/health", "/healthz", "/readyz"),
+                "200 when at least one model is ready, else 503 with the reasons.",
+                _ready,
+            ),
+        )
+        for path in paths
     ),
     Route(
         "GET",
@@ -365,6 +399,7 @@ ROUTES = (
         _model_ready,
         prefixed=False,
         is_open=True,
+        is_health=True,
     ),
     Route("GET", "/v1/config", "State of each model, in the model server's format.", _config, prefixed=False),
     Route(

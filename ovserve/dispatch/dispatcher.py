@@ -21,6 +21,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import select
 import threading
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable
 
 from ovserve.deadline import Deadline
+from ovserve.dispatch.allocator import Allocator
 from ovserve.dispatch.call_queue import CallQueue
 from ovserve.dispatch.jobs import Job, State
 from ovserve.dispatch.model_queue import (
@@ -42,8 +44,8 @@ from ovserve.dispatch.reports import ReportApplier
 from ovserve.errors import ApiError, DeadlineExceeded, Draining, LinkClosed, LinkGarbage, ModelNotFound, WorkerCrashed
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
-from ovserve.wire.local.pipes import Link
-from ovserve.wire.local.spool import Spool
+from ovserve.wire.blobs import BlobStore
+from ovserve.wire.link import Link
 from ovserve.wire.messages import Cancel, Message, Run, Stop
 
 __all__ = ["Dispatcher", "ModelStatus"]
@@ -64,14 +66,14 @@ class Dispatcher:
     Args:
         spool: stores requests and results for the workers.
         settings: limits; a reload passes new ones to `add_model`.
-        on_change: called in the dispatcher thread when a worker becomes ready or was detached (see Link.ready,
-            Link.lost).
+        on_change: called in the dispatcher thread when a worker becomes ready or was detached (see WorkerState.ready
+            and WorkerState.lost).
 
     Attributes:
         polled_at: monotonic start of the last completed loop iteration; every report sent before it has been read.
     """
 
-    def __init__(self, spool: Spool, settings: Settings, on_change: Callable[[], None] | None = None) -> None:
+    def __init__(self, spool: BlobStore, settings: Settings, on_change: Callable[[], None] | None = None) -> None:
         self._spool = spool
         self._settings = settings
         self.on_change = on_change
@@ -85,11 +87,11 @@ class Dispatcher:
         self._calls = CallQueue()
         self._poll = select.poll()
         self._poll.register(self._calls, select.POLLIN)
-        self._workers: dict[int, AttachedWorker] = {}  # by report descriptor
-        self._write_polled: dict[int, AttachedWorker] = {}  # by command descriptor, those with a backlog
+        self._workers: dict[int, AttachedWorker] = {}  # by the descriptor of their links
         self._stuck_checked_at = 0.0
         self._is_closing = False
-        self._reports = ReportApplier(spool, self._send, self._settle, self._note_ready)
+        self._allocator = Allocator(self._calls.put)
+        self._reports = ReportApplier(spool, self._send, self._settle, self._note_ready, self._allocator)
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
         self._thread.start()
 
@@ -113,17 +115,20 @@ class Dispatcher:
             self._check_admission(job)
         request = job.request.to_json()
         self._spool.check_size(job.spool_bytes + len(request))
-        segment = self._spool.store(request)
+        segment = self._spool.put(request)
         if not job.add_segment(segment):
             return  # the exchange has ended: no handler waits for the settlement
-        ticket = Ticket(job, segment.path)
+        ticket = Ticket(job, segment.id)
         with self._lock:
             model = self._check_admission(job)  # again: other jobs were admitted meanwhile
             job.timings.admitted_at = time.monotonic()
             model.queue.push(ticket)
             self._in_flight.add(job)
             self._next_deadline = min(self._next_deadline, job.deadline)
+            is_demand = not model.workers
         self._calls.wake()
+        if is_demand and self.on_change:
+            self.on_change()  # a model that is not resident gets its workers
 
     def cancel(self, job: Job) -> bool:
         """Settle a job as cancelled. Return False when it was settled before.
@@ -175,13 +180,16 @@ class Dispatcher:
 
     # --- server and supervisor threads --------------------------------------------------------------------------------
 
-    def add_model(self, name: str, queue_limit: int, settings: Settings | None = None) -> None:
+    def add_model(
+        self, name: str, queue_limit: int, settings: Settings | None = None, *, is_resident: bool = True
+    ) -> None:
         """Add a model, or change its limits.
 
         Args:
             name: the model's name.
             queue_limit: how many jobs may wait for it.
             settings: new settings after a reload; they replace those of the constructor.
+            is_resident: it has workers always; otherwise jobs are admitted while it has none, and start them.
         """
         self._settings = settings or self._settings
         largest = largest_picture_bytes(self._settings, name)
@@ -193,6 +201,7 @@ class Dispatcher:
                 # Jobs admitted under the old limits may still produce pictures of the old size.
                 largest = max(largest, model.largest_picture_bytes)
                 model.queue.limit, model.largest_picture_bytes, model.is_removed = queue_limit, largest, False
+            self._models[name].is_resident = is_resident
 
     def remove_model(self, name: str) -> None:
         """Stop admission for a model. Its entry is deleted with the last of its queued jobs and workers."""
@@ -214,9 +223,9 @@ class Dispatcher:
     def retire(self, link: Link) -> None:
         """Dispatch no more jobs to a worker, effective on return, and command it to exit after its assigned jobs."""
         with self._lock:  # jobs are assigned under it
-            if link.is_retired:
+            if link.state.is_retired:
                 return
-            link.is_retired = True
+            link.update(is_retired=True)
         self._calls.put(lambda: self._retire(link))
 
     def detach(self, link: Link, why: str) -> None:
@@ -302,7 +311,7 @@ class Dispatcher:
         self._shut_down()
 
     def _run_once(self) -> None:
-        """Wait for reports, calls, writable links or a deadline, then handle them."""
+        """Wait for ready links, calls or a deadline, then handle them."""
         timeout_s = min(_POLL_INTERVAL_S, self._next_deadline.remaining())
         begun_at = time.monotonic()
         for descriptor, _ in self._poll.poll(timeout_s * 1000):
@@ -310,8 +319,6 @@ class Dispatcher:
                 self._calls.clear_wakeup()
             elif worker := self._workers.get(descriptor):
                 self._read_reports(worker)
-            elif worker := self._write_polled.get(descriptor):
-                self._flush_commands(worker)
         self._calls.run_all()
         self.polled_at = begun_at
         if self._next_deadline.is_expired():
@@ -324,34 +331,34 @@ class Dispatcher:
                 self._dispatch_queued(model)
 
     def _shut_down(self) -> None:
+        self._allocator.close()
         self._calls.run_all()
         with self._lock:
             for job in list(self._in_flight):
                 error = Draining("The server shut down before the job was done.", retry_after_s=NOT_READY_RETRY_S)
                 self._settle_locked(job, State.FAILED, error)
         for worker in list(self._workers.values()):
-            worker.link.lost = worker.link.lost or "server shutting down"
+            worker.link.update(lost=worker.link.state.lost or "server shutting down")
             worker.link.close()
         self._workers.clear()
 
     # --- attached workers ---------------------------------------------------------------------------------------------
 
     def _attach(self, link: Link, hang_limit_s: float) -> None:
-        descriptor = link.fileno()
         with self._lock:
             if model := self._models.get(link.model):
-                self._workers[descriptor] = worker = AttachedWorker(link, model, hang_limit_s)
+                self._workers[link.readiness] = worker = AttachedWorker(link, model, hang_limit_s)
                 model.workers.append(worker)
         if model is not None:
-            self._poll.register(descriptor, select.POLLIN)
+            self._poll.register(link.readiness, select.POLLIN)
             return
-        link.lost = "model removed"
+        link.update(lost="model removed")
         link.close()
         if self.on_change:
             self.on_change()
 
     def _find_worker(self, link: Link) -> AttachedWorker | None:
-        return None if link.lost else self._workers.get(link.fileno())
+        return None if link.state.lost else self._workers.get(link.readiness)
 
     def _retire(self, link: Link) -> None:
         if worker := self._find_worker(link):
@@ -376,20 +383,20 @@ class Dispatcher:
                 once then.
         """
         link = worker.link
-        self._poll.unregister(link.fileno())
-        del self._workers[link.fileno()]
-        self._poll_writes(worker, False)
+        self._poll.unregister(link.readiness)
+        del self._workers[link.readiness]
         unsettled = [ticket for ticket in worker.assigned.values() if not ticket.job.is_settled]
-        consumed_bytes = link.consumed_bytes
-        was_read = [ticket for ticket in unsettled if ticket.run_offset < consumed_bytes]
-        link.jobs_lost, link.lost_retried_job = len(was_read), any(ticket.must_run_alone for ticket in was_read)
+        consumed = link.consumed
+        was_read = [ticket for ticket in unsettled if ticket.run_position < consumed]
+        lost_retried_job = any(ticket.must_run_alone for ticket in was_read)
         for ticket in unsettled:
             self._requeue(worker, ticket, why, was_read=ticket in was_read)
         with self._lock:  # only after requeueing: a removed model without workers and queued jobs is deleted
             worker.assigned.clear()
             worker.model.workers.remove(worker)
             self._delete_unused_locked(worker.model)
-        link.is_broken, link.lost = is_broken, why  # last: the supervisor acts on it
+        # Last: the supervisor acts on it.
+        link.update(is_broken=is_broken, lost=why, jobs_lost=len(was_read), lost_retried_job=lost_retried_job)
         link.close()
         if self.on_change:
             self.on_change()
@@ -414,31 +421,9 @@ class Dispatcher:
                 worker.model.queue.requeue(ticket)
 
     def _send(self, worker: AttachedWorker, message: Message) -> None:
-        try:
+        # When it is closed, `_read_reports` meets the end and requeues the jobs, after the worker's last reports.
+        with contextlib.suppress(LinkClosed):
             worker.link.send(message)
-        except LinkClosed:
-            return  # `_read_reports` will meet the end-of-file and requeue its jobs, after its last reports
-        self._poll_writes(worker, worker.link.has_backlog)
-
-    def _flush_commands(self, worker: AttachedWorker) -> None:
-        try:
-            worker.link.flush()
-        except LinkClosed:
-            self._poll_writes(worker, False)
-            return
-        self._poll_writes(worker, worker.link.has_backlog)
-
-    def _poll_writes(self, worker: AttachedWorker, is_wanted: bool) -> None:
-        if is_wanted == worker.is_write_polled:
-            return
-        worker.is_write_polled = is_wanted
-        descriptor = worker.link.commands_fileno()
-        if is_wanted:
-            self._write_polled[descriptor] = worker
-            self._poll.register(descriptor, select.POLLOUT)
-        else:
-            del self._write_polled[descriptor]
-            self._poll.unregister(descriptor)
 
     # --- jobs to workers ----------------------------------------------------------------------------------------------
 
@@ -456,7 +441,7 @@ class Dispatcher:
                 worker.assigned[job.id] = ticket
             job.attempts += 1
             job.timings.dispatched_at = time.monotonic()
-            ticket.run_offset = worker.link.sent_bytes
+            ticket.run_position = worker.link.sent
             self._send(worker, Run(job.id, ticket.request, job.deadline.remaining(), alone=ticket.must_run_alone))
 
     def _expire_jobs(self) -> None:
@@ -499,7 +484,7 @@ class Dispatcher:
         for worker in list(self._workers.values()):
             if worker.is_stuck():
                 self._detach_worker(worker, "cancelled jobs not ended within the hang limit", is_broken=True)
-            elif worker.link.is_clogged:
+            elif worker.link.state.is_clogged:
                 self._detach_worker(worker, "commands not read", is_broken=True)
 
     # --- reports from workers -----------------------------------------------------------------------------------------
@@ -525,6 +510,6 @@ class Dispatcher:
 
     def _note_ready(self, worker: AttachedWorker) -> None:
         with self._lock:
-            worker.model.was_ready |= not worker.link.is_retired  # a retired worker gets no jobs
+            worker.model.was_ready |= not worker.link.state.is_retired  # a retired worker gets no jobs
         if self.on_change:
             self.on_change()

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError, SpoolFull
-from ovserve.wire.local.spool import Segment
+from ovserve.wire.blobs import Segment
 from ovserve.wire.messages import Prepared, Progress
 from ovserve.wire.request import ImageRequest
 

@@ -13,7 +13,7 @@ from ovserve.dispatch.jobs import Client
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.errors import ModelFailed, NotReady, QueueFull
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.local.pipes import Link
+from ovserve.wire.link import Link
 from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progress
 
 __all__ = ["NOT_READY_RETRY_S", "AttachedWorker", "ModelQueue", "ModelStatus", "largest_picture_bytes"]
@@ -68,7 +68,6 @@ class AttachedWorker:
         assigned: tickets by job id, from dispatch until the worker reports the end of the job, even if it is settled
             earlier.
         ended: ids of the last ended jobs, newest last, each with whether it failed.
-        is_write_polled: whether its command descriptor is polled for writability.
         logged_phase: the last phase written to the log.
     """
 
@@ -77,13 +76,12 @@ class AttachedWorker:
     hang_limit_s: float
     assigned: dict[str, Ticket] = field(default_factory=dict)
     ended: dict[str, bool] = field(default_factory=dict)
-    is_write_polled: bool = False
     logged_phase: str = ""
 
     @property
     def capacity(self) -> int:
         """Jobs it can run at once; 0 before it is ready and after it was retired."""
-        return 0 if self.link.ready is None or self.link.is_retired else self.link.ready.capacity
+        return 0 if self.link.state.ready is None or self.link.state.is_retired else self.link.state.ready.capacity
 
     @property
     def has_capacity(self) -> bool:
@@ -125,7 +123,7 @@ class AttachedWorker:
 
         That is the hang limit after the cancellation, or what the newest heartbeat allows if that is longer.
         """
-        return Deadline(ticket.cancelled_at + max(self.hang_limit_s, self.link.allow_s))
+        return Deadline(ticket.cancelled_at + max(self.hang_limit_s, self.link.state.allow_s))
 
     def is_stuck(self) -> bool:
         """Return whether all its jobs are cancelled and past their cancel deadlines, so that its capacity is lost."""
@@ -146,6 +144,7 @@ class ModelQueue:
         failure: why the supervisor declared the model failed; empty if it did not.
         was_ready: whether a worker has been ready at any time.
         is_removed: whether the model is being unloaded.
+        is_resident: whether it has workers always; otherwise it admits jobs while it has none.
         job_s: mean seconds that a job spends in a worker; 0 before the first.
     """
 
@@ -156,6 +155,7 @@ class ModelQueue:
     failure: str = ""
     was_ready: bool = False
     is_removed: bool = False
+    is_resident: bool = True
     job_s: float = 0.0
 
     def take_next(self) -> tuple[AttachedWorker, Ticket] | None:
@@ -196,7 +196,7 @@ class ModelQueue:
             raise NotReady(f"Model {self.name!r} is being unloaded.", retry_after_s=NOT_READY_RETRY_S)
         if self.failure:
             raise self.failed_error(failed_retry_s)
-        if not self.was_ready:
+        if not self.was_ready and self.is_resident:
             raise NotReady(f"Model {self.name!r} is loading.", retry_after_s=NOT_READY_RETRY_S)
         if not self.has_space_for(client):
             raise QueueFull(
@@ -241,9 +241,9 @@ class ModelQueue:
             reason = unavailable_reason
         elif self.is_removed:
             reason = "unloading"
-        elif not ready:
+        elif not ready and (self.is_resident or self.workers):
             reason = "restarting" if self.was_ready else "loading"
-        report = ready[0].link.ready if ready else None
+        report = ready[0].link.state.ready if ready else None
         return ModelStatus(
             name=self.name,
             ready=not reason,
@@ -261,7 +261,7 @@ class ModelQueue:
 
 def _load(worker: AttachedWorker) -> tuple[int, float]:
     """Return a sort key: fewest jobs first, then the newest heartbeat, because a hung worker sends none."""
-    return len(worker.assigned), -worker.link.beat_at
+    return len(worker.assigned), -worker.link.state.beat_at
 
 
 def largest_picture_bytes(settings: Settings, name: str) -> int:

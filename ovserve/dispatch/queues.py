@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ovserve.dispatch.jobs import Client, Job
-from ovserve.wire.local.spool import Segment
+from ovserve.wire.blobs import Segment
 
 __all__ = ["FairQueue", "Ticket"]
 
@@ -37,10 +37,11 @@ class Ticket:
 
     Attributes:
         job: the job.
-        request: path of the segment with the ImageRequest.
+        request: id of the blob storage with the ImageRequest.
         failed_attempts: how many workers died after they had read the job.
-        run_offset: byte offset of its Run command in the command stream of its current worker.
-        granted: segments created for its current worker, by (picture, partial).
+        run_position: position of its Run command in the commands of its current worker.
+        granted: segments granted to its current worker, by (picture, partial); None: announced, or refused.
+        allocating: Needs of its current worker whose segments are still being created.
         posted: the (picture, partial) pairs already posted to the handler, over all workers: each is posted once.
         cancelled_at: monotonic instant at which its worker was sent the cancellation; 0 if it was not.
     """
@@ -48,8 +49,9 @@ class Ticket:
     job: Job
     request: str
     failed_attempts: int = 0
-    run_offset: int = 0
-    granted: dict[tuple[int, int], Segment] = field(default_factory=dict)
+    run_position: int = 0
+    granted: dict[tuple[int, int], Segment | None] = field(default_factory=dict)
+    allocating: int = 0
     posted: set[tuple[int, int]] = field(default_factory=set)
     cancelled_at: float = 0.0
 

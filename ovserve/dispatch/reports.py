@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from ovserve.dispatch.allocator import LARGE_BYTES, Allocator
 from ovserve.dispatch.jobs import Job, Partial, Result, State
 from ovserve.dispatch.model_queue import AttachedWorker, ModelQueue
 from ovserve.dispatch.queues import Ticket
 from ovserve.errors import ApiError, DeadlineExceeded, InternalError, LinkGarbage, SpoolFull, from_wire
 from ovserve.logs import fields
-from ovserve.wire.local.spool import Spool
+from ovserve.wire.blobs import BlobStore, Segment
 from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Message, Need, Picture, Prepared, Progress, Ready
 
 __all__ = ["ReportApplier", "Settle"]
@@ -46,15 +47,18 @@ class ReportApplier:
         send: sends a worker a command.
         settle: settles a job and counts it once.
         on_ready: called with a worker that has passed its warm-up.
+        allocator: creates large segments in its own thread.
     """
 
     def __init__(
         self,
-        spool: Spool,
+        spool: BlobStore,
         send: Callable[[AttachedWorker, Message], None],
         settle: Settle,
         on_ready: Callable[[AttachedWorker], None],
+        allocator: Allocator,
     ) -> None:
+        self._allocator = allocator
         self._spool = spool
         self._send = send
         self._settle = settle
@@ -63,7 +67,7 @@ class ReportApplier:
     def apply(self, worker: AttachedWorker, message: Message) -> None:
         """Apply one report. Raises LinkGarbage when it does not fit the jobs assigned to the worker."""
         if isinstance(message, Heartbeat):  # already recorded by the link
-            if worker.link.ready is None and message.phase != worker.logged_phase:
+            if worker.link.state.ready is None and message.phase != worker.logged_phase:
                 worker.logged_phase = message.phase
                 log.debug("worker phase changed", extra=fields(worker=worker.link.name, phase=message.phase))
             return
@@ -96,34 +100,60 @@ class ReportApplier:
         limit = _MAX_SIZE_FACTOR * worker.model.largest_picture_bytes
         if not 1 <= message.size <= limit:
             raise LinkGarbage(f"picture {message.picture} announced with {message.size} bytes; expected 1..{limit}")
-        path = "" if job.is_settled else self._create_segment(worker.model, ticket, message)
-        if not path and message.partial < 0 and not ticket.cancelled_at:
-            ticket.cancelled_at = time.monotonic()  # for the worker the empty path means the same as a Cancel
-        self._send(worker, Grant(job.id, message.picture, path))
+        ticket.granted[key] = None
+        if job.is_settled:
+            self._grant(worker, ticket, message, None)
+            return
 
-    def _create_segment(self, model: ModelQueue, ticket: Ticket, message: Need) -> str:
-        """Create a segment and return its path. On failure return "" and fail the job; a preview is only skipped."""
-        job, failure = ticket.job, None
+        def create() -> Segment | ApiError | None:
+            return self._create_segment(worker.model, job, message.size)
+
+        def grant(created: Segment | ApiError | None) -> None:
+            ticket.allocating -= 1
+            if worker.assigned.get(job.id) is ticket:  # else the worker was detached meanwhile
+                self._grant(worker, ticket, message, created)
+
+        ticket.allocating += 1
+        # In order: each picture's grants answer its Needs one after the other.
+        if message.size < LARGE_BYTES and ticket.allocating == 1:
+            grant(create())
+        else:
+            self._allocator.run(create, grant)
+
+    def _grant(self, worker: AttachedWorker, ticket: Ticket, message: Need, created: Segment | ApiError | None) -> None:
+        """Send the Grant for a Need.
+
+        Without a segment it is empty: a preview is skipped, for a result the job fails.
+        """
+        job, storage = ticket.job, ""
+        if isinstance(created, ApiError):
+            if message.partial < 0:
+                self._settle(job, State.FAILED, created)
+        elif created is not None:
+            ticket.granted[message.picture, message.partial] = created
+            storage = created.id
+        if not storage and message.partial < 0 and not ticket.cancelled_at:
+            ticket.cancelled_at = time.monotonic()  # for the worker an empty grant means the same as a Cancel
+        self._send(worker, Grant(job.id, message.picture, storage))
+
+    def _create_segment(self, model: ModelQueue, job: Job, size: int) -> Segment | ApiError | None:
+        """Create a segment that belongs to the job, or return the error that the job fails with.
+
+        Return None when the exchange has ended. Runs in: the dispatcher or allocator thread.
+        """
         try:
-            if message.size > model.largest_picture_bytes:
-                raise InternalError(
-                    f"The result takes {message.size} bytes; at most {model.largest_picture_bytes} are allowed."
+            if size > model.largest_picture_bytes:
+                return InternalError(
+                    f"The result takes {size} bytes; at most {model.largest_picture_bytes} are allowed."
                 )
-            self._spool.check_size(job.spool_bytes + message.size)  # a job's pictures are in the spool together
-            segment = self._spool.create(message.size, reserve=message.size)
+            self._spool.check_size(job.spool_bytes + size)  # a job's pictures are in the spool together
+            segment = self._spool.create(size, reserve=size)
         except ApiError as error:
-            failure = error
+            return error
         except OSError as error:  # fails only this job: the same read has reports for others
             log.exception("segment for a result could not be created", extra=fields(job=job.id))
-            failure = SpoolFull(f"The spool cannot store the result: {error.strerror}.", retry_after_s=_RETRY_S)
-        if failure is None:
-            if not job.add_segment(segment):
-                return ""
-            ticket.granted[message.picture, message.partial] = segment
-            return segment.path
-        if message.partial < 0:
-            self._settle(job, State.FAILED, failure)
-        return ""
+            return SpoolFull(f"The spool cannot store the result: {error.strerror}.", retry_after_s=_RETRY_S)
+        return segment if job.add_segment(segment) else None
 
     def _apply_picture(self, ticket: Ticket, message: Picture) -> None:
         job, key = ticket.job, (message.picture, message.partial)
@@ -155,7 +185,7 @@ class ReportApplier:
             raise LinkGarbage(
                 f"'done' with {len(job.results)} of {job.request.n} pictures, prepared: {job.prepared is not None}"
             )
-        worker.link.jobs_done += 1
+        worker.link.update(jobs_done=worker.link.state.jobs_done + 1)
         worker.end_job(job.id, has_failed=False)
         timings = job.timings
         timings.prepare_ms, timings.denoise_ms = message.prepare_ms, message.denoise_ms

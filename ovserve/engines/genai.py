@@ -39,7 +39,7 @@ from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.models.families import LCM_SCHEDULER
 from ovserve.models.profile import ModelProfile
-from ovserve.models.steps import is_lcm, steps_run
+from ovserve.models.steps import denoising_steps
 from ovserve.pixels.images import Pixels
 from ovserve.settings.options import ModelSettings
 from ovserve.wire.request import ImageRequest
@@ -285,13 +285,8 @@ class GenaiEngine:
         self.check(work)
         if not 0 <= work.strength <= 1:
             raise InvalidValue(f"strength is {work.strength:g}; it must be within 0 to 1", param="strength")
-        if is_lcm(self._profile, work.scheduler):  # too few timesteps for the steps: SIGSEGV
-            enough = (
-                steps_run(self._profile.scheduling.original_inference_steps, work.strength) >= work.num_inference_steps
-            )
-        else:
-            enough = steps_run(work.num_inference_steps, work.strength) >= 1
-        if not enough:
+        # With LCM, too few timesteps for the steps are a SIGSEGV.
+        if not denoising_steps(self._profile, work.scheduler, work.num_inference_steps, work.strength):
             raise InvalidValue(
                 f"strength is {work.strength:g}, which leaves too few of {work.num_inference_steps} steps; raise it",
                 param="strength",

@@ -38,6 +38,8 @@ CLIP_WINDOW = 77  # tokens that CLIP's text encoder reads, start and end tokens 
 
 Pixels = NDArray[np.uint8]
 
+_NO_REQUEST = ImageRequest(task="generation", prompt="")  # of work that no client requested: every value is the default
+
 
 @dataclass(slots=True, eq=False)
 class Work:
@@ -57,6 +59,8 @@ class Work:
         on_step: called after each step with (step, steps); may be called from another thread; must not raise.
         on_preview: called with an estimate, where possible without delaying the next step.
         cancelled: set when the picture is not needed any more; the engine stops at the next step.
+        request: the request of the picture. An engine reads from it each value that preparation passes on unchanged and
+            that has no attribute here, so that a new request field needs no new attribute.
     """
 
     job: str
@@ -84,6 +88,7 @@ class Work:
     on_step: Callable[[int, int], None] | None = None
     on_preview: Callable[[Preview], None] | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
+    request: ImageRequest = _NO_REQUEST
 
 
 @dataclass(frozen=True, slots=True)

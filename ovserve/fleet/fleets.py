@@ -9,14 +9,14 @@ import dataclasses
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from ovserve.models.profile import ModelProfile
+from ovserve.fleet.desired import DesiredModel
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.local.pipes import Link
+from ovserve.wire.launcher import WorkerProcess
+from ovserve.wire.link import Link
 
-__all__ = ["Fleet", "Slot", "load_failure", "make_fleets"]
+__all__ = ["Fleet", "Slot", "load_failure"]
 
 _LOADING = frozenset({"spawn", "load", "warm-up"})
 _JITTER = (0.75, 1.25)  # so that replicas that died together do not restart at the same moment
@@ -44,9 +44,8 @@ class Slot:
     index: int
     restart_at: float = 0.0
     deaths: int = 0
-    process: SpawnProcess | None = None
+    process: WorkerProcess | None = None
     link: Link | None = None
-    pid: int = 0
     started_at: float = 0.0
     ready_at: float = 0.0
     is_retired: bool = False
@@ -61,9 +60,9 @@ class Slot:
         """Whether the worker takes jobs."""
         return bool(self.ready_at) and not self.exit_reason and not self.is_retired and not self.is_killed
 
-    def assign(self, process: SpawnProcess, link: Link, now: float) -> None:
+    def assign(self, process: WorkerProcess, link: Link, now: float) -> None:
         """Record a new incarnation."""
-        self.process, self.link, self.pid = process, link, process.pid or 0
+        self.process, self.link = process, link
         self.started_at, self.ready_at, self.kill_at, self.write_off_at = now, 0.0, float("inf"), float("inf")
         self.is_killed, self.kill_reason, self.exit_reason = False, "", ""
 
@@ -74,11 +73,11 @@ class Slot:
     def silence_limit_s(self, link: Link) -> float:
         """Return the longest silence allowed now: the phase's limit, or more if the newest heartbeat allows more."""
         settings = self.fleet.settings
-        if link.ready is None or link.phase in _LOADING:
-            return max(settings.load_timeout_s, link.allow_s)
-        if link.phase == "idle":
-            return max(settings.idle_hang_limit_s, link.allow_s)
-        return max(settings.hang_limit_s, link.allow_s)
+        if link.state.ready is None or link.state.phase in _LOADING:
+            return max(settings.load_timeout_s, link.state.allow_s)
+        if link.state.phase == "idle":
+            return max(settings.idle_hang_limit_s, link.state.allow_s)
+        return max(settings.hang_limit_s, link.state.allow_s)
 
     def exceeded_limit(self, link: Link, silence_s: float, resident_bytes: int, default_limit_bytes: int) -> str:
         """Return which limit the worker exceeds, as the reason to kill it, or "".
@@ -91,8 +90,8 @@ class Slot:
         """
         limit_s = self.silence_limit_s(link)
         limit_bytes = self.fleet.model.memory_limit_bytes or default_limit_bytes
-        if silence_s > limit_s and not link.lost:
-            return f"hung: no heartbeat for {silence_s:.1f} s in phase {link.phase}, {limit_s:g} s allowed"
+        if silence_s > limit_s and not link.state.lost:
+            return f"hung: no heartbeat for {silence_s:.1f} s in phase {link.state.phase}, {limit_s:g} s allowed"
         if resident_bytes > limit_bytes:
             return f"memory: {resident_bytes >> 20} MiB resident, {limit_bytes >> 20} MiB allowed"
         return ""
@@ -113,23 +112,42 @@ class Slot:
 class Fleet:
     """The workers of one model in one configuration.
 
+    Args:
+        desired: the record that it was started for.
+
     Attributes:
+        desired: the newest record that it serves.
+        settings: the server's options in this record.
+        model: the model's options in this record, with what the first worker has chosen at warm-up.
+        slots: its workers; one for each replica while it serves.
         deaths: in a row over all slots, without a job finished by any of them in between.
         failure: why the model was declared failed, or "".
         was_ready: a worker has passed its warm-up at least once.
         written_off: how many of its processes have survived SIGKILL and still exist.
     """
 
-    settings: Settings
-    model: ModelSettings
-    profile: ModelProfile
+    desired: DesiredModel
+    settings: Settings = field(init=False)
+    model: ModelSettings = field(init=False)
     slots: list[Slot] = field(default_factory=list)
     deaths: int = 0
     failure: str = ""
     was_ready: bool = False
     written_off: int = 0
+    _tuned: dict[str, Any] = field(default_factory=dict)
     _jobs_done_by_dead: int = 0
     _jobs_done_at_last_death: int = 0
+
+    def __post_init__(self) -> None:
+        self.adopt(self.desired)
+
+    def adopt(self, desired: DesiredModel) -> None:
+        """Serve a newer record with the same worker key. A failed model is tried again at once."""
+        self.desired, self.settings = desired, desired.settings
+        self.model = dataclasses.replace(desired.model, **self._tuned)
+        if self.failure:
+            for slot in self.slots:
+                slot.restart_at = 0.0
 
     @property
     def name(self) -> str:
@@ -164,10 +182,16 @@ class Fleet:
         """Whether no more processes are started, because more than `replicas` of them have survived SIGKILL."""
         return self.written_off > self.model.replicas
 
-    def recreate_slots(self) -> None:
-        """Create new slots in place of the retired ones, because the reload that retired them did not complete."""
+    def fill_slots(self, count: int) -> None:
+        """Create slots until `count` are active, each due for a start."""
         active = {slot.index for slot in self.active_slots}
-        self.slots += [Slot(self, index) for index in range(self.model.replicas) if index not in active]
+        missing = [index for index in range(count) if index not in active]
+        self.slots += [Slot(self, index) for index in missing[: max(0, count - len(active))]]
+
+    def surplus_slots(self, count: int) -> list[Slot]:
+        """Return the active slots beyond `count`, those that are not ready first, then the highest indices."""
+        active = sorted(self.active_slots, key=lambda slot: (slot.is_ready, -slot.index))
+        return active[: max(0, len(active) - count)]
 
     def may_start(self, slot: Slot) -> bool:
         """Return whether a worker may be started in this slot.
@@ -182,8 +206,9 @@ class Fleet:
     def note_ready(self, slot: Slot, link: Link, now: float) -> None:
         """Record that a worker has passed its warm-up. What the first one has chosen applies to all later ones."""
         slot.ready_at, self.was_ready, self.failure = now, True, ""
-        if link.ready is not None:
-            self.model = _tuned(self.model, link.ready.tuned)
+        if link.state.ready is not None:
+            self._tuned |= _chosen(self.model, link.state.ready.tuned)
+            self.model = dataclasses.replace(self.model, **self._tuned)
 
     def note_death(self, slot: Slot, link: Link, reason: str, now: float) -> None:
         """Count a death, and set `failure` if the model has to be declared failed.
@@ -193,15 +218,17 @@ class Fleet:
         does not count: it says more about the job than about the worker, and three bad requests could otherwise take
         the model from all clients.
         """
-        done = self._jobs_done_by_dead + sum(each.link.jobs_done for each in self.slots if each.link)
-        has_worked = link.jobs_done > 0
-        is_old = bool(slot.ready_at) and now - slot.ready_at > self.settings.max_restart_delay_s and not link.jobs_lost
+        done = self._jobs_done_by_dead + sum(each.link.state.jobs_done for each in self.slots if each.link)
+        has_worked = link.state.jobs_done > 0
+        is_old = (
+            bool(slot.ready_at) and now - slot.ready_at > self.settings.max_restart_delay_s and not link.state.jobs_lost
+        )
         if has_worked or is_old:
             slot.deaths = self.deaths = 0
-        elif not link.lost_retried_job:
+        elif not link.state.lost_retried_job:
             slot.deaths += 1
             self.deaths = self.deaths + 1 if done == self._jobs_done_at_last_death else 1
-        self._jobs_done_by_dead += link.jobs_done
+        self._jobs_done_by_dead += link.state.jobs_done
         self._jobs_done_at_last_death = done
         slot.clear()
         if self.ready_slots:
@@ -212,30 +239,22 @@ class Fleet:
                 f"them has exited; the last: {reason}"
             )
             return
-        if link.failure is not None and not self.was_ready:
+        if link.state.failure is not None and not self.was_ready:
             self.failure = reason  # reported by the worker, which cannot load: an immediate retry would fail again
         elif self.deaths >= self.settings.crash_loop_limit:
             self.failure = f"{self.deaths} workers in a row died without finishing a job; the last: {reason}"
 
 
-def make_fleets(settings: Settings, profiles: Mapping[str, ModelProfile]) -> dict[str, Fleet]:
-    """Return a fleet for each model, with every slot due for a start."""
-    fleets = {model.name: Fleet(settings, model, profiles[model.name]) for model in settings.models}
-    for fleet in fleets.values():
-        fleet.slots = [Slot(fleet, index) for index in range(fleet.model.replicas)]
-    return fleets
-
-
-def _tuned(model: ModelSettings, tuned: Mapping[str, object]) -> ModelSettings:
-    """Return the settings with a worker's choices for options that the operator has left open."""
+def _chosen(model: ModelSettings, tuned: Mapping[str, object]) -> dict[str, Any]:
+    """Return a worker's choices for options that the operator has left open."""
     chosen: dict[str, Any] = {}
     for name in _TUNABLE:
         value = tuned.get(name)
         if type(value) is int and 1 <= value <= _MAX_TUNED and not getattr(model, name):
             chosen[name] = value
-    return dataclasses.replace(model, **chosen)
+    return chosen
 
 
 def load_failure(link: Link) -> str:
     """Return the reason that the worker itself has reported for its exit, or ""."""
-    return str(link.failure.error.get("message", "")) if link.failure else ""
+    return str(link.state.failure.error.get("message", "")) if link.state.failure else ""

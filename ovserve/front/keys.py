@@ -8,10 +8,10 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
-from ovserve.errors import SettingsError, Unauthorized
+from ovserve.errors import SettingsError, Unauthorized, may_pass
 from ovserve.front.request import Request
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
@@ -33,17 +33,17 @@ class Keys:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def check(self, request: Request, is_open: Callable[[str, str], bool]) -> None:
+    def check(self, request: Request, *, is_open: bool) -> None:
         """Check the API key of a request, and set `request.is_verified` if it is a configured one.
 
         Args:
             request: the request to check.
-            is_open: whether a method and path need no key.
+            is_open: whether its route needs no key.
 
         Raises:
             Unauthorized: the request needs a key, and has none or an unknown one.
         """
-        if not self._digests or is_open(request.method, request.path):
+        if not self._digests or is_open:
             return
         if not request.api_key:
             raise Unauthorized(
@@ -80,7 +80,7 @@ def _read_file(path: Path) -> list[str]:
                 raise SettingsError(f"api_key_file {path}: not a regular file")
             data = stream.read(MAX_KEYS_BYTES + 1)
     except OSError as error:
-        raise SettingsError(f"api_key_file {path}: {error.strerror}") from None
+        raise SettingsError(f"api_key_file {path}: {error.strerror}", is_transient=may_pass(error)) from None
     if len(data) > MAX_KEYS_BYTES:
         raise SettingsError(f"api_key_file {path}: larger than {MAX_KEYS_BYTES} bytes")
     keys = []

@@ -19,9 +19,10 @@ import socketserver
 import threading
 import time
 from http.server import ThreadingHTTPServer
+from typing import Any
 
 from ovserve.api.exchange import Api
-from ovserve.errors import StartupError
+from ovserve.errors import StartupError, may_pass
 from ovserve.front.handler import Connection
 from ovserve.front.http1.response import Responses
 from ovserve.front.keys import read_keys
@@ -29,7 +30,7 @@ from ovserve.front.overflow import Overflow
 from ovserve.front.run_token import RunToken
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
-from ovserve.wire.local.spool import Spool
+from ovserve.wire.blobs import BlobStore
 
 __all__ = ["Listener"]
 
@@ -56,7 +57,7 @@ class Listener(ThreadingHTTPServer):
     daemon_threads = True  # the interpreter waits for no thread at exit; `stop` does, with a limit
     block_on_close = False
 
-    def __init__(self, settings: Settings, api: Api, spool: Spool) -> None:
+    def __init__(self, settings: Settings, api: Api[Any], spool: BlobStore) -> None:
         """Bind the port and listen.
 
         Raises:
@@ -77,7 +78,8 @@ class Listener(ThreadingHTTPServer):
             super().__init__((self.host, settings.port), socketserver.BaseRequestHandler)
         except (OSError, TypeError) as error:  # TypeError: a host that cannot be encoded as a name (IDNA)
             why = getattr(error, "strerror", None) or str(error)
-            raise StartupError(f"cannot listen on {settings.host} port {settings.port}: {why}") from None
+            message = f"cannot listen on {settings.host} port {settings.port}: {why}"
+            raise StartupError(message, is_transient=isinstance(error, OSError) and may_pass(error)) from None
         self.socket.setblocking(False)
         self.port: int = self.socket.getsockname()[1]
         self._overflow = Overflow(self)

@@ -1,15 +1,63 @@
-"""The `quality` presets that a model declares, clamped to the operator's limits."""
+"""The `quality` presets of a model: those it declares, clamped to the operator's limits, else the built-in ones."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from ovserve.models.families import Defaults
 from ovserve.settings.options import ModelSettings
 
-__all__ = ["PRESETS", "PRESET_KEYS", "limited_presets"]
+__all__ = ["PRESETS", "PRESET_KEYS", "Preset", "limited_presets", "resolve_preset"]
 
 PRESETS = ("low", "medium", "high")
 PRESET_KEYS = ("num_inference_steps", "guidance_scale", "scheduler", "shortcuts")
+
+# For a model that declares no presets: the share of its default steps, and the rest of the preset. The values come from
+# measured differences to the exact pictures and measured times (docs/performance.md). An engine without such a
+# scheduler or shortcut ignores it.
+_STEP_SHARES = {"low": 0.3, "medium": 0.5, "high": 1.0}
+_BUILT_IN: dict[str, dict[str, Any]] = {
+    "low": {"scheduler": "dpmpp_2m", "shortcuts": "guidance_until=0.6"},
+    "medium": {"scheduler": "dpmpp_2m"},
+    "high": {},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """The values of one preset for one model.
+
+    Attributes:
+        num_inference_steps, guidance_scale: defaults of these request fields.
+        scheduler: used if the request names none and the engine has it; empty for the model's own.
+        shortcuts: engine shortcuts; empty for exact computation.
+    """
+
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    shortcuts: str
+
+
+def resolve_preset(name: str, declared: Mapping[str, Mapping[str, Any]], defaults: Defaults) -> Preset:
+    """Return a preset: the declared one, else the built-in one, completed with the model's defaults.
+
+    Args:
+        name: low, medium or high.
+        declared: the presets that the model declares.
+        defaults: the model's defaults.
+    """
+    preset = declared.get(name, _BUILT_IN[name])
+    steps = defaults.num_inference_steps
+    share = max(min(2, steps), round(steps * _STEP_SHARES[name]))
+    return Preset(
+        num_inference_steps=int(preset.get("num_inference_steps", share)),
+        guidance_scale=float(preset.get("guidance_scale", defaults.guidance_scale)),
+        scheduler=str(preset.get("scheduler", "")),
+        shortcuts=str(preset.get("shortcuts", "")),
+    )
 
 
 def limited_presets(declared: dict[str, dict[str, Any]], settings: ModelSettings) -> dict[str, dict[str, Any]]:

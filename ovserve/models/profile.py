@@ -16,10 +16,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ovserve.errors import ModelError, SettingsError
+from ovserve.errors import ModelError, SettingsError, may_pass
 from ovserve.models.families import FAMILIES, Defaults, FamilyTraits, family_of
-from ovserve.models.presets import PRESETS, limited_presets
-from ovserve.settings.options import ModelSettings, Resolution
+from ovserve.models.presets import PRESETS, Preset, limited_presets, resolve_preset
+from ovserve.settings.options import BUILTIN_PREFIX, ModelSettings, Resolution
 
 __all__ = [
     "ModelProfile",
@@ -57,7 +57,9 @@ class ModelProfile:
         takes_negative_prompt: whether a negative prompt has any effect (classifier-free guidance).
         scheduling: the model's own scheduler.
         defaults: values for fields that a request leaves out.
-        presets: `quality` name to the fields it sets.
+        presets: the presets that the model declares: `quality` name to the fields it sets.
+        cuts_prompt: a prompt that is too long is cut, unless the request or the operator says otherwise.
+        drops_unknown_words: where a prompt may be cut, words without a token of their own are left out of it.
     """
 
     name: str
@@ -75,6 +77,12 @@ class ModelProfile:
     scheduling: Scheduling
     defaults: Defaults
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cuts_prompt: bool = False
+    drops_unknown_words: bool = False
+
+    def preset(self, quality: str) -> Preset:
+        """Return the values of a `quality` preset (low, medium or high) for this model."""
+        return resolve_preset(quality, self.presets, self.defaults)
 
     @property
     def traits(self) -> FamilyTraits:
@@ -97,14 +105,27 @@ class ModelProfile:
         return Resolution(*(min(high, max(low, side)) for side in sides))
 
 
+BUILTIN_MODELS = {"shapes": "builtin"}  # name to folder in the package
+PROMPT_KEYS = {"too_long": ("refuse", "cut"), "unknown_words": ("keep", "drop")}  # to the values of each
 SIZE_KEYS = ("native", "min_side_px", "max_side_px", "side_multiple_px")
 INPAINTING_CHANNELS = 9  # latents, mask, and the masked image's latents
 _FLOW_MATCHING = Scheduling("FlowMatchEulerDiscrete", 1000, "linspace", 50)
 
 
-def builtin_directory() -> Path:
-    """Return the directory of the built-in model inside the installed package."""
-    return Path(str(files("ovserve") / "builtin"))
+def builtin_directory(name: str = "shapes") -> Path:
+    """Return the directory of a built-in model inside the installed package. Raises ModelError for an unknown name."""
+    if name not in BUILTIN_MODELS:
+        known = ", ".join(f"{BUILTIN_PREFIX}{known}" for known in BUILTIN_MODELS)
+        raise ModelError(f"{BUILTIN_PREFIX}{name}: not one of the built-in models: {known}")
+    return Path(str(files("ovserve") / BUILTIN_MODELS[name]))
+
+
+def _model_directory(path: Path | None) -> Path:
+    """Return the directory that the option `path` means. Raises ModelError for an unknown built-in model."""
+    if path is None:
+        return builtin_directory()
+    text = str(path)
+    return builtin_directory(text.removeprefix(BUILTIN_PREFIX)) if text.startswith(BUILTIN_PREFIX) else path
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
@@ -113,7 +134,9 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
         document = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path.parent}: {what} is missing ({path.name})") from None
-    except (OSError, ValueError) as error:  # unreadable, not UTF-8, not JSON, a number with thousands of digits
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error}", is_transient=may_pass(error)) from None
+    except ValueError as error:  # not UTF-8, not JSON, a number with thousands of digits
         raise ModelError(f"{path}: cannot be read: {error}") from None
     except RecursionError:
         raise ModelError(f"{path}: cannot be read: nested too deeply") from None
@@ -155,15 +178,16 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
     """Read a model's directory, then apply the operator's defaults and limits.
 
     Raises:
-        ModelError: the directory is missing, is not an image pipeline, or lacks a component; the message names it.
+        ModelError: the built-in model is unknown, or the directory is missing, is not an image pipeline, or lacks a
+            component; the message names it.
         SettingsError: a default is outside the operator's limits.
     """
-    given = settings.path or builtin_directory()
+    given = _model_directory(settings.path)
     try:
         directory = Path(os.path.realpath(given))  # does not raise on a loop of symlinks, unlike Path.resolve
         profile = _read_directory(directory, settings)
     except OSError as error:
-        raise ModelError(f"{given}: cannot be read: {error.strerror}") from None
+        raise ModelError(f"{given}: cannot be read: {error.strerror}", is_transient=may_pass(error)) from None
     except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a JSON value of an unexpected type
         raise ModelError(f"{given}: a configuration file has a wrong value: {error}") from None
     _check_defaults(profile, settings)
@@ -171,8 +195,10 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
 
 
 def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
-    if not directory.is_dir():
-        raise ModelError(f"{directory}: no such directory")
+    if not directory.is_dir():  # perhaps its file system is not mounted yet
+        raise ModelError(f"{directory}: no such directory", is_transient=not directory.exists())
+    if not any(directory.iterdir()):
+        raise ModelError(f"{directory}: the directory is empty; is its file system mounted?", is_transient=True)
     index = _read_json(directory / "model_index.json", "the model index")
     family = family_of(str(index.get("_class_name", "")), directory)
     traits = FAMILIES[family]
@@ -207,12 +233,19 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
         scheduling=_FLOW_MATCHING if is_transformer else _read_scheduling(directory, index),
         defaults=_defaults(traits.defaults, declared.get("defaults", {}), settings),
         presets=limited_presets(declared.get("presets", {}), settings),
+        cuts_prompt=declared.get("prompts", {}).get("too_long") == "cut",
+        drops_unknown_words=declared.get("prompts", {}).get("unknown_words") == "drop",
     )
 
 
 def _check_overrides(declared: dict[str, Any]) -> None:
     """Raise ValueError for an unknown name or a wrong size in ovserve.json: a typo would be ignored silently."""
-    known = {"defaults": tuple(f.name for f in dataclasses.fields(Defaults)), "sizes": SIZE_KEYS, "presets": PRESETS}
+    known = {
+        "defaults": tuple(f.name for f in dataclasses.fields(Defaults)),
+        "sizes": SIZE_KEYS,
+        "presets": PRESETS,
+        "prompts": tuple(PROMPT_KEYS),
+    }
     for section, names in (("", tuple(known)), *known.items()):
         for name in declared.get(section, {}) if section else declared:
             if name not in names:
@@ -221,6 +254,11 @@ def _check_overrides(declared: dict[str, Any]) -> None:
     for name, value in declared.get("sizes", {}).items():
         if name != "native" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"ovserve.json: sizes.{name} is {value!r}; expected a whole number of pixels, 1 or more")
+    for name, value in declared.get("prompts", {}).items():
+        if value not in PROMPT_KEYS[name]:
+            raise ValueError(
+                f"ovserve.json: prompts.{name} is {value!r}; expected one of {', '.join(PROMPT_KEYS[name])}"
+            )
 
 
 def _component_config(directory: Path, name: str, what: str) -> dict[str, Any]:

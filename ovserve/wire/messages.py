@@ -33,7 +33,7 @@ class Run:
     """To the worker: run this job.
 
     Attributes:
-        request: path of the segment that holds the ImageRequest.
+        request: id of the blob storage that holds the ImageRequest.
         timeout_s: time left until the job's deadline.
         alone: run it without batch neighbours, because a worker has already died with it.
     """
@@ -57,14 +57,15 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """To the worker: the path of the segment for the bytes that a Need announced.
+    """To the worker: blob storage for the bytes that a Need announced.
 
-    An empty path means that there is no segment: the worker leaves out a preview, and ends the job for a result.
+    Attributes:
+        storage: its id. Empty: there is no space; the worker leaves out a preview, and ends the job for a result.
     """
 
     job: str
     picture: int
-    path: str
+    storage: str
 
     kind: ClassVar[str] = "grant"
 

@@ -19,9 +19,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from ovserve.engines.protocol import Outcome, Preview, Work
-from ovserve.errors import ApiError, InternalError, LinkClosed, SpoolFull
+from ovserve.errors import ApiError, BlobGone, InternalError, LinkClosed, SpoolFull
 from ovserve.logs import fields
-from ovserve.wire.local.spool import fill
+from ovserve.wire.blobs import WorkerBlobs
 from ovserve.wire.messages import Grant, Need, Picture
 from ovserve.worker.jobs import Jobs, WorkerJob
 from ovserve.worker.reports import ReportSender, end_process
@@ -63,10 +63,11 @@ class _Encoded:
 class Finisher:
     """Encodes the results of one worker. `run` is the finish thread; the other methods are thread-safe."""
 
-    def __init__(self, jobs: Jobs, reports: ReportSender) -> None:
+    def __init__(self, jobs: Jobs, reports: ReportSender, blobs: WorkerBlobs) -> None:
         self.busy_since: float | None = None  # monotonic time at which the current item was started
         self._jobs = jobs
         self._reports = reports
+        self._blobs = blobs
         self._items: queue.SimpleQueue[_TimedOutcome | _QueuedPreview | Grant] = queue.SimpleQueue()
         self._outcome_slots = threading.Semaphore(FINISH_LIMIT)
         self._preview_slots = threading.Semaphore(PREVIEW_LIMIT)
@@ -121,7 +122,7 @@ class Finisher:
                 self._finish_outcome(job, item)
         except ApiError as error:
             self._jobs.fail(job, error)
-        except FileNotFoundError:
+        except BlobGone:
             self._jobs.fail(job, InternalError("the exchange has ended"))
         except LinkClosed:
             end_process(0)
@@ -181,11 +182,11 @@ class Finisher:
         encoded = waiting.popleft()
         if not waiting:
             del self._awaiting_grant[job.id, grant.picture]
-        if not grant.path and encoded.partial >= 0:
+        if not grant.storage and encoded.partial >= 0:
             return
-        if not grant.path:
+        if not grant.storage:
             raise SpoolFull("no space for the result in the spool", retry_after_s=2)
-        fill(grant.path, encoded.data)
+        self._blobs.fill(grant.storage, encoded.data)
         seed = job.prepared.request.seed_of(grant.picture) if job.prepared else 0
         self._reports.send(Picture(job.id, grant.picture, seed, len(encoded.data), encoded.partial))
         if encoded.partial < 0:

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 import warnings
 from typing import TYPE_CHECKING, NoReturn
 
 from ovserve.logs import configure_logs
 from ovserve.models.profile import ModelProfile
-from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.local.pipes import WorkerEnd
+from ovserve.settings.options import ModelSettings
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.blobs import WorkerBlobs
+from ovserve.wire.link import WorkerLink
 
 if TYPE_CHECKING:
     from ovserve.engines.protocol import Engine
 
-__all__ = ["ModelProfile", "create_engine", "main"]
+__all__ = ["ModelProfile", "create_engine", "disable_telemetry", "main"]
 
 _NICENESS = 10  # lower priority than the front end, which must answer health checks while the device computes
 
 
-def main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: Settings) -> NoReturn:
+def main(
+    link: WorkerLink, blobs: WorkerBlobs, profile: ModelProfile, model: ModelSettings, settings: WorkerSettings
+) -> NoReturn:
     """Serve one model until Stop arrives or the front end exits, then exit with code 0.
 
     Other exit codes: `runner.LOAD_FAILED` when the model cannot be loaded, `runner.BROKEN` for a bug.
@@ -32,6 +37,7 @@ def main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: 
     faulthandler.enable()
     os.nice(_NICENESS)
     configure_logs(settings.log_level, settings.log_format)
+    disable_telemetry()
     from PIL import Image  # noqa: PLC0415
 
     from ovserve.worker.runner import JobRunner  # noqa: PLC0415
@@ -39,7 +45,16 @@ def main(end: WorkerEnd, profile: ModelProfile, model: ModelSettings, settings: 
     Image.MAX_IMAGE_PIXELS = None  # replaced by our own limit, which is checked before decoding
     # Pillow's warnings are about a client's file: what matters to the client goes into the response, not into our log.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    JobRunner(end, profile, model, settings, create_engine).run()
+    JobRunner(link, blobs, profile, model, settings, create_engine=create_engine).run()
+
+
+def disable_telemetry() -> None:
+    """Switch off the telemetry that `import openvino` sends. Call it before the first import of openvino.
+
+    Without the package, openvino uses its own stub. With it, the import fails for a user without a home directory, such
+    as systemd's DynamicUser, writes an identifier to ~/intel and sends an event over the network.
+    """
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # imports of it then raise ImportError
 
 
 def create_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[Engine, str]:

@@ -9,18 +9,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from ovserve.engines.protocol import Engine, Features
 from ovserve.errors import InvalidValue, MissingParameter, UnsupportedParameter
 from ovserve.models.profile import ModelProfile
-from ovserve.models.steps import is_lcm, min_strength_for, steps_run
+from ovserve.models.steps import default_strength, denoising_steps, is_lcm, smallest_strength
 from ovserve.pixels.frames import Fitting, Placement, fit_into, size_of
 from ovserve.pixels.images import Limits, Pixels, decode_image, extract_colour_profile, flatten, has_alpha
 from ovserve.pixels.masks import Seam, check_not_empty, mask_from_holes, mask_from_image, match_mask, pool
-from ovserve.settings.options import ModelSettings, Resolution, Settings
-from ovserve.wire.blobs import Blob
-from ovserve.wire.local.spool import open_blob
+from ovserve.settings.options import ModelSettings, Resolution
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.blobs import Blob, WorkerBlobs
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.prepared import Backdrop, PreparedRequest
 from ovserve.worker.prompts import fit_prompt
@@ -31,7 +29,13 @@ PREVIEW_SIDE_PX = 512  # a preview is shown for a second: it does not need every
 
 
 def prepare(
-    request: ImageRequest, profile: ModelProfile, model: ModelSettings, settings: Settings, engine: Engine
+    request: ImageRequest,
+    profile: ModelProfile,
+    model: ModelSettings,
+    settings: WorkerSettings,
+    engine: Engine,
+    *,
+    blobs: WorkerBlobs,
 ) -> PreparedRequest:
     """Decode, orient and fit the images, read the mask, count the tokens.
 
@@ -41,8 +45,8 @@ def prepare(
     request = _adapt_to_engine(request, engine.features)
     engine.check(request)
     prompt, text_tokens = fit_prompt(request, profile, engine)
-    source, mask = _read_images(request, Limits(settings.max_image_pixels, settings.max_image_side_px))
-    colour_profile = _read_colour_profile(request)
+    source, mask = _read_images(request, blobs, Limits(settings.max_image_pixels, settings.max_image_side_px))
+    colour_profile = _read_colour_profile(request, blobs)
     mode = "text2image" if source is None else "image2image" if mask is None else "inpainting"
     _check_mode(mode, profile, engine.features)
     if request.mask_blur and mode != "inpainting":
@@ -51,8 +55,9 @@ def prepare(
         )
     keeps_alpha = _resolve_keeps_alpha(request, source)
     strength = _resolve_strength(request, mode, profile)
-    steps = check_steps(request, mode, strength, profile)
+    steps = check_steps(request, strength, profile)
     layout = _plan_layout(request, source, mask, profile, model, keeps_alpha=keeps_alpha)
+    unchanged = None if steps or layout.original is None else _without_steps(layout.original, request)
     preview_frame = fit_into(layout.frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
     cells = math.prod((layout.placement.canvas.width, layout.placement.canvas.height)) // profile.side_multiple_px**2
     return PreparedRequest(
@@ -77,8 +82,9 @@ def prepare(
         image_tokens=cells * len(request.images),
         output_tokens=cells * request.n,
         revised_prompt=prompt if prompt != request.prompt else "",
-        background="transparent" if _has_transparent_result(layout, request) else "opaque",
+        background="transparent" if _has_transparent_result(layout, request, unchanged) else "opaque",
         colour_profile=colour_profile,
+        unchanged=unchanged,
     )
 
 
@@ -91,7 +97,11 @@ def _adapt_to_engine(request: ImageRequest, features: Features) -> ImageRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layout:
-    """The sizes a request is served at and its pixels at these sizes; attributes as in PreparedRequest."""
+    """The sizes a request is served at and its pixels at these sizes.
+
+    Attributes:
+        original: the source in the frame, RGB or RGBA; None without one. The others are as in PreparedRequest.
+    """
 
     frame: Resolution
     placement: Placement
@@ -99,6 +109,7 @@ class _Layout:
     mask: Pixels | None = None
     initial_image: Pixels | None = None
     mask_image: Pixels | None = None
+    original: Pixels | None = None
 
 
 def _plan_layout(
@@ -127,16 +138,25 @@ def _plan_layout(
     initial_image = placement.place_image(flatten(original))
     if mask is None:
         shown = original if keeps_alpha else None
-        return _Layout(frame, placement, Backdrop(shown, None, keeps_alpha, is_opaque), None, initial_image)
+        return _Layout(
+            frame, placement, Backdrop(shown, None, keeps_alpha, is_opaque), None, initial_image, None, original
+        )
     mask = fitting.fit_mask(mask)
     check_not_empty(mask, " in the part of the image that is used")
     mask_image = pool(placement.place_mask(mask), profile.side_multiple_px)
     backdrop = Backdrop(original, Seam.plan(mask, request.mask_blur), keeps_alpha, is_opaque)
-    return _Layout(frame, placement, backdrop, mask, initial_image, mask_image)
+    return _Layout(frame, placement, backdrop, mask, initial_image, mask_image, original)
 
 
-def _has_transparent_result(layout: _Layout, request: ImageRequest) -> bool:
+def _without_steps(original: Pixels, request: ImageRequest) -> Pixels:
+    """Return the result of an edit that runs no step: the source in the frame, with its alpha unless it is removed."""
+    return flatten(original) if request.background == "opaque" else original
+
+
+def _has_transparent_result(layout: _Layout, request: ImageRequest, unchanged: Pixels | None) -> bool:
     """Return whether a result has transparent pixels; they can only be the source's own."""
+    if unchanged is not None:
+        return request.output_format != "jpeg" and has_alpha(unchanged) and bool(unchanged[..., 3].min() < 255)
     original = layout.backdrop.original
     if original is None or not has_alpha(original) or request.background == "opaque" or request.output_format == "jpeg":
         return False
@@ -157,7 +177,7 @@ def _preview_backdrop(layout: _Layout, request: ImageRequest, size: Resolution) 
     return Backdrop(original, seam, backdrop.keeps_alpha, backdrop.is_opaque)
 
 
-def _read_images(request: ImageRequest, limits: Limits) -> tuple[Pixels | None, Pixels | None]:
+def _read_images(request: ImageRequest, blobs: WorkerBlobs, limits: Limits) -> tuple[Pixels | None, Pixels | None]:
     """Return the image, and the mask at the image's size, both upright; None for what the request does not have."""
     if not request.images:
         return None, None
@@ -166,10 +186,10 @@ def _read_images(request: ImageRequest, limits: Limits) -> tuple[Pixels | None, 
             f"image: {len(request.images)} images were sent; this model edits one and takes no reference images",
             param="image",
         )
-    source = _read_blob(request.images[0], "image", limits)
+    source = _read_blob(request.images[0], "image", blobs, limits)
     mask = None
     if request.mask is not None:
-        mask = mask_from_image(_read_blob(request.mask, "mask", limits), request.mask_mode)
+        mask = mask_from_image(_read_blob(request.mask, "mask", blobs, limits), request.mask_mode)
         check_not_empty(mask)
         mask = match_mask(mask, size_of(source))
     elif request.task == "edit" and request.background != "transparent":
@@ -177,15 +197,15 @@ def _read_images(request: ImageRequest, limits: Limits) -> tuple[Pixels | None, 
     return source, mask
 
 
-def _read_blob(blob: Blob, name: str, limits: Limits) -> Pixels:
-    with open_blob(blob) as data:
+def _read_blob(blob: Blob, name: str, blobs: WorkerBlobs, limits: Limits) -> Pixels:
+    with blobs.open(blob) as data:
         return decode_image(data, name, limits)
 
 
-def _read_colour_profile(request: ImageRequest) -> bytes:
+def _read_colour_profile(request: ImageRequest, blobs: WorkerBlobs) -> bytes:
     if not request.images:
         return b""
-    with open_blob(request.images[0]) as data:
+    with blobs.open(request.images[0]) as data:
         return extract_colour_profile(data)
 
 
@@ -216,15 +236,16 @@ def _resolve_strength(request: ImageRequest, mode: str, profile: ModelProfile) -
         return 1.0
     if request.strength is not None:
         return request.strength
-    if mode == "inpainting":
-        return profile.defaults.strength_inpainting
-    if request.preferred_strength is not None:
-        return request.preferred_strength
-    return profile.defaults.strength_variation if request.task == "variation" else profile.defaults.strength
+    return default_strength(
+        profile,
+        is_masked=mode == "inpainting",
+        is_variation=request.task == "variation",
+        preferred=request.preferred_strength,
+    )
 
 
-def check_steps(request: ImageRequest, mode: str, strength: float, profile: ModelProfile) -> int:
-    """Return how many steps will run.
+def check_steps(request: ImageRequest, strength: float, profile: ModelProfile) -> int:
+    """Return how many steps will run, 0 at strength 0; `strength` is the one that will run, 1.0 for text-to-image.
 
     Raises:
         InvalidValue: the strength is out of range, or leaves too few steps.
@@ -232,25 +253,13 @@ def check_steps(request: ImageRequest, mode: str, strength: float, profile: Mode
     count = request.num_inference_steps
     if not 0 <= strength <= 1:
         raise InvalidValue(f"strength: {strength:g} is not within 0 to 1", param="strength")
+    steps = denoising_steps(profile, request.scheduler, count, strength)
+    if steps or not strength:
+        return steps
+    smallest = f"the smallest strength that works is {smallest_strength(profile, request.scheduler, count):g}"
     if is_lcm(profile, request.scheduler):
-        # LCM takes its steps from the part of a longer schedule that strength leaves.
         longer = profile.scheduling.original_inference_steps
-        if steps_run(longer, strength) < count:
-            raise InvalidValue(
-                f"strength: {strength:g} leaves fewer than {count} of {longer} timesteps; "
-                f"the smallest strength that works is {math.ceil(100 * count / longer) / 100:g}",
-                param="strength",
-            )
-        return count
-    steps = count if mode == "text2image" else steps_run(count, strength)
-    if steps < 1:
         raise InvalidValue(
-            f"strength: {strength:g} of {count} steps is less than one step; "
-            f"the smallest strength that works is {min_strength_for(count):g}",
-            param="strength",
+            f"strength: {strength:g} leaves fewer than {count} of {longer} timesteps; {smallest}", param="strength"
         )
-    if mode != "text2image" and profile.traits.rounds_steps_up:
-        return count - int(np.float32(count) - np.float32(count) * np.float32(strength))
-    is_pndm = (request.scheduler or profile.scheduling.name.lower()) == "pndm"
-    # PNDM takes its second step twice (arXiv:2202.09778, as diffusers has it).
-    return steps + 1 if is_pndm and count > 1 else steps
+    raise InvalidValue(f"strength: {strength:g} of {count} steps is less than one step; {smallest}", param="strength")

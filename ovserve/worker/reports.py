@@ -11,7 +11,7 @@ import os
 from typing import NoReturn
 
 from ovserve.errors import ApiError, LinkClosed
-from ovserve.wire.local.pipes import WorkerEnd
+from ovserve.wire.link import WorkerLink
 from ovserve.wire.messages import Failed, Message, Prepared
 from ovserve.worker.prepared import PreparedRequest
 
@@ -23,8 +23,8 @@ SHORT_TEXT_CHARS = 300  # length of a shortened text: JSON takes at most 12 byte
 class ReportSender:
     """Sends reports over one worker's link. Thread-safe."""
 
-    def __init__(self, end: WorkerEnd) -> None:
-        self._end = end
+    def __init__(self, link: WorkerLink) -> None:
+        self._link = link
 
     def send(self, message: Message) -> None:
         """Send one message; end the process when the front end has closed the link.
@@ -33,7 +33,7 @@ class ReportSender:
             ValueError: the message does not fit the link's message size.
         """
         try:
-            self._end.send(message)
+            self._link.send(message)
         except LinkClosed:
             end_process(0)
 

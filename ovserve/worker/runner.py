@@ -24,16 +24,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 from ovserve.deadline import Deadline
-from ovserve.engines.protocol import Engine, Preview, Work
-from ovserve.errors import ApiError, DeadlineExceeded, InternalError, LinkClosed, LinkGarbage, ModelError
+from ovserve.engines.protocol import Engine, Outcome, Preview, Work
+from ovserve.errors import ApiError, BlobGone, DeadlineExceeded, InternalError, LinkClosed, LinkGarbage, ModelError
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
-from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.local.pipes import MAX_CAPACITY, WorkerEnd
+from ovserve.settings.options import ModelSettings
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.blobs import WorkerBlobs
+from ovserve.wire.link import MAX_CAPACITY, WorkerLink
 from ovserve.wire.messages import Cancel, Done, Grant, Heartbeat, Message, Progress, Ready, Run, Stop
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.finish import Finisher
@@ -58,14 +59,17 @@ class JobRunner:
 
     def __init__(
         self,
-        end: WorkerEnd,
+        link: WorkerLink,
+        blobs: WorkerBlobs,
         profile: ModelProfile,
         model: ModelSettings,
-        settings: Settings,
+        settings: WorkerSettings,
+        *,
         create_engine: CreateEngine,
     ) -> None:
         self._create_engine = create_engine
-        self._end = end
+        self._link = link
+        self._blobs = blobs
         self._profile = profile
         self._model = model
         self._settings = settings
@@ -74,8 +78,8 @@ class JobRunner:
         self._is_stopping = False
         self._to_prepare: queue.SimpleQueue[WorkerJob] = queue.SimpleQueue()
         self._preparing_since: float | None = None  # monotonic time at which the prepare thread started its current job
-        self._reports = ReportSender(end)
-        self._finisher = Finisher(self, self._reports)
+        self._reports = ReportSender(link)
+        self._finisher = Finisher(self, self._reports, blobs)
         self._engine: Engine | None = None
         self._loop: DeviceLoop | None = None
 
@@ -91,7 +95,7 @@ class JobRunner:
             threading.Thread(target=_exit_on_error, args=(target,), name=name, daemon=True).start()
         while True:
             try:
-                self._execute(self._end.receive())
+                self._execute(self._link.receive())
             except LinkClosed:
                 end_process(0)
             except LinkGarbage:
@@ -184,7 +188,7 @@ class JobRunner:
                 self._prepare(job)
             except ApiError as error:
                 self._fail_preparation(job, error)
-            except FileNotFoundError:
+            except BlobGone:
                 self._fail_preparation(job, InternalError("the exchange has ended"))
             except LinkClosed:
                 end_process(0)
@@ -207,8 +211,8 @@ class JobRunner:
         if job.stopped.is_set():
             raise InternalError("the job was cancelled")
         started = time.monotonic()
-        request = ImageRequest.from_json(Path(job.run.request).read_bytes())
-        prepared = prepare(request, self._profile, self._model, self._settings, self._engine)
+        request = ImageRequest.from_json(self._blobs.read(job.run.request))
+        prepared = prepare(request, self._profile, self._model, self._settings, self._engine, blobs=self._blobs)
         works = [
             self._attach_callbacks(job, request, prepared.work(job.id, k, alone=job.run.alone))
             for k in range(request.n)
@@ -217,7 +221,13 @@ class JobRunner:
         self._reports.prepared(job.id, prepared)
         with self._lock:
             job.prepared, job.added, job.is_preparing = prepared, request.n, False
-        self._loop.add(works)
+        if prepared.unchanged is None:
+            self._loop.add(works)
+            return
+        for work in works:  # no step runs: the device is not needed
+            outcome = Outcome(work, prepared.unchanged)
+            while not self._finisher.deliver(outcome, 0.0):
+                pass
 
     def _attach_callbacks(self, job: WorkerJob, request: ImageRequest, work: Work) -> Work:
         """Connect a piece of work to its job: progress, previews, deadline and cancellation."""

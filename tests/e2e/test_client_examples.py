@@ -1,4 +1,4 @@
-"""The examples of docs/clients.md, taken out of the page and run as a reader would: only the server's address is another one."""
+"""The examples of docs/clients.md are extracted and run as they are; only the address of the server is replaced."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.reader import COLOURS, SHAPES, Scene, read_picture
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "clients.md").read_text("utf-8")
-ENVIRONMENT = ROOT / ".venv"  # made by scripts/test, with the other clients inside
+ENVIRONMENT = ROOT / ".venv"  # made by scripts/test; contains the other clients
 ADDRESS = "http://127.0.0.1:8000"
 TIMEOUT_S = 240
 RUNNABLE = {"sh", "python", "js"}
@@ -33,15 +33,15 @@ RUNNABLE = {"sh", "python", "js"}
 GREEN_CIRCLE = ("blue", "green", "circle")
 YELLOW_STAR = ("blue", "yellow", "star")
 RED_HEART = ("white", "red", "heart")
-Sight = tuple[str, str, str]  # background, colour and shape of the largest object
+Content = tuple[str, str, str]  # background, colour and shape of the largest object
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One block of the page: what runs it, and the pictures that it must leave."""
+    """One block of the page: its Python, and the pictures it must write: side in pixels and content, by file name."""
 
     python: Path = Path(sys.executable)
-    pictures: Mapping[str, tuple[int, Sight | None]] = field(default_factory=dict)  # by file name: side, what it shows
+    pictures: Mapping[str, tuple[int, Content | None]] = field(default_factory=dict)
 
 
 EXAMPLES = {
@@ -77,13 +77,13 @@ EXAMPLES = {
 
 
 def blocks() -> dict[str, tuple[str, str]]:
-    """Language and text of each marked block, by its name."""
+    """Return the language and the text of each marked block, by its name."""
     marked = re.findall(r"^<!-- example: (\S+) -->\n```(\w+)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
     return {name: (language, text) for name, language, text in marked}
 
 
 def run(name: str, url: str, folder: Path) -> None:
-    """Run a block in a folder where `tests` leads to the samples, as it does in the checkout."""
+    """Run a block in a folder in which `tests` is a link to the samples, as in the checkout."""
     language, text = blocks()[name]
     assert ADDRESS in text
     text = text.replace(ADDRESS, url)
@@ -100,24 +100,25 @@ def run(name: str, url: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def check(folder: Path, pictures: Mapping[str, tuple[int, Sight | None]]) -> None:
-    left = {path.name for path in folder.iterdir() if path.suffix in {".png", ".webp"}}
-    assert left == set(pictures)
-    for name, (side, sight) in pictures.items():
+def check(folder: Path, pictures: Mapping[str, tuple[int, Content | None]]) -> None:
+    """Check that a folder contains exactly these pictures, with the expected format, size and content."""
+    written = {path.name for path in folder.iterdir() if path.suffix in {".png", ".webp"}}
+    assert written == set(pictures)
+    for name, (side, content) in pictures.items():
         with Image.open(folder / name) as picture:
             assert picture.format == Path(name).suffix[1:].upper()
             assert picture.size == (side, side)
             scene = read_picture(np.asarray(picture.convert("RGB")))
-        if sight:
-            assert seen(scene) == sight, name
+        if content:
+            assert content_of(scene) == content, name
 
 
-def seen(scene: Scene) -> tuple[str, str | None, str | None]:
+def content_of(scene: Scene) -> tuple[str, str | None, str | None]:
     largest = scene.largest
     return (scene.background, largest.colour, largest.shape) if largest else (scene.background, None, None)
 
 
-def test_every_block_that_can_run_is_run() -> None:
+def test_every_runnable_block_is_an_example() -> None:
     assert set(blocks()) == set(EXAMPLES)
     languages = re.findall(r"^```(\w*)$", PAGE, re.MULTILINE)
     runnable = [language for language in languages if language in RUNNABLE]
@@ -126,18 +127,18 @@ def test_every_block_that_can_run_is_run() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "gpt-image-1"])
-def test_the_example(name: str, server: LiveServer, tmp_path: Path) -> None:
+def test_example_runs_and_writes_its_pictures(name: str, server: LiveServer, tmp_path: Path) -> None:
     run(name, server.url, tmp_path)
     check(tmp_path, EXAMPLES[name].pictures)
 
 
-def test_a_seed_in_extra_body_arrives_through_litellm(server: LiveServer, tmp_path: Path) -> None:
+def test_litellm_passes_a_seed_in_extra_body(server: LiveServer, tmp_path: Path) -> None:
     run("litellm", server.url, tmp_path)
     with Image.open(tmp_path / "edited.png") as picture:
         assert "Seed: 7," in picture.info["parameters"]
 
 
-def test_a_mask_keeps_what_lies_outside(server: LiveServer, data: Path, tmp_path: Path) -> None:
+def test_mask_example_keeps_the_pixels_outside(server: LiveServer, data: Path, tmp_path: Path) -> None:
     run("curl-mask", server.url, tmp_path)
     result, source = (
         np.asarray(Image.open(path).convert("RGB")) for path in (tmp_path / "masked.png", data / "red_circle.png")
@@ -146,7 +147,7 @@ def test_a_mask_keeps_what_lies_outside(server: LiveServer, data: Path, tmp_path
     assert np.array_equal(result[outside], source[outside])
 
 
-def test_the_error_is_told_in_place_of_a_picture(server: LiveServer, tmp_path: Path) -> None:
+def test_curl_example_prints_the_error_and_fails(server: LiveServer, tmp_path: Path) -> None:
     _, text = blocks()["curl-edit"]
     text = text.replace(ADDRESS, server.url).replace("prompt=", "promt=")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
@@ -157,17 +158,17 @@ def test_the_error_is_told_in_place_of_a_picture(server: LiveServer, tmp_path: P
     assert "'prompt'" in done.stderr
 
 
-def test_the_name_that_some_clients_insist_on(tmp_path: Path) -> None:
+def test_model_can_be_served_as_gpt_image_1(tmp_path: Path) -> None:
     command = re.search(r"^scripts/serve (--model_name \S+)$", PAGE, re.MULTILINE)
     assert command
-    with LiveServer(*command[1].split(), spool=tmp_path) as live:
+    with LiveServer(*command[1].split(), spool=tmp_path, model=None) as live:
         run("gpt-image-1", live.url, tmp_path)
         check(tmp_path, EXAMPLES["gpt-image-1"].pictures)
         with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none") as client:
             assert [model.id for model in client.models.list()] == ["gpt-image-1"]
 
 
-def test_what_open_webui_sends(server: LiveServer, data: Path) -> None:
+def test_requests_of_open_webui_are_served(server: LiveServer, data: Path) -> None:
     headers = {"authorization": "Bearer none"}
     with httpx.Client(base_url=f"{server.url}/v1", headers=headers, timeout=60) as client:
         document = {
@@ -176,19 +177,19 @@ def test_what_open_webui_sends(server: LiveServer, data: Path) -> None:
             "n": 1,
             "size": "256x256",
         }
-        made = client.post("/images/generations", json={**document, "response_format": "b64_json"})
+        generated = client.post("/images/generations", json={**document, "response_format": "b64_json"})
         fields = {"model": "", "prompt": "a green circle on a blue background", "response_format": "b64_json"}
         files = [("image[]", ("0b7f.png", (data / "red_circle.png").read_bytes(), "image/png"))]
         edited = client.post("/images/edits", data=fields, files=files)
         again = client.post("/images/edits", data=fields, files=files * 2)  # the second edit of one chat
     assert (again.status_code, again.json()["error"]["param"]) == (400, "image[]")
-    assert (made.status_code, edited.status_code) == (200, 200)
-    assert (made.json()["size"], edited.json()["size"]) == ("256x256", "256x256")
-    assert all(reply.json()["data"][0]["b64_json"] for reply in (made, edited))
+    assert (generated.status_code, edited.status_code) == (200, 200)
+    assert (generated.json()["size"], edited.json()["size"]) == ("256x256", "256x256")
+    assert all(reply.json()["data"][0]["b64_json"] for reply in (generated, edited))
 
 
-def test_the_prompts_that_the_page_recommends(server: LiveServer, data: Path) -> None:
-    """Recolour, reshape, replace the background: each obeyed by one of three seeds at least, as the page says."""
+def test_recommended_prompts_work(server: LiveServer, data: Path) -> None:
+    """Recolour, reshape, new background: at least one of three seeds gives the wanted picture, as the page says."""
     image = (data / "red_circle.png").read_bytes()
     wanted = {
         "a green circle on a blue background": GREEN_CIRCLE,
@@ -196,17 +197,18 @@ def test_the_prompts_that_the_page_recommends(server: LiveServer, data: Path) ->
         "a red circle on a yellow background": ("yellow", "red", "circle"),
     }
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-        for prompt, sight in wanted.items():
+        for prompt, content in wanted.items():
             assert f"`{prompt}`" in PAGE
             reply = client.images.edit(image=image, prompt=prompt, n=3, extra_body={"seed": 1})
-            assert sight in [seen(read_picture(decoded(item.b64_json or ""))) for item in reply.data or []], prompt
+            contents = [content_of(read_picture(decoded(item.b64_json or ""))) for item in reply.data or []]
+            assert content in contents, prompt
 
 
 def decoded(text: str) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 
 
-def test_the_words_that_the_page_lists_are_those_of_the_model() -> None:
+def test_page_lists_the_words_of_the_model_card() -> None:
     card = (builtin_directory() / "MODEL_CARD.md").read_text("utf-8")
     for words in (SHAPES, tuple(COLOURS)):
         assert ", ".join(words) in PAGE

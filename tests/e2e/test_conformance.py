@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.live import LiveServer
+from tests.live import BUILTIN_PATH, LiveServer
 
 ROOT = Path(__file__).parents[2]
 VECTORS = json.loads((ROOT / "tests" / "data" / "model-server.json").read_text("utf-8"))
 PAGE = ROOT / "docs" / "conformance.md"
 
-# The vectors' servers that are one model's limits here; each is a model of that name in one process.
+# Servers of the vectors that differ only in limits: here each is a model with that name in one server.
 LIMITS: dict[str, dict[str, Any]] = {
     "default": {"default_num_inference_steps": 2},
     "ut": {"default_num_inference_steps": 2, "max_num_inference_steps": 10, "max_guidance_scale": 200},
@@ -40,12 +40,12 @@ SAME_AS = {
     "apikey": "default",
     "apikey_metrics": "default",
 }
-GUARDED = ("apikey", "apikey_metrics")  # servers that ask for a key
+GUARDED = ("apikey", "apikey_metrics")  # servers that require an API key
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Vectors (by pattern) for which ovserve differs: its status code and the rule behind it."""
+    """Vectors (by pattern) for which ovserve differs, with its status code and its rule."""
 
     pattern: str
     status: int | None  # None: not run, because ovserve does not have the tested feature
@@ -123,11 +123,6 @@ DIFFERENCES = (
         None,
         "Defaults are checked against the limits at start; the server does not start if they contradict.",
     ),
-    Difference(
-        "edit.prompt_longer_than_context",
-        400,
-        "A prompt that is too long gets 400 with its length and the limit; it is never cut silently.",
-    ),
     Difference("edit.err.n_and_num_images", 200, SAME_VALUE),
     Difference("gen.err.n_and_num", 200, SAME_VALUE),
     Difference("gen.err.size_w_h", 200, SAME_VALUE),
@@ -170,7 +165,7 @@ DIFFERENCES = (
 
 
 def file_bytes() -> dict[str, bytes]:
-    """The vectors' named inputs."""
+    """Return the files that the vectors use, by name."""
     rng = np.random.default_rng(0)
     colours = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     rgb = Image.fromarray(colours).resize((512, 512), Image.Resampling.NEAREST)
@@ -205,7 +200,7 @@ FILES = file_bytes()
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    yield from serving_every_limit(tmp_path_factory.mktemp("conformance"))
+    yield from server_with_all_limits(tmp_path_factory.mktemp("conformance"))
 
 
 @pytest.fixture(scope="module")
@@ -214,29 +209,31 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
         yield server
 
 
-def serving_every_limit(folder: Path) -> Iterator[LiveServer]:
-    """A server with a model for each set of limits."""
+def server_with_all_limits(folder: Path) -> Iterator[LiveServer]:
+    """Start a server with a model for each set of limits."""
     tables = ['default_model = "default"']
     for name, limits in LIMITS.items():
         pinned = {"streams": 2, "threads": 1, "max_batch": 8}
-        lines = [f"{key} = {json.dumps(value)}" for key, value in {**limits, **pinned}.items()]
+        lines = [f"{key} = {json.dumps(value)}" for key, value in {**limits, **pinned, "path": BUILTIN_PATH}.items()]
         tables.append("\n".join(["[[model]]", f'name = "{name}"', *lines]))
     (folder / "c.toml").write_text("\n".join(tables))
     with (
         LiveServer("--config", str(folder / "c.toml"), spool=folder) as server,
         httpx.Client(base_url=server.url) as client,
     ):
-        waiting = set(LIMITS)
-        while waiting:
-            waiting = {name for name in waiting if client.get(f"/v2/models/{name}/ready").status_code != 200}
+        loading = set(LIMITS)
+        while loading:
+            loading = {name for name in loading if client.get(f"/v2/models/{name}/ready").status_code != 200}
         yield server
 
 
 def difference(vector: dict[str, Any]) -> Difference | None:
+    """Return the listed difference of a vector, or None."""
     return next((d for d in DIFFERENCES if fnmatch.fnmatch(vector["id"], d.pattern)), None)
 
 
 def send(client: httpx.Client, vector: dict[str, Any]) -> httpx.Response:
+    """Send the request of a vector."""
     served = SAME_AS.get(vector.get("server", "default"), vector.get("server", "default"))
 
     def model(value: Any) -> Any:
@@ -265,6 +262,7 @@ def send(client: httpx.Client, vector: dict[str, Any]) -> httpx.Response:
 
 
 def pictures_made(client: httpx.Client) -> float:
+    """Return the number of pictures made since the server started."""
     lines = client.get("/metrics", headers={"authorization": f"Bearer {KEY}"}).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("ovserve_pictures_total"))
 
@@ -273,7 +271,7 @@ RUN = [v for v in VECTORS["vectors"] if v.get("method") and ((d := difference(v)
 
 
 @pytest.mark.parametrize("vector", RUN, ids=lambda vector: vector["id"])
-def test_a_vector(request: pytest.FixtureRequest, vector: dict[str, Any]) -> None:
+def test_vector_gives_the_expected_reply(request: pytest.FixtureRequest, vector: dict[str, Any]) -> None:
     live: LiveServer = request.getfixturevalue("guarded" if vector.get("server") in GUARDED else "live")
     wanted = vector["expect"]["status"]
     differs = difference(vector)
@@ -305,7 +303,7 @@ def test_a_vector(request: pytest.FixtureRequest, vector: dict[str, Any]) -> Non
             assert document["size"] == f"{expected['width']}x{expected['height']}"
 
 
-def test_at_least_sixty_bad_inputs_are_among_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_vectors_contain_at_least_sixty_bad_inputs(capsys: pytest.CaptureFixture[str]) -> None:
     rules: dict[str, list[str]] = {}
     for vector in RUN:
         differs = difference(vector)
@@ -318,7 +316,7 @@ def test_at_least_sixty_bad_inputs_are_among_them(capsys: pytest.CaptureFixture[
     assert sum(min(5, len(cases)) for cases in rules.values()) >= 60
 
 
-def test_every_difference_is_used_and_has_its_rule() -> None:
+def test_every_difference_matches_a_vector() -> None:
     for differs in DIFFERENCES:
         assert any(difference(vector) is differs for vector in VECTORS["vectors"]), differs.pattern
 
@@ -342,12 +340,13 @@ def page() -> str:
     lines = [
         "# Conformance with OpenVINO Model Server",
         "",
-        "This page compares ovserve with the image endpoint of OpenVINO Model Server. Each test vector describes one request and",
-        "the server's reply. `tests/e2e/test_conformance.py` sends the vectors to a live ovserve server with the built-in model.",
-        "The test also writes this page: run `WRITE_PAGES=1 scripts/test tests/e2e/test_conformance.py`.",
+        "This page compares ovserve with the image endpoint of OpenVINO Model Server. Each test vector describes one",
+        "request and the server's reply. `tests/e2e/test_conformance.py` sends the vectors to a live ovserve server",
+        "with the built-in model. It also writes this page: run",
+        "`WRITE_PAGES=1 scripts/test tests/e2e/test_conformance.py`.",
         "",
         f"{len(passes)} vectors give the same result. {len(differs)} differ on purpose.",
-        f"{sum(map(len, skipped.values()))} are not run: ovserve does not have the tested feature, or other tests cover it.",
+        f"{sum(map(len, skipped.values()))} are not run: ovserve does not have the tested feature, or others cover it.",
         "",
         "## Different on purpose",
         "",
@@ -367,7 +366,7 @@ def page() -> str:
     return "\n".join(lines)
 
 
-def test_the_page_is_what_this_test_says() -> None:
+def test_conformance_page_is_up_to_date() -> None:
     if os.environ.get("WRITE_PAGES"):
         PAGE.write_text(page(), "utf-8")
     assert PAGE.read_text("utf-8") == page()

@@ -31,10 +31,11 @@ from ovserve.errors import ApiError, InvalidValue
 from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings
 from ovserve.wire.messages import Done, Prepared, Progress
+from tests.live import BUILTIN_PATH
 from tests.reader import Figure, draw_scene, read_picture
 from tests.workerbench import WorkerBench, pixels_of
 
-MODEL = ModelSettings(name="shapes", engine="genai")
+MODEL = ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="genai")
 CIRCLE = draw_scene("blue", [Figure("red", "circle", 64, 64, 34)])
 GREEN = "a green circle on a blue background"
 SETTINGS: dict[str, Any] = {
@@ -176,7 +177,8 @@ def test_lcm_on_a_model_not_distilled_for_it_writes_to_a_missing_input(
     worker: WorkerBench, engine: GenaiEngine
 ) -> None:
     child = run_unguarded(
-        'text2image.set_scheduler(og.Scheduler.from_config(folder / "scheduler/scheduler_config.json", og.Scheduler.Type.LCM))\n'
+        'text2image.set_scheduler(og.Scheduler.from_config(folder / "scheduler/scheduler_config.json", '
+        "og.Scheduler.Type.LCM))\n"
         'text2image.generate("a", **options)'
     )
     assert child.returncode == -signal.SIGSEGV

@@ -19,7 +19,7 @@ STEP_S = 0.02
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
     with FaultServer(tmp_path_factory.mktemp("spool"), "--replicas", "2", "--log_level", "warning") as server:
-        server.until(lambda: server.standing()["workers"] == 2)
+        server.until(lambda: server.model_status()["workers"] == 2)
         yield server
 
 
@@ -32,7 +32,7 @@ def request(prompt: str, **fields: object) -> bytes:
 def until_idle(live: FaultServer) -> float:
     """Wait until no job is queued or running; return the seconds it took."""
     started = time.monotonic()
-    live.until(lambda: live.standing()["queued"] == live.standing()["running"] == 0)
+    live.until(lambda: live.model_status()["queued"] == live.model_status()["running"] == 0)
     return time.monotonic() - started
 
 
@@ -40,7 +40,7 @@ def until_idle(live: FaultServer) -> float:
 @pytest.mark.parametrize("leave", ["close", "abandon", "half_close"])
 def test_client_that_leaves_a_running_job_stops_it(live: FaultServer, leave: str, stream: bool) -> None:
     client = RawClient(live.port).send(request("steps 500 0.02", stream=stream))
-    live.until(lambda: live.standing()["running"] == 1)
+    live.until(lambda: live.model_status()["running"] == 1)
     getattr(client, leave)()
     assert until_idle(live) < 2.0  # the job would run for ten seconds
     client.close()
@@ -48,19 +48,19 @@ def test_client_that_leaves_a_running_job_stops_it(live: FaultServer, leave: str
 
 def test_client_that_leaves_removes_its_queued_job_at_once(live: FaultServer) -> None:
     running = [RawClient(live.port).send(request("steps 40 0.05")) for _ in range(4)]
-    live.until(lambda: live.standing()["running"] == 4)
+    live.until(lambda: live.model_status()["running"] == 4)
     waiting = RawClient(live.port).send(request("echo never"))
-    live.until(lambda: live.standing()["queued"] == 1)
+    live.until(lambda: live.model_status()["queued"] == 1)
     waiting.abandon()
-    live.until(lambda: live.standing()["queued"] == 0, patience_s=1.5)
-    assert live.standing()["running"] == 4
+    live.until(lambda: live.model_status()["queued"] == 0, patience_s=1.5)
+    assert live.model_status()["running"] == 4
     assert [client.read_response().status for client in running] == [200] * 4
     for client in running:
         client.close()
 
 
 def test_five_hundred_disconnects_under_load_do_not_leak(live: FaultServer) -> None:
-    before = live.holdings()
+    before = live.resources()
     chance = random.Random(20)
     delays = [chance.random() * 0.12 for _ in range(500)]
     lock = threading.Lock()
@@ -89,7 +89,7 @@ def test_five_hundred_disconnects_under_load_do_not_leak(live: FaultServer) -> N
     for thread in threads:
         thread.join()
     assert until_idle(live) < 2.0
-    live.until_settled(before)
+    live.until_released(before)
     live.until(lambda: live.segments() == [])
     assert set(answered) <= {200, 429}
     assert 200 in answered

@@ -27,14 +27,14 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
 
 @pytest.fixture
 def client(live: FaultServer) -> Iterator[httpx.Client]:
-    live.until(lambda: live.standing()["workers"] == 2)
+    live.until(lambda: live.model_status()["workers"] == 2)
     with live.client() as made:
         yield made
-    live.until(lambda: live.standing()["workers"] == 2)
+    live.until(lambda: live.model_status()["workers"] == 2)
     live.until(lambda: live.segments() == [])
 
 
-@pytest.mark.parametrize("command", ["hang", "stammer"])
+@pytest.mark.parametrize("command", ["hang", "partial"])
 def test_job_of_a_hung_worker_is_done_by_another(
     live: FaultServer, client: httpx.Client, tmp_path: Path, command: str
 ) -> None:
@@ -75,7 +75,7 @@ def test_jobs_of_a_stopped_worker_are_done(live: FaultServer, client: httpx.Clie
     ]
     for thread in threads:
         thread.start()
-    live.until(lambda: live.standing()["running"] == 4)
+    live.until(lambda: live.model_status()["running"] == 4)
     live.kill_worker(number=signal.SIGSTOP)
     for thread in threads:
         thread.join()

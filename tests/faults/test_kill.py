@@ -10,15 +10,16 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ovserve.cli.commands import ExitCode
 from tests.faultserver import TINY_PNG, FaultServer, gone, picture_of
 
-POINTS = ["received", "prepared", "step", "announced", "half", "filled", "told", "done"]
+POINTS = ["received", "prepared", "step", "announced", "half", "filled", "reported", "done"]
 
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
     with FaultServer(tmp_path_factory.mktemp("spool"), "--replicas", "2") as server:
-        server.until(lambda: server.standing()["workers"] == 2)
+        server.until(lambda: server.model_status()["workers"] == 2)
         yield server
         assert server.stop() == 0
         assert not server.logged("Traceback")
@@ -28,12 +29,12 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
 @pytest.fixture
 def client(live: FaultServer) -> Iterator[httpx.Client]:
     """A client of a server with two ready workers; checks that the test leaves no resources in use."""
-    live.until(lambda: live.standing()["workers"] == 2)
-    before = live.holdings()
+    live.until(lambda: live.model_status()["workers"] == 2)
+    before = live.resources()
     with live.client() as made:
         yield made
-    live.until(lambda: live.standing()["workers"] == 2)
-    live.until_settled(before)
+    live.until(lambda: live.model_status()["workers"] == 2)
+    live.until_released(before)
     live.until(lambda: live.segments() == [])
 
 
@@ -55,7 +56,7 @@ def test_job_that_kills_two_workers_is_500_worker_crashed(live: FaultServer, cli
     assert picture_of(live.edit(client, "echo afterwards")) == TINY_PNG
 
 
-VIOLATIONS = ["garbage", "wrong", "too large", "absurd", "unannounced", "unasked", "short", "unprepared"]
+VIOLATIONS = ["garbage", "wrong", "too large", "oversized", "unannounced", "unrequested", "short", "unprepared"]
 
 
 @pytest.mark.parametrize("violation", VIOLATIONS)
@@ -80,7 +81,7 @@ def test_stream_continues_with_another_worker_and_sends_each_picture_once(
 ) -> None:
     fields = {"stream": True, "partial_images": 2}
     with client.stream(
-        "POST", "/v3/images/generations", json={"prompt": f"once {tmp_path / 'died'} dies told", **fields}
+        "POST", "/v3/images/generations", json={"prompt": f"once {tmp_path / 'died'} dies reported", **fields}
     ) as reply:
         assert reply.status_code == 200
         text = reply.read().decode()
@@ -140,7 +141,7 @@ def test_death_of_a_worker_is_logged_with_signal_and_likely_cause(live: FaultSer
 
 
 def test_worker_killed_while_loading_is_replaced(tmp_path: Path) -> None:
-    with FaultServer(tmp_path, told={"load_s": 0.5}, wait_ready=False) as server:
+    with FaultServer(tmp_path, toy_options={"load_s": 0.5}, wait_ready=False) as server:
         server.until(lambda: len(server.workers()) == 1)
         first = server.kill_worker()
         server.await_ready()
@@ -154,7 +155,7 @@ def test_job_of_a_worker_killed_while_draining_is_done(tmp_path: Path) -> None:
         replies: list[httpx.Response] = []
         asking = threading.Thread(target=lambda: replies.append(server.generate(client, "sleep 0.5")))
         asking.start()
-        server.until(lambda: server.standing()["running"] == 1)
+        server.until(lambda: server.model_status()["running"] == 1)
         server.signal(signal.SIGTERM)
         server.until(lambda: bool(server.logged("draining")))
         server.kill_worker()
@@ -164,22 +165,22 @@ def test_job_of_a_worker_killed_while_draining_is_done(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_crash_loop_at_start_is_logged_and_the_server_exits_with_2(tmp_path: Path) -> None:
-    with FaultServer(tmp_path, "--crash_loop_limit", "3", told={"load": "segv"}, wait_ready=False) as server:
-        assert server.wait() == 2
+def test_crash_loop_at_start_is_logged_and_has_its_own_exit_code(tmp_path: Path) -> None:
+    with FaultServer(tmp_path, "--crash_loop_limit", "3", toy_options={"load": "segv"}, wait_ready=False) as server:
+        assert server.wait() == ExitCode.MODELS_FAILED
     assert server.logged("3 workers in a row died", "SIGSEGV")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_crash_loop_of_a_running_model_is_reported_and_can_end(tmp_path: Path) -> None:
     marker = tmp_path / "broken"
-    told = {"load": f"until {marker} none"}
+    toy_options = {"load": f"until {marker} none"}
     marker.touch()
     arguments = ("--crash_loop_limit", "3", "--failed_retry_s", "1")
-    with FaultServer(tmp_path / "spool", *arguments, told=told) as server, server.client() as client:
+    with FaultServer(tmp_path / "spool", *arguments, toy_options=toy_options) as server, server.client() as client:
         marker.unlink()
         server.kill_worker()
-        server.until(lambda: server.standing()["reason"].startswith("failed: "))
+        server.until(lambda: server.model_status()["reason"].startswith("failed: "))
         status, document = server.fetch("/v2/health/ready")
         assert status == 503
         assert "workers in a row died" in document["models"]["ovserve-builtin"]["reason"]
@@ -187,5 +188,5 @@ def test_crash_loop_of_a_running_model_is_reported_and_can_end(tmp_path: Path) -
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_failed")
         assert 1 <= int(reply.headers["retry-after"]) <= 60
         marker.touch()
-        server.until(lambda: server.standing()["ready"])
+        server.until(lambda: server.model_status()["ready"])
         assert server.generate(client, "echo x").status_code == 200

@@ -18,6 +18,7 @@ import pytest
 
 from ovserve.metrics import WATCHED
 from tests.faultserver import FaultServer, descriptors_of, gone, picture_of
+from tests.live import BUILTIN_PATH
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_deadline_ends_jobs_on_the_device_and_in_the_queue(plain: FaultServer) -
         holders = [threading.Thread(target=server.generate, args=(client, "sleep 1.0")) for _ in range(2)]
         for thread in holders:
             thread.start()
-        server.until(lambda: server.standing()["running"] == 2)
+        server.until(lambda: server.model_status()["running"] == 2)
         waiting = server.generate(client, "echo", timeout_s=0.2)
         assert waiting.status_code == 504
         assert "queue" in waiting.json()["error"]["message"]
@@ -94,15 +95,18 @@ def test_removed_spool_directory_is_created_again(tmp_path: Path) -> None:
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "spool_unusable")
         assert reply.headers["retry-after"]
         assert server.fetch("/v2/health/ready")[0] == 503
-        assert "Not a directory" in server.standing()["reason"]
+        assert "Not a directory" in server.model_status()["reason"]
         (tmp_path / "spool").unlink()
         assert server.fetch("/v2/health/ready")[0] == 200
         assert server.edit(client, "echo").status_code == 200
 
 
 def test_reload_under_load_loses_no_request(tmp_path: Path) -> None:
-    with FaultServer(tmp_path, "--replicas", "2") as server:
-        server.until(lambda: server.standing()["workers"] == 2)
+    config = tmp_path / "config.toml"
+    table = f"[[model]]\npath = '{BUILTIN_PATH}'\nreplicas = 2\nplugin_config = '{{}}'"
+    config.write_text(table.format("{}"))
+    with FaultServer(tmp_path / "spool", "--config", str(config)) as server:
+        server.until(lambda: server.model_status()["workers"] == 2)
         old = server.workers()
         statuses: list[int] = []
         finished = threading.Event()
@@ -116,8 +120,9 @@ def test_reload_under_load_loses_no_request(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         server.until(lambda: len(statuses) > 10)
+        config.write_text(table.format(json.dumps({"capacity": 3})))
         server.signal(signal.SIGHUP)
-        server.until(lambda: all(gone(pid) for pid in old) and server.standing()["workers"] == 2)
+        server.until(lambda: all(gone(pid) for pid in old) and server.model_status()["workers"] == 2)
         finished.set()
         for thread in threads:
             thread.join()
@@ -125,11 +130,22 @@ def test_reload_under_load_loses_no_request(tmp_path: Path) -> None:
         assert not server.logged("died with a job")
 
 
+def test_reload_of_an_unchanged_configuration_keeps_every_process(tmp_path: Path) -> None:
+    with FaultServer(tmp_path, "--replicas", "2") as server:
+        server.until(lambda: server.model_status()["workers"] == 2)
+        workers = server.workers()
+        server.signal(signal.SIGHUP)
+        server.until(lambda: bool(server.logged("reloaded")))
+        with server.client() as client:
+            assert server.edit(client, "echo").status_code == 200
+        assert server.workers() == workers
+
+
 def test_reload_changes_the_limits_only_when_the_new_workers_are_ready(tmp_path: Path) -> None:
     config, loads = tmp_path / "config.toml", tmp_path / "loads"
 
     def write(max_steps: int, **plugin: object) -> None:
-        table = {"max_num_inference_steps": max_steps, "plugin_config": json.dumps(plugin)}
+        table = {"path": BUILTIN_PATH, "max_num_inference_steps": max_steps, "plugin_config": json.dumps(plugin)}
         lines = ["[[model]]", *(f"{name} = {json.dumps(value)}" for name, value in table.items())]
         config.write_text("\n".join(lines))
 
@@ -160,7 +176,7 @@ def test_reload_changes_the_limits_only_when_the_new_workers_are_ready(tmp_path:
 
 def test_reload_while_the_model_loads_takes_effect(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
-    table = "[[model]]\nplugin_config = '{}'"
+    table = f"[[model]]\npath = '{BUILTIN_PATH}'\nplugin_config = '{{}}'"
     config.write_text(table.format(json.dumps({"load": "hang"})))
     with FaultServer(tmp_path / "spool", "--config", str(config), wait_ready=False) as live:
         live.until(lambda: bool(live.workers()))
@@ -171,7 +187,7 @@ def test_reload_while_the_model_loads_takes_effect(tmp_path: Path) -> None:
 
 def test_model_that_failed_to_load_recovers_with_a_corrected_configuration(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
-    table = "[[model]]\nplugin_config = '{}'"
+    table = f"[[model]]\npath = '{BUILTIN_PATH}'\nplugin_config = '{{}}'"
     config.write_text(table.format(json.dumps({"load": "fail no such device", "load_s": 2.0})))
     with FaultServer(tmp_path / "spool", "--config", str(config), wait_ready=False) as live:
         live.until(lambda: bool(live.workers()))
@@ -186,7 +202,7 @@ def test_model_that_failed_to_load_recovers_with_a_corrected_configuration(tmp_p
 def test_worker_over_its_memory_limit_fails_only_its_job(tmp_path: Path) -> None:
     limit = str(300 << 20)
     with FaultServer(tmp_path, "--memory_limit_bytes", limit, "--replicas", "2") as server, server.client() as client:
-        server.until(lambda: server.standing()["workers"] == 2)
+        server.until(lambda: server.model_status()["workers"] == 2)
         replies: list[httpx.Response] = []
         leak = threading.Thread(target=lambda: replies.append(server.generate(client, "leak")))
         leak.start()

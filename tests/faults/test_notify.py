@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ovserve.cli.commands import ExitCode
 from tests.faultserver import PATIENCE_S, FaultServer
 
 
@@ -36,7 +37,7 @@ def test_service_notifies_ready_watchdog_reloading_and_stopping(
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "900000")
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
-    with FaultServer(tmp_path / "spool", told={"load_s": 0.5}) as server:
+    with FaultServer(tmp_path / "spool", toy_options={"load_s": 0.5}) as server:
         found = next_notification(manager)
         assert found["READY"] == "1"
         assert "ovserve-builtin" in found["STATUS"]
@@ -57,8 +58,8 @@ def test_service_notifies_ready_watchdog_reloading_and_stopping(
 
 
 def test_service_that_cannot_load_its_model_never_notifies_ready(tmp_path: Path, manager: socket.socket) -> None:
-    with FaultServer(tmp_path / "spool", told={"load": "fail no such device"}, wait_ready=False) as server:
-        assert server.wait() == 2
+    with FaultServer(tmp_path / "spool", toy_options={"load": "fail no such device"}, wait_ready=False) as server:
+        assert server.wait() == ExitCode.MODELS_FAILED
     manager.setblocking(False)
     with contextlib.suppress(BlockingIOError):
         while datagram := manager.recv(65536):

@@ -61,7 +61,7 @@ def test_overload_is_answered_with_200_and_429_only(live: FaultServer) -> None:
     # A job waits for those before it: queue length / capacity times the job's duration. Twice that for a busy machine.
     assert max(waits) < 2 * QUEUE / CAPACITY * JOB_S + 1.0
     assert growth_bytes < 16 << 20
-    live.until(lambda: live.standing()["running"] == live.standing()["queued"] == 0)
+    live.until(lambda: live.model_status()["running"] == live.model_status()["queued"] == 0)
     live.until(lambda: live.segments() == [])
 
 
@@ -86,7 +86,7 @@ def test_jobs_of_one_client_do_not_block_another(tmp_path: Path, greedy_rotates:
         threads = [threading.Thread(target=ask, args=(key, "sleep 0.1", greedy)) for key in keys]
         for thread in threads:
             thread.start()
-        server.until(lambda: server.standing()["queued"] >= 30)
+        server.until(lambda: server.model_status()["queued"] >= 30)
         modest: list[int] = []
         started = time.monotonic()
         ask("modest", "echo", modest)

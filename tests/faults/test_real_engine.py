@@ -33,12 +33,12 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
 
 @pytest.fixture
 def client(live: FaultServer) -> Iterator[httpx.Client]:
-    live.until(lambda: live.standing()["workers"] == 2, patience_s=60)
-    before = live.holdings()
+    live.until(lambda: live.model_status()["workers"] == 2, patience_s=60)
+    before = live.resources()
     with live.client(timeout_s=120) as made:
         yield made
-    live.until(lambda: live.standing()["workers"] == 2, patience_s=60)
-    live.until_settled(before)
+    live.until(lambda: live.model_status()["workers"] == 2, patience_s=60)
+    live.until_released(before)
     live.until(lambda: live.segments() == [])
 
 
@@ -60,7 +60,7 @@ def test_job_of_a_killed_worker_gives_the_identical_picture(
     undisturbed = picture_of(edit(client, data, num_inference_steps=MAX_STEPS))
     replies: list[httpx.Response] = []
     asking = start_edit(client, data, replies, num_inference_steps=MAX_STEPS)
-    live.until(lambda: live.standing()["running"] == 1)
+    live.until(lambda: live.model_status()["running"] == 1)
     before = len(live.logged("worker died with a job; job requeued"))
     while asking.is_alive() and len(live.logged("worker died with a job; job requeued")) == before:
         live.until(lambda: len(live.workers()) == 2)
@@ -76,7 +76,7 @@ def test_worker_stopped_during_a_job_is_replaced_and_the_job_done(
     stopped = live.workers()
     replies: list[httpx.Response] = []
     asking = start_edit(client, data, replies, num_inference_steps=MAX_STEPS)
-    live.until(lambda: live.standing()["running"] == 1)
+    live.until(lambda: live.model_status()["running"] == 1)
     for pid in stopped:
         live.kill_worker(pid, signal.SIGSTOP)
     asking.join()
@@ -104,7 +104,7 @@ def test_clients_that_disconnect_free_the_device(live: FaultServer, client: http
         time.sleep(0.002 * (number % 20))  # no wait for a condition: the test varies the moment of the disconnect
         disconnecting.abandon()
     disconnected_at = time.monotonic()
-    live.until(lambda: live.standing()["queued"] == live.standing()["running"] == 0)
+    live.until(lambda: live.model_status()["queued"] == live.model_status()["running"] == 0)
     # Forty times four pictures were requested; after the last disconnect only a few steps remain, less than one job.
     assert time.monotonic() - disconnected_at < max(5.0, 4 * one_job_s)
     assert edit(client, data).status_code == 200
@@ -145,5 +145,5 @@ def test_kills_while_loading_and_warming_up_then_a_drain_under_load(tmp_path: Pa
 
 
 def _accepted(server: FaultServer) -> int:
-    standing = server.standing()
-    return int(standing["running"] + standing["queued"])
+    status = server.model_status()
+    return int(status["running"] + status["queued"])

@@ -70,6 +70,22 @@ def test_sighup_to_the_process_group_reloads_and_ends_no_process(tmp_path: Path)
         assert server.wait() == 0
 
 
+def test_sigterm_does_not_wait_for_a_reload_in_progress(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    os.mkfifo(config)
+    first = threading.Thread(
+        target=config.write_text, args=("",)
+    )  # for the start; the reload finds no writer and waits
+    first.start()
+    with FaultServer(tmp_path / "spool", "--config", str(config)) as server:
+        first.join()
+        threads = server.resources().threads
+        server.signal(signal.SIGHUP)
+        server.until(lambda: server.resources().threads > threads)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
 def test_restarted_resource_tracker_leaves_signals_to_the_main_thread(tmp_path: Path) -> None:
     with FaultServer(tmp_path) as server:
         tracker = server.tracker()
@@ -115,7 +131,7 @@ def test_drain_ends_at_the_grace_period_and_the_client_gets_an_outcome(tmp_path:
 
         asking = threading.Thread(target=ask)
         asking.start()
-        server.until(lambda: server.standing()["running"] == 1)
+        server.until(lambda: server.model_status()["running"] == 1)
         started = time.monotonic()
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
@@ -151,7 +167,7 @@ def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
 
         asking = threading.Thread(target=ask)
         asking.start()
-        server.until(lambda: server.standing()["running"] == 1)
+        server.until(lambda: server.model_status()["running"] == 1)
         server.signal(signal.SIGTERM)
         server.until(lambda: bool(server.logged("draining")))
         server.signal(signal.SIGTERM)
@@ -163,12 +179,12 @@ def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
 
 def test_killed_front_end_leaves_no_worker_and_the_next_start_removes_its_segments(tmp_path: Path) -> None:
     with FaultServer(tmp_path, "--replicas", "2") as server:
-        server.until(lambda: server.standing()["workers"] == 2)
+        server.until(lambda: server.model_status()["workers"] == 2)
         workers = server.workers()
         clients = [threading.Thread(target=_expect_transport_error, args=(server,)) for _ in range(4)]
         for thread in clients:
             thread.start()
-        server.until(lambda: server.standing()["running"] == 4)
+        server.until(lambda: server.model_status()["running"] == 4)
         assert server.segments()
         server.signal(signal.SIGKILL)
         assert server.wait() == -signal.SIGKILL
@@ -188,8 +204,8 @@ def _expect_transport_error(server: FaultServer) -> None:
 
 
 def test_stopped_and_loading_workers_die_with_a_killed_front_end(tmp_path: Path) -> None:
-    with FaultServer(tmp_path, "--replicas", "2", told={"load_s": 0.3}) as server:
-        server.until(lambda: server.standing()["workers"] == 2)
+    with FaultServer(tmp_path, "--replicas", "2", toy_options={"load_s": 0.3}) as server:
+        server.until(lambda: server.model_status()["workers"] == 2)
         server.kill_worker(server.workers()[1])
         server.until(lambda: len(server.workers()) == 2)
         workers = server.workers()

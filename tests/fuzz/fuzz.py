@@ -10,14 +10,13 @@ import atheris
 with atheris.instrument_imports(include=["ovserve.front"]):
     from tests.fuzz.targets import TARGETS
 
-
-# What the process may allocate. libFuzzer's own -rss_limit_mb reads the peak that a process inherits from the one that started it.
-MOST_BYTES = 1 << 30
+# Limit of the process's memory. libFuzzer's -rss_limit_mb would also count the peak inherited from the parent process.
+MAX_DATA_BYTES = 1 << 30
 
 
 def main() -> None:
-    """Fuzz until the options say to stop; a failure leaves the input in a file and ends with a status above 0."""
-    resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
+    """Fuzz until a limit in the options is reached. On a failure, write the input to a file and exit with an error."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, MAX_DATA_BYTES))
     target = TARGETS[sys.argv.pop(1)]
     atheris.Setup(sys.argv, target)
     atheris.Fuzz()

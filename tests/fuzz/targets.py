@@ -1,7 +1,9 @@
-"""What must hold of the parsers for any bytes: one function for each target, used by the fuzzers and by the replay of their corpus."""
+"""Fuzz targets: one function per parser that checks its properties for any bytes. The corpus replay uses them too."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +45,7 @@ HEAD_BYTES = 128
 
 
 def cut(data: bytes) -> Iterator[list[bytes]]:
-    """The bytes whole, one by one, and in pieces of a size that they choose themselves."""
+    """Yield the bytes after the first in one piece, one by one, and in pieces whose size the first byte sets."""
     size = data[0] % 23 + 2 if data else 2
     body = data[1:]
     yield [body]
@@ -52,7 +54,7 @@ def cut(data: bytes) -> Iterator[list[bytes]]:
 
 
 def multipart(data: bytes) -> None:
-    """Any split gives the same parts or the same documented error, and little is held."""
+    """Check that any split gives the same parts or the same documented error, and that held bytes are bounded."""
     outcomes = [_parse_multipart(pieces) for pieces in cut(data)]
     assert outcomes[0] == outcomes[1] == outcomes[2], outcomes
 
@@ -71,7 +73,7 @@ def _parse_multipart(pieces: list[bytes]) -> list[Part] | str:
 
 
 def framing(data: bytes) -> None:
-    """Any split gives the same head, the same content and the same end of it, or the same documented error."""
+    """Check that any split gives the same head, content and end of the content, or the same documented error."""
     outcomes = [_read_request(pieces) for pieces in cut(data)]
     assert outcomes[0] == outcomes[1] == outcomes[2], outcomes
 
@@ -80,23 +82,21 @@ def _read_request(pieces: list[bytes]) -> tuple[Any, ...]:
     parser = HeadParser(OPTIONS)
     received, head, used = b"", None, 0
     try:
-        for used, piece in enumerate(pieces, 1):  # noqa: B007 - the pieces that are left are the body's
+        for used, piece in enumerate(pieces, 1):  # noqa: B007 - the rest of the pieces is read below
             received += piece
             head = parser.parse(received)
             if head:
                 break
         if not head:
-            return ("a head that is not whole",)
+            return ("incomplete head",)
         assert head.size <= OPTIONS.max_head_bytes
         rest = [received[head.size :], *pieces[used:]]
-        # The target as it came is for the log alone: an empty query may be left out of it.
+        # The raw target is used only in the log: an empty query may be missing in it.
         try:
             return (head._replace(target=""), *_read_content(head, rest))
         except (MalformedRequest, FieldsTooLarge, ContentTooLarge):
-            return (
-                head._replace(target=""),
-                "refused",
-            )  # of two faults in one chunk line, which is named depends on the pieces
+            # If a chunk line has two faults, the split decides which one is reported: do not compare the message.
+            return (head._replace(target=""), "rejected")
     except (
         MalformedRequest,
         TargetTooLong,
@@ -110,7 +110,7 @@ def _read_request(pieces: list[bytes]) -> tuple[Any, ...]:
 
 
 def _read_content(head: Head, pieces: list[bytes]) -> tuple[bytes, bytes | None]:
-    """The content, and what follows it on the connection; None while the content is not whole."""
+    """Return the content, and the bytes after it on the connection; None while the content is incomplete."""
     if not head.is_chunked:
         everything, length = b"".join(pieces), head.content_length or 0
         return everything[:length], everything[length:] if len(everything) >= length else None
@@ -131,17 +131,18 @@ def _read_content(head: Head, pieces: list[bytes]) -> tuple[bytes, bytes | None]
     return content, left if decoder.is_done else None
 
 
-class _Spool:
-    """One spool for all runs of a process, so that a run costs microseconds and leaks add up."""
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self.spool = Spool(Path(self._folder.name), 1 << 20)
+@functools.cache
+def _spool() -> Spool:
+    """Return one spool for all runs of the process: a run then takes microseconds, and leaks add up."""
+    directory = tempfile.TemporaryDirectory()
+    spool = Spool(Path(directory.name), 1 << 20)
+    atexit.register(directory.cleanup)  # keeps the directory until the process exits
+    return spool
 
 
 def json_form(data: bytes) -> None:
-    """A document is read as the standard library reads it, pictures aside, or refused with a documented error."""
-    spool = _spools[0] if _spools else _new_spool()
+    """Check that a document is read as by the standard library, except pictures, or gives a documented error."""
+    spool = _spool()
     body = data[1:]
     sizes = [data[0] % 23 + 1] * len(body) if data else []
     try:
@@ -162,16 +163,6 @@ def json_form(data: bytes) -> None:
             assert len(view) == upload.size <= len(body)
     form.release()
     assert spool.used_bytes == 0
-
-
-_spools: list[Spool] = []
-_keep: list[_Spool] = []
-
-
-def _new_spool() -> Spool:
-    _keep.append(_Spool())
-    _spools.append(_keep[0].spool)
-    return _spools[0]
 
 
 TARGETS = {"multipart": multipart, "framing": framing, "json": json_form}

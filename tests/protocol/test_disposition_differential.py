@@ -79,7 +79,10 @@ def test_captures_and_corpus_differ_only_where_we_refuse(capsys: pytest.CaptureF
 
 
 def test_content_disposition_unquote_misreads_two_clients() -> None:
-    """httpx doubles a backslash and writes `"` as %22. The package undoes one of the two ways of escaping, not both."""
+    """Compare with the package's own function.
+
+    httpx doubles a backslash and writes `"` as %22. The package undoes one of the two ways of escaping, not both.
+    """
     different = set()
     for value, files in VALUES.items():
         with contextlib.suppress(ValueError):

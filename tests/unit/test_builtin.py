@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pytest
+
+from ovserve.errors import ModelError
 from ovserve.models.profile import builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings
+from tests.live import BUILTIN_PATH
 
 MAX_BYTES = 15_000_000
 
@@ -28,7 +33,7 @@ def test_scheduler_spacing_does_not_run_an_extra_timestep() -> None:
 
 
 def test_profile_has_the_defaults_of_the_model_and_not_of_its_family() -> None:
-    profile = read_profile(ModelSettings(name="shapes"))
+    profile = read_profile(ModelSettings(name="shapes", path=Path(BUILTIN_PATH)))
     assert (profile.family, profile.tasks) == (
         "stable-diffusion",
         frozenset({"text2image", "image2image", "inpainting"}),
@@ -43,7 +48,24 @@ def test_profile_has_the_defaults_of_the_model_and_not_of_its_family() -> None:
 
 
 def test_presets_order_steps_by_quality_and_high_equals_the_default() -> None:
-    profile = read_profile(ModelSettings(name="shapes"))
+    profile = read_profile(ModelSettings(name="shapes", path=Path(BUILTIN_PATH)))
     steps = [profile.presets[name]["num_inference_steps"] for name in ("low", "medium", "high")]
     assert steps == sorted(set(steps))
     assert steps[-1] == profile.defaults.num_inference_steps
+
+
+def test_path_builtin_shapes_is_the_default_model() -> None:
+    named = read_profile(ModelSettings(name="shapes", path=Path(BUILTIN_PATH)))
+    assert named == read_profile(ModelSettings(name="shapes"))
+    assert named.directory == builtin_directory() == builtin_directory("shapes")
+
+
+@pytest.mark.parametrize("name", ["", "other", "Shapes", "shapes/unet", "../front"])
+def test_unknown_builtin_model_is_an_error_with_the_known_names(name: str) -> None:
+    with pytest.raises(ModelError, match=f"^builtin:{name}: not one of the built-in models: builtin:shapes$"):
+        read_profile(ModelSettings(name="b", path=Path(f"builtin:{name}")))
+
+
+def test_absolute_path_is_a_directory_whatever_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such directory"):
+        read_profile(ModelSettings(name="b", path=tmp_path / "builtin:shapes"))

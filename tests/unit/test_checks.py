@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.models.steps import is_lcm
 from ovserve.settings.options import ModelSettings
 from ovserve.wire.request import ImageRequest
+from tests.live import BUILTIN_PATH
 
 MakeEngine = Callable[[ModelProfile], Engine]
 
-PROFILE = read_profile(ModelSettings(name="shapes"))
+PROFILE = read_profile(ModelSettings(name="shapes", path=Path(BUILTIN_PATH)))
 
 
 def profile(family: str = "stable-diffusion", **scheduling: Any) -> ModelProfile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,9 @@ from ovserve.engines.choice import choose_engine
 from ovserve.errors import ModelError
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings
+from tests.live import BUILTIN_PATH
 
-PROFILE = read_profile(ModelSettings(name="shapes"))
+PROFILE = read_profile(ModelSettings(name="shapes", path=Path(BUILTIN_PATH)))
 
 
 def profile(family: str) -> ModelProfile:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +14,8 @@ from tests.dispatcherharness import DispatcherHarness, events
 
 
 @pytest.fixture
-def harness(tmp_path: Path) -> Iterator[DispatcherHarness]:
-    with DispatcherHarness(tmp_path) as made:
+def harness() -> Iterator[DispatcherHarness]:
+    with DispatcherHarness() as made:
         yield made
 
 
@@ -27,7 +26,7 @@ def test_job_runs_and_returns_its_pictures(harness: DispatcherHarness) -> None:
     assert run.job == job.id
     assert 25 < run.timeout_s <= 30
     assert not run.alone
-    assert ImageRequest.from_json(Path(run.request).read_bytes()) == job.request
+    assert ImageRequest.from_json(harness.worker_blobs.read(run.request)) == job.request
     for picture in range(2):
         worker.deliver(job.id, picture, f"picture {picture}".encode())
     worker.send(Done(job.id, 1.5, 2.5, 3.5))
@@ -37,7 +36,7 @@ def test_job_runs_and_returns_its_pictures(harness: DispatcherHarness) -> None:
     assert (job.timings.prepare_ms, job.timings.denoise_ms, job.timings.finish_ms) == (1.5, 2.5, 3.5)
     assert job.timings.admitted_at <= job.timings.dispatched_at <= job.timings.settled_at
     assert harness.dispatcher.in_flight() == 0
-    assert worker.link.jobs_done == 1
+    assert worker.link.state.jobs_done == 1
 
 
 def test_handler_receives_progress_previews_and_results(harness: DispatcherHarness) -> None:
@@ -102,9 +101,9 @@ def test_jobs_go_to_the_least_loaded_worker(harness: DispatcherHarness) -> None:
 
 def test_equally_loaded_workers_are_ordered_by_newest_heartbeat(harness: DispatcherHarness) -> None:
     first, second = harness.add_worker(), harness.add_worker()
-    beat_at = first.link.beat_at
+    beat_at = first.link.state.beat_at
     first.send(Heartbeat("idle"))
-    harness.wait_until(lambda: first.link.beat_at > beat_at)
+    harness.wait_until(lambda: first.link.state.beat_at > beat_at)
     harness.admit()
     first.expect(Run)
     second.expect_nothing()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -17,8 +16,8 @@ from tests.dispatcherharness import PATIENCE_S, SPOOL_BYTES, DispatcherHarness
 
 
 @pytest.fixture
-def harness(tmp_path: Path) -> Iterator[DispatcherHarness]:
-    with DispatcherHarness(tmp_path) as made:
+def harness() -> Iterator[DispatcherHarness]:
+    with DispatcherHarness() as made:
         yield made
 
 
@@ -175,7 +174,7 @@ def test_model_removed_while_a_job_is_requeued_keeps_the_job(harness: Dispatcher
     harness.dispatcher.admit(job)
     dying.expect(Run)
     dying.die()
-    harness.wait_until(lambda: bool(dying.link.lost))
+    harness.wait_until(lambda: bool(dying.link.state.lost))
     assert harness.dispatcher.models() == ["toy"]
     worker = harness.add_worker()
     assert worker.serve() == job.id

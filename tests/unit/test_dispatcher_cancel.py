@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from ovserve.dispatch.jobs import State
-from ovserve.errors import DeadlineExceeded
-from ovserve.wire.local.spool import fill
+from ovserve.errors import BlobGone, DeadlineExceeded
 from ovserve.wire.messages import Cancel, Done, Failed, Grant, Need, Picture, Prepared, Progress, Run
 from tests.dispatcherharness import DispatcherHarness
 
 
 @pytest.fixture
-def harness(tmp_path: Path) -> Iterator[DispatcherHarness]:
-    with DispatcherHarness(tmp_path) as made:
+def harness() -> Iterator[DispatcherHarness]:
+    with DispatcherHarness() as made:
         yield made
 
 
 @pytest.fixture
-def short_hang_harness(tmp_path: Path) -> Iterator[DispatcherHarness]:
-    with DispatcherHarness(tmp_path, hang_limit_s=1.0) as made:
+def short_hang_harness() -> Iterator[DispatcherHarness]:
+    with DispatcherHarness(hang_limit_s=1.0) as made:
         yield made
 
 
@@ -84,10 +82,10 @@ def test_job_cancelled_while_its_result_is_written(harness: DispatcherHarness) -
     grant = worker.expect(Grant)
     harness.dispatcher.cancel(job)
     job.close()
-    with pytest.raises(FileNotFoundError):
-        fill(grant.path, b"picture")
-    worker.send(Picture(job.id, 0, 1, 7), Done(job.id, 0, 0, 0))
+    with pytest.raises(BlobGone):
+        worker.blobs.fill(grant.storage, b"picture")
     worker.expect(Cancel)
+    worker.send(Picture(job.id, 0, 1, 7), Done(job.id, 0, 0, 0))  # sent before it read the cancellation
     assert harness.admit().id == worker.expect(Run).job
 
 
@@ -134,9 +132,9 @@ def test_worker_that_does_not_end_cancelled_jobs_is_detached(short_hang_harness:
     worker.expect(Run)
     short_hang_harness.dispatcher.cancel(job)
     waiting = short_hang_harness.admit()
-    short_hang_harness.wait_until(lambda: bool(worker.link.lost))
-    assert "cancelled" in worker.link.lost
-    assert worker.link.is_broken
+    short_hang_harness.wait_until(lambda: bool(worker.link.state.lost))
+    assert "cancelled" in worker.link.state.lost
+    assert worker.link.state.is_broken
     assert short_hang_harness.add_worker().serve() == waiting.id
 
 
@@ -151,5 +149,5 @@ def test_worker_with_other_jobs_is_not_stuck(short_hang_harness: DispatcherHarne
     polled_at = dispatcher.polled_at
     # Two checks for stuck workers, both after the hang limit.
     short_hang_harness.wait_until(lambda: dispatcher.polled_at > polled_at + 2.1)
-    assert not worker.link.lost
+    assert not worker.link.state.lost
     worker.deliver(wanted.id)

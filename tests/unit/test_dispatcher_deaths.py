@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,8 @@ from tests.dispatcherharness import DispatcherHarness, events
 
 
 @pytest.fixture
-def harness(tmp_path: Path) -> Iterator[DispatcherHarness]:
-    with DispatcherHarness(tmp_path) as made:
+def harness() -> Iterator[DispatcherHarness]:
+    with DispatcherHarness() as made:
         yield made
 
 
@@ -25,7 +24,7 @@ def test_job_of_a_dead_worker_runs_again_alone_and_first(harness: DispatcherHarn
     first.expect(Run)
     first.deliver(job.id)
     first.die()
-    harness.wait_until(lambda: bool(first.link.lost))
+    harness.wait_until(lambda: bool(first.link.state.lost))
     second = harness.add_worker(capacity=4)
     run = second.expect(Run)
     assert (run.job, run.alone) == (job.id, True)
@@ -64,8 +63,8 @@ def test_job_whose_second_worker_dies_is_failed(harness: DispatcherHarness) -> N
         job = job or harness.admit()
         assert worker.expect(Run).alone == bool(number)
         worker.die()
-        harness.wait_until(lambda worker=worker: bool(worker.link.lost))  # type: ignore[misc]
-        assert (worker.link.jobs_lost, worker.link.lost_retried_job) == (1, bool(number))
+        harness.wait_until(lambda worker=worker: bool(worker.link.state.lost))  # type: ignore[misc]
+        assert (worker.link.state.jobs_lost, worker.link.state.lost_retried_job) == (1, bool(number))
     assert job is not None
     assert harness.wait_settled(job) is State.FAILED
     assert isinstance(job.error, WorkerCrashed)
@@ -79,8 +78,8 @@ def test_worker_deaths_do_not_count_for_a_job_that_was_not_read(harness: Dispatc
         job = job or harness.admit()
         harness.wait_until(lambda: harness.dispatcher.status("toy").running == 1)
         dying.die()
-        harness.wait_until(lambda dying=dying: bool(dying.link.lost))  # type: ignore[misc]
-        assert (dying.link.jobs_lost, dying.link.lost_retried_job) == (0, False)
+        harness.wait_until(lambda dying=dying: bool(dying.link.state.lost))  # type: ignore[misc]
+        assert (dying.link.state.jobs_lost, dying.link.state.lost_retried_job) == (0, False)
     assert job
     last = harness.add_worker()
     run = last.expect(Run)
@@ -123,7 +122,7 @@ def test_worker_is_reserved_for_a_job_that_must_run_alone(harness: DispatcherHar
     requeued = harness.admit()
     dying.expect(Run)
     dying.die()
-    harness.wait_until(lambda: bool(dying.link.lost))
+    harness.wait_until(lambda: bool(dying.link.state.lost))
     waiting = harness.admit()
     busy.expect_nothing()
     busy.deliver(running.id)
@@ -140,8 +139,8 @@ def test_reports_sent_before_death_are_applied(harness: DispatcherHarness) -> No
     worker.die()
     harness.dispatcher.detach(worker.link, "killed")
     assert harness.wait_settled(job) is State.DONE
-    harness.wait_until(lambda: bool(worker.link.lost))
-    assert worker.link.jobs_lost == 0
+    harness.wait_until(lambda: bool(worker.link.state.lost))
+    assert worker.link.state.jobs_lost == 0
 
 
 def test_jobs_of_a_detached_hung_worker_are_requeued(harness: DispatcherHarness) -> None:
@@ -150,9 +149,9 @@ def test_jobs_of_a_detached_hung_worker_are_requeued(harness: DispatcherHarness)
     worker.expect(Run)
     harness.dispatcher.detach(worker.link, "hung")
     harness.dispatcher.detach(worker.link, "called again")
-    harness.wait_until(lambda: bool(worker.link.lost))
+    harness.wait_until(lambda: bool(worker.link.state.lost))
     assert harness.add_worker().serve() == job.id
-    assert worker.link.lost == "hung"
+    assert worker.link.state.lost == "hung"
 
 
 def test_requeued_job_expires_in_the_queue(harness: DispatcherHarness) -> None:
@@ -170,7 +169,7 @@ def test_cancelled_job_is_not_requeued(harness: DispatcherHarness) -> None:
     worker.expect(Run)
     harness.dispatcher.cancel(job)
     worker.die()
-    harness.wait_until(lambda: bool(worker.link.lost))
-    assert worker.link.jobs_lost == 0
+    harness.wait_until(lambda: bool(worker.link.state.lost))
+    assert worker.link.state.jobs_lost == 0
     second = harness.add_worker()
     second.expect_nothing()

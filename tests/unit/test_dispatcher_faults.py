@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -31,8 +30,8 @@ from tests.dispatcherharness import DispatcherHarness
 
 
 @pytest.fixture
-def harness(tmp_path: Path) -> Iterator[DispatcherHarness]:
-    with DispatcherHarness(tmp_path) as made:
+def harness() -> Iterator[DispatcherHarness]:
+    with DispatcherHarness() as made:
         yield made
 
 
@@ -74,9 +73,9 @@ def test_worker_that_violates_the_protocol_is_detached_and_its_job_requeued(
     faulty.expect(Run)
     faulty.send(*reports(job.id))
     faulty.expect_closed()
-    assert faulty.link.is_broken
-    assert "protocol" in faulty.link.lost
-    assert faulty.link.jobs_done == 0  # a crash loop is counted in deaths without a finished job
+    assert faulty.link.state.is_broken
+    assert "protocol" in faulty.link.state.lost
+    assert faulty.link.state.jobs_done == 0  # a crash loop is counted in deaths without a finished job
     assert harness.add_worker().serve() == job.id
     assert harness.wait_settled(job) is State.DONE
 
@@ -94,7 +93,7 @@ def test_worker_that_reports_done_twice_is_detached_and_the_first_counts(harness
 
 @pytest.mark.parametrize("data", [b"\x80\x04K\x01.\n", b"GET / HTTP/1.1\r\n\r\n", b"x" * 5000])
 def test_worker_that_sends_garbage_is_detached(harness: DispatcherHarness, data: bytes) -> None:
-    worker = harness.add_worker()
+    worker = harness.add_worker(pipes=True)
     job = harness.admit()
     worker.expect(Run)
     os.write(worker.end.reports.fileno(), data)
@@ -123,23 +122,23 @@ def test_hang_limit_is_that_of_the_settings_a_worker_was_started_with(harness: D
     new.expect(Run)
     for job in jobs:
         harness.dispatcher.cancel(job)
-    harness.wait_until(lambda: bool(new.link.lost))
+    harness.wait_until(lambda: bool(new.link.state.lost))
     polled_at = harness.dispatcher.polled_at
     harness.wait_until(lambda: harness.dispatcher.polled_at > polled_at + 1.1)  # one more check, after the new limit
-    assert (old.link.lost, new.link.lost) == ("", "cancelled jobs not ended within the hang limit")
+    assert (old.link.state.lost, new.link.state.lost) == ("", "cancelled jobs not ended within the hang limit")
 
 
 def test_worker_that_does_not_read_does_not_block_others(harness: DispatcherHarness) -> None:
     harness.dispatcher.add_model("toy", 1000)
     harness.dispatcher.add_model("other", 1)
-    stopped, other = harness.add_worker(capacity=1000, reads=False), harness.add_worker(model="other")
+    stopped, other = harness.add_worker(capacity=1000, reads=False, pipes=True), harness.add_worker(model="other")
     jobs = [harness.admit() for _ in range(900)]  # their Run commands fill its pipe
     harness.wait_until(lambda: harness.dispatcher.status("toy").running == 900)
-    assert stopped.link.has_backlog
+    assert stopped.link.sent - stopped.link.consumed > 65536  # more than the pipe holds
     assert harness.admit(model="other").id == other.serve()
     stopped.reader.start()
     assert [stopped.expect(Run).job for _ in jobs] == [job.id for job in jobs]
-    harness.wait_until(lambda: not stopped.link.has_backlog)
+    harness.wait_until(lambda: stopped.link.sent == stopped.link.consumed)
 
 
 def test_worker_that_sends_reports_without_reading_commands_is_detached(harness: DispatcherHarness) -> None:
@@ -149,8 +148,8 @@ def test_worker_that_sends_reports_without_reading_commands_is_detached(harness:
     harness.dispatcher.cancel(running)
     with contextlib.suppress(LinkClosed):
         not_reading.send(*(Need(running.id, picture, 1) for picture in range(8000)))
-    harness.wait_until(lambda: bool(not_reading.link.lost))
-    assert (not_reading.link.lost, not_reading.link.is_broken) == ("commands not read", True)
+    harness.wait_until(lambda: bool(not_reading.link.state.lost))
+    assert (not_reading.link.state.lost, not_reading.link.state.is_broken) == ("commands not read", True)
     assert harness.add_worker().serve() == waiting.id
 
 
@@ -175,7 +174,7 @@ def test_report_that_cannot_be_applied_detaches_the_worker_and_requeues_its_jobs
     with contextlib.suppress(LinkClosed):  # the first report may have closed the link
         worker.send(*(Prepared(job.id, "image2image", 8, 8, 1, 1, 1, 1) for job in (failing, normal)))
     worker.expect_closed()
-    assert worker.link.is_broken
+    assert worker.link.state.is_broken
     second = harness.add_worker()
     assert {second.serve(), second.serve()} == {failing.id, normal.id}
     assert [harness.wait_settled(failing), harness.wait_settled(normal)] == [State.DONE, State.DONE]

@@ -11,16 +11,15 @@ import pytest
 
 from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import Client, Job, State
-from ovserve.errors import Draining, NotReady
-from ovserve.wire.local.spool import fill
+from ovserve.errors import BlobGone, Draining, NotReady
 from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Need, Picture, Prepared, Ready, Run, Stop
 from ovserve.wire.request import ImageRequest
 from tests.dispatcherharness import PATIENCE_S, DispatcherHarness, FakeWorker
 
 
 @pytest.fixture
-def harness(tmp_path: Path) -> Iterator[DispatcherHarness]:
-    with DispatcherHarness(tmp_path) as made:
+def harness() -> Iterator[DispatcherHarness]:
+    with DispatcherHarness() as made:
         yield made
 
 
@@ -45,7 +44,7 @@ def test_worker_retired_before_it_was_ready_does_not_make_the_model_ready(harnes
     harness.dispatcher.retire(late.link)
     late.expect(Stop)
     late.send(Ready(1, "fake"), Heartbeat("denoise"))
-    harness.wait_until(lambda: late.link.phase == "denoise")
+    harness.wait_until(lambda: late.link.state.phase == "denoise")
     with pytest.raises(NotReady, match="loading"):
         harness.admit()
 
@@ -55,7 +54,7 @@ def test_worker_of_a_removed_model_is_detached(harness: DispatcherHarness) -> No
     harness.dispatcher.remove_model("other")
     late = harness.add_worker(model="other", ready=False)
     late.expect_closed()
-    assert "removed" in late.link.lost
+    assert "removed" in late.link.state.lost
     harness.dispatcher.retire(late.link)
     harness.dispatcher.detach(late.link, "gone")
     worker = harness.add_worker()
@@ -75,7 +74,7 @@ def test_status_counts_workers_capacity_and_jobs(harness: DispatcherHarness) -> 
 
 
 def test_close_fails_the_remaining_jobs(tmp_path: Path) -> None:
-    harness = DispatcherHarness(tmp_path)
+    harness = DispatcherHarness()
     worker = harness.add_worker()
     running, waiting = harness.admit(), harness.admit()
     worker.expect(Run)
@@ -89,10 +88,10 @@ def test_close_fails_the_remaining_jobs(tmp_path: Path) -> None:
 
 
 def test_close_fails_the_remaining_jobs_even_if_queued_calls_fail(tmp_path: Path) -> None:
-    harness = DispatcherHarness(tmp_path)
+    harness = DispatcherHarness()
     harness.add_worker().expect_nothing()
     job = harness.admit()
-    unusable = [FakeWorker(), FakeWorker()]
+    unusable = [FakeWorker("toy", index, harness.worker_blobs, pipes=True) for index in (1, 2)]
     harness.workers += unusable
     for worker in unusable:
         worker.link.close()
@@ -113,8 +112,8 @@ def test_loop_runs_without_events(harness: DispatcherHarness) -> None:
 def test_heartbeats_are_recorded_on_the_link(harness: DispatcherHarness) -> None:
     worker = harness.add_worker()
     worker.send(Heartbeat("denoise", 3.0))
-    harness.wait_until(lambda: worker.link.phase == "denoise")
-    assert worker.link.allow_s == 3.0
+    harness.wait_until(lambda: worker.link.state.phase == "denoise")
+    assert worker.link.state.allow_s == 3.0
 
 
 def test_many_threads_admit_and_cancel_without_losing_a_job(harness: DispatcherHarness) -> None:
@@ -130,10 +129,10 @@ def test_many_threads_admit_and_cancel_without_losing_a_job(harness: DispatcherH
                 continue
             if isinstance(message, Run):
                 worker.send(Prepared(message.job, "image2image", 8, 8, 1, 1, 1, 1), Need(message.job, 0, 3))
-            elif isinstance(message, Grant) and message.path:
+            elif isinstance(message, Grant) and message.storage:
                 try:
-                    fill(message.path, b"abc")
-                except FileNotFoundError:
+                    worker.blobs.fill(message.storage, b"abc")
+                except BlobGone:
                     worker.send(Failed(message.job, {}))
                 else:
                     worker.send(Picture(message.job, 0, 1, 3), Done(message.job, 0, 0, 0))

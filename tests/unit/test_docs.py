@@ -1,4 +1,4 @@
-"""The docs hold against the code: options, fields, routes, errors."""
+"""The documentation matches the code: options, fields, routes, errors, links."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
 def reference() -> str:
+    """Return the reference page that scripts/make_reference.py generates."""
     spec = importlib.util.spec_from_file_location("make_reference", ROOT / "scripts" / "make_reference.py")
     assert spec
     assert spec.loader
@@ -23,19 +24,19 @@ def reference() -> str:
     return str(module.make_reference())
 
 
-def test_the_reference_page_is_what_the_tables_say() -> None:
+def test_reference_page_is_up_to_date() -> None:
     page = (ROOT / "docs" / "reference.md").read_text("utf-8")
     assert page == reference(), "run scripts/make_reference.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
+def test_links_between_pages_exist(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_options_named_in_prose_exist(page: Path) -> None:
+def test_options_named_in_pages_exist(page: Path) -> None:
     known = {
         key
         for table in (Settings, ModelSettings)
@@ -49,12 +50,12 @@ def test_options_named_in_prose_exist(page: Path) -> None:
         assert name.lower() in known | {"name"}, f"{page.name}: OVSERVE_{name}"
 
 
-def test_the_scripts_the_readme_names_exist() -> None:
+def test_scripts_named_in_the_readme_exist() -> None:
     for name in re.findall(r"scripts/[a-z_.]+", (ROOT / "README.md").read_text("utf-8")):
         assert (ROOT / name.rstrip(".")).exists(), name
 
 
-def test_the_gallery_lists_the_prompts_of_its_sheets() -> None:
+def test_gallery_lists_the_prompts_of_its_sheets() -> None:
     script = (ROOT / "scripts" / "make_sheets.py").read_text("utf-8")
     prompts = re.findall(r'"((?:[a-z]+ )+background)"', script)
     page = (ROOT / "docs" / "gallery.md").read_text("utf-8")

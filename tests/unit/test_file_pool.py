@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.errors import ContentTooLarge
+from ovserve.errors import BlobGone, ContentTooLarge
 from ovserve.wire.blobs import Blob
 from ovserve.wire.local.file_pool import MAX_POOLED_FILES, lock_for_reading
-from ovserve.wire.local.spool import Segment, Spool, open_blob
+from ovserve.wire.local.spool import Spool, SpoolSegment
 
 MIB = 1 << 20
 
@@ -27,7 +27,7 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
     assert not list(tmp_path.rglob("*warm*"))
 
 
-def filled(spool: Spool, data: bytes, max_bytes: int = 0) -> Segment:
+def filled(spool: Spool, data: bytes, max_bytes: int = 0) -> SpoolSegment:
     segment = spool.create_for_upload(max_bytes or len(data))
     segment.reserve(len(data))
     segment.view[: len(data)] = data
@@ -54,7 +54,7 @@ def test_next_upload_reuses_the_file_under_another_name(spool: Spool) -> None:
     assert second.path != path
     assert spool.used_bytes == 12_000
     assert spool.file_pool.size_bytes == 0
-    with open_blob(second.blob(0, 60)) as view:
+    with spool.worker_blobs().open(second.blob(0, 60)) as view:
         assert bytes(view) == b"second" * 10
 
 
@@ -96,14 +96,14 @@ def test_blob_of_a_pooled_or_reused_file_cannot_be_opened(spool: Spool) -> None:
     blob = first.blob(0, 5)
     first.release()
     for _ in range(2):
-        with pytest.raises(FileNotFoundError), open_blob(blob):
+        with pytest.raises(BlobGone), spool.worker_blobs().open(blob):
             pass
         filled(spool, b"other")
 
 
 def test_file_that_a_worker_reads_is_not_pooled(spool: Spool) -> None:
     first = filled(spool, b"first")
-    with open_blob(first.blob(0, 5)) as seen:
+    with spool.worker_blobs().open(first.blob(0, 5)) as seen:
         first.release()
         assert spool.file_pool.size_bytes == 0
         filled(spool, b"other")
@@ -116,11 +116,11 @@ def test_file_opened_before_release_cannot_be_locked_when_pooled_or_reused(spool
     path = first.path
     early = os.open(path, os.O_RDONLY)
     first.release()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(BlobGone):
         lock_for_reading(early, path)  # the file is in the pool
     second = filled(spool, b"other")
     assert os.fstat(early).st_ino == os.stat(second.path).st_ino
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(BlobGone):
         lock_for_reading(early, path)  # the file is reused
     os.close(early)
 
@@ -128,10 +128,10 @@ def test_file_opened_before_release_cannot_be_locked_when_pooled_or_reused(spool
 def test_killed_worker_does_not_keep_its_lock(spool: Spool) -> None:
     first = filled(spool, b"first")
     script = (
-        "import sys; from ovserve.wire.local.spool import Blob, open_blob\n"
-        "with open_blob(Blob(sys.argv[1], 0, 5)): print('open', flush=True); sys.stdin.read()"
+        "import sys; from ovserve.wire.blobs import Blob; from ovserve.wire.local.blobs import SpoolBlobs\n"
+        "with SpoolBlobs((sys.argv[1],)).open(Blob(sys.argv[2], 0, 5)): print('open', flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", script, first.path]
+    command = [sys.executable, "-c", script, str(spool.directory), first.id]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdout
         assert worker.stdout.readline() == b"open\n"
@@ -186,7 +186,7 @@ def test_file_of_an_upload_that_filled_the_spool_leaves_space_for_small_ones(tmp
     for _ in range(3):
         upload = spool.create_for_upload(5000 if announced else 4 * MIB, expected_bytes=5000)
         upload.reserve(5000)
-        spool.store(b"its request").release()
+        spool.put(b"its request").release()
         upload.release()
     spool.close()
 
@@ -205,7 +205,7 @@ def test_file_of_an_upload_that_filled_a_small_tmpfs_leaves_space_for_small_ones
         large.release()
         for _ in range(3):
             small = filled(spool, b"small")
-            spool.store(b"its request").release()
+            spool.put(b"its request").release()
             small.release()
     finally:
         spool.close()
@@ -262,7 +262,7 @@ def test_pooled_files_of_a_vanished_folder_are_closed_when_used_or_evicted(spool
 def test_pool_is_emptied_when_the_folder_is_recreated(spool: Spool) -> None:
     filled(spool, b"upload").release()
     shutil.rmtree(spool.directory)
-    spool.store(b"request").release()
+    spool.put(b"request").release()
     assert spool.file_pool.size_bytes == 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,10 @@ from ovserve.engines.protocol import Outcome, Preview
 from ovserve.errors import ApiError, InternalError
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.local.pipes import Link, open_link
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.link import Link
+from ovserve.wire.memory.blobs import MemoryBlobs
+from ovserve.wire.memory.link import open_memory_link
 from ovserve.wire.messages import Grant, Need, Picture, Run
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.finish import Finisher
@@ -25,8 +27,9 @@ from ovserve.worker.prepare import prepare
 from ovserve.worker.prepared import PreparedRequest
 from ovserve.worker.reports import ReportSender
 from tests.flatengine import FlatEngine
+from tests.live import BUILTIN_PATH
 
-MODEL = ModelSettings(name="shapes")
+MODEL = ModelSettings(name="shapes", path=Path(BUILTIN_PATH))
 PROFILE = read_profile(MODEL)
 PIXELS = np.zeros((PROFILE.native.height, PROFILE.native.width, 3), np.uint8)
 END_MARK = Grant("the last item", 0, "")
@@ -61,14 +64,17 @@ class Bench:
     """A finisher run in the test's thread, its job table, and the front end's side of the link."""
 
     def __init__(self, link: Link, reports: ReportSender) -> None:
+        self.blobs = MemoryBlobs()
         self.jobs: dict[str, WorkerJob] = {}
-        self.finisher = Finisher(self, reports)
+        self.finisher = Finisher(self, reports, self.blobs)
         self._link = link
 
     def add(self, job_id: str) -> CountingRequest:
         """Add a job with two pictures on the device."""
         request = ImageRequest(task="generation", prompt="", num_inference_steps=4, guidance_scale=1.0, n=2)
-        prepared: Any = CountingRequest(prepare(request, PROFILE, MODEL, Settings(), FlatEngine()))
+        prepared: Any = CountingRequest(
+            prepare(request, PROFILE, MODEL, WorkerSettings.of(Settings()), FlatEngine(), blobs=self.blobs)
+        )
         run = Run(job_id, "", 60.0)
         self.jobs[job_id] = WorkerJob(job_id, run, Deadline.after(60.0), prepared, is_preparing=False, added=2)
         return prepared
@@ -105,13 +111,13 @@ class Bench:
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    link, end = open_link(multiprocessing.get_context("spawn"), MODEL.name, 0, 0)
+    link, end = open_memory_link(MODEL.name, 0, 0)
     yield Bench(link, ReportSender(end))
     link.close()
     end.close()
 
 
-def test_failed_job_frees_its_encoded_pictures_and_no_others(bench: Bench, tmp_path: Path) -> None:
+def test_failed_job_frees_its_encoded_pictures_and_no_others(bench: Bench) -> None:
     failing, other = bench.add("failing"), bench.add("other")
     bench.deliver("failing", 0)
     bench.deliver("other", 0)
@@ -121,12 +127,11 @@ def test_failed_job_frees_its_encoded_pictures_and_no_others(bench: Bench, tmp_p
     bench.deliver("failing", 1, FAILURE)
     bench.run()
     assert (failing.in_memory, other.in_memory) == (0, 1)
-    segment = tmp_path / "segment"
-    segment.touch()
-    bench.finisher.grant(Grant("other", 0, str(segment)))
+    segment = bench.blobs.create(1 << 20)
+    bench.finisher.grant(Grant("other", 0, segment.id))
     bench.run()
     assert bench.sent(Picture) == [("other", 0)]
-    assert segment.stat().st_size
+    assert segment.data.startswith(b"\x89PNG")
     assert other.in_memory == 0
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from ovserve.fleet.fleets import Fleet, Slot, load_failure, make_fleets
+from ovserve.fleet.desired import DesiredModel
+from ovserve.fleet.fleets import Fleet, Slot, load_failure
 from ovserve.settings.options import ModelSettings, Settings
-from ovserve.wire.local.pipes import Link, open_link
+from ovserve.wire.link import Link
+from ovserve.wire.memory.launcher import MemoryProcess
+from ovserve.wire.memory.link import open_memory_link
 from ovserve.wire.messages import Failed, Heartbeat, Ready
 from tests.toys import toy_profile
 
-CONTEXT = multiprocessing.get_context("spawn")
 SETTINGS = Settings(
     models=(ModelSettings(name="toy", replicas=2),),
     crash_loop_limit=3,
@@ -37,21 +38,23 @@ def links() -> Iterator[list[Link]]:
 
 @pytest.fixture
 def fleet() -> Fleet:
-    return make_fleets(SETTINGS, {"toy": toy_profile()})["toy"]
+    made = Fleet(DesiredModel(toy_profile(), SETTINGS.models[0], SETTINGS))
+    made.fill_slots(2)
+    return made
 
 
 def new_link(links: list[Link], *, ready: bool = True) -> Link:
-    link, end = open_link(CONTEXT, "toy", 0, 0)
+    link, end = open_memory_link("toy", 0, 0)
     end.close()
     links.append(link)
-    link.ready = Ready(1, "toy") if ready else None
+    link.update(ready=Ready(1, "toy") if ready else None)
     return link
 
 
 def die(fleet: Fleet, slot: Slot, link: Link, *, after_s: float = 0.0, reason: str = "killed") -> None:
     now = time.monotonic()
     slot.link = link
-    if link.ready:
+    if link.state.ready:
         fleet.note_ready(slot, link, now)
     fleet.note_death(slot, link, reason, now + after_s)
 
@@ -67,7 +70,7 @@ def test_deaths_in_a_row_without_a_finished_job_fail_the_model(fleet: Fleet, lin
 def test_worker_that_finished_a_job_resets_the_count(fleet: Fleet, links: list[Link]) -> None:
     for number in range(12):
         link = new_link(links)
-        link.jobs_done = int(number % 3 == 2)
+        link.update(jobs_done=int(number % 3 == 2))
         die(fleet, fleet.slots[0], link)
     assert fleet.failure == ""
 
@@ -78,7 +81,7 @@ def test_job_finished_by_another_worker_resets_the_models_count_but_not_the_slot
     neighbour = fleet.slots[1]
     neighbour.link = new_link(links)
     for number in range(6):
-        neighbour.link.jobs_done = number
+        neighbour.link.update(jobs_done=number)
         die(fleet, fleet.slots[0], new_link(links))
     assert (fleet.deaths, fleet.slots[0].deaths) == (1, 6)
 
@@ -99,7 +102,7 @@ def test_crash_loop_of_one_slot_is_reported_while_another_works(fleet: Fleet, li
     neighbour.link = new_link(links)
     fleet.note_ready(neighbour, neighbour.link, time.monotonic())
     for number in range(3):
-        neighbour.link.jobs_done = number
+        neighbour.link.update(jobs_done=number)
         assert fleet.crash_loop_reason == ""
         die(fleet, fleet.slots[1], new_link(links, ready=False))
     assert fleet.crash_loop_reason == "worker 1 died 3 times in a row without finishing a job"
@@ -111,7 +114,7 @@ def test_deaths_after_long_idle_lives_do_not_count_but_deaths_with_a_job_do(flee
     assert (fleet.failure, fleet.deaths) == ("", 0)
     for _ in range(3):
         link = new_link(links)
-        link.jobs_lost = 1
+        link.update(jobs_lost=1)
         die(fleet, fleet.slots[0], link, after_s=11.0)
     assert fleet.failure != ""
 
@@ -119,14 +122,14 @@ def test_deaths_after_long_idle_lives_do_not_count_but_deaths_with_a_job_do(flee
 def test_second_death_with_the_same_job_does_not_count(fleet: Fleet, links: list[Link]) -> None:
     for number in range(4):
         link = new_link(links)
-        link.jobs_lost, link.lost_retried_job = 1, bool(number % 2)
+        link.update(jobs_lost=1, lost_retried_job=bool(number % 2))
         die(fleet, fleet.slots[0], link)
     assert (fleet.failure, fleet.deaths) == ("", 2)
 
 
 def test_reported_load_failure_fails_the_model_at_once(fleet: Fleet, links: list[Link]) -> None:
     link = new_link(links, ready=False)
-    link.failure = Failed("", {"message": "no such device"})
+    link.update(failure=Failed("", {"message": "no such device"}))
     die(fleet, fleet.slots[0], link, reason=load_failure(link))
     assert fleet.failure == "no such device"
 
@@ -134,7 +137,7 @@ def test_reported_load_failure_fails_the_model_at_once(fleet: Fleet, links: list
 def test_reported_load_failure_of_a_model_that_was_ready_is_retried(fleet: Fleet, links: list[Link]) -> None:
     die(fleet, fleet.slots[0], new_link(links))
     link = new_link(links, ready=False)
-    link.failure = Failed("", {"message": "device busy"})
+    link.update(failure=Failed("", {"message": "device busy"}))
     die(fleet, fleet.slots[0], link)
     assert fleet.failure == ""
 
@@ -161,7 +164,9 @@ def test_ready_worker_clears_the_failure_and_the_others_may_start(fleet: Fleet, 
 def test_options_chosen_by_the_first_worker_apply_to_all_later_ones(fleet: Fleet, links: list[Link]) -> None:
     first, second = fleet.slots
     link = new_link(links)
-    link.ready = Ready(1, "toy", "", {"threads": 1, "streams": 2, "max_batch": 0, "path": "/nowhere", "replicas": 9})
+    link.update(
+        ready=Ready(1, "toy", "", {"threads": 1, "streams": 2, "max_batch": 0, "path": "/nowhere", "replicas": 9})
+    )
     fleet.note_ready(first, link, time.monotonic())
     later = new_link(links)
     later.ready = Ready(1, "toy", "", {"threads": 7, "streams": -1, "max_batch": True})
@@ -197,7 +202,7 @@ def test_silence_limit_depends_on_the_phase(
     fleet: Fleet, links: list[Link], ready: bool, beat: Heartbeat, limit_s: float
 ) -> None:
     link = new_link(links, ready=ready)
-    link.phase, link.allow_s = beat.phase, beat.allow_s
+    link.update(phase=beat.phase, allow_s=beat.allow_s)
     assert fleet.slots[0].silence_limit_s(link) == limit_s
 
 
@@ -209,7 +214,7 @@ def test_fleet_with_too_many_written_off_processes_starts_no_more_and_fails(flee
     assert fleet.may_start(second)
     fleet.written_off = 3
     assert not fleet.may_start(first)
-    second.process = CONTEXT.Process()
+    second.process = MemoryProcess("toy/1#0", 1, open_memory_link("toy", 1, 0)[1])
     die(fleet, first, new_link(links, ready=False))
     assert fleet.failure == ""  # one process still runs, and may become ready
     die(fleet, second, new_link(links, ready=False), reason="hung")

@@ -128,7 +128,7 @@ def test_the_announced_number_of_steps_is_run(loaded: Loaded) -> None:
         for count, strength in ((5, 0.5), (4, 1.0)):
             strength = 1.0 if mode == "text2image" else strength  # noqa: PLW2901
             request = ImageRequest(task="edit", prompt="", num_inference_steps=count, guidance_scale=3.0)
-            announced = check_steps(request, mode, strength, loaded.profile)
+            announced = check_steps(request, strength, loaded.profile)
             assert loaded.steps_reported(mode, num_inference_steps=count, strength=strength) == {announced}
 
 

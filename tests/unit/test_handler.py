@@ -379,6 +379,18 @@ def test_api_key_is_checked_before_the_body_is_read(caplog: pytest.LogCaptureFix
     assert "sk-" not in str([(record.getMessage(), record.__dict__.get("fields")) for record in caplog.records])
 
 
+def test_route_of_a_request_is_matched_once() -> None:
+    limits = {"max_connections": 1, "overflow_connections": 4, "api_key": "sk-one"}
+    with serving(**limits) as (listener, api), RawClient(listener.port) as client:
+        for target, fields in (("/describe?x=1", b"api-key: sk-one\r\n"), ("/describe", b""), ("/health", b"")):
+            client.send(request(target, fields)).read_response()
+        with RawClient(listener.port) as beyond:  # the connection limit
+            assert beyond.send(request("/health")).read_response().status == 200
+        matched = [api.matched.get(timeout=10) for _ in range(4)]
+        assert matched == [("GET", "/describe"), ("GET", "/describe"), ("GET", "/health"), ("GET", "/health")]
+        assert api.matched.empty()
+
+
 def test_every_answer_names_the_allowed_origin() -> None:
     asking = b"Origin: https://b.test\r\n"
     field = "access-control-allow-origin"

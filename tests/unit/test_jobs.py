@@ -159,7 +159,7 @@ def test_unread_progress_is_replaced_by_the_next(job: Job) -> None:
 
 
 def test_progress_does_not_replace_other_events(job: Job, spool: Spool) -> None:
-    partial = Partial(0, 0, spool.store(b"x"), 1)
+    partial = Partial(0, 0, spool.put(b"x"), 1)
     for event in (Progress("id", 0, 1, 9), partial, Progress("id", 0, 2, 9), Progress("id", 0, 3, 9)):
         job.post(event)
     assert job.take_events() == [Progress("id", 0, 1, 9), partial, Progress("id", 0, 3, 9)]
@@ -167,7 +167,7 @@ def test_progress_does_not_replace_other_events(job: Job, spool: Spool) -> None:
 
 def test_close_releases_what_the_job_owns(spool: Spool) -> None:
     job = make_job()
-    segment = spool.store(b"x" * 100)
+    segment = spool.put(b"x" * 100)
     assert job.add_segment(segment)
     job.results[0] = Result(segment, 100, 7)
     job.close()
@@ -179,7 +179,7 @@ def test_close_releases_what_the_job_owns(spool: Spool) -> None:
 def test_closed_job_rejects_segments_and_events(spool: Spool) -> None:
     job = make_job()
     job.close()
-    assert not job.add_segment(spool.store(b"late"))
+    assert not job.add_segment(spool.put(b"late"))
     assert spool.used_bytes == 0
     job.post(PREPARED)
     assert job.take_events() == []
@@ -187,6 +187,6 @@ def test_closed_job_rejects_segments_and_events(spool: Spool) -> None:
 
 
 def test_drop_results_removes_the_results(job: Job, spool: Spool) -> None:
-    job.results[0] = Result(spool.store(b"x"), 1, 7)
+    job.results[0] = Result(spool.put(b"x"), 1, 7)
     job.drop_results()
     assert job.results == {}

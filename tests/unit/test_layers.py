@@ -1,4 +1,4 @@
-"""Imports run down the layers only, function-level imports included."""
+"""Imports only go down the layers, function-level imports included."""
 
 from __future__ import annotations
 
@@ -14,17 +14,10 @@ import ovserve
 from ovserve.models.families import FAMILIES
 
 PACKAGE = Path(ovserve.__file__).parent
-FOUNDATIONS = {
-    "errors",
-    "deadline",
-    "logs",
-    "metrics",
-    "systemd",
-    "settings",
-    "config",
-}  # every module may import these
+# Every module may import these.
+FOUNDATIONS = {"errors", "deadline", "logs", "metrics", "systemd", "settings"}
 
-# What each top-level module or package may import of ovserve, besides FOUNDATIONS and itself.
+# What each top-level module or package may import from ovserve, besides FOUNDATIONS and itself.
 MAY: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
@@ -47,12 +40,13 @@ MAY: dict[str, set[str]] = {
     "systemd": {"errors"},
     "settings": {"errors"},
 }
-# What a package inside another may import of that other one, besides itself.
+# What an inner package may import from the package that contains it, besides itself.
 INSIDE: dict[str, set[str]] = {
     "api.parameters": {"api.exchange"},
     "front.http1": set(),
     "front.forms": {"front.http1"},
-    "wire.local": {"wire.blobs", "wire.codec", "wire.messages"},
+    "wire.local": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},
+    "wire.memory": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},
     "engines.schedulers": set(),
     "engines.families": {"engines.protocol", "engines.schedulers"},
     "engines.stepwise": {"engines.protocol", "engines.checks", "engines.schedulers", "engines.families"},
@@ -72,6 +66,7 @@ FAMILY_MODULES = ("models.families", "engines.families")
 
 
 def modules() -> dict[str, ast.Module]:
+    """Return the syntax tree of each module of ovserve, by name without the leading `ovserve.`."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
@@ -83,6 +78,7 @@ MODULES = modules()
 
 
 def imports(tree: ast.Module) -> set[str]:
+    """Return the full names that a module imports, inside functions too."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -107,12 +103,12 @@ def own(tree: ast.Module) -> set[str]:
 
 
 def lies_in(name: str, places: Iterable[str]) -> bool:
-    """Return whether a module is one of the places, or lies in one of them."""
+    """Return whether a module is one of the places or inside one of them."""
     return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_run_down_only(name: str) -> None:
+def test_imports_only_go_down_the_layers(name: str) -> None:
     top = name.partition(".")[0]
     allowed = {top, *MAY[top], *(FOUNDATIONS if top not in FOUNDATIONS else ())}
     for target in own(MODULES[name]):
@@ -120,7 +116,7 @@ def test_imports_run_down_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("folder", INSIDE)
-def test_an_inner_package_imports_only_what_lies_below_it(folder: str) -> None:
+def test_inner_package_imports_only_the_packages_below_it(folder: str) -> None:
     outer = folder.partition(".")[0]
     for name in MODULES:
         if name.startswith(f"{folder}."):
@@ -130,7 +126,7 @@ def test_an_inner_package_imports_only_what_lies_below_it(folder: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_arrays_decoders_and_openvino_stay_in_their_places(name: str) -> None:
+def test_restricted_packages_are_imported_only_in_their_places(name: str) -> None:
     for target in imports(MODULES[name]):
         places = ONLY.get(target.partition(".")[0])
         assert places is None or lies_in(name, places), f"{name} imports {target}"
@@ -143,12 +139,20 @@ def test_only_the_table_and_the_family_modules_name_a_family(name: str) -> None:
         assert not named, f"{name}:{named[0].lineno} names family {named[0].value}"
 
 
-def test_every_package_has_its_arrows() -> None:
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_only_the_server_chooses_an_implementation_of_the_wire(name: str) -> None:
+    implementations = {"wire.local", "wire.memory"}
+    for target in own(MODULES[name]):
+        is_allowed = name == "server" or lies_in(name, implementations) or not lies_in(target, implementations)
+        assert is_allowed, f"{name} imports {target}"
+
+
+def test_every_package_is_in_the_table() -> None:
     assert {name.partition(".")[0] for name in MODULES} == MAY.keys()
 
 
-def test_the_front_end_never_loads_openvino_nor_a_decoder() -> None:
-    # server names worker.main as the spawn target: openvino, its threads and contexts exist only in children.
+def test_front_end_loads_neither_openvino_nor_a_decoder() -> None:
+    # server uses worker.main as the spawn target; openvino, its threads and device contexts exist only in children.
     code = (
         "import sys, ovserve.cli.serve; print([name for name in sys.modules if name.startswith(('openvino', 'PIL'))])"
     )
@@ -156,23 +160,23 @@ def test_the_front_end_never_loads_openvino_nor_a_decoder() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_no_module_imports_another_in_a_circle() -> None:
+def test_imports_have_no_cycle() -> None:
     graph = {name: own(tree) for name, tree in MODULES.items()}
-    done: set[str] = set()
+    visited: set[str] = set()
 
-    def walk(name: str, path: tuple[str, ...]) -> None:
+    def visit(name: str, path: tuple[str, ...]) -> None:
         assert name not in path, " -> ".join((*path, name))
-        if name not in done:
+        if name not in visited:
             for target in graph[name]:
-                walk(target, (*path, name))
-            done.add(name)
+                visit(target, (*path, name))
+            visited.add(name)
 
     for name in graph:
-        walk(name, ())
+        visit(name, ())
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_the_first_line_is_one_sentence(name: str) -> None:
+def test_module_docstring_starts_with_one_sentence(name: str) -> None:
     text = ast.get_docstring(MODULES[name])
     assert text, name
     first = text.split("\n")[0]

@@ -14,7 +14,7 @@ log = logging.getLogger("ovserve.test")
 
 
 @pytest.fixture(autouse=True)
-def _own_handlers() -> Iterator[None]:
+def _restore_handlers() -> Iterator[None]:
     root = logging.getLogger("ovserve")
     kept = root.handlers[:], root.level, root.propagate
     yield

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
 
 import pytest
@@ -9,11 +8,9 @@ from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import Client, Job
 from ovserve.dispatch.model_queue import AttachedWorker, ModelQueue
 from ovserve.dispatch.queues import FairQueue, Ticket
-from ovserve.wire.local.pipes import open_link
+from ovserve.wire.memory.link import open_memory_link
 from ovserve.wire.messages import Ready
 from ovserve.wire.request import ImageRequest
-
-CONTEXT = multiprocessing.get_context("spawn")
 
 
 def ticket(name: str, failed_attempts: int = 0) -> Ticket:
@@ -26,9 +23,9 @@ def model() -> Iterator[ModelQueue]:
     """A model with two workers of capacity 4 and one assigned job each."""
     made = ModelQueue("toy", FairQueue(64), largest_picture_bytes=1)
     for index in range(2):
-        link, end = open_link(CONTEXT, "toy", index, 0)
+        link, end = open_memory_link("toy", index, 0)
         end.close()
-        link.ready = Ready(4, "toy")
+        link.update(ready=Ready(4, "toy"))
         made.workers.append(
             AttachedWorker(link, made, hang_limit_s=10.0, assigned={f"assigned{index}": ticket(f"assigned{index}")})
         )
@@ -38,7 +35,7 @@ def model() -> Iterator[ModelQueue]:
 
 
 def test_worker_reserved_for_an_isolated_job_takes_no_other_from_the_queue(model: ModelQueue) -> None:
-    model.workers[1].link.ready = None
+    model.workers[1].link.update(ready=None)
     for requeued in (ticket("isolated", failed_attempts=1), ticket("shared")):
         model.queue.requeue(requeued)
     model.queue.push(ticket("waiting"))

@@ -17,12 +17,12 @@ from ovserve.pixels.frames import size_of
 from ovserve.pixels.images import Pixels
 from ovserve.pixels.masks import feather
 from ovserve.settings.options import Resolution
-from tests.preparing import StoreBlob, blobs_in, noise, png, prepared, request, with_alpha
+from tests.preparing import StoreBlob, noise, png, prepared, request, stored_blobs, with_alpha
 
 
 @pytest.fixture
 def blob(tmp_path: Path) -> Iterator[StoreBlob]:
-    yield from blobs_in(tmp_path)
+    yield from stored_blobs()
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
@@ -139,6 +139,11 @@ def test_picture_seeds_count_up_and_wrap() -> None:
     found = prepared(task="generation", n=3, seed=2**32 - 2)
     assert [found.work("j", k).seed for k in range(3)] == [2**32 - 2, 2**32 - 1, 0]
     assert request(task="generation", seed=5).seed_of(2) == 7
+
+
+def test_works_carry_the_request_for_values_that_only_the_engine_reads() -> None:
+    found = prepared(task="generation", n=2, max_sequence_length=64)
+    assert all(found.work("j", k).request is found.request for k in range(2))
 
 
 def test_file_metadata_has_prompt_seed_and_settings(blob: StoreBlob) -> None:

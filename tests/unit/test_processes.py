@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.fleet.processes import describe_exit, machine_memory_bytes, raise_oom_score, resident_bytes
+from ovserve.wire.local.processes import describe_exit, machine_memory_bytes, raise_oom_score, resident_bytes
 
 MIB = 1024 * 1024
 
@@ -33,11 +33,29 @@ def test_exit_codes_are_described_for_the_log(exitcode: int | None, words: str) 
     assert describe_exit(exitcode) == words
 
 
+GROWING = f"""
+import os, sys
+print("started", flush=True)
+sys.stdin.readline()
+held = bytearray(os.urandom({32 * MIB}))
+print("grown", flush=True)
+sys.stdin.readline()
+"""
+
+
 def test_resident_memory_is_what_the_kernel_counts() -> None:
-    before = resident_bytes(os.getpid())
-    held = bytearray(os.urandom(32 * MIB))
-    assert 24 * MIB < resident_bytes(os.getpid()) - before < 64 * MIB
-    del held
+    # A fresh process: one that has freed memory before may fill 32 MiB without growing.
+    command = [sys.executable, "-c", GROWING]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin
+        assert child.stdout
+        assert child.stdout.readline() == "started\n"
+        before = resident_bytes(child.pid)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "grown\n"
+        assert 24 * MIB < resident_bytes(child.pid) - before < 64 * MIB
+        child.communicate("\n")
 
 
 def test_pages_mapped_from_a_file_do_not_count_as_resident(tmp_path: Path) -> None:
@@ -119,7 +137,7 @@ sys.stdin.read()
 """
 CHILD = """
 import os, sys, threading
-from ovserve.fleet.processes import bind_to_parent
+from ovserve.wire.local.processes import bind_to_parent
 bind_to_parent(int(sys.argv[1]))
 print("bound", flush=True)
 threading.Event().wait()

@@ -6,15 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ovserve.errors import ModelError, SettingsError
 from ovserve.models.profile import builtin_directory, read_profile
-from ovserve.models.steps import min_steps_for, min_strength_for, steps_run
 from ovserve.settings.options import ModelSettings, Resolution
+from tests.live import BUILTIN_PATH
 
 
 @pytest.fixture
@@ -35,12 +34,24 @@ def directory(tmp_path: Path) -> Path:
 
 
 def test_profile_of_the_builtin_model() -> None:
-    profile = read_profile(ModelSettings(name="b"))
+    profile = read_profile(ModelSettings(name="b", path=Path(BUILTIN_PATH)))
     assert profile.family == "stable-diffusion"
     assert profile.tasks == {"text2image", "image2image", "inpainting"}
     assert (profile.native, profile.side_multiple_px) == (Resolution(256, 256), 16)
     assert profile.prompt_tokens == 32
     assert profile.scheduling.name == "DDIM"
+
+
+def test_prompt_rules_in_ovserve_json_are_used(directory: Path) -> None:
+    (directory / "ovserve.json").write_text("{}")
+    plain = read_profile(ModelSettings(name="m", path=directory))
+    assert (plain.cuts_prompt, plain.drops_unknown_words) == (False, False)
+    (directory / "ovserve.json").write_text('{"prompts": {"too_long": "cut", "unknown_words": "drop"}}')
+    found = read_profile(ModelSettings(name="m", path=directory))
+    assert (found.cuts_prompt, found.drops_unknown_words) == (True, True)
+    (directory / "ovserve.json").write_text('{"prompts": {"too_long": "shorten"}}')
+    with pytest.raises(ModelError, match=r"prompts.too_long is 'shorten'; expected one of refuse, cut"):
+        read_profile(ModelSettings(name="m", path=directory))
 
 
 @pytest.mark.parametrize(
@@ -138,39 +149,24 @@ def test_default_outside_the_limits_raises_settings_error(directory: Path) -> No
 
 @given(width=st.integers(1, 5000), height=st.integers(1, 5000))
 def test_working_size_is_always_in_the_native_range(width: int, height: int) -> None:
-    profile = read_profile(ModelSettings(name="b"))
+    profile = read_profile(ModelSettings(name="b", path=Path(BUILTIN_PATH)))
     size = profile.working_size(width, height)
     for side in (size.width, size.height):
         assert profile.min_side_px <= side <= profile.max_side_px
         assert side % profile.side_multiple_px == 0
 
 
-@given(steps=st.integers(1, 1000), strength=st.floats(0, 1))
-def test_steps_run_equals_the_float32_product(steps: int, strength: float) -> None:
-    assert steps_run(steps, strength) == min(int(np.float32(steps) * np.float32(strength)), steps)
-
-
-@given(steps=st.integers(1, 1000))
-def test_min_strength_runs_a_step(steps: int) -> None:
-    assert steps_run(steps, min_strength_for(steps)) >= 1
-
-
-@given(strength=st.floats(0.001, 1))
-def test_min_steps_run_one_step_and_one_fewer_runs_none(strength: float) -> None:
-    count = min_steps_for(strength)
-    assert steps_run(count, strength) == 1
-    assert count == 1 or steps_run(count - 1, strength) == 0
-
-
 def test_operator_default_overrides_the_preset_high() -> None:
-    settings = ModelSettings(name="b", default_num_inference_steps=5, max_num_inference_steps=6)
+    settings = ModelSettings(
+        name="b", path=Path(BUILTIN_PATH), default_num_inference_steps=5, max_num_inference_steps=6
+    )
     presets = read_profile(settings).presets
     assert "num_inference_steps" not in presets["high"]
     assert all(preset.get("num_inference_steps", 0) <= 6 for preset in presets.values())
 
 
 def test_default_strengths_without_an_option_are_clamped() -> None:
-    defaults = read_profile(ModelSettings(name="b", max_strength=0.75)).defaults
+    defaults = read_profile(ModelSettings(name="b", path=Path(BUILTIN_PATH), max_strength=0.75)).defaults
     assert (defaults.strength, defaults.strength_inpainting) == (0.7, 0.75)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +13,19 @@ from typing import Any
 
 import pytest
 
-from ovserve.api.exchange import FileReply, JsonReply
-from ovserve.api.routes import ROUTES, ImagesApi
+from ovserve.api.exchange import FileReply, JsonReply, Reply, windows_of
+from ovserve.api.routes import ROUTES, ImagesApi, match_route
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.errors import ApiError, BadRequest, Forbidden, MethodNotAllowed, ModelNotFound, NotFound, SettingsError
+from ovserve.errors import (
+    ApiError,
+    BadRequest,
+    Forbidden,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    RangeNotSatisfiable,
+    SettingsError,
+)
 from ovserve.settings.options import Settings
 from ovserve.wire.local.spool import Spool
 from tests.forms import FakeForm, catalog
@@ -31,6 +42,7 @@ class FakeExchange:
 
     def __init__(self, method: str, path: str, **headers: str) -> None:
         self.method, self.path, self.headers = method, path, headers
+        self.notes: dict[str, str] = {}
 
     def header(self, name: str) -> str | None:
         return self.headers.get(name.replace("-", "_"))
@@ -38,8 +50,15 @@ class FakeExchange:
     def read_form(self) -> FakeForm:
         return FakeForm([("prompt", "a star")])
 
+    def note(self, name: str, value: str) -> None:
+        self.notes[name] = value
+
     def wait(self, descriptor: int, deadline: object) -> bool:
         raise AssertionError("no handler in these tests waits")
+
+
+def answer(api: ImagesApi, exchange: FakeExchange) -> Reply:
+    return api.answer(exchange, api.match(exchange.method, exchange.path))
 
 
 @pytest.fixture
@@ -54,7 +73,9 @@ def api(tmp_path: Path) -> Any:
         if len(reloads) > 1:
             raise SettingsError("port=x: not a number")
 
-    yield ImagesApi(Settings(store_dir=tmp_path / "kept"), catalog(), dispatcher, reload)
+    api = ImagesApi(Settings(store_dir=tmp_path / "kept"), catalog(), dispatcher, reload)
+    yield api
+    api.store.close()
     dispatcher.close()
     spool.close()
 
@@ -66,11 +87,19 @@ def api(tmp_path: Path) -> Any:
         "/v1/models",
         "/v3/v1/models",
         "/openai/v1/models",
+        "/api/v1/models",
+        "/engines/v1/models",
+        "/openai/models",
+        "/openai/models/m",
+        "/v1//models",
+        "//v1/models//",
         "/models",
         "/v3/models/",
         "/v3/models/m",
         "/v2",
         "/v2/health/live",
+        "/livez",
+        "/ping",
         "/metrics",
         "/openapi.json",
         "/v1/config",
@@ -78,7 +107,7 @@ def api(tmp_path: Path) -> Any:
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_documents_are_served(api: ImagesApi, path: str, method: str) -> None:
-    reply = api.answer(FakeExchange(method, path))
+    reply = answer(api, FakeExchange(method, path))
     assert isinstance(reply, JsonReply | FileReply)
     assert reply.status == 200
 
@@ -91,22 +120,55 @@ def test_documents_are_served(api: ImagesApi, path: str, method: str) -> None:
         "/v1/images/generations",
         "/v3/some/model/images/edits",
         "/openai/deployments/m/images/edits",
+        "/openai/images/edits",
+        "/v1//images/edits",
+        "/engines/v1/images/edits",
+        "/api/v1/images/edits",
     ],
 )
 def test_other_method_is_405_with_allow(api: ImagesApi, path: str) -> None:
     with pytest.raises(MethodNotAllowed) as caught:
-        api.answer(FakeExchange("GET", path))
+        answer(api, FakeExchange("GET", path))
     assert caught.value.headers["allow"] == "OPTIONS, POST"
 
 
 @pytest.mark.parametrize("path", ["/v3", "/v2/images", "/v1/v3/chat/completions", "/v2/metrics", "/v3/images/edit"])
 def test_unknown_path_is_404(api: ImagesApi, path: str) -> None:
     with pytest.raises(NotFound):
-        api.answer(FakeExchange("GET", path))
+        answer(api, FakeExchange("GET", path))
+
+
+@pytest.mark.parametrize("path", ["/api/v2/models", "/sdapi/v1/txt2img", "/openai", "/openai/files", "/api/health"])
+def test_error_for_an_unknown_path_contains_the_base_url(api: ImagesApi, path: str) -> None:
+    with pytest.raises(NotFound, match=r"the base URL is http://a\.test:8000/v1, and"):
+        answer(api, FakeExchange("POST", path, host="a.test:8000"))
+
+
+@pytest.mark.parametrize("path", ["/api/images/edits", "/v1/openai/v2/images/edits"])
+def test_path_that_begins_with_no_model_is_404_with_the_base_url(api: ImagesApi, path: str) -> None:
+    exchange = FakeExchange("POST", path, host="a.test", x_forwarded_proto="https")
+    exchange.read_form = lambda: pytest.fail("the body is not read")  # type: ignore[method-assign]
+    with pytest.raises(ModelNotFound, match=r"is not a model; the base URL is https://a\.test/v1"):
+        answer(api, exchange)
+
+
+def test_unknown_deployment_is_404_that_lists_the_models(api: ImagesApi) -> None:
+    with pytest.raises(ModelNotFound, match="The model 'ghost' does not exist; available: 'm'"):
+        answer(api, FakeExchange("POST", "/openai/deployments/ghost/images/generations"))
+
+
+@pytest.mark.parametrize("path", ["/health", "/healthz", "/readyz", "/v2/health/ready"])
+def test_readiness_paths_are_503_with_the_reason_and_need_no_key(api: ImagesApi, path: str) -> None:
+    match = match_route("GET", path)
+    assert (match.is_open, match.is_health) == (True, True)
+    reply = answer(api, FakeExchange("GET", path))
+    assert isinstance(reply, JsonReply)
+    assert reply.status == 503
+    assert b'"reason":"' in b"".join(map(bytes, reply.chunks))  # type: ignore[arg-type]
 
 
 def test_page_policy_allows_only_its_own_script_and_style(api: ImagesApi) -> None:
-    reply = api.answer(FakeExchange("GET", "/"))
+    reply = answer(api, FakeExchange("GET", "/"))
     assert isinstance(reply, FileReply)
     assert reply.media_type.startswith("text/html")
     content = bytes(reply.content)
@@ -123,15 +185,15 @@ def test_response_format_url_needs_a_host_field(api: ImagesApi) -> None:
     exchange = FakeExchange("POST", "/v1/images/generations")
     exchange.read_form = lambda: FakeForm([("prompt", "a star"), ("response_format", "url")])  # type: ignore[method-assign]
     with pytest.raises(BadRequest) as caught:
-        api.answer(exchange)
+        answer(api, exchange)
     assert caught.value.param == "response_format"
 
 
 def test_model_that_is_not_ready_is_503(api: ImagesApi) -> None:
     with pytest.raises(ApiError) as caught:
-        api.answer(FakeExchange("POST", "/v1/images/generations"))
+        answer(api, FakeExchange("POST", "/v1/images/generations"))
     assert caught.value.status == 503
-    reply = api.answer(FakeExchange("GET", "/v2/health/ready"))
+    reply = answer(api, FakeExchange("GET", "/v2/health/ready"))
     assert isinstance(reply, JsonReply)
     assert reply.status == 503
 
@@ -140,7 +202,7 @@ def test_model_that_is_not_ready_is_503(api: ImagesApi) -> None:
 def test_status_pages_list_a_model_that_a_reload_is_removing(api: ImagesApi, path: str, status: int) -> None:
     api.dispatcher.remove_model("m")  # the catalog still has it
     assert api.dispatcher.models() == []
-    reply = api.answer(FakeExchange("GET", path))
+    reply = answer(api, FakeExchange("GET", path))
     assert isinstance(reply, JsonReply)
     assert reply.status == status
     assert b'"m"' in b"".join(reply.chunks)
@@ -148,15 +210,15 @@ def test_status_pages_list_a_model_that_a_reload_is_removing(api: ImagesApi, pat
 
 def test_unknown_model_is_404(api: ImagesApi) -> None:
     with pytest.raises(ModelNotFound):
-        api.answer(FakeExchange("GET", "/v1/models/me/ghost"))
+        answer(api, FakeExchange("GET", "/v1/models/me/ghost"))
     with pytest.raises(ModelNotFound):
-        api.answer(FakeExchange("POST", "/v1/ghost/images/generations"))
+        answer(api, FakeExchange("POST", "/v1/ghost/images/generations"))
 
 
 def test_draining_is_503_before_the_body_is_read(api: ImagesApi) -> None:
     api.dispatcher.drain()
     with pytest.raises(ApiError) as caught:
-        api.answer(FakeExchange("POST", "/v1/images/edits"))
+        answer(api, FakeExchange("POST", "/v1/images/edits"))
     assert (caught.value.status, caught.value.code) == (503, "draining")
     assert caught.value.retry_after_s
 
@@ -165,28 +227,88 @@ def test_reload_is_only_for_local_requests(api: ImagesApi) -> None:
     remote = FakeExchange("POST", "/v1/config/reload")
     remote.address = "192.0.2.1"
     with pytest.raises(Forbidden):
-        api.answer(remote)
+        answer(api, remote)
     for field in ("origin", "x_forwarded_for", "sec_fetch_site"):
         with pytest.raises(Forbidden):
-            api.answer(FakeExchange("POST", "/v1/config/reload", **{field: "x"}))
+            answer(api, FakeExchange("POST", "/v1/config/reload", **{field: "x"}))
     mapped = FakeExchange("POST", "/v1/config/reload")
     mapped.address = "::ffff:127.0.0.1"
-    assert isinstance(api.answer(mapped), JsonReply)
+    assert isinstance(answer(api, mapped), JsonReply)
     with pytest.raises(BadRequest, match="port=x"):
-        api.answer(FakeExchange("POST", "/v1/config/reload"))
+        answer(api, FakeExchange("POST", "/v1/config/reload"))
 
 
 def test_preflight_names_the_allowed_header_fields(api: ImagesApi) -> None:
-    reply = api.answer(FakeExchange("OPTIONS", "/v1/images/edits", access_control_request_headers="authorization"))
+    reply = answer(api, FakeExchange("OPTIONS", "/v1/images/edits", access_control_request_headers="authorization"))
     assert reply.headers["access-control-allow-headers"] == "authorization"
-    invalid = api.answer(FakeExchange("OPTIONS", "/v1/images/edits", access_control_request_headers="a\r\nb: c"))
+    invalid = answer(api, FakeExchange("OPTIONS", "/v1/images/edits", access_control_request_headers="a\r\nb: c"))
     assert "access-control-allow-headers" not in invalid.headers
 
 
-def test_only_health_checks_are_exempt_from_the_connection_limit(api: ImagesApi) -> None:
-    assert api.is_health("/v2/health/live")
-    assert api.is_health("/v2/models/me/shapes/ready")
-    assert not api.is_health("/v1/models")
+def open_pictures() -> list[str]:
+    """Return the targets of this process's descriptors that are stored pictures."""
+    targets = []
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            targets.append(os.readlink(path))
+    return [target for target in targets if "/kept/" in target]
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "status", "content"),
+    [
+        ("GET", {}, 200, b"0123456789"),
+        ("HEAD", {"range": "bytes=2-4"}, 200, b"0123456789"),  # the front end sends no content
+        ("GET", {"range": "bytes=2-4"}, 206, b"234"),
+        ("GET", {"range": "bytes=-1"}, 206, b"9"),
+        ("GET", {"if_none_match": "*"}, 304, b""),
+    ],
+)
+def test_stored_picture_is_open_until_the_reply_is_closed(
+    api: ImagesApi, method: str, headers: dict[str, str], status: int, content: bytes
+) -> None:
+    name = api.store.keep(memoryview(b"0123456789"), "png")
+    reply = answer(api, FakeExchange(method, f"/v1/images/files/{name}", **headers))
+    assert isinstance(reply, FileReply)
+    assert reply.status == status
+    assert len(reply.content) == len(content)
+    assert b"".join(windows_of([reply.content])) == content
+    assert open_pictures()
+    reply.close()
+    assert open_pictures() == []
+
+
+def test_range_outside_a_stored_picture_is_416(api: ImagesApi) -> None:
+    name = api.store.keep(memoryview(b"0123456789"), "png")
+    with pytest.raises(RangeNotSatisfiable):
+        answer(api, FakeExchange("GET", f"/v1/images/files/{name}", range="bytes=10-"))
+    assert open_pictures() == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "is_health"),
+    [
+        ("GET", "/v2/health/live", True),
+        ("HEAD", "/v2/health/ready", True),
+        ("GET", "/v2/models/me/shapes/ready", True),
+        ("POST", "/v2/health/live", False),
+        ("OPTIONS", "/v2/health/live", False),
+        ("POST", "/v2/health/live/images/edits", False),
+        ("GET", "/v2/health/nowhere", False),
+        ("GET", "/v1/models", False),
+    ],
+)
+def test_only_health_checks_are_exempt_from_the_connection_limit(method: str, path: str, is_health: bool) -> None:
+    assert match_route(method, path).is_health is is_health
+
+
+def test_match_has_the_row_its_placeholders_and_the_rows_of_the_path() -> None:
+    edit = match_route("POST", "/v1/some/model/images/edits")
+    assert edit.route is not None
+    assert (edit.route.path, edit.params) == ("/{model}/images/edits", {"model": "some/model"})
+    other = match_route("GET", "/v1/some/model/images/edits")
+    assert (other.route, other.of_path) == (None, (edit.route,))
+    assert match_route("GET", "/nowhere").of_path == ()
 
 
 def test_every_route_has_a_description() -> None:
@@ -196,7 +318,7 @@ def test_every_route_has_a_description() -> None:
 
 
 def test_page_clears_only_messages_of_the_model_list_and_hides_links_that_need_a_key(api: ImagesApi) -> None:
-    reply = api.answer(FakeExchange("GET", "/"))
+    reply = answer(api, FakeExchange("GET", "/"))
     assert isinstance(reply, FileReply)
     page = bytes(reply.content).decode()
     listing = page[page.index("async function listModels") : page.index("function draw")]

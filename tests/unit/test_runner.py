@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ovserve.wire.local.pipes import MAX_CAPACITY
+from ovserve.wire.link import MAX_CAPACITY
 from ovserve.wire.messages import Done, Need, Picture
 from tests import flatengine
 from tests.workerbench import WorkerBench

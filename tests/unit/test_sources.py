@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,19 @@ def test_defaults_serve_the_builtin_model_on_loopback() -> None:
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
     assert [model.name for model in settings.models] == ["ovserve-builtin"]
     assert settings.models[0].path is None
+
+
+@pytest.mark.parametrize("path", ["builtin:shapes", "builtin:unknown"])
+def test_builtin_model_is_served_as_ovserve_builtin_unless_named(path: str) -> None:
+    [model] = load_settings({"model_path": path}, {}).models
+    assert (model.name, model.path) == ("ovserve-builtin", Path(path))
+    assert load_settings({"path": path, "name": "a"}, {}).models[0].name == "a"
+
+
+@pytest.mark.parametrize("path", ["", "none"])
+def test_empty_path_is_the_default_model(path: str) -> None:
+    [model] = load_settings({"model_path": path}, {}).models
+    assert (model.name, model.path) == ("ovserve-builtin", None)
 
 
 def test_flag_wins_over_environment_over_file(tmp_path: Path) -> None:
@@ -39,7 +53,8 @@ def test_names_of_the_reference_server_are_aliases(flag: str, attribute: str) ->
 def test_several_models_from_tables(tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
     config.write_text(
-        "default_model = 'b'\n[[model]]\nname = 'a'\n[[model]]\nname = 'b'\npath = '/m'\nmax_resolution = '512x256'\nreplicas = 2\n"
+        "default_model = 'b'\n[[model]]\nname = 'a'\n"
+        "[[model]]\nname = 'b'\npath = '/m'\nmax_resolution = '512x256'\nreplicas = 2\n"
     )
     settings = load_settings({}, {}, config)
     assert [model.name for model in settings.models] == ["a", "b"]
@@ -129,7 +144,7 @@ def test_origins_none_allows_no_origin() -> None:
 
 
 # As the kubelet sets them for a Service `ovserve` with the ports http (8000) and dns, and one `ovserve-rest`.
-OF_SERVICES = {
+OF_KUBERNETES = {
     "OVSERVE_SERVICE_HOST": "10.0.0.11",
     "OVSERVE_SERVICE_PORT": "8000",
     "OVSERVE_SERVICE_PORT_HTTP": "8000",
@@ -146,8 +161,8 @@ OF_SERVICES = {
 
 
 def test_variables_of_a_kubernetes_service_are_ignored() -> None:
-    assert load_settings({}, OF_SERVICES) == load_settings({}, {})
-    assert service_variables({**OF_SERVICES, "OVSERVE_HOST": "::", "SERVICE_HOST": "x"}) == list(OF_SERVICES)
+    assert load_settings({}, OF_KUBERNETES) == load_settings({}, {})
+    assert service_variables({**OF_KUBERNETES, "OVSERVE_HOST": "::", "SERVICE_HOST": "x"}) == list(OF_KUBERNETES)
 
 
 @pytest.mark.parametrize(
@@ -305,3 +320,39 @@ def test_unknown_option_is_an_error_with_a_suggestion(tmp_path: Path, text: str,
         load_settings({}, {}, path)
     assert str(caught.value).startswith(str(path))
     assert str(caught.value).endswith(expected)
+
+
+def test_aliases_are_a_list_in_the_file_and_separated_by_commas_in_a_flag(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("[[model]]\nname = 'a'\naliases = ['gpt-image-1', '*']\nbuiltin_aliases = false\n")
+    from_file = load_settings({}, {}, config).models[0]
+    from_flags = load_settings({"name": "a", "aliases": "gpt-image-1, *", "builtin_aliases": "false"}, {}).models[0]
+    assert from_file == from_flags == ModelSettings(name="a", aliases=("gpt-image-1", "*"))
+    assert load_settings({"builtin_aliases": "true"}, {}).models[0].all_aliases[0] == "gpt-image-1"
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ("[[model]]\nname='a'\naliases=['b']\n[[model]]\nname='b'", "model a: alias 'b' is the name of a model"),
+        ("[[model]]\nname='a'\naliases=['*']\n[[model]]\nname='b'\naliases=['*']", "model b: alias '*' is also"),
+        (
+            "[[model]]\nname='a'\nbuiltin_aliases=true\n[[model]]\nname='dall-e-2'",
+            "model a: alias 'dall-e-2' is the name of a model",
+        ),
+        ("[[model]]\nname='a'\naliases=['x y']", "model a: alias 'x y': expected at most 128 letters"),
+        ("[[model]]\nname='a'\naliases=[1]", "expected a list of strings"),
+        ("[[model]]\nname='a'\nbuiltin_aliases='yes'", "expected true or false"),
+    ],
+)
+def test_wrong_alias_is_a_configuration_error(tmp_path: Path, tables: str, expected: str) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(tables)
+    with pytest.raises(SettingsError, match=re.escape(expected)):
+        load_settings({}, {}, config)
+
+
+def test_default_model_may_be_an_alias(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("default_model = 'x'\n[[model]]\nname='a'\naliases=['x']\n[[model]]\nname='b'\n")
+    assert load_settings({}, {}, config).default_model == "x"

@@ -15,10 +15,11 @@ from types import ModuleType
 
 import pytest
 
-from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull
-from ovserve.wire.blobs import Blob
+from ovserve.errors import BlobGone, ContentTooLarge, SettingsError, SpoolFull
+from ovserve.wire.blobs import Blob, BlobStore
 from ovserve.wire.local.folder import sweep
-from ovserve.wire.local.spool import Segment, Spool, default_directory, fill, open_blob
+from ovserve.wire.local.spool import Spool, SpoolSegment, default_directory
+from ovserve.wire.memory.blobs import MemoryBlobs
 
 MIB = 1024 * 1024
 
@@ -67,11 +68,24 @@ def files(directory: Path) -> list[str]:
 
 
 def test_stored_bytes_can_be_read_through_a_blob_a_path_and_the_view(spool: Spool) -> None:
-    segment = spool.store(b"hello spool")
-    with open_blob(segment.blob(6, 5)) as view:
+    segment = spool.put(b"hello spool")
+    with spool.worker_blobs().open(segment.blob(6, 5)) as view:
         assert bytes(view) == b"spool"
     assert Path(segment.path).read_bytes() == b"hello spool"
     assert bytes(segment.view) == b"hello spool"
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+@pytest.mark.parametrize("kind", ["spool", "memory"])
+def test_segment_is_read_in_parts_until_it_is_released(spool: Spool, kind: str, is_mapped: bool) -> None:
+    store: BlobStore = spool if kind == "spool" else MemoryBlobs()
+    segment = store.put(b"hello spool")
+    if is_mapped:
+        assert bytes(segment.view[:11]) == b"hello spool"
+    assert [segment.read(offset, 4) for offset in (0, 4, 8, 11, 20)] == [b"hell", b"o sp", b"ool", b"", b""]
+    segment.release()
+    with pytest.raises(ValueError, match="released"):
+        segment.read(0, 4)
 
 
 @pytest.mark.usefixtures("spool", "no_descriptors")
@@ -82,13 +96,13 @@ def test_no_descriptor_left_for_a_file_is_spool_full(spool: Spool) -> None:
 
 
 @pytest.fixture
-def unmapped(spool: Spool) -> Segment:
+def unmapped(spool: Spool) -> SpoolSegment:
     """Return a segment that is not mapped yet."""
     return spool.create(10, reserve=10)
 
 
 @pytest.mark.usefixtures("unmapped", "no_descriptors")
-def test_no_descriptor_left_for_a_mapping_is_spool_full(spool: Spool, unmapped: Segment) -> None:
+def test_no_descriptor_left_for_a_mapping_is_spool_full(spool: Spool, unmapped: SpoolSegment) -> None:
     with pytest.raises(SpoolFull, match="open files"):
         unmapped.view  # noqa: B018 - the property raises
     unmapped.release()
@@ -113,13 +127,13 @@ def test_failed_write_leaves_no_segment(spool: Spool, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "pwrite", refuse)
     with pytest.raises(OSError, match="dies"):
-        spool.store(b"bytes")
+        spool.put(b"bytes")
     assert (spool.used_bytes, files(spool.directory)) == (0, [])
 
 
 def test_filled_bytes_are_in_the_view(spool: Spool) -> None:
     segment = spool.create(100, reserve=100)
-    fill(segment.path, b"x" * 60)
+    spool.worker_blobs().fill(segment.id, b"x" * 60)
     assert bytes(segment.view[:60]) == b"x" * 60
 
 
@@ -189,7 +203,7 @@ def test_concurrent_growth_never_exceeds_the_limit(tmp_path: Path) -> None:
     def grow() -> None:
         for _ in range(50):
             try:
-                spool.store(b"x" * 1000)
+                spool.put(b"x" * 1000)
             except SpoolFull:
                 rejected.append(1)
 
@@ -217,7 +231,7 @@ def test_full_tmpfs_is_an_error_and_not_a_signal(tiny: Path) -> None:
     assert spool.used_bytes == MIB // 2
     assert bytes(kept.view[: MIB // 2]) == b"k" * (MIB // 2)
     kept.release()
-    spool.store(b"space again").release()
+    spool.put(b"space again").release()
     spool.close()
 
 
@@ -245,7 +259,7 @@ def test_segment_moves_to_the_fallback_with_its_bytes_when_the_spool_is_full(tin
     grown.view[3 * MIB - 1] = 1
     whole = spool.create(2 * MIB, reserve=2 * MIB)
     assert Path(whole.path).is_relative_to(tmp_path / "disk")
-    small = spool.store(b"fits")
+    small = spool.put(b"fits")
     assert Path(small.path).is_relative_to(tiny)
     assert spool.used_bytes == 5 * MIB + 4
     for segment in (grown, whole, small):
@@ -268,7 +282,7 @@ def test_full_fallback_is_spool_full(tiny: Path) -> None:
 
 def test_close_removes_the_folder(tmp_path: Path) -> None:
     spool = Spool(tmp_path, MIB)
-    spool.store(b"left behind")
+    spool.put(b"left behind")
     spool.close()
     spool.close()
     assert list(tmp_path.iterdir()) == []
@@ -276,7 +290,7 @@ def test_close_removes_the_folder(tmp_path: Path) -> None:
 
 def test_live_front_ends_share_a_directory(tmp_path: Path) -> None:
     first = Spool(tmp_path, MIB)
-    kept = first.store(b"mine")
+    kept = first.put(b"mine")
     second = Spool(tmp_path, MIB)
     assert sweep(tmp_path) == 0
     assert Path(kept.path).read_bytes() == b"mine"
@@ -287,7 +301,7 @@ def test_live_front_ends_share_a_directory(tmp_path: Path) -> None:
 def test_next_front_end_removes_the_folder_of_a_killed_one(tmp_path: Path) -> None:
     code = (
         "import os, sys, signal; from pathlib import Path; from ovserve.wire.local.spool import Spool\n"
-        "Spool(Path(sys.argv[1]), 1 << 20).store(b'orphan'); os.kill(os.getpid(), signal.SIGKILL)"
+        "Spool(Path(sys.argv[1]), 1 << 20).put(b'orphan'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
     assert len(files(tmp_path)) == 1
@@ -306,24 +320,24 @@ def test_directory_that_cannot_be_used_is_a_settings_error(tmp_path: Path, optio
 
 
 def test_segments_and_their_folder_are_private(spool: Spool) -> None:
-    segment = spool.store(b"secret")
+    segment = spool.put(b"secret")
     assert Path(segment.path).stat().st_mode & 0o077 == 0
     assert spool.directory.stat().st_mode & 0o077 == 0
 
 
 def test_released_segment_is_file_not_found_for_the_worker(spool: Spool) -> None:
-    segment = spool.store(b"gone soon")
+    segment = spool.put(b"gone soon")
     blob = segment.blob(0, 4)
     segment.release()
-    with pytest.raises(FileNotFoundError):
-        fill(blob.path, b"late")
-    with pytest.raises(FileNotFoundError), open_blob(blob):
+    with pytest.raises(BlobGone):
+        spool.worker_blobs().fill(blob.id, b"late")
+    with pytest.raises(BlobGone), spool.worker_blobs().open(blob):
         pass
 
 
 def test_blob_beyond_the_file_is_an_error_and_not_a_signal(spool: Spool) -> None:
-    segment = spool.store(b"short")
-    with pytest.raises(ValueError), open_blob(Blob(segment.path, 0, 1 << 30)):  # noqa: PT011 - message of mmap
+    segment = spool.put(b"short")
+    with pytest.raises(ValueError), spool.worker_blobs().open(Blob(segment.id, 0, 1 << 30)):  # noqa: PT011 - message of mmap
         pass
 
 

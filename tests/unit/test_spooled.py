@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.errors import ContentTooLarge, RequestTimeout, SpoolFull
+from ovserve.errors import BlobGone, ContentTooLarge, RequestTimeout, SpoolFull
 from ovserve.front.forms.spooled import SpooledForm, SpooledUpload, receive
-from ovserve.wire.local.spool import Spool, open_blob
+from ovserve.wire.local.spool import Spool
 from tests.bodies import MemoryBody
 
 MIB = 1 << 20
@@ -38,7 +38,7 @@ def test_a_body_is_received_completely_and_in_order(
     pieces = list(receive(MemoryBody(data, announced=announced), form, spool, 4 * MIB))
     assert b"".join(segment.view[begin:end] for segment, begin, end in pieces) == data
     assert [begin for _, begin, _ in pieces] == [0, *(end for _, _, end in pieces)][: len(pieces)]
-    assert len({segment.path for segment, _, _ in pieces}) <= 1
+    assert len({segment.id for segment, _, _ in pieces}) <= 1
 
 
 class SlowBody(MemoryBody):
@@ -102,20 +102,20 @@ def test_a_body_larger_than_the_spool_is_refused_before_it_takes_space(spool: Sp
 
 def test_the_blob_of_an_upload_can_be_opened(spool: Spool) -> None:
     form = SpooledForm(is_json=False)
-    segment = form.own(spool.store(b"head|picture|tail"))
+    segment = form.own(spool.put(b"head|picture|tail"))
     upload = SpooledUpload("image", "cat.png", segment, 5, 7)
     assert bytes(upload.view()) == b"picture"
-    with open_blob(upload.blob) as seen:
+    with spool.worker_blobs().open(upload.blob) as seen:
         assert bytes(seen) == b"picture"
     form.release()
-    with pytest.raises(FileNotFoundError), open_blob(upload.blob):
+    with pytest.raises(BlobGone), spool.worker_blobs().open(upload.blob):
         pass
 
 
 def test_releasing_a_form_is_idempotent(spool: Spool) -> None:
     form = SpooledForm(is_json=True)
-    form.own(spool.store(b"x" * 1000))
-    form.own(spool.store(b"y" * 500))
+    form.own(spool.put(b"x" * 1000))
+    form.own(spool.put(b"y" * 500))
     assert spool.used_bytes == 1500
     form.release()
     form.release()

@@ -1,3 +1,5 @@
+"""Notifications to systemd, the watchdog, and the unit file."""
+
 from __future__ import annotations
 
 import os
@@ -19,7 +21,7 @@ UNIT = Path(__file__).parents[2] / "scripts" / "ovserve.service"
 
 @pytest.fixture(params=["path", "abstract"])
 def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """systemd's end of the notify socket, by path and in the abstract namespace."""
+    """Bind systemd's end of the notify socket: a path, or a name in the abstract namespace."""
     name = str(tmp_path / "notify") if request.param == "path" else "@ovserve-test-" + secrets.token_hex(8)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind("\0" + name[1:] if name.startswith("@") else name)
@@ -28,37 +30,38 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         yield listener
 
 
-def heard(manager: socket.socket) -> dict[str, str]:
+def receive(manager: socket.socket) -> dict[str, str]:
+    """Return the assignments of the next datagram."""
     lines = manager.recv(65536).decode().split("\n")
     return dict(line.split("=", 1) for line in lines)
 
 
-def test_ready_with_status(manager: socket.socket) -> None:
+def test_ready_is_sent_with_the_status(manager: socket.socket) -> None:
     assert systemd.notify_ready("serving a, b")
-    assert heard(manager) == {"READY": "1", "STATUS": "serving a, b"}
+    assert receive(manager) == {"READY": "1", "STATUS": "serving a, b"}
 
 
-def test_status(manager: socket.socket) -> None:
+def test_status_is_sent(manager: socket.socket) -> None:
     assert systemd.notify_status("loading")
-    assert heard(manager) == {"STATUS": "loading"}
+    assert receive(manager) == {"STATUS": "loading"}
 
 
 def test_reloading_sends_the_monotonic_instant(manager: socket.socket) -> None:
     before = time.monotonic_ns() // 1000
     assert systemd.notify_reloading()
-    told = heard(manager)
-    assert told["RELOADING"] == "1"
-    assert before <= int(told["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+    assignments = receive(manager)
+    assert assignments["RELOADING"] == "1"
+    assert before <= int(assignments["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
 
 
-def test_stopping(manager: socket.socket) -> None:
+def test_stopping_is_sent(manager: socket.socket) -> None:
     assert systemd.notify_stopping()
-    assert heard(manager)["STOPPING"] == "1"
+    assert receive(manager)["STOPPING"] == "1"
 
 
 def test_newline_in_a_status_adds_no_assignment(manager: socket.socket) -> None:
     systemd.notify_status("model\nWATCHDOG=1")
-    assert heard(manager) == {"STATUS": "model WATCHDOG=1"}
+    assert receive(manager) == {"STATUS": "model WATCHDOG=1"}
 
 
 @pytest.mark.parametrize("address", ["", "relative", "vsock:2:1234", "/nowhere/at/all"])
@@ -80,19 +83,21 @@ def test_manager_that_does_not_read_does_not_block(manager: socket.socket) -> No
     assert sent > 0
 
 
-@pytest.mark.parametrize("tell", [lambda: systemd.notify_ready("x"), systemd.notify_reloading, systemd.notify_stopping])
-def test_change_of_state_waits_for_a_slow_manager(manager: socket.socket, tell: Callable[[], bool]) -> None:
+@pytest.mark.parametrize(
+    "notify", [lambda: systemd.notify_ready("x"), systemd.notify_reloading, systemd.notify_stopping]
+)
+def test_change_of_state_waits_for_a_slow_manager(manager: socket.socket, notify: Callable[[], bool]) -> None:
     while systemd.notify_status("x"):
         pass
-    told: list[bool] = []
-    teller = threading.Thread(target=lambda: told.append(tell()))
-    teller.start()
-    teller.join(0.3)
-    assert teller.is_alive()
-    while not heard(manager).keys() & {"READY", "RELOADING", "STOPPING"}:
+    results: list[bool] = []
+    thread = threading.Thread(target=lambda: results.append(notify()))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    while not receive(manager).keys() & {"READY", "RELOADING", "STOPPING"}:
         pass  # earlier datagrams
-    teller.join()
-    assert told == [True]
+    thread.join()
+    assert results == [True]
 
 
 def test_change_of_state_is_dropped_when_the_manager_never_reads(
@@ -117,7 +122,7 @@ def test_watchdog_is_fed_at_most_three_times_in_an_interval(
     assert watchdog.interval_s == 0.3
     for _ in range(5):
         watchdog.feed()
-    assert heard(manager) == {"WATCHDOG": "1"}
+    assert receive(manager) == {"WATCHDOG": "1"}
     manager.settimeout(0)
     with pytest.raises(BlockingIOError):
         manager.recv(100)
@@ -125,7 +130,7 @@ def test_watchdog_is_fed_at_most_three_times_in_an_interval(
     until = time.monotonic() + 0.15
     while time.monotonic() < until:
         watchdog.feed()
-    assert heard(manager) == {"WATCHDOG": "1"}
+    assert receive(manager) == {"WATCHDOG": "1"}
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,15 @@ import pytest
 from ovserve.engines.genai import GenaiEngine
 from ovserve.engines.protocol import Engine
 from ovserve.errors import LinkClosed, ModelError
-from ovserve.fleet.processes import resident_bytes
 from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.local.processes import resident_bytes
 from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progress, Ready, Stop
 from ovserve.worker.main import create_engine
 from ovserve.worker.main import main as worker_main
 from ovserve.worker.runner import LOAD_FAILED, JobRunner
+from tests.live import BUILTIN_PATH
 from tests.reader import Figure, draw_scene, read_picture
 from tests.workerbench import WorkerBench, pixels_of, png
 
@@ -169,13 +171,23 @@ def test_progress_is_sent_only_on_request(bench: WorkerBench) -> None:
     assert not bench.of(job, Progress)
 
 
+def test_strength_zero_gives_the_source_for_each_picture_and_no_progress(bench: WorkerBench) -> None:
+    job = bench.start(images=(bench.image(CIRCLE),), strength=0.0, n=6, progress=True, partial_images=2)
+    done = bench.end(job)
+    assert isinstance(done, Done)
+    assert not bench.of(job, Progress)
+    found = [data for (name, _, partial), data in bench.pictures.items() if name == job and partial < 0]
+    assert len(found) == 6
+    assert all(np.array_equal(pixels_of(data), CIRCLE) for data in found)
+
+
 def test_long_texts_are_shortened_to_fit_a_message(bench: WorkerBench) -> None:
     prompt = "\U0001f600 " * 2000
     error = bench.fail(task="generation", prompt=prompt)
     assert error["error"] == "PromptTooLong"
-    job = bench.start(task="generation", prompt="a " + "猫" * 4 + " \U0001f600" * 500, truncate_prompt=True)
+    job = bench.start(task="generation", prompt="猫" * 4 + " \U0001f600" * 500, truncate_prompt=True)
     assert isinstance(bench.end(job), Done)
-    assert bench.of(job, Prepared)[0].revised_prompt.startswith("a 猫猫猫猫")
+    assert bench.of(job, Prepared)[0].revised_prompt.startswith("猫猫猫猫")
     error = bench.fail(task="generation", scheduler="\U0001f600" * 900)
     assert error["error"] == "InvalidValue"
 
@@ -255,7 +267,7 @@ def test_result_without_a_segment_fails_only_its_own_job(bench: WorkerBench) -> 
 
 
 def test_job_fails_if_its_exchange_has_released_its_segments(bench: WorkerBench) -> None:
-    segment = bench.spool.store(png(CIRCLE))
+    segment = bench.spool.put(png(CIRCLE))
     blob = segment.blob(0, len(png(CIRCLE)))
     segment.release()
     assert bench.fail(images=(blob,))["error"] == "InternalError"
@@ -291,15 +303,17 @@ def test_memory_stays_flat_over_two_hundred_edits(own_bench: WorkerBench) -> Non
     assert resident[-1] - resident[0] < 64 << 20, resident
 
 
-def main_with_a_clock_jump(end: Any, profile: ModelProfile, model: ModelSettings, settings: Settings) -> None:
+def main_with_a_clock_jump(
+    link: Any, blobs: Any, profile: ModelProfile, model: ModelSettings, settings: WorkerSettings
+) -> None:
     """Run a worker whose clock jumps by an hour when a file appears in the directory for compiled models."""
     monotonic, path = time.monotonic, Path(str(model.cache_dir)) / "an-hour-later"
     time.monotonic = lambda: monotonic() + (3600.0 if path.exists() else 0.0)
-    worker_main(end, profile, model, settings)
+    worker_main(link, blobs, profile, model, settings)
 
 
 def test_grant_that_comes_an_hour_late_still_completes_the_job(tmp_path: Path) -> None:
-    model = ModelSettings(name="shapes", engine="genai", cache_dir=tmp_path)
+    model = ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="genai", cache_dir=tmp_path)
     with WorkerBench(tmp_path / "spool", model, main=main_with_a_clock_jump) as worker:
         worker.ready()
         worker.answers_needs = False
@@ -331,7 +345,7 @@ def test_closed_link_ends_the_worker_at_once(own_bench: WorkerBench) -> None:
 
 
 def test_invalid_message_ends_the_worker(own_bench: WorkerBench) -> None:
-    os.write(own_bench.link.commands_fileno(), b'{"kind":"nonsense"}\n')
+    os.write(own_bench.link._commands.fileno(), b'{"kind":"nonsense"}\n')
     assert wait_for_exit(own_bench) not in (0, LOAD_FAILED)
 
 
@@ -352,13 +366,15 @@ def test_stop_while_loading_ends_the_worker(tmp_path: Path) -> None:
 def failure_of(worker: WorkerBench) -> str:
     code = wait_for_exit(worker)
     assert code == LOAD_FAILED
-    assert worker.link.failure is not None
+    assert worker.link.state.failure is not None
     assert not any(isinstance(message, Ready) for message in worker.log)
-    return str(worker.link.failure.error["message"])
+    return str(worker.link.state.failure.error["message"])
 
 
 def test_unknown_device_is_reported_before_exit(tmp_path: Path) -> None:
-    with WorkerBench(tmp_path, ModelSettings(name="shapes", engine="genai", device="TPU")) as worker:
+    with WorkerBench(
+        tmp_path, ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="genai", device="TPU")
+    ) as worker:
         assert "TPU" in failure_of(worker)
 
 
@@ -374,7 +390,7 @@ def test_damaged_weights_are_reported_before_exit(tmp_path: Path) -> None:
 
 
 def test_configured_engine_is_chosen() -> None:
-    model = ModelSettings(name="shapes", engine="genai")
+    model = ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="genai")
     engine, why = create_engine(read_profile(model), model)
     assert (engine.name, why) == ("genai", "configured")
 
@@ -382,7 +398,7 @@ def test_configured_engine_is_chosen() -> None:
 def test_stepwise_rejects_an_unsupported_family() -> None:
     import dataclasses
 
-    model = ModelSettings(name="shapes", engine="stepwise")
+    model = ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="stepwise")
     with pytest.raises(ModelError, match="flux"):
         create_engine(dataclasses.replace(read_profile(model), family="flux"), model)
 
@@ -411,7 +427,9 @@ class BrokenEngine(GenaiEngine):
         raise KeyError("an input of another name")
 
 
-def main_with_a_broken_engine(end: Any, profile: ModelProfile, model: ModelSettings, settings: Settings) -> None:
+def main_with_a_broken_engine(
+    link: Any, blobs: Any, profile: ModelProfile, model: ModelSettings, settings: WorkerSettings
+) -> None:
     created: list[weakref.ref[Engine]] = []
 
     def create(profile: ModelProfile, settings: ModelSettings) -> tuple[Engine, str]:
@@ -423,11 +441,11 @@ def main_with_a_broken_engine(end: Any, profile: ModelProfile, model: ModelSetti
         created.append(weakref.ref(engine))
         return engine, "proven"
 
-    JobRunner(end, profile, model, settings, create).run()
+    JobRunner(link, blobs, profile, model, settings, create_engine=create).run()
 
 
 def test_fallback_to_genai_frees_the_failed_engine_first(tmp_path: Path) -> None:
-    auto = ModelSettings(name="shapes", engine="auto")
+    auto = ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="auto")
     with WorkerBench(tmp_path, auto, main=main_with_a_broken_engine) as worker:
         ready = worker.ready()
         assert ready.engine == "genai"
@@ -436,7 +454,9 @@ def test_fallback_to_genai_frees_the_failed_engine_first(tmp_path: Path) -> None
 
 
 def test_auto_chooses_stepwise_for_the_builtin_model(tmp_path: Path) -> None:
-    with WorkerBench(tmp_path / "spool", ModelSettings(name="shapes", engine="auto", threads=1, streams=2)) as worker:
+    with WorkerBench(
+        tmp_path / "spool", ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="auto", threads=1, streams=2)
+    ) as worker:
         ready = worker.ready()
         assert ready.engine == "stepwise"
         assert (ready.tuned["threads"], ready.tuned["streams"]) == (1, 2)
@@ -445,7 +465,7 @@ def test_auto_chooses_stepwise_for_the_builtin_model(tmp_path: Path) -> None:
 
 
 def test_configured_threads_are_accepted(tmp_path: Path) -> None:
-    one = ModelSettings(name="shapes", engine="genai", threads=1)
+    one = ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="genai", threads=1)
     with WorkerBench(tmp_path, one, Settings(models=(one,))) as worker:
         worker.ready()
         assert worker.make(task="generation")

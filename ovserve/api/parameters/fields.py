@@ -1,17 +1,21 @@
-"""The table of request fields: name, kind, range, default, endpoints, text.
+"""The table of request fields: name, kind, range, default, endpoints, text, and the record's attribute it fills.
 
-Validation, error messages, the reference page and the OpenAPI document are all made from this table. The names are
-those of the public API (OpenAI's, then the model server's extensions, then ours); they are not used beyond `params.py`.
+Validation, defaults, the record for the worker, error messages, the reference page and the OpenAPI document are all
+made from this table. The names are those of the public API (OpenAI's, then the model server's extensions, then ours);
+they are not used outside this package.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ovserve.models.families import LCM_SCHEDULER
 from ovserve.models.profile import ModelProfile
+from ovserve.settings.options import ModelSettings, Resolution, Settings
+from ovserve.wire.request import ImageRequest
 
 __all__ = [
     "EDIT",
@@ -30,9 +34,25 @@ EDIT, GENERATION, VARIATION = "edit", "generation", "variation"
 ENDPOINTS = (EDIT, GENERATION, VARIATION)
 _EVERY = frozenset(ENDPOINTS)
 _WITH_IMAGE = frozenset((EDIT, VARIATION))
+_WITH_PROMPT = frozenset((EDIT, GENERATION))
 
 SCHEDULERS = ("ddim", "pndm", "euler", "euler_ancestral", LCM_SCHEDULER, "dpmpp_2m", "dpmpp_2m_karras", "unipc")
+# The names of the same schedulers in other programs (Stable Diffusion web UI, ComfyUI, stable-diffusion.cpp).
+SAMPLERS = {
+    "plms": "pndm",
+    "eulera": "euler_ancestral",
+    "keuler": "euler",
+    "keulera": "euler_ancestral",
+    "dpm++2m": "dpmpp_2m",
+    "kdpm++2m": "dpmpp_2m",
+    "dpm++2mkarras": "dpmpp_2m_karras",
+}
 FLOAT32_MAX = 3.4028234663852886e38
+
+_RECORD = frozenset(attribute.name for attribute in dataclasses.fields(ImageRequest))
+
+# The operator's inclusive bounds of a value, from the options of the model and of the server; None for no bound.
+Limit = Callable[[ModelSettings, Settings], tuple[float | None, float | Resolution | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,27 +64,52 @@ class Field:
         kind: text, integer, number, boolean, choice, size, file, files, object.
         text: what the field does, for the reference page and the OpenAPI document.
         endpoints: the endpoints that accept it: edit, generation, variation.
-        default: the default as the reference page shows it; empty for none.
-        low, high: inclusive bounds of a number; the operator's limits apply as well.
+        required: the endpoints that require it.
+        default: the value if it is left out; None where `resolve.py` chooses it, or the record's own default applies.
+        default_text: what the reference page shows as the default where `default` is None; empty for none.
+        low, high: inclusive bounds of a number.
+        limit: returns the operator's bounds; None if there are none.
+        limited_by: what these bounds belong to, in words.
         choices: the accepted values.
+        spellings: other spellings of them; case, blanks, `_` and `-` do not count.
         same_as: the field of which this is another name; both may be given if they are equal.
         needs: the model feature that the field requires, in words; empty if every model supports it.
         has: whether a model has that feature.
         served: False for a field that clients send and no model supports: 400 unsupported_parameter.
+        record: the attribute of ImageRequest that it fills, where that has another name.
     """
 
     name: str
     kind: str
     text: str
     endpoints: frozenset[str] = _EVERY
-    default: str = ""
+    required: frozenset[str] = frozenset()
+    default: Any = None
+    default_text: str = ""
     low: float | None = None
     high: float | None = None
+    limit: Limit | None = None
+    limited_by: str = "this model"
     choices: tuple[str, ...] = ()
+    spellings: Mapping[str, str] = field(default_factory=dict)
     same_as: str = ""
     needs: str = ""
     has: Callable[[ModelProfile], bool] | None = None
     served: bool = True
+    record: str = ""
+
+    @property
+    def attribute(self) -> str:
+        """The attribute of ImageRequest that this field fills; empty if it fills none."""
+        name = self.record or self.name
+        return name if name in _RECORD else ""
+
+    @property
+    def shown_default(self) -> str:
+        """The default as the reference page and the OpenAPI document show it; empty for none."""
+        if isinstance(self.default, bool):
+            return "true" if self.default else "false"
+        return self.default_text if self.default is None else str(self.default)
 
 
 def _has_guidance(profile: ModelProfile) -> bool:
@@ -86,21 +131,26 @@ def _unsupported(name: str, kind: str, text: str) -> Field:
 
 _TABLE = (
     Field("model", "text", "The model. May be left out if the server has only one model or a default model."),
-    Field("prompt", "text", "What the picture should show. Required for edits and generations."),
-    Field("image", "files", "The picture to edit: PNG, JPEG, WebP, GIF (first frame), BMP or TIFF.", _WITH_IMAGE),
+    Field("prompt", "text", "What the picture should show. Required for edits and generations.",
+          required=_WITH_PROMPT, default=""),
+    Field("image", "files", "The picture to edit: PNG, JPEG, WebP, GIF (first frame), BMP or TIFF.", _WITH_IMAGE,
+          required=_WITH_IMAGE, record="images"),
     Field("mask", "file", "The region to repaint; see `mask_mode`.", frozenset((EDIT,))),
-    Field("n", "integer", "Number of pictures. Picture k uses seed + k.", default="1", low=1, high=64),
-    Field("num_images_per_prompt", "integer", "The model server's name for `n`.", low=1, high=64, same_as="n"),
-    Field("size", "size", "Size of the result: `auto` (size of the image) or WxH in pixels.", default="auto"),
-    Field("width", "integer", "Width of the result in pixels; use `width` and `height`, or `size`.", low=1, high=99999),
+    Field("n", "integer", "Number of pictures. Picture k uses seed + k.", default=1, low=1, high=64,
+          limit=lambda model, _: (None, model.max_num_images_per_prompt)),
+    Field("size", "size", "Size of the result: `auto` (size of the image) or WxH in pixels.", default_text="auto",
+          limit=lambda model, _: (None, model.max_resolution)),
+    Field("width", "integer", "Width of the result in pixels; use `width` and `height`, or `size`.", low=1, high=99999,
+          limit=lambda model, _: (None, model.max_resolution.width)),
     Field("height", "integer", "Height of the result in pixels; use `width` and `height`, or `size`.",
-          low=1, high=99999),
+          low=1, high=99999, limit=lambda model, _: (None, model.max_resolution.height)),
     Field("response_format", "choice", "Pictures in the reply: base64, or the URL of a stored file.",
-          default="b64_json", choices=("b64_json", "url")),
-    Field("output_format", "choice", "File format of the pictures.", default="png", choices=("png", "jpeg", "webp")),
+          default_text="the option `default_response_format`", choices=("b64_json", "url")),
+    Field("output_format", "choice", "File format of the pictures.", default="png", choices=("png", "jpeg", "webp"),
+          spellings={"jpg": "jpeg"}),
     Field("output_compression", "integer",
           "Quality of jpeg and webp in percent. With 100, webp is lossless. Ignored for png.",
-          default="100", low=0, high=100),
+          default=100, low=0, high=100),
     Field("background", "choice",
           "Alpha channel of the source: `transparent` keeps it, `auto` keeps it outside the mask, `opaque` removes it.",
           default="auto", choices=("auto", "opaque", "transparent")),
@@ -110,15 +160,16 @@ _TABLE = (
     Field("input_fidelity", "choice",
           "Preset of `strength`, used if that is left out and the whole image is edited; `high` keeps more of it.",
           frozenset((EDIT,)), default="low", choices=("low", "high")),
-    Field("stream", "boolean", "Send the reply as server-sent events.", frozenset((EDIT, GENERATION)), default="false"),
+    Field("stream", "boolean", "Send the reply as server-sent events.", frozenset((EDIT, GENERATION)), default=False,
+          record="progress"),
     Field("partial_images", "integer", "Number of previews in a stream before each final picture.",
-          frozenset((EDIT, GENERATION)), default="0", low=0, high=3),
-    Field("style", "choice", "Accepted for older clients; has no effect.", default="", choices=("vivid", "natural")),
+          frozenset((EDIT, GENERATION)), default=0, low=0, high=3),
+    Field("style", "choice", "Accepted for older clients; has no effect.", choices=("vivid", "natural")),
     Field("moderation", "choice",
           "Accepted, but no content is checked; the reply contains `moderation: {checked: false}`.",
-          default="", choices=("auto", "low")),
-    Field("user", "text", "Your identifier of the end user; returned as `safety_identifier`."),
-    Field("safety_identifier", "text", "Same purpose as `user`; overrides it."),
+          choices=("auto", "low")),
+    Field("user", "text", "Your identifier of the end user; returned as `safety_identifier`.", default=""),
+    Field("safety_identifier", "text", "Same purpose as `user`; overrides it.", default=""),
     Field("negative_prompt", "text", "What the picture should not show.",
           needs="classifier-free guidance", has=_has_guidance),
     Field("prompt_2", "text", "Prompt for the second text encoder.",
@@ -130,18 +181,20 @@ _TABLE = (
           has=lambda profile: _has_guidance(profile) and _has_encoders(3)(profile)),
     Field("num_inference_steps", "integer",
           "Denoising steps. An edit runs num_inference_steps x strength of them; if this is left out, at least one.",
-          default="the model's", low=1, high=1000),
+          default_text="the model's", low=1, high=1000,
+          limit=lambda model, _: (None, model.max_num_inference_steps)),
     Field("guidance_scale", "number", "How closely the result follows the prompt; 1 or less turns guidance off.",
-          default="the model's", low=0, high=FLOAT32_MAX),
+          default_text="the model's", low=0, high=FLOAT32_MAX,
+          limit=lambda model, _: (None, model.max_guidance_scale)),
     Field("strength", "number",
-          "How much noise is added to the image before denoising: near 0 keeps the image, 1 ignores it. 0 runs no "
-          "step and gets 400.",
-          _WITH_IMAGE, default="the model's", low=0, high=1),
+          "How much noise is added to the image before denoising: near 0 keeps the image, 1 ignores it. 0 runs no step "
+          "and returns the image itself, at the requested size and in the requested format.",
+          _WITH_IMAGE, default_text="the model's", low=0, high=1,
+          limit=lambda model, _: (model.min_strength, model.max_strength)),
     Field("seed", "integer", "Seed of the noise, modulo 2**32. Random if left out or -1. The reply always contains it.",
-          default="random", low=-1, high=2**64 - 1),
-    Field("rng_seed", "integer", "The model server's name for `seed`.", low=-1, high=2**64 - 1, same_as="seed"),
-    Field("scheduler", "choice", "Noise scheduler; the choices of a model depend on its engine.", default="the model's",
-          choices=SCHEDULERS),
+          default_text="random", low=-1, high=2**64 - 1),
+    Field("scheduler", "choice", "Noise scheduler; the choices of a model depend on its engine.",
+          default_text="the model's", choices=SCHEDULERS, spellings=SAMPLERS),
     Field("max_sequence_length", "integer", "Maximum number of tokens for the T5 text encoder.",
           low=1, high=512, needs="a T5 text encoder", has=_has_t5),
     Field("resize_mode", "choice", "How an image of another aspect ratio is fitted: cropped, padded or stretched.",
@@ -152,10 +205,15 @@ _TABLE = (
           frozenset((EDIT,)), default="auto", choices=("auto", "alpha", "luminance")),
     Field("mask_blur", "integer",
           "Width in pixels of the soft edge, inside the mask or the transparent pixels of the image.",
-          frozenset((EDIT,)), default="0", low=0, high=256),
-    Field("truncate_prompt", "boolean", "Cut a prompt that is too long instead of rejecting it.", default="false"),
-    Field("timeout_s", "number", "Time limit for the whole request in seconds.", default="600", low=0.01, high=86400),
-    Field("metadata", "boolean", "Write prompt, seed and settings into the file.", default="true"),
+          frozenset((EDIT,)), default=0, low=0, high=256),
+    Field("truncate_prompt", "boolean",
+          "Cut a prompt that is too long instead of rejecting it. The built-in model then also leaves out words that "
+          "it does not know. The reply contains the prompt that was used (`revised_prompt`).",
+          default_text="the option `truncate_prompt`; the built-in model's own default is true"),
+    Field("timeout_s", "number", "Time limit for the whole request in seconds.",
+          default_text="the option `default_timeout_s`", low=0.01, high=86400,
+          limit=lambda _, server: (None, server.max_timeout_s), limited_by="this server"),
+    Field("metadata", "boolean", "Write prompt, seed and settings into the file.", default=True),
     _unsupported("lora_alphas", "object", "weights of LoRA adapters"),
     _unsupported("markup", "file", "an overlay with instructions"),
     _unsupported("complexity", "choice", "detail of an animation or drawing"),
@@ -164,10 +222,44 @@ _TABLE = (
     _unsupported("svg", "object", "settings of a vector drawing"),
 )  # fmt: skip
 
-FIELDS: Mapping[str, Field] = {field.name: field for field in _TABLE}
+# Further names of fields, and the field of each: the model server's, and those of other local servers.
+_SYNONYMS = (
+    ("num_images_per_prompt", "n"),
+    ("rng_seed", "seed"),
+    ("steps", "num_inference_steps"),
+    ("step", "num_inference_steps"),
+    ("num_steps", "num_inference_steps"),
+    ("cfg_scale", "guidance_scale"),
+    ("cfg", "guidance_scale"),
+    ("guidance", "guidance_scale"),
+    ("true_cfg_scale", "guidance_scale"),
+    ("sampler", "scheduler"),
+    ("sample_method", "scheduler"),
+    ("sampling_method", "scheduler"),
+    ("denoising_strength", "strength"),
+    ("denoise", "strength"),
+)
+
+
+def _synonym(name: str, field: Field) -> Field:
+    """Return a field that is another name of `field`."""
+    return dataclasses.replace(
+        field,
+        name=name,
+        text=f"Another name of `{field.name}`.",
+        required=frozenset(),
+        default=None,
+        default_text="",
+        same_as=field.name,
+        record="",
+    )
+
+
+_BY_NAME = {field.name: field for field in _TABLE}
+FIELDS: Mapping[str, Field] = {**_BY_NAME, **{name: _synonym(name, _BY_NAME[of]) for name, of in _SYNONYMS}}
 
 # Other spellings of field names that clients send, with the field they stand for.
-SPELLINGS: Mapping[str, str] = {"images": "image"}
+SPELLINGS: Mapping[str, str] = {"images": "image", "image_url": "image"}
 
 
 def field_named(name: str) -> Field | None:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ovserve.errors import ContentTooLarge
-from ovserve.wire.blobs import Blob
-from ovserve.wire.local.spool import Segment, Spool
+from ovserve.wire.blobs import Blob, BlobStore, Segment
 
 __all__ = ["Body", "SpooledForm", "SpooledUpload", "receive"]
 
@@ -84,7 +83,7 @@ class SpooledForm:
             self._segments.pop().release()
 
 
-def receive(body: Body, form: SpooledForm, spool: Spool, limit: int) -> Iterator[tuple[Segment, int, int]]:
+def receive(body: Body, form: SpooledForm, spool: BlobStore, limit: int) -> Iterator[tuple[Segment, int, int]]:
     """Receive the body into one segment of the form.
 
     A head alone reserves nothing: the segment is created when the first bytes have arrived, and grows as more arrive.

@@ -24,6 +24,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from ovserve.errors import BlobGone
+
 __all__ = ["MAX_POOLED_FILES", "FilePool", "PooledFile", "lock_for_reading"]
 
 MAX_POOLED_FILES = 64  # two descriptors each; enough for the concurrent small uploads of a busy server
@@ -156,12 +158,12 @@ def lock_for_reading(descriptor: int, path: str) -> None:
     """Take the shared lock on a file that was opened at `path`. Closing the descriptor releases it. Runs in: worker.
 
     Raises:
-        FileNotFoundError: the segment was released meanwhile, so the file may carry other bytes.
+        BlobGone: the segment was released meanwhile, so the file may carry other bytes.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if os.path.samestat(os.stat(path), os.fstat(descriptor)):
             return
-    except BlockingIOError:
+    except (BlockingIOError, FileNotFoundError):
         pass
-    raise FileNotFoundError(f"{path}: the segment has been released")
+    raise BlobGone(f"segment {os.path.basename(path)!r} was released")

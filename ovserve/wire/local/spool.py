@@ -1,6 +1,6 @@
 """Spool segments: memory-mapped files that carry encoded bytes between the front end and the workers.
 
-Only the front end creates, sizes and unlinks segments; workers open them by path (`open_blob`, `fill`). Space is
+Only the front end creates, sizes and unlinks segments; workers open them by id (`wire.local.blobs`). Space is
 allocated with posix_fallocate, so a full tmpfs is an error with a response, where a write to a plain mapping would be a
 SIGBUS.
 """
@@ -14,17 +14,17 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull
+from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull, may_pass
 from ovserve.logs import fields
 from ovserve.wire.blobs import Blob
-from ovserve.wire.local.file_pool import FilePool, PooledFile, lock_for_reading
+from ovserve.wire.local.blobs import SpoolBlobs
+from ovserve.wire.local.file_pool import FilePool, PooledFile
 from ovserve.wire.local.folder import FULL_RETRY_S, NO_DESCRIPTOR_ERRNOS, NO_SPACE_ERRNOS, Folder
 
-__all__ = ["Segment", "Spool", "default_directory", "fill", "open_blob"]
+__all__ = ["Spool", "SpoolSegment", "default_directory"]
 
 _POOL_SHARE = 4  # the pool may hold at most 1/4 of the spool's capacity: the rest is for requests in flight
 
@@ -37,7 +37,7 @@ def default_directory() -> Path:
     return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
 
-class Segment:
+class SpoolSegment:
     """One file of the spool. `view` is writable up to `reserved` bytes; beyond that it has no pages: do not touch it.
 
     Thread-safe: no; one owner at a time.
@@ -91,6 +91,11 @@ class Segment:
             self._view = memoryview(self._map)
         return self._view
 
+    @property
+    def id(self) -> str:
+        """The name of the file, by which a worker's SpoolBlobs finds it."""
+        return os.path.basename(self.path)
+
     def reserve(self, size: int) -> None:
         """Allocate the first `size` bytes, so that they are safe to touch.
 
@@ -116,6 +121,12 @@ class Segment:
             raise
         self.reserved = size
 
+    def read(self, offset: int, size: int) -> bytes:
+        """Return at most `size` bytes from `offset` without mapping the segment. Raises ValueError after `release`."""
+        if self._descriptor < 0:
+            raise ValueError("segment is released")
+        return os.pread(self._descriptor, size, offset)
+
     def write(self, data: bytes) -> None:
         """Write the data at the start of the segment without mapping it. The bytes have to be reserved."""
         view = memoryview(data)
@@ -124,7 +135,7 @@ class Segment:
 
     def blob(self, offset: int, size: int) -> Blob:
         """Return a reference to `size` bytes from `offset`, for a message."""
-        return Blob(self.path, offset, size)
+        return Blob(self.id, offset, size)
 
     def release(self) -> None:
         """Unlink the file, or put it into the pool, and free its bytes. Views become invalid. Idempotent."""
@@ -277,9 +288,9 @@ class Spool:
         """Create a file in the spool directory; return its path and descriptor. Raises SpoolFull and SpoolUnusable."""
         return self._folder.create()
 
-    def create(self, max_bytes: int, reserve: int = 0) -> Segment:
+    def create(self, max_bytes: int, reserve: int = 0) -> SpoolSegment:
         """Create a segment that may grow to `max_bytes`, with `reserve` bytes allocated. Raises SpoolFull."""
-        segment = Segment(self, max(1, max_bytes))
+        segment = SpoolSegment(self, max(1, max_bytes))
         try:
             segment.reserve(reserve)
         except BaseException:
@@ -287,7 +298,7 @@ class Spool:
             raise
         return segment
 
-    def create_for_upload(self, max_bytes: int, expected_bytes: int | None = None) -> Segment:
+    def create_for_upload(self, max_bytes: int, expected_bytes: int | None = None) -> SpoolSegment:
         """Create a segment for an upload, in a file from the pool if one fits. Raises SpoolFull.
 
         Only for bytes that the front end writes: a pooled file still has the bytes of an earlier upload.
@@ -304,14 +315,14 @@ class Spool:
             except SpoolFull:
                 file.close()  # the bytes that really come may still fit
             else:
-                return Segment(self, max_bytes, file.mapping_bytes, file)
-        return Segment(self, max_bytes, self.file_pool.mapping_bytes_for(max_bytes))
+                return SpoolSegment(self, max_bytes, file.mapping_bytes, file)
+        return SpoolSegment(self, max_bytes, self.file_pool.mapping_bytes_for(max_bytes))
 
     def empty_pool(self) -> None:
         """Close all pooled files."""
         self.file_pool.evict(self.file_pool.size_bytes)
 
-    def store(self, data: bytes) -> Segment:
+    def put(self, data: bytes) -> SpoolSegment:
         """Create a segment with exactly these bytes. Raises SpoolFull."""
         segment = self.create(len(data), reserve=len(data))
         try:
@@ -320,6 +331,11 @@ class Spool:
             segment.release()
             raise
         return segment
+
+    def worker_blobs(self) -> SpoolBlobs:
+        """Return what a worker needs to find the segments."""
+        folders = [self.directory] if self.fallback is None else [self.directory, self.fallback.path]
+        return SpoolBlobs(tuple(map(str, folders)))
 
     def charge(self, size: int) -> None:
         """Count `size` more bytes as used; pooled files are evicted to stay within the limit.
@@ -355,41 +371,6 @@ def _make_folder(option: str, directory: Path, on_recreate: Callable[[], None] |
     try:
         return Folder(directory, on_recreate)
     except OSError as error:
-        raise SettingsError(f"{option} {directory} cannot be used: {error.strerror}") from None
-
-
-@contextmanager
-def open_blob(blob: Blob) -> Iterator[memoryview]:
-    """Map the bytes of a blob read-only for the duration of the context. Runs in: worker.
-
-    Raises:
-        FileNotFoundError: the exchange has ended and its segments are released.
-    """
-    descriptor = os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        lock_for_reading(descriptor, blob.path)
-        with mmap.mmap(descriptor, blob.offset + blob.size, prot=mmap.PROT_READ) as mapped:
-            whole = memoryview(mapped)
-            part = whole[blob.offset : blob.offset + blob.size]
-            try:
-                yield part
-            finally:
-                part.release()
-                whole.release()
-    finally:
-        os.close(descriptor)
-
-
-def fill(path: str, data: bytes | memoryview) -> None:
-    """Write the announced bytes into a segment. Runs in: worker.
-
-    Raises:
-        FileNotFoundError: the exchange has ended and its segments are released.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
-    finally:
-        os.close(descriptor)
+        raise SettingsError(
+            f"{option} {directory} cannot be used: {error.strerror}", is_transient=may_pass(error)
+        ) from None

@@ -1,0 +1,69 @@
+"""The desired state: which models should have workers, how many, and what makes new workers necessary."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ovserve.models.fingerprint import fingerprint
+from ovserve.models.profile import ModelProfile
+from ovserve.settings.options import ModelSettings, Settings
+from ovserve.settings.worker import WorkerSettings
+
+__all__ = ["FRONT_END_OPTIONS", "DesiredModel", "desired_models"]
+
+# Options of a model that no worker reads: a change of one of them takes effect without new workers. The profile, which
+# is compared as well, has what the others make of a model's defaults.
+FRONT_END_OPTIONS = (
+    "replicas", "queue_limit", "memory_limit_bytes", "default_resolution", "max_num_images_per_prompt",
+    "default_num_inference_steps", "max_num_inference_steps", "default_guidance_scale", "max_guidance_scale",
+    "default_strength", "min_strength", "max_strength", "aliases", "builtin_aliases",
+    "extra_images", "truncate_prompt", "default_response_format", "unknown_fields",
+)  # fmt: skip
+_DEFAULTS = ModelSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredModel:
+    """What should run for one model.
+
+    Attributes:
+        profile: what the model's directory declares.
+        model: its options.
+        settings: the server's options; the supervisor applies its timeouts and limits.
+        files: fingerprint of the model's files.
+        is_resident: it has its workers always; otherwise only while it has unfinished jobs.
+    """
+
+    profile: ModelProfile
+    model: ModelSettings
+    settings: Settings
+    files: str = ""
+    is_resident: bool = True
+
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+        return self.model.name
+
+    @property
+    def worker_key(self) -> tuple[Any, ...]:
+        """What workers are started with: records with equal keys can keep each other's workers."""
+        unchanged = {name: getattr(_DEFAULTS, name) for name in FRONT_END_OPTIONS}
+        model = dataclasses.replace(self.model, **unchanged)
+        return self.profile, model, WorkerSettings.of(self.settings), self.files
+
+
+def desired_models(settings: Settings, profiles: Mapping[str, ModelProfile]) -> dict[str, DesiredModel]:
+    """Return the desired state of a configuration, by model name."""
+    return {
+        model.name: DesiredModel(
+            profiles[model.name],
+            model,
+            settings,
+            fingerprint(profiles[model.name].directory, model.cache_dir),
+        )
+        for model in settings.models
+    }

@@ -1,0 +1,251 @@
+"""The reconciler: starts or retires fleets until they agree with the desired models.
+
+    desired record                      fleets of the model
+    none                                serving fleet finishes its jobs, then retires; the model is removed
+    same worker key as the serving one  the serving fleet adopts it in place; no process changes
+    another worker key                  an incoming fleet starts beside the serving one and takes over when ready
+    another one, whose workers fail     the serving fleet stays; not tried again until the next `set_desired`
+
+Runs in: the supervisor thread. No process is touched here: the supervisor starts the slots that are created, and ends
+those that are retired.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ovserve.dispatch.dispatcher import Dispatcher
+from ovserve.errors import ModelNotFound
+from ovserve.fleet.desired import DesiredModel
+from ovserve.fleet.fleets import Fleet, Slot
+from ovserve.logs import fields
+
+__all__ = ["ModelFleets", "Reconciler"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class ModelFleets:
+    """The fleets of one model.
+
+    Attributes:
+        serving: requests are checked by its settings.
+        incoming: was started for a newer record; takes over when it is ready.
+        retiring: fleets whose slots are all retired and whose workers finish their jobs.
+        rejected: a record whose workers have failed.
+        is_removed: the model is no longer desired, and admits no jobs.
+    """
+
+    serving: Fleet
+    incoming: Fleet | None = None
+    retiring: list[Fleet] = field(default_factory=list)
+    rejected: DesiredModel | None = None
+    is_removed: bool = False
+
+    def __iter__(self) -> Iterator[Fleet]:
+        yield self.serving
+        if self.incoming is not None:
+            yield self.incoming
+        yield from self.retiring
+
+
+class Reconciler:
+    """Makes the fleets agree with the desired models.
+
+    Args:
+        dispatcher: gets models, limits and failures.
+        retire: gives a slot's worker no more jobs, and ends it when it has finished those it has.
+        on_serving: called when a record begins to serve, other than a model's first.
+
+    Attributes:
+        models: the fleets by model name, removed models included until their workers have exited.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        retire: Callable[[Slot], None],
+        on_serving: Callable[[DesiredModel], None],
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._retire = retire
+        self._on_serving = on_serving
+        self._desired: dict[str, DesiredModel] = {}
+        self.models: dict[str, ModelFleets] = {}
+
+    def fleets(self) -> list[Fleet]:
+        """Return every fleet that has or may have workers."""
+        return [fleet for entry in list(self.models.values()) for fleet in entry]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every model is served as desired, or as well as possible, and no worker is being retired."""
+        return not any(entry.incoming or entry.retiring or entry.is_removed for entry in list(self.models.values()))
+
+    def may_start(self, slot: Slot) -> bool:
+        """Return whether a slot's worker may be started now.
+
+        Not while workers that an earlier change has retired are still loading: otherwise each change in a row would add
+        another model that loads at the same time, and takes memory and cores.
+        """
+        fleet = slot.fleet
+        entry = self.models.get(fleet.name)
+        if entry is not None and fleet is entry.incoming and any(old.is_loading for old in entry.retiring):
+            return False
+        return fleet.may_start(slot)
+
+    def set_desired(self, desired: Mapping[str, DesiredModel]) -> None:
+        """Replace the desired state. Records that were rejected before are tried again."""
+        self._desired = dict(desired)
+        for name, record in desired.items():
+            entry = self.models.get(name)
+            if entry is None:
+                self._add_to_dispatcher(record)
+                self.models[name] = ModelFleets(Fleet(record))
+                continue
+            entry.rejected = None
+            if entry.is_removed:
+                entry.is_removed = False
+                self._add_to_dispatcher(record)
+                if entry.serving.desired.worker_key != record.worker_key:
+                    # Queued jobs and later requests are for the new workers.
+                    self._retire_fleet(entry, entry.serving)
+                    entry.serving = Fleet(record)
+        for name, entry in self.models.items():
+            if name not in desired and not entry.is_removed:
+                entry.is_removed = True
+                self._dispatcher.remove_model(name)
+
+    def set_resident(self, name: str, is_resident: bool) -> None:
+        """Change whether a model has its workers always, or only while it has unfinished jobs."""
+        if record := self._desired.get(name):
+            self._desired[name] = dataclasses.replace(record, is_resident=is_resident)
+
+    def reconcile(self) -> None:
+        """Take the next steps towards the desired state."""
+        for name, entry in list(self.models.items()):
+            record = self._desired.get(name)
+            if record is None:
+                self._unload(entry)
+            elif record.worker_key == entry.serving.desired.worker_key:
+                self._adopt(entry, record)
+            else:
+                self._replace(entry, record)
+            entry.retiring = [fleet for fleet in entry.retiring if fleet.slots]
+            if entry.is_removed and not entry.retiring and not entry.serving.slots:
+                del self.models[name]
+
+    def note_failure(self, fleet: Fleet) -> None:
+        """Fail the model of a fleet that has failed, unless another fleet serves it or will."""
+        entry = self.models.get(fleet.name)
+        if entry is None or fleet is not entry.serving:
+            return
+        if entry.incoming is None or not entry.incoming.ready_slots:
+            self._dispatcher.fail_model(fleet.name, fleet.failure)
+
+    # --- one model ----------------------------------------------------------------------------------------------------
+
+    def _unload(self, entry: ModelFleets) -> None:
+        """Retire the workers of a removed model when its last job has ended."""
+        if entry.incoming is not None:
+            self._retire_fleet(entry, entry.incoming)
+            entry.incoming = None
+        if entry.serving.active_slots and (entry.serving.failure or self._unfinished_jobs(entry.serving.name) == 0):
+            for slot in entry.serving.slots:
+                self._retire(slot)
+            self._dispatcher.remove_model(entry.serving.name)  # again: without workers, no other event removes it
+
+    def _adopt(self, entry: ModelFleets, record: DesiredModel) -> None:
+        """Serve a record with the workers that serve already, with as many of them as it asks for."""
+        if entry.incoming is not None:
+            self._abort_incoming(entry)
+        fleet = entry.serving
+        if fleet.desired is not record:
+            is_same = (fleet.desired.model, fleet.desired.profile) == (record.model, record.profile)
+            fleet.adopt(record)
+            self._add_to_dispatcher(record)
+            if not is_same:
+                self._on_serving(record)
+        count = self._wanted_workers(record)
+        for slot in fleet.surplus_slots(count):
+            self._retire(slot)
+        fleet.fill_slots(count)
+
+    def _replace(self, entry: ModelFleets, record: DesiredModel) -> None:
+        """Start workers for a record that the serving ones cannot adopt; hand over one by one as they become ready."""
+        if entry.incoming is not None and entry.incoming.desired.worker_key != record.worker_key:
+            self._abort_incoming(entry)
+        if record is entry.rejected:
+            entry.serving.fill_slots(self._wanted_workers(entry.serving.desired))
+            return
+        if entry.incoming is None:
+            entry.incoming = Fleet(record)
+        old, new, count = entry.serving, entry.incoming, self._wanted_workers(record)
+        if new.desired is not record:
+            new.adopt(record)
+        for slot in new.surplus_slots(count):
+            self._retire(slot)
+        new.fill_slots(count)
+        ready = len(new.ready_slots)
+        # New workers of which some are ready are better than old ones of which none is.
+        is_needed = ready and not old.ready_slots
+        if failure := new.failure or ("" if is_needed else new.crash_loop_reason):
+            log.error("reload failed, the old workers stay", extra=fields(model=old.name, why=failure))
+            entry.rejected = record
+            self._abort_incoming(entry)
+            return
+        keep = 0 if ready >= count else max(0, old.model.replicas - ready)
+        for slot in old.surplus_slots(keep):
+            self._retire(slot)
+        if not keep:
+            self._take_over(entry)
+
+    def _take_over(self, entry: ModelFleets) -> None:
+        """Make the incoming fleet the serving one. All old workers are retired, so new jobs go to the new ones."""
+        if entry.incoming is None:
+            return
+        self._retire_fleet(entry, entry.serving)
+        entry.serving, entry.incoming = entry.incoming, None
+        record = entry.serving.desired
+        self._add_to_dispatcher(record)
+        self._on_serving(record)
+        log.info("new workers have taken over", extra=fields(model=record.name))
+
+    def _abort_incoming(self, entry: ModelFleets) -> None:
+        """Retire an incoming fleet that failed or is no longer desired; the serving fleet gets its slots back."""
+        if entry.incoming is None:
+            return
+        self._retire_fleet(entry, entry.incoming)
+        entry.incoming = None
+        serving = entry.serving
+        serving.fill_slots(self._wanted_workers(serving.desired))
+        if serving.failure and not serving.ready_slots:
+            self._dispatcher.fail_model(serving.name, serving.failure)
+
+    def _retire_fleet(self, entry: ModelFleets, fleet: Fleet) -> None:
+        for slot in fleet.slots:
+            self._retire(slot)
+        entry.retiring.append(fleet)
+
+    def _add_to_dispatcher(self, record: DesiredModel) -> None:
+        self._dispatcher.add_model(
+            record.name, record.model.queue_limit, record.settings, is_resident=record.is_resident
+        )
+
+    def _wanted_workers(self, record: DesiredModel) -> int:
+        """Return how many workers should run now. A waiting job is demand for a model that is not resident."""
+        if record.is_resident or self._unfinished_jobs(record.name):
+            return record.model.replicas
+        return 0
+
+    def _unfinished_jobs(self, model: str) -> int:
+        """Return how many jobs are queued or running; a running job is requeued if its worker dies."""
+        try:
+            status = self._dispatcher.status(model)
+        except ModelNotFound:
+            return 0
+        return status.queued + status.running

@@ -1,0 +1,48 @@
+"""A fingerprint of the files of a model's directory: it changes when a file is replaced, added or removed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["fingerprint"]
+
+_MAX_FILES = 10_000  # a model has a few dozen; more is not a model's directory alone
+
+
+def fingerprint(directory: Path, cache_dir: Path | None = None) -> str:
+    """Return a hash over the names, sizes and modification times of a model's files; contents are not read.
+
+    Hidden files and directories are left out, and so is `cache_dir` where it lies inside the directory: the server
+    itself writes there. A missing or unreadable directory has an empty fingerprint.
+    """
+    digest = hashlib.sha256()
+    try:
+        for count, (name, found) in enumerate(_files(directory, cache_dir)):
+            if count == _MAX_FILES:
+                break
+            digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
+def _files(directory: Path, cache_dir: Path | None) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the files in a fixed order, by their path below the directory. Raises OSError."""
+    excluded = os.path.realpath(cache_dir) if cache_dir else ""
+    for folder, folders, names in os.walk(directory, onerror=_raise):
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) != excluded
+        )
+        for name in sorted(names):
+            if not name.startswith("."):
+                path = os.path.join(folder, name)
+                yield os.path.relpath(path, directory), os.stat(path)
+
+
+def _raise(error: OSError) -> None:
+    raise error

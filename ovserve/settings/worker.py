@@ -1,0 +1,26 @@
+"""The settings that a worker process gets: only what it reads, and no secret."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from ovserve.settings.options import Settings
+
+__all__ = ["WorkerSettings"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """The options of `Settings` with the same names. A change of one of them needs new workers."""
+
+    log_level: str
+    log_format: str
+    hang_limit_s: float
+    max_image_pixels: int
+    max_image_side_px: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> WorkerSettings:
+        """Return the part of the server's settings that workers get."""
+        return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})

@@ -1,0 +1,82 @@
+"""A launcher: starts workers, and the handle on each for what the fleet needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ovserve.models.profile import ModelProfile
+from ovserve.settings.options import ModelSettings
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.blobs import WorkerBlobs
+from ovserve.wire.link import Link, WorkerLink
+
+__all__ = ["Launcher", "WorkerMain", "WorkerProcess", "WorkerSpec"]
+
+# What runs in a worker: serves one model until Stop arrives or the link ends.
+WorkerMain = Callable[[WorkerLink, WorkerBlobs, ModelProfile, ModelSettings, WorkerSettings], None]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """One worker to start.
+
+    Attributes:
+        index: the worker's slot.
+        incarnation: how many workers this slot had before.
+    """
+
+    profile: ModelProfile
+    model: ModelSettings
+    settings: WorkerSettings
+    index: int
+    incarnation: int
+
+
+class WorkerProcess(Protocol):
+    """One started worker. Used by the supervisor thread alone, but for `pid` and `kill`."""
+
+    @property
+    def name(self) -> str:
+        """`model/index#incarnation`, as in the log."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id, for the log; 0 where it has none on this machine."""
+
+    @property
+    def readiness(self) -> int:
+        """A descriptor for `multiprocessing.connection.wait`: readable when the worker has exited."""
+
+    def is_alive(self) -> bool:
+        """Return whether it runs; reap it when it has exited."""
+
+    def exit_reason(self) -> str:
+        """Return why it has exited, for the log."""
+
+    def kill(self) -> None:
+        """Kill it at once. Idempotent."""
+
+    def resident_bytes(self) -> int:
+        """Return its resident memory without pages mapped from files; 0 when it has exited or this is not known."""
+
+    def close(self) -> None:
+        """Free the handle of a worker that has exited."""
+
+
+class Launcher(Protocol):
+    """Starts workers."""
+
+    def prepare(self) -> None:
+        """Do what must happen once, in the calling thread, before the thread that calls `start` begins."""
+
+    def start(self, spec: WorkerSpec) -> tuple[WorkerProcess, Link]:
+        """Start a worker; return its handle and the front end's side of its link.
+
+        Raises:
+            OSError: the system has no descriptors, memory or process ids left.
+        """
+
+    def memory_bytes(self) -> int:
+        """Return how much memory workers may use altogether."""

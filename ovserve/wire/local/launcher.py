@@ -1,0 +1,94 @@
+"""Workers as processes on this machine: spawned, tied to the thread that spawned them, watched through /proc."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnProcess
+
+from ovserve.wire.blobs import WorkerBlobs
+from ovserve.wire.launcher import WorkerMain, WorkerSpec
+from ovserve.wire.local import processes
+from ovserve.wire.local.pipes import PipeLink, open_link
+
+__all__ = ["LocalLauncher", "LocalProcess"]
+
+
+class LocalProcess:
+    """`wire.launcher.WorkerProcess` for a process of this machine."""
+
+    def __init__(self, process: SpawnProcess) -> None:
+        self._process = process
+        self.name = process.name
+        self.pid = process.pid or 0
+        self.readiness = process.sentinel
+
+    def is_alive(self) -> bool:
+        """Return whether it runs; reap it when it has exited."""
+        return self._process.is_alive()
+
+    def exit_reason(self) -> str:
+        """Return why it has exited, from its exit code."""
+        return processes.describe_exit(self._process.exitcode)
+
+    def kill(self) -> None:
+        """Send SIGKILL. Idempotent."""
+        self._process.kill()
+
+    def resident_bytes(self) -> int:
+        """Return its resident memory without pages mapped from files; 0 when it has exited."""
+        return processes.resident_bytes(self.pid)
+
+    def close(self) -> None:
+        """Free the handle of a process that has exited."""
+        self._process.close()
+
+
+class LocalLauncher:
+    """`wire.launcher.Launcher` that spawns processes.
+
+    Every process ends with the thread that calls `start` (PR_SET_PDEATHSIG).
+
+    Args:
+        worker_main: the spawn target, importable by name.
+        blobs: the workers' access to the front end's segments.
+    """
+
+    def __init__(self, worker_main: WorkerMain, blobs: WorkerBlobs) -> None:
+        self._worker_main = worker_main
+        self._blobs = blobs
+        self._context = multiprocessing.get_context("spawn")
+
+    def prepare(self) -> None:
+        """Start the resource tracker. Its first start unblocks signals in the thread that makes it."""
+        resource_tracker.ensure_running()
+
+    def start(self, spec: WorkerSpec) -> tuple[LocalProcess, PipeLink]:
+        """Spawn a worker. Raises OSError."""
+        link, end = open_link(self._context, spec.model.name, spec.index, spec.incarnation)
+        process = self._context.Process(
+            target=processes.run_worker,
+            args=(self._worker_main, os.getpid(), end, self._blobs, spec.profile, spec.model, spec.settings),
+            name=link.name,
+            daemon=True,
+        )
+        try:
+            # If the tracker had exited, `start` would start it again, and leave signals unblocked in this thread.
+            resource_tracker.ensure_running()
+            # The child inherits the mask, so a Ctrl-C never reaches it.
+            signal.pthread_sigmask(signal.SIG_BLOCK, processes.BLOCKED_SIGNALS)
+            process.start()
+        except OSError:
+            link.close()
+            raise
+        finally:
+            end.close()
+        started = LocalProcess(process)
+        processes.raise_oom_score(started.pid)
+        return started, link
+
+    def memory_bytes(self) -> int:
+        """Return the memory of this machine, or of the control group of this process if that is less."""
+        return processes.machine_memory_bytes()

@@ -1,0 +1,1 @@
+"""The boundary inside one process: for unit tests, and the smallest example of an implementation."""

@@ -1,0 +1,315 @@
+"""Reload, scale and unload as changes of the desired state, over workers in memory: which processes change."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import itertools
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ovserve
+from ovserve.deadline import Deadline
+from ovserve.dispatch.dispatcher import Dispatcher
+from ovserve.dispatch.jobs import Client, Job, State
+from ovserve.fleet.desired import FRONT_END_OPTIONS
+from ovserve.fleet.supervisor import Supervisor
+from ovserve.models.fingerprint import fingerprint
+from ovserve.models.profile import ModelProfile
+from ovserve.settings.options import ModelSettings, Settings
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.blobs import WorkerBlobs
+from ovserve.wire.link import WorkerLink
+from ovserve.wire.memory.blobs import MemoryBlobs
+from ovserve.wire.memory.launcher import MemoryLauncher
+from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Need, Picture, Prepared, Ready, Run, Stop
+from ovserve.wire.request import ImageRequest
+from tests.toys import toy_profile
+
+PATIENCE_S = 10.0
+
+
+def worker_main(
+    link: WorkerLink, blobs: WorkerBlobs, profile: ModelProfile, model: ModelSettings, settings: WorkerSettings
+) -> None:
+    """Serve jobs one at a time; `plugin_config` "fail" cannot load, "hang" never becomes ready."""
+    if model.plugin_config == "fail":
+        link.send(Failed("", {"message": "cannot load"}))
+        return
+    if model.plugin_config != "hang":
+        link.send(Ready(1, "memory"))
+    while True:
+        message = link.receive()
+        if isinstance(message, Run):
+            link.send(Prepared(message.job, "image2image", 8, 8, 1, 1, 1, 1))
+            link.send(Need(message.job, 0, 3))
+        elif isinstance(message, Grant):
+            blobs.fill(message.storage, b"abc")
+            link.send(Picture(message.job, 0, 1, 3))
+            link.send(Done(message.job, 1.0, 1.0, 1.0))
+        elif isinstance(message, Stop):
+            return
+        link.send(Heartbeat("idle"))
+
+
+class MemorySystem:
+    """Dispatcher and supervisor over workers in memory."""
+
+    def __init__(self, *models: ModelSettings, **options: Any) -> None:
+        self.blobs = MemoryBlobs()
+        self.launcher = MemoryLauncher(worker_main, self.blobs)
+        self.settings = self._settings(*models, **options)
+        self.dispatcher = Dispatcher(self.blobs, self.settings)
+        self.serving: list[ModelSettings] = []
+        self.supervisor = Supervisor(
+            self.settings, self._profiles(self.settings), self.dispatcher, self.launcher, self._note_serving
+        )
+        self.supervisor.start()
+        self._ids = itertools.count()
+        self.until(lambda: all(self.ready(model.name) == model.replicas for model in models))
+
+    @staticmethod
+    def _settings(*models: ModelSettings, **options: Any) -> Settings:
+        # Workers in memory send no heartbeat while they are idle.
+        return Settings(models=models, idle_hang_limit_s=3600, hang_limit_s=3600, restart_delay_s=0.01, **options)
+
+    @staticmethod
+    def _profiles(settings: Settings) -> dict[str, ModelProfile]:
+        return {
+            model.name: dataclasses.replace(toy_profile(model.name), directory=model.path or Path("/nowhere"))
+            for model in settings.models
+        }
+
+    def _note_serving(self, _: ModelProfile, model: ModelSettings) -> None:
+        self.serving.append(model)
+
+    def reload(self, *models: ModelSettings, **options: Any) -> None:
+        settings = self._settings(*models, **options)
+        self.supervisor.reload(settings, self._profiles(settings))
+        assert self.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+
+    def workers(self) -> dict[str, int]:
+        return self.supervisor.worker_pids()
+
+    def ready(self, model: str) -> int:
+        return self.dispatcher.status(model).workers
+
+    def serve(self, model: str) -> State:
+        """Run one job to its end."""
+        request = ImageRequest(task="edit", prompt="x")
+        job = Job(f"job-{next(self._ids)}", model, Client("c"), request, Deadline.after(60))
+        try:
+            self.dispatcher.admit(job)
+            self.until(lambda: job.is_settled)
+            return job.state
+        finally:
+            job.close()
+
+    def until(self, is_so: Any) -> None:
+        deadline, pause = Deadline.after(PATIENCE_S), threading.Event()
+        while not is_so():
+            assert not deadline.is_expired(), self.supervisor.status()
+            pause.wait(0.005)
+
+    def close(self) -> None:
+        self.dispatcher.drain()
+        self.supervisor.stop(Deadline.after(PATIENCE_S))
+        self.dispatcher.close()
+        assert self.workers() == {}
+        assert self.blobs.used_bytes == 0
+
+
+@pytest.fixture
+def system() -> Iterator[MemorySystem]:
+    made = MemorySystem(A, B)
+    yield made
+    made.close()
+
+
+A = ModelSettings(name="a", replicas=2)
+B = ModelSettings(name="b")
+
+
+def test_unchanged_configuration_keeps_every_process(system: MemorySystem) -> None:
+    before = system.workers()
+    system.reload(A, B)
+    assert system.workers() == before
+    assert len(system.launcher.started) == 3
+    assert system.serving == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"api_key": "another"},
+        {"max_connections": 7},
+        {"restart_delay_s": 9.0},
+        {"default_model": "b"},
+        {"terminate_timeout_s": 1.0},
+    ],
+)
+def test_option_that_no_worker_reads_keeps_every_process(options: dict[str, Any]) -> None:
+    system = MemorySystem(A, B)
+    try:
+        before = system.workers()
+        settings = dataclasses.replace(system.settings, **options)
+        system.supervisor.reload(settings, system._profiles(settings))
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert system.workers() == before
+    finally:
+        system.close()
+
+
+def test_option_that_workers_read_replaces_every_process(system: MemorySystem) -> None:
+    before = system.workers()
+    system.reload(A, B, max_image_pixels=1000)
+    system.until(lambda: len(system.workers()) == 3)
+    assert not before.keys() & system.workers().keys()
+
+
+def test_changed_model_replaces_its_own_processes_only(system: MemorySystem) -> None:
+    before = system.workers()
+    changed = dataclasses.replace(B, device="GPU")
+    system.reload(A, changed)
+    after = system.workers()
+    assert {name for name in after if name.startswith("a/")} == {"a/0#0", "a/1#0"}
+    assert after["a/0#0"] == before["a/0#0"]
+    assert "b/0#0" not in after
+    assert "b/0#1" in after
+    assert system.serving == [changed]
+
+
+def test_limits_of_a_model_change_without_new_processes(system: MemorySystem) -> None:
+    before = system.workers()
+    changed = dataclasses.replace(B, queue_limit=3, max_num_images_per_prompt=2, max_strength=0.9)
+    system.reload(A, changed)
+    assert system.workers() == before
+    assert system.serving == [changed]
+
+
+def test_replicas_change_by_single_processes(system: MemorySystem) -> None:
+    system.reload(dataclasses.replace(A, replicas=4), B)
+    system.until(lambda: system.ready("a") == 4)
+    assert system.workers().keys() == {"a/0#0", "a/1#0", "a/2#0", "a/3#0", "b/0#0"}
+    system.reload(dataclasses.replace(A, replicas=1), B)
+    system.until(lambda: system.workers().keys() == {"a/0#0", "b/0#0"})
+    assert system.serve("a") is State.DONE
+
+
+def test_replaced_file_of_a_model_replaces_its_processes(tmp_path: Path) -> None:
+    weights = tmp_path / "a" / "unet.bin"
+    weights.parent.mkdir()
+    weights.write_bytes(b"old")
+    model = dataclasses.replace(A, path=weights.parent)
+    system = MemorySystem(model, B)
+    try:
+        before = system.workers()
+        system.reload(model, B)
+        assert system.workers() == before
+        weights.write_bytes(b"new weights")
+        system.reload(model, B)
+        assert system.workers().keys() == {"a/0#1", "a/1#1", "b/0#0"}
+    finally:
+        system.close()
+
+
+def test_failed_record_is_not_tried_again_before_the_next_reload(system: MemorySystem) -> None:
+    broken = dataclasses.replace(B, plugin_config="fail")
+    system.reload(A, broken)
+    started = len(system.launcher.started)
+    assert system.workers().keys() == {"a/0#0", "a/1#0", "b/0#0"}
+    system.supervisor.set_resident("a", True)  # any event: the loop runs again
+    assert system.serve("b") is State.DONE
+    assert len(system.launcher.started) == started
+    system.reload(A, broken)
+    assert len(system.launcher.started) == started + 1
+
+
+def test_reload_back_to_the_serving_record_ends_the_new_workers(system: MemorySystem) -> None:
+    hanging = dataclasses.replace(B, plugin_config="hang")
+    settings = system._settings(A, hanging)
+    system.supervisor.reload(settings, system._profiles(settings))
+    system.until(lambda: "b/0#1" in system.workers())
+    system.reload(A, B)
+    assert system.workers().keys() == {"a/0#0", "a/1#0", "b/0#0"}
+    assert system.serving == []
+
+
+def test_removed_model_that_returns_is_served_again(system: MemorySystem) -> None:
+    system.reload(A)
+    system.until(lambda: system.dispatcher.models() == ["a"])
+    system.reload(A, B)
+    system.until(lambda: system.ready("b") == 1)
+    assert system.workers().keys() == {"a/0#0", "a/1#0", "b/0#1"}
+    assert system.serve("b") is State.DONE
+
+
+def test_model_that_is_not_resident_has_workers_only_while_it_has_jobs(system: MemorySystem) -> None:
+    system.supervisor.set_resident("a", False)
+    system.until(lambda: system.workers().keys() == {"b/0#0"})
+    assert system.dispatcher.status("a").ready  # a job is admitted, and starts the workers
+    assert system.serve("a") is State.DONE
+    system.until(lambda: system.workers().keys() == {"b/0#0"})
+    system.supervisor.set_resident("a", True)
+    system.until(lambda: system.ready("a") == 2)
+
+
+def test_crashed_worker_is_restarted_in_its_slot(system: MemorySystem) -> None:
+    system.launcher.started[0].exit("crashed")
+    name = system.launcher.started[0].name
+    model, _, rest = name.partition("/")
+    system.until(lambda: f"{model}/{rest.partition('#')[0]}#1" in system.workers())
+    system.until(lambda: system.ready("a") == 2)
+
+
+# --- what makes new workers necessary
+# -----------------------------------------------------------------------------------
+
+
+def test_workers_read_no_option_that_changes_without_new_workers() -> None:
+    package = Path(ovserve.__file__).parent
+    for path in [*(package / "worker").rglob("*.py"), *(package / "engines").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Attribute):
+                owner = ast.unparse(node.value).rpartition(".")[2]
+                is_settings = owner in ("settings", "_settings", "model", "_model")
+                assert not (is_settings and node.attr in FRONT_END_OPTIONS), f"{path.name}: {ast.unparse(node)}"
+
+
+def test_front_end_options_are_options_of_a_model() -> None:
+    assert {field.name for field in dataclasses.fields(ModelSettings)} >= set(FRONT_END_OPTIONS)
+
+
+def test_fingerprint_changes_with_names_sizes_and_times(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    weights = tmp_path / "unet" / "model.bin"
+    weights.write_bytes(b"abc")
+    seen = {fingerprint(tmp_path)}
+    os.utime(weights, (1, 1))
+    seen.add(fingerprint(tmp_path))
+    weights.write_bytes(b"abcd")
+    os.utime(weights, (1, 1))
+    seen.add(fingerprint(tmp_path))
+    (tmp_path / "new.json").touch()
+    seen.add(fingerprint(tmp_path))
+    assert len(seen) == 4
+    assert fingerprint(tmp_path) in seen
+
+
+def test_fingerprint_ignores_hidden_files_and_the_cache(tmp_path: Path) -> None:
+    (tmp_path / "model.json").touch()
+    before = fingerprint(tmp_path, tmp_path / "cache")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "index").touch()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "compiled.blob").touch()
+    assert fingerprint(tmp_path, tmp_path / "cache") == before
+
+
+def test_fingerprint_of_a_missing_directory_is_empty(tmp_path: Path) -> None:
+    assert fingerprint(tmp_path / "missing") == ""
