@@ -373,6 +373,13 @@ class Settings:
         unit="pixels",
         reason="a phone's photo; 200 MB after decoding",
     )
+    max_prepared_bytes: int = _option(
+        1024 * MIB,
+        "Decoded pixels of the edits in one worker, at which it prepares no further ones. One edit may exceed it.",
+        low=1 * MIB,
+        unit="bytes",
+        reason="a masked edit takes 7 MB at 1024x1024 pixels and 120 MB at 4096x4096",
+    )
     max_image_side_px: int = _option(
         16384, "Maximum side length of an uploaded image.", low=1, high=65535, unit="pixels"
     )

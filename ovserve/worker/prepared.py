@@ -11,6 +11,10 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ovserve import __version__
 from ovserve.engines.protocol import Work
@@ -60,6 +64,13 @@ class Backdrop:
         if has_alpha(result) and (self.is_opaque or result[..., 3].min() == 255):
             return flatten(result)
         return result
+
+
+def _owner(array: NDArray[Any]) -> NDArray[Any]:
+    """Return the array that owns the memory of a view."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
 
 
 def _with_alpha(result: Pixels, original: Pixels) -> Pixels:
@@ -121,6 +132,15 @@ class PreparedRequest:
     background: str
     colour_profile: bytes
     unchanged: Pixels | None = None
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Memory of all decoded pixels; arrays that share memory count once."""
+        arrays: list[NDArray[Any] | None] = [self.mask, self.initial_image, self.mask_image, self.unchanged]
+        for backdrop in (self.backdrop, self.preview_backdrop):
+            arrays += [backdrop.original, None if backdrop.seam is None else backdrop.seam.weight]
+        owners = {id(owner): owner.nbytes for array in arrays if array is not None for owner in [_owner(array)]}
+        return sum(owners.values())
 
     def work(self, job_id: str, picture: int, *, alone: bool = False) -> Work:
         """Return the work of one picture for an engine."""

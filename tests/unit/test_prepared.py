@@ -136,6 +136,22 @@ def test_results_and_previews_keep_the_source_colour_profile(blob: StoreBlob) ->
         assert "icc_profile" not in image.info
 
 
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_pixel_bytes_are_those_of_all_arrays_once(blob: StoreBlob) -> None:
+    assert prepared(task="generation").pixel_bytes == 0
+    whole = prepared(images=(blob(png(noise(128, 64))),))
+    assert whole.pixel_bytes == 128 * 64 * 3  # what the engine gets; the result shows nothing of the image
+    mask = np.zeros((64, 128), np.uint8)
+    mask[16:32, 32:64] = 255
+    masked = prepared(images=(blob(png(noise(128, 64))),), mask=blob(png(mask)))
+    weight = 2 * 18 * 34  # of the part to repaint and one pixel around it
+    assert masked.pixel_bytes == 128 * 64 * 3 + 2 * 128 * 64 + weight
+    alike = prepared(images=(blob(png(noise(128, 64))),), mask=blob(png(mask)), partial_images=2)
+    assert alike.pixel_bytes == masked.pixel_bytes  # previews of this size share the arrays
+
+
 # --- seeds and metadata -----------------------------------------------------------------------------------------------
 
 
