@@ -384,6 +384,25 @@ class Settings:
         16384, "Maximum side length of an uploaded image.", low=1, high=65535, unit="pixels"
     )
 
+    decode_cpu_limit_s: float = _option(
+        10.0,
+        "Maximum CPU time for decoding one uploaded image. Smaller images get a part of it: a twentieth up to one "
+        "megapixel, all of it from 49 megapixels. At the limit the request gets 400.",
+        low=0.1,
+        high=3600,
+        unit="seconds",
+        reason="several times what a photograph needs on a slow machine; a file that needs more is made to",
+    )
+    decode_memory_limit_bytes: int = _option(
+        1536 * MIB,
+        "Maximum memory for decoding one uploaded image; smaller images get less, by their number of pixels. At the "
+        "limit the request gets 400.",
+        low=64 * MIB,
+        high=1024 * 1024 * MIB,
+        unit="bytes",
+        reason="20 bytes for each pixel of the largest image, and its file",
+    )
+
     # Timeouts.
     head_timeout_s: float = _option(
         10.0, "Time from the first byte of a request to the end of its head.", low=0.1, high=3600, unit="seconds"

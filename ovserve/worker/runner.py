@@ -18,6 +18,7 @@ Invariants:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import logging
 import threading
@@ -30,6 +31,7 @@ from ovserve.engines.protocol import Engine, Outcome, Preview, Work
 from ovserve.errors import ApiError, BlobGone, DeadlineExceeded, InternalError, LinkClosed, LinkGarbage, ModelError
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
+from ovserve.pixels.decoder import DecodeLimits, Decoder
 from ovserve.settings.options import ModelSettings
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import WorkerBlobs
@@ -48,6 +50,10 @@ __all__ = ["BROKEN", "LOAD_FAILED", "JobRunner"]
 LOAD_FAILED = 3  # exit code: the model cannot be loaded; the reason was sent as a Failed without a job
 BROKEN = 4  # exit code: a thread of the worker has failed, or the link carried an invalid message
 _SPARE_JOBS = 2  # beyond those in the engine: one prepared and one being finished, so that the device never waits
+
+# A decoding process that has not replied within this share of the hang limit is killed: image and mask together, and an
+# attempt to start the process, must not reach the limit, at which the worker itself is killed.
+_DECODE_SHARE = 0.3
 
 CreateEngine = Callable[[ModelProfile, ModelSettings], tuple[Engine, str]]
 
@@ -79,6 +85,8 @@ class JobRunner:
         self._intake = Intake(settings.max_prepared_bytes)
         self._preparing_since: float | None = None  # monotonic time at which the prepare thread started its current job
         self._reports = ReportSender(link)
+        wall_s = settings.hang_limit_s * _DECODE_SHARE
+        self._decoder = Decoder(DecodeLimits(settings.decode_cpu_limit_s, settings.decode_memory_limit_bytes, wall_s))
         self._finisher = Finisher(self, self._reports, blobs)
         self._engine: Engine | None = None
         self._loop: DeviceLoop | None = None
@@ -215,7 +223,11 @@ class JobRunner:
             raise InternalError("the job was cancelled")
         started = time.monotonic()
         request = ImageRequest.from_json(self._blobs.read(job.run.request))
-        prepared = prepare(request, self._profile, self._model, self._settings, self._engine, blobs=self._blobs)
+        # Called in the prepare thread, which lives as long as the worker: the decoding process ends with it.
+        decode = functools.partial(self._decoder.decode, job=job.id)
+        prepared = prepare(
+            request, self._profile, self._model, self._settings, self._engine, blobs=self._blobs, decode=decode
+        )
         works = [
             self._attach_callbacks(job, request, prepared.work(job.id, k, alone=job.run.alone))
             for k in range(request.n)
