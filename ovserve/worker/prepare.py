@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ovserve.engines.protocol import Engine, check_served
+from ovserve.engines.protocol import Engine, Features
 from ovserve.errors import InvalidValue, MissingParameter, UnsupportedParameter
 from ovserve.models.profile import ModelProfile
 from ovserve.models.steps import default_strength, denoising_steps, is_lcm, smallest_strength
@@ -55,25 +55,20 @@ def prepare(
     Raises:
         BadRequest: one of its subclasses, naming the field that is wrong.
     """
-    if request.scheduler and request.scheduler not in engine.schedulers:
-        names = ", ".join(sorted(engine.schedulers))
-        raise InvalidValue(
-            f"scheduler: {request.scheduler!r} is not served by this model; expected one of {names}", param="scheduler"
-        )
-    if not request.scheduler and request.preferred_scheduler in engine.schedulers:
-        request = replace(request, scheduler=request.preferred_scheduler)
+    request = _adapt_to_engine(request, engine.features)
+    engine.check(request)
     prompt, text_tokens = fit_prompt(request, profile, engine)
     limits = Limits(settings.max_image_pixels, settings.max_image_side_px)
     source, mask, colour_profile = _read_images(request, blobs, limits, decode)
     mode = "text2image" if source is None else "image2image" if mask is None else "inpainting"
-    _check_mode(mode, profile)
+    _check_mode(mode, profile, engine.features)
     if request.mask_blur and mode != "inpainting":
         raise InvalidValue(
             "mask_blur: needs a mask; send one, or an image with fully transparent pixels", param="mask_blur"
         )
-    keeps_alpha = _resolve_keeps_alpha(request, source)
+    keeps_alpha = _resolve_keeps_alpha(request, source, model)
     strength = _resolve_strength(request, mode, profile)
-    steps = check_steps(request, strength, profile, engine)
+    steps = check_steps(request, strength, profile)
     layout = _plan_layout(request, source, mask, profile, model, keeps_alpha=keeps_alpha)
     unchanged = None if steps or layout.original is None else _without_steps(layout.original, request)
     preview_frame = fit_into(layout.frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
@@ -104,6 +99,13 @@ def prepare(
         colour_profile=colour_profile,
         unchanged=unchanged,
     )
+
+
+def _adapt_to_engine(request: ImageRequest, features: Features) -> ImageRequest:
+    """Return the request with the preset's scheduler where the engine has it, and without previews it cannot make."""
+    if not request.scheduler and request.preferred_scheduler in features.schedulers:
+        request = replace(request, scheduler=request.preferred_scheduler)
+    return request if features.previews else replace(request, partial_images=0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,21 +219,23 @@ def _read_images(
     return source, mask, image.colour_profile
 
 
-def _check_mode(mode: str, profile: ModelProfile) -> None:
-    if mode in profile.tasks:
+def _check_mode(mode: str, profile: ModelProfile, features: Features) -> None:
+    if mode in features.tasks:
         return
-    if "inpainting" in profile.tasks and mode == "image2image":
+    if "inpainting" in features.tasks and mode == "image2image":
         raise MissingParameter(f"mask: model {profile.name!r} only does inpainting; send a mask", param="mask")
     raise UnsupportedParameter(f"model {profile.name!r} does not serve {mode}", param="model")
 
 
-def _resolve_keeps_alpha(request: ImageRequest, source: Pixels | None) -> bool:
+def _resolve_keeps_alpha(request: ImageRequest, source: Pixels | None, model: ModelSettings) -> bool:
     """Return whether a result gets the source's alpha. Raises InvalidValue when that is impossible."""
     if request.background != "transparent":
         return False
     if request.output_format == "jpeg":
         raise InvalidValue("background: transparent needs output_format png or webp", param="background")
     if source is None or not has_alpha(source):
+        if model.missing_alpha == "opaque":
+            return False
         raise InvalidValue(
             "background: transparent needs an image with an alpha channel; the model itself makes opaque pictures",
             param="background",
@@ -252,14 +256,13 @@ def _resolve_strength(request: ImageRequest, mode: str, profile: ModelProfile) -
     )
 
 
-def check_steps(request: ImageRequest, strength: float, profile: ModelProfile, engine: Engine) -> int:
+def check_steps(request: ImageRequest, strength: float, profile: ModelProfile) -> int:
     """Return how many steps will run, 0 at strength 0; `strength` is the one that will run, 1.0 for text-to-image.
 
     Raises:
-        InvalidValue: the number of steps, or the strength, cannot be run.
+        InvalidValue: the strength is out of range, or leaves too few steps.
     """
     count = request.num_inference_steps
-    check_served(engine.name, profile, request)
     if not 0 <= strength <= 1:
         raise InvalidValue(f"strength: {strength:g} is not within 0 to 1", param="strength")
     steps = denoising_steps(profile, request.scheduler, count, strength)

@@ -11,8 +11,8 @@ Invariants:
   holds for a cancelled job too: the front end waits for that report before it sends another job in its place.
 - An error in one job ends that job. An error in a thread ends the process: the supervisor starts another.
 - End-of-file on the link means that the front end is dead: the process exits at once, whatever it is doing.
-- Every queue is bounded: jobs by the capacity reported in Ready, outcomes by `finish.FINISH_LIMIT`, encoded pictures by
-  the jobs in this worker.
+- Every queue is bounded: jobs by the capacity reported in Ready, their decoded pixels by `max_prepared_bytes`, outcomes
+  by `finish.FINISH_LIMIT`, encoded pictures by the jobs in this worker.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import gc
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from ovserve.wire.link import MAX_CAPACITY, WorkerLink
 from ovserve.wire.messages import Cancel, Done, Grant, Heartbeat, Message, Progress, Ready, Run, Stop
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.finish import Finisher
+from ovserve.worker.intake import Intake
 from ovserve.worker.jobs import WorkerJob
 from ovserve.worker.loop import DeviceLoop
 from ovserve.worker.prepare import prepare
@@ -82,7 +82,7 @@ class JobRunner:
         self._lock = threading.Lock()
         self._jobs: dict[str, WorkerJob] = {}
         self._is_stopping = False
-        self._to_prepare: queue.SimpleQueue[WorkerJob] = queue.SimpleQueue()
+        self._intake = Intake(settings.max_prepared_bytes)
         self._preparing_since: float | None = None  # monotonic time at which the prepare thread started its current job
         self._reports = ReportSender(link)
         wall_s = settings.hang_limit_s * _DECODE_SHARE
@@ -115,7 +115,7 @@ class JobRunner:
             job = WorkerJob(command.job, command, Deadline.after(command.timeout_s))
             with self._lock:
                 self._jobs[job.id] = job
-            self._to_prepare.put(job)
+            self._intake.put(job)
         elif isinstance(command, Cancel):
             found = self.find(command.job)
             if found is not None:
@@ -149,6 +149,7 @@ class JobRunner:
             if job.error is None:
                 job.error = error
         job.stopped.set()
+        self._intake.wake()
         if self._loop is not None:
             self._loop.wake()
         self.settle_if_complete(job)
@@ -165,6 +166,7 @@ class JobRunner:
             if job.error is None and (job.prepared is None or job.filled < job.prepared.request.n):
                 return
             del self._jobs[job.id]
+        self._intake.release(job)
         if job.error is None:
             self._reports.send(Done(job.id, job.prepare_ms, job.denoise_ms, job.finish_ms))
         else:
@@ -190,7 +192,7 @@ class JobRunner:
 
     def _prepare_loop(self) -> None:
         while True:
-            job = self._to_prepare.get()
+            job = self._intake.take()
             self._preparing_since = time.monotonic()
             try:
                 self._prepare(job)
@@ -206,6 +208,7 @@ class JobRunner:
                 self._fail_preparation(job, InternalError(reason))
             finally:
                 self._preparing_since = None
+            del job  # otherwise its pixels would stay in memory until the next job arrives
 
     def _fail_preparation(self, job: WorkerJob, error: ApiError) -> None:
         job.is_preparing = False
@@ -231,6 +234,7 @@ class JobRunner:
         ]
         job.prepare_ms = (time.monotonic() - started) * 1000
         self._reports.prepared(job.id, prepared)
+        self._intake.hold(job, prepared.pixel_bytes)
         with self._lock:
             job.prepared, job.added, job.is_preparing = prepared, request.n, False
         if prepared.unchanged is None:
