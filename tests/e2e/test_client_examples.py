@@ -157,7 +157,7 @@ def test_curl_example_prints_the_error_and_fails(server: LiveServer, tmp_path: P
         ["bash", "-o", "pipefail", "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode != 0
-    assert "'prompt'" in done.stderr
+    assert "did you mean prompt?" in done.stderr
 
 
 def test_model_can_be_served_as_gpt_image_1(tmp_path: Path) -> None:
