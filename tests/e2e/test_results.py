@@ -173,7 +173,7 @@ def test_path_names_the_model(client: httpx.Client, data: Path, path: str) -> No
 
 def test_preflight_of_a_browser(client: httpx.Client) -> None:
     asked = {
-        "origin": "http://a.example",
+        "origin": "http://localhost:3000",
         "access-control-request-method": "POST",
         "access-control-request-headers": "authorization,content-type",
     }
@@ -181,7 +181,7 @@ def test_preflight_of_a_browser(client: httpx.Client) -> None:
     assert reply.status_code == 204
     assert "POST" in reply.headers["access-control-allow-methods"]
     assert reply.headers["access-control-allow-headers"] == "authorization,content-type"
-    assert reply.headers["access-control-allow-origin"] == "*"
+    assert reply.headers["access-control-allow-origin"] == "http://localhost:3000"
 
 
 def test_moderation_is_reported_as_unchecked(client: httpx.Client, data: Path) -> None:

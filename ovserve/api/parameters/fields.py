@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ovserve.models.families import LCM_SCHEDULER
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Resolution, Settings
 from ovserve.wire.request import ImageRequest
@@ -35,7 +36,7 @@ _EVERY = frozenset(ENDPOINTS)
 _WITH_IMAGE = frozenset((EDIT, VARIATION))
 _WITH_PROMPT = frozenset((EDIT, GENERATION))
 
-SCHEDULERS = ("ddim", "pndm", "euler", "euler_ancestral", "lcm", "dpmpp_2m", "dpmpp_2m_karras", "unipc")
+SCHEDULERS = ("ddim", "pndm", "euler", "euler_ancestral", LCM_SCHEDULER, "dpmpp_2m", "dpmpp_2m_karras", "unipc")
 # The names of the same schedulers in other programs (Stable Diffusion web UI, ComfyUI, stable-diffusion.cpp).
 SAMPLERS = {
     "plms": "pndm",
@@ -120,7 +121,7 @@ def _has_encoders(count: int) -> Callable[[ModelProfile], bool]:
 
 
 def _has_t5(profile: ModelProfile) -> bool:
-    return profile.family in ("sd3", "flux")
+    return profile.traits.t5 is not None
 
 
 def _unsupported(name: str, kind: str, text: str) -> Field:
