@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ovserve.engines.protocol import Engine, check_served
 from ovserve.errors import InvalidValue, MissingParameter, UnsupportedParameter
 from ovserve.models.profile import ModelProfile
 from ovserve.models.steps import default_strength, denoising_steps, is_lcm, smallest_strength
 from ovserve.pixels.frames import Fitting, Placement, fit_into, size_of
+from ovserve.pixels.holes import fill_holes, join_alpha, mask_from_alpha, settle_alpha
 from ovserve.pixels.images import Limits, Pixels, decode_image, extract_colour_profile, flatten, has_alpha
-from ovserve.pixels.masks import Seam, check_not_empty, mask_from_holes, mask_from_image, match_mask, pool
+from ovserve.pixels.masks import Seam, check_not_empty, mask_from_image, match_mask, pool
 from ovserve.settings.options import ModelSettings, Resolution
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import Blob, WorkerBlobs
@@ -55,9 +58,7 @@ def prepare(
     mode = "text2image" if source is None else "image2image" if mask is None else "inpainting"
     _check_mode(mode, profile)
     if request.mask_blur and mode != "inpainting":
-        raise InvalidValue(
-            "mask_blur: needs a mask; send one, or an image with fully transparent pixels", param="mask_blur"
-        )
+        raise InvalidValue("mask_blur: needs a mask; send one, or an image with transparent pixels", param="mask_blur")
     keeps_alpha = _resolve_keeps_alpha(request, source)
     strength = _resolve_strength(request, mode, profile)
     steps = check_steps(request, strength, profile, engine)
@@ -93,7 +94,10 @@ def prepare(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layout:
-    """The sizes a request is served at and its pixels at these sizes; attributes as in PreparedRequest."""
+    """The sizes a request is served at and its pixels at these sizes; attributes as in PreparedRequest.
+
+    `opacity` is the image's alpha in the frame if the mask is made of it: uint8 (H, W); else None.
+    """
 
     frame: Resolution
     placement: Placement
@@ -101,6 +105,7 @@ class _Layout:
     mask: Pixels | None = None
     initial_image: Pixels | None = None
     mask_image: Pixels | None = None
+    opacity: Pixels | None = None
 
 
 def _plan_layout(
@@ -126,15 +131,21 @@ def _plan_layout(
         return _Layout(frame, placement, Backdrop(None, None, keeps_alpha, is_opaque))
     fitting = Fitting.plan(size_of(source), frame, request.resize_mode)
     original = fitting.fit_image(source)
-    initial_image = placement.place_image(flatten(original))
     if mask is None:
         shown = original if keeps_alpha else None
+        initial_image = placement.place_image(flatten(original))
         return _Layout(frame, placement, Backdrop(shown, None, keeps_alpha, is_opaque), None, initial_image)
     mask = fitting.fit_mask(mask)
     check_not_empty(mask, " in the part of the image that is used")
     mask_image = pool(placement.place_mask(mask), profile.side_multiple_px)
-    backdrop = Backdrop(original, Seam.plan(mask, request.mask_blur), keeps_alpha, is_opaque)
-    return _Layout(frame, placement, backdrop, mask, initial_image, mask_image)
+    filled = fill_holes(original)
+    # The model sees no white where it repaints transparent pixels, and what a viewer sees elsewhere.
+    initial_image = placement.place_image(np.where(mask[..., None] > 0, filled, flatten(original)))
+    opacity = None
+    if request.mask is None:  # the mask is the image's own alpha
+        original, opacity = filled if request.mask_blur else original[..., :3], original[..., 3]
+    backdrop = Backdrop(original, Seam.plan(mask, request.mask_blur, opacity), keeps_alpha, is_opaque)
+    return _Layout(frame, placement, backdrop, mask, initial_image, mask_image, opacity)
 
 
 def _has_transparent_result(layout: _Layout, request: ImageRequest) -> bool:
@@ -153,9 +164,13 @@ def _preview_backdrop(layout: _Layout, request: ImageRequest, size: Resolution) 
     if not request.partial_images or size == layout.frame:
         return backdrop
     fitting = Fitting.plan(layout.frame, size, "stretch")
-    original = None if backdrop.original is None else fitting.fit_image(backdrop.original)
+    original, opacity = backdrop.original, layout.opacity
+    if original is not None:
+        original = fitting.fit_image(original if opacity is None else join_alpha(original, opacity))
+    if original is not None and opacity is not None:
+        original, opacity = fill_holes(original) if request.mask_blur else original[..., :3], original[..., 3]
     blur_px = round(request.mask_blur * size.width / layout.frame.width)
-    seam = None if layout.mask is None else Seam.plan(fitting.fit_mask(layout.mask), blur_px)
+    seam = None if layout.mask is None else Seam.plan(fitting.fit_mask(layout.mask), blur_px, opacity)
     return Backdrop(original, seam, backdrop.keeps_alpha, backdrop.is_opaque)
 
 
@@ -175,7 +190,8 @@ def _read_images(request: ImageRequest, blobs: WorkerBlobs, limits: Limits) -> t
         check_not_empty(mask)
         mask = match_mask(mask, size_of(source))
     elif request.task == "edit" and request.background != "transparent":
-        mask = mask_from_holes(source)
+        mask = mask_from_alpha(source)
+        source = settle_alpha(source)
     return source, mask
 
 

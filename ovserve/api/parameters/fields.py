@@ -188,8 +188,8 @@ _TABLE = (
     Field("resize_mode", "choice", "How an image of another aspect ratio is fitted: cropped, padded or stretched.",
           _WITH_IMAGE, default="crop", choices=("crop", "pad", "stretch")),
     Field("mask_mode", "choice",
-          "`alpha` repaints transparent pixels, `luminance` white ones; `auto` is alpha if the mask has transparent "
-          "pixels, else luminance.",
+          "`alpha` repaints transparent pixels, `luminance` white ones; `auto` is alpha if a pixel of the mask has "
+          "alpha below 128, else luminance.",
           frozenset((EDIT,)), default="auto", choices=("auto", "alpha", "luminance")),
     Field("mask_blur", "integer",
           "Width in pixels of the soft edge, inside the mask or the transparent pixels of the image.",
