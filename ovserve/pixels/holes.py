@@ -57,7 +57,8 @@ def fill_holes(pixels: Pixels) -> Pixels:
     if not rows.size:
         return colour
     weighted = colour.astype(np.uint16) * alpha[..., None]
-    below = _spread(_sum_blocks(weighted) / 255, _sum_blocks(alpha[..., None]) / 255)[rows // 2, columns // 2]
+    level = np.float32(255)
+    below = _spread(_sum_blocks(weighted) / level, _sum_blocks(alpha[..., None]) / level)[rows // 2, columns // 2]
     share = alpha[rows, columns, None].astype(np.float32) / 255
     filled = colour.copy()
     filled[rows, columns] = (colour[rows, columns] * share + below * (1 - share) + 0.5).astype(np.uint8)
@@ -76,13 +77,13 @@ def _spread(colour: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray
         colour: float32 (H, W, 3), multiplied by the weight.
         weight: float32 (H, W, 1), 0 to 4: the opacity, which counts as 1 if it is more.
     """
-    excess = np.maximum(weight, 1)
+    excess = np.maximum(weight, np.float32(1))
     colour, weight = colour / excess, weight / excess
     if max(weight.shape[:2]) == 1:
         return np.divide(colour, weight, out=np.full_like(colour, _MIDDLE_LEVEL), where=weight > 0)
     height, width = weight.shape[:2]
     coarse = _spread(_sum_blocks(colour), _sum_blocks(weight))
-    return colour + (1 - weight) * coarse.repeat(2, 0)[:height].repeat(2, 1)[:, :width]
+    return colour + (np.float32(1) - weight) * coarse.repeat(2, 0)[:height].repeat(2, 1)[:, :width]
 
 
 def _sum_blocks(values: NDArray[Any]) -> NDArray[np.float32]:
