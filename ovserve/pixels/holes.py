@@ -77,7 +77,7 @@ def _spread(colour: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray
         colour: float32 (H, W, 3), multiplied by the weight.
         weight: float32 (H, W, 1), 0 to 4: the opacity, which counts as 1 if it is more.
     """
-    excess = np.maximum(weight, np.float32(1))
+    excess: NDArray[np.float32] = np.maximum(weight, np.float32(1))
     colour, weight = colour / excess, weight / excess
     if max(weight.shape[:2]) == 1:
         return np.divide(colour, weight, out=np.full_like(colour, _MIDDLE_LEVEL), where=weight > 0)

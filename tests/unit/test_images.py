@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from ovserve.errors import ImageError
 from ovserve.pixels.images import (
@@ -336,7 +336,7 @@ def test_only_rgb_profiles_are_extracted(form: str) -> None:
     assert extract_colour_profile(encoded(Image.fromarray(RGB), form, icc_profile=gray)) == b""
 
 
-def test_profile_over_one_mebibyte_is_dropped() -> None:
+def test_profile_over_one_mebibyte_is_not_repeated_in_results() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert extract_colour_profile(encoded(Image.fromarray(RGB), "TIFF", icc_profile=profile + bytes(1 << 20))) == b""
 
@@ -367,3 +367,38 @@ def test_png_with_overwritten_pixel_data_is_rejected(data: Path) -> None:
     damaged[600] ^= 1
     with pytest.raises(ImageError, match="image"):
         decode_image(bytes(damaged), "image", Limits(10**6, 10**4))
+
+
+# --- orientation ------------------------------------------------------------------------------------------------------
+
+
+def test_orientation_of_xmp_is_ignored_as_in_browsers(data: Path) -> None:
+    turned, plain = ((data / "cases" / name).read_bytes() for name in ("xmp6_256.jpg", "plain_256.jpg"))
+    assert np.array_equal(decoded(turned), decoded(plain))
+    small = decoded((data / "cases" / "xmp6.jpg").read_bytes())
+    with Image.open(data / "cases" / "xmp6.jpg") as image:
+        assert small.shape[1::-1] == image.size
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("exif_too", [False, True])
+def test_orientation_comes_from_exif_alone(form: str, exif_too: bool) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    options: dict[str, object] = {"lossless": True} if form == "WEBP" else {}
+    exif = Image.Exif()
+    if exif_too:
+        exif[0x0112] = 3
+    if form == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        raw = Image.Exif()
+        raw[0x0112] = 8
+        chunks.add_text("Raw profile type exif", f"\nexif\n8\n{raw.tobytes().hex()}\n")
+        options["pnginfo"] = chunks
+    elif form == "TIFF":
+        exif[700] = xmp
+    else:
+        options["xmp"] = xmp
+    found = decoded(encoded(Image.fromarray(SMOOTH), form, exif=exif, **options))
+    plain = decoded(encoded(Image.fromarray(SMOOTH), form, **({"lossless": True} if form == "WEBP" else {})))
+    assert np.array_equal(found, plain[::-1, ::-1] if exif_too else plain)
