@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 Pixels = NDArray[np.uint8]
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # any other decoder would only add attack surface
 PNG_COMPRESS_LEVEL = 1  # measured at 512 and 1024 px: level 6 takes 1.3 to 5 times as long for 7 to 20 % fewer bytes
@@ -44,6 +45,7 @@ _EXIF_IFD = 0x8769
 _USER_COMMENT = 0x9286
 _GRAY_FACTORS = {2: 85, 4: 17}  # gray of 2 and 4 bits: the factor to 8 bits
 _GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
+_WEBP_CHUNKS = 64  # read at most; before the first frame are three: the header, an ICC profile, the animation's options
 _MAX_JPEG_COMMENT_BYTES = 65_000  # a JPEG segment holds 65533 bytes; the EXIF structure takes some of them
 _MAX_WEBP_COMMENT_BYTES = 1 << 24
 
@@ -78,9 +80,11 @@ def decode_image(data: bytes | memoryview, name: str, limits: Limits) -> Pixels:
             image.info.pop(
                 "xmp", None
             )  # its orientation does not count, as in browsers; the TIFF reader would apply it
+            box = _first_frame_box(image, data)
             image.load()
             # Read the orientation after load: the TIFF reader applies it itself and drops the tag.
-            return _apply_orientation(_to_srgb(image, png, name), _read_orientation(image, png))
+            pixels = _clear_outside(_to_srgb(image, png, name), box)
+            return _apply_orientation(pixels, _read_orientation(image, png))
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - anything a decoder raises on malformed bytes is an error of the file
@@ -121,6 +125,44 @@ def _check_size(image: Image.Image, name: str, limits: Limits) -> None:
             f"{name}: {width}x{height} is too large; at most {limits.pixels} pixels and {limits.side_px} px on a side",
             param=name,
         )
+
+
+def _first_frame_box(image: Image.Image, data: bytes) -> Box | None:
+    """Return left, top, right, bottom of the first frame of a GIF or WebP animation; None if it fills the picture."""
+    box: Box = (0, 0, *image.size)
+    if image.format == "GIF" and image.tile:
+        left, top, right, bottom = image.tile[0].extents
+        box = (int(left), int(top), int(right), int(bottom))
+    elif image.format == "WEBP" and (at := _find_webp_frame(data)):
+        # RFC 9649 section 2.7.1.1: offsets in units of two pixels, sizes minus one, 24 bits each.
+        left, top, width, height = (int.from_bytes(data[at + 3 * k : at + 3 * k + 3], "little") for k in range(4))
+        box = (2 * left, 2 * top, 2 * left + width + 1, 2 * top + height + 1)
+    return None if box == (0, 0, *image.size) else box
+
+
+def _find_webp_frame(data: bytes) -> int:
+    """Return the offset of the content of the first ANMF chunk of a WebP file; 0 if the file is no animation."""
+    at = 12
+    for _ in range(_WEBP_CHUNKS):
+        kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if kind == b"ANMF":
+            return at + 8
+        if len(kind) < 4 or kind in (b"VP8 ", b"VP8L"):
+            break
+        at += 8 + size + size % 2
+    return 0
+
+
+def _clear_outside(pixels: Pixels, box: Box | None) -> Pixels:
+    """Return the picture with alpha 0 outside the box, where an animation's first frame leaves it unpainted."""
+    if box is None:
+        return pixels
+    left, top, right, bottom = box
+    cleared = np.zeros((*pixels.shape[:2], 4), np.uint8)
+    inside = cleared[top:bottom, left:right]
+    inside[..., 3] = 255
+    inside[..., : pixels.shape[2]] = pixels[top:bottom, left:right]
+    return cleared
 
 
 def _read_orientation(image: Image.Image, png: Png | None) -> int:

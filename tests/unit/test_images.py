@@ -402,3 +402,54 @@ def test_orientation_comes_from_exif_alone(form: str, exif_too: bool) -> None:
     found = decoded(encoded(Image.fromarray(SMOOTH), form, exif=exif, **options))
     plain = decoded(encoded(Image.fromarray(SMOOTH), form, **({"lossless": True} if form == "WEBP" else {})))
     assert np.array_equal(found, plain[::-1, ::-1] if exif_too else plain)
+
+
+# --- first frames -----------------------------------------------------------------------------------------------------
+
+
+def test_gif_frame_smaller_than_the_screen_leaves_transparency(data: Path) -> None:
+    found = decoded((data / "cases" / "first_partial.gif").read_bytes())
+    with Image.open(data / "cases" / "first_partial.gif") as image:
+        left, top, right, bottom = image.tile[0].extents
+    inside = np.zeros(found.shape[:2], bool)
+    inside[top:bottom, left:right] = True
+    assert not inside.all()
+    assert (found[inside][:, 3] == 255).all()
+    assert not found[~inside].any()
+
+
+def test_gif_frame_larger_than_the_screen_is_whole_and_opaque() -> None:
+    gif = bytearray(encoded(Image.new("P", (10, 9), 0), "GIF"))
+    gif[6:10] = struct.pack("<HH", 4, 4)
+    assert decoded(bytes(gif)).shape == (9, 10, 3)
+
+
+def test_gif_frame_keeps_its_own_transparency() -> None:
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 2), 1)
+    gif = bytearray(encoded(image, "GIF", transparency=1))
+    gif[6:10] = struct.pack("<HH", 6, 5)
+    found = decoded(bytes(gif))
+    assert found.shape == (5, 6, 4)
+    assert found[2, 1, 3] == 0
+    assert found[0, 0].tolist() == [10, 20, 30, 255]
+    assert not found[4:].any()
+    assert not found[:, 4:].any()
+
+
+@pytest.mark.parametrize("flags", [0x02, 0x12], ids=["without alpha", "with alpha"])
+def test_webp_frame_smaller_than_the_canvas_leaves_transparency(flags: int) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return kind + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
+
+    def number(value: int) -> bytes:
+        return value.to_bytes(3, "little")
+
+    still = encoded(Image.new("RGB", (8, 6), (200, 10, 10)), "WEBP", lossless=True)
+    frame = chunk(b"ANMF", number(2) + number(3) + number(7) + number(5) + number(100) + b"\0" + still[12:])
+    head = chunk(b"VP8X", bytes([flags, 0, 0, 0]) + number(15) + number(15)) + chunk(b"ANIM", bytes(6))
+    body = b"WEBP" + head + frame + frame
+    found = decoded(b"RIFF" + struct.pack("<I", len(body)) + body)
+    assert (found[6:12, 4:12] == [200, 10, 10, 255]).all()
+    assert found[..., 3].sum() == 255 * 48
