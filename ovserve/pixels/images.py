@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ovserve.errors import ImageError
 from ovserve.pixels.colour import (
@@ -23,6 +24,7 @@ from ovserve.pixels.colour import (
     png_space,
 )
 from ovserve.pixels.png import SIGNATURE, Png, read_png
+from ovserve.pixels.tiff import check_tiff, gray_levels
 
 __all__ = [
     "FORMATS",
@@ -80,6 +82,8 @@ def decode_image(data: bytes | memoryview, name: str, limits: Limits) -> Pixels:
             image.info.pop(
                 "xmp", None
             )  # its orientation does not count, as in browsers; the TIFF reader would apply it
+            if isinstance(image, TiffImageFile):
+                check_tiff(image)
             box = _first_frame_box(image, data)
             image.load()
             # Read the orientation after load: the TIFF reader applies it itself and drops the tag.
@@ -127,11 +131,11 @@ def _check_size(image: Image.Image, name: str, limits: Limits) -> None:
         )
 
 
-def _first_frame_box(image: Image.Image, data: bytes) -> Box | None:
+def _first_frame_box(image: ImageFile.ImageFile, data: bytes) -> Box | None:
     """Return left, top, right, bottom of the first frame of a GIF or WebP animation; None if it fills the picture."""
     box: Box = (0, 0, *image.size)
     if image.format == "GIF" and image.tile:
-        left, top, right, bottom = image.tile[0].extents
+        left, top, right, bottom = image.tile[0].extents or box
         box = (int(left), int(top), int(right), int(bottom))
     elif image.format == "WEBP" and (at := _find_webp_frame(data)):
         # RFC 9649 section 2.7.1.1: offsets in units of two pixels, sizes minus one, 24 bits each.
@@ -218,6 +222,8 @@ def _to_pixels(image: Image.Image, png: Png | None, name: str) -> Pixels:
         _scale_transparent_colour(image, png)
         if png.depth == 16 and isinstance(image.info.get("transparency"), tuple):
             return np.dstack([np.asarray(image), _alpha_of_wide_colour(image, png)])
+    if image.mode == "La":  # premultiplied; Pillow converts it to nothing else
+        image = image.convert("LA")
     mode = "RGBA" if image.has_transparency_data else "RGB"
     return np.asarray(image if image.mode == mode else image.convert(mode))  # convert() to the same mode would copy
 
@@ -248,7 +254,7 @@ def _alpha_of_wide_colour(image: Image.Image, png: Png) -> Pixels:
 
 def _gray_16_to_pixels(image: Image.Image) -> Pixels:
     """Convert 16-bit gray; Pillow's own conversion clips at 255 instead of scaling."""
-    wide = np.asarray(image)
+    wide = gray_levels(image, np.asarray(image))
     gray = (wide >> 8).astype(np.uint8)
     planes = [gray, gray, gray]
     clear = image.info.get("transparency")
