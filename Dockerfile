@@ -24,4 +24,4 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
     CMD ["/opt/ovserve/bin/python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=4)"]
-ENTRYPOINT ["/opt/ovserve/bin/python", "-m", "ovserve"]
+ENTRYPOINT ["/opt/ovserve/bin/python", "-P", "-m", "ovserve"]

@@ -345,7 +345,8 @@ def compare(result: Result, servers: Sequence[str], clients: Sequence[int]) -> s
         pairs = [one / two for one, two in zip(ours, theirs, strict=True) if two]
         ours, theirs = (result.find("cpu", server=name, clients=number).values for name in (server, other))
         lines.append(
-            f"{server} / {other}, {number} clients: throughput {estimate(pairs)}, CPU of a request {ratio(ours, theirs)}"
+            f"{server} / {other}, {number} clients: throughput {estimate(pairs)}, CPU of a request "
+            f"{ratio(ours, theirs)}"
         )
     return "\n".join(lines)
 

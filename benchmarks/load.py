@@ -215,7 +215,10 @@ class Report:
             "late": self.late,
             "probes": [round(value, 6) for value in self.probes],
             "failed_probes": self.failed_probes,
-            "samples": [[s.kind, *(round(t, 6) for t in (s.due_s, s.sent_s, s.done_s)), s.status, s.bytes, s.error] for s in self.samples],
+            "samples": [
+                [s.kind, *(round(t, 6) for t in (s.due_s, s.sent_s, s.done_s)), s.status, s.bytes, s.error]
+                for s in self.samples
+            ],
         }  # fmt: skip
 
     def text(self) -> str:
@@ -423,7 +426,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if item.name != "kinds":
             name, kind = f"--{item.name}", type(item.default)
             form: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": kind}
-            parser.add_argument(name, default=item.default, **form, help=f"(default: {item.default})" if kind is not bool else None)  # fmt: skip
+            text = None if kind is bool else f"(default: {item.default})"
+            parser.add_argument(name, default=item.default, **form, help=text)
     parser.add_argument("--json", action="store_true", help="print every sample as one JSON object")
     options = parser.parse_args(argv)
     try:

@@ -84,12 +84,18 @@ def line_chart(
     y_low, y_high = (min(lows) / 1.1, max(highs) * 1.1) if log_y else (0.0, max(highs) * 1.05)
     y_axis = _Axis(y_low, y_high, HEIGHT - BOTTOM, TOP, log_y)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+            'font-size="12">'
+        ),
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         f'<text x="{LEFT}" y="22" font-size="14">{escape(title)}</text>',
         *_grid(x_axis, y_axis, sorted(set(xs))),
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{escape(x_label)}</text>',
-        f'<text transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>',
+        (
+            f'<text transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" '
+            f'text-anchor="middle">{escape(y_label)}</text>'
+        ),
     ]
     for index, (name, line) in enumerate(lines.items()):
         parts += _line(index, name, sorted(line, key=lambda point: point.x), x_axis, y_axis)

@@ -145,8 +145,8 @@ def _busy(files: dict[str, tuple[Path, Result]]) -> list[str]:
         return []
     return [
         f"**The machine was not idle** before {', '.join(names)}. Other work makes times longer, intervals wider and",
-        "ratios less reliable. It slows ovserve more than the peers, because only the workers of ovserve run at a lower",
-        "priority than ordinary processes.",
+        "ratios less reliable. It slows ovserve more than the peers, because only the workers of ovserve run at a",
+        "lower priority than ordinary processes.",
         "",
     ]
 

@@ -61,7 +61,10 @@ def svg(calls: Sequence[Finished[Call]]) -> str:
         top = slots.index(call.slot) * lane + 4
         for place, row in enumerate(call.subject.rows):
             colour = PALETTE[jobs.index(row.picture.work.job) % len(PALETTE)]
-            title = f"{row.picture.work.job}, {call.subject.kind}, step {row.index + 1} of {row.picture.steps} {_timestep(row)}"
+            title = (
+                f"{row.picture.work.job}, {call.subject.kind}, step {row.index + 1} of {row.picture.steps} "
+                f"{_timestep(row)}"
+            )
             opacity = "1" if call.subject.kind == "denoise" else "0.45"
             parts.append(
                 f'<rect x="{x:.1f}" y="{top + place * ROW_PX}" width="{width:.1f}" height="{ROW_PX - 1}" '
@@ -75,7 +78,8 @@ def svg(calls: Sequence[Finished[Call]]) -> str:
         label = f"{(end - start) * tick / 5 * 1000:.0f} ms"
         anchor = "end" if tick == 5 else "middle"
         parts.append(
-            f'<text x="{at:.0f}" y="{bottom + 8}" font-size="10" text-anchor="{anchor}" font-family="sans-serif">{label}</text>'
+            f'<text x="{at:.0f}" y="{bottom + 8}" font-size="10" text-anchor="{anchor}" '
+            f'font-family="sans-serif">{label}</text>'
         )
     body = "\n".join(parts)
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH_PX} {bottom + 14}">\n{body}\n</svg>\n'

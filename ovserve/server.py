@@ -114,6 +114,7 @@ class Server:
     def run(self) -> int:
         """Serve until a signal; return the exit code. Raises StartupError when no model can be served."""
         self._supervisor.start()
+        self._api.store.start()
         self._listener.start()
         try:
             if not self._await_ready():
@@ -237,6 +238,7 @@ class Server:
         self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S if not self._listener.active_exchanges else 0))
         self._dispatcher.close()
         self._listener.stop(LAST_RESPONSES_S)  # also for requests that arrived after the last check
+        self._api.store.close()
         self._spool.close()
         left = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
         if left:

@@ -13,6 +13,10 @@ import pytest
 from tests.live import LiveServer, children_of
 
 DATA = Path(__file__).parent / "data"
+# nginx, haproxy, curl and jq, where scripts/test has extracted them because the machine lacks them.
+PROGRAMS = Path(__file__).parents[1] / ".venv" / "programs" / "bin"
+
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", str(PROGRAMS)])
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,8 @@ class LiveServer:
         wait_ready: return when the server is ready.
         module: what to start with `python -m`.
         model: value of --model_path, unless the arguments contain --model_path or --config; None: no --model_path.
+        program: what to start in place of `python -m module`.
+        cwd: directory to start it in.
 
     Attributes:
         lines: standard output so far.
@@ -46,6 +48,8 @@ class LiveServer:
         wait_ready: bool = True,
         module: Sequence[str] = ("ovserve",),
         model: str | None = BUILTIN_PATH,
+        program: Sequence[str] = (),
+        cwd: Path | None = None,
     ) -> None:
         defaults = ["--port", "0"] if "--port" not in arguments else []
         if "--config" not in arguments and "--engine" not in arguments:
@@ -59,7 +63,8 @@ class LiveServer:
         self.log: list[str] = []
         self._ready = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *module, *defaults, *arguments],
+            [*(program or (sys.executable, "-m", *module)), *defaults, *arguments],
+            cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

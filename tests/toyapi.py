@@ -7,7 +7,7 @@ import json
 import os
 import queue
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,27 @@ __all__ = ["ToyApi", "serving"]
 WAIT_S = 30.0
 
 
+class ToyWindows:
+    """A chunk of `count` windows of `size` bytes; after `fail` windows its source fails."""
+
+    def __init__(self, produced: list[int], query: Mapping[str, str]) -> None:
+        self._produced = produced
+        self._size = int(query["size"])
+        self._count = int(query["count"])
+        self._fail = int(query.get("fail", self._count))
+
+    def __len__(self) -> int:
+        return self._size * self._count
+
+    def windows(self) -> Iterator[bytes]:
+        """Yield the windows and record the size of each."""
+        for number in range(self._count):
+            if number == self._fail:
+                raise OSError("the toy's source has failed")
+            self._produced.append(self._size)
+            yield bytes([65 + number % 26]) * self._size
+
+
 @dataclass(frozen=True)
 class ToyMatch:
     """The route of a request: only its properties."""
@@ -40,7 +61,8 @@ class ToyApi:
         matched: method and path of each call of `match`.
         seen: paths of requests in the order of arrival.
         gone: paths of requests whose clients disconnected while the handler waited.
-        closed: one entry for each closed event stream.
+        closed: one entry for each closed event stream, and for each closed reply of `/windows` and `/windowed-file`.
+        windows: sizes of the windows that have been produced for `/windows`.
     """
 
     def __init__(self) -> None:
@@ -48,6 +70,7 @@ class ToyApi:
         self.seen: queue.Queue[str] = queue.Queue()
         self.gone: queue.Queue[str] = queue.Queue()
         self.closed: queue.Queue[str] = queue.Queue()
+        self.windows: list[int] = []
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE | os.EFD_NONBLOCK)
 
     def release(self, count: int = 1) -> None:
@@ -70,7 +93,8 @@ class ToyApi:
     def answer(self, exchange: Exchange, match: ToyMatch) -> Reply:
         """Run the handler that the path names."""
         self.seen.put(exchange.path)
-        route = getattr(self, "_" + exchange.path.strip("/").partition("/")[0], None)
+        name = exchange.path.strip("/").partition("/")[0].replace("-", "_")
+        route = getattr(self, "_" + name, None)
         if route is None:
             raise NotFound(f"no {exchange.path}")
         return route(exchange)
@@ -122,6 +146,14 @@ class ToyApi:
         size, count = int(exchange.query["size"]), int(exchange.query.get("count", "1"))
         return JsonReply([memoryview(bytes([65 + index % 26]) * size) for index in range(count)])
 
+    def _windows(self, exchange: Exchange) -> Reply:
+        chunks = [b"<", ToyWindows(self.windows, exchange.query), b">"]
+        return JsonReply(chunks, close=lambda: self.closed.put(exchange.path))
+
+    def _windowed_file(self, exchange: Exchange) -> Reply:
+        content = ToyWindows(self.windows, exchange.query)
+        return FileReply(content, "image/png", close=lambda: self.closed.put(exchange.path))
+
     def _file(self, _: Exchange) -> Reply:
         return FileReply(memoryview(b"\x89PNG"), "image/png", headers={"Cache-Control": "private"})
 
@@ -149,15 +181,17 @@ class ToyApi:
                     case "wait":
                         self._await_release(exchange)
                     case "comment":
-                        yield ServerEvent("", b"step 1/2")
+                        yield ServerEvent("", [b"step 1/2"])
                     case "error":
                         raise InvalidValue("no such thing", param="x")
                     case "bug":
                         raise KeyError("bug in a stream")
                     case "":
                         return
+                    case "windows":
+                        yield ServerEvent("piece", [b"<", ToyWindows(self.windows, exchange.query), b">"])
                     case size:
-                        yield ServerEvent("piece", b"x" * int(size))
+                        yield ServerEvent("piece", [b"x" * int(size)])
         finally:
             self.closed.put(exchange.path)
 

@@ -4,6 +4,7 @@ prompt              behaviour of the worker
 ------------------  ----------------------------------------------------------------------------------------------------
 echo TEXT           returns for each picture the bytes `echo TEXT|seed`; with an image, the bytes of the first image
 crc                 returns 1024 bytes for each picture; the last four are the CRC-32 of the first image
+bytes N             returns for each picture, and each requested preview, `bytes_of(seed, N)`
 sleep S             as echo, after S seconds; stops when cancelled
 steps N S           as echo, after N steps of S seconds with a Progress message for each; stops when cancelled
 previews N          as echo, after N Partial pictures
@@ -35,6 +36,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import threading
 import time
@@ -85,6 +87,11 @@ def toy_profile(name: str = "toy") -> ModelProfile:
         scheduling=Scheduling("DDIM", 1000, "leading", 50),
         defaults=Defaults(1, 1.0, 1.0, 1.0, 1.0),
     )
+
+
+def bytes_of(seed: int, size: int) -> bytes:
+    """Return the bytes of a picture with this seed for the prompt `bytes SIZE`."""
+    return random.Random(seed).randbytes(size)
 
 
 class _Stopped(Exception):
@@ -152,6 +159,10 @@ class _ToyJob:
                     data = bytes(1020) + crc32(view).to_bytes(4, "big") if self.request.prompt == "crc" else bytes(view)
             else:
                 data = f"{self.request.prompt}|{self.request.seed + picture}".encode()
+            if self.request.prompt.startswith("bytes "):
+                data = bytes_of(self.request.seed + picture, int(self.request.prompt.split()[1]))
+                for index in range(self.request.partial_images):
+                    self.deliver(picture, data, partial=index)
             self.deliver(picture, data)
         self.end.send(Done(self.id, 1.0, 2.0, 3.0))
         self.pass_point("done")

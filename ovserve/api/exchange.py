@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +15,7 @@ from ovserve.wire.blobs import Blob
 
 __all__ = [
     "Api",
+    "Chunk",
     "Exchange",
     "FileReply",
     "Form",
@@ -24,6 +25,8 @@ __all__ = [
     "ServerEvent",
     "StreamReply",
     "Upload",
+    "Windowed",
+    "windows_of",
 ]
 
 
@@ -111,21 +114,56 @@ class Exchange(Protocol):
         """Wait until `descriptor` is readable; return False at the deadline. Raises ClientGone if the client closes."""
 
 
+class Windowed(Protocol):
+    """Bytes of a reply that are produced while it is written, so that a slow reader does not hold them in memory."""
+
+    def __len__(self) -> int:
+        """Return how many bytes `windows` yields in total."""
+
+    def windows(self) -> Iterator[bytes]:
+        """Yield the bytes in windows of bounded size. Raises OSError when their source cannot be read any more."""
+
+
+Chunk = bytes | memoryview | Windowed
+
+
+def windows_of(chunks: Iterable[Chunk]) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of all chunks in order."""
+    for chunk in chunks:
+        if isinstance(chunk, bytes | memoryview):
+            yield chunk
+        else:
+            yield from chunk.windows()
+
+
+def _hold_nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class JsonReply:
-    """A JSON document in chunks, which are written one after another, so that pictures are not joined in memory."""
+    """A JSON document in chunks, which are written one after another, so that pictures are not joined in memory.
 
-    chunks: Sequence[bytes | memoryview]
+    Attributes:
+        close: releases what the chunks are read from. The front end calls it once, when the reply is written or cannot
+            be written.
+    """
+
+    chunks: Sequence[Chunk]
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
+    close: Callable[[], None] = _hold_nothing
 
 
 @dataclass(frozen=True, slots=True)
 class ServerEvent:
-    """One server-sent event with one line of JSON as data. With an empty kind it is a comment line with text."""
+    """One server-sent event with one line of JSON as data. With an empty kind it is a comment line with text.
+
+    The chunks of `data` are valid until the next event is requested from the stream.
+    """
 
     kind: str
-    data: bytes
+    data: Sequence[Chunk]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,15 +176,20 @@ class StreamReply:
     events: Generator[ServerEvent, None, None]
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    def close(self) -> None:
+        """Close the iterator. Idempotent."""
+        self.events.close()
+
 
 @dataclass(frozen=True, slots=True)
 class FileReply:
-    """Bytes of one media type, e.g. a stored picture or the metrics."""
+    """Bytes of one media type, e.g. a stored picture or the metrics. `close` is that of `JsonReply`."""
 
-    content: bytes | memoryview
+    content: Chunk
     media_type: str
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
+    close: Callable[[], None] = _hold_nothing
 
 
 Reply = JsonReply | StreamReply | FileReply

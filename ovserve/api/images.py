@@ -68,17 +68,14 @@ class Images:
         except BaseException:
             job.close()
             raise
-        handed_over = False
         try:
             if parameters.stream:
-                reply: Reply = self._reply_stream(exchange, job, parameters)
-                handed_over = True
-            else:
-                reply = self._reply_json(exchange, job, parameters)
-            return reply
-        finally:
-            if not handed_over:
-                self._close_job(job)
+                return self._reply_stream(exchange, job, parameters)
+            return self._reply_json(exchange, job, parameters)
+        except BaseException:
+            self._end_job(job)
+            job.close()
+            raise
 
     def _timeout_s(self, exchange: Exchange, parameters: Parameters) -> float:
         """Return the time limit: the header field `x-timeout-s`, else the parameter. Raises InvalidValue."""
@@ -96,14 +93,10 @@ class Images:
         check_range("x-timeout-s", timeout_s, None, self.settings.max_timeout_s, "this server")
         return timeout_s
 
-    def _close_job(self, job: Job) -> None:
-        """Close a job at the end of its exchange: cancel it if it is not settled, count it, release its segments."""
+    def _end_job(self, job: Job) -> None:
+        """Cancel a job if it is not settled, and count it. Its segments stay until it is closed."""
         if not job.is_settled:
             self._dispatcher.cancel(job)
-        self._count(job)
-        job.close()
-
-    def _count(self, job: Job) -> None:
         self._metrics.jobs.labels(job.model, job.state.value).inc()
         if job.state is State.DONE:
             timings = job.timings
@@ -127,7 +120,11 @@ class Images:
             job.take_events()
         prepared = _check_done(job)
         urls = self._store_pictures(exchange, job, parameters) if parameters.response_format == "url" else None
-        return images_reply(job, prepared, parameters, urls)
+        reply = images_reply(job, prepared, parameters, urls)
+        self._end_job(job)  # now and not with `reply.close`: a client that has its reply finds its job in the metrics
+        if urls is not None:
+            job.close()  # so that a client that reads slowly does not keep the pictures in the spool
+        return reply
 
     def _base_url(self, exchange: Exchange) -> str:
         """Return the prefix of picture URLs; empty without public_url and Host field."""
@@ -170,7 +167,7 @@ class Images:
     ) -> Generator[ServerEvent, None, None]:
         backstop = Deadline(job.deadline.at + OVERRUN_S)
         try:
-            yield ServerEvent("", b"accepted")  # sends the head now and not with the first step
+            yield ServerEvent("", [b"accepted"])  # sends the head now and not with the first step
             pending = early
             while True:
                 settled = job.is_settled  # read first, so that take_events returns all that was posted before
@@ -184,9 +181,10 @@ class Images:
                 if not exchange.wait(job.wakeup, min(Deadline.after(KEEP_ALIVE_S), backstop)):
                     if backstop.is_expired():
                         raise DeadlineExceeded(f"The job did not end within {OVERRUN_S:g} s after its deadline.")
-                    yield ServerEvent("", b"waiting")
+                    yield ServerEvent("", [b"waiting"])
         finally:
-            self._close_job(job)
+            self._end_job(job)
+            job.close()
 
 
 def _server_event(event: JobEvent, job: Job, parameters: Parameters) -> ServerEvent | None:

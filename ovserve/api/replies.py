@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import binascii
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ovserve.api.exchange import JsonReply, ServerEvent
+from ovserve.api.exchange import Chunk, JsonReply, ServerEvent
 from ovserve.api.parameters.params import Parameters
+from ovserve.api.windows import Base64Windows
 from ovserve.dispatch.jobs import Job, Partial, Result
 from ovserve.models.catalog import Catalog, ServedModel
 from ovserve.wire.messages import Prepared, Progress
@@ -37,10 +37,8 @@ def json_reply(document: Any, status: int = 200, headers: Mapping[str, str] | No
     return JsonReply([_dumps(document) + b"\n"], status, headers or {})
 
 
-def base64_of(segment_view: memoryview, size: int) -> bytes:
-    """Return the first `size` bytes in base64 (RFC 4648 section 4), without line breaks."""
-    with segment_view[:size] as part:
-        return binascii.b2a_base64(part, newline=False)
+def _base64_of(picture: Result | Partial) -> Base64Windows:
+    return Base64Windows(picture.segment.read, picture.size)
 
 
 def usage_of(prepared: Prepared) -> dict[str, Any]:
@@ -110,10 +108,12 @@ def images_reply(
         prepared: the worker's description of the pictures.
         parameters: the request.
         urls: the URL of each picture by number, for response_format = url; None for base64.
+
+    Returns:
+        The reply. With base64 it reads the job's segments while it is written, and its `close` closes the job.
     """
     head = {"created": int(time.time()), **_picture_fields(parameters, prepared), **_client_fields(parameters)}
-    # The pictures are most of the reply: each is encoded once, and they are not joined into one large string.
-    chunks: list[bytes | memoryview] = [_dumps(head)[:-1] + b',"data":[']
+    chunks: list[Chunk] = [_dumps(head)[:-1] + b',"data":[']
     for number in sorted(job.results):
         result = job.results[number]
         fields: dict[str, Any] = {"seed": result.seed}
@@ -123,10 +123,9 @@ def images_reply(
         if urls is not None:
             chunks.append(comma + _dumps({"url": urls[number], **fields}))
         else:
-            base64 = base64_of(result.segment.view, result.size)
-            chunks += [comma + b'{"b64_json":"', base64, b'",' + _dumps(fields)[1:]]
+            chunks += [comma + b'{"b64_json":"', _base64_of(result), b'",' + _dumps(fields)[1:]]
     chunks.append(b'],"usage":' + _dumps(usage_of(prepared)) + b"}\n")
-    return JsonReply(chunks, 200, timing_headers(job))
+    return JsonReply(chunks, 200, timing_headers(job), job.close)
 
 
 def _event_kind(parameters: Parameters) -> str:
@@ -142,7 +141,7 @@ def partial_event(partial: Partial, prepared: Prepared, parameters: Parameters) 
         "partial_image_index": partial.index,
         "seed": parameters.request.seed_of(partial.picture),  # identifies the picture if n > 1
     }
-    return _picture_event(kind, base64_of(partial.segment.view, partial.size), fields)
+    return _picture_event(kind, partial, fields)
 
 
 def completed_event(result: Result, prepared: Prepared, parameters: Parameters) -> ServerEvent:
@@ -157,16 +156,17 @@ def completed_event(result: Result, prepared: Prepared, parameters: Parameters) 
     }
     if prepared.revised_prompt:
         fields["revised_prompt"] = prepared.revised_prompt
-    return _picture_event(kind, base64_of(result.segment.view, result.size), fields)
+    return _picture_event(kind, result, fields)
 
 
-def _picture_event(kind: str, base64: bytes, fields: Mapping[str, Any]) -> ServerEvent:
-    return ServerEvent(kind, b'{"type":' + _dumps(kind) + b',"b64_json":"' + base64 + b'",' + _dumps(fields)[1:])
+def _picture_event(kind: str, picture: Result | Partial, fields: Mapping[str, Any]) -> ServerEvent:
+    head, tail = b'{"type":' + _dumps(kind) + b',"b64_json":"', b'",' + _dumps(fields)[1:]
+    return ServerEvent(kind, [head, _base64_of(picture), tail])
 
 
 def progress_comment(progress: Progress) -> ServerEvent:
     """Return a comment line with a job's progress; clients would parse an event of an unknown kind as a picture."""
-    return ServerEvent("", f"picture {progress.picture + 1}: step {progress.step}/{progress.steps}".encode())
+    return ServerEvent("", [f"picture {progress.picture + 1}: step {progress.step}/{progress.steps}".encode()])
 
 
 def model_object(model: ServedModel, created: int, status: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ovserve.errors import (
     Forbidden,
     MethodNotAllowed,
     NotFound,
+    RangeNotSatisfiable,
     StartupError,
 )
 from ovserve.metrics import CONTENT_TYPE, Metrics
@@ -319,16 +320,20 @@ def _file(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Repl
         "x-content-type-options": "nosniff",
     }
     if _is_known(exchange.header("if-none-match"), picture.etag):
-        return FileReply(b"", "", 304, headers)
+        return FileReply(b"", "", 304, headers, picture.close)
     # RFC 9110 section 14.2: Range is defined for GET only and is ignored with HEAD.
     is_ranged = exchange.method == "GET" and exchange.header("if-range") in (None, picture.etag)
     wanted = exchange.header("range") if is_ranged else None
-    part = parse_range(wanted, len(picture.data))
+    try:
+        part = parse_range(wanted, picture.size)
+    except RangeNotSatisfiable:
+        picture.close()
+        raise
     if part is None:
-        return FileReply(picture.data, picture.media_type, 200, headers)
+        return FileReply(picture.part(0, picture.size), picture.media_type, 200, headers, picture.close)
     start, end = part
-    headers["content-range"] = f"bytes {start}-{end - 1}/{len(picture.data)}"
-    return FileReply(picture.data[start:end], picture.media_type, 206, headers)
+    headers["content-range"] = f"bytes {start}-{end - 1}/{picture.size}"
+    return FileReply(picture.part(start, end), picture.media_type, 206, headers, picture.close)
 
 
 def _metrics(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:

@@ -6,16 +6,23 @@ They survive a restart of the server.
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import re
 import secrets
+import stat
 import tempfile
 import threading
 import time
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovserve.errors import NotFound, RangeNotSatisfiable, SettingsError
+from ovserve.api.windows import FileWindows
+from ovserve.errors import NotFound, RangeNotSatisfiable, SettingsError, SpoolFull
+from ovserve.logs import fields
 from ovserve.settings.options import Settings
 
 __all__ = ["MEDIA_TYPES", "Store", "StoredPicture", "default_store", "parse_range"]
@@ -23,22 +30,40 @@ __all__ = ["MEDIA_TYPES", "Store", "StoredPicture", "default_store", "parse_rang
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 _NAME = re.compile(r"[A-Za-z0-9_-]{32}\.(png|jpeg|webp)")
 _UNFINISHED = ".ovserve-new-"
+_NO_DESCRIPTOR_ERRNOS = (errno.EMFILE, errno.ENFILE)
+_RETRY_S = 2  # descriptors are released as exchanges end
+_MAX_WAIT_S = 3600.0  # for the next expiry: the system's clock may be set meanwhile
+_CLOSE_TIMEOUT_S = 5.0  # for the thread: it may be reading a slow directory
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredPicture:
-    """One stored picture. Names are unique, so the name is the entity tag (RFC 9110 section 8.8.3)."""
+    """One stored picture, open for reading until `close`, even if its file is removed meanwhile.
+
+    Names are unique, so the name is the entity tag (RFC 9110 section 8.8.3).
+    """
 
     name: str
     media_type: str
-    data: bytes
+    size: int
     expires_in_s: float
+    descriptor: int
 
     @property
     def etag(self) -> str:
         """The entity tag, quoted."""
         return f'"{self.name}"'
+
+    def part(self, start: int, end: int) -> FileWindows:
+        """Return the bytes from `start` to `end` (exclusive), which are read while they are written."""
+        return FileWindows(self.descriptor, start, end)
+
+    def close(self) -> None:
+        """Close the file. Call it once."""
+        os.close(self.descriptor)
 
 
 def default_store() -> Path:
@@ -49,71 +74,203 @@ def default_store() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "ovserve" / "pictures"
 
 
-class Store:
-    """The directory of stored pictures. Thread-safe: yes, one lock around changes.
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One file in the index: its modification time, in seconds since the epoch, and its size in bytes."""
 
-    A picture's age is its file's modification time, and there is no other state, so a restart changes nothing. The
-    directory is created with the first picture.
+    born: float
+    size: int
+
+
+class Store:
+    """The directory of stored pictures, and an index of its files in memory. Thread-safe: yes, one lock.
+
+    A picture's age is its file's modification time. The index is read once, at `start` or with the first picture, so
+    storing a picture costs the same however many there are. Expired files are removed by a thread, which runs only
+    while there are files. The directory is created with the first picture.
+
+    Files that other programs remove stay in the index until they would expire, and count towards the limit until then.
+    Files that others add later, such as a second server on the same directory, are served, but this store neither
+    counts nor removes them. So each of several servers applies the limit and the expiry to its own pictures, and to
+    those that it found when it started.
+
+    Args:
+        settings: directory, size limit and time to live.
+        clock: returns the time in seconds since the epoch.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
         self._directory = settings.store_dir or default_store()
-        self._limit = settings.store_bytes
+        self._limit_bytes = settings.store_bytes
         self._ttl_s = settings.url_ttl_s
-        self._lock = threading.Lock()
+        self._clock = clock
+        self._changed = threading.Condition()  # guards everything below; notified at the end
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # by file name, the oldest first
+        self._used_bytes = 0  # of the entries, and of the pictures being written
+        self._is_read = False
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
         if settings.store_dir and settings.store_dir.exists() and not os.access(settings.store_dir, os.W_OK):
             raise SettingsError(f"store_dir {settings.store_dir}: not writable")
 
+    def start(self) -> None:
+        """Read the index in the background, and expire the pictures of earlier runs."""
+        with self._changed:
+            self._start_thread()
+
+    def close(self) -> None:
+        """End the thread. The files stay. Idempotent."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(_CLOSE_TIMEOUT_S)
+
     def keep(self, data: memoryview, form: str) -> str:
-        """Store a picture of format png, jpeg or webp and return its name. Raises OSError if the disk is full."""
+        """Store a picture of format png, jpeg or webp and return its name. Raises OSError if the disk is full.
+
+        The oldest pictures are removed if the limit requires it.
+        """
         name = f"{secrets.token_urlsafe(24)}.{form}"
-        with self._lock:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._sweep(len(data))
-            descriptor, temporary = tempfile.mkstemp(dir=self._directory, prefix=_UNFINISHED)
-            try:
-                with os.fdopen(descriptor, "wb") as stream:
-                    stream.write(data)
-                os.replace(temporary, self._directory / name)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-                raise
+        with self._changed:
+            self._read_index()
+            surplus = self._pop_while(self._is_expired)
+            surplus += self._pop_while(lambda _: self._used_bytes + len(data) > self._limit_bytes)
+            self._used_bytes += len(data)
+        try:
+            self._unlink(surplus)
+            born = self._write(name, data)
+        except BaseException:
+            with self._changed:
+                self._used_bytes -= len(data)
+            raise
+        with self._changed:
+            self._entries[name] = _Entry(born, len(data))
+            self._start_thread()
         return name
 
     def find(self, name: str) -> StoredPicture:
-        """Return a stored picture. Raises NotFound for an unknown name or an expired picture."""
+        """Open a stored picture; the caller closes it. The file decides, not the index.
+
+        Raises:
+            NotFound: unknown name, or expired picture.
+            SpoolFull: no descriptor is left.
+        """
         match = _NAME.fullmatch(name)
         if match:
-            path = self._directory / name
-            with contextlib.suppress(OSError):
-                left = path.stat().st_mtime + self._ttl_s - time.time()
+            try:
+                descriptor = os.open(self._directory / name, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno in _NO_DESCRIPTOR_ERRNOS:
+                    raise SpoolFull(
+                        f"The server cannot open the picture ({error.strerror}); retry later.", retry_after_s=_RETRY_S
+                    ) from None
+            else:
+                info = os.fstat(descriptor)
+                left = info.st_mtime + self._ttl_s - self._clock()
                 if left > 0:
-                    return StoredPicture(name, MEDIA_TYPES[match[1]], path.read_bytes(), left)
+                    return StoredPicture(name, MEDIA_TYPES[match[1]], info.st_size, left, descriptor)
+                os.close(descriptor)
         raise NotFound(
             f"Picture {name[:100]!r} does not exist or has expired; pictures are kept for {self._ttl_s:g} s."
         )
 
-    def _sweep(self, coming: int) -> None:
-        """Remove expired pictures, then the oldest until `coming` bytes fit under the limit."""
-        kept: list[tuple[float, int, Path]] = []
-        now = time.time()
-        for path in self._directory.iterdir():
-            if not _NAME.fullmatch(path.name) and not path.name.startswith(_UNFINISHED):
-                continue  # the operator may have chosen a directory with other files in it
+    def _write(self, name: str, data: memoryview) -> float:
+        """Write the file under another name, rename it, and return its modification time. Raises OSError."""
+        try:
+            descriptor, temporary = tempfile.mkstemp(dir=self._directory, prefix=_UNFINISHED)
+        except FileNotFoundError:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=self._directory, prefix=_UNFINISHED)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                born = os.fstat(descriptor).st_mtime
+            os.replace(temporary, self._directory / name)
+        except BaseException:
             with contextlib.suppress(OSError):
-                info = path.stat()
-                if info.st_mtime + self._ttl_s <= now:
-                    path.unlink()
-                else:
-                    kept.append((info.st_mtime, info.st_size, path))
-        total = sum(size for _, size, _ in kept) + coming
-        for _, size, path in sorted(kept):
-            if total <= self._limit:
+                os.unlink(temporary)
+            raise
+        return born
+
+    def _unlink(self, names: list[str]) -> None:
+        """Remove files that are no longer in the index."""
+        for name in names:
+            try:
+                os.unlink(self._directory / name)
+            except FileNotFoundError:  # another program has removed it, or renamed it if it was unfinished
+                continue
+            except OSError as error:
+                log.warning("cannot remove a stored picture", extra=fields(file=name, why=error.strerror))
+
+    # --- the index; the caller holds the lock -------------------------------------------------------------------------
+
+    def _read_index(self) -> None:
+        """Read the index from the directory, once. Raises OSError if the directory cannot be read."""
+        if self._is_read:
+            return
+        found: list[tuple[float, str, int]] = []
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._directory) as listing:
+            for each in listing:
+                # The operator may have chosen a directory with other files in it.
+                if _NAME.fullmatch(each.name) or each.name.startswith(_UNFINISHED):
+                    with contextlib.suppress(FileNotFoundError):
+                        info = each.stat(follow_symlinks=False)
+                        if stat.S_ISREG(info.st_mode):
+                            found.append((info.st_mtime, each.name, info.st_size))
+        for born, name, size in sorted(found):
+            self._entries[name] = _Entry(born, size)
+            self._used_bytes += size
+        self._is_read = True
+
+    def _pop_while(self, is_surplus: Callable[[_Entry], bool]) -> list[str]:
+        """Remove entries from the index, the oldest first, while `is_surplus`; return their names."""
+        names = []
+        while self._entries:
+            name, entry = next(iter(self._entries.items()))
+            if not is_surplus(entry):
+                break
+            del self._entries[name]
+            self._used_bytes -= entry.size
+            names.append(name)
+        return names
+
+    def _is_expired(self, entry: _Entry) -> bool:
+        return entry.born + self._ttl_s <= self._clock()
+
+    # --- expiry -------------------------------------------------------------------------------------------------------
+
+    def _start_thread(self) -> None:
+        """Start the thread unless it runs. The caller holds the lock."""
+        if self._thread is None and not self._is_closed:
+            thread = threading.Thread(target=self._expire, name="store", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads can be started; the next picture tries again
                 return
-            with contextlib.suppress(OSError):
-                path.unlink()
-                total -= size
+            self._thread = thread
+
+    def _expire(self) -> None:
+        """Remove files when they expire. Runs in: the store thread."""
+        while expired := self._wait_for_expired():
+            self._unlink(expired)  # without the lock: there may be thousands
+
+    def _wait_for_expired(self) -> list[str]:
+        """Wait until files expire and return their names; none when the thread has to end."""
+        with self._changed:
+            try:
+                self._read_index()
+            except OSError as error:
+                log.warning("store_dir cannot be read", extra=fields(folder=self._directory, why=error.strerror))
+            while self._entries and not self._is_closed:
+                if expired := self._pop_while(self._is_expired):
+                    return expired
+                oldest = next(iter(self._entries.values()))
+                self._changed.wait(min(oldest.born + self._ttl_s - self._clock(), _MAX_WAIT_S))
+            self._thread = None
+            return []
 
 
 def parse_range(value: str | None, size: int) -> tuple[int, int] | None:

@@ -24,6 +24,8 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; return the exit code of the process."""
     _open_standard_streams()
+    # Workers begin as `python -c`, which would import multiprocessing itself from the current directory first.
+    os.environ["PYTHONSAFEPATH"] = "1"
     arguments = sys.argv[1:] if arguments is None else arguments
     name, rest = DEFAULT_COMMAND, arguments
     if arguments and not arguments[0].startswith("-"):

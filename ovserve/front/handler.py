@@ -10,15 +10,26 @@ client closes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import socket
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from ovserve.api.exchange import Api, FileReply, JsonReply, Reply, RouteMatch, ServerEvent, StreamReply
+from ovserve.api.exchange import (
+    Api,
+    Chunk,
+    FileReply,
+    JsonReply,
+    Reply,
+    RouteMatch,
+    ServerEvent,
+    StreamReply,
+    windows_of,
+)
 from ovserve.deadline import Deadline
 from ovserve.errors import (
     ApiError,
@@ -51,6 +62,7 @@ CLIENT_GONE = 499  # status in the log when the client left before it was answer
 # body.
 NO_REQUEST_YET = (b"", b"\r", b"\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
+BATCH_BYTES = 256 * 1024  # of a response in one system call; a longer one is written, and produced, in several
 # The answer to OPTIONS *, which is about the server as a whole: RFC 9110 section 9.3.7.
 SERVER_OPTIONS = FileReply(b"", "", 204, {"Allow": ", ".join(sorted(METHODS))})
 EVENTS_TYPE = "text/event-stream"
@@ -308,9 +320,12 @@ class Connection:
                 exchange.body = Body(self.transport, head, self.settings, go_on, lambda: self._context.is_draining)
             self._check_key(exchange, match)
             reply = SERVER_OPTIONS if head.path == "*" else self._context.api.answer(exchange, match)
-            if not isinstance(reply, StreamReply):
-                exchange.release()  # so that a client that reads slowly does not keep its upload in the spool
-            return self._write(exchange, reply)
+            try:
+                if not isinstance(reply, StreamReply):
+                    exchange.release()  # so that a client that reads slowly does not keep its upload in the spool
+                return self._write(exchange, reply)
+            finally:
+                reply.close()
         except ApiError as error:
             if error.status >= 500:
                 log.warning("%s", escape_for_log(error.message), extra=fields(id=exchange.id, code=error.code))
@@ -368,10 +383,15 @@ class Connection:
         exchange: HttpExchange,
         status: int,
         media_type: str,
-        chunks: Sequence[bytes | memoryview],
+        chunks: Sequence[Chunk],
         headers: Mapping[str, str],
     ) -> int:
-        """Write a response of known length, in one system call when the socket accepts it. Raises ClientGone."""
+        """Write a response of known length, a short one in one system call when the socket accepts it.
+
+        Raises:
+            ClientGone: the client is gone, or reads too slowly.
+            OSError: what the content is read from has failed.
+        """
         length = sum(map(len, chunks))
         head = self._responses.head(
             status,
@@ -382,37 +402,36 @@ class Connection:
             headers=headers,
             origin=exchange.header("origin"),
         )
+        has_content = exchange.method != "HEAD" and status not in NO_CONTENT
+        batches = _batches([head, *chunks] if has_content else [head])
+        first = next(batches)  # what fails before the first byte is written becomes an error response
         exchange.status = status
-        if exchange.method == "HEAD" or status in NO_CONTENT:
-            return self.transport.send([head])
-        return self.transport.send([head, *chunks])
+        return self.transport.send_batches(itertools.chain([first], batches))
 
     def _write_stream(self, exchange: HttpExchange, reply: StreamReply) -> int:
         """Write server-sent events as they are produced. An error before the first one becomes an error response."""
         events = reply.events
-        try:
-            first = next(events, None)
-            is_chunked = exchange.head.version != "1.0"
-            if not is_chunked:
-                exchange.keeps_connection = False  # without chunks, the stream ends with the connection
-            head = self._responses.head(
-                200,
-                exchange.id,
-                media_type=EVENTS_TYPE,
-                framing=b"Transfer-Encoding: chunked\r\n" if is_chunked else b"",
-                connection=self._connection_field(exchange),
-                headers={**STREAM_FIELDS, **reply.headers},
-                origin=exchange.header("origin"),
-            )
-            exchange.status = 200
-            if exchange.method == "HEAD":
-                return self.transport.send([head])
-            sent = self.transport.send([head])
-            for block in _encode_events(first, events, exchange):
-                sent += self.transport.send([b"%x\r\n" % len(block), block, b"\r\n"] if is_chunked else [block])
-            return sent + (self.transport.send([LAST_CHUNK]) if is_chunked else 0)
-        finally:
-            events.close()
+        first = next(events, None)
+        is_chunked = exchange.head.version != "1.0"
+        if not is_chunked:
+            exchange.keeps_connection = False  # without chunks, the stream ends with the connection
+        head = self._responses.head(
+            200,
+            exchange.id,
+            media_type=EVENTS_TYPE,
+            framing=b"Transfer-Encoding: chunked\r\n" if is_chunked else b"",
+            connection=self._connection_field(exchange),
+            headers={**STREAM_FIELDS, **reply.headers},
+            origin=exchange.header("origin"),
+        )
+        exchange.status = 200
+        if exchange.method == "HEAD":
+            return self.transport.send([head])
+        sent = self.transport.send([head])
+        for block in _encode_events(first, events, exchange):
+            framed = [b"%x\r\n" % sum(map(len, block)), *block, b"\r\n"] if is_chunked else block
+            sent += self.transport.send_batches(_batches(framed))
+        return sent + (self.transport.send([LAST_CHUNK]) if is_chunked else 0)
 
     def _connection_field(self, exchange: HttpExchange) -> bytes:
         """Decide whether the connection persists, and return its Connection field line."""
@@ -438,9 +457,23 @@ class Connection:
         self._linger()
 
 
+def _batches(chunks: Iterable[Chunk]) -> Iterator[list[bytes | memoryview]]:
+    """Yield the bytes of a response in batches, so that at most one batch and one window are in memory."""
+    batch: list[bytes | memoryview] = []
+    size = 0
+    for window in windows_of(chunks):
+        batch.append(window)
+        size += len(window)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def _encode_events(
     first: ServerEvent | None, events: Generator[ServerEvent, None, None], exchange: HttpExchange
-) -> Generator[bytes, None, None]:
+) -> Generator[Sequence[Chunk], None, None]:
     """Yield the bytes of each event; an error becomes the last event. Raises ClientGone."""
     if first is None:
         return
@@ -457,10 +490,10 @@ def _encode_events(
         yield _error_event(_log_bug(exchange, error))
 
 
-def _error_event(error: ApiError) -> bytes:
+def _error_event(error: ApiError) -> Sequence[Chunk]:
     """Encode an error as official clients expect it: a top-level `type`, and the error object under `error`."""
     return encode_event(
-        "error", json.dumps({"type": "error", **error.body()}, ensure_ascii=False).encode("utf-8", "replace")
+        "error", [json.dumps({"type": "error", **error.body()}, ensure_ascii=False).encode("utf-8", "replace")]
     )
 
 

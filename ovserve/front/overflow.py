@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ovserve.api.exchange import Form, JsonReply, StreamReply
+from ovserve.api.exchange import Chunk, Form, JsonReply, StreamReply, windows_of
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError, ClientGone, TooManyConnections
 from ovserve.front.handler import ConnectionContext
@@ -202,21 +202,23 @@ class Overflow:
         except Exception as error:
             log.exception("unexpected error", extra=fields(id=exchange.id))
             raise internal_error(exchange.id) from error
-        if isinstance(reply, StreamReply):
-            reply.events.close()
-            raise too_many_connections()
-        media_type = JSON_TYPE if isinstance(reply, JsonReply) else reply.media_type
-        chunks: Sequence[bytes | memoryview] = reply.chunks if isinstance(reply, JsonReply) else [reply.content]
-        response_head = self._context.responses.head(
-            reply.status,
-            exchange.id,
-            media_type=media_type,
-            framing=b"Content-Length: %d\r\n" % sum(map(len, chunks)),
-            connection=b"Connection: close\r\n",
-            headers=reply.headers,
-            origin=exchange.header("origin"),
-        )
-        return [response_head] if head.method == "HEAD" else [response_head, *chunks]
+        try:
+            if isinstance(reply, StreamReply):
+                raise too_many_connections()
+            media_type = JSON_TYPE if isinstance(reply, JsonReply) else reply.media_type
+            chunks: Sequence[Chunk] = reply.chunks if isinstance(reply, JsonReply) else [reply.content]
+            response_head = self._context.responses.head(
+                reply.status,
+                exchange.id,
+                media_type=media_type,
+                framing=b"Content-Length: %d\r\n" % sum(map(len, chunks)),
+                connection=b"Connection: close\r\n",
+                headers=reply.headers,
+                origin=exchange.header("origin"),
+            )
+            return [response_head] if head.method == "HEAD" else [response_head, *windows_of(chunks)]
+        finally:
+            reply.close()
 
     def _write(self, connection: _OverflowConnection) -> None:
         """Send what the socket accepts; after the last byte, close the writing side and linger."""

@@ -12,7 +12,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from ovserve.deadline import Deadline
@@ -176,19 +176,35 @@ class Transport:
             ClientGone: the peer has closed, has accepted nothing for the write timeout, or reads more slowly than
                 MIN_READ_BYTES_PER_S.
         """
-        total = sum(map(len, buffers))
-        try:
-            rest = self._send_some(buffers, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            rest = list(buffers)
-        except OSError as error:
-            raise ClientGone(error.strerror or "connection lost") from None
-        if rest:
-            self.run_handle.release()
+        return self.send_batches((buffers,))
+
+    def send_batches(self, batches: Iterable[Sequence[bytes | memoryview]]) -> int:
+        """Write batches of buffers, each taken when the socket has accepted those before, and return their bytes.
+
+        Args:
+            batches: none of them is empty. They may be produced while they are written; what that raises is passed on.
+
+        Raises:
+            ClientGone: as for `send`; the rate is that of all batches together.
+        """
+        total = 0
+        remaining = iter(batches)
+        for batch in remaining:
+            if total:
+                self.run_handle.yield_to_waiters()
+            total += sum(map(len, batch))
             try:
-                self._send_rest(rest)
-            finally:
-                self.run_handle.acquire()
+                rest = self._send_some(batch, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                rest = list(batch)
+            except OSError as error:
+                raise ClientGone(error.strerror or "connection lost") from None
+            if rest:
+                self.run_handle.release()
+                try:
+                    total += self._send_rest(rest, remaining)
+                finally:
+                    self.run_handle.acquire()
         return total
 
     def _send_some(self, buffers: Sequence[bytes | memoryview], flags: int = 0) -> list[bytes | memoryview]:
@@ -196,22 +212,30 @@ class Transport:
         sent = self._socket.sendmsg(buffers if len(buffers) <= IOV_LIMIT else buffers[:IOV_LIMIT], [], flags)
         return _unsent(buffers, sent)
 
-    def _send_rest(self, rest: list[bytes | memoryview]) -> None:
-        """Write what the socket did not accept at once. Raises ClientGone."""
-        total, taken = sum(map(len, rest)), 0
-        started = time.monotonic()
-        try:
-            while rest and time.monotonic() - started <= self._write_timeout_s + taken / MIN_READ_BYTES_PER_S:
+    def _send_rest(self, rest: Sequence[bytes | memoryview], batches: Iterator[Sequence[bytes | memoryview]]) -> int:
+        """Write what the socket did not accept at once, then the other batches; return the bytes of the batches.
+
+        Raises:
+            ClientGone: as for `send`.
+        """
+        started, accepted, total = time.monotonic(), 0, 0
+        while rest:
+            if time.monotonic() - started > self._write_timeout_s + accepted / MIN_READ_BYTES_PER_S:
+                self._reset_on_close()
+                raise ClientGone(f"the client reads fewer than {MIN_READ_BYTES_PER_S} bytes a second")
+            accepted += sum(map(len, rest))
+            try:
                 rest = self._send_some(rest)
-                taken = total - sum(map(len, rest))
-        except BlockingIOError:
-            self._reset_on_close()
-            raise ClientGone("the client has stopped reading") from None
-        except OSError as error:
-            raise ClientGone(error.strerror or "connection lost") from None
-        if rest:
-            self._reset_on_close()
-            raise ClientGone(f"the client reads fewer than {MIN_READ_BYTES_PER_S} bytes a second")
+            except BlockingIOError:
+                self._reset_on_close()
+                raise ClientGone("the client has stopped reading") from None
+            except OSError as error:
+                raise ClientGone(error.strerror or "connection lost") from None
+            accepted -= sum(map(len, rest))
+            if not rest:
+                rest = next(batches, ())
+                total += sum(map(len, rest))
+        return total
 
     def _reset_on_close(self) -> None:
         """Make the close reset the connection; otherwise the kernel would keep the unsent bytes for minutes."""

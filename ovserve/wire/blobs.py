@@ -56,6 +56,9 @@ class Segment(Protocol):
             ContentTooLarge: the store could never hold them.
         """
 
+    def read(self, offset: int, size: int) -> bytes:
+        """Return at most `size` bytes from `offset`, and none at the end. Raises ValueError after `release`."""
+
     def write(self, data: bytes) -> None:
         """Write the data at the start. The bytes have to be reserved."""
 

@@ -23,7 +23,10 @@ VAE_SCALE_FACTOR = 16
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions added to their input; initially the identity. Without normalisation, flat areas keep their level."""
+    """Two convolutions added to their input; initially the identity.
+
+    There is no normalisation, so that flat areas keep their level.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -66,8 +66,10 @@ EMPTY = (
 )
 COUNTS = {"two": "two", "three": "three"}
 _OTHER_TEXT = (  # further words with their own token; most of them are in no caption
-    "a an one two three shape small tiny little large big huge in the center middle on left right at top bottom and next to "
-    "background front of with make turn into change colour color grey gray is by it from this that remove fill replace object"
+    "a an one two three shape small tiny little large big huge in the center middle on left right at top bottom and "
+    "next to "
+    "background front of with make turn into change colour color grey gray is by it from this that remove fill "
+    "replace object"
 )
 
 

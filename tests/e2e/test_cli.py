@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import openai
 import pytest
 
+import ovserve
 from ovserve.cli.commands import ExitCode
 from ovserve.models.profile import builtin_directory
 from tests.live import BUILTIN_NAME, BUILTIN_PATH, LiveServer, is_alive
@@ -21,9 +23,12 @@ from tests.live import BUILTIN_NAME, BUILTIN_PATH, LiveServer, is_alive
 START_LIMIT_S = 60
 
 
-def run(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "ovserve", *arguments],
+        cwd=cwd,
         env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
@@ -93,6 +98,78 @@ def test_version_and_help_list_flags_commands_and_exit_codes() -> None:
 def test_wrong_command_line_is_one_line_with_the_nearest_name(arguments: list[str], message: str) -> None:
     done = run(*arguments)
     assert (done.returncode, done.stdout, done.stderr) == (ExitCode.USAGE, "", f"ovserve: {message}\n")
+
+
+def test_folder_named_ovserve_in_the_current_directory_is_no_package(tmp_path: Path) -> None:
+    """A clone: a folder without `__init__.py`, which Python takes for a namespace package."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    where = [sys.executable, "-P", "-c", "import ovserve; print(ovserve.__file__)"]
+    found = subprocess.run(where, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    if found.stdout.strip() != ovserve.__file__:
+        pytest.skip("this environment has ovserve installed from somewhere else, or not at all")
+    (tmp_path / "ovserve" / "ovserve").mkdir(parents=True)
+    (tmp_path / "ovserve" / "pyproject.toml").touch()
+    done = run("--version", environment={"PYTHONPATH": ""}, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == (f"ovserve {ovserve.__version__}\n", "")
+
+
+SHADOWED = (
+    "PIL", "argparse", "dataclasses", "json", "logging", "multiprocessing", "multipart", "numpy", "openvino",
+    "openvino_genai", "pickle", "prometheus_client", "socket", "subprocess", "tempfile",
+)  # fmt: skip
+
+
+CONSOLE_SCRIPT = """
+import sys
+from ovserve.cli.main import main
+if __name__ == "__main__":
+    sys.exit(main())
+"""  # what an installer writes for [project.scripts]
+
+
+@pytest.mark.parametrize("how", ["python -m", "python -P -m", "console script"])
+def test_no_module_is_imported_from_the_current_directory(tmp_path: Path, how: str) -> None:
+    programs = {
+        "python -m": [sys.executable, "-m", "ovserve"],
+        "python -P -m": [sys.executable, "-P", "-m", "ovserve"],
+        "console script": [sys.executable, str(tmp_path / "bin" / "ovserve")],
+    }
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ovserve").write_text(CONSOLE_SCRIPT)
+    for name in SHADOWED:
+        (cwd / f"{name}.py").write_text("import os; open('imported', 'a').write(__name__); os._exit(7)\n")
+    with LiveServer(program=programs[how], cwd=cwd, spool=tmp_path / "spool") as live:
+        assert live.fetch("/v2/health/ready")[0] == 200
+        assert live.workers()
+    assert not (cwd / "imported").exists()
+
+
+FAKE_COMMAND = """
+import multiprocessing, ovserve
+
+def show():
+    print(ovserve.__file__, flush=True)
+
+def main():
+    show()
+    process = multiprocessing.get_context("spawn").Process(target=show)
+    process.start()
+    process.join()
+    return process.exitcode
+"""
+
+
+def test_ovserve_in_the_current_directory_is_used_by_workers_too(tmp_path: Path) -> None:
+    package = tmp_path / "ovserve"
+    (package / "cli").mkdir(parents=True)
+    for path in (package / "__init__.py", package / "cli" / "__init__.py"):
+        path.touch()
+    shutil.copy(Path(ovserve.__file__).with_name("__main__.py"), package)
+    (package / "cli" / "main.py").write_text(FAKE_COMMAND)
+    done = run(cwd=tmp_path)
+    assert (done.returncode, done.stdout.splitlines()) == (0, [str(package / "__init__.py")] * 2), done.stderr
 
 
 def test_process_spawned_by_the_console_script_imports_no_front_end() -> None:

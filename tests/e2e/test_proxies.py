@@ -33,7 +33,8 @@ http {{
     server {{
         listen 127.0.0.1:{port};
         location / {{
-            proxy_pass http://ovserve; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host $http_host;
+            proxy_pass http://ovserve; proxy_http_version 1.1;
+            proxy_set_header Connection ""; proxy_set_header Host $http_host;
             proxy_buffering off; proxy_request_buffering {buffering}; proxy_read_timeout 120s;
         }}
     }}

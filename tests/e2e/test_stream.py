@@ -135,7 +135,10 @@ def test_deadline_of_a_json_reply_is_504_and_not_retried(server: LiveServer) -> 
 @pytest.mark.parametrize("stream", [False, True])
 def test_disconnect_of_the_client_stops_its_job(server: LiveServer, stream: bool) -> None:
     document = json.dumps({"prompt": "a star", "num_inference_steps": 100, "n": 10, "stream": stream}).encode()
-    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(document)}\r\n\r\n"
+    head = (
+        "POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+        f"{len(document)}\r\n\r\n"
+    )
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(head.encode() + document)
         while not server.fetch("/v3/models/ovserve-builtin")[1]["running"]:

@@ -176,7 +176,8 @@ def test_lcm_on_a_model_not_distilled_for_it_writes_to_a_missing_input(
     worker: WorkerBench, engine: GenaiEngine
 ) -> None:
     child = run_unguarded(
-        'text2image.set_scheduler(og.Scheduler.from_config(folder / "scheduler/scheduler_config.json", og.Scheduler.Type.LCM))\n'
+        'text2image.set_scheduler(og.Scheduler.from_config(folder / "scheduler/scheduler_config.json", '
+        "og.Scheduler.Type.LCM))\n"
         'text2image.generate("a", **options)'
     )
     assert child.returncode == -signal.SIGSEGV

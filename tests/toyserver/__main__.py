@@ -1,8 +1,8 @@
 """The whole server with toy workers (tests.toys): `python -m tests.toyserver`, with the options of ovserve.
 
-Front end, API, dispatcher, supervisor, links and segments are the real ones. Only the code in the worker process is a toy,
-so that a prompt can set the moment at which the process dies. This is a package with a `__main__`, as ovserve is: spawned
-workers do not import it again, and start in a tenth of the time.
+Front end, API, dispatcher, supervisor, links and segments are the real ones. Only the code in the worker process is a
+toy, so that a prompt can set the moment at which the process dies. This is a package with a `__main__`, as ovserve is:
+spawned workers do not import it again, and start in a tenth of the time.
 """
 
 from __future__ import annotations

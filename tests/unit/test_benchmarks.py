@@ -22,7 +22,6 @@ from benchmarks.plot import Point, line_chart
 from benchmarks.render import NOTES, PAGE, PLOTS, newest, render
 from benchmarks.results import DIRECTORY, Result, Series, read_result
 from ovserve.front.forms.multipart import MultipartParser, PartData
-from tests.live import LiveServer
 
 STEADY = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98, 1.0, 1.01]
 
@@ -165,19 +164,6 @@ class TestCompare:
             code = f"{work}; {output}".format(sleep=sleep)
             result = run.run_commands(label, {"toy": [sys.executable, "-c", code]}, runs=3, warm_ups=1)
             paths.append(saved(tmp_path, label, result))
-        assert compare.main(paths) == 1
-        assert compare.main([paths[0], paths[0]]) == 0
-
-    def test_a_sleep_in_the_hot_path_of_the_server_is_a_regression(self, tmp_path: Path) -> None:
-        kind = parse_kind("edit:num_inference_steps=2;strength=0.7")
-        paths = []
-        for label, module in (("old", ("ovserve",)), ("new", ("benchmarks.slowed", "0.3"))):
-            with LiveServer(module=module) as server:
-                report = apply_load(
-                    Target(server.url), Load(clients=1, seconds=30, warm_up_s=0.5, requests=20, kinds=[kind])
-                )
-            assert report.outcomes() == {"200": len(report.samples)}
-            paths.append(saved(tmp_path, label, result_of(label, report.latencies())))
         assert compare.main(paths) == 1
         assert compare.main([paths[0], paths[0]]) == 0
 

@@ -84,8 +84,8 @@ def test_job_cancelled_while_its_result_is_written(harness: DispatcherHarness) -
     job.close()
     with pytest.raises(BlobGone):
         worker.blobs.fill(grant.storage, b"picture")
-    worker.send(Picture(job.id, 0, 1, 7), Done(job.id, 0, 0, 0))
     worker.expect(Cancel)
+    worker.send(Picture(job.id, 0, 1, 7), Done(job.id, 0, 0, 0))  # sent before it read the cancellation
     assert harness.admit().id == worker.expect(Run).job
 
 

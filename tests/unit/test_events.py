@@ -19,8 +19,19 @@ def test_comment_ends_with_a_blank_line() -> None:
 
 
 def test_event_without_a_kind_is_a_comment() -> None:
-    assert encode_event("", b"waiting") == comment(b"waiting")
-    assert encode_event("error", b"{}") == event("error", b"{}")
+    assert encode_event("", [b"waiting"]) == [comment(b"waiting")]
+    assert encode_event("error", [b"{}"]) == [event("error", b"{}")]
+
+
+@pytest.mark.parametrize("kind", ["", "x"])
+def test_data_in_several_chunks_is_encoded_like_one_line(kind: str) -> None:
+    assert b"".join(encode_event(kind, [b'{"a":', b"1", b"}"])) == b"".join(encode_event(kind, [b'{"a":1}']))
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r"])
+def test_line_end_in_one_of_several_chunks_is_rejected(end: bytes) -> None:
+    with pytest.raises(ValueError, match="one line"):
+        encode_event("x", [b"a", b"b" + end])
 
 
 def test_kind_of_two_lines_is_rejected() -> None:

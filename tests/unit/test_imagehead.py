@@ -38,7 +38,8 @@ def test_every_format_is_recognised_in_a_new_process(form: str) -> None:
     picture = Image.new("RGB", (9, 7))
     picture.save(stream, form, **({"save_all": True, "append_images": [picture]} if form == "MPO" else {}))
     code = (
-        "import sys; from ovserve.api.parameters.imagehead import read_head; from ovserve.settings.options import Settings;"
+        "import sys; from ovserve.api.parameters.imagehead import read_head; from ovserve.settings.options import "
+        "Settings;"
         "print(read_head(memoryview(sys.stdin.buffer.read()), 'image', Settings()).format)"
     )
     done = subprocess.run(

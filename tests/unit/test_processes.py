@@ -33,11 +33,29 @@ def test_exit_codes_are_described_for_the_log(exitcode: int | None, words: str) 
     assert describe_exit(exitcode) == words
 
 
+GROWING = f"""
+import os, sys
+print("started", flush=True)
+sys.stdin.readline()
+held = bytearray(os.urandom({32 * MIB}))
+print("grown", flush=True)
+sys.stdin.readline()
+"""
+
+
 def test_resident_memory_is_what_the_kernel_counts() -> None:
-    before = resident_bytes(os.getpid())
-    held = bytearray(os.urandom(32 * MIB))
-    assert 24 * MIB < resident_bytes(os.getpid()) - before < 64 * MIB
-    del held
+    # A fresh process: one that has freed memory before may fill 32 MiB without growing.
+    command = [sys.executable, "-c", GROWING]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin
+        assert child.stdout
+        assert child.stdout.readline() == "started\n"
+        before = resident_bytes(child.pid)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "grown\n"
+        assert 24 * MIB < resident_bytes(child.pid) - before < 64 * MIB
+        child.communicate("\n")
 
 
 def test_pages_mapped_from_a_file_do_not_count_as_resident(tmp_path: Path) -> None:

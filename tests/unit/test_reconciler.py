@@ -1,4 +1,4 @@
-"""Reload, scale and unload as changes of the desired state, over workers in memory: which processes change, and which do not."""
+"""Reload, scale and unload as changes of the desired state, over workers in memory: which processes change."""
 
 from __future__ import annotations
 
@@ -267,7 +267,8 @@ def test_crashed_worker_is_restarted_in_its_slot(system: MemorySystem) -> None:
     system.until(lambda: system.ready("a") == 2)
 
 
-# --- what makes new workers necessary -----------------------------------------------------------------------------------
+# --- what makes new workers necessary
+# -----------------------------------------------------------------------------------
 
 
 def test_workers_read_no_option_that_changes_without_new_workers() -> None:

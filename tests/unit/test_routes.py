@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +13,19 @@ from typing import Any
 
 import pytest
 
-from ovserve.api.exchange import FileReply, JsonReply, Reply
+from ovserve.api.exchange import FileReply, JsonReply, Reply, windows_of
 from ovserve.api.routes import ROUTES, ImagesApi, match_route
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.errors import ApiError, BadRequest, Forbidden, MethodNotAllowed, ModelNotFound, NotFound, SettingsError
+from ovserve.errors import (
+    ApiError,
+    BadRequest,
+    Forbidden,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    RangeNotSatisfiable,
+    SettingsError,
+)
 from ovserve.settings.options import Settings
 from ovserve.wire.local.spool import Spool
 from tests.forms import FakeForm, catalog
@@ -58,7 +69,9 @@ def api(tmp_path: Path) -> Any:
         if len(reloads) > 1:
             raise SettingsError("port=x: not a number")
 
-    yield ImagesApi(Settings(store_dir=tmp_path / "kept"), catalog(), dispatcher, reload)
+    api = ImagesApi(Settings(store_dir=tmp_path / "kept"), catalog(), dispatcher, reload)
+    yield api
+    api.store.close()
     dispatcher.close()
     spool.close()
 
@@ -185,6 +198,46 @@ def test_preflight_names_the_allowed_header_fields(api: ImagesApi) -> None:
     assert reply.headers["access-control-allow-headers"] == "authorization"
     invalid = answer(api, FakeExchange("OPTIONS", "/v1/images/edits", access_control_request_headers="a\r\nb: c"))
     assert "access-control-allow-headers" not in invalid.headers
+
+
+def open_pictures() -> list[str]:
+    """Return the targets of this process's descriptors that are stored pictures."""
+    targets = []
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            targets.append(os.readlink(path))
+    return [target for target in targets if "/kept/" in target]
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "status", "content"),
+    [
+        ("GET", {}, 200, b"0123456789"),
+        ("HEAD", {"range": "bytes=2-4"}, 200, b"0123456789"),  # the front end sends no content
+        ("GET", {"range": "bytes=2-4"}, 206, b"234"),
+        ("GET", {"range": "bytes=-1"}, 206, b"9"),
+        ("GET", {"if_none_match": "*"}, 304, b""),
+    ],
+)
+def test_stored_picture_is_open_until_the_reply_is_closed(
+    api: ImagesApi, method: str, headers: dict[str, str], status: int, content: bytes
+) -> None:
+    name = api.store.keep(memoryview(b"0123456789"), "png")
+    reply = answer(api, FakeExchange(method, f"/v1/images/files/{name}", **headers))
+    assert isinstance(reply, FileReply)
+    assert reply.status == status
+    assert len(reply.content) == len(content)
+    assert b"".join(windows_of([reply.content])) == content
+    assert open_pictures()
+    reply.close()
+    assert open_pictures() == []
+
+
+def test_range_outside_a_stored_picture_is_416(api: ImagesApi) -> None:
+    name = api.store.keep(memoryview(b"0123456789"), "png")
+    with pytest.raises(RangeNotSatisfiable):
+        answer(api, FakeExchange("GET", f"/v1/images/files/{name}", range="bytes=10-"))
+    assert open_pictures() == []
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from types import ModuleType
 import pytest
 
 from ovserve.errors import BlobGone, ContentTooLarge, SettingsError, SpoolFull
-from ovserve.wire.blobs import Blob
+from ovserve.wire.blobs import Blob, BlobStore
 from ovserve.wire.local.folder import sweep
 from ovserve.wire.local.spool import Spool, SpoolSegment, default_directory
+from ovserve.wire.memory.blobs import MemoryBlobs
 
 MIB = 1024 * 1024
 
@@ -72,6 +73,19 @@ def test_stored_bytes_can_be_read_through_a_blob_a_path_and_the_view(spool: Spoo
         assert bytes(view) == b"spool"
     assert Path(segment.path).read_bytes() == b"hello spool"
     assert bytes(segment.view) == b"hello spool"
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+@pytest.mark.parametrize("kind", ["spool", "memory"])
+def test_segment_is_read_in_parts_until_it_is_released(spool: Spool, kind: str, is_mapped: bool) -> None:
+    store: BlobStore = spool if kind == "spool" else MemoryBlobs()
+    segment = store.put(b"hello spool")
+    if is_mapped:
+        assert bytes(segment.view[:11]) == b"hello spool"
+    assert [segment.read(offset, 4) for offset in (0, 4, 8, 11, 20)] == [b"hell", b"o sp", b"ool", b"", b""]
+    segment.release()
+    with pytest.raises(ValueError, match="released"):
+        segment.read(0, 4)
 
 
 @pytest.mark.usefixtures("spool", "no_descriptors")

@@ -1,70 +1,109 @@
-"""Stored pictures: names, expiry, size limit, byte ranges."""
+"""Stored pictures: names, index, expiry, size limit, byte ranges, other programs in the directory."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovserve.api.store import Store, default_store, parse_range
-from ovserve.errors import NotFound, RangeNotSatisfiable
+from ovserve.api.store import Store, StoredPicture, default_store, parse_range
+from ovserve.errors import NotFound, RangeNotSatisfiable, SpoolFull
 from ovserve.settings.options import Settings
 
 MIB = 1024 * 1024
 
 
-def store(folder: Path, **settings: float) -> Store:
-    return Store(Settings(store_dir=folder, **settings))  # type: ignore[arg-type]
+@contextmanager
+def store(folder: Path, **settings: float) -> Iterator[Store]:
+    """Yield a store, and close it at the end of the block."""
+    with closing(Store(Settings(store_dir=folder, **settings))) as opened:  # type: ignore[arg-type]
+        yield opened
+
+
+def content_of(found: StoredPicture, start: int = 0, end: int | None = None) -> bytes:
+    """Read a picture and close it."""
+    try:
+        return b"".join(found.part(start, found.size if end is None else end).windows())
+    finally:
+        found.close()
 
 
 def test_picture_is_found_by_its_name(tmp_path: Path) -> None:
-    kept = store(tmp_path / "s")
-    names = {kept.keep(memoryview(b"data"), "png") for _ in range(20)}
-    assert len(names) == 20
-    found = kept.find(names.pop())
-    assert (found.data, found.media_type) == (b"data", "image/png")
-    assert 3500 < found.expires_in_s <= 3600
+    with store(tmp_path / "s") as kept:
+        names = {kept.keep(memoryview(b"data"), "png") for _ in range(20)}
+        assert len(names) == 20
+        found = kept.find(names.pop())
+        assert (found.size, found.media_type) == (4, "image/png")
+        assert content_of(found) == b"data"
+        assert 3500 < found.expires_in_s <= 3600
 
 
 @pytest.mark.parametrize(
     "name", ["", "a.png", "../" * 8 + "etc/passwd", "x" * 32 + ".exe", "x" * 32 + ".png\n", "%2e%2e"]
 )
 def test_invalid_names_are_not_found(tmp_path: Path, name: str) -> None:
-    with pytest.raises(NotFound):
-        store(tmp_path).find(name)
-
-
-def test_expired_picture_is_not_found_and_is_removed(tmp_path: Path) -> None:
-    kept = store(tmp_path, url_ttl_s=60.0)
-    name = kept.keep(memoryview(b"old"), "webp")
-    os.utime(tmp_path / name, (time.time() - 61,) * 2)
-    with pytest.raises(NotFound):
+    with store(tmp_path) as kept, pytest.raises(NotFound):
         kept.find(name)
-    kept.keep(memoryview(b"new"), "webp")
-    assert not (tmp_path / name).exists()
 
 
 def test_oldest_pictures_are_removed_at_the_size_limit(tmp_path: Path) -> None:
-    kept = store(tmp_path, store_bytes=MIB)
-    names = []
-    for age in range(5, 0, -1):
-        names.append(kept.keep(memoryview(bytes(300_000)), "png"))
-        os.utime(tmp_path / names[-1], (time.time() - age,) * 2)
-    left = [name for name in names if (tmp_path / name).exists()]
-    assert left == names[2:]
+    with store(tmp_path, store_bytes=MIB) as kept:
+        names = [kept.keep(memoryview(bytes(300_000)), "png") for _ in range(5)]
+        left = [name for name in names if (tmp_path / name).exists()]
+        assert left == names[2:]
 
 
 def test_new_store_finds_the_pictures_of_an_old_one(tmp_path: Path) -> None:
-    name = store(tmp_path).keep(memoryview(b"data"), "jpeg")
-    assert store(tmp_path).find(name).data == b"data"
+    with store(tmp_path) as old:
+        name = old.keep(memoryview(b"data"), "jpeg")
+    with store(tmp_path) as new:
+        assert content_of(new.find(name)) == b"data"
+
+
+def test_open_picture_is_readable_after_its_file_is_removed(tmp_path: Path) -> None:
+    with store(tmp_path) as kept:
+        name = kept.keep(memoryview(b"data"), "jpeg")
+        found = kept.find(name)
+        (tmp_path / name).unlink()
+        assert content_of(found, 1, 3) == b"at"
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_picture_that_is_not_found_leaves_no_descriptor(tmp_path: Path) -> None:
+    with store(tmp_path, url_ttl_s=60.0) as kept:
+        name = kept.keep(memoryview(b"old"), "webp")
+        os.utime(tmp_path / name, (time.time() - 61,) * 2)
+        for wrong in (name, "x" * 32 + ".png"):
+            with pytest.raises(NotFound):
+                kept.find(wrong)
+
+
+def test_picture_without_a_free_descriptor_is_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with store(tmp_path) as kept:
+        name = kept.keep(memoryview(b"data"), "png")
+
+        def fail(*_: object) -> int:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(os, "open", fail)
+        with pytest.raises(SpoolFull, match="Too many open files"):
+            kept.find(name)
 
 
 def test_directory_is_readable_by_its_owner_only(tmp_path: Path) -> None:
-    store(tmp_path / "s").keep(memoryview(b"data"), "png")
+    with store(tmp_path / "s") as kept:
+        kept.keep(memoryview(b"data"), "png")
     assert (tmp_path / "s").stat().st_mode & 0o777 == 0o700
 
 
@@ -106,7 +145,259 @@ def test_other_files_in_the_directory_are_not_removed(tmp_path: Path) -> None:
     other = tmp_path / "holiday.jpg"
     other.write_bytes(bytes(900_000))
     os.utime(other, (0, 0))
-    kept = store(tmp_path, store_bytes=MIB)
-    for _ in range(5):
-        kept.keep(memoryview(bytes(300_000)), "png")
+    with store(tmp_path, store_bytes=MIB) as kept:
+        for _ in range(5):
+            kept.keep(memoryview(bytes(300_000)), "png")
     assert other.exists()
+
+
+# --- the index --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[Counter[str]]:
+    """Count the calls of these functions of `os` within the block."""
+    counted: Counter[str] = Counter()
+    with monkeypatch.context() as patch:
+        for name in names:
+            function = getattr(os, name)
+
+            def call(*arguments: Any, _name: str = name, _function: Any = function, **named: Any) -> Any:
+                counted[_name] += 1
+                return _function(*arguments, **named)
+
+            patch.setattr(os, name, call)
+        yield counted
+
+
+def fill(folder: Path, number: int, size: int = 10, age_s: float = 0.0) -> list[str]:
+    """Write pictures of an earlier run, each a second younger than the one before; return their names."""
+    folder.mkdir(exist_ok=True)
+    names = [f"{index:032d}.png" for index in range(number)]
+    for index, name in enumerate(names):
+        (folder / name).write_bytes(bytes(size))
+        os.utime(folder / name, (time.time() - age_s - number + index,) * 2)
+    return names
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """Wait for the store's thread, which signals nothing."""
+    end = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def store_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "store"]
+
+
+@pytest.mark.parametrize("number", [10, 1000])
+def test_directory_is_read_once_however_many_pictures_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fill(tmp_path, number)
+    with store(tmp_path) as kept, calls(monkeypatch, "scandir", "listdir", "stat", "lstat", "fstat", "unlink") as made:
+        for _ in range(20):
+            kept.keep(memoryview(b"data"), "png")
+        assert made["scandir"] + made["listdir"] == 1
+        assert made["stat"] + made["lstat"] + made["fstat"] <= 3 * 20  # for each picture, not for each file
+        assert made["unlink"] == 0
+
+
+def test_only_the_pictures_that_have_to_go_are_touched_at_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = fill(tmp_path, 8, size=MIB // 8)
+    with store(tmp_path, store_bytes=MIB) as kept:
+        kept.keep(memoryview(bytes(1)), "png")
+        with calls(monkeypatch, "unlink") as made:
+            for _ in range(3):
+                kept.keep(memoryview(bytes(MIB // 8)), "png")
+        assert made["unlink"] == 3
+    assert [name for name in names if (tmp_path / name).exists()] == names[4:]
+
+
+def test_index_of_an_earlier_run_is_in_the_order_of_age(tmp_path: Path) -> None:
+    names = fill(tmp_path, 4, size=MIB // 4)
+    for age, name in enumerate([names[2], names[0], names[3], names[1]]):
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    with store(tmp_path, store_bytes=MIB) as kept:
+        kept.keep(memoryview(bytes(MIB // 2)), "png")
+    assert [name for name in names if (tmp_path / name).exists()] == [names[0], names[2]]
+
+
+def test_picture_larger_than_the_limit_replaces_all_others(tmp_path: Path) -> None:
+    names = fill(tmp_path, 3)
+    with store(tmp_path, store_bytes=MIB) as kept:
+        name = kept.keep(memoryview(bytes(MIB + 1)), "png")
+        assert len(content_of(kept.find(name))) == MIB + 1
+    assert not any((tmp_path / each).exists() for each in names)
+
+
+def test_failed_write_counts_nothing_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with store(tmp_path, store_bytes=MIB) as kept:
+        first = kept.keep(memoryview(bytes(MIB // 2)), "png")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", raise_no_space)
+            for _ in range(3):
+                with pytest.raises(OSError, match="No space left"):
+                    kept.keep(memoryview(bytes(MIB // 4)), "png")
+        second = kept.keep(memoryview(bytes(MIB // 2)), "png")
+        assert sorted(os.listdir(tmp_path)) == sorted([first, second])
+
+
+def raise_no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_pictures_of_many_threads_stay_within_the_limit(tmp_path: Path) -> None:
+    with store(tmp_path, store_bytes=MIB) as kept:
+        names: list[str] = []
+
+        def keep() -> None:
+            names.extend(kept.keep(memoryview(bytes(MIB // 16)), "png") for _ in range(20))
+
+        threads = [threading.Thread(target=keep) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        left = os.listdir(tmp_path)
+        assert len(set(names)) == 160
+        assert set(left) <= set(names)
+        assert len(left) == 16
+
+
+# --- expiry -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_picture_is_removed_when_it_expires(tmp_path: Path) -> None:
+    kept = Store(Settings(store_dir=tmp_path, url_ttl_s=0.3))
+    name = kept.keep(memoryview(b"data"), "png")
+    assert len(store_threads()) == 1
+    until(lambda: not (tmp_path / name).exists())
+    until(lambda: store_threads() == [])  # without pictures no thread waits
+    again = kept.keep(memoryview(b"data"), "png")
+    until(lambda: not (tmp_path / again).exists())
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_pictures_of_an_earlier_run_expire_without_a_new_one(tmp_path: Path) -> None:
+    names = fill(tmp_path, 5, age_s=3600)
+    (tmp_path / ".ovserve-new-abc").write_bytes(b"of a server that was killed")
+    os.utime(tmp_path / ".ovserve-new-abc", (0, 0))
+    young = kept_file(tmp_path)
+    with store(tmp_path) as kept:
+        kept.start()
+        until(lambda: not any((tmp_path / name).exists() for name in names))
+        until(lambda: not (tmp_path / ".ovserve-new-abc").exists())
+        assert len(store_threads()) == 1  # waits for the young one
+    assert young.exists()
+    assert store_threads() == []
+
+
+def kept_file(folder: Path) -> Path:
+    path = folder / ("y" * 32 + ".png")
+    path.write_bytes(b"young")
+    return path
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_empty_or_missing_directory_needs_no_thread(tmp_path: Path) -> None:
+    with store(tmp_path / "s") as kept:
+        kept.start()
+        until(lambda: store_threads() == [])
+        assert not (tmp_path / "s").exists()
+
+
+def test_expired_picture_is_not_found_before_the_timer_has_run(tmp_path: Path) -> None:
+    now = time.time()
+    with closing(Store(Settings(store_dir=tmp_path, url_ttl_s=60.0), clock=lambda: now)) as kept:
+        name = kept.keep(memoryview(b"data"), "png")
+        assert content_of(kept.find(name)) == b"data"
+        now += 61
+        with pytest.raises(NotFound):
+            kept.find(name)
+        assert (tmp_path / name).exists()
+        kept.keep(memoryview(b"new"), "png")
+        assert not (tmp_path / name).exists()
+
+
+def test_closed_store_starts_no_thread(tmp_path: Path) -> None:
+    kept = Store(Settings(store_dir=tmp_path))
+    kept.close()
+    name = kept.keep(memoryview(b"data"), "png")  # by a request at the end of the grace period
+    kept.start()
+    kept.close()
+    assert store_threads() == []
+    assert content_of(kept.find(name)) == b"data"
+
+
+def test_directory_that_cannot_be_read_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "s").write_bytes(b"in the way")
+    with store(tmp_path / "s") as kept:
+        kept.start()
+        until(lambda: store_threads() == [])
+        assert "store_dir cannot be read" in caplog.messages
+        with pytest.raises(OSError, match="Not a directory"):
+            kept.keep(memoryview(b"data"), "png")
+
+
+# --- other programs in the directory ----------------------------------------------------------------------------------
+
+
+def test_files_that_others_remove_are_tolerated(tmp_path: Path) -> None:
+    with store(tmp_path / "s", store_bytes=MIB) as kept:
+        names = [kept.keep(memoryview(bytes(MIB // 4)), "png") for _ in range(4)]
+        (tmp_path / "s" / names[0]).unlink()
+        with pytest.raises(NotFound):
+            kept.find(names[0])
+        kept.keep(memoryview(bytes(MIB // 4)), "png")
+        assert all((tmp_path / "s" / name).exists() for name in names[1:])
+        shutil.rmtree(tmp_path / "s")
+        name = kept.keep(memoryview(bytes(MIB // 4)), "png")
+        assert len(content_of(kept.find(name))) == MIB // 4
+        assert (tmp_path / "s").stat().st_mode & 0o777 == 0o700
+
+
+def test_files_that_others_add_are_served_and_not_removed(tmp_path: Path) -> None:
+    with store(tmp_path, store_bytes=MIB) as kept:
+        kept.keep(memoryview(b"data"), "png")
+        added = kept_file(tmp_path)
+        for _ in range(5):
+            kept.keep(memoryview(bytes(MIB // 2)), "png")
+        assert content_of(kept.find(added.name)) == b"young"
+
+
+def test_two_stores_share_a_directory(tmp_path: Path) -> None:
+    with store(tmp_path, store_bytes=MIB) as one:
+        early = one.keep(memoryview(bytes(MIB // 2)), "png")
+        with store(tmp_path, store_bytes=MIB) as two:
+            for _ in range(8):
+                names = [each.keep(memoryview(bytes(MIB // 2)), "png") for each in (one, two)]
+                for each in (one, two):
+                    for name in names:
+                        assert len(content_of(each.find(name))) == MIB // 2
+            with pytest.raises(NotFound):
+                one.find(early)
+            assert len(os.listdir(tmp_path)) == 4  # each applies the limit to its own
+
+
+def test_start_of_a_second_store_does_not_disturb_a_picture_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def keep_another(source: str, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        with store(tmp_path, store_bytes=MIB) as two:
+            two.keep(memoryview(bytes(MIB // 4)), "png")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", keep_another)
+    with store(tmp_path, store_bytes=MIB) as one:
+        name = one.keep(memoryview(bytes(MIB // 4)), "png")
+        assert len(content_of(one.find(name))) == MIB // 4
+    assert len(os.listdir(tmp_path)) == 2

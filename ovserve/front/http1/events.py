@@ -5,7 +5,12 @@ Every event and comment ends with a blank line: official clients drop an event a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 __all__ = ["comment", "encode_event", "event"]
+
+_T = TypeVar("_T")
 
 
 def event(kind: str, data: bytes) -> bytes:
@@ -31,9 +36,21 @@ def comment(text: bytes) -> bytes:
     return b"%b\n\n" % _lines(b": ", text)
 
 
-def encode_event(kind: str, data: bytes) -> bytes:
-    """Encode an event, or a comment when `kind` is empty."""
-    return event(kind, data) if kind else comment(data)
+def encode_event(kind: str, data: Sequence[bytes | _T]) -> Sequence[bytes | _T]:
+    """Encode an event, or a comment when `kind` is empty.
+
+    Args:
+        kind: the event's type, one line of text.
+        data: the data in one chunk, or one line in several. A chunk that is not `bytes` stays as it is.
+
+    Raises:
+        ValueError: `kind` has more than one line, or one of several chunks contains a line end.
+    """
+    if len(data) == 1 and isinstance(data[0], bytes):
+        return [event(kind, data[0]) if kind else comment(data[0])]
+    if any(isinstance(chunk, bytes) and (b"\n" in chunk or b"\r" in chunk) for chunk in data):
+        raise ValueError("data in several chunks must be one line")
+    return [event(kind, b"").removesuffix(b"\n\n") if kind else b": ", *data, b"\n\n"]
 
 
 def _lines(prefix: bytes, data: bytes) -> bytes:

@@ -121,6 +121,12 @@ class SpoolSegment:
             raise
         self.reserved = size
 
+    def read(self, offset: int, size: int) -> bytes:
+        """Return at most `size` bytes from `offset` without mapping the segment. Raises ValueError after `release`."""
+        if self._descriptor < 0:
+            raise ValueError("segment is released")
+        return os.pread(self._descriptor, size, offset)
+
     def write(self, data: bytes) -> None:
         """Write the data at the start of the segment without mapping it. The bytes have to be reserved."""
         view = memoryview(data)

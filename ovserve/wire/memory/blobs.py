@@ -40,6 +40,11 @@ class MemorySegment:
         self._blobs.charge(max(0, size - self.reserved))
         self.reserved = max(self.reserved, size)
 
+    def read(self, offset: int, size: int) -> bytes:
+        """Return at most `size` bytes from `offset`. Raises ValueError after `release`."""
+        with self.view[offset : offset + size] as part:
+            return bytes(part)
+
     def write(self, data: bytes) -> None:
         """Write the data at the start."""
         self.data[: len(data)] = data
