@@ -82,7 +82,7 @@ def test_alpha_and_colour_of_transparent_pixels_decode_bit_for_bit(form: str) ->
     assert np.array_equal(decoded(encoded(Image.fromarray(RGBA), form, **options)), RGBA)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "GIF"])
+@pytest.mark.parametrize("form", ["JPEG", "GIF", "AVIF"])
 def test_lossy_formats_decode_approximately(form: str) -> None:
     pixels = decoded(encoded(Image.fromarray(SMOOTH), form))
     assert pixels.shape == SMOOTH.shape
@@ -195,7 +195,7 @@ def test_undefined_orientation_is_ignored(orientation: int) -> None:
     "data", [b"", b"\0" * 16, b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\0\0\0\0WEBP"]
 )
 def test_unreadable_bytes_are_rejected_naming_the_field(name: str, data: bytes) -> None:
-    with pytest.raises(ImageError, match="not a readable PNG, JPEG, WebP, GIF, BMP or TIFF image") as caught:
+    with pytest.raises(ImageError, match="not a readable PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF image") as caught:
         decoded(data, name)
     assert caught.value.param == name
     assert caught.value.message.startswith(f"{name}: ")
@@ -232,6 +232,7 @@ def test_size_at_the_limit_is_accepted_and_one_more_is_rejected() -> None:
             decode_image(data, "image", limits)
 
 
+AVIF = encoded(Image.fromarray(SMOOTH), "AVIF")
 SAMPLES = [
     encoded(Image.fromarray(RGB), "PNG"),
     encoded(Image.fromarray(SMOOTH), "JPEG"),
@@ -453,3 +454,48 @@ def test_webp_frame_smaller_than_the_canvas_leaves_transparency(flags: int) -> N
     found = decoded(b"RIFF" + struct.pack("<I", len(body)) + body)
     assert (found[6:12, 4:12] == [200, 10, 10, 255]).all()
     assert found[..., 3].sum() == 255 * 48
+
+
+# --- AVIF -------------------------------------------------------------------------------------------------------------
+
+
+def test_avif_with_alpha_decodes_to_rgba() -> None:
+    pixels = np.dstack([SMOOTH, np.full((30, 40), 100, np.uint8)])
+    found = decoded(encoded(Image.fromarray(pixels), "AVIF", quality=100))
+    assert found.shape == (30, 40, 4)
+    assert np.abs(found[..., 3].astype(int) - 100).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_an_avif_is_applied_once(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = decoded(encoded(Image.fromarray(SMOOTH), "AVIF", exif=exif, quality=100, subsampling="4:4:4"))
+    turned = Image.fromarray(SMOOTH)
+    turned.getexif()[0x0112] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(turned))
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).mean() < 4
+
+
+def test_code_points_of_an_avif_are_converted_and_a_profile_is_kept() -> None:
+    gray = Image.new("RGB", (16, 16), (64, 64, 64))
+    data = encoded(gray, "AVIF", quality=100)
+    at = data.index(b"nclx") + 4
+    linear = data[:at] + struct.pack(">HH", 1, 8) + data[at + 4 :]
+    assert np.abs(decoded(data)[8, 8].astype(int) - 64).max() <= 1
+    assert np.abs(decoded(linear)[8, 8].astype(int) - 137).max() <= 2
+    with pytest.raises(ImageError, match="not supported; send the image in sRGB"):
+        decoded(data[:at] + struct.pack(">HH", 1, 200) + data[at + 4 :])
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert extract_colour_profile(encoded(gray, "AVIF", icc_profile=profile)) == profile
+
+
+@given(st.integers(0), st.binary(min_size=1, max_size=8))
+def test_damaged_avif_gives_pixels_or_an_image_error(offset: int, damage: bytes) -> None:
+    offset %= len(AVIF)
+    data = AVIF[:offset] + damage + AVIF[offset + len(damage) :]
+    try:
+        assert decoded(data).ndim == 3
+    except ImageError as error:
+        assert error.param == "image"

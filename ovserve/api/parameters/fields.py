@@ -120,7 +120,7 @@ _TABLE = (
     Field("model", "text", "The model. May be left out if the server has only one model or a default model."),
     Field("prompt", "text", "What the picture should show. Required for edits and generations.",
           required=_WITH_PROMPT, default=""),
-    Field("image", "files", "The picture to edit: PNG, JPEG, WebP, GIF (first frame), BMP or TIFF.", _WITH_IMAGE,
+    Field("image", "files", "The picture to edit: PNG, JPEG, WebP, AVIF, GIF (first frame), BMP or TIFF.", _WITH_IMAGE,
           required=_WITH_IMAGE, record="images"),
     Field("mask", "file", "The region to repaint; see `mask_mode`.", frozenset((EDIT,))),
     Field("n", "integer", "Number of pictures. Picture k uses seed + k.", default=1, low=1, high=64,

@@ -85,7 +85,7 @@ def parse_disposition(value: str) -> Disposition:
     """Parse a Content-Disposition field (RFC 6266 section 4.1, RFC 7578 section 4.2) with any of the ways of escaping.
 
     `filename*` (RFC 8187) counts only where there is no `filename`: RFC 7578 forbids it in forms, and .NET sends both.
-    The first of two file names counts. One that follows no grammar is returned as it was sent, without its outer quotes.
+    The first of two file names counts. One that follows no grammar is returned as sent, without its outer quotes.
 
     Raises:
         ValueError: the text outside the file name does not follow the grammar (the message has the offset), or another
