@@ -86,6 +86,8 @@ def test_header_of_sample_files_agrees_with_pillow(data: Path, monkeypatch: pyte
     pictures = [path for path in data.rglob("*") if path.suffix in {".png", ".jpg", ".webp", ".gif", ".bmp", ".tif"}]
     assert pictures
     for path in pictures:
+        if path.name.startswith("badcrc"):
+            continue  # Pillow does not open it
         content = path.read_bytes()
         head = read_head(memoryview(content), "image", SETTINGS)
         assert (head.width, head.height) == read_by_pillow(content)[1:3], path
