@@ -125,7 +125,7 @@ def _plan_layout(
     frame = Resolution(request.width, request.height) if request.width else profile.native
     if source is not None and not request.width:
         frame = fit_into(size_of(source), model.max_resolution)
-    placement = Placement.plan(frame, profile.working_size(frame.width, frame.height), profile.side_multiple_px)
+    placement = Placement.plan(frame, profile.working_size(frame.width, frame.height), profile.working_multiple_px)
     is_opaque = request.background == "opaque"
     if source is None:
         return _Layout(frame, placement, Backdrop(None, None, keeps_alpha, is_opaque))

@@ -50,6 +50,7 @@ BROKEN = 4  # exit code: a thread of the worker has failed, or the link carried 
 _SPARE_JOBS = 2  # beyond those in the engine: one prepared and one being finished, so that the device never waits
 
 CreateEngine = Callable[[ModelProfile, ModelSettings], tuple[Engine, str]]
+CompleteProfile = Callable[[ModelProfile], ModelProfile]
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,10 @@ class JobRunner:
         settings: WorkerSettings,
         *,
         create_engine: CreateEngine,
+        complete_profile: CompleteProfile = lambda profile: profile,
     ) -> None:
         self._create_engine = create_engine
+        self._complete_profile = complete_profile
         self._link = link
         self._blobs = blobs
         self._profile = profile
@@ -260,6 +263,7 @@ class JobRunner:
 
         With `auto`, a model that our own loop (stepwise) cannot load is loaded with genai.
         """
+        self._profile = self._complete_profile(self._profile)
         engine, why = self._create_engine(self._profile, self._model)
         if self._model.engine != "auto" or engine.name == "genai":
             return engine, self._load(engine), why
