@@ -1,9 +1,10 @@
 """The exception tree. Each class has its HTTP status and public error code.
 
     OvserveError
-    ├── StartupError                  the process cannot start: one line on standard error, exit code 2
+    ├── StartupError                  the process cannot start: one line on standard error, an exit code of cli.commands
     │   ├── SettingsError             an option, the environment or the configuration file is wrong
-    │   └── ModelError                a model directory is wrong or incomplete
+    │   ├── ModelError                a model directory is wrong or incomplete
+    │   └── ModelsFailed              no model could be loaded
     ├── ClientGone                    the client closed its connection: no response is sent
     ├── BlobGone                      a worker opens a blob whose exchange has ended
     ├── LinkClosed                    the other side of a link is gone: end-of-file or a broken pipe
@@ -22,6 +23,8 @@ these statuses.
 
 from __future__ import annotations
 
+import errno
+import socket
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -50,6 +53,7 @@ __all__ = [
     "ModelError",
     "ModelFailed",
     "ModelNotFound",
+    "ModelsFailed",
     "NotFound",
     "NotImplementedMethod",
     "NotReady",
@@ -64,6 +68,8 @@ __all__ = [
     "SpoolFull",
     "SpoolUnusable",
     "StartupError",
+    "StoreFull",
+    "StoreUnusable",
     "TargetTooLong",
     "TooManyConnections",
     "TooManyParts",
@@ -73,6 +79,7 @@ __all__ = [
     "UnsupportedParameter",
     "WorkerCrashed",
     "from_wire",
+    "may_pass",
 ]
 
 MESSAGE_LIMIT_CHARS = 1000  # an error crosses a link in one message of at most 4096 bytes; no reader wants more
@@ -84,7 +91,15 @@ class OvserveError(Exception):
 
 
 class StartupError(OvserveError):
-    """The process cannot start. The message is one line for the operator."""
+    """The process cannot start. The message is one line for the operator.
+
+    Attributes:
+        is_transient: a later start may succeed with the same configuration, e.g. when a port is free again.
+    """
+
+    def __init__(self, message: str, *, is_transient: bool = False) -> None:
+        super().__init__(message)
+        self.is_transient = is_transient
 
 
 class SettingsError(StartupError):
@@ -93,6 +108,25 @@ class SettingsError(StartupError):
 
 class ModelError(StartupError):
     """A model directory is wrong or incomplete."""
+
+
+class ModelsFailed(StartupError):
+    """No model could be loaded and warmed up."""
+
+
+_PASSING_ERRNOS = frozenset({
+    errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO,
+    errno.ETIMEDOUT,  # a file system or device that is not there yet
+    errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EBUSY, errno.ENOBUFS,
+    errno.EADDRINUSE, errno.EADDRNOTAVAIL,  # an interface that has no address yet
+})  # fmt: skip
+
+
+def may_pass(error: OSError) -> bool:
+    """Return whether an error of a system call may be gone at a later start, with the same configuration."""
+    if isinstance(error, socket.gaierror):  # its errno is an EAI number
+        return error.errno == socket.EAI_AGAIN
+    return error.errno in _PASSING_ERRNOS
 
 
 class ClientGone(OvserveError):
@@ -430,6 +464,20 @@ class SpoolUnusable(ServerError):
 
     status = 503
     code = "spool_unusable"
+
+
+class StoreFull(ServerError):
+    """503: no space in `store_dir` for a picture of response_format=url."""
+
+    status = 503
+    code = "store_full"
+
+
+class StoreUnusable(ServerError):
+    """503: `store_dir` cannot be written; the message has the reason."""
+
+    status = 503
+    code = "store_unusable"
 
 
 class DeadlineExceeded(ServerError):

@@ -1,6 +1,7 @@
 """The server: create the parts, listen, start, announce readiness, reload, drain, stop.
 
-The main thread only waits for signals. SIGTERM and SIGINT drain; a second one ends the process at once. SIGHUP reloads.
+The main thread only waits for signals. SIGTERM, SIGINT and SIGQUIT drain; a second one ends the process at once. SIGHUP
+reloads. SIGUSR1 and SIGUSR2 are logged and have no effect.
 Signals are blocked in every thread and received with sigtimedwait, so that no handler interrupts a critical section.
 Spawned processes inherit the mask, so Ctrl-C does not reach them.
 """
@@ -19,9 +20,10 @@ from multiprocessing import resource_tracker
 
 from ovserve import systemd
 from ovserve.api.routes import ImagesApi
+from ovserve.api.store import Store
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.errors import ModelError, StartupError
+from ovserve.errors import ModelsFailed, StartupError
 from ovserve.fleet.supervisor import Supervisor
 from ovserve.front.keys import read_keys
 from ovserve.front.listener import Listener
@@ -35,9 +37,13 @@ from ovserve.wire.local.launcher import LocalLauncher
 from ovserve.wire.local.spool import Spool, default_directory
 from ovserve.worker import main as worker
 
-__all__ = ["Server"]
+__all__ = ["Server", "check_settings"]
 
-SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+ENDING_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGQUIT))
+# For log rotation in other servers. Their default action would end the process.
+IGNORED_SIGNALS = frozenset((signal.SIGUSR1, signal.SIGUSR2))
+SIGNALS = ENDING_SIGNALS | IGNORED_SIGNALS | {signal.SIGHUP}
+IDLE_POLL_S = 3600.0  # of the main thread while the server runs; it waits for nothing else than a signal
 POLL_S = 0.1  # interval at which the main thread checks progress between signals
 REFUSING_POLL_S = 0.01  # once no job is left; under load the moments without an active exchange are short
 LAST_RESPONSES_S = 1.0  # for responses still being written when the server stops listening
@@ -136,23 +142,22 @@ class Server:
             is_settled = self._supervisor.wait_reloaded(Deadline.after(0))
             statuses = self._supervisor.status().values()
             if is_settled and statuses and all(status.failed for status in statuses):
-                raise ModelError("; ".join(f"model {status.name}: {status.reason}" for status in statuses))
+                raise ModelsFailed("; ".join(f"model {status.name}: {status.reason}" for status in statuses))
             number = _next_signal(POLL_S)
             if number == signal.SIGHUP:
                 self._reload_on_signal()
-            elif number:
+            elif number in ENDING_SIGNALS:
                 return False
         return True
 
     def _await_end(self) -> None:
         while True:
-            number = signal.sigwait(SIGNALS)
-            if number != signal.SIGHUP:
-                log.info(
-                    "draining", extra=fields(signal=signal.Signals(number).name, grace_s=self._settings.grace_period_s)
-                )
+            number = _next_signal(IDLE_POLL_S)
+            if number is not None and number in ENDING_SIGNALS:
+                log.info("draining", extra=fields(signal=number.name, grace_s=self._settings.grace_period_s))
                 return
-            self._reload_on_signal()
+            if number == signal.SIGHUP:
+                self._reload_on_signal()
 
     def _reload_on_signal(self) -> None:
         """Begin a reload in a thread, so that a reload in progress does not hold up SIGTERM.
@@ -226,7 +231,7 @@ class Server:
         grace = Deadline.after(self._settings.grace_period_s)
         while self._listener.active_exchanges and not grace.is_expired():
             poll_s = POLL_S if self._dispatcher.in_flight() else REFUSING_POLL_S
-            if _next_signal(poll_s) in (signal.SIGTERM, signal.SIGINT):
+            if _next_signal(poll_s) in ENDING_SIGNALS:
                 log.warning("second signal: aborting", extra=fields(in_flight=self._listener.active_exchanges))
                 self._supervisor.stop(Deadline.after(0))
                 self._spool.close()
@@ -296,10 +301,29 @@ def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
     metrics.watch("ovserve_worker_restarts_total", lambda: [([name], n) for name, n in supervisor.restarts().items()])
 
 
+def check_settings(settings: Settings) -> tuple[Catalog, int]:
+    """Read what the settings name, as a start does, and start nothing.
+
+    Returns:
+        The models, and the number of API keys.
+
+    Raises:
+        StartupError: a model's directory, the file with the API keys or the store's directory cannot be used.
+    """
+    Store(settings)
+    return read_catalog(settings), len(read_keys(settings))
+
+
 def _profiles(catalog: Catalog) -> dict[str, ModelProfile]:
     return {name: model.profile for name, model in catalog.models.items()}
 
 
-def _next_signal(timeout_s: float) -> int | None:
+def _next_signal(timeout_s: float) -> signal.Signals | None:
+    """Return the next signal, or None at the timeout. An ignored one is only logged, and returned."""
     taken = signal.sigtimedwait(SIGNALS, timeout_s)
-    return taken.si_signo if taken else None
+    if taken is None:
+        return None
+    number = signal.Signals(taken.si_signo)
+    if number in IGNORED_SIGNALS:
+        log.info("signal ignored", extra=fields(signal=number.name))
+    return number

@@ -55,7 +55,7 @@ require() {
                     missing+=("${python##*/}-venv")  # Debian's python3 comes without venv and pip
                 fi
                 ;;
-            nginx | haproxy | curl | jq)
+            nginx | haproxy | caddy | curl | jq)
                 command -v "$name" >/dev/null || command -v apt-get >/dev/null || missing+=("$name")
                 ;;
             *)
@@ -141,7 +141,7 @@ set_up_clients() {
 }
 
 # set_up_programs PROGRAM...: put the programs that this machine lacks into .venv/programs. The package of each has its name.
-# Debian's packages of nginx and haproxy enable and start a service when they are installed, so they are only downloaded and
+# Debian's packages of nginx, haproxy and caddy enable and start a service when they are installed, so they are only downloaded and
 # extracted, with the libraries that are missing too. A wrapper in .venv/programs/bin starts each program. Needs apt-get, not root.
 set_up_programs() {
     local name missing=() libraries

@@ -31,7 +31,8 @@ def _options(table: type) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, (entry, option) in options_of(table).items():
         aliases = "".join(f", `{alias}`" for alias in option.aliases)
-        default = "" if entry.default in (None, "") else f"`{entry.default}`"
+        shown = str(entry.default).lower() if isinstance(entry.default, bool) else entry.default
+        default = "" if shown in (None, "", ()) else f"`{shown}`"
         bounds = [
             f"at least {option.low:g}" if option.low is not None else "",
             f"at most {option.high:g}" if option.high is not None else "",
@@ -64,11 +65,7 @@ def _fields() -> Iterator[str]:
         takes = " | ".join(
             "yes" if endpoint in field.endpoints else "" for endpoint in ("edit", "generation", "variation")
         )
-        text = (
-            field.text
-            + (f" Same as `{field.same_as}`." if field.same_as else "")
-            + (f" Needs {field.needs}." if field.needs else "")
-        )
+        text = field.text + (f" Needs {field.needs}." if field.needs else "")
         yield f"| `{field.name}` | {field.kind} | {extent} | {field.shown_default} | {takes} | {_cell(text)} |"
 
 
@@ -168,7 +165,8 @@ def make_reference() -> str:
         "",
         "## Paths",
         "",
-        "Rows marked yes are served under `/v3`, `/v1`, `/v3/v1` and `/openai/v1`, and without a prefix. HEAD is",
+        "Rows marked yes are served under `/v3`, `/v1`, `/v3/v1`, `/openai/v1`, `/api/v1` and `/engines/v1`, and",
+        "without a prefix; the paths of images and models also under `/openai`. Doubled slashes count as one. HEAD is",
         "answered like GET, OPTIONS with Allow and the CORS fields.",
         "",
         "| method | path | prefixes | description |",

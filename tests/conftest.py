@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.live import LiveServer, children_of
@@ -17,6 +18,11 @@ DATA = Path(__file__).parent / "data"
 PROGRAMS = Path(__file__).parents[1] / ".venv" / "programs" / "bin"
 
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", str(PROGRAMS)])
+
+# A deadline would fail examples on a loaded machine: speed is measured in benchmarks. In CI, Hypothesis has none already.
+_profile = hypothesis.settings.get_profile(hypothesis.settings.get_current_profile_name())
+hypothesis.settings.register_profile("no deadline", _profile, deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,8 @@ def catalog(*models: ModelSettings, default: str = "") -> Catalog:
         for model in models or [ModelSettings(name="m")]
     ]
     served = [ServedModel(read_profile(model), model) for model in named]
-    return Catalog({model.name: model for model in served}, default)
+    aliases = {alias: model.name for model in named for alias in model.all_aliases}
+    return Catalog({model.name: model for model in served}, default, aliases)
 
 
 IMAGE = FakeUpload("image", encoded())

@@ -107,6 +107,9 @@ class Exchange(Protocol):
     def header(self, name: str) -> str | None:
         """Return the value of a header field by its lower-case name; lines with the same name are joined by `, `."""
 
+    def note(self, name: str, value: str) -> None:
+        """Add a field to the log line of the request. The value must be safe to log."""
+
     def read_form(self) -> Form:
         """Read the body. Raises ApiError (4xx, spool_full) and ClientGone. The form ends with the exchange."""
 

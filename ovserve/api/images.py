@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Generator
 
 from ovserve.api.exchange import Exchange, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.api.parameters.params import Parameters, parse_parameters
 from ovserve.api.parameters.values import check_range, shown
-from ovserve.api.replies import completed_event, images_reply, partial_event, progress_comment
+from ovserve.api.replies import completed_event, ignored_headers, images_reply, partial_event, progress_comment
 from ovserve.api.store import Store
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.jobs import Client, Job, JobEvent, Partial, Result, State
-from ovserve.errors import ApiError, ClientGone, DeadlineExceeded, Draining, InternalError, InvalidValue, SpoolFull
+from ovserve.errors import (
+    ApiError,
+    ClientGone,
+    DeadlineExceeded,
+    Draining,
+    InternalError,
+    InvalidValue,
+    ModelNotFound,
+    StoreFull,
+    StoreUnusable,
+)
 from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog
 from ovserve.settings.options import Settings
 from ovserve.wire.messages import Prepared, Progress
 
-__all__ = ["Images"]
+__all__ = ["Images", "base_url_hint"]
 
 STREAM_HEAD_WAIT_S = (
     10.0  # a stream's headers are sent once the job is prepared, or after this; later errors are events
 )
 KEEP_ALIVE_S = 15.0  # idle time on a stream before a comment line is sent; clients time out after 300
 DRAINING_RETRY_S = 5  # Retry-After while draining; another or the restarted instance answers by then
+BASE_PATH = "/v1"  # of the base URL that messages suggest
 OVERRUN_S = 30.0  # the handler gives up if a job is still unsettled this long after its deadline
+
+
+def base_url_hint(exchange: Exchange) -> str:
+    """Return the base URL of the API, for the message to a client whose path is wrong."""
+    scheme = "https" if exchange.header("x-forwarded-proto") == "https" else "http"
+    return f"the base URL is {scheme}://{exchange.header('host') or 'HOST:PORT'}{BASE_PATH}"
 
 
 class Images:
@@ -43,12 +61,19 @@ class Images:
     def serve(self, exchange: Exchange, endpoint: str, path_model: str | None) -> Reply:
         """Serve one edit, generation or variation. Raises ApiError and ClientGone."""
         # Checked before the body is read, so that a client that waits for 100-continue gets the error at once.
+        if path_model and "/deployments/" not in exchange.path and not self.catalog.name_of(path_model):
+            raise ModelNotFound(
+                f"The path names {path_model[:200]!r}, which is not a model; {base_url_hint(exchange)}.", param="model"
+            )
         if self._dispatcher.is_draining:
             raise Draining(
                 "The server is shutting down and accepts no new jobs; retry later.", retry_after_s=DRAINING_RETRY_S
             )
         form = exchange.read_form()  # may take minutes, so catalog and settings are read afterwards
         parameters = parse_parameters(form, endpoint, path_model, self.catalog, self.settings)
+        exchange.note("model", parameters.model.name)
+        if parameters.ignored:
+            exchange.note("ignored", ignored_headers(parameters).get("x-ovserve-ignored", ""))
         if parameters.response_format == "url" and not self._base_url(exchange):
             raise InvalidValue(
                 "response_format is url, but the request has no Host field to build the URL from; send Host, or set "
@@ -132,7 +157,7 @@ class Images:
         return self.settings.public_url.rstrip("/") or (f"http://{host}" if host else "")
 
     def _store_pictures(self, exchange: Exchange, job: Job, parameters: Parameters) -> dict[int, str]:
-        """Store every picture of a job and return the URL of each by picture number. Raises SpoolFull."""
+        """Store all pictures of a job; return the URL of each by picture number. Raises StoreFull and StoreUnusable."""
         base = self._base_url(exchange)
         urls = {}
         for number, result in job.results.items():
@@ -140,7 +165,8 @@ class Images:
                 try:
                     name = self._store.keep(picture, parameters.request.output_format)
                 except OSError as error:
-                    raise SpoolFull(
+                    kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreUnusable
+                    raise kind(
                         f"The server cannot store the picture ({error.strerror}); retry later, or use response_format "
                         "b64_json.",
                         retry_after_s=10,
@@ -160,7 +186,7 @@ class Images:
             early += job.take_events()
         if job.is_settled:
             _check_done(job)
-        return StreamReply(self._stream_events(exchange, job, parameters, early))
+        return StreamReply(self._stream_events(exchange, job, parameters, early), ignored_headers(parameters))
 
     def _stream_events(
         self, exchange: Exchange, job: Job, parameters: Parameters, early: list[JobEvent]

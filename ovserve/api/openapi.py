@@ -26,7 +26,7 @@ class _Row(Protocol):
 
 
 _PATHS = {"/images/edits": EDIT, "/images/generations": GENERATION, "/images/variations": VARIATION}
-_SIZE = "^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
+_SIZE = "^(auto|[1-9][0-9]{0,4}[xX*\u00d7][1-9][0-9]{0,4})$"
 
 
 def _schema(field: Field, *, is_json: bool) -> dict[str, Any]:
@@ -110,11 +110,17 @@ def _components() -> dict[str, Any]:
         "type": "object",
         "properties": {
             "created": {"type": "integer"},
+            "model": text,
             "size": text,
             "quality": {"type": "string", "enum": ["low", "medium", "high"]},
             "background": {"type": "string", "enum": ["opaque", "transparent"]},
             "output_format": {"type": "string", "enum": ["png", "jpeg", "webp"]},
             "data": {"type": "array", "items": picture},
+            "ignored": {
+                "type": "array",
+                "items": text,
+                "description": "Names of what the request contains and was not used.",
+            },
             "usage": {"type": "object"},
         },
         "required": ["created", "data", "usage"],

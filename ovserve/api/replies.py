@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 from ovserve.api.exchange import Chunk, JsonReply, ServerEvent
 from ovserve.api.parameters.params import Parameters
@@ -17,6 +18,7 @@ from ovserve.wire.messages import Prepared, Progress
 
 __all__ = [
     "completed_event",
+    "ignored_headers",
     "images_reply",
     "json_reply",
     "model_object",
@@ -26,6 +28,8 @@ __all__ = [
     "timing_headers",
     "usage_of",
 ]
+
+IGNORED_BYTES = 512  # of the field x-ovserve-ignored: a head must stay small
 
 
 def _dumps(value: Any) -> bytes:
@@ -56,6 +60,7 @@ def usage_of(prepared: Prepared) -> dict[str, Any]:
 def _picture_fields(parameters: Parameters, prepared: Prepared) -> dict[str, Any]:
     """Return the fields that every object with a picture contains, with resolved values."""
     return {
+        "model": parameters.model.name,
         "size": f"{prepared.width}x{prepared.height}",
         "quality": parameters.quality,
         "background": prepared.background,
@@ -64,13 +69,25 @@ def _picture_fields(parameters: Parameters, prepared: Prepared) -> dict[str, Any
 
 
 def _client_fields(parameters: Parameters) -> dict[str, Any]:
-    """Return the reply's fields for request fields that change no picture: safety_identifier and moderation."""
+    """Return the reply's fields for what changes no picture: safety_identifier, moderation, and what was ignored."""
     fields: dict[str, Any] = {}
+    if parameters.ignored:
+        fields["ignored"] = parameters.ignored
     if parameters.safety_identifier:
         fields["safety_identifier"] = parameters.safety_identifier
     if parameters.moderation:
         fields["moderation"] = {"checked": False}
     return fields
+
+
+def ignored_headers(parameters: Parameters) -> dict[str, str]:
+    """Return the field with the percent-encoded names of what was ignored, those that fit IGNORED_BYTES."""
+    line = ""
+    for name in parameters.ignored:
+        longer = f"{line}, {quote(name, safe='')}" if line else quote(name, safe="")
+        if len(longer) <= IGNORED_BYTES:
+            line = longer
+    return {"x-ovserve-ignored": line} if line else {}
 
 
 def _usage_of_picture(prepared: Prepared, parameters: Parameters, picture: int) -> dict[str, Any]:
@@ -125,7 +142,7 @@ def images_reply(
         else:
             chunks += [comma + b'{"b64_json":"', _base64_of(result), b'",' + _dumps(fields)[1:]]
     chunks.append(b'],"usage":' + _dumps(usage_of(prepared)) + b"}\n")
-    return JsonReply(chunks, 200, timing_headers(job), job.close)
+    return JsonReply(chunks, 200, {**timing_headers(job), **ignored_headers(parameters)}, job.close)
 
 
 def _event_kind(parameters: Parameters) -> str:
@@ -169,11 +186,15 @@ def progress_comment(progress: Progress) -> ServerEvent:
     return ServerEvent("", [f"picture {progress.picture + 1}: step {progress.step}/{progress.steps}".encode()])
 
 
-def model_object(model: ServedModel, created: int, status: Mapping[str, Any]) -> dict[str, Any]:
-    """Return OpenAI's Model object with additional fields: profile, defaults, device and status."""
+def model_object(model: ServedModel, name: str, created: int, status: Mapping[str, Any]) -> dict[str, Any]:
+    """Return OpenAI's Model object with additional fields: profile, defaults, device and status.
+
+    `name` is the model's name or one of its aliases; for an alias, `alias_of` has the model's name.
+    """
     profile = model.profile
     return {
-        "id": model.name,
+        "id": name,
+        **({"alias_of": model.name} if name != model.name else {}),
         "object": "model",
         "created": created,
         "owned_by": "ovserve",
@@ -193,5 +214,8 @@ def model_object(model: ServedModel, created: int, status: Mapping[str, Any]) ->
 
 def models_object(catalog: Catalog, statuses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return OpenAI's list of Model objects; `statuses` has the status fields of each model by name."""
-    entries = [model_object(model, catalog.created, statuses.get(model.name, {})) for model in catalog.models.values()]
+    entries = [
+        model_object(model, name, catalog.created, statuses.get(model.name, {}))
+        for name, model in catalog.listed().items()
+    ]
     return {"object": "list", "data": entries}

@@ -1,7 +1,9 @@
 """The table of routes: method, path and handler function.
 
-Paths are served under `/v3`, `/v1`, `/openai/v1`, `/v3/v1` (as the model server does) and without a prefix. `{model}`
-and `{id}` may contain slashes: clients send them raw or as %2F, and the front end has already decoded the path once.
+Paths are served under `/v3`, `/v1`, `/openai/v1`, `/v3/v1` (as the model server does), `/api/v1`, `/engines/v1`,
+`/openai` and without a prefix. Doubled slashes count as one: clients join a base URL that ends in a slash with a path
+that begins with one. `{model}` and `{id}` may contain slashes: clients send them raw or as %2F, and the front end has
+already decoded the path once.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from ipaddress import ip_address
 
 from ovserve import __version__
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, StreamReply
-from ovserve.api.images import Images
+from ovserve.api.images import Images, base_url_hint
 from ovserve.api.openapi import openapi_document
 from ovserve.api.page import front_page
 from ovserve.api.parameters.fields import EDIT, GENERATION, VARIATION
@@ -39,7 +41,9 @@ from ovserve.settings.options import Settings
 __all__ = ["ROUTES", "ImagesApi", "Match", "Route", "match_route"]
 
 Handler = Callable[["ImagesApi", Exchange, Mapping[str, str]], Reply]
-_PREFIX = re.compile(r"/(?:v3/v1|openai/v1|v3|v1)(?=/)")
+# `/openai` alone is Azure's; a path such as /openai/deployments/... is a row of its own.
+_PREFIX = re.compile(r"/(?:(?:v3/v1|openai/v1|api/v1|engines/v1|v3|v1)(?=/)|openai(?=/(?:images|models)(?:/|$)))")
+_SLASHES = re.compile("//+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,10 @@ class ImagesApi:
             return self._handle_and_count(match.route, exchange, match.params)
         if not match.of_path:
             self.metrics.responses.labels("unmatched", "404").inc()
-            raise NotFound(f"Path {exchange.path[:200]} does not exist; /openapi.json lists the paths of this server.")
+            raise NotFound(
+                f"Path {exchange.path[:200]} does not exist; {base_url_hint(exchange)}, and /openapi.json lists the "
+                "paths."
+            )
         allowed = {route.method for route in match.of_path}
         allow = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"}))
         if exchange.method == "OPTIONS":
@@ -175,7 +182,7 @@ def match_route(method: str, path: str) -> Match:
 
 def _rows_of(path: str) -> Iterator[tuple[Route, Mapping[str, str]]]:
     """Yield every route for a path, with the values of its placeholders."""
-    path = path.rstrip("/") or "/"
+    path = _SLASHES.sub("/", path).rstrip("/") or "/"
     bare = _PREFIX.sub("", path, count=1)
     for route, pattern in _COMPILED:
         match = pattern.fullmatch(bare if route.prefixed else path)
@@ -240,7 +247,8 @@ def _models(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
 
 def _model(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Reply:
     model = api.catalog.find(params["id"])
-    return json_reply(model_object(model, api.catalog.created, _status_fields(api.dispatcher.status(model.name))))
+    status = _status_fields(api.dispatcher.status(model.name))
+    return json_reply(model_object(model, params["id"], api.catalog.created, status))
 
 
 def _live(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
@@ -372,23 +380,17 @@ ROUTES = (
     ),
     Route("GET", "/models", "All models.", _models),
     Route("GET", "/models/{id}", "One model.", _model),
-    Route(
-        "GET",
-        "/v2/health/live",
-        "200 while the process responds.",
-        _live,
-        prefixed=False,
-        is_open=True,
-        is_health=True,
-    ),
-    Route(
-        "GET",
-        "/v2/health/ready",
-        "200 when at least one model is ready, else 503 with the reasons.",
-        _ready,
-        prefixed=False,
-        is_open=True,
-        is_health=True,
+    *(
+        Route("GET", path, text, handler, prefixed=False, is_open=True, is_health=True)
+        for paths, text, handler in (
+            (("/v2/health/live", "/livez", "/ping"), "200 while the process responds.", _live),
+            (
+                ("/v2/health/ready", "/health", "/healthz", "/readyz"),
+                "200 when at least one model is ready, else 503 with the reasons.",
+                _ready,
+            ),
+        )
+        for path in paths
     ),
     Route(
         "GET",

@@ -13,8 +13,16 @@ class ExitCode(enum.IntEnum):
     """One exit code; `text` is its meaning, for `--help` and the reference page."""
 
     OK = 0, "The command did its work. A server was stopped by a signal and finished its jobs."
-    ABORTED = 1, "A second signal ended the server at once. Jobs in flight were lost."
-    USAGE = 2, "Wrong command line, wrong configuration, or a server that cannot start. Standard error has one line."
+    ABORTED = 1, "A second signal ended the server at once, and jobs in flight were lost; or a bug."
+    USAGE = 2, "Wrong command line or wrong configuration. Another start would end in the same way."
+    UNAVAILABLE = (
+        3,
+        "The server cannot start because of a fault that may pass: port in use, model directory missing, disk full.",
+    )
+    MODELS_FAILED = (
+        4,
+        "The server ended at its start because no model could be loaded: device or driver missing, too little memory.",
+    )
 
     text: str
 
@@ -45,7 +53,12 @@ DEFAULT_COMMAND = "serve"
 COMMANDS = {
     command.name: command
     for command in (
-        Command("serve", "Start the server. The default.", (ExitCode.OK, ExitCode.ABORTED, ExitCode.USAGE)),
+        Command("serve", "Start the server. The default.", tuple(ExitCode)),
+        Command(
+            "check",
+            "Read the configuration and the models' directories, start nothing, and print what `serve` would serve.",
+            (ExitCode.OK, ExitCode.USAGE),
+        ),
     )
 }
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from ovserve import __version__
 from ovserve.cli.arguments import ArgumentParser
 from ovserve.cli.commands import ExitCode
-from ovserve.errors import StartupError
+from ovserve.errors import ModelsFailed, StartupError
 from ovserve.logs import configure_logs, fields
 from ovserve.server import Server
 from ovserve.settings.options import ModelSettings, Settings, options_of
 from ovserve.settings.sources import ENVIRONMENT_PREFIX, load_settings, service_variables
 
-__all__ = ["parse_arguments", "run"]
+__all__ = ["parse_arguments", "report_error", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ model on http://127.0.0.1:8000. An option can be written with underscores or hyp
 that file."""
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser("serve", _DESCRIPTION)
+def _parser(command: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(command, description)
     parser.add_argument("--version", action="version", version=f"ovserve {__version__}")
     parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file with options and [[model]] tables.")
     for title, table in (("server", Settings), ("the model", ModelSettings)):
@@ -46,13 +46,24 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def parse_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+def parse_arguments(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    command: str = "serve",
+    description: str = _DESCRIPTION,
+) -> Settings:
     """Return the settings. A wrong flag ends the process with `ExitCode.USAGE`.
+
+    Args:
+        arguments: the command line, without the program and the command.
+        environment: variables that may hold options.
+        command: the subcommand, for its help.
+        description: the text of its help.
 
     Raises:
         SettingsError: an option, a variable or the file is wrong.
     """
-    flags = _parser().parse(arguments)
+    flags = _parser(command, description).parse(arguments)
     config = flags.pop("config", None) or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG") or None
     values = {name: str(value) for name, value in flags.items()}
     return load_settings(values, environment, Path(str(config)) if config else None)
@@ -68,11 +79,27 @@ def run(arguments: Sequence[str]) -> int:
                 "ignored environment variables that Kubernetes sets for a Service",
                 extra=fields(ignored=", ".join(foreign)),
             )
-        return _end(Server(settings, lambda: parse_arguments(arguments, os.environ)).run())
+        try:
+            server = Server(settings, lambda: parse_arguments(arguments, os.environ))
+        except (OSError, MemoryError) as error:
+            log.debug("cannot start", exc_info=True)
+            return _end(report_error(f"cannot start: {error or type(error).__name__}", ExitCode.UNAVAILABLE))
+        return _end(server.run())
     except StartupError as error:
-        with contextlib.suppress(OSError):  # the exit code says it as well
-            print(f"ovserve: {error}", file=sys.stderr)
-        return _end(ExitCode.USAGE)
+        return _end(report_error(str(error), _exit_code(error)))
+
+
+def report_error(message: str, code: ExitCode) -> ExitCode:
+    """Print one line to standard error, if it can be written, and return the exit code."""
+    with contextlib.suppress(OSError):  # the exit code reports it as well
+        print(f"ovserve: {message}", file=sys.stderr)
+    return code
+
+
+def _exit_code(error: StartupError) -> ExitCode:
+    if isinstance(error, ModelsFailed):
+        return ExitCode.MODELS_FAILED
+    return ExitCode.UNAVAILABLE if error.is_transient else ExitCode.USAGE
 
 
 def _end(code: int) -> int:

@@ -301,7 +301,8 @@ class Supervisor:
             return
         if link.state.ready is not None and not slot.ready_at and not slot.is_retired and not slot.is_killed:
             self._note_ready(slot, now)
-        if link.state.lost and slot.kill_at == float("inf"):
+        # A killed process that takes long to exit, because it frees much memory, keeps the reason of its kill.
+        if link.state.lost and slot.kill_at == float("inf") and not slot.is_killed:
             slot.kill_at = now if link.state.is_broken else now + fleet.settings.terminate_timeout_s
             slot.kill_reason = link.state.lost if link.state.is_broken else ""
         # What the dispatcher has not read is no silence.

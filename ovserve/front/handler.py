@@ -45,7 +45,15 @@ from ovserve.front.forms.form import read_form
 from ovserve.front.forms.spooled import SpooledForm
 from ovserve.front.http1.events import encode_event
 from ovserve.front.http1.head import METHODS, Head, HeadParser
-from ovserve.front.http1.response import CONTINUE, JSON_TYPE, NO_CONTENT, Responses, error_content, error_fields
+from ovserve.front.http1.response import (
+    CONTINUE,
+    JSON_TYPE,
+    NO_CONTENT,
+    Responses,
+    error_content,
+    error_fields,
+    reason_phrase,
+)
 from ovserve.front.keys import Keys
 from ovserve.front.request import Request, escape_for_log, internal_error, new_request_id
 from ovserve.front.run_token import RunHandle, RunToken
@@ -376,7 +384,10 @@ class Connection:
         exchange.error = error
         if error.closes_connection:
             exchange.is_rejected, exchange.keeps_connection = True, False
-        return self._write_whole(exchange, error.status, JSON_TYPE, [error_content(error)], error_fields(error))
+        content = [error_content(error)]
+        return self._write_whole(
+            exchange, error.status, JSON_TYPE, content, error_fields(error), reason=reason_phrase(error)
+        )
 
     def _write_whole(
         self,
@@ -385,6 +396,8 @@ class Connection:
         media_type: str,
         chunks: Sequence[Chunk],
         headers: Mapping[str, str],
+        *,
+        reason: bytes = b"",
     ) -> int:
         """Write a response of known length, a short one in one system call when the socket accepts it.
 
@@ -396,6 +409,7 @@ class Connection:
         head = self._responses.head(
             status,
             exchange.id,
+            reason=reason,
             media_type=media_type,
             framing=b"" if status in NO_CONTENT else b"Content-Length: %d\r\n" % length,
             connection=self._connection_field(exchange),
@@ -510,6 +524,7 @@ def _log_access(exchange: HttpExchange, sent: int, started: float) -> None:
         "ms": round((time.perf_counter() - started) * 1000, 1),
         "id": exchange.id,
         "address": exchange.address,
+        **exchange.notes,
     }
     if exchange.key:
         log_fields["key"] = exchange.key

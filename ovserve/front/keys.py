@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from ovserve.errors import SettingsError, Unauthorized
+from ovserve.errors import SettingsError, Unauthorized, may_pass
 from ovserve.front.request import Request
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
@@ -80,7 +80,7 @@ def _read_file(path: Path) -> list[str]:
                 raise SettingsError(f"api_key_file {path}: not a regular file")
             data = stream.read(MAX_KEYS_BYTES + 1)
     except OSError as error:
-        raise SettingsError(f"api_key_file {path}: {error.strerror}") from None
+        raise SettingsError(f"api_key_file {path}: {error.strerror}", is_transient=may_pass(error)) from None
     if len(data) > MAX_KEYS_BYTES:
         raise SettingsError(f"api_key_file {path}: larger than {MAX_KEYS_BYTES} bytes")
     keys = []

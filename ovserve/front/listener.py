@@ -22,7 +22,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 
 from ovserve.api.exchange import Api
-from ovserve.errors import StartupError
+from ovserve.errors import StartupError, may_pass
 from ovserve.front.handler import Connection
 from ovserve.front.http1.response import Responses
 from ovserve.front.keys import read_keys
@@ -78,7 +78,8 @@ class Listener(ThreadingHTTPServer):
             super().__init__((self.host, settings.port), socketserver.BaseRequestHandler)
         except (OSError, TypeError) as error:  # TypeError: a host that cannot be encoded as a name (IDNA)
             why = getattr(error, "strerror", None) or str(error)
-            raise StartupError(f"cannot listen on {settings.host} port {settings.port}: {why}") from None
+            message = f"cannot listen on {settings.host} port {settings.port}: {why}"
+            raise StartupError(message, is_transient=isinstance(error, OSError) and may_pass(error)) from None
         self.socket.setblocking(False)
         self.port: int = self.socket.getsockname()[1]
         self._overflow = Overflow(self)

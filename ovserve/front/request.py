@@ -34,6 +34,7 @@ class Request:
         path: path of the request target, percent-decoded once.
         address: IP address of the peer.
         is_verified: whether the request has a configured API key; set by `Keys.check`.
+        notes: fields that the API adds to the log line of the request.
     """
 
     def __init__(self, head: Head, address: str) -> None:
@@ -43,6 +44,7 @@ class Request:
         self.path = head.path
         self.address = address
         self.is_verified = False
+        self.notes: dict[str, str] = {}
 
     @cached_property
     def query(self) -> Mapping[str, str]:
@@ -83,6 +85,10 @@ class Request:
         """The client's X-Client-Request-Id, for the log only; None unless it is short and printable."""
         name = self.header("x-client-request-id")
         return name if name and _short_printable.fullmatch(name) else None
+
+    def note(self, name: str, value: str) -> None:
+        """Add a field to the log line of the request."""
+        self.notes[name] = value
 
     def header(self, name: str) -> str | None:
         """Return a request field by its lower-case name."""

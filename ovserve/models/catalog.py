@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from ovserve.errors import MissingParameter, ModelNotFound
 from ovserve.models.profile import ModelProfile, read_profile
-from ovserve.settings.options import ModelSettings, Settings
+from ovserve.settings.options import CATCH_ALL, ModelSettings, Settings
 
 __all__ = ["Catalog", "ServedModel", "read_catalog"]
 
@@ -28,6 +28,12 @@ class ServedModel:
         """The value of the request field `model`."""
         return self.profile.name
 
+    @property
+    def cuts_prompt(self) -> bool:
+        """Whether a prompt that is too long is cut, if the request does not choose: by the operator, else the model."""
+        chosen = self.limits.truncate_prompt
+        return self.profile.cuts_prompt if chosen is None else chosen == "cut"
+
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
@@ -35,10 +41,11 @@ class Catalog:
 
     models: Mapping[str, ServedModel]
     default: str  # empty: a request must name a model, unless there is only one
+    aliases: Mapping[str, str] = field(default_factory=dict)  # further names, `*` included, to the models' names
     created: int = field(default_factory=lambda: int(time.time()))
 
     def find(self, name: str | None) -> ServedModel:
-        """Return the model with this name; for None the default model, or the only one.
+        """Return the model with this name or alias; for None the default model, or the only one.
 
         Raises:
             ModelNotFound: no model has this name.
@@ -49,17 +56,30 @@ class Catalog:
         if name is None:
             message = f"model is missing; choose one of: {_quoted(self.models)}."
             raise MissingParameter(message, param="model")
-        found = self.models.get(name)
+        found = self.models.get(self.name_of(name))
         if found is None:
-            message = f"The model {name[:200]!r} does not exist; available: {_quoted(self.models)}."
+            message = (
+                f"The model {name[:200]!r} does not exist; available: {_quoted(self.listed())}. "
+                "The server's option aliases adds further names."
+            )
             raise ModelNotFound(message, param="model")
         return found
+
+    def name_of(self, name: str) -> str:
+        """Return the name of the model that a name or an alias stands for; empty for an unknown one."""
+        return name if name in self.models else self.aliases.get(name) or self.aliases.get(CATCH_ALL, "")
+
+    def listed(self) -> dict[str, ServedModel]:
+        """Return the models by name, then by alias; without the catch-all."""
+        aliases = {alias: self.models[name] for alias, name in self.aliases.items() if name in self.models}
+        aliases.pop(CATCH_ALL, None)
+        return {**self.models, **aliases}
 
     def announcing(self, new: Catalog) -> Catalog:
         """Return the catalog to serve while the workers of `new` are loading.
 
-        The names and the default of `new` apply at once. Models that are already served keep their current entries, so
-        that requests are checked against the profile of the workers that will run them.
+        The names, the aliases and the default of `new` apply at once. Models that are already served keep their current
+        entries, so that requests are checked against the profile of the workers that will run them.
         """
         return replace(new, models={name: self.models.get(name, model) for name, model in new.models.items()})
 
@@ -77,4 +97,5 @@ def _quoted(names: Iterable[str]) -> str:
 def read_catalog(settings: Settings) -> Catalog:
     """Read the directory of every configured model. Raises ModelError and SettingsError."""
     models = [ServedModel(read_profile(model), model) for model in settings.models]
-    return Catalog({model.name: model for model in models}, settings.default_model)
+    aliases = {alias: model.name for model in settings.models for alias in model.all_aliases}
+    return Catalog({model.name: model for model in models}, settings.default_model, aliases)

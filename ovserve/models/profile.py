@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ovserve.errors import ModelError, SettingsError
+from ovserve.errors import ModelError, SettingsError, may_pass
 from ovserve.models.families import T5_ENCODERS, Defaults, family_of
 from ovserve.models.presets import PRESETS, Preset, limited_presets, resolve_preset
 from ovserve.settings.options import BUILTIN_PREFIX, ModelSettings, Resolution
@@ -59,6 +59,8 @@ class ModelProfile:
         scheduling: the model's own scheduler.
         defaults: values for fields that a request leaves out.
         presets: the presets that the model declares: `quality` name to the fields it sets.
+        cuts_prompt: a prompt that is too long is cut, unless the request or the operator says otherwise.
+        drops_unknown_words: where a prompt may be cut, words without a token of their own are left out of it.
         denoiser_multiple_px: both working sides are multiples of this too. A worker finds it in the denoiser's graph
             when it loads the model (`with_denoiser_multiple`); before, 1.
     """
@@ -78,6 +80,8 @@ class ModelProfile:
     scheduling: Scheduling
     defaults: Defaults
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cuts_prompt: bool = False
+    drops_unknown_words: bool = False
     denoiser_multiple_px: int = 1
 
     @property
@@ -119,6 +123,7 @@ def with_denoiser_multiple(profile: ModelProfile, multiple_px: int) -> ModelProf
 
 
 BUILTIN_MODELS = {"shapes": "builtin"}  # name to folder in the package
+PROMPT_KEYS = {"too_long": ("refuse", "cut"), "unknown_words": ("keep", "drop")}  # to the values of each
 SIZE_KEYS = ("native", "min_side_px", "max_side_px", "side_multiple_px")
 INPAINTING_CHANNELS = 9  # latents, mask, and the masked image's latents
 _FLOW_MATCHING = Scheduling("FlowMatchEulerDiscrete", 1000, "linspace", 50)
@@ -146,7 +151,9 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
         document = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path.parent}: {what} is missing ({path.name})") from None
-    except (OSError, ValueError) as error:  # unreadable, not UTF-8, not JSON, a number with thousands of digits
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error}", is_transient=may_pass(error)) from None
+    except ValueError as error:  # not UTF-8, not JSON, a number with thousands of digits
         raise ModelError(f"{path}: cannot be read: {error}") from None
     except RecursionError:
         raise ModelError(f"{path}: cannot be read: nested too deeply") from None
@@ -197,7 +204,7 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
         directory = Path(os.path.realpath(given))  # does not raise on a loop of symlinks, unlike Path.resolve
         profile = _read_directory(directory, settings)
     except OSError as error:
-        raise ModelError(f"{given}: cannot be read: {error.strerror}") from None
+        raise ModelError(f"{given}: cannot be read: {error.strerror}", is_transient=may_pass(error)) from None
     except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a JSON value of an unexpected type
         raise ModelError(f"{given}: a configuration file has a wrong value: {error}") from None
     _check_defaults(profile, settings)
@@ -205,8 +212,10 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
 
 
 def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
-    if not directory.is_dir():
-        raise ModelError(f"{directory}: no such directory")
+    if not directory.is_dir():  # perhaps its file system is not mounted yet
+        raise ModelError(f"{directory}: no such directory", is_transient=not directory.exists())
+    if not any(directory.iterdir()):
+        raise ModelError(f"{directory}: the directory is empty; is its file system mounted?", is_transient=True)
     index = _read_json(directory / "model_index.json", "the model index")
     family, defaults = family_of(str(index.get("_class_name", "")), directory)
     is_transformer = (directory / "transformer").is_dir()
@@ -240,12 +249,19 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
         scheduling=_FLOW_MATCHING if is_transformer else _read_scheduling(directory, index),
         defaults=_defaults(defaults, declared.get("defaults", {}), settings),
         presets=limited_presets(declared.get("presets", {}), settings),
+        cuts_prompt=declared.get("prompts", {}).get("too_long") == "cut",
+        drops_unknown_words=declared.get("prompts", {}).get("unknown_words") == "drop",
     )
 
 
 def _check_overrides(declared: dict[str, Any]) -> None:
     """Raise ValueError for an unknown name or a wrong size in ovserve.json: a typo would be ignored silently."""
-    known = {"defaults": tuple(f.name for f in dataclasses.fields(Defaults)), "sizes": SIZE_KEYS, "presets": PRESETS}
+    known = {
+        "defaults": tuple(f.name for f in dataclasses.fields(Defaults)),
+        "sizes": SIZE_KEYS,
+        "presets": PRESETS,
+        "prompts": tuple(PROMPT_KEYS),
+    }
     for section, names in (("", tuple(known)), *known.items()):
         for name in declared.get(section, {}) if section else declared:
             if name not in names:
@@ -254,6 +270,11 @@ def _check_overrides(declared: dict[str, Any]) -> None:
     for name, value in declared.get("sizes", {}).items():
         if name != "native" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"ovserve.json: sizes.{name} is {value!r}; expected a whole number of pixels, 1 or more")
+    for name, value in declared.get("prompts", {}).items():
+        if value not in PROMPT_KEYS[name]:
+            raise ValueError(
+                f"ovserve.json: prompts.{name} is {value!r}; expected one of {', '.join(PROMPT_KEYS[name])}"
+            )
 
 
 def _component_config(directory: Path, name: str, what: str) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "BUILTIN_ALIASES",
     "BUILTIN_NAME",
     "BUILTIN_PREFIX",
+    "CATCH_ALL",
     "ModelSettings",
     "Option",
     "Resolution",
@@ -27,6 +29,9 @@ __all__ = [
 MIB = 1024 * 1024
 BUILTIN_PREFIX = "builtin:"  # of the option `path`: a model in the package, `builtin:shapes`
 BUILTIN_NAME = "ovserve-builtin"  # served name of a built-in model, if the option `name` is empty
+# What clients send that do not let their users choose a name, or have it as a default (measured).
+BUILTIN_ALIASES = ("gpt-image-1", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3", "default")
+CATCH_ALL = "*"  # the alias for every name that no model has
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,15 @@ class ModelSettings:
         "`builtin:shapes`.",
         aliases=("model_path",),
     )
+    aliases: tuple[str, ...] = _option(
+        (),
+        "Further names for the request field `model`, separated by commas; `*` stands for every name that no model "
+        "has. They load nothing more.",
+    )
+    builtin_aliases: bool = _option(
+        False,
+        f"Add names that clients send on their own: {', '.join(f'`{name}`' for name in BUILTIN_ALIASES)}.",
+    )
     device: str = _option(
         "CPU", "OpenVINO device, or three separated by spaces: text encoder, denoiser, VAE.", aliases=("target_device",)
     )
@@ -163,6 +177,31 @@ class ModelSettings:
     )
     min_strength: float = _option(0.0, "Minimum strength.", low=0, high=1)
     max_strength: float = _option(1.0, "Maximum strength.", low=0, high=1)
+    extra_images: str = _option(
+        "refuse",
+        "Several images for a model that takes one: `refuse` (400), or `first`: the first is used, and the reply names "
+        "the others (`ignored`).",
+        choices=("refuse", "first"),
+        reason="a picture made from a part of the request can surprise",
+    )
+    truncate_prompt: str | None = _option(
+        None,
+        "A prompt that is too long, where the request field `truncate_prompt` is left out: `refuse` (400) or `cut`; "
+        "none: what the model declares, else `refuse`.",
+        choices=("refuse", "cut"),
+    )
+    default_response_format: str = _option(
+        "b64_json",
+        "Pictures in a reply whose request does not choose with `response_format`; streams always contain base64.",
+        choices=("b64_json", "url"),
+        reason="OpenAI's current models send base64; clients written for dall-e expect `url`",
+    )
+    unknown_fields: str = _option(
+        "refuse",
+        "Request fields that no model has: `refuse` (400), or `ignore`: the reply names them (`ignored`).",
+        choices=("refuse", "ignore"),
+        reason="a mistyped name would change nothing, unnoticed",
+    )
     memory_limit_bytes: int = _option(
         0,
         "Resident memory, without mapped files, above which a worker is killed; 0: three quarters of the memory of "
@@ -171,6 +210,12 @@ class ModelSettings:
         low=0,
         unit="bytes",
     )
+
+    @property
+    def all_aliases(self) -> tuple[str, ...]:
+        """The aliases, with those of `builtin_aliases`; without the model's own name."""
+        added = BUILTIN_ALIASES if self.builtin_aliases else ()
+        return tuple(dict.fromkeys(alias for alias in (*self.aliases, *added) if alias != self.name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

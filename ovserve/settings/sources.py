@@ -21,6 +21,7 @@ from ovserve.errors import SettingsError
 from ovserve.settings.options import (
     BUILTIN_NAME,
     BUILTIN_PREFIX,
+    CATCH_ALL,
     ModelSettings,
     Option,
     Resolution,
@@ -33,6 +34,7 @@ __all__ = ["ENVIRONMENT_PREFIX", "load_settings", "service_variables"]
 
 ENVIRONMENT_PREFIX = "OVSERVE_"
 _FLAG = re.compile(r"[a-z][a-z0-9_]*")
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,127}")
 # Variables that Kubernetes sets in every pod for a Service called `ovserve` or `ovserve-SOMETHING` (its documentation:
 # Service, Discovering services, Environment variables).
 _SERVICE = re.compile(
@@ -52,12 +54,20 @@ def _parse_text(kind: str, text: str) -> Any:
         return None
     parsers: dict[str, Callable[[str], Any]] = {
         "str": str,
+        "bool": _parse_bool,
+        "tuple[str, ...]": lambda t: tuple(name for part in t.split(",") if (name := part.strip())),
         "int": lambda t: int(t, 10),
         "float": float,
         "Path": Path,
         "Resolution": Resolution.parse,
     }
     return parsers[base](text)
+
+
+def _parse_bool(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError("expected true or false")
+    return text == "true"
 
 
 def _from_toml(kind: str, value: object) -> Any:
@@ -67,6 +77,16 @@ def _from_toml(kind: str, value: object) -> Any:
         if not isinstance(value, str):
             raise ValueError("expected a string")
         return _parse_text(kind, value)
+    if base == "bool":
+        if not isinstance(value, bool):
+            raise ValueError("expected true or false")
+        return value
+    if base == "tuple[str, ...]":
+        items = value if isinstance(value, list) else [value]
+        names = [name for name in items if isinstance(name, str)]
+        if len(names) < len(items):
+            raise ValueError("expected a list of strings")
+        return _parse_text(kind, ",".join(names))
     if isinstance(value, bool) or not isinstance(value, int if base == "int" else int | float):
         raise ValueError("expected a whole number" if base == "int" else "expected a number")
     try:
@@ -193,11 +213,12 @@ def _model_name(model: ModelSettings) -> ModelSettings:
 
 def _check_model(model: ModelSettings) -> None:
     """Check the options of one model against each other. Raises SettingsError."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,127}", model.name):
-        raise SettingsError(
-            f"model name {model.name!r}: expected at most 128 letters, digits and ._/:@-, beginning with a letter or "
-            "digit"
-        )
+    grammar = "expected at most 128 letters, digits and ._/:@-, beginning with a letter or digit"
+    if not _MODEL_NAME.fullmatch(model.name):
+        raise SettingsError(f"model name {model.name!r}: {grammar}")
+    for alias in model.aliases:
+        if alias != CATCH_ALL and not _MODEL_NAME.fullmatch(alias):
+            raise SettingsError(f"model {model.name}: alias {alias[:_SHOWN_CHARS]!r}: {grammar}; or *")
     if model.min_strength > model.max_strength:
         raise SettingsError(
             f"model {model.name}: min_strength {model.min_strength:g} is above max_strength {model.max_strength:g}"
@@ -236,6 +257,23 @@ def _check_model(model: ModelSettings) -> None:
             raise SettingsError(f"model {model.name}: plugin_config: {error}") from None
         except RecursionError:
             raise SettingsError(f"model {model.name}: plugin_config: nested too deeply") from None
+
+
+def _check_unique_names(models: Sequence[ModelSettings]) -> set[str]:
+    """Return every name and alias. Raises SettingsError for one that is given twice."""
+    owners: dict[str, str] = {}
+    for model in models:
+        if model.name in owners:
+            raise SettingsError(f"two models have the name {model.name!r}")
+        owners[model.name] = model.name
+    for model in models:
+        for alias in model.all_aliases:
+            if alias in owners:
+                owner = owners[alias]
+                what = "the name of a model" if owner == alias else f"also an alias of model {owner}"
+                raise SettingsError(f"model {model.name}: alias {alias!r} is {what}; remove one of them")
+            owners[alias] = model.name
+    return owners.keys() - {CATCH_ALL}
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -315,13 +353,12 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
     models = [_model_name(ModelSettings(**_gather(ModelSettings, each))) for each in given]
     for model in models:
         _check_model(model)
-    names = [model.name for model in models]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise SettingsError(f"two models have the name {twice[0]!r}")
+    names = _check_unique_names(models)
     values = _gather(Settings, [*of_server, file])
     settings = Settings(**values, models=tuple(models))
     if settings.default_model and settings.default_model not in names:
-        raise SettingsError(f"default_model {settings.default_model!r} is not one of the models: {', '.join(names)}")
+        listed = ", ".join(sorted(names))
+        raise SettingsError(f"default_model {settings.default_model!r} is not one of the models: {listed}")
     try:
         parse_origins(settings.allowed_origins)
     except ValueError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 import warnings
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,7 +22,7 @@ from ovserve.wire.link import WorkerLink
 if TYPE_CHECKING:
     from ovserve.engines.protocol import Engine
 
-__all__ = ["ModelProfile", "create_engine", "main"]
+__all__ = ["ModelProfile", "create_engine", "disable_telemetry", "main"]
 
 _NICENESS = 10  # lower priority than the front end, which must answer health checks while the device computes
 
@@ -36,6 +37,7 @@ def main(
     faulthandler.enable()
     os.nice(_NICENESS)
     configure_logs(settings.log_level, settings.log_format)
+    disable_telemetry()
     from PIL import Image  # noqa: PLC0415
 
     from ovserve.worker.runner import JobRunner  # noqa: PLC0415
@@ -53,6 +55,15 @@ def complete_profile(profile: ModelProfile) -> ModelProfile:
     from ovserve.engines.stepwise.sizes import find_denoiser_multiple  # noqa: PLC0415
 
     return find_denoiser_multiple(profile)
+
+
+def disable_telemetry() -> None:
+    """Switch off the telemetry that `import openvino` sends. Call it before the first import of openvino.
+
+    Without the package, openvino uses its own stub. With it, the import fails for a user without a home directory, such
+    as systemd's DynamicUser, writes an identifier to ~/intel and sends an event over the network.
+    """
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # imports of it then raise ImportError
 
 
 def create_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[Engine, str]:

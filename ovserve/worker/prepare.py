@@ -63,6 +63,7 @@ def prepare(
     strength = _resolve_strength(request, mode, profile)
     steps = check_steps(request, strength, profile, engine)
     layout = _plan_layout(request, source, mask, profile, model, keeps_alpha=keeps_alpha)
+    unchanged = None if steps or layout.original is None else _without_steps(layout.original, request)
     preview_frame = fit_into(layout.frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
     cells = math.prod((layout.placement.canvas.width, layout.placement.canvas.height)) // profile.side_multiple_px**2
     return PreparedRequest(
@@ -87,16 +88,19 @@ def prepare(
         image_tokens=cells * len(request.images),
         output_tokens=cells * request.n,
         revised_prompt=prompt if prompt != request.prompt else "",
-        background="transparent" if _has_transparent_result(layout, request) else "opaque",
+        background="transparent" if _has_transparent_result(layout, request, unchanged) else "opaque",
         colour_profile=colour_profile,
+        unchanged=unchanged,
     )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layout:
-    """The sizes a request is served at and its pixels at these sizes; attributes as in PreparedRequest.
+    """The sizes a request is served at and its pixels at these sizes.
 
-    `opacity` is the image's alpha in the frame if the mask is made of it: uint8 (H, W); else None.
+    Attributes:
+        original: the source in the frame, RGB or RGBA; None without one. The others are as in PreparedRequest.
+        opacity: the image's alpha in the frame if the mask is made of it: uint8 (H, W); else None.
     """
 
     frame: Resolution
@@ -105,6 +109,7 @@ class _Layout:
     mask: Pixels | None = None
     initial_image: Pixels | None = None
     mask_image: Pixels | None = None
+    original: Pixels | None = None
     opacity: Pixels | None = None
 
 
@@ -134,22 +139,31 @@ def _plan_layout(
     if mask is None:
         shown = original if keeps_alpha else None
         initial_image = placement.place_image(flatten(original))
-        return _Layout(frame, placement, Backdrop(shown, None, keeps_alpha, is_opaque), None, initial_image)
+        return _Layout(
+            frame, placement, Backdrop(shown, None, keeps_alpha, is_opaque), None, initial_image, None, original
+        )
     mask = fitting.fit_mask(mask)
     check_not_empty(mask, " in the part of the image that is used")
     mask_image = pool(placement.place_mask(mask), profile.side_multiple_px)
     filled = fill_holes(original)
     # The model sees no white where it repaints transparent pixels, and what a viewer sees elsewhere.
     initial_image = placement.place_image(np.where(mask[..., None] > 0, filled, flatten(original)))
-    opacity = None
+    below, opacity = original, None
     if request.mask is None:  # the mask is the image's own alpha
-        original, opacity = filled if request.mask_blur else original[..., :3], original[..., 3]
-    backdrop = Backdrop(original, Seam.plan(mask, request.mask_blur, opacity), keeps_alpha, is_opaque)
-    return _Layout(frame, placement, backdrop, mask, initial_image, mask_image, opacity)
+        below, opacity = filled if request.mask_blur else original[..., :3], original[..., 3]
+    backdrop = Backdrop(below, Seam.plan(mask, request.mask_blur, opacity), keeps_alpha, is_opaque)
+    return _Layout(frame, placement, backdrop, mask, initial_image, mask_image, original, opacity)
 
 
-def _has_transparent_result(layout: _Layout, request: ImageRequest) -> bool:
+def _without_steps(original: Pixels, request: ImageRequest) -> Pixels:
+    """Return the result of an edit that runs no step: the source in the frame, with its alpha unless it is removed."""
+    return flatten(original) if request.background == "opaque" else original
+
+
+def _has_transparent_result(layout: _Layout, request: ImageRequest, unchanged: Pixels | None) -> bool:
     """Return whether a result has transparent pixels; they can only be the source's own."""
+    if unchanged is not None:
+        return request.output_format != "jpeg" and has_alpha(unchanged) and bool(unchanged[..., 3].min() < 255)
     original = layout.backdrop.original
     if original is None or not has_alpha(original) or request.background == "opaque" or request.output_format == "jpeg":
         return False
@@ -243,7 +257,7 @@ def _resolve_strength(request: ImageRequest, mode: str, profile: ModelProfile) -
 
 
 def check_steps(request: ImageRequest, strength: float, profile: ModelProfile, engine: Engine) -> int:
-    """Return how many steps will run; `strength` is the one that will run, 1.0 for text-to-image.
+    """Return how many steps will run, 0 at strength 0; `strength` is the one that will run, 1.0 for text-to-image.
 
     Raises:
         InvalidValue: the number of steps, or the strength, cannot be run.
@@ -253,7 +267,7 @@ def check_steps(request: ImageRequest, strength: float, profile: ModelProfile, e
     if not 0 <= strength <= 1:
         raise InvalidValue(f"strength: {strength:g} is not within 0 to 1", param="strength")
     steps = denoising_steps(profile, request.scheduler, count, strength)
-    if steps:
+    if steps or not strength:
         return steps
     smallest = f"the smallest strength that works is {smallest_strength(profile, request.scheduler, count):g}"
     if is_lcm(profile, request.scheduler):

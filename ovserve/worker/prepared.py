@@ -80,6 +80,7 @@ class PreparedRequest:
         image_tokens, output_tokens: for `usage`; a picture counts one token for each cell of side_multiple_px.
         revised_prompt: the prompt that will be used, if the request's prompt was cut; else empty.
         background: transparent if a result has transparent pixels, else opaque.
+        unchanged: the result of zero steps, the source in the frame; None if steps will run.
         colour_profile: the source's ICC profile, or empty. A result has the source's samples outside the mask, and the
             painted pixels follow them.
     """
@@ -106,6 +107,7 @@ class PreparedRequest:
     revised_prompt: str
     background: str
     colour_profile: bytes
+    unchanged: Pixels | None = None
 
     def work(self, job_id: str, picture: int, *, alone: bool = False) -> Work:
         """Return the work of one picture for an engine."""
@@ -143,6 +145,8 @@ class PreparedRequest:
 
     def assemble(self, painted: Pixels) -> Pixels:
         """Return the result from a painted canvas: its frame composited onto the backdrop."""
+        if self.unchanged is not None:
+            return self.unchanged
         return self.backdrop.composite(self.placement.extract_frame(painted))
 
     def encode(self, pixels: Pixels, picture: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from ovserve.engines.protocol import CLIP_WINDOW, Engine, clip_only_fields, has_t5
 from ovserve.errors import PromptTooLong
@@ -11,6 +12,10 @@ from ovserve.models.profile import ModelProfile
 from ovserve.wire.request import ImageRequest
 
 __all__ = ["fit_prompt"]
+
+MAX_PIECES = 2000  # words of a prompt that are examined; a window has fewer than 100 tokens
+_PIECE = re.compile(r"[^\W_]+|,")
+_SINGLE = frozenset("aAiI,")  # every letter has a token, but only these are words
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +31,12 @@ def fit_prompt(request: ImageRequest, profile: ModelProfile, engine: Engine) -> 
     for encoder in range(2, profile.text_encoders + 1):
         names += [f"prompt_{encoder}", f"negative_prompt_{encoder}"]
     texts = {name: text for name in names if (text := str(getattr(request, name, ""))) or name == "prompt"}
+    if request.truncate_prompt and profile.drops_unknown_words:
+        texts["prompt"] = _without_unknown_words(request.prompt, engine)
     counts = {name: engine.count_tokens(text, clip=name in by_clip) for name, text in texts.items()}
     windows = {name: CLIP_WINDOW if name in by_clip else profile.prompt_tokens for name in texts}
     if counts["prompt"] > windows["prompt"] and request.truncate_prompt:
-        texts["prompt"] = engine.cut_prompt(request.prompt, clip="prompt" in by_clip)
+        texts["prompt"] = engine.cut_prompt(texts["prompt"], clip="prompt" in by_clip)
         counts["prompt"] = engine.count_tokens(texts["prompt"], clip="prompt" in by_clip)
     for name, count in counts.items():
         if count > windows[name]:
@@ -42,6 +49,20 @@ def fit_prompt(request: ImageRequest, profile: ModelProfile, engine: Engine) -> 
     if has_t5(profile):
         _log_clip_overflow({name: texts[name] for name in texts.keys() - by_clip}, profile, engine)
     return texts["prompt"], counts["prompt"]
+
+
+def _without_unknown_words(prompt: str, engine: Engine) -> str:
+    """Return a prompt without the words that have no token of their own; as it is if nothing else is left.
+
+    Spelt out, such a word takes most of a small window, and its letters disturb what the model knows.
+    """
+    special = engine.count_tokens("")
+    pieces = _PIECE.findall(prompt)[:MAX_PIECES]
+    known = {piece: engine.count_tokens(piece) == special + 1 for piece in set(pieces)}
+    kept = [piece for piece in pieces if known[piece] and (len(piece) > 1 or piece in _SINGLE)]
+    if len(kept) == len(pieces) or not any(piece.isalnum() for piece in kept):
+        return prompt
+    return re.sub(r"( ,)+", ",", " ".join(kept)).strip(" ,")
 
 
 def _log_clip_overflow(texts: dict[str, str], profile: ModelProfile, engine: Engine) -> None:

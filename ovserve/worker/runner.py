@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from ovserve.deadline import Deadline
-from ovserve.engines.protocol import Engine, Preview, Work
+from ovserve.engines.protocol import Engine, Outcome, Preview, Work
 from ovserve.errors import ApiError, BlobGone, DeadlineExceeded, InternalError, LinkClosed, LinkGarbage, ModelError
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
@@ -224,7 +224,13 @@ class JobRunner:
         self._reports.prepared(job.id, prepared)
         with self._lock:
             job.prepared, job.added, job.is_preparing = prepared, request.n, False
-        self._loop.add(works)
+        if prepared.unchanged is None:
+            self._loop.add(works)
+            return
+        for work in works:  # no step runs: the device is not needed
+            outcome = Outcome(work, prepared.unchanged)
+            while not self._finisher.deliver(outcome, 0.0):
+                pass
 
     def _attach_callbacks(self, job: WorkerJob, request: ImageRequest, work: Work) -> Work:
         """Connect a piece of work to its job: progress, previews, deadline and cancellation."""

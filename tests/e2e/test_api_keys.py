@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from ovserve.api.routes import match_route
+from ovserve.cli.commands import ExitCode
 from tests.faultserver import FaultServer
 from tests.live import BUILTIN_PATH, LiveServer
 
@@ -93,7 +94,7 @@ def test_reload_changes_the_keys_or_nothing(keyed: FaultServer, tmp_path: Path) 
 
 def test_missing_key_file_stops_the_start(tmp_path: Path) -> None:
     with LiveServer("--api_key_file", str(tmp_path / "none"), spool=tmp_path, wait_ready=False) as server:
-        assert server.process.wait(60) == 2
+        assert server.process.wait(60) == ExitCode.UNAVAILABLE
         assert server.log == [f"ovserve: api_key_file {tmp_path / 'none'}: No such file or directory"]
 
 

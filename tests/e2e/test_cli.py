@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -40,7 +41,6 @@ def run(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model_path", "nowhere"], "no such directory"),
         (["--model-path", "/"], "model_index.json"),
         (["--port", "99999"], "--port=99999"),
         (["--target_device", "CPU GPU"], "device"),
@@ -60,7 +60,7 @@ def test_wrong_option_value_is_one_line_and_exit_code_two(arguments: list[str], 
 def test_unknown_device_is_a_start_error_that_names_it(tmp_path: Path) -> None:
     options = ("--target_device", "TPU", "--spool_dir", str(tmp_path), "--log_level", "error")
     done = run("--port", "0", "--model_path", BUILTIN_PATH, *options)
-    assert done.returncode == 2
+    assert done.returncode == ExitCode.MODELS_FAILED
     assert "TPU" in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
@@ -70,8 +70,74 @@ def test_port_in_use_is_a_start_error() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         done = run("--port", str(taken.getsockname()[1]), "--model_path", BUILTIN_PATH)
-    assert done.returncode == 2
+    assert done.returncode == ExitCode.UNAVAILABLE
     assert "in use" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model_path", "nowhere"], "no such directory"),
+        (["--model_path", "{folder}"], "is its file system mounted?"),
+        (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1"),
+        (["--api_key_file", "nowhere"], "No such file"),
+    ],
+)
+def test_fault_that_may_pass_is_one_line_and_exit_code_three(tmp_path: Path, arguments: list[str], words: str) -> None:
+    options = [each.format(folder=tmp_path) for each in arguments]
+    done = run("--port", "0", *options, *([] if "--model_path" in options else ["--model_path", BUILTIN_PATH]))
+    assert (done.returncode, done.stdout) == (ExitCode.UNAVAILABLE, "")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_lack_of_descriptors_at_the_start_is_exit_code_three() -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (6, 6))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "ovserve", "--port", "0", "--model_path", BUILTIN_PATH],
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        timeout=START_LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == ExitCode.UNAVAILABLE, done.stderr
+    assert "Too many open files" in done.stderr.splitlines()[-1]
+
+
+def test_check_prints_what_would_be_served_and_starts_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    model = f"[[model]]\nname = 'shapes'\npath = '{BUILTIN_PATH}'\nreplicas = 2\n"
+    config.write_text(f"port = 4711\ndefault_model = 'shapes'\n{model}")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("check", "--config", str(config), "--port", str(taken.getsockname()[1]))
+        port = taken.getsockname()[1]
+    assert (done.returncode, done.stderr) == (ExitCode.OK, "")
+    assert done.stdout.splitlines()[0] == f"configuration is valid: host 127.0.0.1, port {port}, 0 API keys"
+    assert "model shapes (default): stable-diffusion from " in done.stdout
+    assert "replicas 2" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model_path", "nowhere"], "no such directory"),
+        (["--port", "99999"], "--port=99999"),
+        (["--prot", "1"], "did you mean --port?"),
+        (["--api_key_file", "nowhere"], "No such file"),
+        (["--config", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_check_reports_an_error_as_a_start_does(arguments: list[str], words: str) -> None:
+    done = run("check", *arguments)
+    assert (done.returncode, done.stdout) == (ExitCode.USAGE, "")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_version_and_help_list_flags_commands_and_exit_codes() -> None:
@@ -195,7 +261,19 @@ def test_model_directory_is_served_under_the_given_name(tmp_path: Path) -> None:
         assert live.fetch("/v2/health/ready")[0] == 200
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_of_log_rotation_are_logged_and_ignored(tmp_path: Path) -> None:
+    with LiveServer(spool=tmp_path) as live:
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            for pid in live.workers():
+                os.kill(pid, number)
+            live.signal(number)
+        while sum("signal ignored" in line for line in list(live.log)) < 2:
+            assert live.process.poll() is None
+        assert live.fetch("/v2/health/ready")[0] == 200
+        assert not [line for line in live.log if "worker died" in line]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_signal_drains_jobs_in_flight_and_leaves_no_process_or_file(tmp_path: Path, data: Path, number: int) -> None:
     live = LiveServer(spool=tmp_path)
     workers = live.workers()
@@ -262,7 +340,7 @@ def test_missing_directory_of_one_model_is_a_start_error(tmp_path: Path) -> None
         f"port = 0\n[[model]]\nname = 'right'\npath = '{BUILTIN_PATH}'\n[[model]]\nname = 'wrong'\npath = 'nowhere'\n"
     )
     done = run("--config", str(config))
-    assert done.returncode == 2
+    assert done.returncode == ExitCode.UNAVAILABLE
     assert "nowhere: no such directory" in done.stderr
 
 

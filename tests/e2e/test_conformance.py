@@ -123,11 +123,6 @@ DIFFERENCES = (
         None,
         "Defaults are checked against the limits at start; the server does not start if they contradict.",
     ),
-    Difference(
-        "edit.prompt_longer_than_context",
-        400,
-        "A prompt that is too long gets 400 with its length and the limit; it is never cut silently.",
-    ),
     Difference("edit.err.n_and_num_images", 200, SAME_VALUE),
     Difference("gen.err.n_and_num", 200, SAME_VALUE),
     Difference("gen.err.size_w_h", 200, SAME_VALUE),

@@ -200,14 +200,28 @@ def test_errors_map_to_the_client_exception_classes(client: openai.OpenAI, data:
     assert missing.value.code == "model_not_found"
 
 
-def test_too_long_prompt_is_rejected_and_truncate_prompt_cuts_it(client: openai.OpenAI, data: Path) -> None:
+def test_too_long_prompt_is_cut_unless_truncate_prompt_is_false(client: openai.OpenAI, data: Path) -> None:
     prompt = "red " * 60
     with (data / "red_circle.png").open("rb") as image, pytest.raises(openai.BadRequestError, match="32") as caught:
-        client.images.edit(image=image, prompt=prompt)
+        client.images.edit(image=image, prompt=prompt, extra_body={"truncate_prompt": False})
     assert caught.value.code == "prompt_too_long"
-    with (data / "red_circle.png").open("rb") as image:
-        item = client.images.edit(image=image, prompt=prompt, extra_body={"truncate_prompt": True}).data[0]
-    assert 0 < len(item.revised_prompt) < len(prompt)
+    for extra in ({"truncate_prompt": True}, {}):
+        with (data / "red_circle.png").open("rb") as image:
+            item = client.images.edit(image=image, prompt=prompt, extra_body=extra).data[0]
+        assert 0 < len(item.revised_prompt) < len(prompt)
+
+
+def test_unknown_words_do_not_disturb_the_builtin_model(client: openai.OpenAI) -> None:
+    prompt = (
+        "A minimalist, hyper-detailed flat illustration of a vibrant yellow heart with crisp edges, centered on a "
+        "solid purple background, masterpiece, trending on artstation, award-winning composition, volumetric lighting"
+    )
+    reply = client.images.generate(prompt=prompt, size="256x256", n=3, extra_body={"seed": 1})
+    used = reply.data[0].revised_prompt
+    assert used.startswith("A, detailed flat illustration of a yellow heart with, on a purple background")
+    scenes = [read_picture(pixels(item)) for item in reply.data]
+    shown = [(scene.background, scene.largest.colour, scene.largest.shape) for scene in scenes if scene.largest]
+    assert ("purple", "yellow", "heart") in shown
 
 
 def test_corrupt_image_does_not_end_a_worker(server: LiveServer, client: openai.OpenAI, data: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import ssl
 import subprocess
 import time
@@ -16,11 +15,10 @@ import openai
 import pytest
 
 from ovserve.settings.sources import load_settings
-from tests.e2e.test_proxies import START_LIMIT_S, free_port
 from tests.live import LiveServer
+from tests.proxies import START_LIMIT_S, example, find_program, free_port
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "install.md").read_text("utf-8")
 HOST = "images.example.org"
 KEY = "change-me"
 # The main configuration file, around the server block of the page.
@@ -35,13 +33,6 @@ http {{
 """
 
 
-def block(name: str) -> str:
-    """Return the text of a marked block of the page."""
-    found = re.search(rf"^ *<!-- example: {name} -->\n *```\w+\n(.*?)^ *```$", PAGE, re.DOTALL | re.MULTILINE)
-    assert found
-    return found[1]
-
-
 @pytest.fixture(scope="module")
 def behind_nginx(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ssl.SSLContext]]:
     """Start nginx with the configuration of the page; only addresses and paths are replaced.
@@ -53,12 +44,18 @@ def behind_nginx(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={HOST}"]
     make += ["-addext", f"subjectAltName=DNS:{HOST},IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
     subprocess.run(make, check=True, capture_output=True)
-    text = block("nginx").replace(f"/etc/ssl/{HOST}", str(folder)).replace("listen 443", f"listen 127.0.0.1:{port}")
+    text = example("nginx").replace(f"/etc/ssl/{HOST}", str(folder)).replace("listen 443", f"listen 127.0.0.1:{port}")
     (folder / "ovserve.conf").write_text(text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}"))
     (folder / "nginx.conf").write_text(NGINX_CONF.format(folder=folder, user="user root;" if os.getuid() == 0 else ""))
-    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-    assert program, "nginx is not installed: scripts/test installs it"
-    command = [program, "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log"), "-p", str(folder)]
+    command = [
+        find_program("nginx"),
+        "-c",
+        str(folder / "nginx.conf"),
+        "-e",
+        str(folder / "error.log"),
+        "-p",
+        str(folder),
+    ]
     tested = subprocess.run([*command, "-t"], capture_output=True, text=True, check=False)
     assert tested.returncode == 0, tested.stderr
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -123,7 +120,7 @@ def test_nginx_leaves_size_limits_to_the_server(behind_nginx: tuple[str, ssl.SSL
 
 def test_settings_example_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "ovserve.toml"
-    path.write_text(re.sub(r"^   ", "", block("settings"), flags=re.MULTILINE))
+    path.write_text(re.sub(r"^   ", "", example("settings"), flags=re.MULTILINE))
     settings = load_settings({}, {}, path)
     assert settings.port == 8000
     assert [model.name for model in settings.models] == ["ovserve-builtin"]
@@ -140,3 +137,37 @@ def test_dockerfile_and_unit_match_the_page() -> None:
     unit = (ROOT / "scripts" / "ovserve.service").read_text("utf-8")
     assert "ExecStart=/opt/ovserve/bin/python -m ovserve --config /etc/ovserve.toml" in unit
     assert "CacheDirectory=ovserve" in unit
+
+
+@pytest.fixture
+def behind_caddy(server: LiveServer, tmp_path: Path) -> Iterator[str]:
+    """Start Caddy with the configuration of the page; only addresses are replaced. Yields its URL."""
+    port = free_port()
+    text = example("caddy").replace(f"{HOST} {{", f"http://127.0.0.1:{port} {{", 1)
+    text = text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+    (tmp_path / "Caddyfile").write_text(f"{{\n    admin off\n    storage file_system {tmp_path}\n}}\n{text}")
+    command = [find_program("caddy"), "run", "--adapter", "caddyfile", "--config", str(tmp_path / "Caddyfile")]
+    environment = {**os.environ, "HOME": str(tmp_path)}  # Caddy writes there
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
+        try:
+            deadline = time.monotonic() + START_LIMIT_S
+            while True:
+                try:
+                    httpx.get(f"http://127.0.0.1:{port}/", timeout=5)
+                    break
+                except httpx.TransportError:
+                    assert process.poll() is None
+                    assert time.monotonic() < deadline
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def test_caddy_forwards_requests_with_the_key_and_nothing_else(behind_caddy: str) -> None:
+    with openai.OpenAI(base_url=f"{behind_caddy}/v1", api_key=KEY, max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["ovserve-builtin"]
+        assert client.images.generate(prompt="a red star", extra_body={"num_inference_steps": 2}).data
+    with httpx.Client(base_url=behind_caddy, timeout=60) as plain:
+        assert plain.get("/v1/models").status_code == 401
+        for path in ("/metrics", "/v1/config", "/v2/health/ready", "/"):
+            assert plain.get(path, headers={"authorization": f"Bearer {KEY}"}).status_code == 404, path

@@ -1,13 +1,9 @@
-"""The server behind nginx and HAProxy: persistent connections, large uploads, streams, errors, disconnects."""
+"""The server behind nginx, HAProxy and Caddy: persistent connections, large uploads, streams, errors, disconnects."""
 
 from __future__ import annotations
 
 import io
-import os
 import random
-import shutil
-import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,93 +14,18 @@ import pytest
 from PIL import Image
 
 from tests.live import LiveServer
+from tests.proxies import KINDS, run_proxy
 
 PROMPT = "a green circle on a blue background"
-START_LIMIT_S = 20
-
-NGINX = """
-{user} daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
-events {{ worker_connections 256; }}
-http {{
-    access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
-    client_max_body_size 100m;
-    upstream ovserve {{ server 127.0.0.1:{upstream}; keepalive 8; }}
-    server {{
-        listen 127.0.0.1:{port};
-        location / {{
-            proxy_pass http://ovserve; proxy_http_version 1.1;
-            proxy_set_header Connection ""; proxy_set_header Host $http_host;
-            proxy_buffering off; proxy_request_buffering {buffering}; proxy_read_timeout 120s;
-        }}
-    }}
-}}
-"""
-
-HAPROXY = """
-global
-    maxconn 256
-defaults
-    mode http
-    timeout connect 5s
-    timeout client 120s
-    timeout server 120s
-    option http-keep-alive
-    http-reuse always
-frontend f
-    bind 127.0.0.1:{port}
-    default_backend b
-backend b
-    option httpchk GET /v2/health/ready
-    server s 127.0.0.1:{upstream} check inter 500ms
-"""
 
 
-def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module", params=["nginx", "nginx-unbuffered", "haproxy"])
+@pytest.fixture(scope="module", params=KINDS)
 def proxied(
     request: pytest.FixtureRequest, server: LiveServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """Start a proxy in front of the live server; yield the proxy's URL."""
-    folder, port = tmp_path_factory.mktemp(request.param), free_port()
-    program = shutil.which(request.param.partition("-")[0], path=f"{os.environ['PATH']}:/usr/sbin")
-    assert program, f"{request.param} is not installed: scripts/test installs it"
-    config = folder / "proxy.conf"
-    if request.param == "haproxy":
-        config.write_text(HAPROXY.format(port=port, upstream=server.port))
-        command = [program, "-db", "-f", str(config)]
-    else:
-        buffering = "off" if request.param.endswith("unbuffered") else "on"
-        config.write_text(
-            NGINX.format(
-                user="user root;" if os.getuid() == 0 else "",
-                folder=folder,
-                port=port,
-                upstream=server.port,
-                buffering=buffering,
-            )
-        )
-        command = [program, "-c", str(config), "-e", str(folder / "error.log"), "-p", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + START_LIMIT_S
-        while True:
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/v2/health/ready", timeout=5).status_code == 200:
-                    break
-            except httpx.TransportError:
-                assert process.poll() is None
-            assert time.monotonic() < deadline
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(START_LIMIT_S)
+    with run_proxy(request.param, tmp_path_factory.mktemp(request.param), server.port) as url:
+        yield url
 
 
 def test_edits_are_served_over_persistent_connections(proxied: str, data: Path) -> None:

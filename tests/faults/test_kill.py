@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ovserve.cli.commands import ExitCode
 from tests.faultserver import TINY_PNG, FaultServer, gone, picture_of
 
 POINTS = ["received", "prepared", "step", "announced", "half", "filled", "reported", "done"]
@@ -164,9 +165,9 @@ def test_job_of_a_worker_killed_while_draining_is_done(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_crash_loop_at_start_is_logged_and_the_server_exits_with_2(tmp_path: Path) -> None:
+def test_crash_loop_at_start_is_logged_and_has_its_own_exit_code(tmp_path: Path) -> None:
     with FaultServer(tmp_path, "--crash_loop_limit", "3", toy_options={"load": "segv"}, wait_ready=False) as server:
-        assert server.wait() == 2
+        assert server.wait() == ExitCode.MODELS_FAILED
     assert server.logged("3 workers in a row died", "SIGSEGV")
     assert list(tmp_path.iterdir()) == []
 

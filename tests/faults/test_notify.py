@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ovserve.cli.commands import ExitCode
 from tests.faultserver import PATIENCE_S, FaultServer
 
 
@@ -58,7 +59,7 @@ def test_service_notifies_ready_watchdog_reloading_and_stopping(
 
 def test_service_that_cannot_load_its_model_never_notifies_ready(tmp_path: Path, manager: socket.socket) -> None:
     with FaultServer(tmp_path / "spool", toy_options={"load": "fail no such device"}, wait_ready=False) as server:
-        assert server.wait() == 2
+        assert server.wait() == ExitCode.MODELS_FAILED
     manager.setblocking(False)
     with contextlib.suppress(BlockingIOError):
         while datagram := manager.recv(65536):

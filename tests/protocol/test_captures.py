@@ -35,8 +35,8 @@ REFUSED_BY_FORM = {
     "curl-7.88.1__nested_mixed.http": ("InvalidValue", "nested multipart/mixed"),
     "curl-7.88.1__data_binary_no_ct.http": ("UnsupportedMediaType", "Content-Type is missing"),
     "curl-7.88.1__no_body_post.http": ("UnsupportedMediaType", "Content-Type is missing"),
-    "curl-7.88.1__urlencoded_d.http": ("UnsupportedMediaType", "application/x-www-form-urlencoded"),
-    "requests-2.34.2__requests_urlencoded_no_file.http": ("UnsupportedMediaType", "application/x-www-form-urlencoded"),
+    "curl-7.88.1__urlencoded_d.http": ("BadRequest", "application/x-www-form-urlencoded"),
+    "requests-2.34.2__requests_urlencoded_no_file.http": ("BadRequest", "application/x-www-form-urlencoded"),
     # The server refuses its Content-Encoding before it reads the body; here the body is read, and is not JSON.
     "requests-2.34.2__requests_gzip_body.http": ("BadRequest", "not UTF-8"),
 }

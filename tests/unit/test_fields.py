@@ -33,7 +33,7 @@ def test_defaults_of_table_and_record_are_equal(field: Field) -> None:
 
 
 def test_request_with_only_defaults_keeps_those_of_the_record() -> None:
-    request = edit().request
+    request = edit(truncate_prompt="refuse").request
     by_model = {"task", "prompt", "images", "num_inference_steps", "guidance_scale", "seed", "quality"}
     for name, attribute in RECORD.items():
         assert name in by_model or getattr(request, name) == attribute.default, name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import quopri
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,6 +220,39 @@ def test_base64_parts_are_decoded_in_place(spool: Spool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("sent", "text"),
+    [
+        (b"gr=C3=BCn und =\r\nblau =3D t=C3=BCrkis", "grün und blau = türkis"),
+        (quopri.encodestring("é €\r\n".encode() * 100), "é €\r\n" * 100),
+        (b"not encoded", "not encoded"),
+        (b"", ""),
+    ],
+)
+def test_quoted_printable_text_is_decoded(spool: Spool, sent: bytes, text: str) -> None:
+    part = Part("prompt", sent, fields=("Content-Transfer-Encoding: Quoted-Printable",))
+    assert contents_of(read(spool, part, Part("n", b"1")))[0] == [("prompt", text), ("n", "1")]
+
+
+def test_limit_of_a_text_field_applies_to_the_decoded_text(spool: Spool) -> None:
+    line = ("Content-Transfer-Encoding: quoted-printable",)
+    for size, is_accepted in ((100, True), (101, False)):
+        part = Part("prompt", quopri.encodestring(b"\xc3\xbc" * (size // 2) + b"x" * (size % 2)), fields=line)
+        if is_accepted:
+            read(spool, part, max_text_field_bytes=100).release()
+        else:
+            with pytest.raises(PartTooLarge, match="longer than 100 bytes"):
+                read(spool, part, max_text_field_bytes=100)
+
+
+def test_urlencoded_body_is_400_with_a_hint(spool: Spool) -> None:
+    with pytest.raises(
+        BadRequest, match=r"cannot contain a picture; send multipart/form-data .* -F name=value"
+    ) as caught:
+        read_form(MemoryBody(b"x"), "application/x-www-form-urlencoded; charset=utf-8", spool, settings())
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
     "content_type", ["Multipart/Form-Data; BOUNDARY=B0", "multipart/form-data; boundary=other; boundary=B0"]
 )
 def test_the_last_boundary_is_used(spool: Spool, content_type: str) -> None:
@@ -242,7 +276,8 @@ def test_other_types_get_415_with_the_supported_types(spool: Spool, content_type
         (Part("image", b"x", "a", "image/"), "Content-Type"),
         (Part("prompt", b"x", None, "text/plain; charset=utf-16"), "charset 'utf-16' is not supported; send UTF-8"),
         (Part("prompt", b"a\x81", None, "text/plain; charset=windows-1252"), "'prompt' is not windows-1252 text"),
-        (Part("prompt", b"x", fields=("Content-Transfer-Encoding: quoted-printable",)), "'quoted-printable'"),
+        (Part("prompt", b"x", fields=("Content-Transfer-Encoding: x-uuencode",)), "'x-uuencode'"),
+        (Part("image", b"x", "a", fields=("Content-Transfer-Encoding: quoted-printable",)), "'quoted-printable'"),
         (Part("image", b"!", "a", fields=("Content-Transfer-Encoding: base64",)), "invalid base64"),
     ],
 )

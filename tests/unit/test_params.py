@@ -74,6 +74,74 @@ def test_empty_and_null_texts_are_absent_values(name: str, text: str) -> None:
     assert edit((name, text), ("rng_seed", "1")).request == edit(("rng_seed", "1")).request
 
 
+def test_operator_and_model_choose_what_happens_to_a_long_prompt() -> None:
+    assert edit().request.truncate_prompt is True  # the built-in model's own default
+    assert edit(truncate_prompt="refuse").request.truncate_prompt is False
+    assert edit(("truncate_prompt", "true"), truncate_prompt="refuse").request.truncate_prompt is True
+    assert edit(("truncate_prompt", "false")).request.truncate_prompt is False
+
+
+def test_operator_chooses_the_default_response_format_except_for_streams() -> None:
+    assert edit(default_response_format="url").response_format == "url"
+    assert edit(("response_format", "b64_json"), default_response_format="url").response_format == "b64_json"
+    assert edit(("stream", "true"), default_response_format="url").response_format == "b64_json"
+    with pytest.raises(InvalidValue, match="response_format = url cannot be combined with stream = true"):
+        edit(("stream", "true"), ("response_format", "url"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "attribute", "expected"),
+    [
+        *((name, "7", "num_inference_steps", 7) for name in ("steps", "step", "num_steps")),
+        *((name, "2.5", "guidance_scale", 2.5) for name in ("cfg_scale", "cfg", "guidance", "true_cfg_scale")),
+        *((name, "euler", "scheduler", "euler") for name in ("sampler", "sample_method", "sampling_method")),
+        *((name, "0.5", "strength", 0.5) for name in ("denoising_strength", "denoise")),
+        ("num_images_per_prompt", "3", "n", 3),
+        ("rng_seed", "4", "seed", 4),
+    ],
+)
+def test_names_of_other_servers_are_accepted(name: str, value: str, attribute: str, expected: object) -> None:
+    assert getattr(edit((name, value)).request, attribute) == expected
+    own = FIELDS[name].same_as
+    assert getattr(edit((name, value), (own, value)).request, attribute) == expected
+    other = "ddim" if FIELDS[name].kind == "choice" else "1"
+    with pytest.raises(InvalidValue, match=f"{own} is '?{other}'?, but {name} is"):
+        edit((name, value), (own, other))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler"),
+    [
+        ("Euler a", "euler_ancestral"),
+        ("euler_a", "euler_ancestral"),
+        ("Euler", "euler"),
+        ("k_euler", "euler"),
+        ("DPM++ 2M Karras", "dpmpp_2m_karras"),
+        ("dpm++2m", "dpmpp_2m"),
+        ("UniPC", "unipc"),
+        ("DDIM", "ddim"),
+        ("PLMS", "pndm"),
+    ],
+)
+def test_samplers_of_other_programs_are_accepted(sampler: str, scheduler: str) -> None:
+    assert edit(("sampler", sampler)).request.scheduler == scheduler
+    with pytest.raises(InvalidValue, match="choose one of: ddim"):
+        edit(("sampler", sampler + "x"))
+
+
+@pytest.mark.parametrize("text", ["64X32", "64*32", "64\u00d732"])
+def test_sizes_of_other_servers_are_accepted(text: str) -> None:
+    request = edit(("size", text)).request
+    assert (request.width, request.height) == (64, 32)
+
+
+def test_strength_zero_is_accepted_unless_the_operator_requires_more() -> None:
+    assert edit(("strength", "0")).request.strength == 0
+    assert edit(("strength", "0.0"), ("steps", "1")).request.num_inference_steps == 1
+    with pytest.raises(InvalidValue, match=r"strength is 0; this model requires at least 0\.1"):
+        edit(("strength", "0"), min_strength=0.1)
+
+
 def test_browser_line_breaks_are_normalised() -> None:
     form = FakeForm([("prompt", "a\r\nb")], (IMAGE,))
     assert parse_parameters(form, EDIT, None, catalog(), SETTINGS).request.prompt == "a\nb"
@@ -109,7 +177,22 @@ def test_different_duplicates_are_rejected(fields: tuple[tuple[str, str], ...], 
 
 
 @pytest.mark.parametrize(
-    "value", ["512", "512x", "x512", "512X512", " 512x512", "0x5", "-1x5", "1e3x5", "512x512x3", "AUTO", "9" * 30]
+    "value",
+    [
+        "512",
+        "512x",
+        "x512",
+        "512XX512",
+        "512**512",
+        "512,512",
+        " 512x512",
+        "0x5",
+        "-1x5",
+        "1e3x5",
+        "512x512x3",
+        "AUTO",
+        "9" * 30,
+    ],
 )
 def test_malformed_size_is_rejected(value: str) -> None:
     with pytest.raises(InvalidValue, match="size") as caught:
@@ -155,7 +238,9 @@ def test_json_value_of_another_type_is_rejected(name: str, value: Any) -> None:
     [
         ({"n": "1"}, "n is '1', a string; expected a whole number."),
         ({"n": True}, "n is true; expected a whole number."),
-        ({"n": 65}, "n is 65; the API allows at most 64."),
+        ({"n": 65}, "n is 65; this model allows at most 10."),
+        ({"num_images_per_prompt": 65}, "num_images_per_prompt is 65; this model allows at most 10."),
+        ({"n": 0}, "n is 0; the API requires at least 1."),
         ({"n": 11}, "n is 11; this model allows at most 10."),
         ({"seed": 1.0}, "seed is 1.0; expected a whole number."),
         ({"prompt": 10**5000}, "prompt is a number of more than 40 digits; expected a string."),
@@ -164,9 +249,12 @@ def test_json_value_of_another_type_is_rejected(name: str, value: Any) -> None:
         ({"user": {"a": 1}}, "user is an object; expected a string."),
         ({"stream": "\n\ud800" + "y" * 99}, f"stream is '\\n\\ud800{'y' * 98}'..., a string; expected true or false."),
         ({"promt": "a"}, "Unknown parameter 'promt'; did you mean prompt?"),
-        ({"cfg_scale": 1}, "Unknown parameter 'cfg_scale'; /openapi.json lists the known ones."),
+        ({"clip_skip": 1}, "Unknown parameter 'clip_skip'; /openapi.json lists the known ones."),
         ({"prompt": ""}, "prompt is missing or empty; images/generations requires it."),
-        ({"model": "ghost"}, "The model 'ghost' does not exist; available: 'm'."),
+        (
+            {"model": "ghost"},
+            "The model 'ghost' does not exist; available: 'm'. The server's option aliases adds further names.",
+        ),
         ({"mask_mode": "auto"}, "mask_mode is not supported by images/generations, only by images/edits; remove it."),
         ({"prompt_2": "a"}, "prompt_2 needs a second text encoder, which model 'm' does not have; remove it."),
         ({"n": 1, "num_images_per_prompt": 2}, "num_images_per_prompt is 2, but n is 1; send one of them."),
@@ -191,7 +279,7 @@ def test_json_null_is_an_absent_value() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("num_inference_step", "num_inference_steps"), ("promt", "prompt"), ("cfg_scale", None), ("image[0][x", None)],
+    [("num_inference_step", "num_inference_steps"), ("promt", "prompt"), ("clip_skip", None), ("image[0][x", None)],
 )
 def test_unknown_field_error_suggests_the_nearest_name(name: str, hint: str | None) -> None:
     with pytest.raises(UnknownParameter) as caught:
@@ -359,6 +447,14 @@ def test_one_of_several_models_needs_a_name_or_a_default() -> None:
         parse_parameters(form, EDIT, None, catalog(*two), SETTINGS)
     assert parse_parameters(form, EDIT, None, catalog(*two, default="b"), SETTINGS).model.name == "b"
     assert parse_parameters(form, EDIT, "a", catalog(*two), SETTINGS).model.name == "a"
+
+
+def test_path_and_field_may_name_one_model_in_two_ways() -> None:
+    models = catalog(ModelSettings(name="m", aliases=("x",)), ModelSettings(name="other"))
+    form = FakeForm([("prompt", "a star"), ("model", "x")], (IMAGE,))
+    assert parse_parameters(form, EDIT, "m", models, SETTINGS).model.name == "m"
+    with pytest.raises(InvalidValue):
+        parse_parameters(form, EDIT, "other", models, SETTINGS)
 
 
 def test_path_and_field_must_name_the_same_model() -> None:

@@ -85,7 +85,7 @@ def test_steps_equal_those_the_library_runs(blob: StoreBlob, steps: int, strengt
 
 
 @pytest.mark.parametrize(
-    ("steps", "strength", "least"), [(12, 0.05, "0.09"), (1, 0.9, "1"), (4, 0.2, "0.25"), (12, 0.0, "0.09")]
+    ("steps", "strength", "least"), [(12, 0.05, "0.09"), (1, 0.9, "1"), (4, 0.2, "0.25"), (12, 0.001, "0.09")]
 )
 def test_less_than_one_step_is_rejected_with_the_smallest_strength(
     blob: StoreBlob, steps: int, strength: float, least: str
@@ -105,13 +105,37 @@ def test_zero_steps_and_more_than_trained_steps_are_rejected() -> None:
     rejected(InvalidValue, "num_inference_steps", "1000", task="generation", num_inference_steps=1001)
 
 
+def test_strength_zero_runs_no_step_and_gives_the_source(blob: StoreBlob) -> None:
+    source = noise(64, 96)
+    found = prepared(images=(blob(png(source)),), strength=0.0, partial_images=2)
+    assert (found.steps, found.strength, found.background) == (0, 0.0, "opaque")
+    work = found.work("j", 0)
+    assert not work.previews
+    assert np.array_equal(found.assemble(np.zeros_like(work.initial_image)), source)
+    mask = blob(png(np.full((96, 64, 3), 255, np.uint8)))
+    assert np.array_equal(prepared(images=(blob(png(source)),), mask=mask, strength=0.0).unchanged, source)
+    fitted = prepared(images=(blob(png(source)),), strength=0.0, width=32, height=48)
+    assert fitted.unchanged.shape == (48, 32, 3)
+
+
+def test_strength_zero_keeps_alpha_unless_it_is_removed(blob: StoreBlob) -> None:
+    source = with_alpha(0, 255)
+    kept = prepared(images=(blob(png(source)),), strength=0.0)
+    assert np.array_equal(kept.unchanged, source)
+    assert kept.background == "transparent"
+    for removed in ({"background": "opaque"}, {"output_format": "jpeg"}):
+        found = prepared(images=(blob(png(source)),), strength=0.0, **removed)
+        assert found.background == "opaque"
+    assert prepared(images=(blob(png(source)),), strength=0.0, background="opaque").unchanged.shape[2] == 3
+
+
 def test_lcm_takes_its_steps_from_a_longer_schedule(blob: StoreBlob) -> None:
     scheduling = dataclasses.replace(PROFILE.scheduling, name="LCM", original_inference_steps=50)
     lcm = dataclasses.replace(WIDE, family="lcm", scheduling=scheduling)
     image = (blob(png(noise(64, 64))),)
     assert prepared(lcm, images=image, num_inference_steps=4, strength=0.1).steps == 4
     rejected(InvalidValue, "strength", "0.08", profile=lcm, images=image, num_inference_steps=4, strength=0.07)
-    rejected(InvalidValue, "strength", "0.08", profile=lcm, images=image, num_inference_steps=4, strength=0.0)
+    assert prepared(lcm, images=image, num_inference_steps=4, strength=0.0).steps == 0
 
 
 def test_pndm_runs_one_step_more(blob: StoreBlob) -> None:

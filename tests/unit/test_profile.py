@@ -42,6 +42,18 @@ def test_profile_of_the_builtin_model() -> None:
     assert profile.scheduling.name == "DDIM"
 
 
+def test_prompt_rules_in_ovserve_json_are_used(directory: Path) -> None:
+    (directory / "ovserve.json").write_text("{}")
+    plain = read_profile(ModelSettings(name="m", path=directory))
+    assert (plain.cuts_prompt, plain.drops_unknown_words) == (False, False)
+    (directory / "ovserve.json").write_text('{"prompts": {"too_long": "cut", "unknown_words": "drop"}}')
+    found = read_profile(ModelSettings(name="m", path=directory))
+    assert (found.cuts_prompt, found.drops_unknown_words) == (True, True)
+    (directory / "ovserve.json").write_text('{"prompts": {"too_long": "shorten"}}')
+    with pytest.raises(ModelError, match=r"prompts.too_long is 'shorten'; expected one of refuse, cut"):
+        read_profile(ModelSettings(name="m", path=directory))
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [

@@ -68,7 +68,7 @@ def test_json_reply_contains_each_picture_whole(spool: Spool, sizes: list[int]) 
         content = content_of(images_reply(job, PREPARED, edit(("n", "3"))))
     document = json.loads(content)
     assert content == compact(document) + b"\n"
-    assert list(document) == ["created", "size", "quality", "background", "output_format", "data", "usage"]
+    assert list(document) == ["created", "model", "size", "quality", "background", "output_format", "data", "usage"]
     assert document["data"] == [
         {"b64_json": base64.b64encode(SOURCE[:size]).decode(), "seed": 40 + number} for number, size in enumerate(sizes)
     ]

@@ -42,12 +42,16 @@ class FakeExchange:
 
     def __init__(self, method: str, path: str, **headers: str) -> None:
         self.method, self.path, self.headers = method, path, headers
+        self.notes: dict[str, str] = {}
 
     def header(self, name: str) -> str | None:
         return self.headers.get(name.replace("-", "_"))
 
     def read_form(self) -> FakeForm:
         return FakeForm([("prompt", "a star")])
+
+    def note(self, name: str, value: str) -> None:
+        self.notes[name] = value
 
     def wait(self, descriptor: int, deadline: object) -> bool:
         raise AssertionError("no handler in these tests waits")
@@ -83,11 +87,19 @@ def api(tmp_path: Path) -> Any:
         "/v1/models",
         "/v3/v1/models",
         "/openai/v1/models",
+        "/api/v1/models",
+        "/engines/v1/models",
+        "/openai/models",
+        "/openai/models/m",
+        "/v1//models",
+        "//v1/models//",
         "/models",
         "/v3/models/",
         "/v3/models/m",
         "/v2",
         "/v2/health/live",
+        "/livez",
+        "/ping",
         "/metrics",
         "/openapi.json",
         "/v1/config",
@@ -108,6 +120,10 @@ def test_documents_are_served(api: ImagesApi, path: str, method: str) -> None:
         "/v1/images/generations",
         "/v3/some/model/images/edits",
         "/openai/deployments/m/images/edits",
+        "/openai/images/edits",
+        "/v1//images/edits",
+        "/engines/v1/images/edits",
+        "/api/v1/images/edits",
     ],
 )
 def test_other_method_is_405_with_allow(api: ImagesApi, path: str) -> None:
@@ -120,6 +136,35 @@ def test_other_method_is_405_with_allow(api: ImagesApi, path: str) -> None:
 def test_unknown_path_is_404(api: ImagesApi, path: str) -> None:
     with pytest.raises(NotFound):
         answer(api, FakeExchange("GET", path))
+
+
+@pytest.mark.parametrize("path", ["/api/v2/models", "/sdapi/v1/txt2img", "/openai", "/openai/files", "/api/health"])
+def test_error_for_an_unknown_path_contains_the_base_url(api: ImagesApi, path: str) -> None:
+    with pytest.raises(NotFound, match=r"the base URL is http://a\.test:8000/v1, and"):
+        answer(api, FakeExchange("POST", path, host="a.test:8000"))
+
+
+@pytest.mark.parametrize("path", ["/api/images/edits", "/v1/openai/v2/images/edits"])
+def test_path_that_begins_with_no_model_is_404_with_the_base_url(api: ImagesApi, path: str) -> None:
+    exchange = FakeExchange("POST", path, host="a.test", x_forwarded_proto="https")
+    exchange.read_form = lambda: pytest.fail("the body is not read")  # type: ignore[method-assign]
+    with pytest.raises(ModelNotFound, match=r"is not a model; the base URL is https://a\.test/v1"):
+        answer(api, exchange)
+
+
+def test_unknown_deployment_is_404_that_lists_the_models(api: ImagesApi) -> None:
+    with pytest.raises(ModelNotFound, match="The model 'ghost' does not exist; available: 'm'"):
+        answer(api, FakeExchange("POST", "/openai/deployments/ghost/images/generations"))
+
+
+@pytest.mark.parametrize("path", ["/health", "/healthz", "/readyz", "/v2/health/ready"])
+def test_readiness_paths_are_503_with_the_reason_and_need_no_key(api: ImagesApi, path: str) -> None:
+    match = match_route("GET", path)
+    assert (match.is_open, match.is_health) == (True, True)
+    reply = answer(api, FakeExchange("GET", path))
+    assert isinstance(reply, JsonReply)
+    assert reply.status == 503
+    assert b'"reason":"' in b"".join(map(bytes, reply.chunks))  # type: ignore[arg-type]
 
 
 def test_page_policy_allows_only_its_own_script_and_style(api: ImagesApi) -> None:

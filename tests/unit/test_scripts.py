@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["scripts/serve", "scripts/check", "scripts/test", "scripts/test-all", ".ci/run"]
+COMMANDS = ["scripts/serve", "scripts/install-service", "scripts/check", "scripts/test", "scripts/test-all", ".ci/run"]
 FIRST_LINES = (b"#!/usr/bin/env bash\n", b"# shellcheck shell=bash\n")
 SHELL = sorted(
     str(path.relative_to(ROOT))

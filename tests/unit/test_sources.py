@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -319,3 +320,39 @@ def test_unknown_option_is_an_error_with_a_suggestion(tmp_path: Path, text: str,
         load_settings({}, {}, path)
     assert str(caught.value).startswith(str(path))
     assert str(caught.value).endswith(expected)
+
+
+def test_aliases_are_a_list_in_the_file_and_separated_by_commas_in_a_flag(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("[[model]]\nname = 'a'\naliases = ['gpt-image-1', '*']\nbuiltin_aliases = false\n")
+    from_file = load_settings({}, {}, config).models[0]
+    from_flags = load_settings({"name": "a", "aliases": "gpt-image-1, *", "builtin_aliases": "false"}, {}).models[0]
+    assert from_file == from_flags == ModelSettings(name="a", aliases=("gpt-image-1", "*"))
+    assert load_settings({"builtin_aliases": "true"}, {}).models[0].all_aliases[0] == "gpt-image-1"
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ("[[model]]\nname='a'\naliases=['b']\n[[model]]\nname='b'", "model a: alias 'b' is the name of a model"),
+        ("[[model]]\nname='a'\naliases=['*']\n[[model]]\nname='b'\naliases=['*']", "model b: alias '*' is also"),
+        (
+            "[[model]]\nname='a'\nbuiltin_aliases=true\n[[model]]\nname='dall-e-2'",
+            "model a: alias 'dall-e-2' is the name of a model",
+        ),
+        ("[[model]]\nname='a'\naliases=['x y']", "model a: alias 'x y': expected at most 128 letters"),
+        ("[[model]]\nname='a'\naliases=[1]", "expected a list of strings"),
+        ("[[model]]\nname='a'\nbuiltin_aliases='yes'", "expected true or false"),
+    ],
+)
+def test_wrong_alias_is_a_configuration_error(tmp_path: Path, tables: str, expected: str) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(tables)
+    with pytest.raises(SettingsError, match=re.escape(expected)):
+        load_settings({}, {}, config)
+
+
+def test_default_model_may_be_an_alias(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("default_model = 'x'\n[[model]]\nname='a'\naliases=['x']\n[[model]]\nname='b'\n")
+    assert load_settings({}, {}, config).default_model == "x"

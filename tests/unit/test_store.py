@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
 import shutil
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ovserve.api.store import Store, StoredPicture, default_store, parse_range
-from ovserve.errors import NotFound, RangeNotSatisfiable, SpoolFull
+from ovserve.errors import NotFound, RangeNotSatisfiable, SettingsError, SpoolFull
 from ovserve.settings.options import Settings
 
 MIB = 1024 * 1024
@@ -113,6 +115,38 @@ def test_default_directory_follows_systemd_and_xdg(monkeypatch: pytest.MonkeyPat
     assert default_store() == Path("/c/ovserve/pictures")
     monkeypatch.setenv("CACHE_DIRECTORY", "/var/cache/ovserve")
     assert default_store() == Path("/var/cache/ovserve/pictures")
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Return the temporary directory of a user without HOME and without an entry in the user database."""
+
+    def unknown(_: int) -> NoReturn:
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "CACHE_DIRECTORY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_user_without_a_home_has_a_private_default_directory(homeless: Path) -> None:
+    own = homeless / f"ovserve-{os.getuid()}"
+    assert default_store() == default_store() == own / "pictures"
+    assert own.stat().st_mode & 0o777 == 0o700
+
+
+def test_default_directory_that_other_users_can_write_is_rejected(homeless: Path) -> None:
+    own = homeless / f"ovserve-{os.getuid()}"
+    own.mkdir()
+    own.chmod(0o777)
+    with pytest.raises(SettingsError, match="store_dir"):
+        default_store()
+    own.rmdir()
+    own.symlink_to("/")
+    with pytest.raises(SettingsError, match="store_dir"):
+        default_store()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import State
 from ovserve.errors import ModelFailed, NotReady, WorkerCrashed
+from ovserve.wire.local.launcher import LocalProcess
 from tests.live import children_of, is_alive
 from tests.toysystem import PATIENCE_S, ToySystem, finish, toy_model
 
@@ -195,6 +196,29 @@ def test_worker_over_its_memory_limit_is_killed_and_the_job_fails(tmp_path: Path
         assert time.monotonic() - started < 10
         system.until(lambda: system.ready() == 2)
         assert system.ask("echo").state is State.DONE
+
+
+def test_memory_limit_stays_the_reason_while_the_killed_process_takes_long_to_exit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed_at: dict[int, float] = {}
+    kill, is_alive_now = LocalProcess.kill, LocalProcess.is_alive
+
+    def note_kill(process: LocalProcess) -> None:
+        killed_at[process.pid] = time.monotonic()
+        kill(process)
+
+    # The kernel closes the link of a killed process before it has freed gigabytes of its memory.
+    def is_alive_longer(process: LocalProcess) -> bool:
+        return time.monotonic() < killed_at.get(process.pid, 0.0) + 1.0 or is_alive_now(process)
+
+    monkeypatch.setattr(LocalProcess, "kill", note_kill)
+    monkeypatch.setattr(LocalProcess, "is_alive", is_alive_longer)
+    with ToySystem(tmp_path, toy_model(memory=200 << 20)) as system:
+        assert isinstance(system.ask("leak").error, WorkerCrashed)
+        system.until(lambda: any(record.message == "worker died" for record in caplog.records))
+        [why] = [record.fields["why"] for record in caplog.records if record.message == "worker died"]  # type: ignore[attr-defined]
+        assert why.startswith("memory: ")
 
 
 def test_worker_that_breaks_the_protocol_is_killed(tmp_path: Path) -> None:

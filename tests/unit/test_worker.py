@@ -171,13 +171,23 @@ def test_progress_is_sent_only_on_request(bench: WorkerBench) -> None:
     assert not bench.of(job, Progress)
 
 
+def test_strength_zero_gives_the_source_for_each_picture_and_no_progress(bench: WorkerBench) -> None:
+    job = bench.start(images=(bench.image(CIRCLE),), strength=0.0, n=6, progress=True, partial_images=2)
+    done = bench.end(job)
+    assert isinstance(done, Done)
+    assert not bench.of(job, Progress)
+    found = [data for (name, _, partial), data in bench.pictures.items() if name == job and partial < 0]
+    assert len(found) == 6
+    assert all(np.array_equal(pixels_of(data), CIRCLE) for data in found)
+
+
 def test_long_texts_are_shortened_to_fit_a_message(bench: WorkerBench) -> None:
     prompt = "\U0001f600 " * 2000
     error = bench.fail(task="generation", prompt=prompt)
     assert error["error"] == "PromptTooLong"
-    job = bench.start(task="generation", prompt="a " + "猫" * 4 + " \U0001f600" * 500, truncate_prompt=True)
+    job = bench.start(task="generation", prompt="猫" * 4 + " \U0001f600" * 500, truncate_prompt=True)
     assert isinstance(bench.end(job), Done)
-    assert bench.of(job, Prepared)[0].revised_prompt.startswith("a 猫猫猫猫")
+    assert bench.of(job, Prepared)[0].revised_prompt.startswith("猫猫猫猫")
     error = bench.fail(task="generation", scheduler="\U0001f600" * 900)
     assert error["error"] == "InvalidValue"
 

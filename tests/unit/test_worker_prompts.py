@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 
+from ovserve.engines.protocol import truncate_to_window
 from ovserve.errors import PromptTooLong
-from tests.preparing import WIDE, prepared, rejected
+from ovserve.worker.prompts import fit_prompt
+from tests.preparing import PROFILE, WIDE, WordCounter, prepared, rejected, request
 
 
 def test_prompt_over_the_window_is_rejected_with_both_numbers() -> None:
@@ -76,3 +78,36 @@ def test_negative_prompt_without_effect_is_dropped() -> None:
     assert prepared(task="generation", negative_prompt="dog", guidance_scale=1.0).work("j", 0).negative_prompt == ""
     flux = dataclasses.replace(WIDE, takes_negative_prompt=False)
     assert prepared(flux, task="generation", negative_prompt="dog").work("j", 0).negative_prompt == ""
+
+
+class Speller(WordCounter):
+    """An engine that knows some words and spells out all others."""
+
+    known = frozenset(["a", "red", "star", "on", "blue", "background", ",", "4k", "please"])
+
+    def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
+        words = prompt.replace(",", " , ").lower().split()
+        return 2 + sum(1 if word in self.known else len(word) for word in words)
+
+    def cut_prompt(self, prompt: str, *, clip: bool = False) -> str:
+        return truncate_to_window(prompt, self.count_tokens, PROFILE.prompt_tokens)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "used"),
+    [
+        ("a Red star on a blue background", "a Red star on a blue background"),
+        ("A vibrant red star, hyper-detailed x, on a blue background, 4k", "A red star, on a blue background, 4k"),
+        ("a minimalist, centered red star " + "on a blue background, " * 9, None),
+        ("extraordinary", "extraordinary"),
+        ("猫 \U0001f600", "猫 \U0001f600"),
+    ],
+)
+def test_model_that_drops_unknown_words_keeps_those_it_knows(prompt: str, used: str | None) -> None:
+    engine, profile = Speller(), dataclasses.replace(PROFILE, drops_unknown_words=True)
+    text, count = fit_prompt(request(task="generation", prompt=prompt, truncate_prompt=True), profile, engine)  # type: ignore[arg-type]
+    assert count <= PROFILE.prompt_tokens
+    assert used in (None, text)
+    assert text.startswith(prompt.split(maxsplit=1)[0])
+    as_sent = request(task="generation", prompt="a vibrant star")
+    assert fit_prompt(as_sent, profile, engine)[0] == "a vibrant star"  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ovserve.models.profile import ModelProfile
@@ -36,6 +36,16 @@ _WITH_IMAGE = frozenset((EDIT, VARIATION))
 _WITH_PROMPT = frozenset((EDIT, GENERATION))
 
 SCHEDULERS = ("ddim", "pndm", "euler", "euler_ancestral", "lcm", "dpmpp_2m", "dpmpp_2m_karras", "unipc")
+# The names of the same schedulers in other programs (Stable Diffusion web UI, ComfyUI, stable-diffusion.cpp).
+SAMPLERS = {
+    "plms": "pndm",
+    "eulera": "euler_ancestral",
+    "keuler": "euler",
+    "keulera": "euler_ancestral",
+    "dpm++2m": "dpmpp_2m",
+    "kdpm++2m": "dpmpp_2m",
+    "dpm++2mkarras": "dpmpp_2m_karras",
+}
 FLOAT32_MAX = 3.4028234663852886e38
 
 _RECORD = frozenset(attribute.name for attribute in dataclasses.fields(ImageRequest))
@@ -60,6 +70,7 @@ class Field:
         limit: returns the operator's bounds; None if there are none.
         limited_by: what these bounds belong to, in words.
         choices: the accepted values.
+        spellings: other spellings of them; case, blanks, `_` and `-` do not count.
         same_as: the field of which this is another name; both may be given if they are equal.
         needs: the model feature that the field requires, in words; empty if every model supports it.
         has: whether a model has that feature.
@@ -79,6 +90,7 @@ class Field:
     limit: Limit | None = None
     limited_by: str = "this model"
     choices: tuple[str, ...] = ()
+    spellings: Mapping[str, str] = field(default_factory=dict)
     same_as: str = ""
     needs: str = ""
     has: Callable[[ModelProfile], bool] | None = None
@@ -125,7 +137,6 @@ _TABLE = (
     Field("mask", "file", "The region to repaint; see `mask_mode`.", frozenset((EDIT,))),
     Field("n", "integer", "Number of pictures. Picture k uses seed + k.", default=1, low=1, high=64,
           limit=lambda model, _: (None, model.max_num_images_per_prompt)),
-    Field("num_images_per_prompt", "integer", "The model server's name for `n`.", low=1, high=64, same_as="n"),
     Field("size", "size", "Size of the result: `auto` (size of the image) or WxH in pixels.", default_text="auto",
           limit=lambda model, _: (None, model.max_resolution)),
     Field("width", "integer", "Width of the result in pixels; use `width` and `height`, or `size`.", low=1, high=99999,
@@ -133,8 +144,9 @@ _TABLE = (
     Field("height", "integer", "Height of the result in pixels; use `width` and `height`, or `size`.",
           low=1, high=99999, limit=lambda model, _: (None, model.max_resolution.height)),
     Field("response_format", "choice", "Pictures in the reply: base64, or the URL of a stored file.",
-          default="b64_json", choices=("b64_json", "url")),
-    Field("output_format", "choice", "File format of the pictures.", default="png", choices=("png", "jpeg", "webp")),
+          default_text="the option `default_response_format`", choices=("b64_json", "url")),
+    Field("output_format", "choice", "File format of the pictures.", default="png", choices=("png", "jpeg", "webp"),
+          spellings={"jpg": "jpeg"}),
     Field("output_compression", "integer",
           "Quality of jpeg and webp in percent. With 100, webp is lossless. Ignored for png.",
           default=100, low=0, high=100),
@@ -174,15 +186,14 @@ _TABLE = (
           default_text="the model's", low=0, high=FLOAT32_MAX,
           limit=lambda model, _: (None, model.max_guidance_scale)),
     Field("strength", "number",
-          "How much noise is added to the image before denoising: near 0 keeps the image, 1 ignores it. 0 runs no "
-          "step and gets 400.",
+          "How much noise is added to the image before denoising: near 0 keeps the image, 1 ignores it. 0 runs no step "
+          "and returns the image itself, at the requested size and in the requested format.",
           _WITH_IMAGE, default_text="the model's", low=0, high=1,
           limit=lambda model, _: (model.min_strength, model.max_strength)),
     Field("seed", "integer", "Seed of the noise, modulo 2**32. Random if left out or -1. The reply always contains it.",
           default_text="random", low=-1, high=2**64 - 1),
-    Field("rng_seed", "integer", "The model server's name for `seed`.", low=-1, high=2**64 - 1, same_as="seed"),
     Field("scheduler", "choice", "Noise scheduler; the choices of a model depend on its engine.",
-          default_text="the model's", choices=SCHEDULERS),
+          default_text="the model's", choices=SCHEDULERS, spellings=SAMPLERS),
     Field("max_sequence_length", "integer", "Maximum number of tokens for the T5 text encoder.",
           low=1, high=512, needs="a T5 text encoder", has=_has_t5),
     Field("resize_mode", "choice", "How an image of another aspect ratio is fitted: cropped, padded or stretched.",
@@ -194,7 +205,10 @@ _TABLE = (
     Field("mask_blur", "integer",
           "Width in pixels of the soft edge, inside the mask or the transparent pixels of the image.",
           frozenset((EDIT,)), default=0, low=0, high=256),
-    Field("truncate_prompt", "boolean", "Cut a prompt that is too long instead of rejecting it.", default=False),
+    Field("truncate_prompt", "boolean",
+          "Cut a prompt that is too long instead of rejecting it. The built-in model then also leaves out words that "
+          "it does not know. The reply contains the prompt that was used (`revised_prompt`).",
+          default_text="the option `truncate_prompt`; the built-in model's own default is true"),
     Field("timeout_s", "number", "Time limit for the whole request in seconds.",
           default_text="the option `default_timeout_s`", low=0.01, high=86400,
           limit=lambda _, server: (None, server.max_timeout_s), limited_by="this server"),
@@ -207,10 +221,44 @@ _TABLE = (
     _unsupported("svg", "object", "settings of a vector drawing"),
 )  # fmt: skip
 
-FIELDS: Mapping[str, Field] = {field.name: field for field in _TABLE}
+# Further names of fields, and the field of each: the model server's, and those of other local servers.
+_SYNONYMS = (
+    ("num_images_per_prompt", "n"),
+    ("rng_seed", "seed"),
+    ("steps", "num_inference_steps"),
+    ("step", "num_inference_steps"),
+    ("num_steps", "num_inference_steps"),
+    ("cfg_scale", "guidance_scale"),
+    ("cfg", "guidance_scale"),
+    ("guidance", "guidance_scale"),
+    ("true_cfg_scale", "guidance_scale"),
+    ("sampler", "scheduler"),
+    ("sample_method", "scheduler"),
+    ("sampling_method", "scheduler"),
+    ("denoising_strength", "strength"),
+    ("denoise", "strength"),
+)
+
+
+def _synonym(name: str, field: Field) -> Field:
+    """Return a field that is another name of `field`."""
+    return dataclasses.replace(
+        field,
+        name=name,
+        text=f"Another name of `{field.name}`.",
+        required=frozenset(),
+        default=None,
+        default_text="",
+        same_as=field.name,
+        record="",
+    )
+
+
+_BY_NAME = {field.name: field for field in _TABLE}
+FIELDS: Mapping[str, Field] = {**_BY_NAME, **{name: _synonym(name, _BY_NAME[of]) for name, of in _SYNONYMS}}
 
 # Other spellings of field names that clients send, with the field they stand for.
-SPELLINGS: Mapping[str, str] = {"images": "image"}
+SPELLINGS: Mapping[str, str] = {"images": "image", "image_url": "image"}
 
 
 def field_named(name: str) -> Field | None:

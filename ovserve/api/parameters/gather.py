@@ -16,7 +16,7 @@ from ovserve.api.parameters.fields import EDIT, FIELDS, GENERATION, VARIATION, F
 from ovserve.api.parameters.values import expected
 from ovserve.errors import InvalidType, UnknownParameter, UnsupportedParameter
 
-__all__ = ["PATHS", "Gathered", "gather", "is_empty"]
+__all__ = ["PATHS", "Gathered", "gather", "is_empty", "refuse_unknown"]
 
 PATHS = {EDIT: "images/edits", GENERATION: "images/generations", VARIATION: "images/variations"}  # for messages
 
@@ -31,23 +31,27 @@ class Gathered:
     Attributes:
         values: for each field, the names as spelled and the values as received.
         uploads: for each field, the uploads.
+        unknown: names that stand for no field, as spelled.
     """
 
     values: dict[str, list[tuple[str, Any]]] = field(default_factory=dict)
     uploads: dict[str, list[Upload]] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
 
 
 def gather(form: Form, endpoint: str) -> Gathered:
-    """Group a form's values and uploads by field.
+    """Group a form's values and uploads by field. Names that stand for no field are only listed.
 
     Raises:
-        UnknownParameter: a name stands for no field; the message suggests the nearest one.
         UnsupportedParameter: the endpoint, or every model, does not support a field.
         InvalidType: an upload for a field that is not a file.
     """
     gathered = Gathered()
     for spelled, value in form.fields:
         known = _find_field(spelled)
+        if known is None:
+            gathered.unknown.append(spelled)
+            continue
         # The prompt may be the word "null", and an image given as text gets an error of its own. JSON's null is an
         # absent value for every field.
         if is_empty(value) and (value is None or known.name not in ("prompt", "image")):
@@ -56,6 +60,9 @@ def gather(form: Form, endpoint: str) -> Gathered:
         gathered.values.setdefault(known.name, []).append((spelled, value))
     for upload in form.uploads:
         known = _find_field(upload.name)
+        if known is None:
+            gathered.unknown.append(upload.name)
+            continue
         _check_supported(known, upload.name, endpoint)
         if known.kind not in ("file", "files"):
             raise InvalidType(f"{upload.name} is a file; expected {expected(known)}.", param=upload.name)
@@ -68,14 +75,17 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value in _EMPTY)
 
 
-def _find_field(spelled: str) -> Field:
-    match = _NAME.fullmatch(spelled)
-    known = field_named(match[1]) if match else None
-    if known is None:
+def refuse_unknown(gathered: Gathered) -> None:
+    """Raise UnknownParameter for the first name that stands for no field; the message suggests the nearest one."""
+    for spelled in gathered.unknown:
         near = difflib.get_close_matches(spelled[:64], FIELDS, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]}?" if near else "/openapi.json lists the known ones."
         raise UnknownParameter(f"Unknown parameter {spelled[:200]!r}; {hint}", param=spelled[:200])
-    return known
+
+
+def _find_field(spelled: str) -> Field | None:
+    match = _NAME.fullmatch(spelled)
+    return field_named(match[1]) if match else None
 
 
 def _check_supported(known: Field, spelled: str, endpoint: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ovserve.api.exchange import Form
 from ovserve.api.parameters.fields import FIELDS
-from ovserve.api.parameters.gather import gather
+from ovserve.api.parameters.gather import Gathered, gather, refuse_unknown
 from ovserve.api.parameters.resolve import Resolved, resolve, resolve_steps
 from ovserve.api.parameters.uploads import Pictures, check_pictures, reject_text_images
 from ovserve.api.parameters.validate import (
@@ -24,13 +24,15 @@ from ovserve.api.parameters.validate import (
     check_required,
     parse_values,
 )
-from ovserve.errors import InvalidValue
+from ovserve.errors import ApiError, InvalidValue
 from ovserve.models.catalog import Catalog, ServedModel
 from ovserve.settings.options import Settings
 from ovserve.wire.request import ImageRequest
 
 __all__ = ["Parameters", "parse_parameters"]
 
+MAX_IGNORED = 20  # names in a reply: a client that sends more of them is broken in another way
+MAX_IGNORED_CHARS = 100  # of such a name
 _FILLED = tuple((name, known.attribute) for name, known in FIELDS.items() if known.attribute)
 
 
@@ -46,6 +48,7 @@ class Parameters:
         timeout_s: the time limit from the request, or the default.
         safety_identifier: the client's identifier of the end user.
         moderation: whether the client asked for moderation, which is not implemented.
+        ignored: names of what the request contains and the picture does not depend on, at most MAX_IGNORED.
     """
 
     request: ImageRequest
@@ -57,6 +60,7 @@ class Parameters:
     timeout_s: float
     safety_identifier: str
     moderation: bool
+    ignored: tuple[str, ...] = ()
 
 
 def parse_parameters(
@@ -76,8 +80,10 @@ def parse_parameters(
         ModelNotFound: the request names an unknown model.
     """
     gathered = gather(form, endpoint)
+    if gathered.unknown and not _ignores_unknown(catalog, gathered, path_model):
+        refuse_unknown(gathered)
     given = parse_values(gathered, form.is_json)
-    model = catalog.find(_model_name(given.values, path_model))
+    model = _find_model(catalog, given.values, path_model)
     check_features(gathered, model)
     check_required(given, endpoint)
     reject_text_images(gathered, form.is_json)
@@ -97,17 +103,27 @@ def parse_parameters(
         timeout_s=values["timeout_s"],
         safety_identifier=values["safety_identifier"] or values["user"],
         moderation=bool(values["moderation"]),
+        ignored=(*pictures.ignored, *(name[:MAX_IGNORED_CHARS] for name in gathered.unknown))[:MAX_IGNORED],
     )
 
 
-def _model_name(values: Mapping[str, Any], path_model: str | None) -> str | None:
-    """Return the model that the field or the path names; None for neither. Raises InvalidValue if they differ."""
+def _ignores_unknown(catalog: Catalog, gathered: Gathered, path_model: str | None) -> bool:
+    """Return whether the model that a request names, if it is one, ignores unknown fields."""
+    named = next((value for _, value in gathered.values.get("model", ()) if isinstance(value, str)), None)
+    try:
+        return catalog.find(path_model or named).limits.unknown_fields == "ignore"
+    except ApiError:  # the error for the model's name comes after that for the unknown field
+        return False
+
+
+def _find_model(catalog: Catalog, values: Mapping[str, Any], path_model: str | None) -> ServedModel:
+    """Return the model that the field or the path names. Raises InvalidValue if they name different ones."""
     named: str | None = values.get("model")
-    if path_model and named and named != path_model:
+    if path_model and named and catalog.name_of(named) != catalog.name_of(path_model):
         raise InvalidValue(
             f"model is {named[:200]!r}, but the path names {path_model[:200]!r}; send one of them.", param="model"
         )
-    return named or path_model
+    return catalog.find(path_model or named)
 
 
 def _record(endpoint: str, resolved: Resolved, steps: int, pictures: Pictures) -> ImageRequest:

@@ -59,6 +59,8 @@ def resolve(given: Mapping[str, Any], model: ServedModel, settings: Settings) ->
     values = {
         **_DEFAULTS,
         "timeout_s": settings.default_timeout_s,
+        "truncate_prompt": model.cuts_prompt,
+        "response_format": "b64_json" if given.get("stream") else model.limits.default_response_format,
         "num_inference_steps": preset.num_inference_steps,
         "guidance_scale": preset.guidance_scale,
         **given,
@@ -105,7 +107,8 @@ def resolve_steps(endpoint: str, given: Given, resolved: Resolved, model: Served
     """Return the step count; an edit that names none runs at least one step, if the operator's limit allows that.
 
     Raises:
-        InvalidValue: the given strength runs no step. The worker checks the model's default strengths, and LCM's rule.
+        InvalidValue: the given strength runs no step, and is not 0. The worker checks the model's default strengths,
+            and LCM's rule.
     """
     steps: int = resolved.values["num_inference_steps"]
     strength: float | None = resolved.values["strength"]
@@ -114,7 +117,7 @@ def resolve_steps(endpoint: str, given: Given, resolved: Resolved, model: Served
     if endpoint != GENERATION and not is_given:
         weakest = strength if strength is not None else _weakest_default_strength(endpoint, resolved, model, has_mask)
         steps = raise_steps(model.profile, scheduler, steps, weakest, limit)
-    if strength is None or is_lcm(model.profile, scheduler):
+    if not strength or is_lcm(model.profile, scheduler):
         return steps
     if not denoising_steps(model.profile, scheduler, steps, strength):
         # If the request names no step count, it was raised as far as the limit allows.

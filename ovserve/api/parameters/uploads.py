@@ -21,10 +21,16 @@ __all__ = ["Pictures", "check_pictures", "reject_text_images"]
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """The uploads that a request uses; both are empty for a generation."""
+    """The uploads that a request uses; all are empty for a generation.
+
+    Attributes:
+        images, mask: the uploads.
+        ignored: names of the images that are not used, with their numbers: `image[1]` is the second.
+    """
 
     images: tuple[Upload, ...] = ()
     mask: Upload | None = None
+    ignored: tuple[str, ...] = ()
 
 
 def reject_text_images(gathered: Gathered, is_json: bool) -> None:
@@ -93,10 +99,16 @@ def _check_uploads(
         )
     if len(masks) > 1:
         raise InvalidValue(f"mask was sent {len(masks)} times; send one mask, for the first image.", param="mask")
+    ignored: tuple[str, ...] = ()
+    if model.limits.extra_images == "first":
+        names = [upload.name.partition("[")[0] for upload in images]
+        ignored = tuple(f"{name}[{number}]" for number, name in enumerate(names) if number)
+        images = images[:1]
     heads = [read_head(upload.view(), upload.name, settings) for upload in images]
     if len(images) > 1:
         raise UnsupportedParameter(
-            f"image was sent {len(images)} times; model {model.name!r} takes one image and no reference images.",
+            f"image was sent {len(images)} times; model {model.name!r} takes one image and no reference images. The "
+            "server's option extra_images = first uses the first one.",
             param=images[1].name,
         )
     if masks:
@@ -107,7 +119,7 @@ def _check_uploads(
                 f"mask_mode is {shown(mask_mode)}, but no mask was sent; send a mask, or leave mask_mode out.",
                 param="mask_mode",
             )
-    return Pictures(tuple(images), masks[0] if masks else None), heads
+    return Pictures(tuple(images), masks[0] if masks else None, ignored), heads
 
 
 def _check_task(model: ServedModel, mask: Upload | None, head: ImageHead) -> None:

@@ -88,10 +88,10 @@ def check_required(given: Given, endpoint: str) -> None:
 
 
 def check_limits(given: Given, model: ServedModel, settings: Settings) -> None:
-    """Check the given values against the operator's limits; defaults were checked when the server started.
+    """Check the given values against the operator's limits, then the API's; defaults were checked at start.
 
     Raises:
-        InvalidValue: a value is out of the operator's bounds.
+        InvalidValue: a value is out of bounds.
     """
     for known, limit in _LIMITED:
         value = given.values.get(known.name)
@@ -104,6 +104,7 @@ def check_limits(given: Given, model: ServedModel, settings: Settings) -> None:
                 raise InvalidValue(f"{spelled} is {value}; {known.limited_by} allows at most {high}.", param=spelled)
         else:
             check_range(spelled, value, low, high, known.limited_by)
+            check_range(spelled, value, known.low, known.high, "the API")
 
 
 def check_exclusions(values: Mapping[str, Any], given: Given) -> None:

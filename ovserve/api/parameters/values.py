@@ -18,6 +18,7 @@ __all__ = ["check_range", "expected", "parse_value", "shown"]
 
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,39})")
 _NUMBER = re.compile(r"-?(?:[0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,4})?")
+_TIMES = re.compile("[X*\u00d7]")  # written for the x of a size
 _MAX_DIGITS = 40  # of an integer, in a form and in JSON
 _MAX_SHOWN_CHARS = 100  # of a value in a message
 _EXPECTED = {
@@ -125,12 +126,19 @@ def _text(known: Field, spelled: str, value: Any) -> str:
 
 def _choice(known: Field, spelled: str, value: Any) -> str:
     word = _text(known, spelled, value)
-    if word == "jpg" and "jpeg" in known.choices:
-        return "jpeg"
     if word not in known.choices:
+        plain = {_plain_word(choice): choice for choice in known.choices} if known.spellings else {}
+        found = {**plain, **known.spellings}.get(_plain_word(word))
+        if found:
+            return found
         choices = ", ".join(known.choices)
         raise InvalidValue(f"{spelled} is {shown(word)}; choose one of: {choices}.", param=spelled)
     return word
+
+
+def _plain_word(word: str) -> str:
+    """Return a word without what programs write differently in the name of a scheduler: case, blanks, `_` and `-`."""
+    return re.sub(r"[ _-]", "", word.lower())
 
 
 def _size(known: Field, spelled: str, value: Any) -> Resolution | None:
@@ -138,13 +146,13 @@ def _size(known: Field, spelled: str, value: Any) -> Resolution | None:
     if word == "auto":
         return None
     try:
-        return Resolution.parse(word)
+        return Resolution.parse(_TIMES.sub("x", word, count=1))
     except ValueError as error:
         raise InvalidValue(f"{spelled} is {shown(word)}; {error}, or auto.", param=spelled) from None
 
 
 def parse_value(known: Field, spelled: str, value: Any, is_json: bool) -> Any:
-    """Parse one value by its field's kind and check the field's own bounds.
+    """Parse one value by its field's kind; check the field's own bounds, unless the operator can set narrower ones.
 
     Args:
         known: the field.
@@ -169,7 +177,8 @@ def parse_value(known: Field, spelled: str, value: Any, is_json: bool) -> Any:
             return _size(known, spelled, value)
         case _:
             return _text(known, spelled, value)
-    check_range(spelled, parsed, known.low, known.high, "the API")
+    if known.limit is None:  # else `check_limits` checks both, so that a message gives the limit that applied
+        check_range(spelled, parsed, known.low, known.high, "the API")
     return parsed
 
 

@@ -5,6 +5,7 @@ Names and values reach the API as they were sent. The API gives `x[]`, `x[key]` 
 
 from __future__ import annotations
 
+import binascii
 import re
 
 from ovserve.errors import BadRequest, InvalidType, InvalidValue, PartTooLarge, UnsupportedMediaType
@@ -19,7 +20,7 @@ __all__ = ["read_form"]
 
 # The name of a part decides whether it is a picture: openai-python sends bytes without a filename, curl a prompt with
 # one.
-_IMAGE_NAME = re.compile(r"(?:images?|mask)(?:\[[^\[\]]*\])?")
+_IMAGE_NAME = re.compile(r"(?:images?|image_url|mask)(?:\[[^\[\]]*\])?")
 _UTF_8 = ("utf-8", "utf8", "us-ascii", "ascii")
 # The other charsets here are those that clients declare by default, whatever the text is (RFC 7578 section 5.1.2).
 _CHARSETS = {
@@ -28,6 +29,10 @@ _CHARSETS = {
     **dict.fromkeys(("windows-1252", "cp1252"), "cp1252"),
 }
 _IDENTITY = ("binary", "8bit", "7bit")  # RFC 2045 section 6.2: no transformation
+# RFC 7578 section 4.7 deprecates it, but curl and mail libraries send it. One byte takes at most three, and a soft line
+# break three more on every line.
+_QUOTED = "quoted-printable"
+_ENCODED_FACTOR = 4  # bytes of an encoded text field for one byte of its limit
 _SUPPORTED = "multipart/form-data or application/json"
 
 
@@ -36,7 +41,7 @@ def read_form(body: Body, content_type: str | None, spool: BlobStore, settings: 
 
     Raises:
         UnsupportedMediaType: the body is neither multipart/form-data nor JSON in UTF-8.
-        BadRequest: and its subclasses, when the body is malformed or above a limit.
+        BadRequest: and its subclasses, when the body is malformed, above a limit, or URL-encoded.
         ContentTooLarge, SpoolFull: the body does not fit the spool or its limit.
         ApiError, ClientGone: raised by `body.readinto`.
     """
@@ -54,6 +59,11 @@ def read_form(body: Body, content_type: str | None, spool: BlobStore, settings: 
                 f"Content-Type: charset {parameters['charset']} is not supported; JSON is UTF-8 (RFC 8259)"
             )
         form, parser = SpooledForm(is_json=True), None
+    elif main == "application/x-www-form-urlencoded":
+        raise BadRequest(
+            f"Content-Type {main} cannot contain a picture; send {_SUPPORTED} (with curl: -F name=value for each "
+            "field, or -H 'Content-Type: application/json' together with -d)"
+        )
     else:
         raise UnsupportedMediaType(f"Content-Type {main} is not supported; expected {_SUPPORTED}")
     try:
@@ -92,14 +102,20 @@ def _read_multipart(
             elif isinstance(event, PartEnd) and part is not None:
                 _add_part(form, segment, part, event.size, limit)
                 part = None
-        if part is not None and part.filename is None and not _is_image(part) and end - part.offset > 2 * limit:
+        if (
+            part is not None
+            and part.filename is None
+            and not _is_image(part)
+            and end - part.offset > _ENCODED_FACTOR * limit
+        ):
             _refuse_text_size(part, limit)  # without receiving the rest
     parser.finish()
 
 
 def _check_part(part: PartBegin) -> None:
     """Raise InvalidValue when a part has an encoding, type or charset that is not supported."""
-    if part.transfer_encoding not in (*_IDENTITY, "base64"):
+    is_text = part.transfer_encoding == _QUOTED and part.filename is None and not _IMAGE_NAME.fullmatch(part.name)
+    if part.transfer_encoding not in (*_IDENTITY, "base64") and not is_text:
         raise InvalidValue(
             f"field {part.name!r}: Content-Transfer-Encoding {part.transfer_encoding!r} is not supported;"
             " send the bytes without an encoding",
@@ -139,6 +155,8 @@ def _add_part(form: SpooledForm, segment: Segment, part: PartBegin, size: int, l
         return
     if part.transfer_encoding == "base64":
         size = decode_in_place(segment.view, part.offset, size, part.name)
+    elif part.transfer_encoding == _QUOTED:
+        size = _decode_quoted(segment, part, size)
     if not _is_image(part):
         if size <= limit:
             text = _decode_text(segment, part, size)
@@ -148,6 +166,14 @@ def _add_part(form: SpooledForm, segment: Segment, part: PartBegin, size: int, l
         elif part.filename is None:
             _refuse_text_size(part, limit)
     form.uploads.append(SpooledUpload(part.name, part.filename, segment, part.offset, size))
+
+
+def _decode_quoted(segment: Segment, part: PartBegin, size: int) -> int:
+    """Decode quoted-printable text in place (RFC 2045 section 6.7); return the number of decoded bytes."""
+    with segment.view[part.offset : part.offset + size] as view:
+        text = binascii.a2b_qp(bytes(view))
+        view[: len(text)] = text
+    return len(text)
 
 
 def _decode_text(segment: Segment, part: PartBegin, size: int) -> str | None:

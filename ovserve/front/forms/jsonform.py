@@ -26,7 +26,7 @@ __all__ = ["decode_in_place", "read_json"]
 MAX_DEPTH = 100  # of nested arrays and objects; the API needs four
 PIECE_BYTES = 64 * 1024  # searched or decoded per step: fits the CPU's cache, and other threads can run in between
 PREFIX_BYTES = 256  # the comma of a data URL must be within these
-PICTURES = ("image", "images", "mask", "markup")  # the members in which the API accepts pictures
+PICTURES = ("image", "images", "image_url", "mask", "markup")  # the members in which the API accepts pictures
 
 # OpenAI has three forms for a picture: `{"image_url": URL}` (images), `{"type": "input_image", "image_url": URL}`
 # (responses) and `{"type": "image_url", "image_url": {"url": URL}}` (chat). `detail`, how closely a model looks at the

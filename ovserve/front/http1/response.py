@@ -6,20 +6,21 @@ One `Responses` serves all threads of a listener; the field lines that never cha
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from ovserve.errors import ApiError
+from ovserve.errors import ApiError, MalformedRequest, TooManyConnections, Unauthorized
 from ovserve.settings.options import Settings, parse_origins
 
-__all__ = ["CONTINUE", "JSON_TYPE", "NO_CONTENT", "Responses", "error_content", "error_fields"]
+__all__ = ["CONTINUE", "JSON_TYPE", "NO_CONTENT", "Responses", "error_content", "error_fields", "reason_phrase"]
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 JSON_TYPE = "application/json"
 NO_CONTENT = frozenset({204, 304})  # such a response has no body: RFC 9112 section 6.3
 # Fields that a script of another origin may read, in addition to those that the Fetch standard always allows.
-EXPOSED_FIELDS = "x-request-id, retry-after, x-should-retry, openai-processing-ms"
+EXPOSED_FIELDS = "x-request-id, retry-after, x-should-retry, openai-processing-ms, x-ovserve-ignored"
 
 _PHRASES = {status.value: status.phrase for status in HTTPStatus} | {
     413: "Content Too Large",  # RFC 9110 section 15.5; Python 3.11 has the phrases of RFC 7231
@@ -27,6 +28,9 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus} | {
     416: "Range Not Satisfiable",
     422: "Unprocessable Content",
 }
+REASON_BYTES = 200  # of a reason phrase: a line in a dialog or a log
+_reason = re.compile(rb"[ -~]{1,%d}" % REASON_BYTES)
+_PRINTABLE = bytes(byte if 0x20 <= byte <= 0x7E else ord("?") for byte in range(256))
 _WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
@@ -51,6 +55,7 @@ class Responses:
         status: int,
         request_id: str,
         *,
+        reason: bytes = b"",
         media_type: str = "",
         framing: bytes = b"",
         connection: bytes = b"",
@@ -62,6 +67,7 @@ class Responses:
         Args:
             status: any status code; an unknown one gets an empty phrase.
             request_id: value of x-request-id.
+            reason: the reason phrase; empty for the usual one of the status code.
             media_type: value of Content-Type; empty for none.
             framing: whole field lines such as Content-Length, or empty.
             connection: the whole Connection field line, or empty.
@@ -69,13 +75,16 @@ class Responses:
             origin: the request's Origin field.
 
         Raises:
-            ValueError: a field of `headers` contains a line end.
+            ValueError: a field of `headers` contains a line end, or the reason phrase is not one of `reason_phrase`.
         """
         second = int(time.time())
         date = self._date
         if date[0] != second:
             date = self._date = (second, _date_field(second))
-        line = self._lines.get(status) or b"HTTP/1.1 %d \r\n" % status
+        if reason and not _reason.fullmatch(reason):
+            raise ValueError(f"a reason phrase is too long or not printable ASCII: {reason!r}")
+        line = b"HTTP/1.1 %d %b\r\n" % (status, reason) if reason else self._lines.get(status)
+        line = line or b"HTTP/1.1 %d \r\n" % status
         kind = f"Content-Type: {media_type}\r\n" if media_type else ""
         variable = f"{kind}x-request-id: {request_id}\r\n"
         if origin in self._origins:
@@ -102,6 +111,19 @@ class Responses:
 def error_content(error: ApiError) -> bytes:
     """Return the content of an error response: OpenAI's error object as JSON."""
     return json.dumps(error.body(), ensure_ascii=False).encode("utf-8", "replace")
+
+
+def reason_phrase(error: ApiError) -> bytes:
+    """Return the reason phrase of an error response: its message, for the clients that show nothing else.
+
+    It is one line of printable ASCII (RFC 9112 section 4 allows more): any other byte of the message becomes `?`, runs
+    of spaces become one. Empty, so that the usual phrase is used, for an empty message and for the errors of which a
+    client needs no details: a malformed request, a missing key, a full server, an internal error.
+    """
+    if error.status == 500 or isinstance(error, MalformedRequest | Unauthorized | TooManyConnections):
+        return b""
+    words = error.message.encode("utf-8", "replace").translate(_PRINTABLE).split()
+    return b" ".join(words)[:REASON_BYTES].rstrip()
 
 
 def error_fields(error: ApiError) -> dict[str, str]:

@@ -18,7 +18,10 @@ __all__ = [
     "run_worker",
 ]  # fmt: skip
 
-BLOCKED_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # for the front end; workers ignore them
+# For the front end; workers ignore them.
+BLOCKED_SIGNALS = frozenset(
+    {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+)
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _OOM_STEP = 500  # of 1000: any worker is killed before a front end of ordinary size (proc(5), oom_score_adj)

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull
+from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull, may_pass
 from ovserve.logs import fields
 from ovserve.wire.blobs import Blob
 from ovserve.wire.local.blobs import SpoolBlobs
@@ -371,4 +371,6 @@ def _make_folder(option: str, directory: Path, on_recreate: Callable[[], None] |
     try:
         return Folder(directory, on_recreate)
     except OSError as error:
-        raise SettingsError(f"{option} {directory} cannot be used: {error.strerror}") from None
+        raise SettingsError(
+            f"{option} {directory} cannot be used: {error.strerror}", is_transient=may_pass(error)
+        ) from None

@@ -1,0 +1,39 @@
+"""`ovserve check`: read the configuration as `serve` does, start nothing, and print what would be served."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+from ovserve.cli.commands import ExitCode
+from ovserve.cli.serve import parse_arguments, report_error
+from ovserve.errors import StartupError
+from ovserve.models.catalog import Catalog
+from ovserve.server import check_settings
+from ovserve.settings.options import Settings
+
+__all__ = ["run"]
+
+_DESCRIPTION = """Read the configuration and the directory of each model, start nothing, and print what `ovserve serve`
+would serve with the same options, variables and file. It does not load a model, open a device or bind the port. Run it
+before a reload or a restart."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print what would be served, or one line with the first error; return the exit code."""
+    try:
+        settings = parse_arguments(arguments, os.environ, "check", _DESCRIPTION)
+        catalog, keys = check_settings(settings)
+    except StartupError as error:
+        return report_error(str(error), ExitCode.USAGE)
+    print("\n".join(_lines(settings, catalog, keys)))
+    return ExitCode.OK
+
+
+def _lines(settings: Settings, catalog: Catalog, keys: int) -> Iterator[str]:
+    yield f"configuration is valid: host {settings.host}, port {settings.port}, {keys} API keys"
+    for name, model in catalog.models.items():
+        profile, limits = model.profile, model.limits
+        default = " (default)" if name == settings.default_model else ""
+        yield f"model {name}{default}: {profile.family} from {profile.directory}"
+        yield f"  device {limits.device}, engine {limits.engine}, replicas {limits.replicas}"

@@ -1,0 +1,130 @@
+"""Reverse proxies in front of a server on a local port: nginx, HAProxy, and Caddy as docs/install.md configures it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+__all__ = ["KINDS", "START_LIMIT_S", "example", "find_program", "free_port", "run_proxy"]
+
+KINDS = ["nginx", "nginx-unbuffered", "haproxy", "caddy"]
+START_LIMIT_S = 20
+_PAGE = Path(__file__).parents[1] / "docs" / "install.md"
+
+_NGINX = """
+{user} daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
+events {{ worker_connections 256; }}
+http {{
+    access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+    client_max_body_size 256m;
+    upstream ovserve {{ server 127.0.0.1:{upstream}; keepalive 8; }}
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{
+            proxy_pass http://ovserve; proxy_http_version 1.1; proxy_set_header Connection "";
+            proxy_set_header Host $http_host;
+            proxy_buffering off; proxy_request_buffering {buffering}; proxy_read_timeout 120s;
+        }}
+    }}
+}}
+"""
+
+_HAPROXY = """
+global
+    maxconn 256
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 120s
+    timeout server 120s
+    option http-keep-alive
+    option abortonclose
+    http-reuse always
+frontend f
+    bind 127.0.0.1:{port}
+    default_backend b
+backend b
+    option httpchk GET /v2/health/ready
+    server s 127.0.0.1:{upstream} check inter 500ms
+"""
+
+# Without the lines for the certificate and the API key of the example.
+_CADDY = """
+{{
+    admin off
+    auto_https off
+    storage file_system {folder}
+}}
+http://127.0.0.1:{port} {{
+    {proxy}
+}}
+"""
+
+
+def example(name: str) -> str:
+    """Return the text of a marked block of docs/install.md."""
+    found = re.search(
+        rf"^ *<!-- example: {name} -->\n *```\w+\n(.*?)^ *```$", _PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert found
+    return found[1]
+
+
+def free_port() -> int:
+    """Return a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def find_program(name: str) -> str:
+    """Return the path of a proxy's program."""
+    program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+    assert program, f"{name} is not installed: scripts/test extracts it"
+    return program
+
+
+@contextmanager
+def run_proxy(kind: str, folder: Path, upstream: int) -> Iterator[str]:
+    """Run one of KINDS in front of the port `upstream`; yield its URL."""
+    name, port, config = kind.partition("-")[0], free_port(), folder / "proxy.conf"
+    program = find_program(name)
+    if name == "haproxy":
+        config.write_text(_HAPROXY.format(port=port, upstream=upstream))
+        command = [program, "-db", "-f", str(config)]
+    elif name == "caddy":
+        proxy = re.search(r"reverse_proxy [^\n]*\{\n(?:.*\n)*?        \}\n", example("caddy"))
+        assert proxy
+        text = proxy[0].replace("127.0.0.1:8000", f"127.0.0.1:{upstream}")
+        config.write_text(_CADDY.format(folder=folder, port=port, proxy=text))
+        command = [program, "run", "--adapter", "caddyfile", "--config", str(config)]
+    else:
+        buffering = "off" if kind.endswith("unbuffered") else "on"
+        user = "user root;" if os.getuid() == 0 else ""
+        config.write_text(_NGINX.format(user=user, folder=folder, port=port, upstream=upstream, buffering=buffering))
+        command = [program, "-c", str(config), "-e", str(folder / "error.log"), "-p", str(folder)]
+    environment = {**os.environ, "HOME": str(folder)}  # Caddy writes there
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    try:
+        deadline = time.monotonic() + START_LIMIT_S
+        while True:
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/v2/health/ready", timeout=5).status_code == 200:
+                    break
+            except httpx.TransportError:
+                assert process.poll() is None
+            assert time.monotonic() < deadline
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(START_LIMIT_S)

@@ -1,0 +1,67 @@
+"""What a request contains and a picture does not depend on: served by an option, and named in the reply."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from urllib.parse import unquote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ovserve.api.parameters.params import MAX_IGNORED
+from ovserve.api.replies import IGNORED_BYTES, ignored_headers
+from ovserve.errors import UnknownParameter, UnsupportedParameter
+from ovserve.settings.options import Settings
+from tests.forms import FakeUpload, edit, encoded
+
+SECOND = FakeUpload("image[]", encoded(mode="L"))
+
+
+def test_several_images_are_refused_and_the_message_names_the_option() -> None:
+    with pytest.raises(UnsupportedParameter, match="extra_images = first"):
+        edit(uploads=(FakeUpload("image[]", encoded()), SECOND))
+
+
+@pytest.mark.parametrize(
+    ("spelled", "ignored"),
+    [("image", "image[1]"), ("image[]", "image[1]"), ("images[1]", "images[1]")],
+)
+def test_first_image_is_used_and_the_others_are_named(spelled: str, ignored: str) -> None:
+    first = FakeUpload("image", encoded(200, 100))
+    parameters = edit(uploads=(first, FakeUpload(spelled, b"no image")), extra_images="first")
+    assert parameters.request.images == (first.blob,)
+    assert parameters.ignored == (ignored,)
+    assert edit(uploads=(first,), extra_images="first").ignored == ()
+
+
+def test_unknown_fields_are_ignored_and_named_by_option() -> None:
+    sent = (("clip_skip", "2"), ("zz[a]", ""), ("ž" * 200, "1"))
+    upload = FakeUpload("depth_map", b"x")
+    parameters = edit(*sent, uploads=(FakeUpload("image", encoded()), upload), unknown_fields="ignore")
+    assert parameters.ignored == ("clip_skip", "zz[a]", "ž" * 100, "depth_map")
+    with pytest.raises(UnknownParameter, match="'clip_skip'"):
+        edit(*sent)
+
+
+def test_fields_that_are_known_and_not_supported_are_never_ignored() -> None:
+    with pytest.raises(UnsupportedParameter, match="markup"):
+        edit(("markup", "x"), ("zz", "1"), unknown_fields="ignore")
+
+
+def test_at_most_twenty_names_are_listed() -> None:
+    assert Settings().max_images < MAX_IGNORED
+    assert len(edit(*((f"z{n}", "1") for n in range(99)), unknown_fields="ignore").ignored) == MAX_IGNORED
+    uploads = tuple(FakeUpload("image", encoded()) for _ in range(Settings().max_images))
+    assert len(edit(uploads=uploads, extra_images="first").ignored) == len(uploads) - 1
+
+
+@given(st.lists(st.text(min_size=1, max_size=100), max_size=20))
+def test_field_is_short_ascii_and_can_be_decoded(names: list[str]) -> None:
+    parameters = replace(edit(), ignored=tuple(names))
+    line = ignored_headers(parameters).get("x-ovserve-ignored", "")
+    assert len(line) <= IGNORED_BYTES
+    assert all("!" <= char <= "~" or char == " " for char in line)
+    decoded = [unquote(part, errors="strict") for part in line.split(", ")] if line else []
+    assert set(decoded) <= set(names)
+    assert len(decoded) == len(names) or len(line) > IGNORED_BYTES - 1200
