@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,10 +82,6 @@ def _gamma(exponent: float) -> Curve:
     return lambda stored: stored**exponent
 
 
-def _bt709(stored: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.where(stored < 0.081, stored / 4.5, ((stored + 0.099) / 1.099) ** (1 / 0.45))
-
-
 def _pq(stored: NDArray[np.float64]) -> NDArray[np.float64]:
     """SMPTE ST 2084 section 5.1, scaled to reference white."""
     m1, m2, c1, c2, c3 = 0.1593017578125, 78.84375, 0.8359375, 18.8515625, 18.6875
@@ -99,15 +96,16 @@ def _hlg(stored: NDArray[np.float64]) -> NDArray[np.float64]:
     return 1000 / _REFERENCE_WHITE_NITS * scene**1.2
 
 
+# Pictures in BT.709, BT.601 and BT.2020 are made for displays of gamma 2.4 (ITU-R BT.1886 annex 1).
 _CURVES: dict[int, Curve | None] = {
-    1: _bt709,
+    1: _gamma(2.4),
     4: _gamma(2.2),
     5: _gamma(2.8),
-    6: _bt709,
+    6: _gamma(2.4),
     8: _gamma(1.0),
     13: None,
-    14: _bt709,
-    15: _bt709,
+    14: _gamma(2.4),
+    15: _gamma(2.4),
     16: _pq,
     18: _hlg,
 }
@@ -162,7 +160,7 @@ def png_profile(png: Png) -> bytes:
         return b""  # as in browsers: a damaged profile does not count
     if len(profile) > MAX_PROFILE_BYTES:
         raise ValueError(f"the ICC profile is larger than {MAX_PROFILE_BYTES} bytes")
-    return profile if inflater.eof else b""
+    return profile if inflater.eof and icc_kind(profile) else b""
 
 
 def png_space(png: Png) -> Space:
@@ -178,14 +176,14 @@ def png_space(png: Png) -> Space:
             return space
     if b"sRGB" in chunks:
         return SRGB
-    return Space(_png_curve(chunks.get(b"gAMA", b"")), _png_primaries(chunks.get(b"cHRM", b"")))
-
-
-def _png_curve(gama: bytes) -> Curve | None:
-    if len(gama) != 4 or not (value := int.from_bytes(gama, "big")):
-        return None
-    gamma = value / 100_000
-    return None if abs(gamma * 2.2 - 1) <= _GAMMA_TOLERANCE else _gamma(1 / gamma)
+    gama = chunks.get(b"gAMA", b"")
+    gamma = int.from_bytes(gama, "big") / 100_000
+    if len(gama) != 4 or not gamma:
+        return SRGB  # as in browsers: chromaticities without a gamma do not count
+    primaries = _png_primaries(chunks.get(b"cHRM", b""))
+    if primaries is None and abs(gamma * 2.2 - 1) <= _GAMMA_TOLERANCE:
+        return SRGB
+    return Space(_gamma(1 / gamma), primaries)
 
 
 def _png_primaries(chrm: bytes) -> Primaries | None:
@@ -201,33 +199,43 @@ def _png_primaries(chrm: bytes) -> Primaries | None:
 # --- conversion -------------------------------------------------------------------------------------------------------
 
 
-def convert_space(pixels: Pixels, space: Space) -> Pixels:
-    """Return the picture in sRGB, with its alpha; the same array if it is in sRGB. Colours outside sRGB are clipped."""
+def convert_space(pixels: Pixels, space: Space, low: Pixels | None = None) -> Pixels:
+    """Return the picture in sRGB, with its alpha; the same array if it is in sRGB. Colours outside sRGB are clipped.
+
+    Args:
+        pixels: uint8 (H, W, 3 or 4).
+        space: the space of the samples.
+        low: uint8 (H, W, 3), the low bytes of samples of 16 bits, of which `pixels` has the high ones.
+    """
     if space == SRGB:
         return pixels
-    linear = _linear_levels(space)
-    if space.primaries is None:
-        levels = np.floor(_encode_srgb(linear) * 255 + 0.5).astype(np.uint8)
-        converted = pixels.copy()
-        converted[..., :3] = levels[pixels[..., :3]]
-        return converted
-    matrix = (_to_xyz(_SRGB_PRIMARIES, inverse=True) @ _to_xyz(space.primaries)).astype(np.float32)
+    linear = _linear_levels(space, 256 if low is None else 65_536)
+    encoded = np.floor(_encode_srgb(linear) * 255 + 0.5).astype(np.uint8)
     table = np.floor(_encode_srgb((np.arange(_STEPS + 1) / _STEPS) ** 2) * 255 + 0.5).astype(np.uint8)
-    levels_32 = linear.astype(np.float32)
+    levels = linear.astype(np.float32)
+    matrix = None
+    if space.primaries is not None:
+        matrix = (_to_xyz(_SRGB_PRIMARIES, inverse=True) @ _to_xyz(space.primaries)).astype(np.float32)
     converted = pixels.copy()
     for top in range(0, len(pixels), STRIP_ROWS):
         strip = slice(top, top + STRIP_ROWS)
-        light = levels_32[pixels[strip, :, :3]] @ matrix.T
+        stored: NDArray[Any] = pixels[strip, :, :3]
+        if low is not None:
+            stored = stored.astype(np.uint16) << 8 | low[strip]
+        if matrix is None:
+            converted[strip, :, :3] = encoded[stored]
+            continue
+        light = levels[stored] @ matrix.T
         np.sqrt(np.clip(light, 0, 1, out=light), out=light)
         converted[strip, :, :3] = table[(light * _STEPS + 0.5).astype(np.intp)]
     return converted
 
 
-def _linear_levels(space: Space) -> NDArray[np.float64]:
-    """Return linear light for each of the 256 stored levels."""
-    stored = np.arange(256) / 255
+def _linear_levels(space: Space, count: int) -> NDArray[np.float64]:
+    """Return linear light for each of the stored levels."""
+    stored = np.arange(count) / (count - 1)
     if space.is_narrow:
-        stored = np.clip((np.arange(256) - 16) / 219, 0, 1)
+        stored = np.clip((stored * 255 - 16) / 219, 0, 1)
     if space.curve is not None:
         return space.curve(stored)
     return np.where(stored <= 0.04045, stored / 12.92, ((stored + 0.055) / 1.055) ** 2.4)
@@ -259,7 +267,7 @@ def _to_xyz(primaries: Primaries, *, inverse: bool = False) -> NDArray[np.float6
 def icc_kind(profile: bytes) -> str:
     """Return the colour space that an ICC profile describes (RGB, GRAY, CMYK, Lab ...); empty if it is no profile."""
     # ICC.1:2022, 7.2: bytes 16 to 19 of the 128-byte header hold the colour space of the data.
-    return profile[16:20].decode("latin-1").strip() if len(profile) > 128 else ""
+    return profile[16:20].decode("latin-1").strip() if len(profile) > 128 and profile[36:40] == b"acsp" else ""
 
 
 def convert_icc(image: Image.Image, profile: bytes) -> Image.Image:
@@ -269,7 +277,13 @@ def convert_icc(image: Image.Image, profile: bytes) -> Image.Image:
     """
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        found = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        found = ImageCms.profileToProfile(
+            image,
+            source,
+            ImageCms.createProfile("sRGB"),
+            outputMode="RGB",
+            flags=ImageCms.Flags.NOOPTIMIZE,  # the optimised tables are coarse in the dark of steep curves
+        )
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image
     return image if found is None else found

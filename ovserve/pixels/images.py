@@ -216,7 +216,10 @@ def _to_srgb(image: Image.Image, png: Png | None, name: str) -> Pixels:
     if kind == "RGB" and image.mode != "CMYK":
         converted = np.asarray(convert_icc(Image.fromarray(pixels[..., :3]), profile))
         return np.dstack([converted, pixels[..., 3:]])
-    return convert_space(pixels, png_space(png)) if png and not profile else pixels
+    if not png or profile or (space := png_space(png)) == SRGB:
+        return pixels
+    is_wide = png.depth == 16 and png.colour_type in (2, 6)
+    return convert_space(pixels, space, _low_bytes(png) if is_wide else None)
 
 
 def _to_pixels(image: Image.Image, png: Png | None, name: str) -> Pixels:
@@ -247,15 +250,23 @@ def _scale_transparent_colour(image: Image.Image, png: Png) -> None:
 def _alpha_of_wide_colour(image: Image.Image, png: Png) -> Pixels:
     """Return the alpha of an RGB PNG of 16-bit samples: 0 where all 16 bits equal the colour of its tRNS chunk.
 
-    Pillow decodes only the high bytes. Read as little-endian samples, the file gives the low ones.
+    Pillow decodes only the high bytes.
     """
     clear = np.array(image.info["transparency"])
     is_clear = (np.asarray(image) == clear >> 8).all(-1)
     if is_clear.any():
-        with Image.open(io.BytesIO(png.stream), formats=("PNG",)) as low:
-            low.tile = [low.tile[0]._replace(args="RGB;16L")]
-            is_clear &= (np.asarray(low) == clear & 255).all(-1)
+        is_clear &= (_low_bytes(png) == clear & 255).all(-1)
     return np.where(is_clear, 0, 255).astype(np.uint8)
+
+
+def _low_bytes(png: Png) -> Pixels:
+    """Return the low bytes of the colour of an RGB or RGBA PNG of 16-bit samples: uint8 (H, W, 3).
+
+    Pillow decodes the high bytes. Read as little-endian samples, the file gives the low ones.
+    """
+    with Image.open(io.BytesIO(png.stream), formats=("PNG",)) as image:
+        image.tile = [image.tile[0]._replace(args=f"{image.mode};16L")]
+        return np.asarray(image)[..., :3]
 
 
 def _gray_16_to_pixels(image: Image.Image) -> Pixels:

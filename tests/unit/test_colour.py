@@ -69,6 +69,17 @@ def test_usual_gamma_stands_for_srgb_bit_for_bit(gamma: float) -> None:
     assert np.array_equal(decoded(png_file(COLOURS, 8, 2, gama(gamma), chrm(SRGB_CHRM))), COLOURS)
 
 
+@pytest.mark.parametrize(("planes", "colour_type"), [(3, 2), (4, 6)])
+def test_dark_colours_of_16_bits_are_converted_from_all_bits(planes: int, colour_type: int) -> None:
+    samples = np.full((2, 2, planes), 128)  # half of the first of 255 levels
+    found = decoded(png_file(samples, 16, colour_type, gama(1.0)))
+    assert (found[..., :3] == round(128 / 65_535 * 12.92 * 255)).all()
+
+
+def test_chromaticities_without_gamma_do_not_count() -> None:
+    assert np.array_equal(decoded(png_file(COLOURS, 8, 2, chrm(BT2020_CHRM))), COLOURS)
+
+
 def test_alpha_and_transparent_colours_are_not_converted() -> None:
     rgba = np.dstack([COLOURS, RAMP])
     found = decoded(png_file(rgba, 8, 6, gama(1.0)))
@@ -79,8 +90,9 @@ def test_alpha_and_transparent_colours_are_not_converted() -> None:
 
 def test_chromaticities_are_converted_to_srgb() -> None:
     found = decoded(png_file(COLOURS, 8, 2, gama(0.45455), chrm(BT2020_CHRM)))
-    gray = np.repeat(RAMP[..., None], 3, 2)
-    assert np.abs(decoded(png_file(gray, 8, 2, gama(0.45455), chrm(BT2020_CHRM))).astype(int) - gray).max() <= 1
+    gray = decoded(png_file(np.repeat(RAMP[..., None], 3, 2), 8, 2, gama(0.45455), chrm(BT2020_CHRM)))
+    assert np.ptp(gray.astype(int), axis=2).max() <= 1
+    assert np.abs(gray[..., 0].astype(int) - RAMP).max() <= 10  # a power of 2.2 is darker than sRGB near black
     assert np.abs(found.astype(int) - COLOURS).max() > 30
 
 
@@ -161,5 +173,8 @@ def test_profile_that_inflates_without_end_is_refused() -> None:
 )
 def test_damaged_or_foreign_profile_does_not_refuse_intact_pixels(profile: bytes) -> None:
     assert np.array_equal(decoded(png_file(COLOURS, 8, 2, iccp(profile))), COLOURS)
+    if profile[36:40] != b"acsp":  # then the gamma counts, as in browsers
+        linear = decoded(png_file(COLOURS, 8, 2, gama(1.0)))
+        assert np.array_equal(decoded(png_file(COLOURS, 8, 2, gama(1.0), iccp(profile))), linear)
     cut = chunk(b"iCCP", b"name\0\0" + zlib.compress(SRGB_PROFILE)[:50])
     assert np.array_equal(decoded(png_file(COLOURS, 8, 2, cut)), COLOURS)
