@@ -1,7 +1,7 @@
 """Decodes image files to uint8 arrays and encodes arrays to image files.
 
 Arrays are `uint8 (H, W, 3)`, RGB, or `uint8 (H, W, 4)`, RGBA with unassociated alpha, 0..255, upright (orientation
-applied). Runs in: worker only, so that a hostile file can crash one worker's decoder and never the front end.
+applied). Runs in: the decoding process (`ovserve.pixels.decoder`) and, for files whose cost is known, the worker.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
+from PIL import AvifImagePlugin, Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
 
 from ovserve.errors import ImageError
@@ -33,6 +33,7 @@ __all__ = [
     "FORMATS",
     "Limits",
     "Pixels",
+    "check_size",
     "decode_image",
     "encode_image",
     "extract_colour_profile",
@@ -45,6 +46,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 # Any other decoder would only add attack surface. Pillow may be built without AVIF.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each has a stack, and the memory of a decoding process is limited
 PNG_COMPRESS_LEVEL = 1  # measured at 512 and 1024 px: level 6 takes 1.3 to 5 times as long for 7 to 20 % fewer bytes
 _ORIENTATION = 0x0112  # TIFF and EXIF tag
 _EXIF_IFD = 0x8769
@@ -82,10 +84,9 @@ def decode_image(data: bytes | memoryview, name: str, limits: Limits) -> Pixels:
     try:
         png = read_png(data) if data.startswith(SIGNATURE) else None
         with Image.open(io.BytesIO(png.stream if png else data), formats=FORMATS) as image:
-            _check_size(image, name, limits)
-            image.info.pop(
-                "xmp", None
-            )  # its orientation does not count, as in browsers; the TIFF reader would apply it
+            check_size(*image.size, name, limits)
+            # Its orientation does not count, as in browsers; the TIFF reader would apply it.
+            image.info.pop("xmp", None)
             if isinstance(image, TiffImageFile):
                 check_tiff(image)
             box = _first_frame_box(image, data)
@@ -126,8 +127,8 @@ def _is_kept(profile: bytes, image: Image.Image) -> bool:
     return icc_kind(profile) == "RGB" and len(profile) <= MAX_KEPT_PROFILE_BYTES and image.mode != "CMYK"
 
 
-def _check_size(image: Image.Image, name: str, limits: Limits) -> None:
-    width, height = image.size
+def check_size(width: int, height: int, name: str, limits: Limits) -> None:
+    """Raise ImageError for an image without pixels, or larger than the limits."""
     if width < 1 or height < 1:
         raise ImageError(f"{name}: the image has no pixels", param=name)
     if width * height > limits.pixels or max(width, height) > limits.side_px:

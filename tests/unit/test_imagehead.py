@@ -267,6 +267,12 @@ def test_avif_without_a_size_is_rejected(kind: bytes) -> None:
         read_head(memoryview(encoded(31, 17, "AVIF").replace(kind, b"free")), "image", SETTINGS)
 
 
+def test_offset_of_64_bits_beyond_the_file_is_rejected() -> None:
+    data = b"II+\0\x08\0\0\0" + struct.pack("<Q", 1 << 63) + bytes(64)
+    with pytest.raises(ImageError, match="damaged or truncated"):
+        read_head(memoryview(data), "image", SETTINGS)
+
+
 @given(st.binary(max_size=300))
 def test_random_bytes_raise_image_error(data: bytes) -> None:
     with pytest.raises(ImageError) as caught:
