@@ -30,6 +30,8 @@ WATCHED = {
     "ovserve_worker_restarts_total": Watched(
         "Restarts of workers that died or were killed, by model.", ("model",), is_counter=True
     ),
+    "ovserve_reloads_total": Watched("Reloads since the start, failed ones included.", is_counter=True),
+    "ovserve_reload_failed": Watched("1 if the newest reload failed, else 0."),
     "ovserve_spool_bytes": Watched("Bytes of uploads, requests and results in flight in the spool."),
     "ovserve_spool_warm_bytes": Watched("Bytes of spool files kept mapped for the next uploads."),
     "ovserve_spool_limit_bytes": Watched(

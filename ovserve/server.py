@@ -19,6 +19,7 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 
 from ovserve import systemd
+from ovserve.api.reloads import ModelReload, ReloadStatus
 from ovserve.api.routes import ImagesApi
 from ovserve.api.store import Store
 from ovserve.deadline import Deadline
@@ -76,6 +77,8 @@ class Server:
         self._reloading = threading.Lock()
         self._serving = threading.Lock()  # guards the API's settings and catalog, which two threads replace
         self._is_announced = False
+        self._newest_reload = ReloadStatus()  # without its models, which the supervisor reports
+        self._shown_failure = ""  # of a reload, in the status line of the service manager
         self._reload_wanted = threading.Event()
         self._reloader: threading.Thread | None = None
         # Block before the resource tracker starts: it inherits the mask (a SIGHUP to the group would end it). Block
@@ -110,7 +113,8 @@ class Server:
                 LocalLauncher(worker.main, self._spool.worker_blobs()),
                 self._note_serving,
             )
-            self._api = ImagesApi(settings, catalog, self._dispatcher, self.reload)
+            self._api = ImagesApi(settings, catalog, self._dispatcher, self.reload, self.reload_status)
+            self._supervisor.on_outcome = self._note_outcome
             _watch(self._api.metrics, self._spool, self._supervisor)
             self._listener = Listener(settings, self._api, self._spool)
         except BaseException:
@@ -198,6 +202,8 @@ class Server:
                 raise StartupError("the server is shutting down")
             if self._is_announced:
                 systemd.notify_reloading()
+            number = self._newest_reload.number + 1
+            self._newest_reload = ReloadStatus(number, is_reading=True)
             try:
                 settings = self._reread()
                 catalog, keys = read_catalog(settings), read_keys(settings)
@@ -210,8 +216,33 @@ class Server:
                 log.info("reloaded", extra=fields(models=", ".join(catalog.models), api_keys=len(keys)))
                 if fixed := _fixed(self._settings, settings):
                     log.warning("changed options that take effect at the next start: %s", ", ".join(fixed))
+                self._newest_reload = ReloadStatus(number)
+            except BaseException as error:
+                self._newest_reload = ReloadStatus(number, error=str(error) or type(error).__name__)
+                raise
             finally:
                 self._announce()
+
+    def reload_status(self) -> ReloadStatus:
+        """Return the state of the newest reload. Thread-safe: yes."""
+        newest = self._newest_reload
+        if not newest.number or newest.error or newest.is_reading:
+            return newest
+        outcomes = self._supervisor.outcomes().items()
+        models = {name: ModelReload(outcome.state, outcome.reason) for name, outcome in outcomes}
+        return dataclasses.replace(newest, models=models)
+
+    def _note_outcome(self) -> None:
+        """Show in the service manager that a reload has failed, or no longer. Runs in: the supervisor thread."""
+        failure = self.reload_status().failure
+        if failure != self._shown_failure and self._is_announced and not self._dispatcher.is_draining:
+            self._shown_failure = failure
+            systemd.notify_status(self._status_line())
+
+    def _status_line(self) -> str:
+        """Return the line that `systemctl status` shows."""
+        failure = self._shown_failure = self.reload_status().failure
+        return "serving " + ", ".join(self._api.catalog.models) + (f"; reload failed: {failure}" if failure else "")
 
     def _note_serving(self, profile: ModelProfile, model: ModelSettings) -> None:
         """Switch the catalog to a model whose new workers have taken over. Runs in: the supervisor thread."""
@@ -221,7 +252,7 @@ class Server:
     def _announce(self) -> None:
         """Report readiness to systemd, once a model is ready and while the server does not drain."""
         if self._is_announced and not self._dispatcher.is_draining:
-            systemd.notify_ready("serving " + ", ".join(self._api.catalog.models))
+            systemd.notify_ready(self._status_line())
 
     def _drain(self) -> None:
         """Reject new jobs and wait for those in flight, up to the grace period. A second signal ends the process."""

@@ -9,6 +9,7 @@ already decoded the path once.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from ovserve.api.images import Images, base_url_hint
 from ovserve.api.openapi import openapi_document
 from ovserve.api.page import front_page
 from ovserve.api.parameters.fields import EDIT, GENERATION, VARIATION
+from ovserve.api.reloads import ReloadStatus
 from ovserve.api.replies import json_reply, model_object, models_object
 from ovserve.api.store import Store, parse_range
+from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
 from ovserve.errors import (
     ApiError,
@@ -29,9 +32,11 @@ from ovserve.errors import (
     ClientGone,
     Draining,
     Forbidden,
+    InvalidValue,
     MethodNotAllowed,
     NotFound,
     RangeNotSatisfiable,
+    ReloadFailed,
     StartupError,
 )
 from ovserve.metrics import CONTENT_TYPE, Metrics
@@ -44,6 +49,10 @@ Handler = Callable[["ImagesApi", Exchange, Mapping[str, str]], Reply]
 # `/openai` alone is Azure's; a path such as /openai/deployments/... is a row of its own.
 _PREFIX = re.compile(r"/(?:(?:v3/v1|openai/v1|api/v1|engines/v1|v3|v1)(?=/)|openai(?=/(?:images|models)(?:/|$)))")
 _SLASHES = re.compile("//+")
+RELOAD_STATUS_PATH = "/v1/config/reload/status"
+RELOAD_WAIT_S = 10.0  # for the workers of a reload, if the request does not say; small models are ready by then
+MAX_RELOAD_WAIT_S = 3600.0
+_RELOAD_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +92,27 @@ class Match:
 
 
 class ImagesApi:
-    """The API of one server. Thread-safe: yes, a reload replaces settings and catalog as a whole."""
+    """The API of one server. Thread-safe: yes, a reload replaces settings and catalog as a whole.
+
+    Args:
+        settings: the options.
+        catalog: the models.
+        dispatcher: runs the jobs.
+        reload: reads the configuration again, and starts the new workers. Raises StartupError.
+        reload_status: returns the state of the newest reload.
+    """
 
     def __init__(
-        self, settings: Settings, catalog: Catalog, dispatcher: Dispatcher, reload: Callable[[], None]
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        dispatcher: Dispatcher,
+        reload: Callable[[], None],
+        reload_status: Callable[[], ReloadStatus] = ReloadStatus,
     ) -> None:
         self.settings = settings
         self.reload = reload
+        self.reload_status = reload_status
         self.catalog = catalog
         self.dispatcher = dispatcher
         self.store = Store(settings)
@@ -98,6 +121,8 @@ class ImagesApi:
         self.metrics.watch("ovserve_queued_jobs", self._queued)
         self.metrics.watch("ovserve_running_jobs", self._running)
         self.metrics.watch("ovserve_ready_workers", self._workers)
+        self.metrics.watch("ovserve_reloads_total", lambda: [([], self.reload_status().number)])
+        self.metrics.watch("ovserve_reload_failed", lambda: [([], self.reload_status().state == "failed")])
         self._openapi: bytes | None = None
 
     def configure(self, settings: Settings, catalog: Catalog) -> None:
@@ -273,12 +298,20 @@ def _model_ready(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Repl
 
 
 def _config(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
-    """Return each model's state in the form of the model server's configuration API."""
-    document = {}
+    """Return each model's state in the form of the model server's configuration API, and what the newest reload did."""
+    document: dict[str, dict[str, object]] = {}
+    reload = api.reload_status()
     for name, status in _model_statuses(api).items():
         state = "AVAILABLE" if status.ready else "END" if status.failed else "LOADING"
         error = {"error_code": "UNKNOWN" if status.failed else "OK", "error_message": status.reason}
         document[name] = {"model_version_status": [{"version": "1", "state": state, "status": error}]}
+        if reload.number:
+            part = reload.models.get(name)
+            document[name]["reload"] = {
+                "number": reload.number,
+                "state": part.state if part else reload.state,
+                "reason": part.reason if part else reload.error,
+            }
     return json_reply(document)
 
 
@@ -290,16 +323,54 @@ def _is_local_request(exchange: Exchange) -> bool:
     return (mapped or address).is_loopback and not any(exchange.header(name) for name in fields)
 
 
+def _reload_wait_s(exchange: Exchange) -> float:
+    """Return how long a request waits for the workers of its reload. Raises InvalidValue."""
+    text = exchange.query.get("wait_s", str(RELOAD_WAIT_S))
+    try:
+        wait_s = float(text)
+    except ValueError:
+        wait_s = -1.0
+    if not 0 <= wait_s <= MAX_RELOAD_WAIT_S:
+        raise InvalidValue(
+            f"wait_s is {text[:40]!r}; expected a number of seconds from 0 to {MAX_RELOAD_WAIT_S:g}.", param="wait_s"
+        )
+    return wait_s
+
+
+def _await_reload(api: ImagesApi, exchange: Exchange, wait_s: float) -> ReloadStatus:
+    """Wait until the newest reload is no longer loading, and return its status. Raises ClientGone."""
+    deadline = Deadline.after(wait_s)
+    never = os.eventfd(0, os.EFD_CLOEXEC)  # `wait` also notices that the client has gone
+    try:
+        while (status := api.reload_status()).state == "loading":
+            if deadline.is_expired() or api.dispatcher.is_draining:
+                break
+            exchange.wait(never, Deadline.after(min(_RELOAD_POLL_S, deadline.remaining())))
+    finally:
+        os.close(never)
+    return status
+
+
 def _reload(api: ImagesApi, exchange: Exchange, __: Mapping[str, str]) -> Reply:
     if not _is_local_request(exchange):
         raise Forbidden("The configuration can be reloaded only by a direct request from the server's own machine.")
     if api.dispatcher.is_draining:
         raise Draining("The server is shutting down; the configuration was not reloaded.")
+    wait_s = _reload_wait_s(exchange)
     try:
         api.reload()
     except StartupError as error:
         raise BadRequest(f"The configuration was not reloaded: {error}") from None
-    return json_reply({"reloaded": True, "models": list(api.catalog.models)})
+    status = _await_reload(api, exchange, wait_s)
+    if status.state == "failed":
+        raise ReloadFailed(f"The reload failed: {status.failure}. What served before stays.")
+    is_done = status.state == "done"
+    document = {"reloaded": is_done, "models": list(api.catalog.models), "reload": status.document()}
+    return json_reply(document, *((200, {}) if is_done else (202, {"location": RELOAD_STATUS_PATH})))
+
+
+def _reload_status(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
+    return json_reply(api.reload_status().document())
 
 
 def _page(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
@@ -401,14 +472,22 @@ ROUTES = (
         is_open=True,
         is_health=True,
     ),
-    Route("GET", "/v1/config", "State of each model, in the model server's format.", _config, prefixed=False),
+    Route(
+        "GET",
+        "/v1/config",
+        "State of each model, in the model server's format, and of its newest reload.",
+        _config,
+        prefixed=False,
+    ),
     Route(
         "POST",
         "/v1/config/reload",
-        "Reload the configuration. Only for direct requests from the server's own machine.",
+        "Reload the configuration. Only for direct requests from the server's own machine. Waits for the new workers, "
+        "at most `wait_s` seconds (query; 10): 200 when they serve, 202 when they still load, 500 when they failed.",
         _reload,
         prefixed=False,
     ),
+    Route("GET", RELOAD_STATUS_PATH, "State of the newest reload.", _reload_status, prefixed=False),
     Route("GET", "/metrics", "Metrics in the Prometheus format.", _metrics, prefixed=False),
     Route("GET", "/openapi.json", "OpenAPI 3.1 document of this API.", _openapi, prefixed=False),
     Route("GET", "/v2", "Name and version of the server.", _server, prefixed=False),

@@ -174,6 +174,40 @@ def test_reload_changes_the_limits_only_when_the_new_workers_are_ready(tmp_path:
         assert steps_taken() == [12]
 
 
+def test_failed_reload_is_reported_by_the_reply_the_config_and_the_metrics(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+
+    def write(**plugin: object) -> None:
+        config.write_text(f"[[model]]\npath = '{BUILTIN_PATH}'\nplugin_config = '{json.dumps(plugin)}'")
+
+    write()
+    with FaultServer(tmp_path / "spool", "--config", str(config)) as live, live.client() as client:
+        write(capacity=3)
+        reply = client.post("/v1/config/reload?wait_s=30")
+        assert (reply.status_code, reply.json()["reload"]["state"]) == (200, "done")
+        assert live.logged("new workers have taken over")
+        write(load="hang")
+        reply = client.post("/v1/config/reload?wait_s=0.1")
+        assert (reply.status_code, reply.json()["reload"]["state"]) == (202, "loading")
+        assert client.get(reply.headers["location"]).json()["state"] == "loading"
+        write(load="fail broken weights")
+        reply = client.post("/v1/config/reload?wait_s=30")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "reload_failed")
+        assert "broken weights" in reply.json()["error"]["message"]
+        assert live.generate(client, "echo").status_code == 200
+        part = client.get("/v1/config").json()["ovserve-builtin"]
+        assert part["model_version_status"][0]["state"] == "AVAILABLE"
+        assert (part["reload"]["number"], part["reload"]["state"]) == (3, "failed")
+        assert "ovserve_reload_failed 1.0" in client.get("/metrics").text
+        config.write_text("max_images = 'x'")
+        live.signal(signal.SIGHUP)
+        live.until(lambda: client.get("/v1/config/reload/status").json()["number"] == 4)
+        live.until(lambda: "max_images" in client.get("/v1/config/reload/status").json()["error"])
+        write()
+        assert client.post("/v1/config/reload?wait_s=30").status_code == 200
+        assert "ovserve_reload_failed 0.0" in client.get("/metrics").text
+
+
 def test_reload_while_the_model_loads_takes_effect(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     table = f"[[model]]\npath = '{BUILTIN_PATH}'\nplugin_config = '{{}}'"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,16 +15,19 @@ from typing import Any
 import pytest
 
 from ovserve.api.exchange import FileReply, JsonReply, Reply, windows_of
+from ovserve.api.reloads import ModelReload, ReloadStatus
 from ovserve.api.routes import ROUTES, ImagesApi, match_route
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.errors import (
     ApiError,
     BadRequest,
     Forbidden,
+    InvalidValue,
     MethodNotAllowed,
     ModelNotFound,
     NotFound,
     RangeNotSatisfiable,
+    ReloadFailed,
     SettingsError,
 )
 from ovserve.settings.options import Settings
@@ -236,6 +240,72 @@ def test_reload_is_only_for_local_requests(api: ImagesApi) -> None:
     assert isinstance(answer(api, mapped), JsonReply)
     with pytest.raises(BadRequest, match="port=x"):
         answer(api, FakeExchange("POST", "/v1/config/reload"))
+
+
+def reload_document(api: ImagesApi, **query: str) -> tuple[int, dict[str, Any]]:
+    exchange = FakeExchange("POST", "/v1/config/reload")
+    exchange.query = query
+    exchange.wait = lambda *_: False  # type: ignore[method-assign]
+    reply = answer(api, exchange)
+    assert isinstance(reply, JsonReply)
+    assert reply.headers == ({"location": "/v1/config/reload/status"} if reply.status == 202 else {})
+    return reply.status, json.loads(b"".join(map(bytes, windows_of(reply.chunks))))
+
+
+def test_reload_answers_200_when_the_workers_serve(api: ImagesApi) -> None:
+    statuses = [
+        ReloadStatus(1, models={"m": ModelReload("loading")}),
+        ReloadStatus(1, models={"m": ModelReload("done")}),
+    ]
+    api.reload_status = lambda: statuses.pop(0)
+    status, document = reload_document(api)
+    assert (status, document["reloaded"], document["reload"]["state"]) == (200, True, "done")
+
+
+def test_reload_answers_202_with_the_status_to_ask_while_workers_load(api: ImagesApi) -> None:
+    api.reload_status = lambda: ReloadStatus(1, models={"m": ModelReload("loading")})
+    status, document = reload_document(api, wait_s="0.05")
+    assert (status, document["reloaded"], document["reload"]["state"]) == (202, False, "loading")
+
+
+def test_reload_whose_workers_fail_is_500_with_the_reason_and_in_the_metrics(api: ImagesApi) -> None:
+    api.reload_status = lambda: ReloadStatus(3, models={"m": ModelReload("failed", "no weights")})
+    with pytest.raises(ReloadFailed, match="model m: no weights") as caught:
+        reload_document(api)
+    assert (caught.value.status, caught.value.code) == (500, "reload_failed")
+    page = api.metrics.page()
+    assert b"ovserve_reload_failed 1.0" in page
+    assert b"ovserve_reloads_total 3.0" in page
+
+
+@pytest.mark.parametrize("wait_s", ["", "soon", "-1", "nan", "inf", "3601"])
+def test_reload_with_an_invalid_wait_is_rejected_before_the_reload(api: ImagesApi, wait_s: str) -> None:
+    for _ in range(2):  # the fixture's second reload would fail
+        with pytest.raises(InvalidValue, match="wait_s"):
+            reload_document(api, wait_s=wait_s)
+
+
+@pytest.mark.parametrize(
+    ("reload", "shown"),
+    [
+        (ReloadStatus(), None),
+        (ReloadStatus(2, is_reading=True), {"number": 2, "state": "loading", "reason": ""}),
+        (ReloadStatus(2, error="port=x"), {"number": 2, "state": "failed", "reason": "port=x"}),
+        (
+            ReloadStatus(2, models={"m": ModelReload("failed", "no weights")}),
+            {"number": 2, "state": "failed", "reason": "no weights"},
+        ),
+    ],
+)
+def test_config_shows_the_newest_reload(api: ImagesApi, reload: ReloadStatus, shown: object) -> None:
+    api.reload_status = lambda: reload
+    reply = answer(api, FakeExchange("GET", "/v1/config"))
+    assert isinstance(reply, JsonReply)
+    document = json.loads(b"".join(map(bytes, windows_of(reply.chunks))))
+    assert document["m"].get("reload") == shown
+    reply = answer(api, FakeExchange("GET", "/v1/config/reload/status"))
+    assert isinstance(reply, JsonReply)
+    assert json.loads(b"".join(map(bytes, windows_of(reply.chunks))))["state"] == reload.state
 
 
 def test_preflight_names_the_allowed_header_fields(api: ImagesApi) -> None:
