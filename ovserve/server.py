@@ -283,7 +283,8 @@ class Server:
 
 # Options that a reload changes; all others are fixed at start.
 RELOADED = frozenset((
-    "models", "default_model", "max_images", "max_image_pixels", "max_image_side_px", "default_timeout_s",
+    "models", "default_model", "ready_models", "max_images", "max_image_pixels", "max_image_side_px",
+    "default_timeout_s",
     "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
     "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "api_key", "api_key_file",
 ))  # fmt: skip
@@ -328,6 +329,7 @@ def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
     """Register the metrics of parts that the API does not know."""
     metrics.watch("ovserve_spool_bytes", lambda: [([], spool.used_bytes)])
     metrics.watch("ovserve_spool_warm_bytes", lambda: [([], spool.file_pool.size_bytes)])
+    metrics.watch("ovserve_spool_free_bytes", lambda: [([], spool.free_bytes)])
     metrics.watch("ovserve_spool_limit_bytes", lambda: [([], spool.capacity_bytes)])
     metrics.watch("ovserve_worker_restarts_total", lambda: [([name], n) for name, n in supervisor.restarts().items()])
 

@@ -280,10 +280,19 @@ def _live(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
     return json_reply({"live": True})
 
 
+def _is_ready(api: ImagesApi, statuses: Mapping[str, ModelStatus]) -> bool:
+    """Return whether the models that `ready_models` selects are ready."""
+    which, default = api.settings.ready_models, api.catalog.default_name
+    if which == "default" and default:
+        return default in statuses and statuses[default].ready
+    ready = [status.ready for status in statuses.values()]
+    return all(ready) if which == "all" else any(ready)
+
+
 def _ready(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     statuses = _model_statuses(api)
     draining = api.dispatcher.is_draining
-    ready = not draining and any(status.ready for status in statuses.values())
+    ready = not draining and _is_ready(api, statuses)
     document = {
         "ready": ready,
         "draining": draining,
@@ -457,7 +466,7 @@ ROUTES = (
             (("/v2/health/live", "/livez", "/ping"), "200 while the process responds.", _live),
             (
                 ("/v2/health/ready", "/health", "/healthz", "/readyz"),
-                "200 when at least one model is ready, else 503 with the reasons.",
+                "200 when the models of `ready_models` are ready, else 503 with the reasons.",
                 _ready,
             ),
         )

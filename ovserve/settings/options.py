@@ -231,6 +231,13 @@ class Settings:
     port: int = _option(8000, "Port to listen on; 0: any free port.", low=0, high=65535, aliases=("rest_port",))
     models: tuple[ModelSettings, ...] = ()
     default_model: str = _option("", "Model for requests that name none; empty: the only model, if there is one.")
+    ready_models: str = _option(
+        "default",
+        "Models that readiness waits for: `default`: the model for requests that name none, or one of the models if "
+        "there is no such model; `any`: one of the models; `all`: every model.",
+        reason="a load balancer must not send requests to a server that answers them with 503",
+        choices=("default", "any", "all"),
+    )
     log_level: str = _option("info", "Lowest level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "Format of log lines.", choices=("text", "json"))
     allowed_origins: str | None = _option(

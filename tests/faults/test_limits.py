@@ -64,6 +64,12 @@ def test_deadline_ends_jobs_on_the_device_and_in_the_queue(plain: FaultServer) -
 def test_full_tmpfs_is_503_and_later_requests_succeed(tiny: Path) -> None:
     with FaultServer(tiny) as server, server.client() as client:
         hog = tiny / "other"
+        hog.write_bytes(b"x" * (1800 << 10))
+        status, document = server.fetch("/v2/health/ready")
+        assert status == 503
+        assert "the file system of the spool is full" in str(document)
+        hog.unlink()
+        assert server.fetch("/v2/health/ready")[0] == 200
         hog.write_bytes(b"x" * (1536 << 10))
         files = {"image": ("a.png", b"\x89PNG\r\n\x1a\n" + b"y" * (1 << 20))}
         reply = client.post("/v3/images/edits", data={"prompt": "echo"}, files=files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from ovserve.errors import (
     ReloadFailed,
     SettingsError,
 )
-from ovserve.settings.options import Settings
+from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.spool import Spool
 from tests.forms import FakeForm, catalog
 
@@ -169,6 +170,36 @@ def test_readiness_paths_are_503_with_the_reason_and_need_no_key(api: ImagesApi,
     assert isinstance(reply, JsonReply)
     assert reply.status == 503
     assert b'"reason":"' in b"".join(map(bytes, reply.chunks))  # type: ignore[arg-type]
+
+
+def ready_status(api: ImagesApi, which: str, default: str, *ready: str) -> int:
+    api.dispatcher.remove_model("m")
+    api.catalog = catalog(ModelSettings(name="a"), ModelSettings(name="b"), default=default)
+    api.settings = dataclasses.replace(api.settings, ready_models=which)
+    for name in "ab":
+        api.dispatcher.add_model(name, 4, is_resident=name not in ready)  # without workers, one on demand is ready
+    reply = answer(api, FakeExchange("GET", "/v2/health/ready"))
+    assert isinstance(reply, JsonReply)
+    return reply.status
+
+
+@pytest.mark.parametrize(
+    ("which", "default", "ready", "status"),
+    [
+        ("default", "a", "a", 200),
+        ("default", "a", "b", 503),
+        ("default", "", "b", 200),
+        ("default", "", "", 503),
+        ("any", "a", "b", 200),
+        ("any", "a", "", 503),
+        ("all", "a", "a", 503),
+        ("all", "a", "ab", 200),
+    ],
+)
+def test_readiness_waits_for_the_configured_models(
+    api: ImagesApi, which: str, default: str, ready: str, status: int
+) -> None:
+    assert ready_status(api, which, default, *ready) == status
 
 
 def test_page_policy_allows_only_its_own_script_and_style(api: ImagesApi) -> None:
