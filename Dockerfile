@@ -8,7 +8,8 @@ RUN apt-get update \
 # The user has no rights in the image but for its own folder: pictures that are answered as addresses, and compiled models.
 RUN useradd --uid 10001 --user-group --create-home --home-dir /var/lib/ovserve --shell /usr/sbin/nologin ovserve
 
-COPY pyproject.toml constraints.txt README.md LICENSE /usr/src/ovserve/
+COPY pyproject.toml constraints.txt LICENSE /usr/src/ovserve/
+COPY docs/package.md /usr/src/ovserve/docs/
 COPY ovserve /usr/src/ovserve/ovserve
 RUN python3 -m venv /opt/ovserve \
     && /opt/ovserve/bin/pip install --no-cache-dir --disable-pip-version-check \

@@ -24,7 +24,7 @@ from openvino import opset13 as ops
 from benchmarks import metadata
 from benchmarks.edits import BUILTIN_PATH
 from benchmarks.results import Result
-from ovserve.engines.stepwise.compiled import Components, Layout, run_unet
+from ovserve.engines.stepwise.compiled import Components, Layout
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings
 
@@ -87,14 +87,14 @@ def measure(result: Result, options: argparse.Namespace) -> None:
     threads = components.cpu_threads()
     side = options.side_px or components.profile.native.width
     rows = options.rows
-    latents = (rows, components.in_channels, side // components.vae.scale, side // components.vae.scale)
+    latents = (rows, components.family.channels, side // components.vae.scale, side // components.vae.scale)
     feed = {name: values for name, values in components.feeds.of(rows).items() if name != "sample"}
     feed["sample"] = np.random.default_rng(0).standard_normal(latents).astype(np.float32)
-    graph = components.core.read_model(components.profile.directory / "unet" / "openvino_model.xml")
+    graph = components.core.read_model(components.profile.directory / components.family.denoiser / "openvino_model.xml")
     graph.reshape({name: list(values.shape) for name, values in feed.items()})
     operations = count_operations(graph)
-    request = components.compile_unet(Layout(1, threads))[0]
-    rate = best_rate(partial(run_unet, request, feed), options.repeats)
+    request = components.compile_denoiser(Layout(1, threads))[0]
+    rate = best_rate(partial(components.family.run, request, feed), options.repeats)
     peak = measure_peak(components.core, options.precision, options.repeats)
     case = {"side_px": side, "rows": rows}
     result.add("operations of a call", [operations], unit="", better="none", case=case)

@@ -84,6 +84,7 @@ def serve_ovserve() -> None:
 
     class OpenRoute:
         is_health, is_open = False, True
+        is_admin = is_operator = is_public = False
 
     class Toy:
         def match(self, method: str, path: str) -> OpenRoute:

@@ -49,6 +49,7 @@ __all__ = [
     "LinkGarbage",
     "MalformedRequest",
     "MethodNotAllowed",
+    "MisdirectedRequest",
     "MissingParameter",
     "ModelError",
     "ModelFailed",
@@ -284,7 +285,7 @@ class Unauthorized(ApiError):
 
 
 class Forbidden(ApiError):
-    """403: only clients on the same machine may do this."""
+    """403: the request needs an admin key or the admin listener, or comes from a web page of a foreign origin."""
 
     status = 403
     type = "invalid_request_error"
@@ -363,6 +364,14 @@ class RangeNotSatisfiable(ApiError):
     status = 416
     type = "invalid_request_error"
     code = "range_not_satisfiable"
+
+
+class MisdirectedRequest(ApiError):
+    """421: the Host field names a host that this server does not serve."""
+
+    status = 421
+    type = "invalid_request_error"
+    code = "misdirected_request"
 
 
 class ExpectationFailed(ApiError):

@@ -1,4 +1,4 @@
-"""Log format: one line for each record, UTC, plain text or JSON."""
+"""Log format: one line for each record, UTC, plain text or JSON. Limits the lines that one cause can write."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import logging
 import re
 import sys
+import threading
 import time
 from typing import Any
 
-__all__ = ["configure_logs", "fields"]
+__all__ = ["LogLimit", "configure_logs", "fields"]
 
 _NEEDS_QUOTES = re.compile(r'[\s="]')
 LEVELS = ("debug", "info", "warning", "error")
@@ -74,3 +75,75 @@ def configure_logs(level: str, form: str) -> None:
 def fields(**values: object) -> dict[str, dict[str, object]]:
     """Return the `extra` of a log call: `log.info("settled", extra=fields(job=job.id, state="done"))`."""
     return {"fields": values}
+
+
+class LogLimit:
+    """Limits the log lines of one cause that clients can repeat at will. Thread-safe: yes, one lock.
+
+    In each interval, the first lines are logged. The others are counted, and one line at the end of the interval has
+    their number.
+
+    Args:
+        cause: what repeats, for that line.
+        lines: how many are logged in an interval.
+        interval_s: length of an interval, which begins with a line.
+    """
+
+    def __init__(self, cause: str, lines: int = 10, interval_s: float = 10.0) -> None:
+        self._cause = cause
+        self._limit = lines
+        self._interval_s = interval_s
+        self._lock = threading.Lock()
+        self._end = 0.0  # of the current interval
+        self._logged = 0  # in it
+        self._suppressed = 0  # since the last report
+        self._timer: threading.Timer | None = None  # until the report
+        self._logger, self._level = logging.getLogger(__name__), logging.INFO
+
+    def log(self, logger: logging.Logger, level: int, message: str, *args: object, **values: object) -> None:
+        """Log a line with `fields(**values)`, or count it."""
+        if not logger.isEnabledFor(level):
+            return
+        with self._lock:
+            now = time.monotonic()
+            if now >= self._end and self._timer is None:
+                self._end, self._logged = now + self._interval_s, 0
+            self._logger, self._level = logger, level
+            is_logged = self._logged < self._limit
+            if is_logged:
+                self._logged += 1
+            else:
+                self._suppressed += 1
+                if self._timer is None:
+                    self._timer = self._start_timer(self._end - now)
+        if is_logged:
+            logger.log(level, message, *args, extra=fields(**values))
+
+    def report(self) -> None:
+        """Log how many lines have been suppressed since the last report, if any have."""
+        with self._lock:
+            number, self._suppressed = self._suppressed, 0
+            if threading.current_thread() is self._timer:
+                self._timer = None
+            logger, level = self._logger, self._level
+        if number:
+            values = fields(number=number, interval_s=self._interval_s)
+            logger.log(level, "log lines suppressed: %s", self._cause, extra=values)
+
+    def stop(self) -> None:
+        """Report now, and end the thread that waits for the end of the interval."""
+        timer = self._timer
+        if timer is not None:
+            timer.cancel()
+            timer.join()
+            self._timer = None
+        self.report()
+
+    def _start_timer(self, delay_s: float) -> threading.Timer | None:
+        timer = threading.Timer(delay_s, self.report)
+        timer.name, timer.daemon = "log limit", True
+        try:
+            timer.start()
+        except RuntimeError:  # no more threads can be started; the next suppressed line tries again
+            return None
+        return timer

@@ -26,12 +26,13 @@ from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.errors import ModelsFailed, StartupError
 from ovserve.fleet.supervisor import Supervisor
-from ovserve.front.keys import read_keys
+from ovserve.front.keys import read_admin_keys, read_keys
 from ovserve.front.listener import Listener
 from ovserve.logs import fields
 from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog, ServedModel, read_catalog
 from ovserve.models.profile import ModelProfile
+from ovserve.settings.access import parse_listen
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.file_pool import MAX_POOLED_FILES
 from ovserve.wire.local.launcher import LocalLauncher
@@ -52,6 +53,7 @@ STOP_TIMEOUT_S = 10.0  # for workers to exit once nothing is in flight
 # Enough for any thread count; some libraries iterate over all possible descriptors.
 MAX_DESCRIPTORS = 65536
 OWN_DESCRIPTORS = 128 + 2 * MAX_POOLED_FILES  # of the front end, its links, and the warm files
+ADMIN_CONNECTIONS = 32  # of the admin listener: an operator's tools and a few monitors
 # Socket, the upload's segment and its mapping, the request's segment, the job's eventfd. Each picture and preview adds
 # one.
 CONNECTION_DESCRIPTORS = 5
@@ -117,6 +119,10 @@ class Server:
             self._supervisor.on_outcome = self._note_outcome
             _watch(self._api.metrics, self._spool, self._supervisor)
             self._listener = Listener(settings, self._api, self._spool)
+            self._listeners = [self._listener]
+            if admin := parse_listen(settings.admin_listen):
+                operators = dataclasses.replace(settings, max_connections=ADMIN_CONNECTIONS)
+                self._listeners.append(Listener(operators, self._api, self._spool, admin))
         except BaseException:
             self._spool.close()
             raise
@@ -125,7 +131,8 @@ class Server:
         """Serve until a signal; return the exit code. Raises StartupError when no model can be served."""
         self._supervisor.start()
         self._api.store.start()
-        self._listener.start()
+        for listener in self._listeners:
+            listener.start()
         try:
             if not self._await_ready():
                 return 0
@@ -206,13 +213,17 @@ class Server:
             self._newest_reload = ReloadStatus(number, is_reading=True)
             try:
                 settings = self._reread()
-                catalog, keys = read_catalog(settings), read_keys(settings)
+                catalog, keys, admin_keys = read_catalog(settings), read_keys(settings), read_admin_keys(settings)
                 self._supervisor.reload(settings, _profiles(catalog))
                 with self._serving:
                     self._api.configure(settings, self._api.catalog.announcing(catalog))
-                if self._listener.keys and not keys:
+                if self._listener.access.keys and not keys:
                     log.warning("no API key is configured any more: requests without a key are served")
-                self._listener.keys = keys
+                for listener in self._listeners:
+                    # Where it listens, and so what the rules protect, is fixed at start.
+                    listener.configure(
+                        dataclasses.replace(settings, admin_listen=self._settings.admin_listen), keys, admin_keys
+                    )
                 log.info("reloaded", extra=fields(models=", ".join(catalog.models), api_keys=len(keys)))
                 if fixed := _fixed(self._settings, settings):
                     log.warning("changed options that take effect at the next start: %s", ", ".join(fixed))
@@ -257,23 +268,28 @@ class Server:
     def _drain(self) -> None:
         """Reject new jobs and wait for those in flight, up to the grace period. A second signal ends the process."""
         self._dispatcher.drain()
-        self._listener.is_draining = True  # responses close their connections
+        for listener in self._listeners:
+            listener.is_draining = True  # responses close their connections
         systemd.notify_stopping()
         grace = Deadline.after(self._settings.grace_period_s)
-        while self._listener.active_exchanges and not grace.is_expired():
+        while self._active_exchanges() and not grace.is_expired():
             poll_s = POLL_S if self._dispatcher.in_flight() else REFUSING_POLL_S
             if _next_signal(poll_s) in ENDING_SIGNALS:
-                log.warning("second signal: aborting", extra=fields(in_flight=self._listener.active_exchanges))
+                log.warning("second signal: aborting", extra=fields(in_flight=self._active_exchanges()))
                 self._supervisor.stop(Deadline.after(0))
                 self._spool.close()
                 os._exit(1)
 
+    def _active_exchanges(self) -> int:
+        return sum(listener.active_exchanges for listener in self._listeners)
+
     def _stop(self) -> None:
         """Stop all parts. Jobs over the grace period get an error response before their connections are closed."""
         self._dispatcher.drain()
-        self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S if not self._listener.active_exchanges else 0))
+        self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S if not self._active_exchanges() else 0))
         self._dispatcher.close()
-        self._listener.stop(LAST_RESPONSES_S)  # also for requests that arrived after the last check
+        for listener in self._listeners:
+            listener.stop(LAST_RESPONSES_S)  # also for requests that arrived after the last check
         self._api.store.close()
         self._spool.close()
         left = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
@@ -284,9 +300,10 @@ class Server:
 # Options that a reload changes; all others are fixed at start.
 RELOADED = frozenset((
     "models", "default_model", "ready_models", "max_images", "max_image_pixels", "max_image_side_px",
-    "default_timeout_s",
+    "max_prepared_bytes", "default_timeout_s",
     "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
     "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "api_key", "api_key_file",
+    "admin_key", "admin_key_file", "allowed_hosts",
 ))  # fmt: skip
 
 
@@ -306,6 +323,8 @@ def _raise_descriptor_limit(settings: Settings) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     limit = max(limit, soft)
     needed = OWN_DESCRIPTORS + settings.overflow_connections + CONNECTION_DESCRIPTORS * settings.max_connections
+    if settings.admin_listen:
+        needed += settings.overflow_connections + ADMIN_CONNECTIONS * CONNECTION_DESCRIPTORS
     if limit < needed:
         log.warning(
             "max_connections may need more descriptors than this process is allowed",
@@ -341,9 +360,10 @@ def check_settings(settings: Settings) -> tuple[Catalog, int]:
         The models, and the number of API keys.
 
     Raises:
-        StartupError: a model's directory, the file with the API keys or the store's directory cannot be used.
+        StartupError: a model's directory, a file with keys or the store's directory cannot be used.
     """
     Store(settings)
+    read_admin_keys(settings)
     return read_catalog(settings), len(read_keys(settings))
 
 

@@ -19,7 +19,7 @@ PROGRAMS = Path(__file__).parents[1] / ".venv" / "programs" / "bin"
 
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", str(PROGRAMS)])
 
-# A deadline would fail examples on a loaded machine: speed is measured in benchmarks. In CI, Hypothesis has none already.
+# A deadline would fail examples on a loaded machine: speed is measured in benchmarks. In CI Hypothesis has none.
 _profile = hypothesis.settings.get_profile(hypothesis.settings.get_current_profile_name())
 hypothesis.settings.register_profile("no deadline", _profile, deadline=None)
 hypothesis.settings.load_profile("no deadline")

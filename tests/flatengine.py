@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from ovserve.engines.protocol import Outcome, Preview, Work
+from ovserve.engines.protocol import Features, Outcome, Preview, Work
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings
 from ovserve.settings.worker import WorkerSettings
@@ -24,7 +24,7 @@ class FlatEngine:
 
     name = "flat"
     capacity = 100_000
-    schedulers: frozenset[str] = frozenset()
+    features = Features(frozenset({"text2image", "image2image", "inpainting"}), previews=True)
 
     def __init__(self) -> None:
         self.tuned: dict[str, int] = {}
@@ -32,6 +32,9 @@ class FlatEngine:
 
     def load(self, beat: Callable[[str], None]) -> None:
         beat("warm-up")
+
+    def check(self, request: object) -> None:
+        pass
 
     def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
         return len(prompt.split())

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +34,7 @@ class LiveServer:
         model: value of --model_path, unless the arguments contain --model_path or --config; None: no --model_path.
         program: what to start in place of `python -m module`.
         cwd: directory to start it in.
+        environment: variables for the server, besides those of this process that are not of ovserve.
 
     Attributes:
         lines: standard output so far.
@@ -50,13 +51,14 @@ class LiveServer:
         model: str | None = BUILTIN_PATH,
         program: Sequence[str] = (),
         cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         defaults = ["--port", "0"] if "--port" not in arguments else []
         if "--config" not in arguments and "--engine" not in arguments:
             defaults += PINNED  # without it, each start measures threads and streams for seconds
         if model is not None and not {"--config", "--model_path"} & set(arguments):
             defaults += ["--model_path", model]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("OVSERVE_")}
+        variables = {key: value for key, value in os.environ.items() if not key.startswith("OVSERVE_")}
         if spool:
             defaults += ["--spool_dir", str(spool)]
         self.lines: list[str] = []
@@ -68,7 +70,7 @@ class LiveServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=variables | dict(environment or {}),
             start_new_session=True,
         )
         self._readers = [

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovserve.engines.protocol import Engine
+from ovserve.engines.checks import check_scheduler, check_step_count
+from ovserve.engines.protocol import Engine, Features
 from ovserve.errors import ApiError
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.pixels.images import Pixels
@@ -39,7 +40,14 @@ class WordCounter:
 
     name = "words"
     capacity = 1
-    schedulers = frozenset({"ddim", "lcm"})
+
+    def __init__(self, profile: ModelProfile) -> None:
+        self.features = Features(profile.tasks, frozenset({"ddim", "lcm"}), previews=True)
+        self._profile = profile
+
+    def check(self, request: ImageRequest) -> None:
+        check_scheduler(request, self.features.schedulers)
+        check_step_count(request, self._profile)
 
     def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
         return len(prompt.split()) * (2 if clip else 1) + 2
@@ -49,7 +57,13 @@ class WordCounter:
 
 
 BLOBS = MemoryBlobs()
-ENGINE: Engine = WordCounter()  # type: ignore[assignment]  # preparation never loads or runs one
+
+
+def engine_of(profile: ModelProfile, **features: Any) -> Engine:
+    """Return an engine for this model, with other features if given; preparation never loads or runs it."""
+    engine = WordCounter(profile)
+    engine.features = dataclasses.replace(engine.features, **features)
+    return engine  # type: ignore[return-value]
 
 
 def stored_blobs() -> Iterator[StoreBlob]:
@@ -93,9 +107,13 @@ def request(**values: Any) -> ImageRequest:
     )
 
 
-def prepared(profile: ModelProfile = WIDE, model: ModelSettings = MODEL, **values: Any) -> PreparedRequest:
+def prepared(
+    profile: ModelProfile = WIDE, model: ModelSettings = MODEL, engine: Engine | None = None, **values: Any
+) -> PreparedRequest:
     """Prepare a request."""
-    return prepare(request(**values), profile, model, WorkerSettings.of(Settings()), ENGINE, blobs=BLOBS)
+    return prepare(
+        request(**values), profile, model, WorkerSettings.of(Settings()), engine or engine_of(profile), blobs=BLOBS
+    )
 
 
 def rejected(kind: type[ApiError], param: str, *texts: str, profile: ModelProfile = WIDE, **values: Any) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino as ov
 
+from ovserve.engines.families.protocol import Conditions, DenoiserRow, Encode, Family, Feed, Types
 from ovserve.engines.protocol import Outcome, Work
+from ovserve.engines.schedulers.noise import Array
+from ovserve.engines.schedulers.schedulers import Scheduler
 from ovserve.engines.stepwise.compiled import Components, Layout, Requests
 from ovserve.engines.stepwise.engine import Call, StepwiseEngine
 from ovserve.engines.stepwise.slots import Finished
@@ -69,7 +74,7 @@ class Watched(Components):
 
         self.requests = [
             Requests(
-                unet=watched("unet", each.unet),
+                denoiser=watched("unet", each.denoiser),
                 text_encoders=tuple(watched("text_encoder", request) for request in each.text_encoders),
                 vae_encoder=watched("vae_encoder", each.vae_encoder),
                 vae_decoder=watched("vae_decoder", each.vae_decoder),
@@ -86,6 +91,107 @@ def load_watched(directory: Path = SD, kind: type[Watched] = Watched) -> tuple[S
     engine = StepwiseEngine(profile, settings, components=components)
     engine.load(lambda _phase: None)
     return engine, components
+
+
+STAGES = ("plan", "scale_input", "feed", "guidance", "step", "on_step")  # of a picture, in the device thread
+
+
+class Faulty:
+    """A family in which one stage of the pictures with the prompt `breaks STAGE` raises an ArithmeticError.
+
+    A stage breaks at a picture's second step, or at once where there are no steps yet.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self.guidance = _Broken(family.guidance, combine=self._combine)
+        self._broken: list[Conditions] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._family, name)
+
+    def conditions(self, work: Work, encode: Encode) -> Conditions:
+        found = self._family.conditions(work, encode)
+        if work.prompt == "breaks feed":
+            self._broken.append(found)
+        return found
+
+    def feed(self, rows: Sequence[DenoiserRow], types: Types, *, timestep_per_row: bool) -> Feed:
+        if any(row.conditions in self._broken for row in rows):
+            raise ArithmeticError("feed broke")
+        return self._family.feed(rows, types, timestep_per_row=timestep_per_row)
+
+    def _combine(self, without: Array, given: Array, scale: float) -> tuple[Array, Array]:
+        if scale == BROKEN_SCALE:
+            raise ArithmeticError("guidance broke")
+        return self._family.guidance.combine(without, given, scale)
+
+    def schedulers(self, document: Mapping[str, Any], class_name: str) -> tuple[str, dict[str, Any]]:
+        own, found = self._family.schedulers(document, class_name)
+        return own, {name: _Broken(scheduler, plan=self._plans(scheduler)) for name, scheduler in found.items()}
+
+    def _plans(self, scheduler: Scheduler) -> Callable[[int, float], Any]:
+        def plan(steps: int, strength: float) -> Any:
+            if steps == BROKEN_STEPS["plan"]:
+                raise ArithmeticError("plan broke")
+            made = scheduler.plan(steps, strength)
+
+            def scale_input(latents: Array, index: int) -> Array:
+                if steps == BROKEN_STEPS["scale_input"] and index == 1:
+                    raise ArithmeticError("scale_input broke")
+                return made.scale_input(latents, index)
+
+            def step(prediction: Array, latents: Array, index: int, *rest: Any) -> Any:
+                if steps == BROKEN_STEPS["step"] and index == 1:
+                    raise ArithmeticError("step broke")
+                found = made.step(prediction, latents, index, *rest)
+                if steps == NAN_STEPS and index == 1:
+                    found = replace(found, latents=found.latents * np.float32("nan"))
+                return found
+
+            return _Broken(made, scale_input=scale_input, step=step)
+
+        return plan
+
+
+BROKEN_SCALE = 13.0
+NAN_STEPS = 14  # the number of steps of pictures whose second step makes latents of NaN
+BROKEN_STEPS = {"plan": 11, "scale_input": 12, "step": 13}
+
+
+class _Broken:
+    """An object with some methods replaced."""
+
+    def __init__(self, whole: Any, **methods: Any) -> None:
+        self._whole = whole
+        self.__dict__.update(methods)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+
+class FaultyComponents(Components):
+    """Components of a model whose family is `Faulty`."""
+
+    def read(self) -> None:
+        super().read()
+        self.family = Faulty(self.family)
+
+
+def broken(stage: str, place: int = 0, **options: Any) -> Work:
+    """Return the work of a picture whose `stage` breaks in an engine with `FaultyComponents`."""
+    if stage == "guidance":
+        options["guidance_scale"] = BROKEN_SCALE
+    if stage == "on_step":
+        options["on_step"] = _break_step
+    if stage in BROKEN_STEPS:
+        options["num_inference_steps"] = BROKEN_STEPS[stage]
+    return text(place, prompt=f"breaks {stage}", **options)
+
+
+def _break_step(step: int, _steps: int) -> None:
+    if step == 2:
+        raise ArithmeticError("on_step broke")
 
 
 def with_unet(tmp_path: Path, change: Callable[[Any], Any]) -> Path:

@@ -52,6 +52,9 @@ class ToyMatch:
 
     is_health: bool
     is_open: bool
+    is_admin: bool = False
+    is_operator: bool = False
+    is_public: bool = False
 
 
 class ToyApi:
@@ -82,10 +85,17 @@ class ToyApi:
         os.close(self._wakeup)
 
     def match(self, method: str, path: str) -> ToyMatch:
-        """Return the properties of the route: `/health` is the health check, and needs no key."""
+        """Return the properties of the route, which its path names: `/health`, `/file`, `/admin`, `/operator`."""
         self.matched.put((method, path))
-        is_health = path == "/health" and method in ("GET", "HEAD")
-        return ToyMatch(is_health, is_open=path == "/health" or method == "OPTIONS")
+        is_read = method in ("GET", "HEAD")
+        is_health = path == "/health" and is_read
+        return ToyMatch(
+            is_health,
+            is_open=path == "/health" or method == "OPTIONS",
+            is_admin=path == "/admin",
+            is_operator=path == "/operator",
+            is_public=is_health or (path == "/file" and is_read),
+        )
 
     def count_refused(self, error: ApiError) -> None:
         """Do nothing."""
@@ -138,6 +148,11 @@ class ToyApi:
             with upload.view() as view:
                 uploads.append([upload.name, upload.size, hashlib.sha256(view).hexdigest()])
         return _json({"fields": [list(pair) for pair in form.fields], "uploads": uploads})
+
+    def _admin(self, _: Exchange) -> Reply:
+        return _json({"done": True})
+
+    _operator = _admin
 
     def _ignore(self, _: Exchange) -> Reply:
         return _json({"ignored": True})
@@ -225,7 +240,11 @@ def _json(document: Any) -> JsonReply:
 
 @contextmanager
 def serving(**settings: Any) -> Iterator[tuple[Listener, ToyApi]]:
-    """Run a listener on a free loopback port; yield it and its API. Both are closed at the end of the block."""
+    """Run a listener on a free loopback port; yield it and its API. Both are closed at the end of the block.
+
+    Host is not checked unless `allowed_hosts` is given: the requests of these tests name hosts of their own.
+    """
+    settings.setdefault("allowed_hosts", "*")
     with tempfile.TemporaryDirectory() as folder:
         api, spool = ToyApi(), Spool(Path(folder), 256 * 1024 * 1024)
         listener = Listener(Settings(port=0, **settings), api, spool)

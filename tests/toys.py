@@ -74,7 +74,7 @@ def toy_profile(name: str = "toy") -> ModelProfile:
     return ModelProfile(
         name=name,
         directory=Path("/nowhere"),
-        family="toy",
+        family="stable-diffusion",
         tasks=frozenset({"text2image", "image2image", "inpainting"}),
         inpainting_unet=False,
         side_multiple_px=8,

@@ -209,6 +209,18 @@ class RouteMatch(Protocol):
     def is_open(self) -> bool:
         """Whether the request needs no API key."""
 
+    @property
+    def is_admin(self) -> bool:
+        """Whether the request needs an admin key or the admin listener."""
+
+    @property
+    def is_operator(self) -> bool:
+        """Whether the request is for operators: it belongs on the admin listener if there is one."""
+
+    @property
+    def is_public(self) -> bool:
+        """Whether web pages of every origin may send the request."""
+
 
 MatchT = TypeVar("MatchT", bound=RouteMatch)  # each API has its own kind of match
 

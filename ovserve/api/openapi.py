@@ -78,7 +78,7 @@ _SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "apiKey": {"type": "apiKey", "in": "header", "name": "api-key"},
 }
-_STATUSES = ("400", "404", "408", "411", "413", "414", "415", "417", "429", "500", "503", "504")
+_STATUSES = ("400", "403", "404", "408", "411", "413", "414", "415", "417", "421", "429", "500", "503", "504")
 
 
 def _picture_replies() -> dict[str, Any]:
@@ -145,7 +145,7 @@ def openapi_document(routes: Iterable[_Row]) -> dict[str, Any]:
             operation |= {"requestBody": _body(str(endpoint)), "responses": _picture_replies()}
         else:
             operation["responses"] |= {
-                **dict.fromkeys(("400", "404", "414"), _ERROR),
+                **dict.fromkeys(("400", "403", "404", "414", "421"), _ERROR),
                 "503": {"description": "Not ready."},
             }
             if row.path.startswith("/images/files/"):

@@ -25,7 +25,7 @@ def front_page() -> FileReply:
         f"default-src 'none'; script-src {script}; style-src {style}; img-src data: blob:; connect-src 'self'; "
         "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
     )
-    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+    headers = {"content-security-policy": policy, "referrer-policy": "no-referrer"}
     return FileReply(content, "text/html; charset=utf-8", headers=headers)
 
 

@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
 
 from ovserve import __version__
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, StreamReply
@@ -31,7 +30,6 @@ from ovserve.errors import (
     BadRequest,
     ClientGone,
     Draining,
-    Forbidden,
     InvalidValue,
     MethodNotAllowed,
     NotFound,
@@ -66,6 +64,9 @@ class Route:
     prefixed: bool = True  # served under every prefix and without one; else only as written
     is_open: bool = False  # needs no API key
     is_health: bool = False  # a health check, served even at the connection limit
+    is_admin: bool = False  # needs an admin key or the admin listener
+    is_operator: bool = False  # for operators: moves to the admin listener if there is one
+    is_public: bool = False  # GET and HEAD are served to web pages of every origin; health checks are too
 
     def pattern(self) -> re.Pattern[str]:
         """Return the regular expression that the whole path, without its prefix, must match."""
@@ -81,7 +82,10 @@ class Match:
         params: values of the placeholders in that row's path.
         of_path: all rows of the path, whatever their method; empty if the path is unknown.
         is_open: whether the request needs no API key. A CORS preflight needs none: browsers send none (Fetch standard).
-        is_health: whether the request is a health check.
+        is_health: whether the request is a health check, which is served under every Host.
+        is_admin: whether the request needs an admin key or the admin listener.
+        is_operator: whether the request is for operators, and belongs on the admin listener if there is one.
+        is_public: whether web pages of every origin may send the request.
     """
 
     route: Route | None
@@ -89,6 +93,9 @@ class Match:
     of_path: tuple[Route, ...]
     is_open: bool
     is_health: bool
+    is_admin: bool = False
+    is_operator: bool = False
+    is_public: bool = False
 
 
 class ImagesApi:
@@ -202,13 +209,17 @@ def match_route(method: str, path: str) -> Match:
         of_path=tuple(row for row, _ in of_path),
         is_open=method == "OPTIONS" or (route is not None and route.is_open),
         is_health=route is not None and route.is_health,
+        is_admin=route is not None and route.is_admin,
+        is_operator=route is not None and route.is_operator,
+        is_public=served_as == "GET" and route is not None and (route.is_public or route.is_health),
     )
 
 
 def _rows_of(path: str) -> Iterator[tuple[Route, Mapping[str, str]]]:
     """Yield every route for a path, with the values of its placeholders."""
     path = _SLASHES.sub("/", path).rstrip("/") or "/"
-    bare = _PREFIX.sub("", path, count=1)
+    prefix = _PREFIX.match(path)
+    bare = path[prefix.end() :] if prefix else path
     for route, pattern in _COMPILED:
         match = pattern.fullmatch(bare if route.prefixed else path)
         if match:
@@ -324,14 +335,6 @@ def _config(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     return json_reply(document)
 
 
-def _is_local_request(exchange: Exchange) -> bool:
-    """Return whether the request is from a program on this machine, not from a web page or through a proxy."""
-    fields = ("origin", "sec-fetch-site", "forwarded", "x-forwarded-for", "x-real-ip", "via")
-    address = ip_address(exchange.address)
-    mapped = getattr(address, "ipv4_mapped", None)  # an IPv4 peer of a socket on `::`
-    return (mapped or address).is_loopback and not any(exchange.header(name) for name in fields)
-
-
 def _reload_wait_s(exchange: Exchange) -> float:
     """Return how long a request waits for the workers of its reload. Raises InvalidValue."""
     text = exchange.query.get("wait_s", str(RELOAD_WAIT_S))
@@ -361,8 +364,6 @@ def _await_reload(api: ImagesApi, exchange: Exchange, wait_s: float) -> ReloadSt
 
 
 def _reload(api: ImagesApi, exchange: Exchange, __: Mapping[str, str]) -> Reply:
-    if not _is_local_request(exchange):
-        raise Forbidden("The configuration can be reloaded only by a direct request from the server's own machine.")
     if api.dispatcher.is_draining:
         raise Draining("The server is shutting down; the configuration was not reloaded.")
     wait_s = _reload_wait_s(exchange)
@@ -405,7 +406,6 @@ def _file(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Repl
         "etag": picture.etag,
         "accept-ranges": "bytes",
         "cache-control": f"private, max-age={int(picture.expires_in_s)}, immutable",
-        "x-content-type-options": "nosniff",
     }
     if _is_known(exchange.header("if-none-match"), picture.etag):
         return FileReply(b"", "", 304, headers, picture.close)
@@ -457,6 +457,7 @@ ROUTES = (
         "A stored picture (response_format = url). Supports Range and If-None-Match.",
         _file,
         is_open=True,  # the unguessable URL serves as a key, and <img> sends no header field
+        is_public=True,
     ),
     Route("GET", "/models", "All models.", _models),
     Route("GET", "/models/{id}", "One model.", _model),
@@ -487,21 +488,23 @@ ROUTES = (
         "State of each model, in the model server's format, and of its newest reload.",
         _config,
         prefixed=False,
+        is_operator=True,
     ),
     Route(
         "POST",
         "/v1/config/reload",
-        "Reload the configuration. Only for direct requests from the server's own machine. Waits for the new workers, "
-        "at most `wait_s` seconds (query; 10): 200 when they serve, 202 when they still load, 500 when they failed.",
+        "Reload the configuration. Needs an admin key or the admin listener. Waits for the new workers, at most "
+        "`wait_s` seconds (query; 10): 200 when they serve, 202 when they still load, 500 when they failed.",
         _reload,
         prefixed=False,
+        is_admin=True,
     ),
-    Route("GET", RELOAD_STATUS_PATH, "State of the newest reload.", _reload_status, prefixed=False),
-    Route("GET", "/metrics", "Metrics in the Prometheus format.", _metrics, prefixed=False),
+    Route("GET", RELOAD_STATUS_PATH, "State of the newest reload.", _reload_status, prefixed=False, is_operator=True),
+    Route("GET", "/metrics", "Metrics in the Prometheus format.", _metrics, prefixed=False, is_operator=True),
     Route("GET", "/openapi.json", "OpenAPI 3.1 document of this API.", _openapi, prefixed=False),
     Route("GET", "/v2", "Name and version of the server.", _server, prefixed=False),
     # The page is open; it asks for the key and sends it with its requests.
-    Route("GET", "/", "A page to try the server in a browser.", _page, prefixed=False, is_open=True),
+    Route("GET", "/", "A page to try the server in a browser.", _page, prefixed=False, is_open=True, is_public=True),
 )
 
 _COMPILED = tuple((route, route.pattern()) for route in ROUTES)

@@ -1,6 +1,7 @@
 """Stored pictures for `response_format=url`: files with unguessable names that expire after `url_ttl_s`.
 
-They survive a restart of the server.
+They survive a restart of the server. They are in a private folder, `pictures`, of the store's directory: others may
+read that directory, but a picture's name is all that is needed to fetch it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ovserve.api.windows import FileWindows
 from ovserve.errors import NotFound, RangeNotSatisfiable, SettingsError, SpoolFull
+from ovserve.folders import check_parent, open_private, open_regular
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
 
@@ -30,6 +32,7 @@ __all__ = ["MEDIA_TYPES", "Store", "StoredPicture", "default_store", "parse_rang
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 _NAME = re.compile(r"[A-Za-z0-9_-]{32}\.(png|jpeg|webp)")
 _UNFINISHED = ".ovserve-new-"
+_FOLDER = "pictures"
 _NO_DESCRIPTOR_ERRNOS = (errno.EMFILE, errno.ENFILE)
 _RETRY_S = 2  # descriptors are released as exchanges end
 _MAX_WAIT_S = 3600.0  # for the next expiry: the system's clock may be set meanwhile
@@ -75,13 +78,13 @@ def default_store() -> Path:
         SettingsError: another user can write to that folder.
     """
     if given := os.environ.get("CACHE_DIRECTORY"):
-        return Path(given.partition(":")[0]) / "pictures"
+        return Path(given.partition(":")[0]) / _FOLDER
     if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "ovserve" / "pictures"
+        return Path(base) / "ovserve" / _FOLDER
     try:
-        return Path.home() / ".cache" / "ovserve" / "pictures"
+        return Path.home() / ".cache" / "ovserve" / _FOLDER
     except RuntimeError:  # no HOME and no entry in the user database: systemd's DynamicUser, a container's uid
-        return _private_folder() / "pictures"
+        return _private_folder() / _FOLDER
 
 
 def _private_folder() -> Path:
@@ -109,11 +112,11 @@ class _Entry:
 
 
 class Store:
-    """The directory of stored pictures, and an index of its files in memory. Thread-safe: yes, one lock.
+    """The folder of stored pictures, and an index of its files in memory. Thread-safe: yes, one lock.
 
     A picture's age is its file's modification time. The index is read once, at `start` or with the first picture, so
     storing a picture costs the same however many there are. Expired files are removed by a thread, which runs only
-    while there are files. The directory is created with the first picture.
+    while there are files. The folder is created with the first picture.
 
     Files that other programs remove stay in the index until they would expire, and count towards the limit until then.
     Files that others add later, such as a second server on the same directory, are served, but this store neither
@@ -126,7 +129,7 @@ class Store:
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
-        self._directory = settings.store_dir or default_store()
+        self._directory = settings.store_dir / _FOLDER if settings.store_dir else default_store()
         self._limit_bytes = settings.store_bytes
         self._ttl_s = settings.url_ttl_s
         self._clock = clock
@@ -136,8 +139,16 @@ class Store:
         self._is_read = False
         self._is_closed = False
         self._thread: threading.Thread | None = None
-        if settings.store_dir and settings.store_dir.exists() and not os.access(settings.store_dir, os.W_OK):
-            raise SettingsError(f"store_dir {settings.store_dir}: not writable")
+        parent = self._directory.parent
+        if settings.store_dir and parent.exists() and not os.access(parent, os.W_OK):
+            raise SettingsError(f"store_dir {parent}: not writable")
+        try:
+            check_parent(parent)
+            os.close(open_private(self._directory))
+        except OSError as error:
+            if error.errno == errno.EPERM:
+                raise SettingsError(f"store_dir {error.filename}: {error.strerror}") from None
+            # It does not exist yet, or cannot be used now: `keep` tries again.
 
     def start(self) -> None:
         """Read the index in the background, and expire the pictures of earlier runs."""
@@ -186,7 +197,8 @@ class Store:
         match = _NAME.fullmatch(name)
         if match:
             try:
-                descriptor = os.open(self._directory / name, os.O_RDONLY | os.O_CLOEXEC)
+                with self._opened() as folder:
+                    descriptor = open_regular(name, os.O_RDONLY, folder)
             except OSError as error:
                 if error.errno in _NO_DESCRIPTOR_ERRNOS:
                     raise SpoolFull(
@@ -204,32 +216,58 @@ class Store:
 
     def _write(self, name: str, data: memoryview) -> float:
         """Write the file under another name, rename it, and return its modification time. Raises OSError."""
-        try:
-            descriptor, temporary = tempfile.mkstemp(dir=self._directory, prefix=_UNFINISHED)
-        except FileNotFoundError:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=self._directory, prefix=_UNFINISHED)
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                born = os.fstat(descriptor).st_mtime
-            os.replace(temporary, self._directory / name)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        temporary = f"{_UNFINISHED}{secrets.token_hex(8)}"
+        with self._opened(create=True) as folder:
+            descriptor = open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder)
+            try:
+                with os.fdopen(descriptor, "wb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    born = os.fstat(descriptor).st_mtime
+                os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=folder)
+                raise
         return born
+
+    @contextlib.contextmanager
+    def _opened(self, *, create: bool = False) -> Iterator[int]:
+        """Open the folder for the duration of the context. Raises OSError."""
+        descriptor = open_private(self._directory, create=create)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _unlink(self, names: list[str]) -> None:
         """Remove files that are no longer in the index."""
-        for name in names:
-            try:
-                os.unlink(self._directory / name)
-            except FileNotFoundError:  # another program has removed it, or renamed it if it was unfinished
-                continue
-            except OSError as error:
-                log.warning("cannot remove a stored picture", extra=fields(file=name, why=error.strerror))
+        if not names:
+            return
+        try:
+            with self._opened() as folder:
+                for name in names:
+                    try:
+                        os.unlink(name, dir_fd=folder)
+                    except FileNotFoundError:  # another program has removed it, or renamed it if it was unfinished
+                        continue
+                    except OSError as error:
+                        log.warning("cannot remove a stored picture", extra=fields(file=name, why=error.strerror))
+        except FileNotFoundError:  # another program has removed the folder
+            return
+        except OSError as error:
+            log.warning("cannot remove stored pictures", extra=fields(folder=self._directory, why=error.strerror))
+
+    def _adopt(self) -> None:
+        """Move the pictures of earlier versions, which are in the store's directory itself, into the folder."""
+        with contextlib.suppress(OSError), os.scandir(self._directory.parent) as listing:
+            names = [
+                each.name for each in listing if _NAME.fullmatch(each.name) and each.is_file(follow_symlinks=False)
+            ]
+            if names:
+                with self._opened(create=True) as folder:
+                    for name in names:
+                        os.rename(self._directory.parent / name, name, dst_dir_fd=folder)
 
     # --- the index; the caller holds the lock -------------------------------------------------------------------------
 
@@ -237,10 +275,11 @@ class Store:
         """Read the index from the directory, once. Raises OSError if the directory cannot be read."""
         if self._is_read:
             return
+        self._adopt()
         found: list[tuple[float, str, int]] = []
-        with contextlib.suppress(FileNotFoundError), os.scandir(self._directory) as listing:
+        with contextlib.suppress(FileNotFoundError), self._opened() as folder, os.scandir(folder) as listing:
             for each in listing:
-                # The operator may have chosen a directory with other files in it.
+                # Nothing else should be here, and is left alone if it is.
                 if _NAME.fullmatch(each.name) or each.name.startswith(_UNFINISHED):
                     with contextlib.suppress(FileNotFoundError):
                         info = each.stat(follow_symlinks=False)

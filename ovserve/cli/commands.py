@@ -15,13 +15,13 @@ class ExitCode(enum.IntEnum):
     OK = 0, "The command did its work. A server was stopped by a signal and finished its jobs."
     ABORTED = 1, "A second signal ended the server at once, and jobs in flight were lost; or a bug."
     USAGE = 2, "Wrong command line or wrong configuration. Another start would end in the same way."
-    UNAVAILABLE = (
-        3,
-        "The server cannot start because of a fault that may pass: port in use, model directory missing, disk full.",
-    )
     MODELS_FAILED = (
-        4,
+        69,  # EX_UNAVAILABLE
         "The server ended at its start because no model could be loaded: device or driver missing, too little memory.",
+    )
+    TRANSIENT = (
+        75,  # EX_TEMPFAIL of sysexits(3); systemd shows small numbers by the names of LSB scripts
+        "The server cannot start because of a fault that may pass: port in use, model directory missing, disk full.",
     )
 
     text: str

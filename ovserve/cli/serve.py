@@ -69,21 +69,42 @@ def parse_arguments(
     return load_settings(values, environment, Path(str(config)) if config else None)
 
 
+def _take_environment() -> dict[str, str]:
+    """Return a copy of the environment, and remove the secrets from the original and from `sys.argv`.
+
+    Every spawned process inherits the environment, and multiprocessing sends it `sys.argv`. A worker, which decodes
+    strangers' files, must not have the keys.
+    """
+    environment = dict(os.environ)
+    secrets = {name for name, (entry, _) in options_of(Settings).items() if not entry.repr}
+    for name in secrets:
+        os.environ.pop(f"{ENVIRONMENT_PREFIX}{name.upper()}", None)
+    is_value = False
+    for index, argument in enumerate(sys.argv):
+        name, equals, _ = argument.removeprefix("--").replace("-", "_").partition("=")
+        is_flag = argument.startswith("--") and name in secrets
+        if is_value or (is_flag and equals):
+            sys.argv[index] = "(hidden)"
+        is_value = is_flag and not equals
+    return environment
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the server until a signal stops it; return the exit code."""
     try:
-        settings = parse_arguments(arguments, os.environ)
+        environment = _take_environment()
+        settings = parse_arguments(arguments, environment)
         configure_logs(settings.log_level, settings.log_format)
-        if foreign := service_variables(os.environ):
+        if foreign := service_variables(environment):
             log.info(
                 "ignored environment variables that Kubernetes sets for a Service",
                 extra=fields(ignored=", ".join(foreign)),
             )
         try:
-            server = Server(settings, lambda: parse_arguments(arguments, os.environ))
+            server = Server(settings, lambda: parse_arguments(arguments, environment))
         except (OSError, MemoryError) as error:
             log.debug("cannot start", exc_info=True)
-            return _end(report_error(f"cannot start: {error or type(error).__name__}", ExitCode.UNAVAILABLE))
+            return _end(report_error(f"cannot start: {str(error) or type(error).__name__}", ExitCode.TRANSIENT))
         return _end(server.run())
     except StartupError as error:
         return _end(report_error(str(error), _exit_code(error)))
@@ -99,7 +120,7 @@ def report_error(message: str, code: ExitCode) -> ExitCode:
 def _exit_code(error: StartupError) -> ExitCode:
     if isinstance(error, ModelsFailed):
         return ExitCode.MODELS_FAILED
-    return ExitCode.UNAVAILABLE if error.is_transient else ExitCode.USAGE
+    return ExitCode.TRANSIENT if error.is_transient else ExitCode.USAGE
 
 
 def _end(code: int) -> int:

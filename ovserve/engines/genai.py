@@ -24,11 +24,12 @@ import numpy as np
 import openvino as ov
 import openvino_genai as og
 
+from ovserve.engines.checks import check_fixed_values, check_scheduler, check_step_count, check_step_spacing
 from ovserve.engines.protocol import (
     CLIP_WINDOW,
+    Features,
     Outcome,
     Work,
-    check_served,
     has_t5,
     truncate_to_window,
     warm_up_work,
@@ -36,10 +37,12 @@ from ovserve.engines.protocol import (
 from ovserve.engines.schedulers.schedulers import LIBRARY_SCHEDULERS
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
+from ovserve.models.families import LCM_SCHEDULER
 from ovserve.models.profile import ModelProfile
 from ovserve.models.steps import denoising_steps
 from ovserve.pixels.images import Pixels
 from ovserve.settings.options import ModelSettings
+from ovserve.wire.request import ImageRequest
 
 __all__ = ["GenaiEngine", "generation_options"]
 
@@ -58,8 +61,6 @@ _UNSUPPORTED_CONFIGS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "euler": lambda config: bool(config.get("use_karras_sigmas")),
     "euler_ancestral": lambda config: config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"),
 }
-_FAMILIES_WITH_SCHEDULER_CHOICE = ("stable-diffusion", "sdxl")
-_T5_TOKENIZERS = {"sd3": "tokenizer_3", "flux": "tokenizer_2"}  # T5 reads the whole prompt
 _NO_GUIDANCE = 1.0
 _MAX_FAILED_SIZES = 64  # bounds the list; a size that drops out of it costs one more rebuild
 
@@ -71,7 +72,7 @@ class GenaiEngine:
     capacity = 1
 
     def __init__(self, profile: ModelProfile, settings: ModelSettings) -> None:
-        self.schedulers: frozenset[str] = frozenset()
+        self.features = Features(profile.tasks)
         self.tuned: dict[str, int] = {}
         self._profile = profile
         self._settings = settings
@@ -83,9 +84,10 @@ class GenaiEngine:
         self._failed_sizes: list[tuple[int, int]] = []  # width, height at which a network has failed
         self._beat: Callable[[str], None] = lambda _phase: None
         clip = profile.directory / "tokenizer"
-        main = profile.directory / _T5_TOKENIZERS[profile.family] if has_t5(profile) else clip
+        t5 = profile.traits.t5 if has_t5(profile) else None
+        main = profile.directory / t5.tokenizer if t5 is not None else clip
         self._tokenizer = _Tokenizer(main if main.is_dir() else clip, profile.prompt_tokens)
-        self._clip_tokenizer = _Tokenizer(clip, CLIP_WINDOW) if has_t5(profile) else self._tokenizer
+        self._clip_tokenizer = _Tokenizer(clip, CLIP_WINDOW) if t5 is not None else self._tokenizer
 
     # --- loading ---
 
@@ -127,7 +129,7 @@ class GenaiEngine:
         for pipeline in self._pipelines.values():
             # A derived FLUX or SD3 pipeline has no scheduler, and generate() without one is a SIGSEGV.
             pipeline.set_scheduler(self._own_scheduler)
-        self.schedulers = self._offered_schedulers()
+        self.features = Features(self._profile.tasks, self._offered_schedulers())
 
     def _properties(self, devices: list[str]) -> dict[str, Any]:
         settings = self._settings
@@ -149,7 +151,7 @@ class GenaiEngine:
         have, a SIGSEGV.
         """
         offered = {self._own_name} - {""}
-        if self._profile.family in _FAMILIES_WITH_SCHEDULER_CHOICE and self._own_name != "lcm":
+        if self._profile.traits.takes_schedulers and self._own_name != LCM_SCHEDULER:
             config = json.loads(self._scheduler_config.read_text("utf-8"))
             for name in _SCHEDULERS:
                 try:
@@ -175,7 +177,18 @@ class GenaiEngine:
             raise ModelError(f"model {self._profile.name}: the warm-up pass returned no picture")
         log.debug("warm-up pass took %.2f s", time.monotonic() - started)
 
-    # --- prompts ---
+    # --- requests ---
+
+    def check(self, request: Work | ImageRequest) -> None:
+        """Check the scheduler, and the values with which the library fails or ends the process. Thread-safe.
+
+        Raises:
+            InvalidValue: the request has one of them.
+        """
+        check_scheduler(request, self.features.schedulers)
+        check_step_count(request, self._profile)  # zero steps: SIGFPE
+        check_step_spacing(request, self._profile)
+        check_fixed_values(request, self._profile)
 
     def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
         """Count all tokens of a prompt, special tokens included. Runs in: the prepare thread."""
@@ -206,7 +219,7 @@ class GenaiEngine:
             return (Outcome(work, error=error),)
         except MemoryError:
             return (Outcome(work, error=InternalError("not enough memory for this picture")),)
-        except RuntimeError as error:
+        except Exception as error:  # the binding raises more than RuntimeError: TypeError, ValueError, ...
             log.exception("generation failed")
             self._recover(work)
             return (Outcome(work, error=InternalError(f"the engine failed: {_first_line(error)}")),)
@@ -269,7 +282,7 @@ class GenaiEngine:
             InvalidValue: this model cannot do the work.
             InternalError: the working size was chosen wrongly.
         """
-        check_served(self.name, self._profile, work)  # zero steps: SIGFPE
+        self.check(work)
         if not 0 <= work.strength <= 1:
             raise InvalidValue(f"strength is {work.strength:g}; it must be within 0 to 1", param="strength")
         # With LCM, too few timesteps for the steps are a SIGSEGV.
@@ -277,11 +290,6 @@ class GenaiEngine:
             raise InvalidValue(
                 f"strength is {work.strength:g}, which leaves too few of {work.num_inference_steps} steps; raise it",
                 param="strength",
-            )
-        if work.scheduler and work.scheduler not in self.schedulers:
-            raise InvalidValue(
-                f"scheduler is {work.scheduler!r}; this model allows {', '.join(sorted(self.schedulers)) or 'none'}",
-                param="scheduler",
             )
         if work.mode not in self._pipelines:
             raise InvalidValue(f"this model does not serve {work.mode}", param="model")

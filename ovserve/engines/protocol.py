@@ -1,4 +1,4 @@
-"""The Engine protocol, the choice of a model's engine, and the checks of a request that depend on the engine.
+"""The Engine protocol: what an engine can do, and what it does.
 
 One thread, the device thread, drives an engine in turns. A turn is one bounded amount of work: one UNet call for every
 row in flight (`stepwise`), or one whole picture (`genai`). Between turns the device loop sends heartbeats, admits new
@@ -17,23 +17,19 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ovserve.errors import ApiError, InvalidValue, ModelError
+from ovserve.errors import ApiError
 from ovserve.models.profile import ModelProfile
-from ovserve.models.steps import is_lcm
-from ovserve.settings.options import ModelSettings
 from ovserve.wire.request import ImageRequest
 
 __all__ = [
     "CLIP_WINDOW",
     "Engine",
+    "Features",
     "Outcome",
     "Preview",
     "Work",
-    "check_served",
-    "choose_engine",
     "clip_only_fields",
     "has_t5",
-    "runs_extra_step",
     "truncate_to_window",
     "warm_up_work",
 ]
@@ -112,12 +108,30 @@ class Outcome:
     error: ApiError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What an engine can do with its model. Each of these is read by code that is the same for all engines.
+
+    Attributes:
+        tasks: those of text2image, image2image, inpainting that it serves.
+        schedulers: names that a request may choose; known after `load`.
+        previews: it estimates the final picture during the steps.
+    """
+
+    tasks: frozenset[str]
+    schedulers: frozenset[str] = frozenset()
+    previews: bool = False
+
+
 class Engine(Protocol):
-    """An engine denoises pictures. All methods but `count_tokens` and `cut_prompt` run in the device thread."""
+    """An engine denoises pictures. Runs in: the device thread.
+
+    `check`, `count_tokens` and `cut_prompt` are thread-safe and run in the prepare thread too.
+    """
 
     name: str  # genai or stepwise
     capacity: int  # pictures in flight at once; known after `load`
-    schedulers: frozenset[str]  # names that a request may choose
+    features: Features
     tuned: dict[str, int]  # options that `load` chose by measuring; the next incarnation must use the same
 
     def load(self, beat: Callable[[str], None]) -> None:
@@ -130,8 +144,16 @@ class Engine(Protocol):
             ModelError: the model cannot be loaded.
         """
 
+    def check(self, request: Work | ImageRequest) -> None:
+        """Check that this engine can do what a request asks of its model, as far as that depends on the engine.
+
+        Raises:
+            InvalidValue: it cannot; names the field.
+            InternalError: a preset of the model asks for something that the engine does not have.
+        """
+
     def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
-        """Count all tokens of a prompt, special tokens included. Thread-safe; runs in the prepare thread.
+        """Count all tokens of a prompt, special tokens included.
 
         Args:
             prompt: the text.
@@ -155,32 +177,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the device."""
-
-
-# Families whose denoiser is a UNet, which `stepwise` can drive.
-STEPWISE_FAMILIES = frozenset({"stable-diffusion", "lcm", "sdxl"})
-
-
-def choose_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[str, str]:
-    """Return the name of the engine for a model, and the reason for the log.
-
-    Raises:
-        ModelError: the configured engine cannot serve this model.
-    """
-    if settings.engine == "stepwise":
-        if profile.family not in STEPWISE_FAMILIES:
-            raise ModelError(
-                f"model {profile.name}: engine stepwise does not serve family {profile.family}, "
-                f"only {', '.join(sorted(STEPWISE_FAMILIES))}; set engine to genai or auto"
-            )
-        return "stepwise", "configured"
-    if settings.engine == "genai":
-        return "genai", "configured"
-    if profile.family not in STEPWISE_FAMILIES:
-        return "genai", f"stepwise does not serve family {profile.family}"
-    if "NPU" in settings.device:
-        return "genai", "an NPU requires static shapes"
-    return "stepwise", "same bits as genai for this family, and pictures share its calls"
 
 
 def warm_up_work(profile: ModelProfile, *, num_inference_steps: int) -> Work:
@@ -207,92 +203,26 @@ def warm_up_work(profile: ModelProfile, *, num_inference_steps: int) -> Work:
     )
 
 
-def runs_extra_step(num_inference_steps: int, num_train_timesteps: int) -> bool:
-    """Return whether openvino_genai, at `timestep_spacing: trailing`, runs one step too many, at a timestep below zero.
-
-    Its loop counts down in float32 from the number of training timesteps while above zero. For some step counts (9, 11,
-    12, 18, ..., measured) the last subtraction leaves a positive remainder, and the extra step destroys the picture.
-    """
-    rest, step = np.float32(num_train_timesteps), np.float32(num_train_timesteps) / np.float32(num_inference_steps)
-    for _ in range(num_inference_steps):
-        rest = np.float32(rest - step)
-    return bool(rest > 0)
-
-
-def check_served(engine: str, profile: ModelProfile, request: Work | ImageRequest) -> None:
-    """Check the step count and the other values that this engine cannot always run for this model.
-
-    Raises:
-        InvalidValue: the engine cannot run one of them.
-    """
-    scheduling = profile.scheduling
-    steps, train = request.num_inference_steps, scheduling.num_train_timesteps
-    if steps < 1:
-        raise InvalidValue(f"num_inference_steps is {steps}; it must be at least 1", param="num_inference_steps")
-    if steps > train:
-        raise InvalidValue(
-            f"num_inference_steps is {steps}; it must be at most {train}, the timesteps the model was trained with",
-            param="num_inference_steps",
-        )
-    if engine != "genai":
-        return
-    if (
-        scheduling.timestep_spacing == "trailing"
-        and not is_lcm(profile, request.scheduler)
-        and runs_extra_step(steps, train)
-    ):
-        near = sorted(
-            (count for count in range(1, 2 * steps + 2) if not runs_extra_step(count, train)),
-            key=lambda count: abs(count - steps),
-        )
-        raise InvalidValue(
-            f"num_inference_steps is {steps}, which this model's timestep spacing does not allow; "
-            f"use {' or '.join(str(count) for count in sorted(near[:2]))}",
-            param="num_inference_steps",
-        )
-    _check_fixed_values(profile, request)
-
-
-def _check_fixed_values(profile: ModelProfile, request: Work | ImageRequest) -> None:
-    """Check the values that the library fixes with its first picture: that of the warm-up, with the model's defaults.
-
-    Raises:
-        InvalidValue: the request needs another value.
-    """
-    if profile.family in ("sd3", "flux") and request.max_sequence_length not in (0, profile.prompt_tokens):
-        raise InvalidValue(
-            f"max_sequence_length is {request.max_sequence_length}; this model allows only {profile.prompt_tokens}",
-            param="max_sequence_length",
-        )
-    guided = profile.defaults.guidance_scale > 1
-    if profile.family == "sd3" and (request.guidance_scale > 1) != guided:
-        bound = "above 1, because it was loaded with guidance" if guided else "at most 1, because it was loaded without"
-        raise InvalidValue(
-            f"guidance_scale is {request.guidance_scale:g}; for this model it must be {bound}", param="guidance_scale"
-        )
-
-
 def clip_only_fields(profile: ModelProfile, request: Work | ImageRequest) -> frozenset[str]:
     """Return which text fields of a request only CLIP's encoders read, in the families that also have a T5 encoder.
 
     Each CLIP encoder reads its own prompt, and T5 the last one; an encoder for which none was given reads the
     first (Esser et al. 2024, arXiv:2403.03206, section 5; FLUX the same with one CLIP encoder).
     """
-    if not has_t5(profile):
+    t5 = profile.traits.t5
+    if t5 is None or not has_t5(profile):
         return frozenset()
-    if profile.family == "flux":
-        return frozenset({"prompt"} if request.prompt_2 else ())
-    alone = {"prompt_2", "negative_prompt_2"}
-    if request.prompt_3:
-        alone.add("prompt")
-    if request.negative_prompt_3:
-        alone.add("negative_prompt")
+    alone = set()
+    for name in ("prompt", "negative_prompt") if profile.traits.takes_negative_prompt else ("prompt",):
+        alone |= {f"{name}_{number}" for number in range(2, t5.number)}
+        if getattr(request, f"{name}_{t5.number}"):
+            alone.add(name)
     return frozenset(alone)
 
 
 def has_t5(profile: ModelProfile) -> bool:
     """Return whether a T5 encoder reads the whole prompt, while CLIP's encoders read CLIP_WINDOW tokens of it."""
-    return profile.family in ("sd3", "flux") and profile.prompt_tokens > CLIP_WINDOW
+    return profile.traits.t5 is not None and profile.prompt_tokens > CLIP_WINDOW
 
 
 def truncate_to_window(prompt: str, count_tokens: Callable[[str], int], window: int) -> str:

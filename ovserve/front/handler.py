@@ -40,10 +40,12 @@ from ovserve.errors import (
     RequestTimeout,
     UnsupportedMediaType,
 )
+from ovserve.front.access import Access
 from ovserve.front.body import Body
 from ovserve.front.forms.form import read_form
 from ovserve.front.forms.spooled import SpooledForm
 from ovserve.front.http1.events import encode_event
+from ovserve.front.http1.forwarded import TrustedProxies
 from ovserve.front.http1.head import METHODS, Head, HeadParser
 from ovserve.front.http1.response import (
     CONTINUE,
@@ -54,11 +56,10 @@ from ovserve.front.http1.response import (
     error_fields,
     reason_phrase,
 )
-from ovserve.front.keys import Keys
 from ovserve.front.request import Request, escape_for_log, internal_error, new_request_id
 from ovserve.front.run_token import RunHandle, RunToken
 from ovserve.front.transport import Transport
-from ovserve.logs import fields
+from ovserve.logs import LogLimit, fields
 from ovserve.settings.options import Settings
 from ovserve.wire.blobs import BlobStore
 
@@ -100,8 +101,16 @@ class ConnectionContext(Protocol):
         """Encodes response heads."""
 
     @property
-    def keys(self) -> Keys:
-        """The configured API keys."""
+    def access(self) -> Access:
+        """Decides which requests are served."""
+
+    @property
+    def proxies(self) -> TrustedProxies:
+        """The reverse proxies whose forwarded fields count."""
+
+    @property
+    def rejections(self) -> LogLimit:
+        """Limits the log lines of rejected connections."""
 
     @property
     def run_token(self) -> RunToken:
@@ -261,7 +270,7 @@ class Connection:
         self._run_handle.is_urgent = match.is_health
         self.in_flight = True
         started = time.perf_counter()
-        exchange = HttpExchange(self, head, self._address)
+        exchange = HttpExchange(self, head, self._context.proxies.client_address(self._address, head.fields))
         sent = 0
         try:
             sent = self._answer(exchange, match)
@@ -326,7 +335,7 @@ class Connection:
             if head.is_chunked or head.content_length is not None:
                 go_on = self._send_continue if head.expects_continue else None
                 exchange.body = Body(self.transport, head, self.settings, go_on, lambda: self._context.is_draining)
-            self._check_key(exchange, match)
+            self._check_access(exchange, match)
             reply = SERVER_OPTIONS if head.path == "*" else self._context.api.answer(exchange, match)
             try:
                 if not isinstance(reply, StreamReply):
@@ -343,9 +352,9 @@ class Connection:
         except Exception as error:  # noqa: BLE001 - on a bug, the client gets an answer and the thread continues
             return self._write_error(exchange, _log_bug(exchange, error))
 
-    def _check_key(self, exchange: HttpExchange, match: RouteMatch) -> None:
+    def _check_access(self, exchange: HttpExchange, match: RouteMatch) -> None:
         try:
-            self._context.keys.check(exchange, is_open=match.is_open)
+            self._context.access.check(exchange, match)
         except ApiError as error:
             self._context.api.count_refused(error)
             raise
@@ -466,8 +475,10 @@ class Connection:
             sent = self.transport.send(self._responses.closing_error(error, request_id))
         finally:
             self.in_flight = False
-        log_fields = fields(bytes=sent, id=request_id, address=self._address, why=escape_for_log(error.message))
-        log.info("rejected %d", error.status, extra=log_fields)
+        why = escape_for_log(error.message)
+        self._context.rejections.log(
+            log, logging.INFO, "rejected %d", error.status, bytes=sent, id=request_id, address=self._address, why=why
+        )
         self._linger()
 
 

@@ -16,6 +16,7 @@ import os
 import select
 import socket
 import socketserver
+import stat
 import threading
 import time
 from http.server import ThreadingHTTPServer
@@ -23,12 +24,16 @@ from typing import Any
 
 from ovserve.api.exchange import Api
 from ovserve.errors import StartupError, may_pass
+from ovserve.front.access import Access, RefusedOrigins
 from ovserve.front.handler import Connection
+from ovserve.front.http1.forwarded import TrustedProxies
+from ovserve.front.http1.origins import OriginRule, is_loopback_host
 from ovserve.front.http1.response import Responses
-from ovserve.front.keys import read_keys
+from ovserve.front.keys import Keys, read_admin_keys, read_keys
 from ovserve.front.overflow import Overflow
 from ovserve.front.run_token import RunToken
-from ovserve.logs import fields
+from ovserve.logs import LogLimit, fields
+from ovserve.settings.access import ListenAddress, parse_listen
 from ovserve.settings.options import Settings
 from ovserve.wire.blobs import BlobStore
 
@@ -39,6 +44,7 @@ MIN_IDLE_S = 1.0  # before a connection may be evicted: a client that has just b
 # A peer whose machine has vanished is detected after two minutes, whatever its thread waits for.
 KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # seconds, seconds, probes
 EXHAUSTED_PAUSE_S = 0.05  # before the next attempt to accept when no spare descriptor could be opened
+UNIX_PEER = "unix"  # in place of an address
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 log = logging.getLogger(__name__)
@@ -48,40 +54,63 @@ class Listener(ThreadingHTTPServer):
     """The HTTP server. Thread-safe: the properties and `stop`.
 
     Attributes:
-        settings, api, spool, responses, run_token: shared by its connections (`ConnectionContext`).
-        keys: the configured API keys; a reload replaces the object.
-        host, port: where it listens; the actual port when `settings.port` is 0.
+        settings, api, spool, responses, run_token, proxies: shared by its connections (`ConnectionContext`).
+        access: the rules and keys; `configure` replaces the object.
+        rejections: limits the log lines of connections that send no valid request, or find none free.
+        host, port: where it listens; the actual port when the configured one is 0. Of a Unix socket: its path, and 0.
         is_draining: connections end after their current exchange.
     """
 
     daemon_threads = True  # the interpreter waits for no thread at exit; `stop` does, with a limit
     block_on_close = False
 
-    def __init__(self, settings: Settings, api: Api[Any], spool: BlobStore) -> None:
+    def __init__(self, settings: Settings, api: Api[Any], spool: BlobStore, admin: ListenAddress | None = None) -> None:
         """Bind the port and listen.
 
+        Args:
+            settings: the limits, and the address if `admin` is None.
+            api: answers requests.
+            spool: stores uploads.
+            admin: the address of the admin listener; None: this is the main one.
+
         Raises:
-            StartupError: the port cannot be bound.
-            SettingsError: the API keys cannot be read.
+            StartupError: the address cannot be bound.
+            SettingsError: the keys cannot be read.
         """
         self.settings = settings
         self.api = api
         self.spool = spool
         self.responses = Responses(settings)
-        self.keys = read_keys(settings)
+        self.proxies = TrustedProxies(settings)
+        self.rejections = LogLimit("rejected connections")
+        self._exhaustion = LogLimit("out of file descriptors")
+        self._origins, self._refused_origins = OriginRule(settings), RefusedOrigins()
         self.run_token = RunToken()
         self.is_draining = False
         self.request_queue_size = settings.backlog
-        self.host: str = settings.host.removeprefix("[").removesuffix("]")  # an IPv6 address may be written as in a URL
+        # An IPv6 address may be written as in a URL.
+        self.host: str = admin.path or admin.host if admin else settings.host.removeprefix("[").removesuffix("]")
+        self._is_admin = admin is not None
+        self._is_socket = bool(admin and admin.path)
+        self._socket_file: os.stat_result | None = None  # the file of a Unix socket, while it is bound
         self.address_family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        address: Any = (self.host, admin.port if admin else settings.port)
+        if self._is_socket:
+            self.address_family, address = socket.AF_UNIX, self.host
         try:
-            super().__init__((self.host, settings.port), socketserver.BaseRequestHandler)
+            super().__init__(address, socketserver.BaseRequestHandler)
         except (OSError, TypeError) as error:  # TypeError: a host that cannot be encoded as a name (IDNA)
             why = getattr(error, "strerror", None) or str(error)
-            message = f"cannot listen on {settings.host} port {settings.port}: {why}"
-            raise StartupError(message, is_transient=isinstance(error, OSError) and may_pass(error)) from None
+            shown = self.host if self._is_socket else f"{address[0]} port {address[1]}"
+            is_transient = isinstance(error, OSError) and may_pass(error)
+            raise StartupError(f"cannot listen on {shown}: {why}", is_transient=is_transient) from None
+        self.port: int = 0 if self._is_socket else self.socket.getsockname()[1]
+        try:
+            self.configure(settings, read_keys(settings), read_admin_keys(settings))
+        except BaseException:
+            self.server_close()
+            raise
         self.socket.setblocking(False)
-        self.port: int = self.socket.getsockname()[1]
         self._overflow = Overflow(self)
         self._connections: dict[Connection, threading.Thread] = {}
         self._evicted: set[Connection] = set()  # subset of `_connections`: their threads are about to end
@@ -95,17 +124,49 @@ class Listener(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind without the standard library's lookup of the host's full name, which can wait for a name server."""
+        if self._is_socket:
+            _bind_private(self.socket, self.host)
+            self._socket_file = os.lstat(self.host)
+            return
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted sockets inherit these
         for option, value in KEEPALIVE.items():
             self.socket.setsockopt(socket.IPPROTO_TCP, option, value)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[0], self.server_address[1]  # type: ignore[assignment]
 
+    def server_close(self) -> None:
+        """Close the listening socket, and remove a Unix socket's file."""
+        super().server_close()
+        if self._socket_file is not None:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.lstat(self.host), self._socket_file):
+                    os.unlink(self.host)
+            self._socket_file = None
+
+    def configure(self, settings: Settings, keys: Keys, admin_keys: Keys) -> None:
+        """Replace the keys and the rules that depend on them, for all requests from now on. Thread-safe: yes."""
+        own = "" if self._is_socket else self.socket.getsockname()[0]
+        other = None if self._is_admin else parse_listen(settings.admin_listen)
+        is_local = is_loopback_host(own) and (other is None or bool(other.path) or is_loopback_host(other.host))
+        self.access = Access(
+            settings,
+            keys,
+            admin_keys,
+            origins=self._origins,
+            refused=self._refused_origins,
+            is_local=is_local,
+            is_admin=self._is_admin,
+            is_socket=self._is_socket,
+        )
+
     def start(self) -> None:
         """Start to accept connections."""
         self._overflow.start()
         self._thread.start()
-        log.info("listening", extra=fields(address=self.host, port=self.port, api_keys=len(self.keys)))
+        log.info(
+            "listening for operators" if self._is_admin else "listening",
+            extra=fields(address=self.host, port=self.port, api_keys=len(self.access.keys)),
+        )
 
     @property
     def active_exchanges(self) -> int:
@@ -178,7 +239,7 @@ class Listener(ThreadingHTTPServer):
 
     def _close_next(self, poller: select.poll) -> None:
         """Accept and close the next connection with the spare descriptor, so that it does not wait for ever."""
-        log.warning("out of file descriptors; a connection is closed without an answer")
+        self._exhaustion.log(log, logging.WARNING, "out of file descriptors; a connection is closed without an answer")
         if self._spare_fd >= 0:
             os.close(self._spare_fd)
             self._spare_fd = -1
@@ -200,7 +261,7 @@ class Listener(ThreadingHTTPServer):
 
     def process_request(self, request: socket.socket, client_address: tuple[str, int]) -> None:  # type: ignore[override]
         """Start a thread for the connection, or hand it to the overflow thread. Runs in: the accept thread."""
-        address = client_address[0]
+        address = client_address[0] if client_address else UNIX_PEER
         if not (self._is_below_limit() or self._evict_idlest()):
             self._overflow.offer(request, address)
             return
@@ -287,6 +348,31 @@ class Listener(ThreadingHTTPServer):
         end = time.monotonic() + ABORT_TIMEOUT_S
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
+        for limit in (self.rejections, self._exhaustion, self._refused_origins.limit):
+            limit.stop()
         os.close(self._wakeup)
         if self._spare_fd >= 0:
             os.close(self._spare_fd)
+
+
+def _bind_private(listening: socket.socket, path: str) -> None:
+    """Bind a Unix socket that only this user can open; a socket file that no process listens on is replaced.
+
+    Raises:
+        OSError: the path is in use, or something else than a socket.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(errno.EEXIST, "exists and is not a socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+            else:
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    old = os.umask(0o177)
+    try:
+        listening.bind(path)
+    finally:
+        os.umask(old)

@@ -184,8 +184,10 @@ class Overflow:
         except ApiError as error:
             origin = head.fields.get("origin") if head else None
             buffers = self._context.responses.closing_error(error, new_request_id(), origin)
-            log_fields = fields(address=connection.address, why=escape_for_log(error.message))
-            log.info("rejected %d", error.status, extra=log_fields)
+            why = escape_for_log(error.message)
+            self._context.rejections.log(
+                log, logging.INFO, "rejected %d", error.status, address=connection.address, why=why
+            )
         connection.answer = memoryview(b"".join(buffers))
 
     def _answer_health(self, head: Head, connection: _OverflowConnection) -> list[bytes | memoryview]:

@@ -48,7 +48,8 @@ class Transport:
         self._data = b""
         self._position = 0
         self._overflow: memoryview | None = None
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._write_timeout_s = write_timeout_s
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(write_timeout_s))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ovserve.errors import ModelError, SettingsError, may_pass
-from ovserve.models.families import T5_ENCODERS, Defaults, family_of
+from ovserve.models.families import FAMILIES, Defaults, FamilyTraits, family_of
 from ovserve.models.presets import PRESETS, Preset, limited_presets, resolve_preset
 from ovserve.settings.options import BUILTIN_PREFIX, ModelSettings, Resolution
 
@@ -46,7 +46,7 @@ class ModelProfile:
     Attributes:
         name: value of the request field `model`.
         directory: resolved path of the model's files.
-        family: stable-diffusion, lcm, sdxl, sd3, flux.
+        family: name of its row in `families.FAMILIES`.
         tasks: subset of text2image, image2image, inpainting.
         inpainting_unet: the UNet takes mask and masked image as additional channels (9 in all).
         side_multiple_px: both working sides are multiples of this.
@@ -83,6 +83,11 @@ class ModelProfile:
     def preset(self, quality: str) -> Preset:
         """Return the values of a `quality` preset (low, medium or high) for this model."""
         return resolve_preset(quality, self.presets, self.defaults)
+
+    @property
+    def traits(self) -> FamilyTraits:
+        """What is known of the model's family."""
+        return FAMILIES[self.family]
 
     def working_size(self, width: int, height: int) -> Resolution:
         """Return the size at which the model works on a picture of `width` x `height` pixels.
@@ -195,7 +200,8 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
     if not any(directory.iterdir()):
         raise ModelError(f"{directory}: the directory is empty; is its file system mounted?", is_transient=True)
     index = _read_json(directory / "model_index.json", "the model index")
-    family, defaults = family_of(str(index.get("_class_name", "")), directory)
+    family = family_of(str(index.get("_class_name", "")), directory)
+    traits = FAMILIES[family]
     is_transformer = (directory / "transformer").is_dir()
     denoiser = _component_config(directory, "transformer" if is_transformer else "unet", "the denoiser's configuration")
     vae = _component_config(directory, "vae_decoder", "the VAE's configuration")
@@ -221,11 +227,11 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
         native=Resolution.parse(sizes["native"]) if "native" in sizes else Resolution(side, side),
         min_side_px=int(_number_or_default(sizes, "min_side_px", max(multiple, side // 2))),
         max_side_px=int(_number_or_default(sizes, "max_side_px", max(side * 2, multiple))),
-        prompt_tokens=_prompt_tokens(directory, family, text),
+        prompt_tokens=_prompt_tokens(directory, traits, text),
         text_encoders=sum((directory / part).is_dir() for part in ("text_encoder", "text_encoder_2", "text_encoder_3")),
-        takes_negative_prompt=family in ("stable-diffusion", "sdxl", "sd3"),
+        takes_negative_prompt=traits.takes_negative_prompt,
         scheduling=_FLOW_MATCHING if is_transformer else _read_scheduling(directory, index),
-        defaults=_defaults(defaults, declared.get("defaults", {}), settings),
+        defaults=_defaults(traits.defaults, declared.get("defaults", {}), settings),
         presets=limited_presets(declared.get("presets", {}), settings),
         cuts_prompt=declared.get("prompts", {}).get("too_long") == "cut",
         drops_unknown_words=declared.get("prompts", {}).get("unknown_words") == "drop",
@@ -269,11 +275,10 @@ def _tasks(directory: Path, *, inpainting_unet: bool) -> frozenset[str]:
     return frozenset(("text2image", "image2image", "inpainting") if has_encoder else ("text2image",))
 
 
-def _prompt_tokens(directory: Path, family: str, text: dict[str, Any]) -> int:
+def _prompt_tokens(directory: Path, traits: FamilyTraits, text: dict[str, Any]) -> int:
     """Return the window of the encoder that reads the whole prompt: T5 if the family and the directory have one."""
-    t5_encoder, t5_tokens = T5_ENCODERS.get(family, ("", 0))
-    if t5_encoder and (directory / t5_encoder).is_dir():
-        return t5_tokens
+    if traits.t5 is not None and (directory / traits.t5.encoder).is_dir():
+        return traits.t5.tokens
     return int(_number_or_default(text, "max_position_embeddings", 77))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 
+from ovserve.models.families import LCM_SCHEDULER
 from ovserve.models.profile import ModelProfile
 
 __all__ = [
@@ -21,8 +22,6 @@ __all__ = [
     "smallest_strength",
     "steps_run",
 ]
-
-_FLOW_MATCHING_FAMILIES = ("sd3", "flux")
 
 
 def steps_run(num_inference_steps: int, strength: float) -> int:
@@ -56,7 +55,7 @@ def is_lcm(profile: ModelProfile, scheduler: str) -> bool:
 
     LCM takes its steps from the part of a longer schedule that strength leaves: all of them run, or none.
     """
-    return (scheduler or profile.scheduling.name.lower()) == "lcm"
+    return (scheduler or profile.scheduling.name.lower()) == LCM_SCHEDULER
 
 
 def denoising_steps(profile: ModelProfile, scheduler: str, num_inference_steps: int, strength: float) -> int:
@@ -67,8 +66,7 @@ def denoising_steps(profile: ModelProfile, scheduler: str, num_inference_steps: 
     steps = steps_run(num_inference_steps, strength)
     if steps < 1:
         return 0
-    if profile.family in _FLOW_MATCHING_FAMILIES:
-        # Flow matching cuts the number of steps that are left out to an integer: the number that runs is rounded up.
+    if profile.traits.rounds_steps_up:
         left_out = _single(num_inference_steps - _single(_single(num_inference_steps) * _single(strength)))
         return num_inference_steps - int(left_out)
     is_pndm = (scheduler or profile.scheduling.name.lower()) == "pndm"

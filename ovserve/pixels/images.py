@@ -1,7 +1,7 @@
 """Decodes image files to uint8 arrays and encodes arrays to image files.
 
 Arrays are `uint8 (H, W, 3)`, RGB, or `uint8 (H, W, 4)`, RGBA with unassociated alpha, 0..255, upright (orientation
-applied). Runs in: worker only, so that a hostile file can crash one worker's decoder and never the front end.
+applied). Runs in: the decoding process (`ovserve.pixels.decoder`) and, for files whose cost is known, the worker.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = [
     "FORMATS",
     "Limits",
     "Pixels",
+    "check_size",
     "decode_image",
     "encode_image",
     "extract_colour_profile",
@@ -66,7 +67,7 @@ def decode_image(data: bytes | memoryview, name: str, limits: Limits) -> Pixels:
     data = bytes(data)  # one copy here: BytesIO shares bytes, but copies a memoryview each time
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(image, name, limits)
+            check_size(*image.size, name, limits)
             if image.format == "PNG":
                 image.verify()  # checksums; the decoder alone accepts a file that is truncated in its last chunk
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -97,8 +98,8 @@ def extract_colour_profile(data: bytes | memoryview) -> bytes:
     return profile if is_rgb and len(profile) <= _MAX_PROFILE_BYTES else b""
 
 
-def _check_size(image: Image.Image, name: str, limits: Limits) -> None:
-    width, height = image.size
+def check_size(width: int, height: int, name: str, limits: Limits) -> None:
+    """Raise ImageError for an image without pixels, or larger than the limits."""
     if width < 1 or height < 1:
         raise ImageError(f"{name}: the image has no pixels", param=name)
     if width * height > limits.pixels or max(width, height) > limits.side_px:

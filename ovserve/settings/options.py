@@ -23,7 +23,6 @@ __all__ = [
     "Resolution",
     "Settings",
     "options_of",
-    "parse_origins",
 ]
 
 MIB = 1024 * 1024
@@ -73,25 +72,6 @@ class Resolution:
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
-
-
-_ORIGIN = re.compile(
-    r"null|[a-z][a-z0-9+.\-]*://[A-Za-z0-9._~\-]+(?::[0-9]{1,5})?|[a-z]+://\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?"
-)
-
-
-def parse_origins(text: str | None) -> tuple[str, ...]:
-    """Parse a comma-separated list of origins; `("*",)` means all of them. Raises ValueError.
-
-    Origins are returned in lower case, as browsers send them: RFC 6454 sections 4 and 6.2.
-    """
-    origins = tuple(origin for part in (text or "").split(",") if (origin := part.strip(" ").lower()))
-    for origin in origins:
-        if not (_ORIGIN.fullmatch(origin) or origins == ("*",)):
-            raise ValueError(
-                f"{origin!r} is not an origin; expected a form such as https://a.example or http://localhost:3000"
-            )
-    return tuple(dict.fromkeys(origins))
 
 
 def _option(default: Any, text: str, *, is_secret: bool = False, **known: Any) -> Any:
@@ -192,15 +172,23 @@ class ModelSettings:
     )
     default_response_format: str = _option(
         "b64_json",
-        "Pictures in a reply whose request does not choose with `response_format`; streams always contain base64.",
-        choices=("b64_json", "url"),
-        reason="OpenAI's current models send base64; clients written for dall-e expect `url`",
+        "Pictures in a reply whose request does not choose with `response_format`; `openai`: as OpenAI does, `url` for "
+        "a request that names `dall-e-...`, else base64. Streams always contain base64.",
+        choices=("b64_json", "url", "openai"),
+        reason="clients of current models expect base64, those written for dall-e a URL",
     )
     unknown_fields: str = _option(
         "refuse",
         "Request fields that no model has: `refuse` (400), or `ignore`: the reply names them (`ignored`).",
         choices=("refuse", "ignore"),
         reason="a mistyped name would change nothing, unnoticed",
+    )
+    missing_alpha: str = _option(
+        "refuse",
+        "`background` = `transparent` for an image without an alpha channel, or without an image: `refuse` (400), or "
+        "`opaque`: the result is opaque, and the reply's `background` says so.",
+        choices=("refuse", "opaque"),
+        reason="an opaque result can surprise; but some chat models ask for transparency on their own",
     )
     memory_limit_bytes: int = _option(
         0,
@@ -240,12 +228,6 @@ class Settings:
     )
     log_level: str = _option("info", "Lowest level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "Format of log lines.", choices=("text", "json"))
-    allowed_origins: str | None = _option(
-        "*",
-        "Origins that may call the API from a browser (CORS): `*` for all, or a comma-separated list such as"
-        " https://a.example, http://localhost:3000; `none`: no CORS fields.",
-    )
-
     # Access.
     api_key: str = _option(
         "",
@@ -256,6 +238,44 @@ class Settings:
         None,
         "File of API keys that requests must have, one on each line, with `#` for comments; none, and no api_key: no "
         "key is needed.",
+    )
+
+    admin_key: str = _option(
+        "",
+        "Key for the admin routes, such as reload, from any address. Prefer the environment or a file.",
+        is_secret=True,
+    )
+    admin_key_file: Path | None = _option(
+        None,
+        "File of keys for the admin routes, in the format of api_key_file; none, and no admin_key: no key is valid.",
+    )
+    admin_listen: str | None = _option(
+        None,
+        "Second listener, on which admin routes need no key: an address with a port such as 127.0.0.1:8001, or the "
+        "path of a Unix socket, which only the server's user can open. `/metrics` and `/v1/config` are then served "
+        "there, and elsewhere only with an admin key. None: no second listener.",
+        reason="a peer's address does not identify an operator: a local proxy or browser has it too",
+    )
+    allowed_hosts: str | None = _option(
+        None,
+        "Host names that requests may have in Host, separated by commas, such as images.example, *.lan.example; they "
+        "are added to IP addresses, localhost, host.docker.internal, host.containers.internal, the machine's own name "
+        "and the host of public_url. Other names get 421. None: Host is checked only while every listening address is "
+        "loopback and no API key is configured. `*`: it is never checked.",
+        reason="a web page can make its own name mean 127.0.0.1 (DNS rebinding)",
+    )
+    allowed_origins: str | None = _option(
+        None,
+        "Origins of web pages and apps that may call the API from a browser, separated by commas, such as "
+        "https://a.example, app://obsidian.md, or `vscode-webview://` for every origin with that scheme; `*`: all. The "
+        "server's own origin and loopback origins are always allowed; others get 403. None: no others.",
+        reason="any page that a user opens could otherwise use the server",
+    )
+    trusted_proxies: str | None = _option(
+        None,
+        "IP addresses and networks of reverse proxies, separated by commas. Only their X-Forwarded-For and Forwarded "
+        "fields name the client's address, for fairness between clients and the log. None: these fields are ignored.",
+        reason="any client can send these fields",
     )
 
     # Limits on what clients can make grow.
@@ -360,8 +380,34 @@ class Settings:
         unit="pixels",
         reason="a phone's photo; 200 MB after decoding",
     )
+    max_prepared_bytes: int = _option(
+        1024 * MIB,
+        "Decoded pixels of the edits in one worker, at which it prepares no further ones. One edit may exceed it.",
+        low=1 * MIB,
+        unit="bytes",
+        reason="a masked edit takes 7 MB at 1024x1024 pixels and 120 MB at 4096x4096",
+    )
     max_image_side_px: int = _option(
         16384, "Maximum side length of an uploaded image.", low=1, high=65535, unit="pixels"
+    )
+
+    decode_cpu_limit_s: float = _option(
+        10.0,
+        "Maximum CPU time for decoding one uploaded image. Smaller images get a part of it: a twentieth up to one "
+        "megapixel, all of it from 49 megapixels. At the limit the request gets 400.",
+        low=0.1,
+        high=3600,
+        unit="seconds",
+        reason="several times what a photograph needs on a slow machine; a file that needs more is made to",
+    )
+    decode_memory_limit_bytes: int = _option(
+        1536 * MIB,
+        "Maximum memory for decoding one uploaded image; smaller images get less, by their number of pixels. At the "
+        "limit the request gets 400.",
+        low=64 * MIB,
+        high=1024 * 1024 * MIB,
+        unit="bytes",
+        reason="20 bytes for each pixel of the largest image, and its file",
     )
 
     # Timeouts.

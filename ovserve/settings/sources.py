@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ovserve.errors import SettingsError
+from ovserve.settings.access import parse_hosts, parse_listen, parse_networks, parse_origins
 from ovserve.settings.options import (
     BUILTIN_NAME,
     BUILTIN_PREFIX,
@@ -27,7 +28,6 @@ from ovserve.settings.options import (
     Resolution,
     Settings,
     options_of,
-    parse_origins,
 )
 
 __all__ = ["ENVIRONMENT_PREFIX", "load_settings", "service_variables"]
@@ -42,6 +42,12 @@ _SERVICE = re.compile(
     + r"([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
 _SERVICE_PORT = re.compile(ENVIRONMENT_PREFIX + r"([A-Z0-9_]+_)?PORT=(tcp|udp|sctp)://.*")
+_ACCESS_OPTIONS: Mapping[str, Callable[[str | None], object]] = {
+    "allowed_origins": parse_origins,
+    "allowed_hosts": parse_hosts,
+    "trusted_proxies": parse_networks,
+    "admin_listen": parse_listen,
+}
 _SHOWN_CHARS = 100  # of a wrong value, quoted in a message
 
 
@@ -359,10 +365,11 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
     if settings.default_model and settings.default_model not in names:
         listed = ", ".join(sorted(names))
         raise SettingsError(f"default_model {settings.default_model!r} is not one of the models: {listed}")
-    try:
-        parse_origins(settings.allowed_origins)
-    except ValueError as error:
-        raise SettingsError(f"allowed_origins: {error}") from None
+    for name, parse in _ACCESS_OPTIONS.items():
+        try:
+            parse(getattr(settings, name))
+        except ValueError as error:
+            raise SettingsError(f"{name}: {error}") from None
     if settings.default_timeout_s > settings.max_timeout_s:
         raise SettingsError(
             f"default_timeout_s {settings.default_timeout_s:g} is above max_timeout_s {settings.max_timeout_s:g}"

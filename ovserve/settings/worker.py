@@ -19,6 +19,9 @@ class WorkerSettings:
     hang_limit_s: float
     max_image_pixels: int
     max_image_side_px: int
+    max_prepared_bytes: int
+    decode_cpu_limit_s: float
+    decode_memory_limit_bytes: int
 
     @classmethod
     def of(cls, settings: Settings) -> WorkerSettings:

@@ -63,7 +63,7 @@ def create_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[Engin
     Raises:
         ModelError: the configured engine cannot serve this model.
     """
-    from ovserve.engines.protocol import choose_engine  # noqa: PLC0415
+    from ovserve.engines.choice import choose_engine  # noqa: PLC0415
 
     name, why = choose_engine(profile, settings)
     if name == "stepwise":

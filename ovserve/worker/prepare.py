@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from ovserve.engines.protocol import Engine, check_served
+from ovserve.engines.protocol import Engine, Features
 from ovserve.errors import InvalidValue, MissingParameter, UnsupportedParameter
 from ovserve.models.profile import ModelProfile
 from ovserve.models.steps import default_strength, denoising_steps, is_lcm, smallest_strength
+from ovserve.pixels.decoder import DecodedImage, decode_here
 from ovserve.pixels.frames import Fitting, Placement, fit_into, size_of
-from ovserve.pixels.images import Limits, Pixels, decode_image, extract_colour_profile, flatten, has_alpha
+from ovserve.pixels.images import Limits, Pixels, flatten, has_alpha
 from ovserve.pixels.masks import Seam, check_not_empty, mask_from_holes, mask_from_image, match_mask, pool
 from ovserve.settings.options import ModelSettings, Resolution
 from ovserve.settings.worker import WorkerSettings
-from ovserve.wire.blobs import Blob, WorkerBlobs
+from ovserve.wire.blobs import WorkerBlobs
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.prepared import Backdrop, PreparedRequest
 from ovserve.worker.prompts import fit_prompt
 
-__all__ = ["check_steps", "prepare"]
+__all__ = ["DecodeFile", "check_steps", "prepare"]
+
+
+class DecodeFile(Protocol):
+    """Decodes one image file: `ovserve.pixels.decoder.Decoder.decode` for one job."""
+
+    def __call__(self, data: memoryview, name: str, limits: Limits, *, needs_profile: bool) -> DecodedImage:
+        """Return the first frame. Raises ImageError."""
+
 
 PREVIEW_SIDE_PX = 512  # a preview is shown for a second: it does not need every pixel
 
@@ -36,31 +46,29 @@ def prepare(
     engine: Engine,
     *,
     blobs: WorkerBlobs,
+    decode: DecodeFile = decode_here,
 ) -> PreparedRequest:
     """Decode, orient and fit the images, read the mask, count the tokens.
+
+    `decode` decodes one image file.
 
     Raises:
         BadRequest: one of its subclasses, naming the field that is wrong.
     """
-    if request.scheduler and request.scheduler not in engine.schedulers:
-        names = ", ".join(sorted(engine.schedulers))
-        raise InvalidValue(
-            f"scheduler: {request.scheduler!r} is not served by this model; expected one of {names}", param="scheduler"
-        )
-    if not request.scheduler and request.preferred_scheduler in engine.schedulers:
-        request = replace(request, scheduler=request.preferred_scheduler)
+    request = _adapt_to_engine(request, engine.features)
+    engine.check(request)
     prompt, text_tokens = fit_prompt(request, profile, engine)
-    source, mask = _read_images(request, blobs, Limits(settings.max_image_pixels, settings.max_image_side_px))
-    colour_profile = _read_colour_profile(request, blobs)
+    limits = Limits(settings.max_image_pixels, settings.max_image_side_px)
+    source, mask, colour_profile = _read_images(request, blobs, limits, decode)
     mode = "text2image" if source is None else "image2image" if mask is None else "inpainting"
-    _check_mode(mode, profile)
+    _check_mode(mode, profile, engine.features)
     if request.mask_blur and mode != "inpainting":
         raise InvalidValue(
             "mask_blur: needs a mask; send one, or an image with fully transparent pixels", param="mask_blur"
         )
-    keeps_alpha = _resolve_keeps_alpha(request, source)
+    keeps_alpha = _resolve_keeps_alpha(request, source, model)
     strength = _resolve_strength(request, mode, profile)
-    steps = check_steps(request, strength, profile, engine)
+    steps = check_steps(request, strength, profile)
     layout = _plan_layout(request, source, mask, profile, model, keeps_alpha=keeps_alpha)
     unchanged = None if steps or layout.original is None else _without_steps(layout.original, request)
     preview_frame = fit_into(layout.frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
@@ -91,6 +99,13 @@ def prepare(
         colour_profile=colour_profile,
         unchanged=unchanged,
     )
+
+
+def _adapt_to_engine(request: ImageRequest, features: Features) -> ImageRequest:
+    """Return the request with the preset's scheduler where the engine has it, and without previews it cannot make."""
+    if not request.scheduler and request.preferred_scheduler in features.schedulers:
+        request = replace(request, scheduler=request.preferred_scheduler)
+    return request if features.previews else replace(request, partial_images=0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,53 +190,52 @@ def _preview_backdrop(layout: _Layout, request: ImageRequest, size: Resolution) 
     return Backdrop(original, seam, backdrop.keeps_alpha, backdrop.is_opaque)
 
 
-def _read_images(request: ImageRequest, blobs: WorkerBlobs, limits: Limits) -> tuple[Pixels | None, Pixels | None]:
-    """Return the image, and the mask at the image's size, both upright; None for what the request does not have."""
+def _read_images(
+    request: ImageRequest, blobs: WorkerBlobs, limits: Limits, decode: DecodeFile
+) -> tuple[Pixels | None, Pixels | None, bytes]:
+    """Return the image, the mask at the image's size, both upright, and the image's colour profile.
+
+    None, and an empty profile, for what the request does not have.
+    """
     if not request.images:
-        return None, None
+        return None, None, b""
     if len(request.images) > 1:
         raise InvalidValue(
             f"image: {len(request.images)} images were sent; this model edits one and takes no reference images",
             param="image",
         )
-    source = _read_blob(request.images[0], "image", blobs, limits)
+    with blobs.open(request.images[0]) as data:
+        image = decode(data, "image", limits, needs_profile=True)
+    source = image.pixels
     mask = None
     if request.mask is not None:
-        mask = mask_from_image(_read_blob(request.mask, "mask", blobs, limits), request.mask_mode)
+        with blobs.open(request.mask) as data:
+            mask_image = decode(data, "mask", limits, needs_profile=False).pixels
+        mask = mask_from_image(mask_image, request.mask_mode)
         check_not_empty(mask)
         mask = match_mask(mask, size_of(source))
     elif request.task == "edit" and request.background != "transparent":
         mask = mask_from_holes(source)
-    return source, mask
+    return source, mask, image.colour_profile
 
 
-def _read_blob(blob: Blob, name: str, blobs: WorkerBlobs, limits: Limits) -> Pixels:
-    with blobs.open(blob) as data:
-        return decode_image(data, name, limits)
-
-
-def _read_colour_profile(request: ImageRequest, blobs: WorkerBlobs) -> bytes:
-    if not request.images:
-        return b""
-    with blobs.open(request.images[0]) as data:
-        return extract_colour_profile(data)
-
-
-def _check_mode(mode: str, profile: ModelProfile) -> None:
-    if mode in profile.tasks:
+def _check_mode(mode: str, profile: ModelProfile, features: Features) -> None:
+    if mode in features.tasks:
         return
-    if "inpainting" in profile.tasks and mode == "image2image":
+    if "inpainting" in features.tasks and mode == "image2image":
         raise MissingParameter(f"mask: model {profile.name!r} only does inpainting; send a mask", param="mask")
     raise UnsupportedParameter(f"model {profile.name!r} does not serve {mode}", param="model")
 
 
-def _resolve_keeps_alpha(request: ImageRequest, source: Pixels | None) -> bool:
+def _resolve_keeps_alpha(request: ImageRequest, source: Pixels | None, model: ModelSettings) -> bool:
     """Return whether a result gets the source's alpha. Raises InvalidValue when that is impossible."""
     if request.background != "transparent":
         return False
     if request.output_format == "jpeg":
         raise InvalidValue("background: transparent needs output_format png or webp", param="background")
     if source is None or not has_alpha(source):
+        if model.missing_alpha == "opaque":
+            return False
         raise InvalidValue(
             "background: transparent needs an image with an alpha channel; the model itself makes opaque pictures",
             param="background",
@@ -242,14 +256,13 @@ def _resolve_strength(request: ImageRequest, mode: str, profile: ModelProfile) -
     )
 
 
-def check_steps(request: ImageRequest, strength: float, profile: ModelProfile, engine: Engine) -> int:
+def check_steps(request: ImageRequest, strength: float, profile: ModelProfile) -> int:
     """Return how many steps will run, 0 at strength 0; `strength` is the one that will run, 1.0 for text-to-image.
 
     Raises:
-        InvalidValue: the number of steps, or the strength, cannot be run.
+        InvalidValue: the strength is out of range, or leaves too few steps.
     """
     count = request.num_inference_steps
-    check_served(engine.name, profile, request)
     if not 0 <= strength <= 1:
         raise InvalidValue(f"strength: {strength:g} is not within 0 to 1", param="strength")
     steps = denoising_steps(profile, request.scheduler, count, strength)

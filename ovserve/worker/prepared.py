@@ -8,7 +8,13 @@ Runs in: worker; `work` in the prepare thread, the rest in the finish thread. Th
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ovserve import __version__
 from ovserve.engines.protocol import Work
@@ -18,7 +24,18 @@ from ovserve.pixels.masks import Seam
 from ovserve.settings.options import Resolution
 from ovserve.wire.request import ImageRequest
 
-__all__ = ["Backdrop", "PreparedRequest"]
+__all__ = ["Backdrop", "PreparedRequest", "on_one_line"]
+
+_LABELS = ("negative prompt:", "steps:")  # with which the second and the last line of the metadata begin
+_LINE_BREAKS = re.compile("[\\x85\\u2028\\u2029]")  # as str.splitlines and editors see them; JSON keeps these
+
+
+def on_one_line(text: str) -> str:
+    """Return a prompt as one line of the metadata: unchanged, or as a JSON string where it could be misread."""
+    start = text.lstrip()
+    if text.splitlines() in ([text], []) and not start.startswith('"') and not start.lower().startswith(_LABELS):
+        return text
+    return _LINE_BREAKS.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +64,13 @@ class Backdrop:
         if has_alpha(result) and (self.is_opaque or result[..., 3].min() == 255):
             return flatten(result)
         return result
+
+
+def _owner(array: NDArray[Any]) -> NDArray[Any]:
+    """Return the array that owns the memory of a view."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
 
 
 def _with_alpha(result: Pixels, original: Pixels) -> Pixels:
@@ -109,6 +133,15 @@ class PreparedRequest:
     colour_profile: bytes
     unchanged: Pixels | None = None
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Memory of all decoded pixels; arrays that share memory count once."""
+        arrays: list[NDArray[Any] | None] = [self.mask, self.initial_image, self.mask_image, self.unchanged]
+        for backdrop in (self.backdrop, self.preview_backdrop):
+            arrays += [backdrop.original, None if backdrop.seam is None else backdrop.seam.weight]
+        owners = {id(owner): owner.nbytes for array in arrays if array is not None for owner in [_owner(array)]}
+        return sum(owners.values())
+
     def work(self, job_id: str, picture: int, *, alone: bool = False) -> Work:
         """Return the work of one picture for an engine."""
         request = self.request
@@ -164,7 +197,7 @@ class PreparedRequest:
     def _parameters(self, picture: int) -> str:
         """Return seed and settings in the form that common image tools read.
 
-        The prompt, the negative prompt, then one line of pairs.
+        The prompt, the negative prompt, then one line of pairs. A prompt cannot add a line, nor look like another.
         """
         request = self.request
         pairs: list[tuple[str, object]] = [
@@ -179,8 +212,8 @@ class PreparedRequest:
         if self.mode != "text2image":
             pairs.append(("Denoising strength", f"{self.strength:g}"))
         pairs.append(("Version", f"ovserve {__version__}"))
-        lines = [self.prompt]
+        lines = [on_one_line(self.prompt)]
         if self.negative_prompt:
-            lines.append(f"Negative prompt: {self.negative_prompt}")
+            lines.append(f"Negative prompt: {on_one_line(self.negative_prompt)}")
         lines.append(", ".join(f"{key}: {value}" for key, value in pairs))
         return "\n".join(lines)

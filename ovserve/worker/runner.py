@@ -11,16 +11,16 @@ Invariants:
   holds for a cancelled job too: the front end waits for that report before it sends another job in its place.
 - An error in one job ends that job. An error in a thread ends the process: the supervisor starts another.
 - End-of-file on the link means that the front end is dead: the process exits at once, whatever it is doing.
-- Every queue is bounded: jobs by the capacity reported in Ready, outcomes by `finish.FINISH_LIMIT`, encoded pictures by
-  the jobs in this worker.
+- Every queue is bounded: jobs by the capacity reported in Ready, their decoded pixels by `max_prepared_bytes`, outcomes
+  by `finish.FINISH_LIMIT`, encoded pictures by the jobs in this worker.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -31,6 +31,7 @@ from ovserve.engines.protocol import Engine, Outcome, Preview, Work
 from ovserve.errors import ApiError, BlobGone, DeadlineExceeded, InternalError, LinkClosed, LinkGarbage, ModelError
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
+from ovserve.pixels.decoder import DecodeLimits, Decoder
 from ovserve.settings.options import ModelSettings
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import WorkerBlobs
@@ -38,6 +39,7 @@ from ovserve.wire.link import MAX_CAPACITY, WorkerLink
 from ovserve.wire.messages import Cancel, Done, Grant, Heartbeat, Message, Progress, Ready, Run, Stop
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.finish import Finisher
+from ovserve.worker.intake import Intake
 from ovserve.worker.jobs import WorkerJob
 from ovserve.worker.loop import DeviceLoop
 from ovserve.worker.prepare import prepare
@@ -48,6 +50,10 @@ __all__ = ["BROKEN", "LOAD_FAILED", "JobRunner"]
 LOAD_FAILED = 3  # exit code: the model cannot be loaded; the reason was sent as a Failed without a job
 BROKEN = 4  # exit code: a thread of the worker has failed, or the link carried an invalid message
 _SPARE_JOBS = 2  # beyond those in the engine: one prepared and one being finished, so that the device never waits
+
+# A decoding process that has not replied within this share of the hang limit is killed: image and mask together, and an
+# attempt to start the process, must not reach the limit, at which the worker itself is killed.
+_DECODE_SHARE = 0.3
 
 CreateEngine = Callable[[ModelProfile, ModelSettings], tuple[Engine, str]]
 
@@ -76,9 +82,11 @@ class JobRunner:
         self._lock = threading.Lock()
         self._jobs: dict[str, WorkerJob] = {}
         self._is_stopping = False
-        self._to_prepare: queue.SimpleQueue[WorkerJob] = queue.SimpleQueue()
+        self._intake = Intake(settings.max_prepared_bytes)
         self._preparing_since: float | None = None  # monotonic time at which the prepare thread started its current job
         self._reports = ReportSender(link)
+        wall_s = settings.hang_limit_s * _DECODE_SHARE
+        self._decoder = Decoder(DecodeLimits(settings.decode_cpu_limit_s, settings.decode_memory_limit_bytes, wall_s))
         self._finisher = Finisher(self, self._reports, blobs)
         self._engine: Engine | None = None
         self._loop: DeviceLoop | None = None
@@ -107,7 +115,7 @@ class JobRunner:
             job = WorkerJob(command.job, command, Deadline.after(command.timeout_s))
             with self._lock:
                 self._jobs[job.id] = job
-            self._to_prepare.put(job)
+            self._intake.put(job)
         elif isinstance(command, Cancel):
             found = self.find(command.job)
             if found is not None:
@@ -141,6 +149,7 @@ class JobRunner:
             if job.error is None:
                 job.error = error
         job.stopped.set()
+        self._intake.wake()
         if self._loop is not None:
             self._loop.wake()
         self.settle_if_complete(job)
@@ -157,6 +166,7 @@ class JobRunner:
             if job.error is None and (job.prepared is None or job.filled < job.prepared.request.n):
                 return
             del self._jobs[job.id]
+        self._intake.release(job)
         if job.error is None:
             self._reports.send(Done(job.id, job.prepare_ms, job.denoise_ms, job.finish_ms))
         else:
@@ -182,7 +192,7 @@ class JobRunner:
 
     def _prepare_loop(self) -> None:
         while True:
-            job = self._to_prepare.get()
+            job = self._intake.take()
             self._preparing_since = time.monotonic()
             try:
                 self._prepare(job)
@@ -198,6 +208,7 @@ class JobRunner:
                 self._fail_preparation(job, InternalError(reason))
             finally:
                 self._preparing_since = None
+            del job  # otherwise its pixels would stay in memory until the next job arrives
 
     def _fail_preparation(self, job: WorkerJob, error: ApiError) -> None:
         job.is_preparing = False
@@ -212,13 +223,18 @@ class JobRunner:
             raise InternalError("the job was cancelled")
         started = time.monotonic()
         request = ImageRequest.from_json(self._blobs.read(job.run.request))
-        prepared = prepare(request, self._profile, self._model, self._settings, self._engine, blobs=self._blobs)
+        # Called in the prepare thread, which lives as long as the worker: the decoding process ends with it.
+        decode = functools.partial(self._decoder.decode, job=job.id)
+        prepared = prepare(
+            request, self._profile, self._model, self._settings, self._engine, blobs=self._blobs, decode=decode
+        )
         works = [
             self._attach_callbacks(job, request, prepared.work(job.id, k, alone=job.run.alone))
             for k in range(request.n)
         ]
         job.prepare_ms = (time.monotonic() - started) * 1000
         self._reports.prepared(job.id, prepared)
+        self._intake.hold(job, prepared.pixel_bytes)
         with self._lock:
             job.prepared, job.added, job.is_preparing = prepared, request.n, False
         if prepared.unchanged is None:

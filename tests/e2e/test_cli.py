@@ -70,7 +70,7 @@ def test_port_in_use_is_a_start_error() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         done = run("--port", str(taken.getsockname()[1]), "--model_path", BUILTIN_PATH)
-    assert done.returncode == ExitCode.UNAVAILABLE
+    assert done.returncode == ExitCode.TRANSIENT
     assert "in use" in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -84,15 +84,15 @@ def test_port_in_use_is_a_start_error() -> None:
         (["--api_key_file", "nowhere"], "No such file"),
     ],
 )
-def test_fault_that_may_pass_is_one_line_and_exit_code_three(tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_fault_that_may_pass_has_its_own_exit_code(tmp_path: Path, arguments: list[str], words: str) -> None:
     options = [each.format(folder=tmp_path) for each in arguments]
     done = run("--port", "0", *options, *([] if "--model_path" in options else ["--model_path", BUILTIN_PATH]))
-    assert (done.returncode, done.stdout) == (ExitCode.UNAVAILABLE, "")
+    assert (done.returncode, done.stdout) == (ExitCode.TRANSIENT, "")
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_lack_of_descriptors_at_the_start_is_exit_code_three() -> None:
+def test_lack_of_descriptors_at_the_start_is_a_fault_that_may_pass() -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (6, 6))
 
@@ -104,7 +104,7 @@ def test_lack_of_descriptors_at_the_start_is_exit_code_three() -> None:
         timeout=START_LIMIT_S,
         check=False,
     )
-    assert done.returncode == ExitCode.UNAVAILABLE, done.stderr
+    assert done.returncode == ExitCode.TRANSIENT, done.stderr
     assert "Too many open files" in done.stderr.splitlines()[-1]
 
 
@@ -313,7 +313,8 @@ def test_second_signal_stops_at_once(tmp_path: Path) -> None:
     with socket.create_connection(("127.0.0.1", live.port)) as slow:
         # A request whose body does not arrive stays in flight until its timeout.
         slow.sendall(
-            b"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5\r\n\r\n"
+            b"POST /v1/images/edits HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 5\r\n\r\n"
         )
         live.fetch("/v2/health/live")
         live.signal(signal.SIGTERM)
@@ -340,7 +341,7 @@ def test_missing_directory_of_one_model_is_a_start_error(tmp_path: Path) -> None
         f"port = 0\n[[model]]\nname = 'right'\npath = '{BUILTIN_PATH}'\n[[model]]\nname = 'wrong'\npath = 'nowhere'\n"
     )
     done = run("--config", str(config))
-    assert done.returncode == ExitCode.UNAVAILABLE
+    assert done.returncode == ExitCode.TRANSIENT
     assert "nowhere: no such directory" in done.stderr
 
 

@@ -57,6 +57,7 @@ LATER_HUB = (
     "The model hub, conversion and the reference server's configuration files are not supported yet, or not planned."
 )
 UNAUTHORIZED = "A missing or wrong API key gets 401."
+OPERATORS = "A reload needs an admin key or the admin listener; SIGHUP works as well."
 EVERY_PATH = (
     "If API keys are configured, every path requires one, except health checks, the page at `/` and kept pictures."
 )
@@ -76,6 +77,7 @@ DIFFERENCES = (
     Difference("task_detect*", None, LATER_HUB),
     Difference("auth.[2345]", 401, UNAUTHORIZED),
     Difference("auth.before_parsing", 401, UNAUTHORIZED),
+    Difference("auth.open.reload", 403, OPERATORS),
     Difference("auth.open.*", 401, EVERY_PATH),
     Difference("auth.empty_key_file", None, "The server does not start with a key file that contains no key."),
     Difference("auth.key_file_right_trim", None, "Blanks around a key in the file are ignored; unit tests check this."),
@@ -113,6 +115,8 @@ DIFFERENCES = (
     Difference("edit.err.float.3", 200, "The text `null` means that the field is absent."),
     Difference("edit.err.unknown.user", 200, UNKNOWN),
     Difference("edit.err.unknown.seed", 200, UNKNOWN),
+    Difference("edit.err.unknown.cfg_scale", 200, UNKNOWN),
+    Difference("edit.err.size.code3", 200, "A size may also be written `512X512`, `512*512` or `512×512`."),
     Difference("edit.err.unknown.empty_value", 200, "An empty value means that the field is absent."),
     Difference("edit.err.stream_false", 200, UNKNOWN),
     Difference("edit.err.stream_true", 200, "Streams are supported."),
@@ -122,6 +126,11 @@ DIFFERENCES = (
         "edit.default_steps_above_max",
         None,
         "Defaults are checked against the limits at start; the server does not start if they contradict.",
+    ),
+    Difference(
+        "edit.prompt_longer_than_context",
+        400,
+        "The built-in model cuts the prompt, but one step at its default strength of 0.7 is less than one step.",
     ),
     Difference("edit.err.n_and_num_images", 200, SAME_VALUE),
     Difference("gen.err.n_and_num", 200, SAME_VALUE),
@@ -151,6 +160,7 @@ DIFFERENCES = (
     Difference("srv.models.retrieve_unknown", 404, "An unknown model gets 404."),
     Difference("srv.models.retrieve_empty", 200, "A trailing slash is ignored, so this is the list of models."),
     Difference("srv.config.reload_get", 405, "A method that the path does not support gets 405 with Allow."),
+    Difference("srv.config.reload_noop", 403, OPERATORS),
     Difference(
         "srv.config.reload_changed",
         None,

@@ -1,4 +1,4 @@
-"""The examples of docs/install.md: the proxy configuration before a live server, the settings, the container."""
+"""The examples of docs/install.md: the proxy configurations before a live server, the settings, the container."""
 
 from __future__ import annotations
 
@@ -33,8 +33,71 @@ http {{
 """
 
 
+# The site's address, and the options that a site on the internet has by default.
+CADDYFILE = """
+{{
+    admin off
+    auto_https disable_redirects
+    skip_install_trust
+    storage file_system {folder}
+}}
+{example}
+"""
+
+
 @pytest.fixture(scope="module")
-def behind_nginx(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ssl.SSLContext]]:
+def published() -> Iterator[LiveServer]:
+    """Start a server as the page says: on loopback, without keys, and with its public address."""
+    with LiveServer("--public_url", f"https://{HOST}") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def behind_caddy_tls(
+    published: LiveServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, ssl.SSLContext]]:
+    """Start Caddy with the configuration of the page, and a certificate of its own authority; yield as below."""
+    folder, port = tmp_path_factory.mktemp("caddy"), free_port()
+    text = example("caddy").replace("127.0.0.1:8000", f"127.0.0.1:{published.port}")
+    text = text.replace(f"{HOST} {{", f"https://{HOST}:{port} {{\n    bind 127.0.0.1\n    tls internal", 1)
+    (folder / "Caddyfile").write_text(CADDYFILE.format(folder=folder, example=text))
+    command = [find_program("caddy"), "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
+    environment = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    root = folder / "pki" / "authorities" / "local" / "root.crt"
+    try:
+        deadline = time.monotonic() + START_LIMIT_S
+        while not (root.exists() and is_serving(f"https://127.0.0.1:{port}", root)):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.05)
+        yield f"https://127.0.0.1:{port}", ssl.create_default_context(cafile=str(root))
+    finally:
+        process.terminate()
+        process.wait(START_LIMIT_S)
+
+
+def is_serving(url: str, root: Path) -> bool:
+    """Return whether the site answers with a certificate that this authority has signed."""
+    trust = ssl.create_default_context(cafile=str(root))
+    try:
+        with httpx.Client(verify=trust) as client:
+            return client.get(url, headers={"host": HOST}, extensions={"sni_hostname": HOST}).status_code > 0
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(params=["behind_nginx", "behind_caddy_tls"])
+def behind_proxy(request: pytest.FixtureRequest) -> tuple[str, ssl.SSLContext]:
+    """Return the URL of each proxy of the page, and an SSL context that trusts it."""
+    return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def behind_nginx(
+    published: LiveServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, ssl.SSLContext]]:
     """Start nginx with the configuration of the page; only addresses and paths are replaced.
 
     Yields its URL, and an SSL context that trusts its certificate.
@@ -45,7 +108,7 @@ def behind_nginx(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -
     make += ["-addext", f"subjectAltName=DNS:{HOST},IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
     subprocess.run(make, check=True, capture_output=True)
     text = example("nginx").replace(f"/etc/ssl/{HOST}", str(folder)).replace("listen 443", f"listen 127.0.0.1:{port}")
-    (folder / "ovserve.conf").write_text(text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}"))
+    (folder / "ovserve.conf").write_text(text.replace("127.0.0.1:8000", f"127.0.0.1:{published.port}"))
     (folder / "nginx.conf").write_text(NGINX_CONF.format(folder=folder, user="user root;" if os.getuid() == 0 else ""))
     command = [
         find_program("nginx"),
@@ -87,6 +150,27 @@ def test_nginx_forwards_requests_with_the_key(behind_nginx: tuple[str, ssl.SSLCo
         assert reply.data[0].b64_json
         stream = client.images.edit(image=image, prompt=prompt, stream=True, partial_images=2)
         assert [event.type for event in stream][-1] == "image_edit.completed"
+
+
+def test_browser_at_the_public_address_is_served(behind_proxy: tuple[str, ssl.SSLContext], data: Path) -> None:
+    url, trust = behind_proxy
+    files = {"image": ("a.png", (data / "red_circle.png").read_bytes())}
+    with httpx.Client(base_url=url, verify=trust, timeout=60, headers={"host": HOST}) as client:
+        known = {"authorization": f"Bearer {KEY}"}
+        fields, sni = {"prompt": "a green circle", "response_format": "url"}, {"sni_hostname": HOST}
+
+        def edit(headers: dict[str, str]) -> httpx.Response:
+            return client.post("/v1/images/edits", data=fields, files=files, headers=headers, extensions=sni)
+
+        reply = edit({**known, "origin": f"https://{HOST}", "sec-fetch-site": "same-origin"})
+        assert reply.status_code == 200, reply.text
+        address = reply.json()["data"][0]["url"]
+        assert address.startswith(f"https://{HOST}/v1/images/files/")
+        picture = client.get(address.removeprefix(f"https://{HOST}"), headers=known, extensions=sni)
+        assert (picture.status_code, picture.headers["x-content-type-options"]) == (200, "nosniff")
+        assert edit({**known, "origin": "https://evil.test"}).status_code == 403
+        assert client.get("/v1/models", extensions=sni).status_code == 401
+        assert client.get("/metrics", headers=known, extensions=sni).status_code == 404
 
 
 def test_nginx_rejects_a_wrong_key_and_other_paths(behind_nginx: tuple[str, ssl.SSLContext]) -> None:

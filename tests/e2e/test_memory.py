@@ -10,7 +10,7 @@ import pytest
 from tests.live import LiveServer, resident_bytes
 
 WARM_UP_EDITS, EDITS = 20, 200
-HEAVY_EDITS = 6000  # a leak of 2.1 kB for each edit exceeds the slack
+HEAVY_EDITS = 3000  # a leak of 4.2 kB for each edit exceeds the slack
 SLACK_BYTES = 12 * 1024 * 1024  # for the allocator's variation; a leaked 128x128 picture for each edit would be 9 MB
 
 

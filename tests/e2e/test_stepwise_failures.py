@@ -17,10 +17,24 @@ from ovserve.settings.options import Resolution
 from tests.pictures import (
     drive,
     image_of,
+    load_stepwise,
     pixels_of,
+    settings_of,
     work_of,
 )
-from tests.stepwise import PROFILE, Traced, Watched, load_watched, text, with_unet
+from tests.stepwise import (
+    NAN_STEPS,
+    PROFILE,
+    SD,
+    STAGES,
+    FaultyComponents,
+    Traced,
+    Watched,
+    broken,
+    load_watched,
+    text,
+    with_unet,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +63,21 @@ def test_invalid_work_fails_without_affecting_other_pictures(
     first, second, third = traced.drive(works)
     assert isinstance(second.error, error)
     pixels_of([first, third])
+
+
+def test_size_that_the_unet_cannot_do_does_not_change_later_pictures() -> None:
+    # In one slot, so that the calls after the failed one have the shape of the last that worked: the plugin then fails
+    # silently once more, and its output would still be that of another picture.
+    engine = load_stepwise(SD, streams=1)
+    works = [text(k, num_inference_steps=3) for k in range(3)]
+    expected = [pixels_of(drive(engine, [work]))[0] for work in works]
+    for one_with_shape in (works[0], text(0, guidance_scale=1.0)):
+        for later, pixels in zip(works, expected, strict=True):
+            pixels_of(drive(engine, [one_with_shape]))
+            for failed in drive(engine, [text(k, size=Resolution(72, 72)) for k in range(3)]):
+                assert isinstance(failed.error, InternalError)
+            np.testing.assert_array_equal(pixels_of(drive(engine, [later]))[0], pixels)
+    engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +142,51 @@ def test_failed_device_ends_the_engine_instead_of_failing_each_picture(kind: str
     with pytest.raises(RuntimeError, match="the device is gone"):
         drive(engine, [work_of(PROFILE, "image2image", 0, initial_image=image_of(64, 64, 3))])
     engine.close()
+
+
+# --- a picture that fails in the device thread ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def faulty() -> Iterator[StepwiseEngine]:
+    settings = settings_of(SD)
+    engine = StepwiseEngine(PROFILE, settings, components=FaultyComponents(PROFILE, settings))
+    engine.load(lambda _phase: None)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_exception_in_a_step_of_one_picture_fails_only_that_picture(
+    faulty: StepwiseEngine, traced: Traced, stage: str
+) -> None:
+    works = [text(k, num_inference_steps=4 + k) for k in range(3)]
+    expected = pixels_of(traced.drive(works))
+    *neighbours, failed = drive(faulty, [*works, broken(stage)])
+    assert isinstance(failed.error, InternalError)
+    assert f"{stage} broke" in failed.error.message
+    assert failed.error.status == 500
+    for pixels, other in zip(expected, pixels_of(neighbours), strict=True):
+        np.testing.assert_array_equal(pixels, other)
+    assert faulty.phase() == "idle"
+    pixels_of(drive(faulty, works))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_exception_in_a_step_of_a_picture_alone_fails_it_once(faulty: StepwiseEngine, stage: str) -> None:
+    [failed] = drive(faulty, [broken(stage)])
+    assert f"{stage} broke" in str(failed.error)
+    assert faulty.phase() == "idle"
+
+
+def test_latents_that_are_not_finite_fail_only_their_picture(faulty: StepwiseEngine, traced: Traced) -> None:
+    works = [text(k, num_inference_steps=4 + k) for k in range(3)]
+    expected = pixels_of(traced.drive(works))
+    *neighbours, failed = drive(faulty, [*works, text(0, num_inference_steps=NAN_STEPS)])
+    assert isinstance(failed.error, InternalError)
+    assert "step 2 of 15" in failed.error.message  # PNDM runs one step more
+    for pixels, other in zip(expected, pixels_of(neighbours), strict=True):
+        np.testing.assert_array_equal(pixels, other)
 
 
 def scalar_timestep(model: Any) -> Any:

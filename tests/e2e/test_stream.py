@@ -87,7 +87,7 @@ def test_bytes_of_a_stream(server: LiveServer, data: Path) -> None:
     ("fields", "files", "param"),
     [
         ({"stream": "true", "n": "0"}, True, "n"),
-        ({"stream": "true", "prompt": "red " * 60}, True, "prompt"),
+        ({"stream": "true", "prompt": "red " * 60, "truncate_prompt": "false"}, True, "prompt"),
         ({"stream": "true"}, False, "image"),
     ],
 )
@@ -136,7 +136,7 @@ def test_deadline_of_a_json_reply_is_504_and_not_retried(server: LiveServer) -> 
 def test_disconnect_of_the_client_stops_its_job(server: LiveServer, stream: bool) -> None:
     document = json.dumps({"prompt": "a star", "num_inference_steps": 100, "n": 10, "stream": stream}).encode()
     head = (
-        "POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+        "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
         f"{len(document)}\r\n\r\n"
     )
     with socket.create_connection(("127.0.0.1", server.port)) as connection:

@@ -24,8 +24,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from ovserve.engines.checks import runs_extra_step
 from ovserve.engines.genai import GenaiEngine, generation_options
-from ovserve.engines.protocol import Work, runs_extra_step
+from ovserve.engines.protocol import Work
 from ovserve.errors import ApiError, InvalidValue
 from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
 from ovserve.settings.options import ModelSettings
@@ -181,7 +182,7 @@ def test_lcm_on_a_model_not_distilled_for_it_writes_to_a_missing_input(
         'text2image.generate("a", **options)'
     )
     assert child.returncode == -signal.SIGSEGV
-    assert "lcm" not in engine.schedulers
+    assert "lcm" not in engine.features.schedulers
     assert worker.fail(task="generation", scheduler="lcm")["param"] == "scheduler"
     assert error_of(engine, work(scheduler="lcm")).param == "scheduler"
 
@@ -345,8 +346,8 @@ def test_scheduler_that_does_not_support_the_configuration_is_not_offered(
         default = builtin_directory() / "scheduler" / "scheduler_config.json"
         library["text2image"].set_scheduler(og.Scheduler.from_config(default))
     engine = loaded(read_profile(settings), settings)
-    assert scheduler not in engine.schedulers
-    for name in sorted(engine.schedulers):
+    assert scheduler not in engine.features.schedulers
+    for name in sorted(engine.features.schedulers):
         assert picture_of(engine, work(scheduler=name)).shape == (128, 128, 3)
 
 

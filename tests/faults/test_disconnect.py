@@ -25,7 +25,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
 
 def request(prompt: str, **fields: object) -> bytes:
     content = json.dumps({"prompt": prompt, **fields}).encode()
-    head = "POST /v3/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = "POST /v3/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     return head.encode() + b"content-length: %d\r\n\r\n" % len(content) + content
 
 

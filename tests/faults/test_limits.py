@@ -187,7 +187,9 @@ def test_failed_reload_is_reported_by_the_reply_the_config_and_the_metrics(tmp_p
         config.write_text(f"[[model]]\npath = '{BUILTIN_PATH}'\nplugin_config = '{json.dumps(plugin)}'")
 
     write()
-    with FaultServer(tmp_path / "spool", "--config", str(config)) as live, live.client() as client:
+    options = ("--config", str(config), "--admin_key", "sk-admin")
+    with FaultServer(tmp_path / "spool", *options) as live, live.client() as client:
+        client.headers["authorization"] = "Bearer sk-admin"
         write(capacity=3)
         reply = client.post("/v1/config/reload?wait_s=30")
         assert (reply.status_code, reply.json()["reload"]["state"]) == (200, "done")

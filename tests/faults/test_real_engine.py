@@ -97,7 +97,9 @@ def test_clients_that_disconnect_free_the_device(live: FaultServer, client: http
     )
     body = parts + b'--fault\r\ncontent-disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + content
     body += b"\r\n--fault--\r\n"
-    head = b"POST /v3/images/edits HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=" + boundary
+    head = (
+        b"POST /v3/images/edits HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=" + boundary
+    )
     request = head + b"\r\ncontent-length: %d\r\n\r\n" % len(body) + body
     for number in range(40):
         disconnecting = RawClient(live.port).send(request)

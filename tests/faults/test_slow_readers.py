@@ -34,7 +34,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
 
 def post(**fields: object) -> bytes:
     content = json.dumps({"prompt": f"bytes {SIZE}", "n": PICTURES, "seed": 7, **fields}).encode()
-    head = "POST /v3/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = "POST /v3/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     return head.encode() + b"content-length: %d\r\n\r\n" % len(content) + content
 
 
@@ -117,7 +117,7 @@ def test_slow_readers_of_a_stored_picture_do_not_fill_the_memory(live: FaultServ
         live.until(lambda: live.segments() == [])
         before = live.resources()
         growth = peak_of(live.process.pid)
-        get = f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
+        get = f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
         readers = [slow_reader(stack, live, get) for _ in range(2 * READERS)]
         heads = [reader.read_head() for reader in readers]
         assert growth() < BOUND_BYTES

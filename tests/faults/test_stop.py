@@ -23,7 +23,7 @@ def under_load(server: FaultServer, moment_s: float, number: int) -> list[int | 
     """Send signal `number` to the front end after `moment_s` of steady load, and return every client's outcome."""
     outcomes: list[int | str] = []
     content = b'{"prompt": "sleep 0.1"}'
-    head = "POST /v3/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = "POST /v3/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     head += f"content-length: {len(content)}"
 
     def send_requests() -> None:
@@ -144,7 +144,7 @@ def test_drain_ends_at_the_grace_period_and_the_client_gets_an_outcome(tmp_path:
 def test_upload_in_progress_gets_503_and_does_not_delay_the_stop(tmp_path: Path) -> None:
     with FaultServer(tmp_path, "--grace_period_s", "60", "--body_grace_s", "60") as server:
         with RawClient(server.port) as client:
-            head = b"POST /v3/images/edits HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\n"
+            head = b"POST /v3/images/edits HTTP/1.1\r\nhost: [::]\r\ncontent-type: multipart/form-data; boundary=b\r\n"
             client.send(head + b"content-length: 1000000\r\n\r\n" + PART_OF_A_FORM)
             server.until(lambda: len(server.segments()) == 1)
             started = time.monotonic()

@@ -7,7 +7,7 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["ovserve.front"]):
+with atheris.instrument_imports(include=["ovserve.front", "ovserve.api.parameters.imagehead", "ovserve.pixels.counts"]):
     from tests.fuzz.targets import TARGETS
 
 # Limit of the process's memory. libFuzzer's -rss_limit_mb would also count the peak inherited from the parent process.

@@ -5,11 +5,17 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import logging
+import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from PIL import Image
+
+from ovserve.api.parameters.imagehead import read_head
 from ovserve.errors import (
     ApiError,
     BadRequest,
@@ -17,6 +23,7 @@ from ovserve.errors import (
     ExpectationFailed,
     FieldsTooLarge,
     HttpVersionNotSupported,
+    ImageError,
     MalformedRequest,
     NotImplementedMethod,
     TargetTooLong,
@@ -26,8 +33,11 @@ from ovserve.front.forms.form import read_form
 from ovserve.front.forms.multipart import MultipartParser
 from ovserve.front.http1.chunks import ChunkDecoder
 from ovserve.front.http1.head import Head, HeadParser
+from ovserve.pixels.decoder import DecodeLimits, Decoder
+from ovserve.pixels.images import Limits
 from ovserve.wire.local.spool import Spool
 from tests.bodies import MemoryBody, Part, parts_of, settings
+from tests.imagefiles import encoded
 
 __all__ = ["TARGETS"]
 
@@ -165,4 +175,88 @@ def json_form(data: bytes) -> None:
     assert spool.used_bytes == 0
 
 
-TARGETS = {"multipart": multipart, "framing": framing, "json": json_form}
+# --- image files ------------------------------------------------------------------------------------------------------
+
+IMAGE_OPTIONS = settings(max_image_pixels=4_000_000, max_image_side_px=16_384)
+DECODE_LIMITS = DecodeLimits(cpu_s=10.0, memory_bytes=1 << 30, wall_s=60.0)
+SMALL_PIXELS, SMALL_CPU_S, SMALL_MEMORY_BYTES = 1_000_000, 0.5, 100_000_000
+MAX_CPU_RATIO, MAX_MEMORY_RATIO = 4, 2
+CLOCK_TICK_S = 1 / os.sysconf("SC_CLK_TCK")  # of the CPU times in /proc
+
+
+class _Usage(NamedTuple):
+    cpu_s: float
+    memory_bytes: int
+
+
+class _DecoderBudget:
+    """A decoder whose files are measured: CPU time of this process and of the child, and the child's peak memory."""
+
+    def __init__(self) -> None:
+        self._decoder = Decoder(DECODE_LIMITS)
+        atexit.register(self._decoder.close)
+        # Baseline pictures of one megapixel, noise included: what an honest sender may send.
+        noise = Image.effect_noise((1000, 1000), 90).convert("RGB")
+        files = [encoded("PNG", noise), encoded("JPEG", noise, progressive=True), encoded("WEBP", noise, lossless=True)]
+        usages = [self.measure(data)[0] for data in files for _ in range(3)]
+        self.baseline = _Usage(max(usage.cpu_s for usage in usages), max(usage.memory_bytes for usage in usages))
+
+    def measure(self, data: bytes) -> tuple[_Usage, bool]:
+        """Return what decoding a file costs, and whether its pixels came."""
+        if not self._decoder.pid or self._child_cpu_s() < 0:
+            self._decode(encoded("GIF"))  # starts a process
+        pid, before_s, own_s = self._decoder.pid, self._child_cpu_s(), time.process_time()
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # proc(5): resets the peak
+        before_bytes = self._child_bytes("VmRSS")
+        has_pixels = self._decode(data)
+        own_s = time.process_time() - own_s
+        if self._decoder.pid != pid or (after_s := self._child_cpu_s()) < 0:
+            return _Usage(own_s, 0), has_pixels  # killed at a limit, which is checked elsewhere
+        return _Usage(own_s + after_s - before_s, self._child_bytes("VmHWM") - before_bytes), has_pixels
+
+    def _decode(self, data: bytes) -> bool:
+        limits = Limits(IMAGE_OPTIONS.max_image_pixels, IMAGE_OPTIONS.max_image_side_px)
+        try:
+            self._decoder.decode(memoryview(data), "image", limits)
+        except ImageError:
+            return False
+        return True
+
+    def _child_cpu_s(self) -> float:
+        try:
+            stat = Path(f"/proc/{self._decoder.pid}/stat").read_bytes().rpartition(b")")[2].split()
+        except FileNotFoundError:
+            return -1.0
+        return -1.0 if stat[0] == b"Z" else (int(stat[11]) + int(stat[12])) * CLOCK_TICK_S
+
+    def _child_bytes(self, field: str) -> int:
+        lines = Path(f"/proc/{self._decoder.pid}/status").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+@functools.cache
+def _budget() -> _DecoderBudget:
+    logging.getLogger("ovserve").setLevel(logging.CRITICAL)
+    return _DecoderBudget()
+
+
+def image(data: bytes) -> None:
+    """Check that header check and decoding give pixels or an ImageError, within a budget of CPU time and memory."""
+    try:
+        head = read_head(memoryview(data), "image", IMAGE_OPTIONS)
+    except ImageError:
+        return
+    budget = _budget()
+    pixels = head.width * head.height
+    cpu_s, memory_bytes = SMALL_CPU_S, SMALL_MEMORY_BYTES
+    if pixels > SMALL_PIXELS:
+        cpu_s = max(cpu_s, MAX_CPU_RATIO * budget.baseline.cpu_s * pixels / 1_000_000)
+        memory_bytes = max(memory_bytes, int(MAX_MEMORY_RATIO * budget.baseline.memory_bytes * pixels / 1_000_000))
+    usage, _ = budget.measure(data)
+    assert usage.cpu_s <= cpu_s + 2 * CLOCK_TICK_S, (
+        f"{usage.cpu_s:.2f} s for {pixels} pixels, the budget is {cpu_s:.2f}"
+    )
+    assert usage.memory_bytes <= memory_bytes, f"{usage.memory_bytes} bytes for {pixels} pixels"
+
+
+TARGETS = {"image": image, "multipart": multipart, "framing": framing, "json": json_form}

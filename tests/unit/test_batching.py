@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import pytest
 
+from ovserve.engines.families.guidance import RowGuidance
+from ovserve.engines.families.protocol import Conditions
 from ovserve.engines.protocol import Work
 from ovserve.engines.schedulers.schedulers import Scheduler
 from ovserve.engines.stepwise.batching import MAX_OVERTAKES, OVERTAKE_RATIO, Batcher, Call, Row
 from ovserve.engines.stepwise.compiled import Layout
 from ovserve.engines.stepwise.picture import Picture, Start
-from ovserve.engines.stepwise.prompts import Conditions
 from ovserve.engines.stepwise.tuning import Tuning
 from ovserve.settings.options import Resolution
 
@@ -26,12 +27,22 @@ def picture(steps: int = 10, *, rows: int = 2, size: int = 64, index: int = 0, i
     work = Work("job", 0, "text2image", "", "", size, size, steps, 3.0, 1.0, 0)
     latents = np.zeros((1, 4, size // 8, size // 8), np.float32)
     start = Start(Conditions({}, rows), latents, lambda shape: np.zeros(shape, np.float32))
-    return Picture(work, SCHEDULER.plan(steps, 1.0), start, index, latents, is_solo=is_solo)
+    return Picture(work, SCHEDULER.plan(steps, 1.0), RowGuidance(), start, index, latents, is_solo=is_solo)
 
 
-def batcher(*pictures: Picture, rows: int = 8, slots: int = 1, splits: bool = True, **options: Any) -> Batcher:
+def by_size(picture: Picture) -> Hashable:
+    return picture.latents.shape
+
+
+def batcher(
+    *pictures: Picture,
+    rows: int = 8,
+    slots: int = 1,
+    splits: bool = True,
+    sharing_key: Callable[[Picture], Hashable] = by_size,
+) -> Batcher:
     tuning = Tuning(Layout(slots, 1), rows, splits)
-    return Batcher(deque(pictures), tuning, NATIVE, slots, **({"timestep_per_row": True} | options))
+    return Batcher(deque(pictures), tuning, NATIVE, slots, sharing_key)
 
 
 def take(batch: Batcher, *, in_flight: tuple[Call, ...] = (), free: int = 1) -> list[list[Row]]:
@@ -62,9 +73,10 @@ def test_solo_picture_shares_no_call() -> None:
     assert [pictures_of(take(batch)[0]) for _ in range(2)] == [[first, third], [solo]]
 
 
-def test_only_equal_timesteps_share_a_call_if_the_export_takes_one_for_all_rows() -> None:
+def test_only_pictures_with_equal_keys_share_a_call() -> None:
     first, other, third = picture(), picture(index=1), picture()
-    assert pictures_of(take(batcher(first, other, third, timestep_per_row=False))[0]) == [first, third]
+    batch = batcher(first, other, third, sharing_key=lambda picture: picture.timestep)
+    assert pictures_of(take(batch)[0]) == [first, third]
 
 
 def test_calls_above_the_native_size_have_fewer_rows() -> None:
@@ -88,7 +100,7 @@ def test_single_picture_has_a_call_for_each_row_where_rows_may_be_split(splits: 
 def test_far_shorter_pictures_overtake_a_limited_number_of_times() -> None:
     long, short = picture(10 * OVERTAKE_RATIO), picture(10)
     ready = deque([long])
-    batch = Batcher(ready, Tuning(Layout(1, 1), 2, splits=False), NATIVE, 1, timestep_per_row=True)
+    batch = Batcher(ready, Tuning(Layout(1, 1), 2, splits=False), NATIVE, 1, by_size)
     order = []
     for _ in range(2 * MAX_OVERTAKES + 2):
         if short not in ready:

@@ -69,7 +69,7 @@ def test_folder_that_cannot_be_recreated_has_a_reason_until_it_can(folder: Folde
 def test_folder_that_cannot_be_locked_is_removed(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(folder.path)
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patched:
@@ -134,3 +134,45 @@ def test_sweep_keeps_everything_else(tmp_path: Path) -> None:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert sweep(tmp_path) == 0
     assert len(list(tmp_path.iterdir())) == 3
+
+
+# --- other users of the machine ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "is_accepted"), [(0o777, False), (0o1777, True), (0o755, True)])
+def test_directory_that_others_may_write_needs_the_sticky_bit(tmp_path: Path, mode: int, is_accepted: bool) -> None:
+    tmp_path.chmod(mode)
+    if is_accepted:
+        made = Folder(tmp_path)
+        assert made.path.stat().st_mode & 0o777 == 0o700
+        made.close()
+        return
+    with pytest.raises(PermissionError, match="has no sticky bit"):
+        Folder(tmp_path)
+
+
+def test_sweep_follows_no_links_and_leaves_what_others_have_made(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "lock").write_bytes(b"")  # unlocked, as in the folder of a dead front end
+    (elsewhere / "precious").write_bytes(b"data")
+    (tmp_path / "ovserve-spool-link").symlink_to(elsewhere)
+    for name in ("file", "fifo", "dangling"):
+        (tmp_path / f"ovserve-spool-{name}").mkdir(0o700)
+    (tmp_path / "ovserve-spool-file" / "lock").symlink_to(elsewhere / "precious")
+    os.mkfifo(tmp_path / "ovserve-spool-fifo" / "lock")
+    (tmp_path / "ovserve-spool-dangling" / "lock").symlink_to("nowhere")
+    (tmp_path / "ovserve-spool-plain").write_bytes(b"")
+    assert sweep(tmp_path) == 0
+    assert {path.name for path in elsewhere.iterdir()} == {"lock", "precious"}
+    assert len(list(tmp_path.iterdir())) == 5
+    dead = tmp_path / "ovserve-spool-dead"
+    dead.mkdir(0o700)
+    (dead / "lock").write_bytes(b"")
+    own = os.geteuid()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "geteuid", lambda: own + 1)
+        assert sweep(tmp_path) == 0  # another user's
+    assert sweep(tmp_path) == 1
+    assert not dead.exists()

@@ -11,8 +11,9 @@ import openvino_genai as og
 import pytest
 from numpy.typing import NDArray
 
+from ovserve.engines.families.lookup import DRIVEN_FAMILIES
 from ovserve.engines.genai import GenaiEngine, generation_options
-from ovserve.engines.protocol import STEPWISE_FAMILIES, Work
+from ovserve.engines.protocol import Work
 from ovserve.errors import InternalError, InvalidValue, ModelError
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings
@@ -59,7 +60,7 @@ class Loaded:
 
     @property
     def is_unet(self) -> bool:
-        return self.profile.family in STEPWISE_FAMILIES
+        return self.profile.family in DRIVEN_FAMILIES
 
     def make(self, mode: str, **values: Any) -> NDArray[np.uint8]:
         piece = work(mode, **values)
@@ -123,12 +124,11 @@ def test_every_mode_makes_a_picture_of_the_requested_size(loaded: Loaded) -> Non
 
 
 def test_the_announced_number_of_steps_is_run(loaded: Loaded) -> None:
-    profile, engine = loaded.profile, loaded.engine
     for mode in modes(loaded):
         for count, strength in ((5, 0.5), (4, 1.0)):
             strength = 1.0 if mode == "text2image" else strength  # noqa: PLW2901
             request = ImageRequest(task="edit", prompt="", num_inference_steps=count, guidance_scale=3.0)
-            announced = check_steps(request, strength, profile, engine)
+            announced = check_steps(request, strength, loaded.profile)
             assert loaded.steps_reported(mode, num_inference_steps=count, strength=strength) == {announced}
 
 
@@ -164,14 +164,14 @@ def test_negative_prompt_changes_the_picture_where_the_model_takes_one(loaded: L
 def test_offered_schedulers_work_and_do_not_change_the_models_own(loaded: Loaded) -> None:
     mode = modes(loaded)[0]
     before = loaded.make(mode)
-    assert bool(loaded.engine.schedulers) == loaded.is_unet
-    for name in sorted(loaded.engine.schedulers):
+    assert bool(loaded.engine.features.schedulers) == loaded.is_unet
+    for name in sorted(loaded.engine.features.schedulers):
         assert loaded.make(mode, scheduler=name).shape == (64, 64, 3)
         assert np.array_equal(loaded.make(mode), before)
 
 
 def test_lcm_offers_only_its_own_scheduler() -> None:
-    assert Loaded("lcm").engine.schedulers == {"lcm"}
+    assert Loaded("lcm").engine.features.schedulers == {"lcm"}
 
 
 def test_values_that_must_not_reach_the_library_are_rejected(loaded: Loaded) -> None:
@@ -216,6 +216,14 @@ def test_error_of_the_library_ends_only_that_picture(sd: Loaded) -> None:
     [outcome] = sd.engine.turn()
     assert isinstance(outcome.error, InternalError)
     assert sd.make("image2image").shape == (64, 64, 3)
+
+
+def test_exception_of_the_binding_ends_only_that_picture(sd: Loaded) -> None:
+    sd.engine.admit(work("text2image", seed="one"))
+    [outcome] = sd.engine.turn()
+    assert isinstance(outcome.error, InternalError)
+    assert outcome.error.message.startswith("the engine failed: ")
+    assert sd.make("text2image").shape == (64, 64, 3)
 
 
 def test_second_admission_before_a_turn_is_an_internal_error(sd: Loaded) -> None:

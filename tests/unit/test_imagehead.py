@@ -230,6 +230,12 @@ def test_unsupported_format_is_named(start: bytes, name: str) -> None:
         read_head(memoryview(start + b"\0" * 64), "image", SETTINGS)
 
 
+def test_offset_of_64_bits_beyond_the_file_is_rejected() -> None:
+    data = b"II+\0\x08\0\0\0" + struct.pack("<Q", 1 << 63) + bytes(64)
+    with pytest.raises(ImageError, match="damaged or truncated"):
+        read_head(memoryview(data), "image", SETTINGS)
+
+
 @given(st.binary(max_size=300))
 def test_random_bytes_raise_image_error(data: bytes) -> None:
     with pytest.raises(ImageError) as caught:

@@ -141,7 +141,7 @@ def test_unit_is_not_restarted_after_a_wrong_configuration_only() -> None:
     assert unit()["RestartPreventExitStatus"] == str(int(ExitCode.USAGE))
     assert unit()["Restart"] == "on-failure"
     assert "\nStartLimitIntervalSec=0\n" in UNIT.read_text("utf-8")
-    assert {ExitCode.UNAVAILABLE, ExitCode.MODELS_FAILED} < {*COMMANDS["serve"].exit_codes}
+    assert {ExitCode.TRANSIENT, ExitCode.MODELS_FAILED} < {*COMMANDS["serve"].exit_codes}
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd on this machine")

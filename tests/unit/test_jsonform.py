@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import gc
+import io
 import json
 import math
 import re
@@ -14,10 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
+from PIL import Image
 
 from ovserve.errors import ApiError, BadRequest, InvalidValue, PartTooLarge, TooManyParts, UnknownParameter
 from ovserve.front.forms.form import read_form
@@ -27,6 +30,7 @@ from ovserve.wire.local.spool import Spool
 from tests.bodies import MemoryBody, settings
 
 PNG = b"\x89PNG\r\n\x1a\n\0\0\xff\xfe"
+BARE = base64.b64encode(PNG).decode()
 URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
 
@@ -69,6 +73,20 @@ def test_fields_keep_their_types_and_order(spool: Spool) -> None:
     assert not uploads
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"])
+def test_bare_base64_of_every_format_is_a_picture_of_any_size(spool: Spool, form: str) -> None:
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    Image.fromarray(noise).save(stream, form, **({"big_endian": True} if form == "TIFF" else {}))
+    data = stream.getvalue()
+    text = base64.b64encode(data).decode()
+    for written in (text, text.replace("/", "\\/")):
+        body = b'{"prompt": "x", "image": "%b"}' % written.encode()
+        fields, uploads = contents_of(read(spool, body, max_json_text_bytes=1024))
+        assert fields == [("prompt", "x")]
+        assert uploads == [("image", data)]
+
+
 @pytest.mark.parametrize(
     ("document", "fields", "uploads"),
     [
@@ -100,7 +118,14 @@ def test_fields_keep_their_types_and_order(spool: Spool) -> None:
         ({"prompt": 'data:"quoted\\" and more'}, [("prompt", 'data:"quoted\\" and more')], []),
         ({"prompt": "data:\\"}, [("prompt", "data:\\")], []),
         ({"user": {"a": ["data:x"]}}, [("user", {"a": ["data:x"]})], []),
-        ({"image": "iVBORw0KGgo="}, [("image", "iVBORw0KGgo=")], []),
+        ({"image": BARE}, [], ["image"]),
+        ({"images": [BARE, {"image_url": BARE}, {"url": URL}]}, [], ["images[0]", "images[1]", "images[2]"]),
+        ({"image": {"url": URL}, "mask": {"b64_json": BARE}}, [], ["image", "mask"]),
+        ({"image_url": URL}, [], ["image_url"]),
+        ({"image_url": {"url": URL, "detail": "low"}}, [], ["image_url"]),
+        ({"prompt": BARE}, [("prompt", BARE)], []),
+        ({"prompt": "R0lGOD lettering"}, [("prompt", "R0lGOD lettering")], []),
+        ({"image": "QUJD"}, [("image", "QUJD")], []),  # in no format that is read
     ],
 )
 def test_pictures_become_uploads_and_other_members_fields(
@@ -221,7 +246,7 @@ def test_data_urls_are_limited_like_parts(spool: Spool) -> None:
         return {"images": [URL] * count}
 
     assert len(contents_of(read(spool, urls(5), max_parts=5))[1]) == 5
-    with pytest.raises(TooManyParts, match="more than 5 data URLs"):
+    with pytest.raises(TooManyParts, match="more than 5 pictures"):
         read(spool, urls(6), max_parts=5)
 
 
@@ -273,8 +298,8 @@ def test_nesting_is_accepted_up_to_its_limit(spool: Spool) -> None:
         (b'{"n":' + b"9" * 5000 + b"}", BadRequest, "too many digits"),
         (b'{"n":1 1}', BadRequest, "(byte 7)"),
         (b'{"n":"\\ud800"}', InvalidValue, "n: the text has half of a surrogate pair"),
-        (b'{"data:x":1}', BadRequest, "a key must not begin with data: (byte 2)"),
-        (b'{"user":{"data:x":1}}', BadRequest, "a key must not begin with data: (byte 10)"),
+        (b'{"data:x":1}', BadRequest, "a key must not begin like a picture (byte 2)"),
+        (b'{"user":{"data:x":1}}', BadRequest, "a key must not begin like a picture (byte 10)"),
         (b'{"user":"data:\\x"}', BadRequest, "the string at byte 9 is not valid JSON"),
         (b'{"user":"data:' + b"x" * 600 + b'"}', PartTooLarge, "user: longer than 500 bytes (byte 9)"),
         (b'{"user":["' + b"x" * 501 + b'"]}', PartTooLarge, "user: longer than 500 bytes"),
@@ -299,8 +324,8 @@ def test_nesting_is_accepted_up_to_its_limit(spool: Spool) -> None:
             UnknownParameter,
             "image: unsupported 'type' next to image_url",
         ),
-        (b'{"user":' + b" " * 9000 + b"1}", PartTooLarge, "more than 8192 bytes of text outside its data URLs"),
-        (b'{"user":"' + b"\\\\" * 5000 + b'"}', PartTooLarge, "more than 8192 bytes of text outside its data URLs"),
+        (b'{"user":' + b" " * 9000 + b"1}", PartTooLarge, "more than 8192 bytes of text outside its pictures"),
+        (b'{"user":"' + b"\\\\" * 5000 + b'"}', PartTooLarge, "more than 8192 bytes of text outside its pictures"),
     ],
 )
 def test_malformed_documents_are_refused_with_the_offset(

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 import ovserve
+from ovserve.models.families import FAMILIES
 
 PACKAGE = Path(ovserve.__file__).parent
 # Every module may import these.
-FOUNDATIONS = {"errors", "deadline", "logs", "metrics", "systemd", "settings"}
+FOUNDATIONS = {"errors", "deadline", "folders", "logs", "metrics", "systemd", "settings"}
 
 # What each top-level module or package may import from ovserve, besides FOUNDATIONS and itself.
 MAY: dict[str, set[str]] = {
@@ -33,6 +34,7 @@ MAY: dict[str, set[str]] = {
     "models": set(),
     "web": set(),
     "errors": set(),
+    "folders": set(),
     "deadline": set(),
     "logs": set(),
     "metrics": {"errors"},
@@ -47,7 +49,8 @@ INSIDE: dict[str, set[str]] = {
     "wire.local": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},
     "wire.memory": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},
     "engines.schedulers": set(),
-    "engines.stepwise": {"engines.protocol", "engines.schedulers"},
+    "engines.families": {"engines.protocol", "engines.schedulers"},
+    "engines.stepwise": {"engines.protocol", "engines.checks", "engines.schedulers", "engines.families"},
 }
 # The only places that may import these packages.
 ONLY: dict[str, tuple[str, ...]] = {
@@ -59,6 +62,8 @@ ONLY: dict[str, tuple[str, ...]] = {
     "http": ("front",),
     "socketserver": ("front",),
 }
+# The only places that may contain the name of a model family.
+FAMILY_MODULES = ("models.families", "engines.families")
 
 
 def modules() -> dict[str, ast.Module]:
@@ -129,9 +134,18 @@ def test_restricted_packages_are_imported_only_in_their_places(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
+def test_only_the_table_and_the_family_modules_name_a_family(name: str) -> None:
+    if not lies_in(name, FAMILY_MODULES):
+        named = [node for node in ast.walk(MODULES[name]) if isinstance(node, ast.Constant) and node.value in FAMILIES]
+        assert not named, f"{name}:{named[0].lineno} names family {named[0].value}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_only_the_server_chooses_an_implementation_of_the_wire(name: str) -> None:
     implementations = {"wire.local", "wire.memory"}
-    for target in own(MODULES[name]):
+    # The decoding process is a child of its worker, however the worker itself was started: no choice is made there.
+    targets = own(MODULES[name]) - ({"wire.local.processes"} if name.startswith("pixels.decoder") else set())
+    for target in targets:
         is_allowed = name == "server" or lies_in(name, implementations) or not lies_in(target, implementations)
         assert is_allowed, f"{name} imports {target}"
 

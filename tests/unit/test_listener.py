@@ -316,7 +316,7 @@ def test_accepting_continues_when_no_thread_can_be_started(monkeypatch: pytest.M
         served_again(listener)
 
 
-def test_accepting_continues_when_descriptors_run_out() -> None:
+def test_accepting_continues_when_descriptors_run_out(caplog: pytest.LogCaptureFixture) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with serving() as (listener, _):
         waiting = [socket.socket() for _ in range(20)]
@@ -334,6 +334,10 @@ def test_accepting_continues_when_descriptors_run_out() -> None:
             for connection in waiting:
                 connection.close()
         served_again(listener)
+    lines = [record for record in caplog.records if record.getMessage().startswith("out of file descriptors")]
+    reports = [record for record in caplog.records if record.getMessage().startswith("log lines suppressed")]
+    assert 1 <= len(lines) <= 10  # each further connection is only counted
+    assert len(lines) + sum(record.fields["number"] for record in reports) >= 10  # type: ignore[attr-defined]
 
 
 def test_accepting_continues_when_no_spare_descriptor_can_be_opened() -> None:

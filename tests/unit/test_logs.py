@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from ovserve.logs import configure_logs, fields
+from ovserve.logs import LogLimit, configure_logs, fields
 
 log = logging.getLogger("ovserve.test")
 
@@ -34,3 +36,71 @@ def test_json_line_has_the_fields_unchanged(capsys: pytest.CaptureFixture[str]) 
     log.warning("refused", extra=fields(status=400, why="a\nb"))
     entry = json.loads(capsys.readouterr().err)
     assert (entry["level"], entry["message"], entry["status"], entry["why"]) == ("warning", "refused", 400, "a\nb")
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+def limited(caplog: pytest.LogCaptureFixture) -> tuple[int, int]:
+    """Return the number of ordinary lines, and the number of suppressed lines that were reported."""
+    reports = [record.fields["number"] for record in caplog.records if "suppressed" in record.getMessage()]  # type: ignore[attr-defined]
+    return len(caplog.records) - len(reports), sum(reports)
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_repeated_lines_are_counted_and_their_number_is_logged_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ovserve")
+    limit = LogLimit("floods", lines=3, interval_s=0.2)
+    for number in range(50):
+        limit.log(log, logging.WARNING, "flood %d", number, address="a")
+    assert [record.getMessage() for record in caplog.records] == ["flood 0", "flood 1", "flood 2"]
+    assert caplog.records[0].fields == {"address": "a"}  # type: ignore[attr-defined]
+    end = time.monotonic() + 10
+    while len(caplog.records) < 4 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert caplog.records[3].getMessage() == "log lines suppressed: floods"
+    assert caplog.records[3].fields == {"number": 47, "interval_s": 0.2}  # type: ignore[attr-defined]
+    limit.log(log, logging.WARNING, "flood again")  # a new interval
+    limit.stop()
+    assert limited(caplog) == (4, 47)
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_stop_reports_the_rest_and_leaves_no_thread(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ovserve")
+    limit = LogLimit("floods", lines=1, interval_s=60)
+    threads = [
+        threading.Thread(target=lambda: [limit.log(log, logging.INFO, "flood") for _ in range(100)]) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    limit.stop()
+    assert limited(caplog) == (1, 799)
+    limit.stop()
+    assert limited(caplog) == (1, 799)
+
+
+def test_lines_below_the_level_are_neither_logged_nor_counted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "ovserve")
+    limit = LogLimit("floods", lines=1)
+    for _ in range(5):
+        limit.log(log, logging.INFO, "flood")
+    limit.stop()
+    assert limited(caplog) == (0, 0)
+
+
+def test_lines_are_counted_although_no_thread_can_be_started(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    caplog.set_level(logging.INFO, "ovserve")
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    limit = LogLimit("floods", lines=1, interval_s=60)
+    for _ in range(5):
+        limit.log(log, logging.INFO, "flood")
+    limit.stop()
+    assert limited(caplog) == (1, 4)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from ovserve.engines.protocol import Outcome, Work
+from ovserve.engines.protocol import Features, Outcome, Work
 from ovserve.worker.loop import DeviceLoop
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
@@ -37,7 +37,7 @@ class CountingEngine:
     """Finishes each picture after `turns` turns; records the jobs of each turn in `together`."""
 
     name = "counting"
-    schedulers: frozenset[str] = frozenset()
+    features = Features(frozenset({"text2image"}))
 
     def __init__(self, capacity: int = 1, turns: int = 1, turn_s: float = 0.0) -> None:
         self.tuned: dict[str, int] = {}
@@ -52,6 +52,9 @@ class CountingEngine:
     def load(self, beat: Callable[[str], None]) -> None:
         beat("load")
         beat("warm-up")
+
+    def check(self, request: object) -> None:
+        pass
 
     def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
         return len(prompt)

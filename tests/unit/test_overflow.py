@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -105,3 +106,15 @@ def test_long_answer_is_written_without_blocking_other_connections() -> None:
             assert len(client.read_response().content) == 10_000_000
         api.release()
         assert first.read_response().status == 200
+
+
+def test_rejected_connections_do_not_flood_the_log(full: Listener, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ovserve")
+    for head in [b"GET /x HTTP/1.1\r\nHost: a.test\r\n\r\n"] * 29 + [b"garbage\r\n\r\n"]:
+        with RawClient(full.port) as client:
+            assert client.send(head).read_response().status in (400, 503)
+    full.rejections.report()  # at the end of the interval, or when the server stops
+    lines = [record for record in caplog.records if record.getMessage().startswith("rejected ")]
+    reports = [record for record in caplog.records if record.getMessage().startswith("log lines suppressed")]
+    assert len(lines) == 10
+    assert [record.fields["number"] for record in reports] == [20]  # type: ignore[attr-defined]

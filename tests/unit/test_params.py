@@ -89,6 +89,18 @@ def test_operator_chooses_the_default_response_format_except_for_streams() -> No
         edit(("stream", "true"), ("response_format", "url"))
 
 
+def test_default_response_format_of_openai_depends_on_the_name_of_the_request() -> None:
+    models = catalog(ModelSettings(name="m", aliases=("*",), default_response_format="openai"))
+    for named, in_path, expected in (
+        ("dall-e-3", None, "url"),
+        ("gpt-image-1", None, "b64_json"),
+        (None, None, "b64_json"),
+        (None, "dall-e-2", "url"),
+    ):
+        form = FakeForm([("prompt", "x"), *([("model", named)] if named else [])], (IMAGE,))
+        assert parse_parameters(form, EDIT, in_path, models, SETTINGS).response_format == expected
+
+
 @pytest.mark.parametrize(
     ("name", "value", "attribute", "expected"),
     [

@@ -13,7 +13,19 @@ from PIL import Image
 
 from ovserve.errors import ImageError, InvalidValue, MissingParameter, UnsupportedParameter
 from ovserve.settings.options import Resolution
-from tests.preparing import MODEL, PROFILE, WIDE, StoreBlob, noise, png, prepared, rejected, stored_blobs, with_alpha
+from tests.preparing import (
+    MODEL,
+    PROFILE,
+    WIDE,
+    StoreBlob,
+    engine_of,
+    noise,
+    png,
+    prepared,
+    rejected,
+    stored_blobs,
+    with_alpha,
+)
 
 
 @pytest.fixture
@@ -104,6 +116,17 @@ def test_zero_steps_and_more_than_trained_steps_are_rejected() -> None:
     rejected(InvalidValue, "num_inference_steps", "1000", task="generation", num_inference_steps=1001)
 
 
+def test_operator_can_serve_an_opaque_result_where_there_is_no_alpha(blob: StoreBlob) -> None:
+    opaque = dataclasses.replace(MODEL, missing_alpha="opaque")
+    image = blob(png(noise(64, 64)))
+    for values in ({"images": (image,)}, {"task": "generation"}):
+        rejected(InvalidValue, "background", "needs an image with an alpha channel", background="transparent", **values)
+        found = prepared(model=opaque, background="transparent", **values)
+        assert (found.background, found.backdrop.keeps_alpha) == ("opaque", False)
+    kept = prepared(model=opaque, background="transparent", images=(blob(png(with_alpha(0))),))
+    assert kept.background == "transparent"
+
+
 def test_strength_zero_runs_no_step_and_gives_the_source(blob: StoreBlob) -> None:
     source = noise(64, 96)
     found = prepared(images=(blob(png(source)),), strength=0.0, partial_images=2)
@@ -166,6 +189,26 @@ def test_preferred_scheduler_applies_if_supported_and_none_is_requested(asked: s
     made = prepared(scheduler=asked, preferred_scheduler=preferred)
     assert made.work("job", 0).scheduler == taken
     assert made.sampler == (taken or PROFILE.scheduling.name)
+
+
+# --- what the engine can do ---------------------------------------------------------------------------------------
+
+
+def test_previews_are_prepared_only_for_an_engine_that_makes_them() -> None:
+    values = {"task": "generation", "num_inference_steps": 4, "partial_images": 3}
+    assert prepared(**values).work("j", 0).previews == {1, 2, 3}
+    assert prepared(engine=engine_of(WIDE, previews=False), **values).work("j", 0).previews == set()
+
+
+def test_tasks_are_those_of_the_engine(blob: StoreBlob) -> None:
+    engine = engine_of(WIDE, tasks=frozenset({"inpainting"}))
+    rejected(MissingParameter, "mask", engine=engine, images=(blob(png(noise(64, 64))),))
+    rejected(UnsupportedParameter, "model", "text2image", engine=engine, task="generation")
+
+
+def test_engine_rejects_a_request_before_its_images_are_decoded(blob: StoreBlob) -> None:
+    rejected(InvalidValue, "scheduler", images=(blob(b"no image"),), scheduler="heun")
+    rejected(InvalidValue, "num_inference_steps", images=(blob(b"no image"),), num_inference_steps=1001)
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------

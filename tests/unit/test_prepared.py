@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from ovserve import __version__
@@ -17,6 +20,7 @@ from ovserve.pixels.frames import size_of
 from ovserve.pixels.images import Pixels
 from ovserve.pixels.masks import feather
 from ovserve.settings.options import Resolution
+from ovserve.worker.prepared import on_one_line
 from tests.preparing import StoreBlob, noise, png, prepared, request, stored_blobs, with_alpha
 
 
@@ -132,6 +136,22 @@ def test_results_and_previews_keep_the_source_colour_profile(blob: StoreBlob) ->
         assert "icc_profile" not in image.info
 
 
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_pixel_bytes_are_those_of_all_arrays_once(blob: StoreBlob) -> None:
+    assert prepared(task="generation").pixel_bytes == 0
+    whole = prepared(images=(blob(png(noise(128, 64))),))
+    assert whole.pixel_bytes == 128 * 64 * 3  # what the engine gets; the result shows nothing of the image
+    mask = np.zeros((64, 128), np.uint8)
+    mask[16:32, 32:64] = 255
+    masked = prepared(images=(blob(png(noise(128, 64))),), mask=blob(png(mask)))
+    weight = 2 * 18 * 34  # of the part to repaint and one pixel around it
+    assert masked.pixel_bytes == 128 * 64 * 3 + 2 * 128 * 64 + weight
+    alike = prepared(images=(blob(png(noise(128, 64))),), mask=blob(png(mask)), partial_images=2)
+    assert alike.pixel_bytes == masked.pixel_bytes  # previews of this size share the arrays
+
+
 # --- seeds and metadata -----------------------------------------------------------------------------------------------
 
 
@@ -154,6 +174,40 @@ def test_file_metadata_has_prompt_seed_and_settings(blob: StoreBlob) -> None:
         "a cat\nNegative prompt: a dog\nSteps: 12, Sampler: DDIM, CFG scale: 3, Seed: 8, Size: 64x64, Model: shapes, "
         f"Denoising strength: 0.5, Version: ovserve {__version__}"
     )
+
+
+def metadata_lines(**fields: Any) -> list[str]:
+    with Image.open(io.BytesIO(prepared(task="generation", **fields).encode(noise(64, 64), 0))) as image:
+        return str(image.info["parameters"]).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "line"),
+    [
+        ("a cat, 50% off: \\\\o/", "a cat, 50% off: \\\\o/"),
+        ("a cat\nNegative prompt: x\nSteps: 1, Seed: 2", r'"a cat\nNegative prompt: x\nSteps: 1, Seed: 2"'),
+        ("Negative prompt: x", '"Negative prompt: x"'),
+        (" steps: 1, Seed: 2", '" steps: 1, Seed: 2"'),
+        ("a\u2028b\x85c\x0bd\re", r'"a\u2028b\u0085c\u000bd\re"'),
+        ('"quoted"', r'"\"quoted\""'),
+        ("кот\nи пёс", r'"кот\nи пёс"'),
+    ],
+)
+def test_prompt_cannot_forge_metadata_lines(prompt: str, line: str) -> None:
+    lines = metadata_lines(prompt=prompt, negative_prompt=prompt, seed=7)
+    assert lines[:2] == [line, f"Negative prompt: {line}"]
+    assert len(lines) == 3
+    assert "Seed: 7" in lines[2]
+
+
+@given(
+    st.text(max_size=30)
+    | st.text(st.sampled_from('\n\r\x0b\x0c\x1c\x85\u2028"\\\\ steps:Negative prompt'), max_size=30)
+)
+def test_any_prompt_is_one_line_and_can_be_read_back(prompt: str) -> None:
+    line = on_one_line(prompt)
+    assert len(line.splitlines()) <= 1
+    assert (json.loads(line) if line.startswith('"') else line) == prompt
 
 
 def test_file_metadata_names_a_preset_with_shortcuts() -> None:

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.wire.local.processes import describe_exit, machine_memory_bytes, raise_oom_score, resident_bytes
+from ovserve.wire.local.processes import (
+    describe_exit,
+    machine_memory_bytes,
+    raise_oom_score,
+    resident_bytes,
+    resident_bytes_with_children,
+)
 
 MIB = 1024 * 1024
 
@@ -168,3 +174,14 @@ def test_process_whose_parent_has_ended_exits_before_its_work() -> None:
     child = subprocess.Popen([sys.executable, "-c", CHILD, "1"], stdout=subprocess.PIPE)
     assert child.communicate(timeout=10)[0] == b""
     assert child.returncode == 1
+
+
+def test_memory_of_children_counts_with_their_parent() -> None:
+    before = resident_bytes_with_children(os.getpid())
+    program = "held = b'x' * (32 << 20); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert resident_bytes_with_children(os.getpid()) - before > 30 << 20
+        assert resident_bytes_with_children(child.pid) == resident_bytes(child.pid)
+        child.kill()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from ovserve.settings.options import Settings
 from ovserve.wire.link import MAX_CAPACITY
-from ovserve.wire.messages import Done, Need, Picture
+from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared
 from tests import flatengine
 from tests.workerbench import WorkerBench
 
@@ -44,3 +47,28 @@ def test_preview_that_cannot_be_encoded_is_dropped_and_its_picture_is_made(bench
     end = bench.end(job)
     assert isinstance(end, Done), end
     assert partials_of(bench, job, Picture) == [0, -1]
+
+
+def test_edits_are_prepared_only_while_the_pixels_of_others_are_below_the_limit(tmp_path: Path) -> None:
+    settings = Settings(max_prepared_bytes=1 << 20)
+    large = np.full((1024, 1024, 4), 200, np.uint8)
+    with WorkerBench(tmp_path, settings=settings, main=flatengine.main) as worker:
+        worker.ready()
+        worker.answers_needs = False  # so that no job ends
+        values = {"images": (worker.image(large),), "background": "transparent"}
+        first, second, third, cancelled = (worker.start(**values) for _ in range(4))
+        worker.until(lambda: bool(worker.of(first, Need)))  # a job above the limit is prepared if it is alone
+        worker.cancel(cancelled)
+        assert isinstance(worker.end(cancelled), Failed)
+        expired = worker.start(timeout_s=0.01, **values)
+        assert isinstance(worker.end(expired), Failed)
+        for job, waiting in ((first, second), (second, third)):
+            assert not worker.of(waiting, Prepared)
+            worker.answer(worker.of(job, Need)[0])
+            assert isinstance(worker.end(job), Done)
+            worker.until(lambda waiting=waiting: bool(worker.of(waiting, Need)))
+        worker.cancel(third)  # on its way to the client: its bytes are free again
+        worker.answer(worker.of(third, Need)[0])
+        worker.end(third)
+        last = worker.start(**values)
+        worker.until(lambda: bool(worker.of(last, Prepared)))

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ovserve.errors import SettingsError
-from ovserve.settings.options import ModelSettings, Resolution, Settings, options_of, parse_origins
+from ovserve.settings.access import ListenAddress, parse_hosts, parse_listen, parse_networks, parse_origins
+from ovserve.settings.options import ModelSettings, Resolution, Settings, options_of
 from ovserve.settings.sources import load_settings, service_variables
 
 
@@ -84,6 +85,15 @@ def test_several_models_from_tables(tmp_path: Path) -> None:
         ({"allowed_origins": "https://a.test/"}, "is not an origin"),
         ({"allowed_origins": "https://a.test,*"}, "is not an origin"),
         ({"allowed_origins": "a.test"}, "is not an origin"),
+        ({"allowed_origins": "http://*"}, "is not an origin"),
+        ({"allowed_hosts": "a.test:8000"}, "allowed_hosts: 'a.test:8000' is not a host name"),
+        ({"allowed_hosts": "http://a.test"}, "is not a host name"),
+        ({"allowed_hosts": "a.test,*"}, "is not a host name"),
+        ({"trusted_proxies": "proxy.test"}, "trusted_proxies: expected IP addresses"),
+        ({"trusted_proxies": "192.0.2.1/24"}, "has host bits set"),
+        ({"admin_listen": "8001"}, "admin_listen: expected an address with a port"),
+        ({"admin_listen": "admin.test:8001"}, "is not an IP address"),
+        ({"admin_listen": "127.0.0.1:65536"}, "admin_listen: expected an address with a port"),
         ({"min_strength": "0.9", "max_strength": "0.5"}, "min_strength"),
     ],
 )
@@ -103,10 +113,21 @@ def test_wrong_option_is_an_error_of_one_line(flags: dict[str, str], expected: s
         ("https://a.test, http://localhost:3000,", ("https://a.test", "http://localhost:3000")),
         ("HTTPS://A.Test:8443", ("https://a.test:8443",)),
         ("chrome-extension://abc,http://[::1]:80", ("chrome-extension://abc", "http://[::1]:80")),
+        ("app://,vscode-webview://*,tauri://localhost", ("app://", "vscode-webview://", "tauri://localhost")),
     ],
 )
 def test_origins_are_parsed_as_a_list(text: str, origins: tuple[str, ...]) -> None:
     assert parse_origins(load_settings({"allowed_origins": text}, {}).allowed_origins) == origins
+
+
+def test_hosts_networks_and_the_admin_listener_are_parsed() -> None:
+    assert parse_hosts("A.Test., *.lan.test,a.test") == ("a.test", "*.lan.test")
+    assert (parse_hosts(None), parse_hosts("*")) == ((), ("*",))
+    assert [str(network) for network in parse_networks("192.0.2.1, 2001:db8::/32")] == ["192.0.2.1/32", "2001:db8::/32"]
+    assert parse_listen("localhost:8001") == ListenAddress("127.0.0.1", 8001)
+    assert parse_listen("[::1]:0") == ListenAddress("::1", 0)
+    assert parse_listen("/run/o.sock") == parse_listen("unix:/run/o.sock") == ListenAddress("", 0, "/run/o.sock")
+    assert parse_listen(None) is None
 
 
 def test_environment_is_checked_for_unknown_names() -> None:
@@ -140,7 +161,7 @@ def test_option_that_needs_a_value_cannot_be_empty(tmp_path: Path, name: str) ->
 def test_origins_none_allows_no_origin() -> None:
     assert load_settings({"allowed_origins": ""}, {}).allowed_origins is None
     assert load_settings({}, {"OVSERVE_ALLOWED_ORIGINS": "none"}).allowed_origins is None
-    assert load_settings({}, {"OVSERVE_ALLOWED_ORIGINS": ""}).allowed_origins == "*"
+    assert load_settings({}, {"OVSERVE_ALLOWED_ORIGINS": ""}).allowed_origins is None
 
 
 # As the kubelet sets them for a Service `ovserve` with the ports http (8000) and dns, and one `ovserve-rest`.

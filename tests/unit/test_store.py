@@ -62,7 +62,7 @@ def test_invalid_names_are_not_found(tmp_path: Path, name: str) -> None:
 def test_oldest_pictures_are_removed_at_the_size_limit(tmp_path: Path) -> None:
     with store(tmp_path, store_bytes=MIB) as kept:
         names = [kept.keep(memoryview(bytes(300_000)), "png") for _ in range(5)]
-        left = [name for name in names if (tmp_path / name).exists()]
+        left = [name for name in names if (tmp_path / "pictures" / name).exists()]
         assert left == names[2:]
 
 
@@ -77,7 +77,7 @@ def test_open_picture_is_readable_after_its_file_is_removed(tmp_path: Path) -> N
     with store(tmp_path) as kept:
         name = kept.keep(memoryview(b"data"), "jpeg")
         found = kept.find(name)
-        (tmp_path / name).unlink()
+        (tmp_path / "pictures" / name).unlink()
         assert content_of(found, 1, 3) == b"at"
 
 
@@ -85,7 +85,7 @@ def test_open_picture_is_readable_after_its_file_is_removed(tmp_path: Path) -> N
 def test_picture_that_is_not_found_leaves_no_descriptor(tmp_path: Path) -> None:
     with store(tmp_path, url_ttl_s=60.0) as kept:
         name = kept.keep(memoryview(b"old"), "webp")
-        os.utime(tmp_path / name, (time.time() - 61,) * 2)
+        os.utime(tmp_path / "pictures" / name, (time.time() - 61,) * 2)
         for wrong in (name, "x" * 32 + ".png"):
             with pytest.raises(NotFound):
                 kept.find(wrong)
@@ -95,7 +95,7 @@ def test_picture_without_a_free_descriptor_is_503(tmp_path: Path, monkeypatch: p
     with store(tmp_path) as kept:
         name = kept.keep(memoryview(b"data"), "png")
 
-        def fail(*_: object) -> int:
+        def fail(*_: object, **__: object) -> int:
             raise OSError(errno.EMFILE, "Too many open files")
 
         monkeypatch.setattr(os, "open", fail)
@@ -106,7 +106,7 @@ def test_picture_without_a_free_descriptor_is_503(tmp_path: Path, monkeypatch: p
 def test_directory_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     with store(tmp_path / "s") as kept:
         kept.keep(memoryview(b"data"), "png")
-    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "s" / "pictures").stat().st_mode & 0o777 == 0o700
 
 
 def test_default_directory_follows_systemd_and_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +185,75 @@ def test_other_files_in_the_directory_are_not_removed(tmp_path: Path) -> None:
     assert other.exists()
 
 
+# --- the folder: other users of the machine --------------------------------------------------------------------------
+
+
+def test_pictures_of_earlier_versions_are_moved_into_the_folder(tmp_path: Path) -> None:
+    name = "y" * 32 + ".png"
+    (tmp_path / name).write_bytes(b"old")
+    (tmp_path / ("z" * 32 + ".png")).symlink_to("/etc/passwd")
+    with store(tmp_path) as kept:
+        kept.keep(memoryview(b"new"), "png")
+        assert content_of(kept.find(name)) == b"old"
+        assert not (tmp_path / name).exists()
+        with pytest.raises(NotFound):
+            kept.find("z" * 32 + ".png")
+
+
+def test_readable_parent_is_accepted_and_the_folder_is_made_private(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures").chmod(0o755)
+    with store(tmp_path) as kept:
+        assert kept.keep(memoryview(b"data"), "png")
+    assert (tmp_path / "pictures").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(("mode", "is_accepted"), [(0o777, False), (0o1777, True), (0o775, True), (0o703, False)])
+def test_parent_that_others_may_write_needs_the_sticky_bit(tmp_path: Path, mode: int, is_accepted: bool) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    folder.chmod(mode)
+    if is_accepted:
+        with store(folder) as kept:
+            kept.keep(memoryview(b"data"), "png")
+        return
+    with pytest.raises(SettingsError, match=rf"store_dir .*/s: every user can write it \(mode 0{mode:o}\)"):
+        Store(Settings(store_dir=folder))
+
+
+def test_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "pictures").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SettingsError, match=r"store_dir .*/pictures: is a symbolic link"):
+        Store(Settings(store_dir=tmp_path))
+
+
+def test_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pictures").mkdir()
+    own = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    with pytest.raises(SettingsError, match=rf"belongs to another user \(uid {own}\)"):
+        Store(Settings(store_dir=tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+def test_only_regular_files_are_served(tmp_path: Path, kind: str) -> None:
+    name = "x" * 32 + ".png"
+    with store(tmp_path) as kept:
+        kept.keep(memoryview(b"data"), "png")
+        path = tmp_path / "pictures" / name
+        if kind == "link":
+            (tmp_path / "secret").write_bytes(b"secret")
+            path.symlink_to(tmp_path / "secret")
+        elif kind == "fifo":
+            os.mkfifo(path)
+        else:
+            path.mkdir()
+        with pytest.raises(NotFound):
+            kept.find(name)
+
+
 # --- the index --------------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +275,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[Counter[str]
 
 def fill(folder: Path, number: int, size: int = 10, age_s: float = 0.0) -> list[str]:
     """Write pictures of an earlier run, each a second younger than the one before; return their names."""
-    folder.mkdir(exist_ok=True)
+    folder = folder / "pictures"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     names = [f"{index:032d}.png" for index in range(number)]
     for index, name in enumerate(names):
         (folder / name).write_bytes(bytes(size))
@@ -234,8 +304,8 @@ def test_directory_is_read_once_however_many_pictures_it_has(
     with store(tmp_path) as kept, calls(monkeypatch, "scandir", "listdir", "stat", "lstat", "fstat", "unlink") as made:
         for _ in range(20):
             kept.keep(memoryview(b"data"), "png")
-        assert made["scandir"] + made["listdir"] == 1
-        assert made["stat"] + made["lstat"] + made["fstat"] <= 3 * 20  # for each picture, not for each file
+        assert made["scandir"] + made["listdir"] == 2  # the folder, and its parent for pictures of earlier versions
+        assert made["stat"] + made["lstat"] + made["fstat"] <= 3 * 20 + 1  # for each picture, not for each file
         assert made["unlink"] == 0
 
 
@@ -249,16 +319,16 @@ def test_only_the_pictures_that_have_to_go_are_touched_at_the_limit(
             for _ in range(3):
                 kept.keep(memoryview(bytes(MIB // 8)), "png")
         assert made["unlink"] == 3
-    assert [name for name in names if (tmp_path / name).exists()] == names[4:]
+    assert [name for name in names if (tmp_path / "pictures" / name).exists()] == names[4:]
 
 
 def test_index_of_an_earlier_run_is_in_the_order_of_age(tmp_path: Path) -> None:
     names = fill(tmp_path, 4, size=MIB // 4)
     for age, name in enumerate([names[2], names[0], names[3], names[1]]):
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
+        os.utime(tmp_path / "pictures" / name, (time.time() - age,) * 2)
     with store(tmp_path, store_bytes=MIB) as kept:
         kept.keep(memoryview(bytes(MIB // 2)), "png")
-    assert [name for name in names if (tmp_path / name).exists()] == [names[0], names[2]]
+    assert [name for name in names if (tmp_path / "pictures" / name).exists()] == [names[0], names[2]]
 
 
 def test_picture_larger_than_the_limit_replaces_all_others(tmp_path: Path) -> None:
@@ -266,7 +336,7 @@ def test_picture_larger_than_the_limit_replaces_all_others(tmp_path: Path) -> No
     with store(tmp_path, store_bytes=MIB) as kept:
         name = kept.keep(memoryview(bytes(MIB + 1)), "png")
         assert len(content_of(kept.find(name))) == MIB + 1
-    assert not any((tmp_path / each).exists() for each in names)
+    assert not any((tmp_path / "pictures" / each).exists() for each in names)
 
 
 def test_failed_write_counts_nothing_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,10 +348,10 @@ def test_failed_write_counts_nothing_and_leaves_no_file(tmp_path: Path, monkeypa
                 with pytest.raises(OSError, match="No space left"):
                     kept.keep(memoryview(bytes(MIB // 4)), "png")
         second = kept.keep(memoryview(bytes(MIB // 2)), "png")
-        assert sorted(os.listdir(tmp_path)) == sorted([first, second])
+        assert sorted(os.listdir(tmp_path / "pictures")) == sorted([first, second])
 
 
-def raise_no_space(*_: object) -> None:
+def raise_no_space(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -297,7 +367,7 @@ def test_pictures_of_many_threads_stay_within_the_limit(tmp_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        left = os.listdir(tmp_path)
+        left = os.listdir(tmp_path / "pictures")
         assert len(set(names)) == 160
         assert set(left) <= set(names)
         assert len(left) == 16
@@ -311,29 +381,29 @@ def test_picture_is_removed_when_it_expires(tmp_path: Path) -> None:
     kept = Store(Settings(store_dir=tmp_path, url_ttl_s=0.3))
     name = kept.keep(memoryview(b"data"), "png")
     assert len(store_threads()) == 1
-    until(lambda: not (tmp_path / name).exists())
+    until(lambda: not (tmp_path / "pictures" / name).exists())
     until(lambda: store_threads() == [])  # without pictures no thread waits
     again = kept.keep(memoryview(b"data"), "png")
-    until(lambda: not (tmp_path / again).exists())
+    until(lambda: not (tmp_path / "pictures" / again).exists())
 
 
 @pytest.mark.usefixtures("leak_guard")
 def test_pictures_of_an_earlier_run_expire_without_a_new_one(tmp_path: Path) -> None:
     names = fill(tmp_path, 5, age_s=3600)
-    (tmp_path / ".ovserve-new-abc").write_bytes(b"of a server that was killed")
-    os.utime(tmp_path / ".ovserve-new-abc", (0, 0))
+    (tmp_path / "pictures" / ".ovserve-new-abc").write_bytes(b"of a server that was killed")
+    os.utime(tmp_path / "pictures" / ".ovserve-new-abc", (0, 0))
     young = kept_file(tmp_path)
     with store(tmp_path) as kept:
         kept.start()
-        until(lambda: not any((tmp_path / name).exists() for name in names))
-        until(lambda: not (tmp_path / ".ovserve-new-abc").exists())
+        until(lambda: not any((tmp_path / "pictures" / name).exists() for name in names))
+        until(lambda: not (tmp_path / "pictures" / ".ovserve-new-abc").exists())
         assert len(store_threads()) == 1  # waits for the young one
     assert young.exists()
     assert store_threads() == []
 
 
 def kept_file(folder: Path) -> Path:
-    path = folder / ("y" * 32 + ".png")
+    path = folder / "pictures" / ("y" * 32 + ".png")
     path.write_bytes(b"young")
     return path
 
@@ -354,9 +424,9 @@ def test_expired_picture_is_not_found_before_the_timer_has_run(tmp_path: Path) -
         now += 61
         with pytest.raises(NotFound):
             kept.find(name)
-        assert (tmp_path / name).exists()
+        assert (tmp_path / "pictures" / name).exists()
         kept.keep(memoryview(b"new"), "png")
-        assert not (tmp_path / name).exists()
+        assert not (tmp_path / "pictures" / name).exists()
 
 
 def test_closed_store_starts_no_thread(tmp_path: Path) -> None:
@@ -370,8 +440,9 @@ def test_closed_store_starts_no_thread(tmp_path: Path) -> None:
 
 
 def test_directory_that_cannot_be_read_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "s").write_bytes(b"in the way")
     with store(tmp_path / "s") as kept:
+        (tmp_path / "s").mkdir()
+        (tmp_path / "s" / "pictures").write_bytes(b"in the way")
         kept.start()
         until(lambda: store_threads() == [])
         assert "store_dir cannot be read" in caplog.messages
@@ -385,15 +456,15 @@ def test_directory_that_cannot_be_read_is_logged(tmp_path: Path, caplog: pytest.
 def test_files_that_others_remove_are_tolerated(tmp_path: Path) -> None:
     with store(tmp_path / "s", store_bytes=MIB) as kept:
         names = [kept.keep(memoryview(bytes(MIB // 4)), "png") for _ in range(4)]
-        (tmp_path / "s" / names[0]).unlink()
+        (tmp_path / "s" / "pictures" / names[0]).unlink()
         with pytest.raises(NotFound):
             kept.find(names[0])
         kept.keep(memoryview(bytes(MIB // 4)), "png")
-        assert all((tmp_path / "s" / name).exists() for name in names[1:])
+        assert all((tmp_path / "s" / "pictures" / name).exists() for name in names[1:])
         shutil.rmtree(tmp_path / "s")
         name = kept.keep(memoryview(bytes(MIB // 4)), "png")
         assert len(content_of(kept.find(name))) == MIB // 4
-        assert (tmp_path / "s").stat().st_mode & 0o777 == 0o700
+        assert (tmp_path / "s" / "pictures").stat().st_mode & 0o777 == 0o700
 
 
 def test_files_that_others_add_are_served_and_not_removed(tmp_path: Path) -> None:
@@ -416,7 +487,7 @@ def test_two_stores_share_a_directory(tmp_path: Path) -> None:
                         assert len(content_of(each.find(name))) == MIB // 2
             with pytest.raises(NotFound):
                 one.find(early)
-            assert len(os.listdir(tmp_path)) == 4  # each applies the limit to its own
+            assert len(os.listdir(tmp_path / "pictures")) == 4  # each applies the limit to its own
 
 
 def test_start_of_a_second_store_does_not_disturb_a_picture_being_written(
@@ -424,14 +495,14 @@ def test_start_of_a_second_store_does_not_disturb_a_picture_being_written(
 ) -> None:
     replace = os.replace
 
-    def keep_another(source: str, target: Path) -> None:
+    def keep_another(source: str, target: str, **folders: int) -> None:
         monkeypatch.setattr(os, "replace", replace)
         with store(tmp_path, store_bytes=MIB) as two:
             two.keep(memoryview(bytes(MIB // 4)), "png")
-        replace(source, target)
+        replace(source, target, **folders)
 
     monkeypatch.setattr(os, "replace", keep_another)
     with store(tmp_path, store_bytes=MIB) as one:
         name = one.keep(memoryview(bytes(MIB // 4)), "png")
         assert len(content_of(one.find(name))) == MIB // 4
-    assert len(os.listdir(tmp_path)) == 2
+    assert len(os.listdir(tmp_path / "pictures")) == 2

@@ -10,8 +10,9 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
+from ovserve.engines.families.unet import run_unet
 from ovserve.engines.stepwise import compiled, tuning
-from ovserve.engines.stepwise.compiled import Components, Layout, run_unet
+from ovserve.engines.stepwise.compiled import Components, Layout
 from ovserve.engines.stepwise.tuning import Tuning, tune
 from ovserve.models.profile import read_profile
 from tests.pictures import directory_of, settings_of, with_scheduler
@@ -25,9 +26,9 @@ class Counted(Components):
     def cpu_threads(self) -> int:
         return 4
 
-    def compile_unet(self, layout: Layout) -> list[object]:
+    def compile_denoiser(self, layout: Layout) -> list[object]:
         self.layouts = [*getattr(self, "layouts", []), layout]
-        return super().compile_unet(layout)
+        return super().compile_denoiser(layout)
 
 
 def read_components(directory: Path = SD, **options: int) -> Counted:
@@ -128,7 +129,7 @@ def test_pinned_rows_are_not_checked_after_the_budget_or_if_calls_are_long(
 
 
 def test_heavy_unet_is_measured_on_a_quarter_of_the_area(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "HEAVY_UNET_BYTES", 0)
+    monkeypatch.setattr(tuning, "HEAVY_DENOISER_BYTES", 0)
     monkeypatch.setattr(tuning, "LARGE_CALL_S", 0.0)
     components = read_components()
     small, times = components.feeds.quarter()
@@ -142,7 +143,7 @@ def test_heavy_unet_is_measured_on_a_quarter_of_the_area(monkeypatch: pytest.Mon
 def test_every_slot_computes_the_same_bits(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     monkeypatch.setattr(compiled, "EXPORT_LIMIT_BYTES", limit)
     components = read_components()
-    first, *others = components.compile_unet(Layout(3, 1))
+    first, *others = components.compile_denoiser(Layout(3, 1))
     feed = components.feeds.of(4)
     expected = run_unet(first, feed)
     for other in others:

@@ -104,7 +104,7 @@ class Speller(WordCounter):
     ],
 )
 def test_model_that_drops_unknown_words_keeps_those_it_knows(prompt: str, used: str | None) -> None:
-    engine, profile = Speller(), dataclasses.replace(PROFILE, drops_unknown_words=True)
+    engine, profile = Speller(PROFILE), dataclasses.replace(PROFILE, drops_unknown_words=True)
     text, count = fit_prompt(request(task="generation", prompt=prompt, truncate_prompt=True), profile, engine)  # type: ignore[arg-type]
     assert count <= PROFILE.prompt_tokens
     assert used in (None, text)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ovserve.models.families import LCM_SCHEDULER
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Resolution, Settings
 from ovserve.wire.request import ImageRequest
@@ -35,7 +36,7 @@ _EVERY = frozenset(ENDPOINTS)
 _WITH_IMAGE = frozenset((EDIT, VARIATION))
 _WITH_PROMPT = frozenset((EDIT, GENERATION))
 
-SCHEDULERS = ("ddim", "pndm", "euler", "euler_ancestral", "lcm", "dpmpp_2m", "dpmpp_2m_karras", "unipc")
+SCHEDULERS = ("ddim", "pndm", "euler", "euler_ancestral", LCM_SCHEDULER, "dpmpp_2m", "dpmpp_2m_karras", "unipc")
 # The names of the same schedulers in other programs (Stable Diffusion web UI, ComfyUI, stable-diffusion.cpp).
 SAMPLERS = {
     "plms": "pndm",
@@ -120,7 +121,7 @@ def _has_encoders(count: int) -> Callable[[ModelProfile], bool]:
 
 
 def _has_t5(profile: ModelProfile) -> bool:
-    return profile.family in ("sd3", "flux")
+    return profile.traits.t5 is not None
 
 
 def _unsupported(name: str, kind: str, text: str) -> Field:
@@ -164,6 +165,8 @@ _TABLE = (
     Field("partial_images", "integer", "Number of previews in a stream before each final picture.",
           frozenset((EDIT, GENERATION)), default=0, low=0, high=3),
     Field("style", "choice", "Accepted for older clients; has no effect.", choices=("vivid", "natural")),
+    Field("complexity", "choice", "OpenAI's planning effort. Accepted; has no effect.",
+          choices=("auto", "low", "medium", "high")),
     Field("moderation", "choice",
           "Accepted, but no content is checked; the reply contains `moderation: {checked: false}`.",
           choices=("auto", "low")),
@@ -215,7 +218,6 @@ _TABLE = (
     Field("metadata", "boolean", "Write prompt, seed and settings into the file.", default=True),
     _unsupported("lora_alphas", "object", "weights of LoRA adapters"),
     _unsupported("markup", "file", "an overlay with instructions"),
-    _unsupported("complexity", "choice", "detail of an animation or drawing"),
     _unsupported("frame_count", "integer", "frames of an animation"),
     _unsupported("frame_duration_ms", "integer", "duration of the frames of an animation"),
     _unsupported("svg", "object", "settings of a vector drawing"),

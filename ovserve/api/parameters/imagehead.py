@@ -78,6 +78,8 @@ class _HeaderReader:
         self._reads_left -= 1
         if self._reads_left < 0:
             raise ValueError(f"too many chunks, segments or tags: more than {MAX_READS} reads")
+        if at > len(self._data):  # an offset of 64 bits may be too large for unpack_from
+            raise struct.error
         return struct.unpack_from(form, self._data, at)
 
     def find(self, pattern: re.Pattern[bytes], at: int) -> int:

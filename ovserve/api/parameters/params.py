@@ -88,6 +88,7 @@ def parse_parameters(
     check_required(given, endpoint)
     reject_text_images(gathered, form.is_json)
     check_limits(given, model, settings)
+    given.values["model"] = given.values.get("model") or path_model or model.name
     resolved = resolve(given.values, model, settings)
     check_exclusions(resolved.values, given)
     pictures = check_pictures(gathered, endpoint, model, settings)

@@ -60,7 +60,7 @@ def resolve(given: Mapping[str, Any], model: ServedModel, settings: Settings) ->
         **_DEFAULTS,
         "timeout_s": settings.default_timeout_s,
         "truncate_prompt": model.cuts_prompt,
-        "response_format": "b64_json" if given.get("stream") else model.limits.default_response_format,
+        "response_format": _default_response_format(given, model),
         "num_inference_steps": preset.num_inference_steps,
         "guidance_scale": preset.guidance_scale,
         **given,
@@ -70,6 +70,16 @@ def resolve(given: Mapping[str, Any], model: ServedModel, settings: Settings) ->
         "height": size.height if size else None,
     }
     return Resolved(values, _preferred_strength(values, model), preset.scheduler, preset.shortcuts)
+
+
+def _default_response_format(given: Mapping[str, Any], model: ServedModel) -> str:
+    """Return the form of pictures in a reply whose request does not choose one; `model` is as the request names it."""
+    chosen = model.limits.default_response_format
+    if given.get("stream"):
+        return "b64_json"
+    if chosen == "openai":
+        return "url" if given.get("model", "").startswith("dall-e-") else "b64_json"
+    return chosen
 
 
 def _resolve_size(given: Mapping[str, Any], default: Resolution | None) -> Resolution | None:

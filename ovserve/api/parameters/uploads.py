@@ -46,7 +46,8 @@ def reject_text_images(gathered: Gathered, is_json: bool) -> None:
             if is_empty(value) or value == []:
                 continue
             reference = value[0] if isinstance(value, list) and value else value
-            reference = reference.get("image_url", reference) if isinstance(reference, dict) else reference
+            for member in ("image_url", "url"):
+                reference = reference.get(member, reference) if isinstance(reference, dict) else reference
             if isinstance(reference, dict) and "file_id" in reference:
                 raise UnsupportedParameter(
                     f"{spelled} refers to a file by id, which is not supported; send the image itself.", param=spelled
@@ -57,7 +58,7 @@ def reject_text_images(gathered: Gathered, is_json: bool) -> None:
                     param=spelled,
                 )
             if is_json:
-                raise InvalidType(f"{spelled} is {shown(reference)}; expected a data URL in image_url.", param=spelled)
+                raise InvalidType(f"{spelled} is {shown(reference)}; expected a data URL or base64.", param=spelled)
             raise InvalidType(f"{spelled} is a string; expected a file (a part with a filename).", param=spelled)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovserve.errors import ModelError
+from ovserve.models.families import LCM_SCHEDULER
 
 __all__ = [
     "Array",
@@ -43,7 +44,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "pndm": {"beta_schedule": "linear", "set_alpha_to_one": False},
     "euler": {"beta_schedule": "scaled_linear", "set_alpha_to_one": True},
     "euler_ancestral": {"beta_schedule": "linear", "set_alpha_to_one": True},
-    "lcm": {"beta_schedule": "scaled_linear", "set_alpha_to_one": True, "beta_start": 0.00085, "beta_end": 0.012},
+    LCM_SCHEDULER: {
+        "beta_schedule": "scaled_linear",
+        "set_alpha_to_one": True,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+    },
 }
 _OTHER_DEFAULTS: dict[str, Any] = {"beta_schedule": "linear", "set_alpha_to_one": True}
 
@@ -111,7 +117,8 @@ class SchedulerConfig:
             prediction_type=choice("prediction_type", "epsilon", ("epsilon", "v_prediction")),
             timestep_spacing=choice("timestep_spacing", "leading", ("leading", "trailing", "linspace")),
             # The library's PNDM and LCM ignore this key.
-            rescale_betas_zero_snr=bool(value("rescale_betas_zero_snr", False)) and scheduler not in ("pndm", "lcm"),
+            rescale_betas_zero_snr=bool(value("rescale_betas_zero_snr", False))
+            and scheduler not in ("pndm", LCM_SCHEDULER),
             clip_sample=bool(value("clip_sample", False)),
             clip_sample_range=float(value("clip_sample_range", 1.0)),
             original_inference_steps=int(value("original_inference_steps", 50)),

@@ -38,6 +38,7 @@ from ovserve.engines.schedulers.plans import History, Plan, StepResult, root
 from ovserve.engines.schedulers.samplers import DdimPlan, EulerAncestralPlan, EulerPlan, LcmPlan, PndmPlan
 from ovserve.engines.schedulers.solvers import DpmPlan, UnipcPlan
 from ovserve.errors import InvalidValue, ModelError
+from ovserve.models.families import LCM_SCHEDULER
 from ovserve.models.steps import steps_run
 
 __all__ = ["LIBRARY_SCHEDULERS", "SCHEDULERS", "History", "Plan", "Scheduler", "StepResult", "scheduler_name"]
@@ -49,7 +50,7 @@ LIBRARY_SCHEDULERS: dict[str, str] = {
     "PNDM": "pndm",
     "EulerDiscrete": "euler",
     "EulerAncestralDiscrete": "euler_ancestral",
-    "LCM": "lcm",
+    "LCM": LCM_SCHEDULER,
 }
 
 SOLVERS = ("dpmpp_2m", "dpmpp_2m_karras", "unipc")
@@ -84,11 +85,11 @@ class Scheduler:
         self.config = SchedulerConfig.parse(document, name)
         if name == "pndm" and not document.get("skip_prk_steps", False):
             raise ModelError("scheduler_config.json: skip_prk_steps must be true for pndm")
-        self.alphas = alphas_cumprod(self.config, endpoint=name == "lcm" or name in SOLVERS)
+        self.alphas = alphas_cumprod(self.config, endpoint=name == LCM_SCHEDULER or name in SOLVERS)
         if self.config.rescale_betas_zero_snr and name != "ddim":
             self.alphas[-1] = f32(2.0**-24)  # sigma must stay finite; the value that diffusers uses
         # DDIM, PNDM and LCM need no sigmas; with zero terminal SNR, the last one of DDIM would be infinite.
-        self._sigmas = self.alphas if name in ("ddim", "pndm", "lcm") else sigmas_of(self.alphas)
+        self._sigmas = self.alphas if name in ("ddim", "pndm", LCM_SCHEDULER) else sigmas_of(self.alphas)
 
     def plan(self, num_inference_steps: int, strength: float) -> Plan:
         """Make the plan of one picture.
@@ -103,7 +104,7 @@ class Scheduler:
                 param="num_inference_steps",
             )
         start = count - steps_run(count, strength)
-        if self.name == "lcm":
+        if self.name == LCM_SCHEDULER:
             plan = self._lcm(count, strength)
         else:
             plan = self._solver(count, start) if self.name in SOLVERS else self._spaced(count, start)

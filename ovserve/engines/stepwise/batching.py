@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from ovserve.engines.stepwise.picture import Picture
@@ -53,17 +53,22 @@ class Batcher:
         tuning: how the device is divided.
         native: the size at which the rows of a call were measured.
         slots: how many calls run side by side.
-        timestep_per_row: whether rows at different timesteps may share a call.
+        sharing_key: returns the key of a picture; pictures with equal keys may share a call.
     """
 
     def __init__(
-        self, ready: deque[Picture], tuning: Tuning, native: Resolution, slots: int, *, timestep_per_row: bool
+        self,
+        ready: deque[Picture],
+        tuning: Tuning,
+        native: Resolution,
+        slots: int,
+        sharing_key: Callable[[Picture], Hashable],
     ) -> None:
         self._ready = ready
         self._tuning = tuning
         self._native = native
         self._slots = slots
-        self._timestep_per_row = timestep_per_row
+        self._sharing_key = sharing_key
 
     def take(self, in_flight: Sequence[Call], free: int, *, counts_encodes: bool) -> list[list[Row]]:
         """Return the rows of the next call, or of one call for each row of a picture. Requires a ready picture.
@@ -127,22 +132,18 @@ class Batcher:
             head: the first picture of the call.
             other_rows: rows of all other pictures; every slot gets an equal share of all rows.
         """
-        group, rows = [head], head.rows
+        group, rows, key = [head], head.rows, self._sharing_key(head)
         most = self._max_rows(head)
         share = min(most, math.ceil((other_rows + head.rows) / self._slots))
         for picture in list(self._ready):
-            if rows >= share:
+            if rows >= share or head.is_solo:
                 break
-            if self._can_share(head, picture) and rows + picture.rows <= most:
+            is_like_head = not picture.is_solo and self._sharing_key(picture) == key
+            if is_like_head and rows + picture.rows <= most:
                 self._ready.remove(picture)
                 group.append(picture)
                 rows += picture.rows
         return group
-
-    def _can_share(self, head: Picture, other: Picture) -> bool:
-        if head.is_solo or other.is_solo or head.latents.shape != other.latents.shape:
-            return False
-        return self._timestep_per_row or head.timestep == other.timestep
 
     def _max_rows(self, picture: Picture) -> int:
         """Return the most rows of a call for this picture's size: fewer than measured if it is larger than native."""

@@ -1,8 +1,9 @@
-"""A bounded least-recently-used cache of arrays."""
+"""A least-recently-used cache of arrays, bounded in bytes."""
 
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -11,9 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ArrayCache", "digest"]
+__all__ = ["ArrayCache", "digest", "entry_bytes"]
 
 Arrays = tuple[NDArray[Any], ...]
+
+# What an entry takes besides its key and the data of its arrays. Measured: 235 bytes with one array, 355 with two; the
+# table may have twice the space that it needs.
+ENTRY_BYTES = 200
+ARRAY_BYTES = 120
 
 
 def digest(pixels: NDArray[np.uint8]) -> bytes:
@@ -24,7 +30,9 @@ def digest(pixels: NDArray[np.uint8]) -> bytes:
 
 
 class ArrayCache:
-    """Holds at most `limit_bytes`; evicts the least recently used entries first. Thread-safe: yes, one lock.
+    """Holds at most `limit_bytes`, keys included; evicts the least recently used entries first.
+
+    Keys count because they may be prompts, which may be longer than their arrays. Thread-safe: yes, one lock.
 
     Invariant: stored arrays are read-only, because all callers share them.
     """
@@ -44,22 +52,29 @@ class ArrayCache:
             return found
 
     def put(self, key: Hashable, arrays: Arrays) -> None:
-        """Store `arrays` under `key`. Arrays larger than the limit are not stored."""
+        """Store `arrays` under `key`. An entry larger than the limit is not stored."""
         for array in arrays:
             array.setflags(write=False)
         with self._lock:
-            old = self._entries.pop(key, ())
+            old = self._entries.pop(key, None)
+            if old is not None:
+                self._held_bytes -= entry_bytes(key, old)
             self._entries[key] = arrays
-            self._held_bytes += _bytes(arrays) - _bytes(old)
+            self._held_bytes += entry_bytes(key, arrays)
             while self._held_bytes > self._limit_bytes:
-                _, evicted = self._entries.popitem(last=False)
-                self._held_bytes -= _bytes(evicted)
+                self._held_bytes -= entry_bytes(*self._entries.popitem(last=False))
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all stored arrays."""
+        """Bytes of all entries."""
         return self._held_bytes
 
 
-def _bytes(arrays: Arrays) -> int:
-    return sum(array.nbytes for array in arrays)
+def entry_bytes(key: Hashable, arrays: Arrays) -> int:
+    """Return how much memory an entry takes."""
+    return ENTRY_BYTES + _key_bytes(key) + sum(array.nbytes + ARRAY_BYTES for array in arrays)
+
+
+def _key_bytes(key: Hashable) -> int:
+    parts = key if isinstance(key, tuple) else ()
+    return sys.getsizeof(key) + sum(_key_bytes(part) for part in parts)

@@ -1,4 +1,4 @@
-"""The compiled models of one directory: text encoders, UNet, VAE encoder and decoder.
+"""The compiled models of one directory: text encoders, denoiser, VAE encoder and decoder.
 
 Every infer request belongs to one slot. A slot runs one call at a time: on a CPU in its own stream with a fixed number
 of threads. The number does not depend on the load, because another number of threads changes the last bits of a result
@@ -16,9 +16,8 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,19 +26,20 @@ from numpy.typing import NDArray
 from openvino import opset13 as ops
 from openvino.preprocess import PrePostProcessor
 
+from ovserve.engines.families.configs import component_config, number
+from ovserve.engines.families.lookup import family_for
+from ovserve.engines.families.protocol import Family, Feeds, Types
 from ovserve.engines.schedulers.noise import Array
 from ovserve.errors import ModelError
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings
 
-__all__ = ["Components", "Layout", "Requests", "component_config"]
+__all__ = ["Components", "Layout", "Requests"]
 
 log = logging.getLogger(__name__)
 
 # Larger models are compiled again, because an export is held in memory together with the compiled model.
 EXPORT_LIMIT_BYTES = 256 * 1024 * 1024
-
-UNET_INPUTS = frozenset({"sample", "timestep", "encoder_hidden_states", "timestep_cond", "text_embeds", "time_ids"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Layout:
 class Requests:
     """The infer requests of one slot. Used by one thread at a time."""
 
-    unet: Any
+    denoiser: Any
     text_encoders: tuple[Any, ...]
     vae_encoder: Any
     vae_decoder: Any
@@ -71,89 +71,27 @@ class VaeConfig:
     samples: bool = True  # the encoder returns mean and log-variance, not latents
 
 
-class Feeds:
-    """UNet inputs of the native size for measuring, filled with the same noise each time; `types` by input name."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], types: dict[str, Any]) -> None:
-        self._shapes = shapes
-        self.types = types
-
-    def of(self, rows: int, *, timestep_per_row: bool = True) -> dict[str, NDArray[Any]]:
-        """Return inputs with `rows` rows; row i is the same for every value of `rows`.
-
-        Args:
-            rows: number of rows.
-            timestep_per_row: give each row a different timestep, instead of all rows that of the first.
-        """
-        feed = {name: np.concatenate([self._row(name, index) for index in range(rows)]) for name in self._shapes}
-        return feed if timestep_per_row else feed | {"timestep": self._row("timestep", 0)}
-
-    def second(self, *, timestep_per_row: bool = True) -> dict[str, NDArray[Any]]:
-        """Return the second row of `of(2)` alone."""
-        feed = {name: self._row(name, 1) for name in self._shapes}
-        return feed if timestep_per_row else feed | {"timestep": self._row("timestep", 0)}
-
-    def quarter(self) -> tuple[Feeds, int]:
-        """Return feeds of half the width and height, and the ratio of the areas, 4.
-
-        If the UNet could not halve such sides often enough, return these feeds and 1.
-        """
-        channels, height, width = self._shapes["sample"]
-        if height % 16 or width % 16:
-            return self, 1
-        return Feeds(self._shapes | {"sample": (channels, height // 2, width // 2)}, self.types), 4
-
-    def _row(self, name: str, index: int) -> NDArray[Any]:
-        if name == "timestep":
-            # Timesteps differ between rows: a row compared with itself alone then shows whether the graph uses them.
-            return np.array([(500 + 137 * index) % 1000], self.types[name])
-        noise: Array = np.random.default_rng((index, len(name))).standard_normal((1, *self._shapes[name]), np.float32)
-        return noise.astype(self.types[name])
-
-
-def component_config(directory: Path) -> dict[str, Any]:
-    """Read the JSON object in `directory`/config.json.
-
-    Raises:
-        ModelError: the file cannot be read or holds no JSON object.
-    """
-    path = directory / "config.json"
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from None
-    if not isinstance(document, dict):
-        raise ModelError(f"{path} does not hold a JSON object")
-    return document
-
-
-def _number(document: Mapping[str, Any], key: str, default: float) -> float:
-    value = document.get(key)
-    return default if value is None else float(value)
-
-
 @dataclass
 class Components:
     """The models of one directory. Call `read` once, then `compile` for a layout; again for another layout.
 
     Attributes:
-        inputs: names of the UNet's inputs.
-        time_cond_dim: length of LCM's guidance embedding (arXiv:2310.04378, section 4.2); 0 for other models.
+        family: what depends on the model's family.
+        types: the inputs of the denoiser and their dtypes.
         timestep_per_row: whether rows of one call may be at different timesteps.
-        feeds: inputs for measuring the UNet.
+        feeds: inputs for measuring the denoiser.
     """
 
     profile: ModelProfile
     settings: ModelSettings
     core: Any = field(default_factory=ov.Core)
-    inputs: frozenset[str] = frozenset()
-    in_channels: int = 4
-    time_cond_dim: int = 0
+    types: Types = field(default_factory=dict)
     timestep_per_row: bool = True
     vae: VaeConfig = VaeConfig(4, np.float32(1), np.float32(0), 8)
     requests: list[Requests] = field(default_factory=list)
+    family: Family = field(init=False)
     feeds: Feeds = field(init=False)
-    _unets: dict[Layout, list[Any]] = field(default_factory=dict)
+    _denoisers: dict[Layout, list[Any]] = field(default_factory=dict)
 
     def read(self) -> None:
         """Read every model and check that the engine can drive it.
@@ -161,21 +99,18 @@ class Components:
         Raises:
             ModelError: a file cannot be read, or a model has unsupported inputs or outputs.
         """
-        directory = self.profile.directory
         self._devices = _devices(self.settings)
+        self.family = family_for(self.profile)
         self._models = {name: self._read(name) for name in self._names()}
-        config = component_config(directory / "unet")
-        self.in_channels = int(_number(config, "in_channels", 4))
-        self.time_cond_dim = max(0, int(_number(config, "time_cond_proj_dim", 0)))
         self._read_vae()
-        self._read_unet()
-        self.feeds = self._feeds()
+        self._read_denoiser()
+        self._make_feeds()
         self._models["vae_decoder"] = self._with_uint8_output(self._models["vae_decoder"])
 
     def _names(self) -> list[str]:
         encoders = ["text_encoder", "text_encoder_2"][: self.profile.text_encoders]
         vae = ["vae_encoder", "vae_decoder"] if (self.profile.directory / "vae_encoder").is_dir() else ["vae_decoder"]
-        return [*encoders, "unet", *vae]
+        return [*encoders, self.family.denoiser, *vae]
 
     def _read(self, name: str) -> Any:
         path = self.profile.directory / name / "openvino_model.xml"
@@ -191,43 +126,43 @@ class Components:
         if not names & {"latent_sample", "latent_parameters"}:
             raise ModelError(f"vae_encoder: output is {sorted(names)}; expected latent_sample or latent_parameters")
         self.vae = VaeConfig(
-            latent_channels=int(_number(config, "latent_channels", 4)),
-            scaling_factor=np.float32(_number(config, "scaling_factor", 1.0)),
-            shift_factor=np.float32(_number(config, "shift_factor", 0.0)),
+            latent_channels=int(number(config, "latent_channels", 4)),
+            scaling_factor=np.float32(number(config, "scaling_factor", 1.0)),
+            shift_factor=np.float32(number(config, "shift_factor", 0.0)),
             scale=2 ** (len(config.get("block_out_channels") or [64]) - 1),
             samples="latent_sample" not in names,
         )
-        if self.in_channels not in (self.vae.latent_channels, 2 * self.vae.latent_channels + 1):
-            plain, masked = self.vae.latent_channels, 2 * self.vae.latent_channels + 1
-            raise ModelError(f"unet: in_channels is {self.in_channels}; expected {plain}, or {masked} for inpainting")
+        self.family.check_channels(self.vae.latent_channels)
 
-    def _read_unet(self) -> None:
-        unet = self._models["unet"]
-        self.inputs = frozenset(name for port in unet.inputs for name in port.get_names() & UNET_INPUTS)
-        if len(self.inputs) < len(unet.inputs) or not {"sample", "timestep", "encoder_hidden_states"} <= self.inputs:
+    def _read_denoiser(self) -> None:
+        family, denoiser = self.family, self._models[self.family.denoiser]
+        found = [name for port in denoiser.inputs for name in port.get_names() & family.inputs]
+        if len(found) < len(denoiser.inputs) or not set(family.required_inputs) <= set(found):
             raise ModelError(
-                f"unet: inputs are {sorted(str(port.get_names()) for port in unet.inputs)}; "
-                f"expected sample, timestep, encoder_hidden_states and only {', '.join(sorted(UNET_INPUTS))}"
+                f"{family.denoiser}: inputs are {sorted(str(port.get_names()) for port in denoiser.inputs)}; "
+                f"expected {', '.join(family.required_inputs)} and only {', '.join(sorted(family.inputs))}"
             )
-        if unet.input("sample").get_partial_shape()[0].is_static:
+        rows = [name for name in family.required_inputs if name != "timestep"]
+        if any(denoiser.input(name).get_partial_shape()[0].is_static for name in rows):
             raise ModelError(
-                "unet: shapes are static, so rows cannot join a call; export dynamic shapes or set engine to genai"
+                f"{family.denoiser}: shapes are static, so rows cannot join a call; "
+                "export dynamic shapes or set engine to genai"
             )
-        shape = unet.input("timestep").get_partial_shape()
-        if shape.is_static:
-            self.timestep_per_row = self._reshape_timestep(unet)
+        self.types = {name: denoiser.input(name).get_element_type().to_dtype() for name in found}
+        if denoiser.input("timestep").get_partial_shape().is_static:
+            self.timestep_per_row = self._reshape_timestep(denoiser)
 
-    def _reshape_timestep(self, unet: Any) -> bool:
+    def _reshape_timestep(self, denoiser: Any) -> bool:
         """Give `timestep` one value for each row, where the export has one for all; return whether the graph allows it.
 
         Most graphs do.
         """
-        shape = unet.input("timestep").get_partial_shape()
+        shape = denoiser.input("timestep").get_partial_shape()
         try:
-            unet.reshape({"timestep": ov.PartialShape([-1])})
+            denoiser.reshape({"timestep": ov.PartialShape([-1])})
         except RuntimeError:
-            unet.reshape({"timestep": shape})
-            log.info("the UNet takes one timestep for all rows; only rows at the same timestep share a call")
+            denoiser.reshape({"timestep": shape})
+            log.info("the denoiser takes one timestep for all rows; only rows at the same timestep share a call")
             return False
         return True
 
@@ -255,13 +190,13 @@ class Components:
 
     @property
     def denoiser_device(self) -> str:
-        """Device of the UNet."""
+        """Device of the denoiser."""
         return self._devices[1]
 
     @property
-    def unet_bytes(self) -> int:
-        """Size of the UNet's weights file."""
-        return (self.profile.directory / "unet" / "openvino_model.bin").stat().st_size
+    def denoiser_bytes(self) -> int:
+        """Size of the denoiser's weights file."""
+        return (self.profile.directory / self.family.denoiser / "openvino_model.bin").stat().st_size
 
     def cpu_threads(self) -> int:
         """Return the threads that the plugin uses for one stream: the cores this process may use."""
@@ -270,28 +205,27 @@ class Components:
         compiled = self.core.compile_model(probe, "CPU", {"NUM_STREAMS": 1})
         return max(1, int(compiled.get_property("INFERENCE_NUM_THREADS")))
 
-    def _feeds(self) -> Feeds:
-        unet, size, scale = self._models["unet"], self.profile.native, self.vae.scale
+    def _make_feeds(self) -> None:
+        denoiser, size, scale = self._models[self.family.denoiser], self.profile.native, self.vae.scale
         shapes: dict[str, tuple[int, ...]] = {}
-        for name in self.inputs:
-            dimensions = list(unet.input(name).get_partial_shape())[1:]
+        for name in self.types:
+            dimensions = list(denoiser.input(name).get_partial_shape())[1:]
             shapes[name] = tuple(d.get_length() if d.is_static else 0 for d in dimensions)
-        shapes["sample"] = (self.in_channels, size.height // scale, size.width // scale)
-        shapes["encoder_hidden_states"] = (self.profile.prompt_tokens, shapes["encoder_hidden_states"][-1])
-        return Feeds(shapes, {name: unet.input(name).get_element_type().to_dtype() for name in self.inputs})
+        cells = (size.height // scale, size.width // scale)
+        self.feeds = self.family.feeds(shapes, self.types, cells, self.profile.prompt_tokens)
 
     # --- compiling ---
 
-    def compile_unet(self, layout: Layout) -> list[Any]:
-        """Compile only the UNet, for measuring, and return an infer request for each slot. `compile` reuses them."""
-        compiled = self._compile("unet", layout)
+    def compile_denoiser(self, layout: Layout) -> list[Any]:
+        """Compile only the denoiser, for measuring; return an infer request for each slot. `compile` reuses them."""
+        compiled = self._compile(self.family.denoiser, layout)
         copies = [self._compile_copy(compiled, layout) for _ in range(1, layout.streams)]
-        self._unets[layout] = [each.create_infer_request() for each in (compiled, *copies)]
-        return self._unets[layout]
+        self._denoisers[layout] = [each.create_infer_request() for each in (compiled, *copies)]
+        return self._denoisers[layout]
 
-    def measured_unets(self, layout: Layout) -> list[Any]:
-        """Return the infer requests that `compile_unet` made for this layout."""
-        return self._unets[layout]
+    def measured_denoisers(self, layout: Layout) -> list[Any]:
+        """Return the infer requests that `compile_denoiser` made for this layout."""
+        return self._denoisers[layout]
 
     def compile(self, layout: Layout, beat: Callable[[str], None]) -> None:
         """Compile all models for this layout; `requests` then has one entry for each slot.
@@ -300,20 +234,20 @@ class Components:
             ModelError: a device cannot compile a model.
         """
         self.requests = []
-        unets = self._unets[layout] if layout in self._unets else self.compile_unet(layout)
-        self._unets = {}
+        denoisers = self._denoisers[layout] if layout in self._denoisers else self.compile_denoiser(layout)
+        self._denoisers = {}
         beat("load")
         for slot in range(layout.streams):
             made = {}
             for name in self._models:
-                if name == "unet":
-                    made[name] = unets[slot]
+                if name == self.family.denoiser:
+                    made[name] = denoisers[slot]
                 else:
                     made[name] = self._compile(name, layout).create_infer_request()
                 beat("load")
             self.requests.append(
                 Requests(
-                    unet=made["unet"],
+                    denoiser=made[self.family.denoiser],
                     text_encoders=tuple(request for name, request in made.items() if name.startswith("text_encoder")),
                     vae_encoder=made.get("vae_encoder"),
                     vae_decoder=made["vae_decoder"],
@@ -325,21 +259,21 @@ class Components:
         self._models.clear()
 
     def _compile(self, name: str, layout: Layout) -> Any:
-        device = self._devices[0 if name.startswith("text") else 1 if name == "unet" else 2]
+        device = self._devices[0 if name.startswith("text") else 1 if name == self.family.denoiser else 2]
         try:
             return self.core.compile_model(self._models[name], device, self._properties(name, device, layout))
         except RuntimeError as error:
             raise ModelError(f"{name} cannot be compiled for {device}: {_reason(error)}") from None
 
     def _compile_copy(self, compiled: Any, layout: Layout) -> Any:
-        """Compile the UNet once more. Importing an export of the first is four times as fast, with the same bits."""
+        """Compile the denoiser again. Importing an export of the first is four times as fast, with the same bits."""
         device = self._devices[1]
-        if not device.startswith("CPU") or self.settings.cache_dir or self.unet_bytes > EXPORT_LIMIT_BYTES:
-            return self._compile("unet", layout)
+        if not device.startswith("CPU") or self.settings.cache_dir or self.denoiser_bytes > EXPORT_LIMIT_BYTES:
+            return self._compile(self.family.denoiser, layout)
         exported = io.BytesIO()
         compiled.export_model(exported)
         exported.seek(0)
-        return self.core.import_model(exported, device, self._properties("unet", device, layout))
+        return self.core.import_model(exported, device, self._properties(self.family.denoiser, device, layout))
 
     def _properties(self, name: str, device: str, layout: Layout) -> dict[str, Any]:
         properties: dict[str, Any] = json.loads(self.settings.plugin_config) if self.settings.plugin_config else {}
@@ -351,9 +285,9 @@ class Components:
                 properties["INFERENCE_NUM_THREADS"] = layout.threads
             # Pinned threads of two slots, or of two workers, would share cores while other cores are idle.
             properties.setdefault("ENABLE_CPU_PINNING", False)
-        overflows = self.profile.family == "sdxl" and name.startswith("vae") and "GPU" in device
+        overflows = self.family.vae_overflows_float16 and name.startswith("vae") and "GPU" in device
         if overflows and not self._models[name].has_rt_info(["runtime_options", "ACTIVATIONS_SCALE_FACTOR"]):
-            # As in the library: SDXL's VAE overflows float16 unless the export has a scale for its activations.
+            # As in the library: the VAE overflows float16 unless the export has a scale for its activations.
             properties.setdefault("INFERENCE_PRECISION_HINT", "f32")
         return properties
 
@@ -375,21 +309,6 @@ def _reason(error: RuntimeError) -> str:
 
 
 # --- running, in a slot ---
-
-
-def run_unet(request: Any, feed: Mapping[str, NDArray[Any]]) -> Array:
-    """Run the UNet and return a copy of its output: float32 (rows, C, H/8, W/8).
-
-    Raises:
-        RuntimeError: the call failed, or the UNet cannot work at this size.
-    """
-    request.infer(dict(feed), share_inputs=True)
-    found = np.array(request.get_output_tensor(0).data)
-    rows, _, height, width = feed["sample"].shape
-    if (len(found), *found.shape[2:]) != (rows, height, width):
-        # The UNet cannot halve these sides often enough. The plugin then silently keeps the output of the call before.
-        raise RuntimeError(f"the UNet cannot work on {height} x {width} latents")
-    return found
 
 
 def run_decoder(request: Any, latents: Array) -> NDArray[np.uint8]:

@@ -32,7 +32,7 @@ class Encoding:
 
     def __init__(self, components: Components, prompts: PromptEncoder) -> None:
         self._vae = components.vae
-        self._takes_mask = components.profile.inpainting_unet
+        self._takes_mask = components.family.takes_mask
         self._prompts = prompts
         self._levels = normalised_levels(components.core)
         self._cache = ArrayCache(CACHE_BYTES)

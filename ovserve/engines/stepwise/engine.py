@@ -18,22 +18,22 @@ Runs in: the device thread; calls run in slot threads (`slots`), previews in the
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ovserve.engines.protocol import STEPWISE_FAMILIES, Outcome, Pixels, Work, warm_up_work
+from ovserve.engines.checks import check_scheduler, check_step_count
+from ovserve.engines.families.protocol import DenoiserRow, Feed
+from ovserve.engines.protocol import Features, Outcome, Pixels, Work, warm_up_work
 from ovserve.engines.schedulers.noise import Array, read_scheduler_config
-from ovserve.engines.schedulers.schedulers import SCHEDULERS, Plan, Scheduler, scheduler_name
+from ovserve.engines.schedulers.schedulers import Plan, Scheduler
 from ovserve.engines.stepwise.batching import Batcher, Call, Row
-from ovserve.engines.stepwise.compiled import Components, Requests, run_decoder, run_encoder, run_unet
+from ovserve.engines.stepwise.compiled import Components, Requests, run_decoder, run_encoder
 from ovserve.engines.stepwise.encoding import Encoding
 from ovserve.engines.stepwise.picture import Picture, Start
 from ovserve.engines.stepwise.previews import Previews, choose_shrink
@@ -41,10 +41,11 @@ from ovserve.engines.stepwise.prompts import PromptEncoder
 from ovserve.engines.stepwise.shortcuts import parse_shortcuts
 from ovserve.engines.stepwise.slots import Finished, Slots
 from ovserve.engines.stepwise.tuning import LARGE_CALL_S, tune, warm_up
-from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
+from ovserve.errors import ApiError, BadRequest, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings
+from ovserve.wire.request import ImageRequest
 
 __all__ = ["Call", "Row", "StepwiseEngine"]
 
@@ -71,7 +72,7 @@ class StepwiseEngine:
         components: Components | None = None,
     ) -> None:
         self.capacity = 1
-        self.schedulers: frozenset[str] = frozenset()
+        self.features = Features(profile.tasks, previews=True)
         self.tuned: dict[str, int] = {}
         self._profile = profile
         self._settings = settings
@@ -87,6 +88,11 @@ class StepwiseEngine:
         self._encode_s = 0.0  # duration of the last encode call
         self._call_s = 0.0  # duration of the last denoising call
         self._closing = ExitStack()  # resources that `load` has started, also if it failed halfway
+
+    @property
+    def schedulers(self) -> frozenset[str]:
+        """The schedulers that a request may choose."""
+        return self.features.schedulers
 
     # --- loading ---
 
@@ -118,34 +124,22 @@ class StepwiseEngine:
 
     def _load(self, beat: Callable[[str], None]) -> None:
         profile = self._profile
-        if profile.family not in STEPWISE_FAMILIES:
-            raise ModelError(
-                f"model {profile.name}: engine stepwise does not serve family {profile.family}, "
-                f"only {', '.join(sorted(STEPWISE_FAMILIES))}; set engine to genai or auto"
-            )
         self._components.read()
+        self._family = self._components.family
         beat("load")
         _check_presets(profile)
         document = read_scheduler_config(profile.directory)
-        own = scheduler_name(document, profile.scheduling.name)
-        self._schedulers = _available_schedulers(own, document, is_lcm=bool(self._components.time_cond_dim))
+        own, self._schedulers = self._family.schedulers(document, profile.scheduling.name)
         self._schedulers[""] = self._schedulers[own]
-        self.schedulers = frozenset(self._schedulers) - {""}
-        self._prompts = PromptEncoder(profile, self._components.time_cond_dim, _forces_zeros(profile))
-        self._timestep_type = self._components.feeds.types["timestep"]
+        self.features = Features(profile.tasks, frozenset(self._schedulers) - {""}, previews=True)
+        self._prompts = PromptEncoder(profile, self._family)
         self._tuning = tune(self._components, beat)
         self._components.compile(self._tuning.layout, beat)
         self._components.release_sources()
         self._encoding = Encoding(self._components, self._prompts)
         self._slots: Slots[Call] = Slots(self._components.requests)
         self._closing.callback(self._slots.close)
-        self._batcher = Batcher(
-            self._ready,
-            self._tuning,
-            profile.native,
-            self._slots.count,
-            timestep_per_row=self._components.timestep_per_row,
-        )
+        self._batcher = Batcher(self._ready, self._tuning, profile.native, self._slots.count, self._sharing_key)
         self.capacity = self._tuning.capacity
         layout = self._tuning.layout
         self.tuned = {"streams": layout.streams, "threads": layout.threads, "max_batch": self._tuning.rows // 2}
@@ -182,7 +176,21 @@ class StepwiseEngine:
         run_decoder(request, latents)
         return (time.monotonic() - started) * side**2
 
-    # --- prompts ---
+    # --- requests ---
+
+    def check(self, request: Work | ImageRequest) -> None:
+        """Check the scheduler, the number of steps, and the shortcuts of the preset. Thread-safe.
+
+        Raises:
+            InvalidValue: a value that this engine does not have for this model.
+            InternalError: the preset's shortcuts are invalid.
+        """
+        check_scheduler(request, self.features.schedulers)
+        check_step_count(request, self._profile)
+        try:
+            parse_shortcuts(request.shortcuts)
+        except ValueError as error:
+            raise InternalError(f"shortcuts is {request.shortcuts!r}: {error}") from None
 
     def count_tokens(self, prompt: str, *, clip: bool = False) -> int:  # noqa: ARG002 - all encoders are CLIP's
         """Count all tokens of a prompt, special tokens included. Thread-safe."""
@@ -197,29 +205,23 @@ class StepwiseEngine:
     def admit(self, work: Work) -> None:
         """Add a picture, which is encoded at once if a slot is free. An error ends it at the next turn."""
         try:
-            picture = Picture(work, self._plan(work), is_solo=work.alone, shortcuts=parse_shortcuts(work.shortcuts))
-        except ApiError as error:
-            self._outcomes.append(Outcome(work, error=error))
+            self.check(work)
+            plan, shortcuts = self._plan(work), parse_shortcuts(work.shortcuts)
+        except Exception as error:  # noqa: BLE001 - it ends this picture, not the worker
+            self._outcomes.append(Outcome(work, error=_error_of(work, error)))
             return
-        except ValueError as error:
-            self._outcomes.append(Outcome(work, error=InternalError(f"shortcuts is {work.shortcuts!r}: {error}")))
-            return
-        self._encodes.append(picture)
+        self._encodes.append(Picture(work, plan, self._family.guidance, is_solo=work.alone, shortcuts=shortcuts))
         self._fill_slots()
 
     def _plan(self, work: Work) -> Plan:
-        scheduler = self._schedulers.get(work.scheduler)
-        if scheduler is None:
-            raise InvalidValue(
-                f"scheduler is {work.scheduler!r}; this model allows {', '.join(sorted(self.schedulers))}",
-                param="scheduler",
-            )
         if work.mode not in self._profile.tasks:
             raise InvalidValue(f"this model does not serve {work.mode}", param="model")
         scale = self._components.vae.scale
         if work.width % scale or work.height % scale or min(work.width, work.height) < scale:
             raise InternalError(f"working size {work.width}x{work.height} is not a multiple of {scale}")
-        return scheduler.plan(work.num_inference_steps, 1.0 if work.mode == "text2image" else work.strength)
+        return self._schedulers[work.scheduler].plan(
+            work.num_inference_steps, 1.0 if work.mode == "text2image" else work.strength
+        )
 
     def phase(self) -> str:
         """Return what the next turn waits for: idle, encode, denoise or decode."""
@@ -284,22 +286,34 @@ class StepwiseEngine:
         return True
 
     def _start_rows(self, rows: list[Row]) -> None:
-        feed = self._feed(rows)
-        self._start(Call("denoise", tuple(rows)), lambda requests: run_unet(requests.unet, feed))
+        """Start a denoising call, without the pictures whose samples cannot be made."""
+        samples: dict[Picture, Array] = {}
+        for picture in dict.fromkeys(row.picture for row in rows if not row.picture.is_ended):
+            try:
+                samples[picture] = picture.sample()
+            except Exception as error:  # noqa: BLE001 - it ends this picture, not its neighbours and not the worker
+                self._fail_picture(picture, error)
+        call = Call("denoise", tuple(row for row in rows if row.picture in samples))
+        if not call.rows:
+            return
+        try:
+            feed = self._feed(call.rows, samples)
+        except Exception as error:  # noqa: BLE001 - as in a slot: each picture is then tried alone
+            self._fail(call, error)
+        else:
+            self._start(call, lambda requests: self._family.run(requests.denoiser, feed))
 
-    def _feed(self, rows: list[Row]) -> dict[str, NDArray[Any]]:
-        samples = {row.picture: row.picture.sample() for row in rows}
-        parts: dict[str, list[Array]] = {name: [] for name in self._components.inputs - {"sample", "timestep"}}
-        for row in rows:
-            for name, values in parts.items():
-                values.append(row.picture.ready.conditions.arrays[name][row.condition])
-        feed: dict[str, NDArray[Any]] = {name: np.stack(values) for name, values in parts.items()}
-        feed["sample"] = np.concatenate([samples[row.picture] for row in rows])
-        timesteps = [row.picture.timestep for row in rows]
-        feed["timestep"] = np.array(
-            timesteps if self._components.timestep_per_row else timesteps[:1], self._timestep_type
-        )
-        return feed
+    def _feed(self, rows: Sequence[Row], samples: Mapping[Picture, Array]) -> Feed:
+        denoised = [
+            DenoiserRow(samples[row.picture], row.picture.timestep, row.picture.ready.conditions, row.condition)
+            for row in rows
+        ]
+        components = self._components
+        return self._family.feed(denoised, components.types, timestep_per_row=components.timestep_per_row)
+
+    def _sharing_key(self, picture: Picture) -> Hashable:
+        per_row = self._components.timestep_per_row
+        return self._family.sharing_key(picture.latents, picture.timestep, timestep_per_row=per_row)
 
     def _start(self, call: Call, run: Callable[[Requests], object]) -> None:
         self._calls.append(call)
@@ -320,7 +334,7 @@ class StepwiseEngine:
             self._trace(finished)
         if finished.error is not None:
             self._fail(call, finished.error)
-            if len(call.pictures) == 1 and isinstance(finished.error, RuntimeError):
+            if isinstance(finished.error, RuntimeError):
                 self._check_device(finished.slot)
         elif call.kind == "encode":
             self._begin_steps(call.pictures[0], finished.result)
@@ -330,8 +344,12 @@ class StepwiseEngine:
             self._apply_predictions(call, finished.result)
 
     def _begin_steps(self, picture: Picture, start: Start) -> None:
-        picture.begin(start)
-        self._ready.append(picture)
+        try:
+            picture.begin(start)
+        except InternalError as error:
+            self._fail_picture(picture, error)
+        else:
+            self._ready.append(picture)
 
     def _apply_predictions(self, call: Call, predictions: Array) -> None:
         """Store each row's prediction in its picture; a picture with all its predictions makes its step."""
@@ -340,13 +358,20 @@ class StepwiseEngine:
         for picture in call.pictures:
             if picture.is_ended or len(picture.predictions) < picture.rows:
                 continue
-            picture.advance()
-            work = picture.work
-            if work.on_step is not None:
-                work.on_step(picture.index, picture.steps)
-            if picture.index in work.previews and picture.clean is not None and not picture.is_done:
-                self._previews.enqueue(work, picture.index, picture.clean)
-            (self._decodes if picture.is_done else self._ready).append(picture)
+            try:
+                self._advance(picture)
+            except Exception as error:  # noqa: BLE001 - it ends this picture, not its neighbours and not the worker
+                self._fail_picture(picture, error)
+
+    def _advance(self, picture: Picture) -> None:
+        """Make a picture's step and queue it for the next call."""
+        picture.advance()
+        work = picture.work
+        if work.on_step is not None:
+            work.on_step(picture.index, picture.steps)
+        if picture.index in work.previews and picture.clean is not None and not picture.is_done:
+            self._previews.enqueue(work, picture.index, picture.clean)
+        (self._decodes if picture.is_done else self._ready).append(picture)
 
     def _finish_decoded(self, picture: Picture, pixels: Pixels) -> None:
         is_cancelled = picture.work.cancelled.is_set()
@@ -359,20 +384,26 @@ class StepwiseEngine:
 
     def _fail(self, call: Call, error: Exception) -> None:
         """Retry each picture of a failed shared call alone; a picture that was alone in the call has failed."""
-        log.error("call failed", exc_info=error, extra=fields(kind=call.kind, rows=len(call.rows)))
         shared = len(call.pictures) > 1
+        if shared:
+            log.error("shared call failed", exc_info=error, extra=fields(kind=call.kind, rows=len(call.rows)))
         for picture in call.pictures:
             picture.predictions = {}
             if shared:
                 picture.is_solo = True
                 self._ready.append(picture)
-            elif not picture.is_ended:  # the call of the picture's other row may have failed before
-                picture.is_ended = True
-                cause = error if isinstance(error, ApiError) else InternalError(f"the engine failed: {error}")
-                self._finish(Outcome(picture.work, error=cause))
+            else:
+                self._fail_picture(picture, error)
+
+    def _fail_picture(self, picture: Picture, error: Exception) -> None:
+        """End a picture with an error, once: the call of its other row may have failed before."""
+        if picture.is_ended:
+            return
+        picture.is_ended = True
+        self._finish(Outcome(picture.work, error=_error_of(picture.work, error, steps_done=picture.index)))
 
     def _check_device(self, slot: int) -> None:
-        """Run one pass at the native size in a free slot whose last call failed: did the picture fail, or the device?
+        """Run one pass at the native size in a free slot whose last call failed: did the pictures fail, or the device?
 
         Raises:
             RuntimeError: the device failed; the worker must exit, and other workers take its jobs.
@@ -381,24 +412,32 @@ class StepwiseEngine:
         latents = np.zeros((1, vae.latent_channels, size.height // vae.scale, size.width // vae.scale), np.float32)
         if requests.vae_encoder is not None:
             run_encoder(requests.vae_encoder, np.zeros((1, 3, size.height, size.width), np.float32))
-        feed = self._components.feeds.of(2, timestep_per_row=self._components.timestep_per_row)
-        run_unet(requests.unet, feed)
+        per_row = self._components.timestep_per_row
+        for rows in (1, 2):
+            # Two shapes: after a call that failed, a request fails on with the shape that worked last, until another
+            # one works (measured). That failure is no sign of a failed device.
+            feed = self._components.feeds.of(rows, timestep_per_row=per_row)
+            try:
+                self._family.run(requests.denoiser, feed)
+            except RuntimeError:
+                if rows == 2:
+                    raise
         run_decoder(requests.vae_decoder, latents)
+
+
+def _error_of(work: Work, error: Exception, **where: int) -> ApiError:
+    """Return an exception as the error of a picture; log it unless it is about the request."""
+    if isinstance(error, BadRequest):
+        return error
+    log.error("picture failed", exc_info=error, extra=fields(job=work.job, picture=work.picture, **where))
+    if isinstance(error, ApiError):
+        return error
+    reason = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
+    return InternalError(f"the engine failed: {reason}")
 
 
 def _call_of_one(kind: str, picture: Picture) -> Call:
     return Call(kind, (Row(picture, 0, picture.index),))
-
-
-def _available_schedulers(own: str, document: Mapping[str, Any], *, is_lcm: bool) -> dict[str, Scheduler]:
-    """Return the model's own scheduler and those that support its configuration; only its own for an LCM model."""
-    offered = {own: Scheduler(own, document)}
-    for name in () if is_lcm else sorted(SCHEDULERS - {own}):
-        try:
-            offered[name] = Scheduler(name, document)
-        except ModelError as error:
-            log.debug("scheduler %s is not available: %s", name, error)
-    return offered
 
 
 def _check_presets(profile: ModelProfile) -> None:
@@ -412,18 +451,3 @@ def _check_presets(profile: ModelProfile) -> None:
             parse_shortcuts(str(preset.get("shortcuts", "")))
         except ValueError as error:
             raise ModelError(f"model {profile.name}: preset {quality}: shortcuts: {error}") from None
-
-
-def _forces_zeros(profile: ModelProfile) -> bool:
-    """Return whether SDXL uses zeros for a missing negative prompt, and not the embedding of an empty text.
-
-    Reads model_index.json as the library does.
-
-    Raises:
-        ModelError: the file cannot be read.
-    """
-    try:
-        document = json.loads((profile.directory / "model_index.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{profile.directory}: model_index.json cannot be read: {error}") from None
-    return bool(document.get("force_zeros_for_empty_prompt", True))

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ovserve.engines.families.protocol import Conditions, Guidance
 from ovserve.engines.protocol import Work
 from ovserve.engines.schedulers.noise import Array, f32
 from ovserve.engines.schedulers.schedulers import History, Plan
-from ovserve.engines.stepwise.prompts import Conditions
 from ovserve.engines.stepwise.shortcuts import EXACT, Shortcuts
+from ovserve.errors import InternalError
 
 __all__ = ["Blend", "Draw", "Picture", "Start", "latent_mask"]
 
@@ -72,7 +73,8 @@ class Picture:
     Attributes:
         index: steps done.
         predictions: of the rows of the step in flight, by condition, as their calls end.
-        difference: prediction with the prompt minus prediction without, when both rows were last computed.
+        guidance: how the guidance scale acts.
+        difference: what guidance kept of the predictions when both rows were last computed.
         overtakes: steps of shorter pictures since its own last step.
         is_solo: it shares no call.
         is_ended: it failed; results of its calls in flight are dropped.
@@ -80,6 +82,7 @@ class Picture:
 
     work: Work
     plan: Plan
+    guidance: Guidance
     start: Start | None = None
     index: int = 0
     latents: Array = field(default_factory=lambda: np.zeros((1, 1, 1, 1), f32))
@@ -128,8 +131,13 @@ class Picture:
         return self.plan.timesteps[self.index]
 
     def begin(self, start: Start) -> None:
-        """Store the result of encoding."""
+        """Store the result of encoding.
+
+        Raises:
+            InternalError: the first latents are not finite.
+        """
         self.start, self.latents = start, start.latents
+        _check_finite("encoding", self.latents)
 
     def sample(self) -> Array:
         """Return the UNet's `sample` for each row of the next step: float32 (1, channels, h, w)."""
@@ -138,7 +146,18 @@ class Picture:
         return scaled if extra is None else np.concatenate([scaled, extra], axis=1)
 
     def advance(self) -> None:
-        """Make one step with the predictions of all rows."""
+        """Make one step with the predictions of all rows.
+
+        Raises:
+            InternalError: its latents are not finite.
+        """
+        with np.errstate(invalid="ignore", over="ignore"):  # the check below reports it
+            self._advance()
+        # The plan's result for decoding is checked where it is used: after the last step.
+        results = (self.latents, self.decoded) if self.is_done else (self.latents,)
+        _check_finite(f"step {self.index} of {self.steps}", *results)
+
+    def _advance(self) -> None:
         ready, index = self.ready, self.index
         prediction = self._guided()
         self.predictions = {}
@@ -154,17 +173,29 @@ class Picture:
         self.decoded = self.latents if found.decoded is None else found.decoded
 
     def _guided(self) -> Array:
-        """Return the prediction after guidance: arXiv:2207.12598, equation 6, in the form u + g (c - u)."""
-        rows, scale = self.predictions, f32(self.work.guidance_scale)
+        """Return the prediction after guidance, with the difference of an earlier step if only one row was computed."""
+        rows, scale = self.predictions, self.work.guidance_scale
         if len(rows) == 2:
-            self.difference = rows[1] - rows[0]
-            guided: Array = rows[0] + scale * self.difference
+            guided, self.difference = self.guidance.combine(rows[0], rows[1], scale)
             return guided
         (prediction,) = rows.values()
         if self.difference is not None and self.shortcuts.is_guided(self.index, self.steps):
-            # The same with the difference of an earlier step: u = c - (c - u).
-            return prediction + (scale - f32(1)) * self.difference
+            return self.guidance.reuse(prediction, self.difference, scale)
         return prediction
+
+
+def _check_finite(stage: str, *arrays: Array | None) -> None:
+    """Check that latents have no infinity and no NaN: the VAE would make a black picture of them.
+
+    Raises:
+        InternalError: they have; `stage` says after what.
+    """
+    for array in arrays:
+        if array is not None and not np.isfinite(array).all():
+            raise InternalError(
+                f"the latents are not finite after {stage}: the model overflows; "
+                "set INFERENCE_PRECISION_HINT to f32 in plugin_config, or use a lower guidance_scale"
+            )
 
 
 def latent_mask(mask_image: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], scale: int) -> Array:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,10 +25,9 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from numpy.typing import NDArray
 
 from ovserve.deadline import Deadline
-from ovserve.engines.stepwise.compiled import Components, Layout, Requests, run_decoder, run_encoder, run_unet
+from ovserve.engines.stepwise.compiled import Components, Layout, Requests, run_decoder, run_encoder
 from ovserve.logs import fields
 
 __all__ = ["LARGE_CALL_S", "Tuning", "available_bytes", "tune", "warm_up"]
@@ -48,8 +47,8 @@ LARGE_CALL_S = 0.25  # if two rows take longer, the model keeps every core busy 
 # Small models need 2 s on two idle cores. On a busy machine measuring takes longer, gives less, and delays the start.
 BUDGET_S = 6.0
 LONGEST_CALL_S = 0.5  # a new picture waits for the calls in flight
-# UNets with more weights are measured on a quarter of the area: their calls take half a second or more.
-HEAVY_UNET_BYTES = 256 * 1024 * 1024
+# Denoisers with more weights are measured on a quarter of the area: their calls take half a second or more.
+HEAVY_DENOISER_BYTES = 256 * 1024 * 1024
 SLOW_CALL_S = 1.0  # if a round of calls takes longer, it is not repeated
 MAX_STREAMS = 8  # each stream has its own copy of the weights
 MEASURE_S = 0.12  # for each layout and number of rows
@@ -104,7 +103,7 @@ def tune(components: Components, beat: Callable[[str], None]) -> Tuning:
     """Return the stored choice of an earlier start with the same options; else measure what is not pinned.
 
     Raises:
-        ModelError: a device cannot compile the UNet.
+        ModelError: a device cannot compile the denoiser.
     """
     settings = components.settings
     plugin: dict[str, Any] = json.loads(settings.plugin_config) if settings.plugin_config else {}
@@ -172,12 +171,7 @@ def _compare_layouts(
         if deadline.is_expired():
             break
         for index, each in enumerate(tried):
-            rate = _rate(
-                components.measured_unets(each.layout),
-                components.feeds.of(COMPARED_ROWS, timestep_per_row=each.per_row),
-                each.layout,
-                beat,
-            )
+            rate = _rate(components, each, COMPARED_ROWS, beat)
             rates[index] = max(rates[index], rate.by_clock)
         if is_second or rates[1] >= CLEAR_GAIN * rates[0]:
             break  # if one stream loses clearly, the layouts between will not win clearly
@@ -207,19 +201,19 @@ def _layouts(components: Components, streams: int, threads: int) -> list[Layout]
 
 
 def _measure_layout(components: Components, layout: Layout, beat: Callable[[str], None]) -> _Timing:
-    """Compile the UNet for a layout, time one row, and check that rows do not depend on other rows of the call."""
-    request = components.compile_unet(layout)[0]
+    """Compile the denoiser for a layout, time one row, and check that rows do not depend on other rows of the call."""
+    request = components.compile_denoiser(layout)[0]
     beat("warm-up")
     feeds, per_row = components.feeds, components.timestep_per_row
     times = 1
-    if components.unet_bytes > HEAVY_UNET_BYTES:
+    if components.denoiser_bytes > HEAVY_DENOISER_BYTES:
         feeds, times = feeds.quarter()
-    pair = run_unet(request, feeds.of(2, timestep_per_row=per_row))
+    pair = components.family.run(request, feeds.of(2, timestep_per_row=per_row))
     beat("warm-up")
     clock_s = cpu_s = 0.0
     for _ in range(2):
         began, began_cpu = time.monotonic(), time.process_time()
-        second = run_unet(request, feeds.second(timestep_per_row=per_row))
+        second = components.family.run(request, feeds.second(timestep_per_row=per_row))
         # The second call counts: the first also makes the kernels. For long calls that is negligible.
         clock_s, cpu_s = time.monotonic() - began, time.process_time() - began_cpu
         beat("warm-up")
@@ -227,8 +221,8 @@ def _measure_layout(components: Components, layout: Layout, beat: Callable[[str]
             break
     splits = bool(np.array_equal(pair[1:], second))
     if per_row and not splits:
-        pair = run_unet(request, feeds.of(2, timestep_per_row=False))
-        second = run_unet(request, feeds.second(timestep_per_row=False))
+        pair = components.family.run(request, feeds.of(2, timestep_per_row=False))
+        second = components.family.run(request, feeds.second(timestep_per_row=False))
         per_row = not np.array_equal(pair[1:], second)
         splits = not per_row
     if not (splits and per_row):
@@ -243,27 +237,27 @@ def _measure_layout(components: Components, layout: Layout, beat: Callable[[str]
 
 def _choose_rows(components: Components, best: _Timing, beat: Callable[[str], None], deadline: Deadline) -> int:
     """Return the rows in a call beyond which more gain little; after the deadline, the rows of a short call."""
-    requests = components.measured_unets(best.layout)
+    requests = components.measured_denoisers(best.layout)
     if best.step_s > LONGEST_CALL_S:
         return 2
     feeds = components.feeds
     make = partial(feeds.of, timestep_per_row=best.per_row)
-    pair = run_unet(requests[0], make(2))
+    pair = components.family.run(requests[0], make(2))
     most, most_rate = 2, _Rate(1 / best.row_s, 1 / best.row_s)
     if not deadline.is_expired():
-        most_rate = _rate(requests, make(2), best.layout, beat)
+        most_rate = _rate(components, best, 2, beat)
     for rows in ROW_CHOICES:
         if rows * len(requests) / most_rate.by_clock > LONGEST_CALL_S or not _fits(components, rows, len(requests)):
             break
         if deadline.is_expired() and rows * best.row_s > SHORT_CALL_S:
             break
-        if not np.array_equal(run_unet(requests[0], make(rows))[:2], pair):
+        if not np.array_equal(components.family.run(requests[0], make(rows))[:2], pair):
             log.warning("rows of a call of %d differ from those of a call of 2; calls have at most %d rows", rows, most)
             break
         if deadline.is_expired():
             most = rows
             continue
-        rate = _rate(requests, make(rows), best.layout, beat)
+        rate = _rate(components, best, rows, beat)
         is_short = rows * len(requests) / rate.by_cpu < SHORT_CALL_S
         if rate.by_cpu >= (MIN_GAIN_SHORT if is_short else MIN_GAIN) * most_rate.by_cpu:
             most, most_rate = rows, rate
@@ -280,11 +274,11 @@ def _check_pinned_rows(
     is_long = best.step_s > LONGEST_CALL_S or rows * best.row_s > deadline.remaining()
     if rows == 2 or is_long or not _fits(components, rows, 1):
         return
-    request = components.measured_unets(best.layout)[0]
+    request = components.measured_denoisers(best.layout)[0]
     make = partial(components.feeds.of, timestep_per_row=best.per_row)
-    pair = run_unet(request, make(2))
+    pair = components.family.run(request, make(2))
     beat("warm-up")
-    if not np.array_equal(run_unet(request, make(rows))[:2], pair):
+    if not np.array_equal(components.family.run(request, make(rows))[:2], pair):
         log.warning(
             "max_batch is %d, but rows of a call of %d differ from those of a call of 2: load changes pictures; "
             "use a smaller max_batch",
@@ -294,13 +288,15 @@ def _check_pinned_rows(
     beat("warm-up")
 
 
-def _rate(requests: Sequence[Any], feed: dict[str, NDArray[Any]], layout: Layout, beat: Callable[[str], None]) -> _Rate:
-    """Measure rows a second with a call always in flight in each request."""
+def _rate(components: Components, each: _Timing, rows: int, beat: Callable[[str], None]) -> _Rate:
+    """Measure rows a second of a layout with a call of `rows` rows always in flight in each request."""
+    requests = components.measured_denoisers(each.layout)
+    feed = components.feeds.of(rows, timestep_per_row=each.per_row)
 
     def repeat(request: Any, until: float) -> int:
         count = 0
         while not count or time.monotonic() < until:
-            run_unet(request, feed)
+            components.family.run(request, feed)
             count += 1
         return count
 
@@ -313,9 +309,8 @@ def _rate(requests: Sequence[Any], feed: dict[str, NDArray[Any]], layout: Layout
             beat("warm-up")
             if clock_s > SLOW_CALL_S:
                 break
-    rows = calls * len(feed["sample"])
-    busy_s = cpu_s / (layout.threads * len(requests)) if layout.threads else clock_s
-    return _Rate(by_clock=rows / clock_s, by_cpu=rows / max(busy_s, 1e-6))
+    busy_s = cpu_s / (each.layout.threads * len(requests)) if each.layout.threads else clock_s
+    return _Rate(by_clock=calls * rows / clock_s, by_cpu=calls * rows / max(busy_s, 1e-6))
 
 
 def _fits(components: Components, rows: int, streams: int) -> bool:
@@ -365,7 +360,7 @@ def _limits(own: Path, cgroups: Path) -> list[int]:
 
 
 def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None]) -> None:
-    """Run one call of each kind in each slot, then UNet calls with the numbers of rows to come, for up to WARM_UP_S.
+    """Run one call of each kind in each slot, then denoising calls with the numbers of rows to come, up to WARM_UP_S.
 
     The first call of each shape makes its kernels: some tens of milliseconds for a small model, which no request should
     pay. `beat` is called from several threads at once. A large model in one slot needs none of this: the picture that
@@ -387,7 +382,9 @@ def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None])
         # For a large model, making the kernels for other numbers of rows is negligible compared with its steps.
         for rows in (2,) if is_large else (2, 1, *range(4, tuning.rows + 1, 2)):
             beat("warm-up")
-            run_unet(requests.unet, components.feeds.of(rows, timestep_per_row=tuning.timestep_per_row))
+            components.family.run(
+                requests.denoiser, components.feeds.of(rows, timestep_per_row=tuning.timestep_per_row)
+            )
             if time.monotonic() > until:
                 break
 
@@ -400,7 +397,7 @@ class _TuningFile:
 
     def __init__(self, components: Components) -> None:
         settings = components.settings
-        graph = components.profile.directory / "unet" / "openvino_model.xml"
+        graph = components.profile.directory / components.family.denoiser / "openvino_model.xml"
         subject = [
             hashlib.blake2b(graph.read_bytes()).hexdigest(),
             ov.get_version(),

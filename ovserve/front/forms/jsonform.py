@@ -1,9 +1,9 @@
-"""Parser for JSON bodies: fields and spooled uploads. Data URLs are located first and decoded in place.
+"""Parser for JSON bodies: fields and spooled uploads. Pictures are located first and decoded in place.
 
-A data URL of 50 MB must not pass through `json.loads`, which would hold the interpreter lock for a long time and make
-three copies. Therefore the strings of the document are located first. Those that begin with `data:` are replaced with a
-placeholder. The rest is small and limited, and is parsed by the standard library; everything that it accepts beyond RFC
-8259 is refused.
+A picture is a data URL or bare base64 text. One of 50 MB must not pass through `json.loads`, which would hold the
+interpreter lock for a long time and make three copies. Therefore the strings of the document are located first. Those
+that begin like a picture are replaced with a placeholder. The rest is small and limited, and is parsed by the standard
+library; everything that it accepts beyond RFC 8259 is refused.
 """
 
 from __future__ import annotations
@@ -26,17 +26,23 @@ __all__ = ["decode_in_place", "read_json"]
 MAX_DEPTH = 100  # of nested arrays and objects; the API needs four
 PIECE_BYTES = 64 * 1024  # searched or decoded per step: fits the CPU's cache, and other threads can run in between
 PREFIX_BYTES = 256  # the comma of a data URL must be within these
+MEMBERS = ("image_url", "url", "b64_json")  # of an object that is a picture: the last is that of our own replies
 PICTURES = ("image", "images", "image_url", "mask", "markup")  # the members in which the API accepts pictures
 
-# OpenAI has three forms for a picture: `{"image_url": URL}` (images), `{"type": "input_image", "image_url": URL}`
-# (responses) and `{"type": "image_url", "image_url": {"url": URL}}` (chat). `detail`, how closely a model looks at the
-# picture, has no meaning here. These members and values are ignored.
+# Forms of a picture besides a bare string: `{"image_url": URL}` (images), `{"type": "input_image", "image_url": URL}`
+# (responses), `{"type": "image_url", "image_url": {"url": URL}}` (chat), `{"url": URL}` and `{"b64_json": TEXT}`.
+# `detail`, how closely a model looks at the picture, has no meaning here. These members and values are ignored.
 _IGNORED: dict[str, tuple[str, ...]] = {"type": ("image_url", "input_image"), "detail": ("low", "high", "auto")}
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _TOKEN = re.compile(rb'[\[\]{}]|"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-# Everything up to the next string that may be a data URL or has no closing quotation mark.
-_ORDINARY = re.compile(rb'(?:[^"]*+"(?!(?i:data:))(?:[^"\\]++|\\.)*+")*+[^"]*+', re.DOTALL)
+# How the text of a picture begins: as a data URL, or in base64 as PNG, JPEG, GIF, WebP, BMP, TIFF or AVIF. A text that
+# only begins so stays a text.
+_BEGIN = rb"(?i:data:)|iVBORw0KGgo|\\?/9j\\?/|R0lGOD|UklGR|Qk[0-3]|SUkqA|TU0AK|AAAA[A-Za-z0-9+/][GWm2]Z0eX"
+_begin = re.compile(_BEGIN)
+BEGIN_BYTES = 16  # within which a text shows how it begins
+# Everything up to the next string that may be a picture or has no closing quotation mark.
+_ORDINARY = re.compile(rb'(?:[^"]*+"(?!%b)(?:[^"\\]++|\\.)*+")*+[^"]*+' % _BEGIN, re.DOTALL)
 _BLANKS = b"\r\n\t "
 # Escapes that encoders write in base64 text inside a JSON string: PHP escapes the slash, .NET the plus sign, Gson the
 # equals sign, and some break the text into lines. Any other escape is not valid base64.
@@ -55,7 +61,7 @@ _LONGEST_ESCAPE = 6
 
 
 class _Cut(NamedTuple):
-    """The offsets of a string that begins with `data:`, without its quotation marks."""
+    """The offsets of a string that begins like a picture, without its quotation marks."""
 
     begin: int
     end: int
@@ -84,7 +90,7 @@ def read_json(body: Body, form: SpooledForm, spool: BlobStore, settings: Setting
 
 
 class _Scan:
-    """Scanner that cuts the data URLs out of a document and keeps the rest, at most `limit` bytes of it."""
+    """Scanner that cuts the pictures out of a document and keeps the rest, at most `limit` bytes of it."""
 
     def __init__(self, document: memoryview, limit: int, most_cuts: int) -> None:
         self.document = document
@@ -99,7 +105,7 @@ class _Scan:
 
     @property
     def text(self) -> bytes:
-        """The document with a placeholder for each data URL."""
+        """The document with a placeholder for each picture."""
         return bytes(self._kept)
 
     def run(self) -> None:
@@ -112,7 +118,7 @@ class _Scan:
                 position = self._cut(position, end) if end else self._keep(position, _STRING)
 
     def cut_of(self, value: object) -> _Cut | None:
-        """Return the data URL that a placeholder stands for, or None for any other value."""
+        """Return the picture that a placeholder stands for, or None for any other value."""
         if isinstance(value, str) and value.startswith(self._mark):
             return self.cuts[int(value[len(self._mark) :])]
         return None
@@ -129,10 +135,10 @@ class _Scan:
         match = pattern.match(self.document, begin, begin + remaining + 1)
         end = match.end() if match else begin
         size = end - begin
-        cut_off = size <= remaining < ahead  # inside a string that has no end within the limit, or before a data URL
-        if size > remaining or (cut_off and not (pattern is _ORDINARY and self._is_url(end))):
+        cut_off = size <= remaining < ahead  # inside a string that has no end within the limit, or before a picture
+        if size > remaining or (cut_off and not (pattern is _ORDINARY and self._may_be_picture(end))):
             raise PartTooLarge(
-                f"JSON body: more than {self._limit} bytes of text outside its data URLs (byte {begin});"
+                f"JSON body: more than {self._limit} bytes of text outside its pictures (byte {begin});"
                 ' send pictures as "data:image/png;base64,..."'
             )
         if pattern is _STRING and not size:
@@ -143,8 +149,8 @@ class _Scan:
         self._append(piece, begin)
         return end
 
-    def _is_url(self, quote: int) -> bool:
-        return bytes(self.document[quote : quote + 6]).lower() == b'"data:'
+    def _may_be_picture(self, quote: int) -> bool:
+        return bool(_begin.match(bytes(self.document[quote + 1 : quote + 1 + BEGIN_BYTES])))
 
     def _check_depth(self, piece: bytes, place: int) -> None:
         for token in _TOKEN.finditer(piece):
@@ -156,10 +162,10 @@ class _Scan:
                 self._depth -= 1
 
     def _find_end_of_url(self, quote: int) -> int:
-        """Return the offset of the closing quotation mark of the data URL at `quote`; 0 when it is another string."""
-        if not self._is_url(quote):
+        """Return the offset of the closing quotation mark of the picture at `quote`; 0 when it is another string."""
+        if not self._may_be_picture(quote):
             return 0
-        begin, size = quote + 6, PREFIX_BYTES  # short first: text that begins like a data URL is short
+        begin, size = quote + 1, PREFIX_BYTES  # short first: text that begins like a picture is short
         while begin < len(self.document):
             at = bytes(self.document[begin : begin + size]).find(b'"')
             if at >= 0:
@@ -170,7 +176,7 @@ class _Scan:
 
     def _cut(self, quote: int, end: int) -> int:
         if len(self.cuts) == self._most_cuts:
-            raise TooManyParts(f"JSON body: more than {self._most_cuts} data URLs (byte {quote})")
+            raise TooManyParts(f"JSON body: more than {self._most_cuts} pictures (byte {quote})")
         self._append(b'"%s%d"' % (self._mark.encode(), len(self.cuts)), quote)
         self.cuts.append(_Cut(quote + 1, end))
         return end + 1
@@ -235,28 +241,36 @@ class _Reader:
         self._limit = limit
 
     def add(self, name: str, value: Any) -> None:
-        """Add one member. Item k of a list of pictures gets the name `name[k]`, whether it is a data URL or not."""
+        """Add one member. Item k of a list of pictures gets the name `name[k]`, whether it is a picture or not."""
         self._check_key(name)
         if name not in PICTURES:
             self._form.fields.append((name, self._restore(value, name)))
             return
         items = [(f"{name}[{k}]", item) for k, item in enumerate(value)] if isinstance(value, list) else []
         for label, item in items or [(name, value)]:
-            inner = item.get("image_url") if isinstance(item, dict) else None
-            url = inner.get("url") if isinstance(inner, dict) else inner if isinstance(item, dict) else item
+            member = _member_of(item)
+            inner = item[member] if member else item
+            url = inner.get("url") if isinstance(inner, dict) else inner
             cut = self._scan.cut_of(url)
             if cut is None:
                 if isinstance(url, str) and url[:5].lower() == "data:":
                     raise InvalidValue(f"{label}: a data URL must be written without escapes", param=label)
                 self._form.fields.append((label, self._restore(item, label)))
                 continue
-            _check_neighbours(item, "image_url", label)
-            _check_neighbours(inner, "url", f"{label}.image_url")
+            _check_neighbours(item, member, label)
+            if inner is not item:
+                _check_neighbours(inner, "url", f"{label}.{member}")
             self._form.uploads.append(self._decode(cut, label))
 
     def _decode(self, cut: _Cut, name: str) -> SpooledUpload:
-        """Decode a data URL in place (RFC 2397). Its media type is ignored: the bytes identify the format better."""
+        """Decode a data URL (RFC 2397) or bare base64 in place.
+
+        The media type of a URL is ignored: the bytes identify the format better.
+        """
         prefix = bytes(self._scan.document[cut.begin : min(cut.end, cut.begin + PREFIX_BYTES)])
+        if not prefix.lower().startswith(b"data:"):
+            size = decode_in_place(self._segment.view, cut.begin, cut.end - cut.begin, name, in_json=True)
+            return SpooledUpload(name, None, self._segment, cut.begin, size)
         head, comma, _ = prefix.partition(b",")
         if not comma or not self._text_of(cut.begin, head).lower().endswith(";base64"):
             raise InvalidValue(
@@ -272,7 +286,7 @@ class _Reader:
         Raises:
             InvalidValue: a text has half of a surrogate pair.
             PartTooLarge: a text is longer than the limit.
-            BadRequest: a key begins with `data:`, or a text that begins with it is not valid JSON.
+            BadRequest: a key begins like a picture, or a text that begins so is not valid JSON.
         """
         if isinstance(value, str):
             cut = self._scan.cut_of(value)
@@ -296,7 +310,7 @@ class _Reader:
     def _check_key(self, key: str) -> None:
         cut = self._scan.cut_of(key)
         if cut is not None:
-            raise BadRequest(f"JSON body: a key must not begin with data: (byte {cut.begin})")
+            raise BadRequest(f"JSON body: a key must not begin like a picture (byte {cut.begin})")
         self._restore(key, f"the key {key[:100]!r}")
 
     def _restore_cut(self, cut: _Cut, name: str) -> str:
@@ -311,6 +325,12 @@ class _Reader:
             return str(json.loads(b'"%b"' % quoted))
         except ValueError:
             raise BadRequest(f"JSON body: the string at byte {begin} is not valid JSON") from None
+
+
+def _member_of(item: Any) -> str:
+    """Return the member of an object in which a picture is; empty for a value that is no such object."""
+    names = (name for name in MEMBERS if isinstance(item, dict) and item.get(name) is not None)
+    return next(names, "")
 
 
 def _check_neighbours(item: Any, picture: str, label: str) -> None:

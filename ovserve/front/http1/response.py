@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from http import HTTPStatus
 
 from ovserve.errors import ApiError, MalformedRequest, TooManyConnections, Unauthorized
-from ovserve.settings.options import Settings, parse_origins
+from ovserve.front.http1.origins import OriginRule
+from ovserve.settings.options import Settings
 
 __all__ = ["CONTINUE", "JSON_TYPE", "NO_CONTENT", "Responses", "error_content", "error_fields", "reason_phrase"]
 
@@ -39,14 +40,13 @@ class Responses:
     """Encodes response heads. Thread-safe: yes (the cached date is one tuple, replaced in one assignment)."""
 
     def __init__(self, settings: Settings) -> None:
-        origins = parse_origins(settings.allowed_origins)
-        constant = "Server: ovserve\r\n"
-        if origins:
-            constant += f"Access-Control-Expose-Headers: {EXPOSED_FIELDS}\r\n"
-            constant += "Vary: Origin\r\n" if len(origins) > 1 else f"Access-Control-Allow-Origin: {origins[0]}\r\n"
+        self._origins = OriginRule(settings)
+        # nosniff: a browser must not run a picture or a text as a script, whatever its bytes are (Fetch standard).
+        constant = "Server: ovserve\r\nX-Content-Type-Options: nosniff\r\n"
+        constant += f"Access-Control-Expose-Headers: {EXPOSED_FIELDS}\r\n"
+        # The field holds only one origin: the request's own, if it is allowed (Fetch standard, CORS protocol).
+        constant += "Access-Control-Allow-Origin: *\r\n" if self._origins.allows_all else "Vary: Origin\r\n"
         self._constant = constant.encode("ascii")
-        # The field holds only one origin: with several allowed, the request's own (Fetch standard, CORS protocol).
-        self._origins = frozenset(origins if len(origins) > 1 else ())
         self._lines = {status: f"HTTP/1.1 {status} {phrase}\r\n".encode() for status, phrase in _PHRASES.items()}
         self._date = (0, b"")
 
@@ -87,7 +87,7 @@ class Responses:
         line = line or b"HTTP/1.1 %d \r\n" % status
         kind = f"Content-Type: {media_type}\r\n" if media_type else ""
         variable = f"{kind}x-request-id: {request_id}\r\n"
-        if origin in self._origins:
+        if origin is not None and not self._origins.allows_all and self._origins.is_listed(origin):
             variable += f"Access-Control-Allow-Origin: {origin}\r\n"
         if headers:
             variable += _field_lines(headers)

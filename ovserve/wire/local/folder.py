@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ovserve.errors import ApiError, SpoolFull, SpoolUnusable
+from ovserve.folders import check_parent, open_private, open_regular
 from ovserve.logs import fields
 
 __all__ = ["FULL_RETRY_S", "NO_DESCRIPTOR_ERRNOS", "NO_SPACE_ERRNOS", "Folder", "sweep"]
@@ -48,11 +49,12 @@ class Folder:
         on_recreate: called when the folder had vanished and was created again, empty, under the same name.
 
     Raises:
-        OSError: the directory cannot be used.
+        OSError: the directory cannot be used, or other users could replace the folder in it.
     """
 
     def __init__(self, directory: Path, on_recreate: Callable[[], None] | None = None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        check_parent(directory)
         sweep(directory)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
         self._on_recreate = on_recreate
@@ -108,7 +110,7 @@ class Folder:
 
     def _open_new(self) -> tuple[str, int]:
         path = f"{self.path}/{secrets.token_hex(12)}"
-        return path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        return path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def _exists(self) -> bool:
         try:
@@ -128,6 +130,7 @@ class Folder:
             if self._exists():
                 return  # another thread has recreated it
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            check_parent(self.path.parent)
             self.path.mkdir(0o700)  # fails if another process has taken the name: its files are not ours
             try:
                 descriptor = _create_lock(self.path)
@@ -151,27 +154,42 @@ def _create_lock(folder: Path) -> int:
     Raises:
         OSError: the file cannot be created, locked or renamed.
     """
-    descriptor = os.open(folder / "lock.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    inside = open_private(folder)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.rename(folder / "lock.new", folder / "lock")
-    except OSError:
-        os.close(descriptor)
-        with contextlib.suppress(OSError):
-            os.unlink(folder / "lock.new")  # else the folder could not be removed, and so not be recreated
-        raise
+        descriptor = open_regular("lock.new", os.O_RDWR | os.O_CREAT, inside)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename("lock.new", "lock", src_dir_fd=inside, dst_dir_fd=inside)
+        except OSError:
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.unlink("lock.new", dir_fd=inside)  # else the folder could not be removed, and so not be recreated
+            raise
+    finally:
+        os.close(inside)
     return descriptor
 
 
 def sweep(directory: Path) -> int:
-    """Remove the folders of dead front ends from the spool directory, and return how many were removed."""
+    """Remove the folders of dead front ends of this user from the spool directory; return how many were removed.
+
+    In a directory that all users may write, anything else may have such a name too: it is left alone.
+    """
     removed = 0
     for folder in directory.glob(PREFIX + "*"):
         try:
-            descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+            inside = open_private(folder)
         except OSError:
-            removed += _remove_if_abandoned(folder)
+            continue  # not a folder, or another user's
+        try:
+            descriptor = open_regular("lock", os.O_RDWR, inside)
+        except FileNotFoundError:
+            removed += _remove_if_abandoned(folder, inside)
             continue
+        except OSError:
+            continue
+        finally:
+            os.close(inside)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
@@ -183,10 +201,10 @@ def sweep(directory: Path) -> int:
     return removed
 
 
-def _remove_if_abandoned(folder: Path) -> bool:
+def _remove_if_abandoned(folder: Path, inside: int) -> bool:
     """Remove a folder whose front end died before it created the lock. A new one may still get its lock, and stays."""
     with contextlib.suppress(OSError):
-        if time.time() - folder.stat().st_mtime > _UNLOCKED_LIFETIME_S and os.access(folder, os.W_OK):
+        if time.time() - os.fstat(inside).st_mtime > _UNLOCKED_LIFETIME_S:
             shutil.rmtree(folder)
             return True
     return False

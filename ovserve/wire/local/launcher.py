@@ -38,8 +38,8 @@ class LocalProcess:
         self._process.kill()
 
     def resident_bytes(self) -> int:
-        """Return its resident memory without pages mapped from files; 0 when it has exited."""
-        return processes.resident_bytes(self.pid)
+        """Return its resident memory and its children's, without pages mapped from files; 0 when it has exited."""
+        return processes.resident_bytes_with_children(self.pid)
 
     def close(self) -> None:
         """Free the handle of a process that has exited."""

@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = [
     "BLOCKED_SIGNALS", "bind_to_parent", "describe_exit", "machine_memory_bytes", "raise_oom_score", "resident_bytes",
-    "run_worker",
+    "resident_bytes_with_children", "run_worker",
 ]  # fmt: skip
 
 # For the front end; workers ignore them.
@@ -82,6 +82,16 @@ def resident_bytes(pid: int) -> int:
             return max(0, int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return 0
+
+
+def resident_bytes_with_children(pid: int) -> int:
+    """Return `resident_bytes` of a process and its direct children: a worker and its decoding process."""
+    total = resident_bytes(pid)
+    with contextlib.suppress(OSError, ValueError):  # it has exited, or the kernel lists no children
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children", "rb") as stream:
+                total += sum(resident_bytes(int(child)) for child in stream.read().split())
+    return total
 
 
 def machine_memory_bytes(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:

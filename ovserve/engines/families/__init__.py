@@ -1,0 +1,1 @@
+"""What engine `stepwise` knows of each model family: one module a family, behind the protocol `Family`."""

@@ -1,0 +1,125 @@
+"""The decoding process: decodes one image file at a time for the worker that spawned it.
+
+It imports Pillow and numpy, and no OpenVINO. `ovserve.pixels.decoder` is the worker's side and describes the exchange.
+The process limits itself for each file; the defaults of the signals then end it: SIGPROF for CPU time. Runs in: the
+decoding process, a child of a worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import json
+import os
+import resource
+import signal
+import socket
+import warnings
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image
+
+from ovserve.errors import ImageError
+from ovserve.pixels import bmp_rle
+from ovserve.pixels.images import Limits, Pixels, decode_image, encode_image, extract_colour_profile
+from ovserve.wire.local.processes import bind_to_parent
+
+__all__ = ["MESSAGE_BYTES", "main"]
+
+MESSAGE_BYTES = 8192  # of one message, both ways
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_SPARE_CPU_S = 2  # RLIMIT_CPU counts whole seconds; it ends the process where the timer does not
+_TRIM_BYTES = 16 << 20  # memory kept by the allocator above which it is asked to give it back
+
+
+def main(descriptor: int, parent: int) -> NoReturn:
+    """Serve the requests of the worker `parent` on a socket until it closes.
+
+    Args:
+        descriptor: the socket, SOCK_SEQPACKET.
+        parent: the worker's process id; this process ends with it.
+    """
+    bind_to_parent(parent)
+    Image.MAX_IMAGE_PIXELS = None  # replaced by our own limit
+    warnings.simplefilter("ignore")  # of Pillow, about a client's file
+    bmp_rle.register()
+    link = socket.socket(fileno=descriptor)
+    _warm_up()
+    base_bytes = _address_space_bytes()
+    link.send(json.dumps({"ready": True}).encode())
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(link, MESSAGE_BYTES, 2)
+        if not message:
+            os._exit(0)
+        source, target = descriptors
+        reply = _serve(json.loads(message), source, target, base_bytes)
+        os.close(source)
+        os.close(target)
+        link.send(json.dumps(reply).encode())
+
+
+def _warm_up() -> None:
+    """Decode a small image of each format: it imports the decoders, and shows that they work."""
+    pixels: Pixels = np.full((16, 16, 3), 90, np.uint8)
+    files = [encode_image(pixels, form) for form in ("png", "jpeg", "webp")]
+    for form in ("GIF", "BMP", "TIFF"):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, form)
+        files.append(buffer.getvalue())
+    for data in files:
+        decode_image(data, "image", Limits(1 << 20, 1 << 10))
+
+
+def _serve(request: dict[str, Any], source: int, target: int, base_bytes: int) -> dict[str, Any]:
+    """Decode one file into the descriptor `target`; return the reply to the worker."""
+    _limit(request["cpu_s"], request["memory_bytes"], base_bytes)
+    try:
+        data = _read(source, request["size"])
+        pixels = decode_image(data, request["name"], Limits(request["pixels"], request["side_px"]))
+        profile = extract_colour_profile(data) if request["profile"] else b""
+        _write(target, pixels, profile)
+    except ImageError as error:
+        return {"error": error.message}
+    except MemoryError:
+        return {"memory": True}
+    except OSError as error:
+        return {"error": f"{request['name']}: the decoded image does not have the size in its header ({error})"}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    return {"shape": list(pixels.shape), "profile": len(profile)}
+
+
+def _limit(cpu_s: float, memory_bytes: int, base_bytes: int) -> None:
+    """Limit the CPU time and the memory from now on, beyond what this process has used before."""
+    if _address_space_bytes() > base_bytes + _TRIM_BYTES:
+        ctypes.CDLL(None).malloc_trim(0)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (base_bytes + memory_bytes, hard))
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    used_s = usage.ru_utime + usage.ru_stime
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used_s + cpu_s) + _SPARE_CPU_S, hard))
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+
+
+def _address_space_bytes() -> int:
+    with open("/proc/self/statm", "rb") as stream:
+        return int(stream.read().split()[0]) * _PAGE_BYTES
+
+
+def _read(source: int, size: int) -> bytes:
+    """Return the encoded file."""
+    with open(source, "rb", buffering=0, closefd=False) as stream:
+        stream.seek(0)
+        return stream.read(size)
+
+
+def _write(target: int, pixels: Pixels, profile: bytes) -> None:
+    """Write pixels and profile to the memory file, which cannot grow. Raises OSError if they do not fit."""
+    offset = 0
+    for part in (pixels.data.cast("B"), memoryview(profile)):
+        end = offset + len(part)
+        while offset < end:
+            offset += os.pwrite(target, part[offset - end :], offset)
