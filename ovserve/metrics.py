@@ -50,7 +50,10 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.responses = Counter(
-            "ovserve_http_responses", "Responses by route and status code.", ["route", "status"], registry=self.registry
+            "ovserve_http_responses",
+            "Responses by route and status code; a stream that has ended early counts under its error's status.",
+            ["route", "status"],
+            registry=self.registry,
         )
         self.jobs = Counter(
             "ovserve_jobs", "Settled jobs by model and final state.", ["model", "state"], registry=self.registry

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from ovserve import __version__
-from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, StreamReply
+from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.api.images import Images, base_url_hint
 from ovserve.api.openapi import openapi_document
 from ovserve.api.page import front_page
@@ -47,6 +48,7 @@ Handler = Callable[["ImagesApi", Exchange, Mapping[str, str]], Reply]
 # `/openai` alone is Azure's; a path such as /openai/deployments/... is a row of its own.
 _PREFIX = re.compile(r"/(?:(?:v3/v1|openai/v1|api/v1|engines/v1|v3|v1)(?=/)|openai(?=/(?:images|models)(?:/|$)))")
 _SLASHES = re.compile("//+")
+CLIENT_GONE = 499  # status in the metrics when the client left before it was answered
 RELOAD_STATUS_PATH = "/v1/config/reload/status"
 RELOAD_WAIT_S = 10.0  # for the workers of a reload, if the request does not say; small models are ready by then
 MAX_RELOAD_WAIT_S = 3600.0
@@ -63,7 +65,8 @@ class Route:
     handle: Handler
     prefixed: bool = True  # served under every prefix and without one; else only as written
     is_open: bool = False  # needs no API key
-    is_health: bool = False  # a health check, served even at the connection limit
+    is_health: bool = False  # a health check
+    is_exempt: bool = False  # served even at the connection limit; health checks always are
     is_admin: bool = False  # needs an admin key or the admin listener
     is_operator: bool = False  # for operators: moves to the admin listener if there is one
     is_public: bool = False  # GET and HEAD are served to web pages of every origin; health checks are too
@@ -86,6 +89,7 @@ class Match:
         is_admin: whether the request needs an admin key or the admin listener.
         is_operator: whether the request is for operators, and belongs on the admin listener if there is one.
         is_public: whether web pages of every origin may send the request.
+        is_exempt: whether the request is served even at the connection limit.
     """
 
     route: Route | None
@@ -93,9 +97,18 @@ class Match:
     of_path: tuple[Route, ...]
     is_open: bool
     is_health: bool
+    is_exempt: bool = False
     is_admin: bool = False
     is_operator: bool = False
     is_public: bool = False
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """How a response is counted."""
+
+    status: int = 500  # for an unexpected exception
+    is_counted: bool = True
 
 
 class ImagesApi:
@@ -161,19 +174,41 @@ class ImagesApi:
         )
 
     def _handle_and_count(self, route: Route, exchange: Exchange, params: Mapping[str, str]) -> Reply:
-        status = 500  # for an unexpected exception
-        try:
+        with self._counting(route) as outcome:
             reply = route.handle(self, exchange, params)
-            status = 200 if isinstance(reply, StreamReply) else reply.status
+            if isinstance(reply, StreamReply):
+                outcome.is_counted = False  # until the stream has ended
+                return replace(reply, events=self._count_stream(route, reply.events))
+            outcome.status = reply.status
+        return reply
+
+    def _count_stream(
+        self, route: Route, events: Generator[ServerEvent, None, None]
+    ) -> Generator[ServerEvent, None, None]:
+        """Yield the events of a stream, and count it when it has ended: with the status of the error that ended it."""
+        with self._counting(route) as outcome:
+            try:
+                yield from events
+            except GeneratorExit:  # the front end could not write the next event
+                outcome.status = CLIENT_GONE
+                raise
+            outcome.status = 200
+
+    @contextmanager
+    def _counting(self, route: Route) -> Iterator[_Outcome]:
+        """Count one response of a route when the block ends, with the status that the block or its exception sets."""
+        outcome = _Outcome()
+        try:
+            yield outcome
         except ApiError as error:
-            status = error.status
+            outcome.status = error.status
             raise
         except ClientGone:
-            status = 499
+            outcome.status = CLIENT_GONE
             raise
         finally:
-            self.metrics.responses.labels(route.path, str(status)).inc()
-        return reply
+            if outcome.is_counted:
+                self.metrics.responses.labels(route.path, str(outcome.status)).inc()
 
     def openapi(self) -> bytes:
         """Return the OpenAPI document of this server; it is created at the first call."""
@@ -211,6 +246,7 @@ def match_route(method: str, path: str) -> Match:
         is_health=route is not None and route.is_health,
         is_admin=route is not None and route.is_admin,
         is_operator=route is not None and route.is_operator,
+        is_exempt=route is not None and (route.is_health or route.is_exempt),
         is_public=served_as == "GET" and route is not None and (route.is_public or route.is_health),
     )
 
@@ -500,7 +536,15 @@ ROUTES = (
         is_admin=True,
     ),
     Route("GET", RELOAD_STATUS_PATH, "State of the newest reload.", _reload_status, prefixed=False, is_operator=True),
-    Route("GET", "/metrics", "Metrics in the Prometheus format.", _metrics, prefixed=False, is_operator=True),
+    Route(
+        "GET",
+        "/metrics",
+        "Metrics in the Prometheus format.",
+        _metrics,
+        prefixed=False,
+        is_operator=True,
+        is_exempt=True,  # a scrape that fails at the limit would hide the overload
+    ),
     Route("GET", "/openapi.json", "OpenAPI 3.1 document of this API.", _openapi, prefixed=False),
     Route("GET", "/v2", "Name and version of the server.", _server, prefixed=False),
     # The page is open; it asks for the key and sends it with its requests.

@@ -470,6 +470,7 @@ class Connection:
     def _reject(self, error: ApiError) -> None:
         """Answer a malformed or late head, and linger so that the client receives the answer. Raises ClientGone."""
         request_id = new_request_id()
+        self._context.api.count_refused(error)
         self.in_flight = True
         try:
             sent = self.transport.send(self._responses.closing_error(error, request_id))

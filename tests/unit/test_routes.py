@@ -6,22 +6,26 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ovserve.api.exchange import FileReply, JsonReply, Reply, windows_of
+from ovserve.api.exchange import FileReply, JsonReply, Reply, ServerEvent, StreamReply, windows_of
 from ovserve.api.reloads import ModelReload, ReloadStatus
-from ovserve.api.routes import ROUTES, ImagesApi, match_route
+from ovserve.api.routes import ROUTES, ImagesApi, Match, Route, match_route
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.errors import (
     ApiError,
     BadRequest,
+    ClientGone,
+    DeadlineExceeded,
+    InternalError,
     InvalidValue,
     MethodNotAllowed,
     ModelNotFound,
@@ -406,6 +410,44 @@ def test_range_outside_a_stored_picture_is_416(api: ImagesApi) -> None:
     assert open_pictures() == []
 
 
+def counted(api: ImagesApi, events: Callable[[], Generator[ServerEvent, None, None]], read: int) -> dict[str, float]:
+    """Serve a stream, read some of its events and close it; return the counts of its route by status."""
+    route = Route("GET", "/stream", "A stream.", lambda *_: StreamReply(events()))
+    match = Match(route, {}, (route,), is_open=True, is_health=False)
+    reply = api.answer(FakeExchange("GET", "/stream"), match)
+    assert isinstance(reply, StreamReply)
+    assert b'route="/stream"' not in api.metrics.page()  # it has not ended
+    with contextlib.suppress(ApiError, ClientGone, KeyError):
+        for _ in itertools.islice(reply.events, read):
+            pass
+    reply.close()
+    found = re.findall(rb'ovserve_http_responses_total\{route="/stream",status="(\d+)"\} (\S+)', api.metrics.page())
+    return {status.decode(): float(number) for status, number in found}
+
+
+@pytest.mark.parametrize(
+    ("error", "read", "status"),
+    [
+        (None, 9, "200"),
+        (None, 1, "499"),
+        (InternalError("broken"), 9, "500"),
+        (DeadlineExceeded("late"), 9, "504"),
+        (ClientGone("gone"), 9, "499"),
+        (KeyError("bug"), 9, "500"),
+    ],
+)
+def test_stream_is_counted_when_it_ends_and_with_its_outcome(
+    api: ImagesApi, error: Exception | None, read: int, status: str
+) -> None:
+    def events() -> Generator[ServerEvent, None, None]:
+        yield ServerEvent("", [b"accepted"])
+        yield ServerEvent("piece", [b"{}"])
+        if error:
+            raise error
+
+    assert counted(api, events, read) == {status: 1.0}
+
+
 @pytest.mark.parametrize(
     ("method", "path", "is_health"),
     [
@@ -420,7 +462,13 @@ def test_range_outside_a_stored_picture_is_416(api: ImagesApi) -> None:
     ],
 )
 def test_only_health_checks_are_exempt_from_the_connection_limit(method: str, path: str, is_health: bool) -> None:
-    assert match_route(method, path).is_health is is_health
+    match = match_route(method, path)
+    assert (match.is_health, match.is_exempt) == (is_health, is_health)
+
+
+def test_metrics_are_exempt_from_the_connection_limit_but_need_a_key() -> None:
+    match = match_route("GET", "/metrics")
+    assert (match.is_exempt, match.is_health, match.is_open) == (True, False, False)
 
 
 def test_match_has_the_row_its_placeholders_and_the_rows_of_the_path() -> None:
