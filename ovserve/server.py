@@ -165,7 +165,13 @@ class Server:
         while True:
             number = _next_signal(IDLE_POLL_S)
             if number is not None and number in ENDING_SIGNALS:
-                log.info("draining", extra=fields(signal=number.name, grace_s=self._settings.grace_period_s))
+                settings = self._settings
+                log.info(
+                    "draining",
+                    extra=fields(
+                        signal=number.name, delay_s=settings.shutdown_delay_s, grace_s=settings.grace_period_s
+                    ),
+                )
                 return
             if number == signal.SIGHUP:
                 self._reload_on_signal()
@@ -205,7 +211,7 @@ class Server:
             StartupError: the new configuration is wrong; nothing was changed.
         """
         with self._reloading:
-            if self._dispatcher.is_draining:
+            if self._api.is_stopping:
                 raise StartupError("the server is shutting down")
             if self._is_announced:
                 systemd.notify_reloading()
@@ -246,7 +252,7 @@ class Server:
     def _note_outcome(self) -> None:
         """Show in the service manager that a reload has failed, or no longer. Runs in: the supervisor thread."""
         failure = self.reload_status().failure
-        if failure != self._shown_failure and self._is_announced and not self._dispatcher.is_draining:
+        if failure != self._shown_failure and self._is_announced and not self._api.is_stopping:
             self._shown_failure = failure
             systemd.notify_status(self._status_line())
 
@@ -262,23 +268,36 @@ class Server:
 
     def _announce(self) -> None:
         """Report readiness to systemd, once a model is ready and while the server does not drain."""
-        if self._is_announced and not self._dispatcher.is_draining:
+        if self._is_announced and not self._api.is_stopping:
             systemd.notify_ready(self._status_line())
 
     def _drain(self) -> None:
-        """Reject new jobs and wait for those in flight, up to the grace period. A second signal ends the process."""
+        """Reject new jobs and wait for those in flight, up to the grace period. A second signal ends the process.
+
+        During `shutdown_delay_s` before that, only readiness is false: load balancers stop sending requests here.
+        """
+        self._api.is_stopping = True
+        for listener in self._listeners:
+            listener.closes_connections = True
+        systemd.notify_stopping()
+        delay = Deadline.after(self._settings.shutdown_delay_s)
+        while not delay.is_expired():
+            self._abort_on_signal(min(POLL_S, delay.remaining()))
         self._dispatcher.drain()
         for listener in self._listeners:
-            listener.is_draining = True  # responses close their connections
-        systemd.notify_stopping()
+            listener.is_draining = True
         grace = Deadline.after(self._settings.grace_period_s)
         while self._active_exchanges() and not grace.is_expired():
             poll_s = POLL_S if self._dispatcher.in_flight() else REFUSING_POLL_S
-            if _next_signal(poll_s) in ENDING_SIGNALS:
-                log.warning("second signal: aborting", extra=fields(in_flight=self._active_exchanges()))
-                self._supervisor.stop(Deadline.after(0))
-                self._spool.close()
-                os._exit(1)
+            self._abort_on_signal(poll_s)
+
+    def _abort_on_signal(self, timeout_s: float) -> None:
+        """Wait for a signal; a second one that ends the server ends the process at once."""
+        if _next_signal(timeout_s) in ENDING_SIGNALS:
+            log.warning("second signal: aborting", extra=fields(in_flight=self._active_exchanges()))
+            self._supervisor.stop(Deadline.after(0))
+            self._spool.close()
+            os._exit(1)
 
     def _active_exchanges(self) -> int:
         return sum(listener.active_exchanges for listener in self._listeners)

@@ -120,6 +120,9 @@ class ImagesApi:
         dispatcher: runs the jobs.
         reload: reads the configuration again, and starts the new workers. Raises StartupError.
         reload_status: returns the state of the newest reload.
+
+    Attributes:
+        is_stopping: the server has begun to shut down: it is not ready, but still serves requests until it drains.
     """
 
     def __init__(
@@ -133,6 +136,7 @@ class ImagesApi:
         self.settings = settings
         self.reload = reload
         self.reload_status = reload_status
+        self.is_stopping = False
         self.catalog = catalog
         self.dispatcher = dispatcher
         self.store = Store(settings)
@@ -338,7 +342,7 @@ def _is_ready(api: ImagesApi, statuses: Mapping[str, ModelStatus]) -> bool:
 
 def _ready(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     statuses = _model_statuses(api)
-    draining = api.dispatcher.is_draining
+    draining = api.is_stopping or api.dispatcher.is_draining
     ready = not draining and _is_ready(api, statuses)
     document = {
         "ready": ready,
@@ -350,7 +354,8 @@ def _ready(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
 
 def _model_ready(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Reply:
     status = api.dispatcher.status(api.catalog.find(params["model"]).name)
-    return json_reply({"ready": status.ready, "reason": status.reason}, 200 if status.ready else 503)
+    ready, reason = status.ready and not api.is_stopping, "draining" if api.is_stopping else status.reason
+    return json_reply({"ready": ready, "reason": reason}, 200 if ready else 503)
 
 
 def _config(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
@@ -391,7 +396,7 @@ def _await_reload(api: ImagesApi, exchange: Exchange, wait_s: float) -> ReloadSt
     never = os.eventfd(0, os.EFD_CLOEXEC)  # `wait` also notices that the client has gone
     try:
         while (status := api.reload_status()).state == "loading":
-            if deadline.is_expired() or api.dispatcher.is_draining:
+            if deadline.is_expired() or api.is_stopping:
                 break
             exchange.wait(never, Deadline.after(min(_RELOAD_POLL_S, deadline.remaining())))
     finally:
@@ -400,7 +405,7 @@ def _await_reload(api: ImagesApi, exchange: Exchange, wait_s: float) -> ReloadSt
 
 
 def _reload(api: ImagesApi, exchange: Exchange, __: Mapping[str, str]) -> Reply:
-    if api.dispatcher.is_draining:
+    if api.is_stopping or api.dispatcher.is_draining:
         raise Draining("The server is shutting down; the configuration was not reloaded.")
     wait_s = _reload_wait_s(exchange)
     try:

@@ -466,6 +466,15 @@ class Settings:
         30.0, "Time for jobs in flight to finish after SIGTERM.", low=0, high=86400, unit="seconds"
     )
 
+    shutdown_delay_s: float = _option(
+        0.0,
+        "Time after SIGTERM in which readiness is false but requests are still served; the drain begins after it.",
+        reason="behind a load balancer, set it above the time that its health checks need to notice",
+        low=0,
+        high=3600,
+        unit="seconds",
+    )
+
     # Spool.
     spool_dir: Path | None = _option(
         None,
