@@ -151,7 +151,7 @@ def make_reference() -> str:
         "",
         "For a field that takes a list, `image`, `image[]` and `image[0]` are the same name. An empty value, `null`",
         "and an absent field mean the same. A field may be repeated with an equal value. An unknown name is answered",
-        "with 400 `unknown_parameter`, which suggests the nearest known name.",
+        "with 400 `unknown_parameter`, which suggests the nearest known name, or ignored (option `unknown_fields`).",
         "",
         *_fields(),
         "",

@@ -80,6 +80,8 @@ class Images:
                 "public_url on the server.",
                 param="response_format",
             )
+        if parameters.response_format == "url":
+            self._check_store()
         job = Job(
             id=exchange.id,
             model=parameters.model.name,
@@ -156,6 +158,13 @@ class Images:
         host = exchange.header("host")
         return self.settings.public_url.rstrip("/") or (f"http://{host}" if host else "")
 
+    def _check_store(self) -> None:
+        """Check before any work that a picture can be stored. Raises StoreFull and StoreUnusable."""
+        try:
+            self._store.check()
+        except OSError as error:
+            raise _store_error(error) from None
+
     def _store_pictures(self, exchange: Exchange, job: Job, parameters: Parameters) -> dict[int, str]:
         """Store all pictures of a job; return the URL of each by picture number. Raises StoreFull and StoreUnusable."""
         base = self._base_url(exchange)
@@ -165,12 +174,7 @@ class Images:
                 try:
                     name = self._store.keep(picture, parameters.request.output_format)
                 except OSError as error:
-                    kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreUnusable
-                    raise kind(
-                        f"The server cannot store the picture ({error.strerror}); retry later, or use response_format "
-                        "b64_json.",
-                        retry_after_s=10,
-                    ) from None
+                    raise _store_error(error) from None
             urls[number] = f"{base}/v1/images/files/{name}"
         return urls
 
@@ -224,6 +228,14 @@ def _server_event(event: JobEvent, job: Job, parameters: Parameters) -> ServerEv
             return completed_event(event, job.prepared, parameters)
         case _:
             return None
+
+
+def _store_error(error: OSError) -> StoreFull | StoreUnusable:
+    kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreUnusable
+    return kind(
+        f"The server cannot store the picture ({error.strerror}); retry later, or use response_format b64_json.",
+        retry_after_s=10,
+    )
 
 
 def _check_done(job: Job) -> Prepared:

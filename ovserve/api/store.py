@@ -34,6 +34,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{32}\.(png|jpeg|webp)")
 _UNFINISHED = ".ovserve-new-"
 _FOLDER = "pictures"
 _NO_DESCRIPTOR_ERRNOS = (errno.EMFILE, errno.ENFILE)
+PROBE_BYTES = 4096  # one block: a picture may still find too little space
 _RETRY_S = 2  # descriptors are released as exchanges end
 _MAX_WAIT_S = 3600.0  # for the next expiry: the system's clock may be set meanwhile
 _CLOSE_TIMEOUT_S = 5.0  # for the thread: it may be reading a slow directory
@@ -151,7 +152,17 @@ class Store:
             # It does not exist yet, or cannot be used now: `keep` tries again.
 
     def start(self) -> None:
-        """Read the index in the background, and expire the pictures of earlier runs."""
+        """Read the index in the background, and expire the pictures of earlier runs.
+
+        Log a warning if no picture can be stored, so that the operator finds out before the first request does.
+        """
+        try:
+            self.check(create=False)
+        except OSError as error:
+            log.warning(
+                "response_format=url cannot be served: no picture can be stored; change store_dir or free space",
+                extra=fields(folder=self._directory, why=error.strerror),
+            )
         with self._changed:
             self._start_thread()
 
@@ -163,6 +174,32 @@ class Store:
             thread = self._thread
         if thread is not None:
             thread.join(_CLOSE_TIMEOUT_S)
+
+    def check(self, *, create: bool = True) -> None:
+        """Check that a file can be written, by writing and removing one of PROBE_BYTES.
+
+        Args:
+            create: create the directory if it does not exist; otherwise only check whether that is possible.
+
+        Raises:
+            OSError: no file can be written: the directory is read-only, the disk is full, ...
+        """
+        if not create and not self._directory.exists():
+            parent = next(parent for parent in self._directory.parents if parent.exists())
+            if not parent.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+            if not os.access(parent, os.W_OK | os.X_OK):
+                reason = errno.EROFS if os.statvfs(parent).f_flag & os.ST_RDONLY else errno.EACCES
+                raise OSError(reason, os.strerror(reason), str(parent))
+            return
+        probe = f"{_UNFINISHED}{secrets.token_hex(8)}"
+        with self._opened(create=create) as folder:
+            descriptor = open_regular(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder)
+            try:
+                os.posix_fallocate(descriptor, 0, PROBE_BYTES)
+            finally:
+                os.close(descriptor)
+                os.unlink(probe, dir_fd=folder)
 
     def keep(self, data: memoryview, form: str) -> str:
         """Store a picture of format png, jpeg or webp and return its name. Raises OSError if the disk is full.

@@ -26,6 +26,7 @@ __all__ = [
     "Scheduling",
     "builtin_directory",
     "read_profile",
+    "with_denoiser_multiple",
 ]
 
 
@@ -49,7 +50,7 @@ class ModelProfile:
         family: name of its row in `families.FAMILIES`.
         tasks: subset of text2image, image2image, inpainting.
         inpainting_unet: the UNet takes mask and masked image as additional channels (9 in all).
-        side_multiple_px: both working sides are multiples of this.
+        side_multiple_px: side of a cell of latents, or of a patch of them; both working sides are multiples of this.
         native: default working size in pixels.
         min_side_px, max_side_px: range of the sides the model was trained for.
         prompt_tokens: window of the text encoder that reads most of the prompt, special tokens included.
@@ -60,6 +61,8 @@ class ModelProfile:
         presets: the presets that the model declares: `quality` name to the fields it sets.
         cuts_prompt: a prompt that is too long is cut, unless the request or the operator says otherwise.
         drops_unknown_words: where a prompt may be cut, words without a token of their own are left out of it.
+        denoiser_multiple_px: both working sides are multiples of this too. A worker finds it in the denoiser's graph
+            when it loads the model (`with_denoiser_multiple`); before, 1.
     """
 
     name: str
@@ -79,6 +82,12 @@ class ModelProfile:
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     cuts_prompt: bool = False
     drops_unknown_words: bool = False
+    denoiser_multiple_px: int = 1
+
+    @property
+    def working_multiple_px(self) -> int:
+        """Both working sides are multiples of this."""
+        return math.lcm(self.side_multiple_px, self.denoiser_multiple_px)
 
     def preset(self, quality: str) -> Preset:
         """Return the values of a `quality` preset (low, medium or high) for this model."""
@@ -92,10 +101,10 @@ class ModelProfile:
     def working_size(self, width: int, height: int) -> Resolution:
         """Return the size at which the model works on a picture of `width` x `height` pixels.
 
-        It is the nearest size in the native range with the same aspect ratio, as far as side_multiple_px and the range
-        allow. Sides are rounded up, so that fitting the result back only crops and scales.
+        It is the nearest size in the native range with the same aspect ratio, as far as working_multiple_px and the
+        range allow. Sides are rounded up, so that fitting the result back only crops and scales.
         """
-        step, low, high = self.side_multiple_px, self.min_side_px, self.max_side_px
+        step, low, high = self.working_multiple_px, self.min_side_px, self.max_side_px
         scale = 1.0
         if max(width, height) > high:
             scale = high / max(width, height)
@@ -103,6 +112,19 @@ class ModelProfile:
             scale = min(low / min(width, height), high / max(width, height))
         sides = (math.ceil(round(side * scale, 6) / step) * step for side in (width, height))
         return Resolution(*(min(high, max(low, side)) for side in sides))
+
+
+def with_denoiser_multiple(profile: ModelProfile, multiple_px: int) -> ModelProfile:
+    """Return the profile with working sides that are multiples of `multiple_px`: native size and range included."""
+    found = dataclasses.replace(profile, denoiser_multiple_px=multiple_px)
+    step = found.working_multiple_px
+
+    def up(side: int) -> int:
+        return -(-side // step) * step
+
+    high = max(step, profile.max_side_px // step * step)
+    native = Resolution(up(profile.native.width), up(profile.native.height))
+    return dataclasses.replace(found, native=native, min_side_px=min(up(profile.min_side_px), high), max_side_px=high)
 
 
 BUILTIN_MODELS = {"shapes": "builtin"}  # name to folder in the package
@@ -215,7 +237,7 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
     side = int(_number_or_default(denoiser, "sample_size", 128 if is_transformer else 64)) * vae_scale
     _check_overrides(declared)
     sizes = declared.get("sizes", {})
-    # Transformers take latents in patches of two; UNet exports that need coarser sizes declare that in ovserve.json.
+    # Transformers take latents in patches of two. What a UNet export needs is found when a worker loads it.
     multiple = int(_number_or_default(sizes, "side_multiple_px", vae_scale * (2 if is_transformer else 1)))
     return ModelProfile(
         name=settings.name,

@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 
 from ovserve.errors import ImageError
+from ovserve.pixels.avif import avif_size, is_avif
 
 __all__ = ["FileFacts", "inspect"]
 
@@ -37,7 +38,7 @@ MAX_JPEG_SEGMENTS = 2048  # depth maps come in 500 segments
 MAX_JPEG_JUNK_BYTES = 64 << 10  # between segments; Pillow reads these byte by byte
 
 MAX_PNG_CHUNKS = 4096  # without IDAT and fdAT
-MAX_PNG_COMPRESSED_CHUNKS = 16  # iCCP, zTXt, iTXt; Pillow inflates up to 1 MiB of each, several times
+MAX_PNG_COMPRESSED_CHUNKS = 16  # iCCP, of which one counts; text is never inflated
 # IDAT chunks of less than this size on average are rejected, after the first MIN_PNG_DATA_CHUNKS. libpng writes 8192.
 MIN_PNG_DATA_CHUNK_BYTES = 512
 MIN_PNG_DATA_CHUNKS = 1024
@@ -101,7 +102,7 @@ def inspect(data: memoryview, name: str) -> FileFacts:
     Raises:
         ImageError: in no known format, without a readable size, or a count is over its limit.
     """
-    start = bytes(data[:16])
+    start = bytes(data[:64])
     for form, is_start, walk in _FORMATS:
         if is_start(start):
             found = _Walk(data, form)
@@ -116,7 +117,7 @@ def inspect(data: memoryview, name: str) -> FileFacts:
             if found.width and found.height:
                 return FileFacts(form, found.width, found.height, min(found.end, len(data)), found.is_baseline)
             break
-    raise ImageError(f"{name}: not a readable PNG, JPEG, WebP, GIF, BMP or TIFF image", param=name)
+    raise ImageError(f"{name}: not a readable PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF image", param=name)
 
 
 class _Walk:
@@ -221,7 +222,7 @@ def _jpeg_blocks(found: _Walk, at: int, count: int) -> dict[int, tuple[int, int]
 
 # --- PNG --------------------------------------------------------------------------------------------------------------
 
-_PNG_COMPRESSED = (b"iCCP", b"zTXt", b"iTXt")
+_PNG_COMPRESSED = (b"iCCP",)
 _PNG_DATA = (b"IDAT", b"fdAT", b"fcTL")
 # In files of ordinary programs; with others, or with more metadata than this, a file is not baseline.
 _PNG_ORDINARY = frozenset(
@@ -500,10 +501,19 @@ def _check_strips(tiff: _Tiff, tags: dict[int, _Tag]) -> None:
 
 # --- the formats ------------------------------------------------------------------------------------------------------
 
+# --- AVIF -------------------------------------------------------------------------------------------------------------
+
+
+def _walk_avif(found: _Walk) -> None:
+    """Read the size. Never baseline: AV1 is decoded under a limit of CPU time."""
+    found.width, found.height = avif_size(found.data)
+
+
 _FORMATS: tuple[tuple[str, Callable[[bytes], bool], Callable[[_Walk], None]], ...] = (
     ("PNG", lambda start: start.startswith(b"\x89PNG\r\n\x1a\n"), _walk_png),
     ("JPEG", lambda start: start.startswith(b"\xff\xd8\xff"), _walk_jpeg),
     ("WEBP", lambda start: start.startswith(b"RIFF") and start[8:12] == b"WEBP", _walk_webp),
+    ("AVIF", is_avif, _walk_avif),
     ("GIF", lambda start: start.startswith((b"GIF87a", b"GIF89a")), _walk_gif),
     ("BMP", lambda start: start.startswith(b"BM"), _walk_bmp),
     ("TIFF", lambda start: start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")), _walk_tiff),

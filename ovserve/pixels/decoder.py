@@ -207,22 +207,23 @@ class Decoder:
         """
         facts = inspect(data, name)
         check_size(facts.width, facts.height, name, limits)
-        encoded = data[: facts.end]
-        if facts.is_baseline and facts.width * facts.height <= BASELINE_PIXELS:
-            return decode_here(encoded, name, limits, needs_profile=needs_profile)
         pixels = facts.width * facts.height
-        file = _File(
-            encoded=encoded,
-            name=name,
-            limits=limits,
-            facts=facts,
-            needs_profile=needs_profile,
-            job=job,
-            cpu_s=self._limits.cpu_of(pixels),
-            memory_bytes=self._limits.memory_of(pixels, len(encoded)),
-        )
-        with self._lock:
-            return self._decode_in_child(file)
+        # Released on errors too, whose traceback would keep it: the caller could not close the file's mapping.
+        with data[: facts.end] as encoded:
+            if facts.is_baseline and pixels <= BASELINE_PIXELS:
+                return decode_here(encoded, name, limits, needs_profile=needs_profile)
+            file = _File(
+                encoded=encoded,
+                name=name,
+                limits=limits,
+                facts=facts,
+                needs_profile=needs_profile,
+                job=job,
+                cpu_s=self._limits.cpu_of(pixels),
+                memory_bytes=self._limits.memory_of(pixels, len(encoded)),
+            )
+            with self._lock:
+                return self._decode_in_child(file)
 
     def close(self) -> None:
         """End the decoding process. Idempotent."""

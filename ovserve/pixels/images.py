@@ -11,9 +11,23 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ovserve.errors import ImageError
+from ovserve.pixels.avif import avif_codes
+from ovserve.pixels.colour import (
+    MAX_KEPT_PROFILE_BYTES,
+    SRGB,
+    convert_icc,
+    convert_space,
+    icc_kind,
+    png_profile,
+    png_space,
+    space_of_codes,
+)
+from ovserve.pixels.png import SIGNATURE, Png, read_png
+from ovserve.pixels.tiff import check_tiff, gray_levels
 
 __all__ = [
     "FORMATS",
@@ -28,16 +42,18 @@ __all__ = [
 ]
 
 Pixels = NDArray[np.uint8]
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # any other decoder would only add attack surface
+# Any other decoder would only add attack surface. Pillow may be built without AVIF.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each has a stack, and the memory of a decoding process is limited
 PNG_COMPRESS_LEVEL = 1  # measured at 512 and 1024 px: level 6 takes 1.3 to 5 times as long for 7 to 20 % fewer bytes
 _ORIENTATION = 0x0112  # TIFF and EXIF tag
 _EXIF_IFD = 0x8769
 _USER_COMMENT = 0x9286
-_MAX_PROFILE_BYTES = 1 << 20  # profiles of displays and cameras have 0.5 to 600 kB
-# Pillow's names for the stored samples of a PNG.
-_RGB_16 = "RGB;16B"
-_GRAY_FACTORS = {"L;2": 85, "L;4": 17}  # gray of 2 and 4 bits: the factor to 8 bits
+_GRAY_FACTORS = {2: 85, 4: 17}  # gray of 2 and 4 bits: the factor to 8 bits
+_GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
+_WEBP_CHUNKS = 64  # read at most; before the first frame are three: the header, an ICC profile, the animation's options
 _MAX_JPEG_COMMENT_BYTES = 65_000  # a JPEG segment holds 65533 bytes; the EXIF structure takes some of them
 _MAX_WEBP_COMMENT_BYTES = 1 << 24
 
@@ -53,8 +69,8 @@ class Limits:
 def decode_image(data: bytes | memoryview, name: str, limits: Limits) -> Pixels:
     """Decode the first frame of an image file, upright, as RGB, or as RGBA where it has transparency.
 
-    16-bit samples keep their high byte. Colour profiles are not applied: the samples come back as they are stored, and
-    `extract_colour_profile` returns the profile that defines them.
+    16-bit samples keep their high byte. The samples come back as they are stored if they are in sRGB, or if
+    `extract_colour_profile` returns the profile that defines them; else they are converted to sRGB.
 
     Args:
         data: the file's bytes.
@@ -66,36 +82,49 @@ def decode_image(data: bytes | memoryview, name: str, limits: Limits) -> Pixels:
     """
     data = bytes(data)  # one copy here: BytesIO shares bytes, but copies a memoryview each time
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        png = read_png(data) if data.startswith(SIGNATURE) else None
+        with Image.open(io.BytesIO(png.stream if png else data), formats=FORMATS) as image:
             check_size(*image.size, name, limits)
-            if image.format == "PNG":
-                image.verify()  # checksums; the decoder alone accepts a file that is truncated in its last chunk
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            stored_as = str(image.tile[0].args) if image.format == "PNG" and image.tile else ""  # gone after load
+            # Its orientation does not count, as in browsers; the TIFF reader would apply it.
+            image.info.pop("xmp", None)
+            if isinstance(image, TiffImageFile):
+                check_tiff(image)
+            box = _first_frame_box(image, data)
             image.load()
-            _scale_transparent_colour(image, stored_as)
             # Read the orientation after load: the TIFF reader applies it itself and drops the tag.
-            return _apply_orientation(_to_pixels(image, name), _read_orientation(image))
+            pixels = _clear_outside(_to_srgb(image, png, name), box)
+            if image.format == "AVIF" and not _profile(image, png) and (codes := avif_codes(data)):
+                pixels = convert_space(pixels, space_of_codes(codes) or SRGB)
+            return _apply_orientation(pixels, _read_orientation(image, png))
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - anything a decoder raises on malformed bytes is an error of the file
         detail = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
         raise ImageError(
-            f"{name}: not a readable PNG, JPEG, WebP, GIF, BMP or TIFF image{detail}"[:300], param=name
+            f"{name}: not a readable PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF image{detail}"[:300], param=name
         ) from None
 
 
 def extract_colour_profile(data: bytes | memoryview) -> bytes:
     """Return the ICC profile of an image file, for results that contain its pixels; empty when there is none to keep.
 
-    Only a profile for RGB is kept: one of another colour space (CMYK, gray) does not describe the RGB samples that
-    `decode_image` returns.
+    Only a profile for RGB of a size that each result can carry is kept: with every other meaning of the samples
+    `decode_image` converts them to sRGB.
     """
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        profile: bytes = image.info.get("icc_profile") or b""
-    # ICC.1:2022, 7.2: bytes 16 to 19 of the 128-byte header hold the colour space of the data.
-    is_rgb = len(profile) > 128 and profile[16:20] == b"RGB "
-    return profile if is_rgb and len(profile) <= _MAX_PROFILE_BYTES else b""
+    data = bytes(data)
+    png = read_png(data) if data.startswith(SIGNATURE) else None
+    with Image.open(io.BytesIO(png.stream if png else data), formats=FORMATS) as image:
+        profile = _profile(image, png)
+        return profile if _is_kept(profile, image) else b""
+
+
+def _profile(image: Image.Image, png: Png | None) -> bytes:
+    profile: bytes = png_profile(png) if png else image.info.get("icc_profile") or b""
+    return profile
+
+
+def _is_kept(profile: bytes, image: Image.Image) -> bool:
+    return icc_kind(profile) == "RGB" and len(profile) <= MAX_KEPT_PROFILE_BYTES and image.mode != "CMYK"
 
 
 def check_size(width: int, height: int, name: str, limits: Limits) -> None:
@@ -109,9 +138,52 @@ def check_size(width: int, height: int, name: str, limits: Limits) -> None:
         )
 
 
-def _read_orientation(image: Image.Image) -> int:
+def _first_frame_box(image: ImageFile.ImageFile, data: bytes) -> Box | None:
+    """Return left, top, right, bottom of the first frame of a GIF or WebP animation; None if it fills the picture."""
+    box: Box = (0, 0, *image.size)
+    if image.format == "GIF" and image.tile:
+        left, top, right, bottom = image.tile[0].extents or box
+        box = (int(left), int(top), int(right), int(bottom))
+    elif image.format == "WEBP" and (at := _find_webp_frame(data)):
+        # RFC 9649 section 2.7.1.1: offsets in units of two pixels, sizes minus one, 24 bits each.
+        left, top, width, height = (int.from_bytes(data[at + 3 * k : at + 3 * k + 3], "little") for k in range(4))
+        box = (2 * left, 2 * top, 2 * left + width + 1, 2 * top + height + 1)
+    return None if box == (0, 0, *image.size) else box
+
+
+def _find_webp_frame(data: bytes) -> int:
+    """Return the offset of the content of the first ANMF chunk of a WebP file; 0 if the file is no animation."""
+    at = 12
+    for _ in range(_WEBP_CHUNKS):
+        kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if kind == b"ANMF":
+            return at + 8
+        if len(kind) < 4 or kind in (b"VP8 ", b"VP8L"):
+            break
+        at += 8 + size + size % 2
+    return 0
+
+
+def _clear_outside(pixels: Pixels, box: Box | None) -> Pixels:
+    """Return the picture with alpha 0 outside the box, where an animation's first frame leaves it unpainted."""
+    if box is None:
+        return pixels
+    left, top, right, bottom = box
+    cleared = np.zeros((*pixels.shape[:2], 4), np.uint8)
+    inside = cleared[top:bottom, left:right]
+    inside[..., 3] = 255
+    inside[..., : pixels.shape[2]] = pixels[top:bottom, left:right]
+    return cleared
+
+
+def _read_orientation(image: Image.Image, png: Png | None) -> int:
+    exif: Image.Exif = Image.Exif()
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
+        if image.format == "TIFF":
+            exif = image.getexif()
+        elif stored := png.ancillary.get(b"eXIf") if png else image.info.get("exif"):
+            exif.load(stored)  # not getexif, which looks in XMP too, in JPEG already when the file is opened
+        value = exif.get(_ORIENTATION, 1)
     except Exception:  # noqa: BLE001 - damaged metadata must not reject intact pixels: use them as stored
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -128,30 +200,79 @@ def _apply_orientation(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
-def _to_pixels(image: Image.Image, name: str) -> Pixels:
+def _to_srgb(image: Image.Image, png: Png | None, name: str) -> Pixels:
+    """Return the pixels of a loaded image, in sRGB or in the space of a profile that is kept."""
+    profile = _profile(image, png)
+    if _is_kept(profile, image):
+        return _to_pixels(image, png, name)
+    kind = icc_kind(profile)
+    if kind == "CMYK" and image.mode == "CMYK":
+        return _to_pixels(convert_icc(image, profile), png, name)
+    if kind == "GRAY" and image.mode in _GRAY_MODES:
+        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+        levels = np.asarray(convert_icc(ramp, profile).convert("RGB"))[0]
+        pixels = _to_pixels(image, png, name)
+        return np.dstack([levels[pixels[..., 0]], pixels[..., 3:]])
+    pixels = _to_pixels(image, png, name)
+    if kind == "RGB" and image.mode != "CMYK":
+        converted = np.asarray(convert_icc(Image.fromarray(pixels[..., :3]), profile))
+        return np.dstack([converted, pixels[..., 3:]])
+    if not png or profile or (space := png_space(png)) == SRGB:
+        return pixels
+    is_wide = png.depth == 16 and png.colour_type in (2, 6)
+    return convert_space(pixels, space, _low_bytes(png) if is_wide else None)
+
+
+def _to_pixels(image: Image.Image, png: Png | None, name: str) -> Pixels:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         return _gray_16_to_pixels(image)
     if image.mode in ("I", "F"):
         raise ImageError(f"{name}: 32-bit samples have no defined white level; send 8 or 16 bits", param=name)
+    if png:
+        _scale_transparent_colour(image, png)
+        if png.depth == 16 and isinstance(image.info.get("transparency"), tuple):
+            return np.dstack([np.asarray(image), _alpha_of_wide_colour(image, png)])
+    if image.mode == "La":  # premultiplied; Pillow converts it to nothing else
+        image = image.convert("LA")
     mode = "RGBA" if image.has_transparency_data else "RGB"
     return np.asarray(image if image.mode == mode else image.convert(mode))  # convert() to the same mode would copy
 
 
-def _scale_transparent_colour(image: Image.Image, stored_as: str) -> None:
-    """Scale the colour of a PNG's tRNS chunk (PNG, third edition, section 11.3.1.1) to 8 bits, like the samples.
+def _scale_transparent_colour(image: Image.Image, png: Png) -> None:
+    """Scale the gray of a PNG's tRNS chunk (third edition, section 11.3.1.1) to 8 bits, like the samples.
 
     Pillow scales the samples only.
     """
     clear = image.info.get("transparency")
-    if isinstance(clear, tuple) and stored_as == _RGB_16:
-        image.info["transparency"] = tuple(value >> 8 for value in clear)
-    elif isinstance(clear, int):
-        image.info["transparency"] = clear * _GRAY_FACTORS.get(stored_as, 1)
+    if isinstance(clear, int) and png.colour_type == 0:
+        image.info["transparency"] = clear * _GRAY_FACTORS.get(png.depth, 1)
+
+
+def _alpha_of_wide_colour(image: Image.Image, png: Png) -> Pixels:
+    """Return the alpha of an RGB PNG of 16-bit samples: 0 where all 16 bits equal the colour of its tRNS chunk.
+
+    Pillow decodes only the high bytes.
+    """
+    clear = np.array(image.info["transparency"])
+    is_clear = (np.asarray(image) == clear >> 8).all(-1)
+    if is_clear.any():
+        is_clear &= (_low_bytes(png) == clear & 255).all(-1)
+    return np.where(is_clear, 0, 255).astype(np.uint8)
+
+
+def _low_bytes(png: Png) -> Pixels:
+    """Return the low bytes of the colour of an RGB or RGBA PNG of 16-bit samples: uint8 (H, W, 3).
+
+    Pillow decodes the high bytes. Read as little-endian samples, the file gives the low ones.
+    """
+    with Image.open(io.BytesIO(png.stream), formats=("PNG",)) as image:
+        image.tile = [image.tile[0]._replace(args=f"{image.mode};16L")]
+        return np.asarray(image)[..., :3]
 
 
 def _gray_16_to_pixels(image: Image.Image) -> Pixels:
     """Convert 16-bit gray; Pillow's own conversion clips at 255 instead of scaling."""
-    wide = np.asarray(image)
+    wide = gray_levels(image, np.asarray(image))
     gray = (wide >> 8).astype(np.uint8)
     planes = [gray, gray, gray]
     clear = image.info.get("transparency")

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from ovserve.errors import InvalidValue
 from ovserve.pixels.frames import scale_mask, size_of
-from ovserve.pixels.images import Pixels, flatten, has_alpha
+from ovserve.pixels.holes import HOLE_ALPHA
+from ovserve.pixels.images import Pixels, has_alpha
 from ovserve.settings.options import Resolution
 
 __all__ = [
     "Seam",
     "check_not_empty",
     "feather",
-    "mask_from_holes",
     "mask_from_image",
     "match_mask",
     "pool",
@@ -35,28 +35,20 @@ def mask_from_image(pixels: Pixels, mask_mode: str) -> Pixels:
     Args:
         pixels: the decoded mask image, RGB or RGBA.
         mask_mode: `alpha`: transparent = repaint (OpenAI's rule); `luminance`: white = repaint, where transparent
-            pixels count as black; `auto`: alpha where there is any transparency, else luminance. Intermediate values go
-            to the nearer end.
+            pixels count as black; `auto`: alpha if a pixel has alpha below HOLE_ALPHA (lossy editors leave 250 to 254
+            in an opaque mask), else luminance. Intermediate values go to the nearer end.
     """
     if mask_mode == "auto":
-        mask_mode = "alpha" if has_alpha(pixels) and pixels[..., 3].min() < 255 else "luminance"
+        mask_mode = "alpha" if has_alpha(pixels) and pixels[..., 3].min() < HOLE_ALPHA else "luminance"
     if mask_mode == "alpha":
         if not has_alpha(pixels):
             return np.zeros(pixels.shape[:2], np.uint8)
-        return np.where(pixels[..., 3] < 128, 255, 0).astype(np.uint8)
+        return np.where(pixels[..., 3] < HOLE_ALPHA, 255, 0).astype(np.uint8)
     # ITU-R BT.601 luma in integers, as image tools compute it.
     light = pixels[..., :3].astype(np.uint32) @ np.array([299, 587, 114], np.uint32)
     if has_alpha(pixels):
         light = light * pixels[..., 3] // 255
     return np.where(light >= 128_000, 255, 0).astype(np.uint8)
-
-
-def mask_from_holes(pixels: Pixels) -> Pixels | None:
-    """Return the mask of an image's own fully transparent pixels, or None if it has none."""
-    if not has_alpha(pixels):
-        return None
-    clear = pixels[..., 3] == 0
-    return np.where(clear, 255, 0).astype(np.uint8) if clear.any() else None
 
 
 def match_mask(mask: Pixels, image: Resolution) -> Pixels:
@@ -184,32 +176,45 @@ class Seam:
 
     Attributes:
         rows, columns: the part of the picture that contains everything to repaint.
-        weight: weight of the repainted picture in that part, as `feather` returns it.
+        weight: weight of the repainted picture in that part, 0 to `full`.
+        full: the weight at which nothing of the original shows.
     """
 
     rows: slice
     columns: slice
     weight: NDArray[np.uint16]
+    full: int
 
     @classmethod
-    def plan(cls, mask: Pixels, blur_px: int) -> Seam:
-        """Return the seam of a mask; it is `blur_px` wide, inside the mask; 0 is a hard seam."""
+    def plan(cls, mask: Pixels, blur_px: int, opacity: Pixels | None = None) -> Seam:
+        """Return the seam of a mask; it is `blur_px` wide, inside the mask; 0 is a hard seam.
+
+        Args:
+            mask: the mask.
+            blur_px: width of the seam.
+            opacity: uint8 (H, W), the image's alpha where the mask is made of it: it lowers the weight of the repainted
+                picture to 1 - opacity / 255.
+        """
         rows, columns = _span(np.flatnonzero(mask.any(1))), _span(np.flatnonzero(mask.any(0)))
-        return cls(rows, columns, feather(mask[rows, columns], blur_px))
+        weight = feather(mask[rows, columns], blur_px)
+        full = int(weight.max(initial=1))
+        if opacity is not None:  # at most 257 * 255, for the widest blur
+            weight, full = weight * (255 - opacity[rows, columns].astype(np.uint16)), full * 255
+        return cls(rows, columns, weight, full)
 
     def paste(self, original: Pixels, painted: Pixels) -> Pixels:
         """Return the painted picture inside the mask, and the original, bit for bit, outside it.
 
         Args:
-            original: uint8 (H, W, 3 or 4); its alpha is kept outside the mask; repainted pixels are opaque.
+            original: uint8 (H, W, 3 or 4); its alpha is kept outside the mask; repainted pixels are opaque. In the seam
+                its share is lowered by its alpha, so that the colour of a transparent pixel does not show.
             painted: uint8 (H, W, 3).
         """
         result = original.copy()
         part, fresh = result[self.rows, self.columns], painted[self.rows, self.columns]
-        full = int(self.weight.max(initial=1))
         for top in range(0, len(part), STRIP_ROWS):
             strip = slice(top, top + STRIP_ROWS)
-            _blend(part[strip], fresh[strip], self.weight[strip], full)
+            _blend(part[strip], fresh[strip], self.weight[strip], self.full)
         return result
 
 
@@ -221,9 +226,9 @@ def _span(indices: NDArray[np.intp]) -> slice:
 def _blend(shown: Pixels, painted: Pixels, weight: NDArray[np.uint16], full: int) -> None:
     """Blend `painted` into `shown`, in place, by weights from 0 to `full`."""
     inside = weight > 0
-    share = weight[inside][:, None].astype(np.uint32)
-    # Blend with what a viewer saw there (over white), not with the stored colour of a transparent pixel.
-    blend = flatten(shown)[inside] * (full - share) + painted[inside] * share
-    shown[inside, :3] = (blend + full // 2) // full
+    kept = full - weight[inside][:, None].astype(np.uint32)
     if has_alpha(shown):
+        kept, full = kept * shown[inside, 3:], full * 255
         shown[inside, 3] = 255
+    blend = shown[inside, :3] * kept + painted[inside] * (full - kept)
+    shown[inside, :3] = (blend + full // 2) // full

@@ -45,7 +45,16 @@ def main(
     Image.MAX_IMAGE_PIXELS = None  # replaced by our own limit, which is checked before decoding
     # Pillow's warnings are about a client's file: what matters to the client goes into the response, not into our log.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    JobRunner(link, blobs, profile, model, settings, create_engine=create_engine).run()
+    JobRunner(
+        link, blobs, profile, model, settings, create_engine=create_engine, complete_profile=complete_profile
+    ).run()
+
+
+def complete_profile(profile: ModelProfile) -> ModelProfile:
+    """Return the profile with what only the model's graphs say."""
+    from ovserve.engines.stepwise.sizes import find_denoiser_multiple  # noqa: PLC0415
+
+    return find_denoiser_multiple(profile)
 
 
 def disable_telemetry() -> None:

@@ -10,14 +10,17 @@ import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from ovserve.engines.protocol import Engine, Features
 from ovserve.errors import InvalidValue, MissingParameter, UnsupportedParameter
 from ovserve.models.profile import ModelProfile
 from ovserve.models.steps import default_strength, denoising_steps, is_lcm, smallest_strength
 from ovserve.pixels.decoder import DecodedImage, decode_here
 from ovserve.pixels.frames import Fitting, Placement, fit_into, size_of
+from ovserve.pixels.holes import fill_holes, join_alpha, mask_from_alpha, settle_alpha
 from ovserve.pixels.images import Limits, Pixels, flatten, has_alpha
-from ovserve.pixels.masks import Seam, check_not_empty, mask_from_holes, mask_from_image, match_mask, pool
+from ovserve.pixels.masks import Seam, check_not_empty, mask_from_image, match_mask, pool
 from ovserve.settings.options import ModelSettings, Resolution
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import WorkerBlobs
@@ -63,9 +66,7 @@ def prepare(
     mode = "text2image" if source is None else "image2image" if mask is None else "inpainting"
     _check_mode(mode, profile, engine.features)
     if request.mask_blur and mode != "inpainting":
-        raise InvalidValue(
-            "mask_blur: needs a mask; send one, or an image with fully transparent pixels", param="mask_blur"
-        )
+        raise InvalidValue("mask_blur: needs a mask; send one, or an image with transparent pixels", param="mask_blur")
     keeps_alpha = _resolve_keeps_alpha(request, source, model)
     strength = _resolve_strength(request, mode, profile)
     steps = check_steps(request, strength, profile)
@@ -114,6 +115,7 @@ class _Layout:
 
     Attributes:
         original: the source in the frame, RGB or RGBA; None without one. The others are as in PreparedRequest.
+        opacity: the image's alpha in the frame if the mask is made of it: uint8 (H, W); else None.
     """
 
     frame: Resolution
@@ -123,6 +125,7 @@ class _Layout:
     initial_image: Pixels | None = None
     mask_image: Pixels | None = None
     original: Pixels | None = None
+    opacity: Pixels | None = None
 
 
 def _plan_layout(
@@ -142,23 +145,31 @@ def _plan_layout(
     frame = Resolution(request.width, request.height) if request.width else profile.native
     if source is not None and not request.width:
         frame = fit_into(size_of(source), model.max_resolution)
-    placement = Placement.plan(frame, profile.working_size(frame.width, frame.height), profile.side_multiple_px)
+    placement = Placement.plan(frame, profile.working_size(frame.width, frame.height), profile.working_multiple_px)
     is_opaque = request.background == "opaque"
     if source is None:
         return _Layout(frame, placement, Backdrop(None, None, keeps_alpha, is_opaque))
     fitting = Fitting.plan(size_of(source), frame, request.resize_mode)
     original = fitting.fit_image(source)
-    initial_image = placement.place_image(flatten(original))
     if mask is None:
         shown = original if keeps_alpha else None
+        initial_image = placement.place_image(flatten(original))
         return _Layout(
             frame, placement, Backdrop(shown, None, keeps_alpha, is_opaque), None, initial_image, None, original
         )
     mask = fitting.fit_mask(mask)
     check_not_empty(mask, " in the part of the image that is used")
     mask_image = pool(placement.place_mask(mask), profile.side_multiple_px)
-    backdrop = Backdrop(original, Seam.plan(mask, request.mask_blur), keeps_alpha, is_opaque)
-    return _Layout(frame, placement, backdrop, mask, initial_image, mask_image, original)
+    below, opacity, filled = original, None, fill_holes(original)
+    if has_alpha(original):
+        # The model sees no white where it repaints transparent pixels, and what a viewer sees elsewhere.
+        initial_image = placement.place_image(np.where(mask[..., None] > 0, filled, flatten(original)))
+        if request.mask is None:  # the mask is the image's own alpha
+            below, opacity = filled if request.mask_blur else original[..., :3], original[..., 3]
+    else:
+        initial_image = placement.place_image(original)
+    backdrop = Backdrop(below, Seam.plan(mask, request.mask_blur, opacity), keeps_alpha, is_opaque)
+    return _Layout(frame, placement, backdrop, mask, initial_image, mask_image, original, opacity)
 
 
 def _without_steps(original: Pixels, request: ImageRequest) -> Pixels:
@@ -184,9 +195,13 @@ def _preview_backdrop(layout: _Layout, request: ImageRequest, size: Resolution) 
     if not request.partial_images or size == layout.frame:
         return backdrop
     fitting = Fitting.plan(layout.frame, size, "stretch")
-    original = None if backdrop.original is None else fitting.fit_image(backdrop.original)
+    original, opacity = backdrop.original, layout.opacity
+    if original is not None:
+        original = fitting.fit_image(original if opacity is None else join_alpha(original, opacity))
+    if original is not None and opacity is not None:
+        original, opacity = fill_holes(original) if request.mask_blur else original[..., :3], original[..., 3]
     blur_px = round(request.mask_blur * size.width / layout.frame.width)
-    seam = None if layout.mask is None else Seam.plan(fitting.fit_mask(layout.mask), blur_px)
+    seam = None if layout.mask is None else Seam.plan(fitting.fit_mask(layout.mask), blur_px, opacity)
     return Backdrop(original, seam, backdrop.keeps_alpha, backdrop.is_opaque)
 
 
@@ -215,7 +230,8 @@ def _read_images(
         check_not_empty(mask)
         mask = match_mask(mask, size_of(source))
     elif request.task == "edit" and request.background != "transparent":
-        mask = mask_from_holes(source)
+        mask = mask_from_alpha(source)
+        source = settle_alpha(source)
     return source, mask, image.colour_profile
 
 

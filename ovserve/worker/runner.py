@@ -56,6 +56,7 @@ _SPARE_JOBS = 2  # beyond those in the engine: one prepared and one being finish
 _DECODE_SHARE = 0.3
 
 CreateEngine = Callable[[ModelProfile, ModelSettings], tuple[Engine, str]]
+CompleteProfile = Callable[[ModelProfile], ModelProfile]
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +73,10 @@ class JobRunner:
         settings: WorkerSettings,
         *,
         create_engine: CreateEngine,
+        complete_profile: CompleteProfile = lambda profile: profile,
     ) -> None:
         self._create_engine = create_engine
+        self._complete_profile = complete_profile
         self._link = link
         self._blobs = blobs
         self._profile = profile
@@ -282,6 +285,7 @@ class JobRunner:
 
         With `auto`, a model that our own loop (stepwise) cannot load is loaded with genai.
         """
+        self._profile = self._complete_profile(self._profile)
         engine, why = self._create_engine(self._profile, self._model)
         if self._model.engine != "auto" or engine.name == "genai":
             return engine, self._load(engine), why

@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ import pytest
 from PIL import Image
 
 from ovserve.models.profile import builtin_directory
+from ovserve.settings.sources import load_settings
 from tests.live import LiveServer
 from tests.reader import COLOURS, SHAPES, Scene, read_picture
 
@@ -155,17 +157,29 @@ def test_curl_example_prints_the_error_and_fails(server: LiveServer, tmp_path: P
         ["bash", "-o", "pipefail", "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode != 0
-    assert "'prompt'" in done.stderr
+    assert "did you mean prompt?" in done.stderr
 
 
 def test_model_can_be_served_as_gpt_image_1(tmp_path: Path) -> None:
-    command = re.search(r"^scripts/serve (--model_name \S+)$", PAGE, re.MULTILINE)
+    command = re.search(r"^scripts/serve (--aliases \S+)$", PAGE, re.MULTILINE)
     assert command
     with LiveServer(*command[1].split(), spool=tmp_path, model=None) as live:
         run("gpt-image-1", live.url, tmp_path)
         check(tmp_path, EXAMPLES["gpt-image-1"].pictures)
         with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none") as client:
-            assert [model.id for model in client.models.list()] == ["gpt-image-1"]
+            assert [model.id for model in client.models.list()] == ["ovserve-builtin", "gpt-image-1"]
+
+
+def test_options_for_programs_that_cannot_be_configured_are_accepted() -> None:
+    command = re.search(r"^scripts/serve (--builtin_aliases .+)$", PAGE, re.MULTILINE)
+    assert command
+    words = shlex.split(command[1])
+    flags = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+    [model] = load_settings(flags, {}).models
+    assert model.all_aliases[0] == "*"
+    for name in set(flags) - {"aliases", "builtin_aliases"}:
+        assert getattr(model, name) == flags[name]
+        assert f'| `{name} = "{flags[name]}"`' in PAGE
 
 
 def test_requests_of_open_webui_are_served(server: LiveServer, data: Path) -> None:

@@ -28,8 +28,6 @@ WE_REFUSE = {
     "expected a token": "the package accepts an empty kind",
     "malformed parameter": "the package skips what it cannot read, without an error",
     "is given twice": "the package keeps the last value; other parsers keep the first",
-    "malformed filename*": "the package does not read filename*",
-    "filename* is not in": "the package does not read filename*",
 }
 
 

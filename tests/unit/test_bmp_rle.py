@@ -72,14 +72,14 @@ def test_codes_decode_as_in_pillow(codes: bytes, width: int, height: int, bits: 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("codes", [b"\1\5" * 1000 + b"\0\0", b"\1\5\0\0", b"\0\xff", b"\xff\5" * 4 + b"\0\0"])
-def test_a_megapixel_takes_a_tenth_of_a_second(codes: bytes, bits: int) -> None:
+def test_a_megapixel_takes_milliseconds(codes: bytes, bits: int) -> None:
     absolute = bytes(256 * bits // 8) if codes == b"\0\xff" else b""
     data = bmp((codes + absolute) * 4000, 1000, 1000, bits)
     assert isinstance(pixels_or_error(data), list)
     with Image.open(io.BytesIO(data)) as image:
         started = time.process_time()
         image.load()
-    assert time.process_time() - started < 0.1
+    assert time.process_time() - started < 0.2
 
 
 @pytest.mark.usefixtures("registered")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import resource
 import signal
@@ -148,6 +149,36 @@ def test_damaged_file_is_rejected_and_the_process_stays(decoder: Decoder) -> Non
         decode(decoder, data[: len(data) // 2 + 80], "mask")
     assert caught.value.param == "mask"
     assert decoder.pid == pid
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])
+@pytest.mark.parametrize("kept", [1.0, 0.9])
+def test_no_view_of_the_file_is_kept(decoder: Decoder, form: str, kept: float) -> None:
+    content = files.encoded(form)
+    content = content[: int(len(content) * kept)]
+    with mmap.mmap(-1, len(content)) as mapped:  # closing raises BufferError while there is a view
+        mapped.write(content)
+        data = memoryview(mapped)
+        try:
+            decoder.decode(data, "image", LIMITS)
+        except ImageError as error:  # with its traceback
+            assert kept < 1, error
+            data.release()
+            mapped.close()
+        else:
+            data.release()
+
+
+def test_no_view_of_a_rejected_file_is_kept(decoder: Decoder) -> None:
+    content = files.tiff({273: (4, [16] * 16), 278: (4, [1]), 279: (4, [2000] * 16)})
+    with mmap.mmap(-1, len(content)) as mapped:
+        mapped.write(content)
+        data = memoryview(mapped)
+        with pytest.raises(ImageError, match="overlap") as caught:
+            decoder.decode(data, "image", LIMITS)
+        data.release()
+        mapped.close()
+        assert caught.value.__traceback__ is not None
 
 
 @pytest.mark.parametrize("form", ["PNG", "GIF"])

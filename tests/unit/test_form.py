@@ -28,6 +28,7 @@ from ovserve.wire.local.spool import Spool
 from tests.bodies import MemoryBody, Part, build, settings
 
 MULTIPART = "multipart/form-data; boundary=B0"
+CASES = Path(__file__).parent.parent / "data" / "cases"
 PNG = b"\x89PNG\r\n\x1a\n\0\0"
 
 
@@ -105,6 +106,33 @@ def test_parts_with_other_names_are_text(
     spool: Spool, name: str, filename: str | None, content_type: str | None
 ) -> None:
     assert contents_of(read(spool, Part(name, b'{"a":1}', filename, content_type))) == ([(name, '{"a":1}')], [])
+
+
+@pytest.mark.parametrize("name", ["image", "mask", "image[]", "prompt", "other"])
+def test_an_empty_part_with_an_empty_file_name_is_left_out(spool: Spool, name: str) -> None:
+    parts = (Part(name, b"", "", "application/octet-stream"), Part("size", b"auto"))
+    assert contents_of(read(spool, *parts)) == ([("size", "auto")], [])
+
+
+def test_bytes_with_an_empty_file_name_and_empty_files_with_a_name_are_kept(spool: Spool) -> None:
+    _, uploads = contents_of(read(spool, Part("image", PNG, "", "image/png"), Part("mask", b"", "m.png", "image/png")))
+    assert uploads == [("image", "", PNG), ("mask", "m.png", b"")]
+
+
+@pytest.mark.parametrize(
+    ("body", "filename"),
+    [
+        ("latin1.body", "café.png"),
+        ("form-data-4.0.0-quotes.body", 'my "red" circle.png'),
+        ("browser_form.body", "a.png"),  # with an unused file input for a mask
+    ],
+)
+def test_forms_of_real_clients_with_odd_file_names_are_read(spool: Spool, body: str, filename: str) -> None:
+    data = (CASES / body).read_bytes()
+    form = read_form(MemoryBody(data), "multipart/form-data; boundary=B", spool, settings())
+    _, uploads = contents_of(form)
+    assert [(name, sent) for name, sent, _ in uploads] == [("image", filename)]
+    assert uploads[0][2].startswith(b"\x89PNG")
 
 
 def test_binary_or_long_files_under_other_names_are_uploads(spool: Spool) -> None:

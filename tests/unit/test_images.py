@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from ovserve.errors import ImageError
 from ovserve.pixels.images import (
@@ -82,7 +82,7 @@ def test_alpha_and_colour_of_transparent_pixels_decode_bit_for_bit(form: str) ->
     assert np.array_equal(decoded(encoded(Image.fromarray(RGBA), form, **options)), RGBA)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "GIF"])
+@pytest.mark.parametrize("form", ["JPEG", "GIF", "AVIF"])
 def test_lossy_formats_decode_approximately(form: str) -> None:
     pixels = decoded(encoded(Image.fromarray(SMOOTH), form))
     assert pixels.shape == SMOOTH.shape
@@ -195,7 +195,7 @@ def test_undefined_orientation_is_ignored(orientation: int) -> None:
     "data", [b"", b"\0" * 16, b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\0\0\0\0WEBP"]
 )
 def test_unreadable_bytes_are_rejected_naming_the_field(name: str, data: bytes) -> None:
-    with pytest.raises(ImageError, match="not a readable PNG, JPEG, WebP, GIF, BMP or TIFF image") as caught:
+    with pytest.raises(ImageError, match="not a readable PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF image") as caught:
         decoded(data, name)
     assert caught.value.param == name
     assert caught.value.message.startswith(f"{name}: ")
@@ -232,6 +232,7 @@ def test_size_at_the_limit_is_accepted_and_one_more_is_rejected() -> None:
             decode_image(data, "image", limits)
 
 
+AVIF = encoded(Image.fromarray(SMOOTH), "AVIF")
 SAMPLES = [
     encoded(Image.fromarray(RGB), "PNG"),
     encoded(Image.fromarray(SMOOTH), "JPEG"),
@@ -336,7 +337,7 @@ def test_only_rgb_profiles_are_extracted(form: str) -> None:
     assert extract_colour_profile(encoded(Image.fromarray(RGB), form, icc_profile=gray)) == b""
 
 
-def test_profile_over_one_mebibyte_is_dropped() -> None:
+def test_profile_over_one_mebibyte_is_not_repeated_in_results() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert extract_colour_profile(encoded(Image.fromarray(RGB), "TIFF", icc_profile=profile + bytes(1 << 20))) == b""
 
@@ -367,3 +368,134 @@ def test_png_with_overwritten_pixel_data_is_rejected(data: Path) -> None:
     damaged[600] ^= 1
     with pytest.raises(ImageError, match="image"):
         decode_image(bytes(damaged), "image", Limits(10**6, 10**4))
+
+
+# --- orientation ------------------------------------------------------------------------------------------------------
+
+
+def test_orientation_of_xmp_is_ignored_as_in_browsers(data: Path) -> None:
+    turned, plain = ((data / "cases" / name).read_bytes() for name in ("xmp6_256.jpg", "plain_256.jpg"))
+    assert np.array_equal(decoded(turned), decoded(plain))
+    small = decoded((data / "cases" / "xmp6.jpg").read_bytes())
+    with Image.open(data / "cases" / "xmp6.jpg") as image:
+        assert small.shape[1::-1] == image.size
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("exif_too", [False, True])
+def test_orientation_comes_from_exif_alone(form: str, exif_too: bool) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    options: dict[str, object] = {"lossless": True} if form == "WEBP" else {}
+    exif = Image.Exif()
+    if exif_too:
+        exif[0x0112] = 3
+    if form == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        raw = Image.Exif()
+        raw[0x0112] = 8
+        chunks.add_text("Raw profile type exif", f"\nexif\n8\n{raw.tobytes().hex()}\n")
+        options["pnginfo"] = chunks
+    elif form == "TIFF":
+        exif[700] = xmp
+    else:
+        options["xmp"] = xmp
+    found = decoded(encoded(Image.fromarray(SMOOTH), form, exif=exif, **options))
+    plain = decoded(encoded(Image.fromarray(SMOOTH), form, **({"lossless": True} if form == "WEBP" else {})))
+    assert np.array_equal(found, plain[::-1, ::-1] if exif_too else plain)
+
+
+# --- first frames -----------------------------------------------------------------------------------------------------
+
+
+def test_gif_frame_smaller_than_the_screen_leaves_transparency(data: Path) -> None:
+    found = decoded((data / "cases" / "first_partial.gif").read_bytes())
+    with Image.open(data / "cases" / "first_partial.gif") as image:
+        left, top, right, bottom = image.tile[0].extents
+    inside = np.zeros(found.shape[:2], bool)
+    inside[top:bottom, left:right] = True
+    assert not inside.all()
+    assert (found[inside][:, 3] == 255).all()
+    assert not found[~inside].any()
+
+
+def test_gif_frame_larger_than_the_screen_is_whole_and_opaque() -> None:
+    gif = bytearray(encoded(Image.new("P", (10, 9), 0), "GIF"))
+    gif[6:10] = struct.pack("<HH", 4, 4)
+    assert decoded(bytes(gif)).shape == (9, 10, 3)
+
+
+def test_gif_frame_keeps_its_own_transparency() -> None:
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 2), 1)
+    gif = bytearray(encoded(image, "GIF", transparency=1))
+    gif[6:10] = struct.pack("<HH", 6, 5)
+    found = decoded(bytes(gif))
+    assert found.shape == (5, 6, 4)
+    assert found[2, 1, 3] == 0
+    assert found[0, 0].tolist() == [10, 20, 30, 255]
+    assert not found[4:].any()
+    assert not found[:, 4:].any()
+
+
+@pytest.mark.parametrize("flags", [0x02, 0x12], ids=["without alpha", "with alpha"])
+def test_webp_frame_smaller_than_the_canvas_leaves_transparency(flags: int) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return kind + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
+
+    def number(value: int) -> bytes:
+        return value.to_bytes(3, "little")
+
+    still = encoded(Image.new("RGB", (8, 6), (200, 10, 10)), "WEBP", lossless=True)
+    frame = chunk(b"ANMF", number(2) + number(3) + number(7) + number(5) + number(100) + b"\0" + still[12:])
+    head = chunk(b"VP8X", bytes([flags, 0, 0, 0]) + number(15) + number(15)) + chunk(b"ANIM", bytes(6))
+    body = b"WEBP" + head + frame + frame
+    found = decoded(b"RIFF" + struct.pack("<I", len(body)) + body)
+    assert (found[6:12, 4:12] == [200, 10, 10, 255]).all()
+    assert found[..., 3].sum() == 255 * 48
+
+
+# --- AVIF -------------------------------------------------------------------------------------------------------------
+
+
+def test_avif_with_alpha_decodes_to_rgba() -> None:
+    pixels = np.dstack([SMOOTH, np.full((30, 40), 100, np.uint8)])
+    found = decoded(encoded(Image.fromarray(pixels), "AVIF", quality=100))
+    assert found.shape == (30, 40, 4)
+    assert np.abs(found[..., 3].astype(int) - 100).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_an_avif_is_applied_once(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = decoded(encoded(Image.fromarray(SMOOTH), "AVIF", exif=exif, quality=100, subsampling="4:4:4"))
+    turned = Image.fromarray(SMOOTH)
+    turned.getexif()[0x0112] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(turned))
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).mean() < 4
+
+
+def test_code_points_of_an_avif_are_converted_and_a_profile_is_kept() -> None:
+    gray = Image.new("RGB", (16, 16), (64, 64, 64))
+    data = encoded(gray, "AVIF", quality=100)
+    at = data.index(b"nclx") + 4
+    linear = data[:at] + struct.pack(">HH", 1, 8) + data[at + 4 :]
+    assert np.abs(decoded(data)[8, 8].astype(int) - 64).max() <= 1
+    assert np.abs(decoded(linear)[8, 8].astype(int) - 137).max() <= 2
+    with pytest.raises(ImageError, match="not supported; send the image in sRGB"):
+        decoded(data[:at] + struct.pack(">HH", 1, 200) + data[at + 4 :])
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert extract_colour_profile(encoded(gray, "AVIF", icc_profile=profile)) == profile
+
+
+@given(st.integers(0), st.binary(min_size=1, max_size=8))
+def test_damaged_avif_gives_pixels_or_an_image_error(offset: int, damage: bytes) -> None:
+    offset %= len(AVIF)
+    data = AVIF[:offset] + damage + AVIF[offset + len(damage) :]
+    try:
+        assert decoded(data).ndim == 3
+    except ImageError as error:
+        assert error.param == "image"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from ovserve.errors import InvalidValue
 from ovserve.pixels.images import Pixels
@@ -16,13 +18,13 @@ from ovserve.pixels.masks import (
     Seam,
     check_not_empty,
     feather,
-    mask_from_holes,
     mask_from_image,
     match_mask,
     pool,
 )
 from ovserve.settings.options import Resolution
 
+CASES = Path(__file__).parent.parent / "data" / "cases"
 NOISE = np.random.default_rng(11)
 
 
@@ -63,6 +65,11 @@ def paste(original: Pixels, painted: Pixels, mask: Pixels, blur_px: int) -> Pixe
         (rgba(0, 128), "alpha", False),
         (rgba(255, 255), "auto", True),  # an alpha plane without transparency does not count
         (rgba(0, 255), "auto", False),
+        (rgba(255, 254), "auto", True),  # lossy editors leave 250 to 254 in an opaque mask
+        (rgba(0, 250), "auto", False),
+        (rgba(255, 128), "auto", True),
+        (rgba(255, 127), "auto", True),
+        (rgba(0, 127), "auto", True),
         (rgb(255, 255, 255), "alpha", False),
     ],
 )
@@ -75,20 +82,20 @@ def test_auto_uses_only_alpha_if_the_mask_has_any_transparency() -> None:
     assert mask_from_image(pixels, "auto").tolist() == [[0, 255, 255, 0]]
 
 
-def test_mask_from_holes_selects_only_fully_transparent_pixels() -> None:
-    pixels = np.concatenate([rgba(9, 0), rgba(9, 1), rgba(9, 255)], 1)
-    found = mask_from_holes(pixels)
-    assert found is not None
-    assert found.tolist() == [[255, 0, 0]]
-    assert mask_from_holes(pixels[:, 1:]) is None
-    assert mask_from_holes(rgb(1, 2, 3)) is None
-
-
 def test_empty_mask_is_rejected_naming_the_mask_field() -> None:
     check_not_empty(np.array([[0, 255]], np.uint8))
     with pytest.raises(InvalidValue, match="selects nothing to repaint") as caught:
         check_not_empty(np.zeros((2, 2), np.uint8))
     assert caught.value.param == "mask"
+
+
+def test_mask_with_one_nearly_opaque_pixel_is_read_by_luminance() -> None:
+    with Image.open(CASES / "mask_alpha254.png") as image:
+        pixels = np.asarray(image)
+    assert pixels[..., 3].min() == 254
+    found = mask_from_image(pixels, "auto")
+    assert np.array_equal(found > 0, pixels[..., 0] == 255)
+    assert found.any()
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -254,13 +261,14 @@ def test_soft_seam_blends_from_original_to_painted() -> None:
     assert paste(original, painted, mask, 3)[4, 8:16, 0].tolist() == [0, 0, 25, 50, 75, 100, 100, 100]
 
 
-def test_soft_seam_over_transparent_pixels_blends_with_white() -> None:
-    mask = np.zeros((1, 8), np.uint8)
-    mask[:, 4:] = 255
-    original = np.zeros((1, 8, 4), np.uint8)  # transparent black, which shows as white
-    result = paste(original, np.zeros((1, 8, 3), np.uint8), mask, 1)
-    assert result[0, 4].tolist() == [128, 128, 128, 255]
-    assert result[0, 5].tolist() == [0, 0, 0, 255]
+def test_soft_seam_never_shows_the_colour_of_transparent_pixels() -> None:
+    original = np.full((1, 9, 4), 255, np.uint8)
+    original[0, 4:, 3] = 0
+    mask = np.zeros((1, 9), np.uint8)
+    mask[0, 4:] = 255
+    result = paste(original, np.zeros((1, 9, 3), np.uint8), mask, 1)
+    assert result[0, 4].tolist() == [0, 0, 0, 255]
+    assert np.array_equal(result[0, :4], original[0, :4])
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 6), st.tuples(*[st.integers(0, 15)] * 4))

@@ -71,6 +71,17 @@ DISPOSITION = 'Content-Disposition: form-data; name="a"'
         (["X-A: 1", "Content-Disposition: attachment; name=a"], "Content-Disposition is not form-data", 8),
         (["X-A: 1", "Content-Disposition: form-data"], "Content-Disposition without a name", 8),
         (["X-A: 1", "Content-Disposition: form-data; name"], "Content-Disposition: malformed parameter at offset 9", 8),
+        (
+            [b'Content-Disposition: form-data; name="\xe9"'],
+            "Content-Disposition: the name is not UTF-8 or has a control character",
+            0,
+        ),
+        (
+            ['Content-Disposition: form-data; name="a\x01"'],
+            "Content-Disposition: the name is not UTF-8 or has a control character",
+            0,
+        ),
+        (['Content-Disposition: form-data; name="a"; filename="b\nc"'], "control character 0x0a in a field line", 53),
         ([DISPOSITION, "Content-Length: 1_0"], "Content-Length is not a number", 42),
         ([DISPOSITION, "Content-Length: ١"], "Content-Length is not a number", 42),
         ([DISPOSITION, "Content-Length: " + "9" * 19], "Content-Length is not a number", 42),
@@ -80,6 +91,38 @@ def test_malformed_heads_are_refused_with_the_offset(lines: list[str | bytes], w
     with pytest.raises(Refused) as caught:
         parse(*lines)
     assert caught.value.args == (what, at)
+
+
+@pytest.mark.parametrize(
+    ("sent", "filename"),
+    [
+        ("café.png".encode("latin-1"), "café.png"),
+        ("表.png".encode("shift-jis"), "\x95\\.png"),
+        ("表".encode("shift-jis"), "\x95\\"),  # its last byte is a backslash
+        ("кот.png".encode("koi8-r"), "koi8-r"),
+        ("猫.png".encode("iso-2022-jp"), "iso-2022-jp"),
+        (b"bell\x07\x7f.png", "bell\x07\x7f.png"),
+        ("kočka.png".encode(), "kočka.png"),
+    ],
+)
+def test_a_file_name_may_be_in_any_character_set(sent: bytes, filename: str) -> None:
+    part = parse(b'Content-Disposition: form-data; name="image"; filename="' + sent + b'"', "Content-Type: image/png")
+    assert (part.name, part.content_type) == ("image", "image/png")
+    if filename.endswith((".png", "\\")):
+        assert part.filename == filename
+    else:
+        assert part.filename == sent.decode("latin-1")
+
+
+@given(st.binary(max_size=40).filter(lambda sent: not set(sent) & set(b"\0\r\n")))
+def test_any_bytes_without_a_line_end_are_a_file_name(sent: bytes) -> None:
+    try:
+        part = parse(b'Content-Disposition: form-data; name="image"; filename="' + sent + b'"')
+    except Refused:
+        assert b"name" in sent.lower()  # a second field name
+    else:
+        assert part.name == "image"
+        assert part.filename is not None
 
 
 lines = st.lists(

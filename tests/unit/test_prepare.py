@@ -55,6 +55,7 @@ def test_transparent_pixels_are_the_mask_unless_alpha_is_kept(blob: StoreBlob) -
     assert np.array_equal(found.mask > 0, pixels[..., 3] == 0)
     assert prepared(images=(image,), background="transparent").mode == "image2image"
     assert prepared(images=(image,), task="variation").mode == "image2image"
+    assert prepared(images=(blob(png(with_alpha(128, 254))),)).mode == "image2image"
 
 
 def test_inpainting_only_model_requires_a_mask(blob: StoreBlob) -> None:
@@ -294,10 +295,13 @@ def test_mask_blur_without_a_mask_is_rejected(blob: StoreBlob) -> None:
     rejected(InvalidValue, "mask_blur", images=(blob(png(noise(64, 64))),), mask_blur=4)
 
 
-def test_initial_image_has_transparent_pixels_over_white(blob: StoreBlob) -> None:
-    seen = prepared(images=(blob(png(with_alpha(0))),)).work("j", 0).initial_image
-    assert seen is not None
-    assert (seen[0] == 255).all()
+def test_initial_image_has_kept_transparent_pixels_over_white(blob: StoreBlob) -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[32:] = 255
+    for values in ({"mask": blob(png(mask))}, {"task": "variation"}, {"background": "transparent"}):
+        seen = prepared(images=(blob(png(with_alpha(0))),), **values).work("j", 0).initial_image
+        assert seen is not None
+        assert (seen[0] == 255).all()
 
 
 def test_transparent_background_requires_alpha_in_image_and_format(blob: StoreBlob) -> None:

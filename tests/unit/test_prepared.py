@@ -23,6 +23,8 @@ from ovserve.settings.options import Resolution
 from ovserve.worker.prepared import on_one_line
 from tests.preparing import StoreBlob, noise, png, prepared, request, stored_blobs, with_alpha
 
+CASES = Path(__file__).parent.parent / "data" / "cases"
+
 
 @pytest.fixture
 def blob(tmp_path: Path) -> Iterator[StoreBlob]:
@@ -91,19 +93,70 @@ def test_transparent_background_keeps_the_source_alpha(blob: StoreBlob) -> None:
     assert np.array_equal(result[..., :3], painted)
 
 
-def test_filled_holes_become_opaque_and_partial_alpha_stays(blob: StoreBlob) -> None:
-    pixels = with_alpha(0, 128)
-    result = prepared(images=(blob(png(pixels)),)).assemble(noise(64, 64))
-    assert result[0, :, 3].tolist() == [255] * 64
-    assert np.array_equal(result[1:], pixels[1:])
+def test_own_transparency_is_repainted_by_one_minus_alpha(blob: StoreBlob) -> None:
+    pixels, painted = with_alpha(0, 64, 128, 200, 249, 250, 254), noise(64, 64)
+    result = prepared(images=(blob(png(pixels)),)).assemble(painted)
+    assert result.shape == (64, 64, 3)
+    assert np.array_equal(result[0], painted[0])
+    assert np.array_equal(result[5:], pixels[5:, :, :3])
+    for row, alpha in enumerate((0, 64, 128, 200, 249)):
+        expected = (pixels[row, :, :3] * (alpha / 255)) + painted[row] * (1 - alpha / 255)
+        assert np.abs(result[row] - expected).max() <= 0.5
+
+
+@pytest.mark.parametrize("blur", [0, 12, 40])
+@pytest.mark.parametrize("options", [{}, {"background": "opaque"}, {"resize_mode": "pad", "width": 96, "height": 48}])
+@pytest.mark.parametrize("stored", [0, 255])
+@pytest.mark.parametrize("partial", [0, 2])
+def test_colour_of_transparent_pixels_never_enters_a_result(
+    blob: StoreBlob, blur: int, options: dict[str, Any], stored: int, partial: int
+) -> None:
+    pixels = np.full((64, 64, 4), (40, 80, 210, 255), np.uint8)
+    pixels[16:48, 16:48] = (stored, stored, stored, 0)
+    found = prepared(images=(blob(png(pixels)),), mask_blur=blur, partial_images=partial, **options)
+    work = found.work("j", 0)
+    assert work.initial_image is not None
+    assert np.abs(work.initial_image.astype(int) - [40, 80, 210]).max() <= 8  # scaling at low alpha is coarse
+    painted = np.full((work.height, work.width, 3), (36, 76, 211), np.uint8)
+    result = found.assemble(painted)
+    assert np.abs(result.astype(int) - [38, 78, 210]).max() <= 8
+    with Image.open(io.BytesIO(found.encode_preview(painted))) as image:
+        assert np.abs(np.asarray(image).astype(int) - [38, 78, 210]).max() <= 8
+
+
+def test_partly_transparent_pixels_in_the_seam_of_a_sent_mask_show_no_white(blob: StoreBlob) -> None:
+    pixels = np.full((64, 64, 4), (40, 80, 210, 255), np.uint8)
+    pixels[:, 32:, 3] = 100
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, 24:56] = 255
+    found = prepared(images=(blob(png(pixels)),), mask=blob(png(mask)), mask_blur=8)
+    result = found.assemble(np.full((64, 64, 3), (36, 76, 211), np.uint8))
+    assert np.abs(result[..., :3].astype(int) - [38, 78, 210]).max() <= 2
+    assert (result[:, 24:56, 3] == 255).all()
+    assert np.array_equal(result[mask == 0], pixels[mask == 0])
+
+
+@pytest.mark.parametrize("case", ["hard_hole.png", "soft_eraser.png"])
+@pytest.mark.parametrize("blur", [0, 12])
+def test_transparent_pixels_show_no_white_in_pictures_of_real_editors(blob: StoreBlob, case: str, blur: int) -> None:
+    data = (CASES / case).read_bytes()
+    found = prepared(images=(blob(data),), mask_blur=blur, background="opaque", width=256, height=256)
+    result = found.assemble(np.full((256, 256, 3), (36, 76, 211), np.uint8))
+    assert np.abs(result[211, 128].astype(int) - [36, 76, 211]).max() <= 4
+    assert result[..., 0].max() <= 220  # the circle's red; white has 255
+    assert result[..., 1].max() <= 82
 
 
 def test_reported_background_matches_the_result(blob: StoreBlob) -> None:
     soft, hard = (blob(png(with_alpha(0, 128))),), (blob(png(with_alpha(0))),)
-    assert prepared(images=soft).background == "transparent"
-    assert prepared(images=soft, background="opaque").background == "opaque"
-    assert prepared(images=soft, output_format="jpeg").background == "opaque"
-    assert prepared(images=hard).background == "opaque"  # its only holes are filled
+    mask = np.zeros((64, 64), np.uint8)
+    mask[32:] = 255
+    masked = {"images": soft, "mask": blob(png(mask))}
+    assert prepared(**masked).background == "transparent"
+    assert prepared(**masked, background="opaque").background == "opaque"
+    assert prepared(**masked, output_format="jpeg").background == "opaque"
+    assert prepared(images=soft).background == "opaque"  # all its transparent pixels are repainted
+    assert prepared(images=hard).background == "opaque"
     assert prepared(images=hard, background="transparent").background == "transparent"
     assert prepared(task="variation", images=soft).background == "opaque"
     assert prepared(task="generation").background == "opaque"
@@ -116,11 +169,15 @@ def test_result_without_transparency_has_no_alpha_plane(blob: StoreBlob) -> None
     assert np.array_equal(result[1:], pixels[1:, :, :3])
 
 
-def test_opaque_background_composites_partial_alpha_over_white(blob: StoreBlob) -> None:
+def test_opaque_background_composites_kept_transparent_pixels_over_white(blob: StoreBlob) -> None:
     pixels = with_alpha(0, 128)
-    result = prepared(images=(blob(png(pixels)),), background="opaque").assemble(noise(64, 64))
+    mask = np.zeros((64, 64), np.uint8)
+    mask[32:] = 255
+    found = prepared(images=(blob(png(pixels)),), mask=blob(png(mask)), background="opaque")
+    result = found.assemble(noise(64, 64))
     assert result.shape == (64, 64, 3)
-    assert np.array_equal(result[2:], pixels[2:, :, :3])
+    assert (result[0] == 255).all()
+    assert np.array_equal(result[2:32], pixels[2:32, :, :3])
 
 
 def test_results_and_previews_keep_the_source_colour_profile(blob: StoreBlob) -> None:

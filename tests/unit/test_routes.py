@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -225,6 +226,22 @@ def test_response_format_url_needs_a_host_field(api: ImagesApi) -> None:
     with pytest.raises(BadRequest) as caught:
         answer(api, exchange)
     assert caught.value.param == "response_format"
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, "store_full"), (errno.EROFS, "store_unusable")])
+def test_store_that_cannot_be_written_is_reported_before_the_work(
+    api: ImagesApi, monkeypatch: pytest.MonkeyPatch, number: int, code: str
+) -> None:
+    def check() -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(api.store, "check", check)
+    monkeypatch.setattr(api.dispatcher, "admit", lambda _: pytest.fail("the job was admitted"))
+    exchange = FakeExchange("POST", "/v1/images/generations", host="a")
+    exchange.read_form = lambda: FakeForm([("prompt", "a star"), ("response_format", "url")])  # type: ignore[method-assign]
+    with pytest.raises(ApiError, match=os.strerror(number)) as caught:
+        answer(api, exchange)
+    assert (caught.value.status, caught.value.code) == (503, code)
 
 
 def test_model_that_is_not_ready_is_503(api: ImagesApi) -> None:

@@ -506,3 +506,45 @@ def test_start_of_a_second_store_does_not_disturb_a_picture_being_written(
         name = one.keep(memoryview(bytes(MIB // 4)), "png")
         assert len(content_of(one.find(name))) == MIB // 4
     assert len(os.listdir(tmp_path / "pictures")) == 2
+
+
+# --- before the work --------------------------------------------------------------------------------------------------
+
+
+def test_check_of_a_usable_store_leaves_no_file(tmp_path: Path) -> None:
+    with store(tmp_path / "a" / "b") as kept:
+        kept.check(create=False)
+        assert not (tmp_path / "a").exists()
+        kept.check()
+        assert (tmp_path / "a" / "b" / "pictures").stat().st_mode & 0o777 == 0o700
+        kept.check(create=False)
+        assert not list((tmp_path / "a" / "b" / "pictures").iterdir())
+
+
+def test_check_of_a_full_store_raises_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with store(tmp_path) as kept:
+        monkeypatch.setattr(os, "posix_fallocate", raise_no_space)
+        with pytest.raises(OSError, match="No space left"):
+            kept.check()
+    assert not list((tmp_path / "pictures").iterdir())
+
+
+def test_store_that_cannot_be_written_is_logged_at_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with store(tmp_path / "file" / "pictures") as kept:
+        kept.start()
+        with pytest.raises(NotADirectoryError):
+            kept.check()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with store(tmp_path / "pictures") as kept:
+        kept.start()
+    whys = [record.fields["why"] for record in caplog.records if "no picture can be stored" in record.message]  # type: ignore[attr-defined]
+    assert whys == ["Not a directory", "Permission denied"]
+
+
+def test_usable_store_starts_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with store(tmp_path / "pictures") as kept:
+        kept.start()
+    assert not caplog.records

@@ -133,7 +133,7 @@ _TABLE = (
     Field("model", "text", "The model. May be left out if the server has only one model or a default model."),
     Field("prompt", "text", "What the picture should show. Required for edits and generations.",
           required=_WITH_PROMPT, default=""),
-    Field("image", "files", "The picture to edit: PNG, JPEG, WebP, GIF (first frame), BMP or TIFF.", _WITH_IMAGE,
+    Field("image", "files", "The picture to edit: PNG, JPEG, WebP, AVIF, GIF (first frame), BMP or TIFF.", _WITH_IMAGE,
           required=_WITH_IMAGE, record="images"),
     Field("mask", "file", "The region to repaint; see `mask_mode`.", frozenset((EDIT,))),
     Field("n", "integer", "Number of pictures. Picture k uses seed + k.", default=1, low=1, high=64,
@@ -202,8 +202,8 @@ _TABLE = (
     Field("resize_mode", "choice", "How an image of another aspect ratio is fitted: cropped, padded or stretched.",
           _WITH_IMAGE, default="crop", choices=("crop", "pad", "stretch")),
     Field("mask_mode", "choice",
-          "`alpha` repaints transparent pixels, `luminance` white ones; `auto` is alpha if the mask has transparent "
-          "pixels, else luminance.",
+          "`alpha` repaints transparent pixels, `luminance` white ones; `auto` is alpha if a pixel of the mask has "
+          "alpha below 128, else luminance.",
           frozenset((EDIT,)), default="auto", choices=("auto", "alpha", "luminance")),
     Field("mask_blur", "integer",
           "Width in pixels of the soft edge, inside the mask or the transparent pixels of the image.",

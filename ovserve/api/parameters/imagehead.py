@@ -24,16 +24,13 @@ __all__ = ["MAX_READS", "ImageHead", "read_head"]
 MAX_READS = 20_000
 SEARCH_WINDOW_BYTES = 64 * 1024  # searched for a JPEG marker in one read
 MAX_JUNK_BYTES = 1024 * 1024  # between two JPEG segments: Pillow reads junk byte by byte, which takes 1 s for a few MB
-_ACCEPTED = "PNG, JPEG, WebP, GIF, BMP or TIFF"
+_ACCEPTED = "PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF"
 _WITH_ALPHA = ("RGBA", "LA", "P")  # P: a GIF names its transparent colour behind the part that is read here
-_OTHER_FORMATS = (
-    (b"ftypheic", "HEIC"),
-    (b"ftypheix", "HEIC"),
-    (b"ftypmif1", "HEIF"),
-    (b"ftypavif", "AVIF"),
-    (b"<svg", "SVG"),
-    (b"%PDF", "PDF"),
-)
+_OTHER_FORMATS = ((b"<svg", "SVG"), (b"%PDF", "PDF"), (b"\0\0\0\x0cJXL ", "JPEG XL"), (b"\xff\x0a", "JPEG XL"))
+# Brands of ISO/IEC 23008-12 and of AVIF, by the major brand or a compatible one in the first bytes of the file.
+_AVIF_BRANDS = (b"avif", b"avis")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+_HEIF_BRANDS = (b"mif1", b"mif2", b"msf1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +132,28 @@ def read_head(data: memoryview, param: str, settings: Settings) -> ImageHead:
 
 
 def _describe_unknown(start: bytes) -> str:
+    brands = _brands(start)
+    if any(brand in brands for brand in _HEIC_BRANDS):
+        return "is HEIC, which is not supported (iPhones send JPEG with the camera setting Most Compatible)"
+    if any(brand in brands for brand in _HEIF_BRANDS):
+        return "is HEIF, which is not supported"
     for mark, name in _OTHER_FORMATS:
         if mark in start:
             return f"is {name}, which is not supported"
     return "has an unrecognised image format"
+
+
+def _brands(start: bytes) -> tuple[bytes, ...]:
+    """Return the brands of an ISO base media file (ISO/IEC 14496-12 section 4.3), those that fit into `start`."""
+    if start[4:8] != b"ftyp":
+        return ()
+    end = min(int.from_bytes(start[:4], "big"), len(start))
+    return (start[8:12], *(start[at : at + 4] for at in range(16, end - 3, 4)))
+
+
+def _is_avif(start: bytes) -> bool:
+    brands = _brands(start)
+    return any(brand in brands for brand in _AVIF_BRANDS) and not any(brand in brands for brand in _HEIC_BRANDS)
 
 
 # --- the formats ------------------------------------------------------------------------------------------------------
@@ -281,6 +296,45 @@ def _read_tiff(reader: _HeaderReader) -> _Size:
     return _Size(found[_WIDTH], found[_HEIGHT], mode)
 
 
+def _read_avif(reader: _HeaderReader) -> _Size:
+    """Read AVIF (ISO/IEC 23008-12 section 9.3): the largest size among the properties, which is that of the picture.
+
+    The other sizes are those of tiles, thumbnails and auxiliary pictures. An auxiliary picture may be the alpha.
+    """
+    at, end = _find_box(reader, b"meta", 0, None)
+    at, end = _find_box(reader, b"iprp", at + 4, end)  # meta is a FullBox: version and flags come first
+    at, end = _find_box(reader, b"ipco", at, end)
+    sizes: list[tuple[int, int]] = []
+    has_alpha = False
+    while end - at >= 8:
+        size, kind = reader.unpack(">I4s", at)
+        if size < 8 or at + size > end:
+            raise ValueError("a property has a wrong size")
+        if kind == b"ispe":
+            sizes.append(reader.unpack(">II", at + 12))
+        has_alpha = has_alpha or kind == b"auxC"
+        at += size
+    if not sizes:
+        raise ValueError("the size is missing")
+    width, height = max(sizes, key=lambda pair: pair[0] * pair[1])
+    return _Size(width, height, "RGBA" if has_alpha else "RGB")
+
+
+def _find_box(reader: _HeaderReader, kind: bytes, at: int, end: int | None) -> tuple[int, int]:
+    """Return begin and end of the content of the first box of a kind. Raises ValueError if there is none."""
+    while end is None or end - at >= 8:
+        size, found = reader.unpack(">I4s", at)
+        head = 8
+        if size == 1:
+            (size,), head = reader.unpack(">Q", at + 8), 16
+        if size < head:
+            raise ValueError("a box has a wrong size")
+        if found == kind:
+            return at + head, at + size
+        at += size
+    raise ValueError(f"box {kind.decode('ascii')} is missing")
+
+
 class _Format(NamedTuple):
     format: str
     is_start: Callable[[bytes], bool]
@@ -291,6 +345,7 @@ _FORMATS = (
     _Format("PNG", lambda start: start.startswith(b"\x89PNG\r\n\x1a\n"), _read_png),
     _Format("JPEG", lambda start: start.startswith(b"\xff\xd8\xff"), _read_jpeg),  # MPO too, which phones write as .jpg
     _Format("WEBP", lambda start: start.startswith(b"RIFF") and start[8:12] == b"WEBP", _read_webp),
+    _Format("AVIF", _is_avif, _read_avif),
     _Format("GIF", lambda start: start.startswith((b"GIF87a", b"GIF89a")), _read_gif),
     _Format("BMP", lambda start: start.startswith(b"BM"), _read_bmp),
     _Format("TIFF", lambda start: start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")), _read_tiff),

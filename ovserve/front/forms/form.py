@@ -147,7 +147,12 @@ def _is_image(part: PartBegin) -> bool:
 
 
 def _add_part(form: SpooledForm, segment: Segment, part: PartBegin, size: int, limit: int) -> None:
-    """Add a complete part to the form: as a picture by its name, else as text, else as a file for the API to reject."""
+    """Add a complete part to the form: as a picture by its name, else as text, else as a file for the API to reject.
+
+    A part with an empty file name and no bytes is a file input of a browser's form without a file, and is left out.
+    """
+    if part.filename == "" and not size:
+        return
     if part.transfer_encoding == "base64":
         size = decode_in_place(segment.view, part.offset, size, part.name)
     elif part.transfer_encoding == _QUOTED:

@@ -8,6 +8,8 @@ Clients deviate from the RFCs. What they send is accepted as long as only one re
   HTML, multipart/form-data encoding). curl --form-escape and Go write backslash escapes (RFC 9110 section 5.6.4).
   httpx, and with it the official Python client, writes `"` as `%22` but a backslash as two. A value is read by the
   RFC's grammar first, then by the browsers'.
+- A file name is never used, so it is never a reason to refuse a form: quotes inside it (npm form-data 4.0.0 escapes
+  none), a `filename*` that cannot be decoded, and a second file name are accepted. The name of a field stays strict.
 
 The grammar, the check for repeated parameters and `filename*` are implemented here. The `multipart` package undoes the
 backslash escapes. Its `parse_options_header` is not used: it skips what it cannot read, keeps the last of two
@@ -36,6 +38,9 @@ _main_value = re.compile(rf"[ \t]*+({TOKEN}(?:/{TOKEN})?)[ \t]*+(?=;|\Z)")
 _token = re.compile(TOKEN)
 # The characters that browsers escape, in either case. None of the replacements can form a new escape.
 _PERCENT_ESCAPES = {"%22": '"', "%0D": "\r", "%0d": "\r", "%0A": "\n", "%0a": "\n"}
+_FILENAMES = ("filename", "filename*")
+_filename_begin = re.compile(r"[ \t]*+;[ \t]*+(filename\*?)=", re.IGNORECASE)
+_name_begin = re.compile(r"[ \t]*+;[ \t]*+name[ \t]*+=", re.IGNORECASE)
 _extended_value = re.compile(r"(?i:(utf-8|iso-8859-1))'[^']*'((?:[!#$&+\-.^_`|~0-9A-Za-z]|%[0-9A-Fa-f]{2})*)")
 
 
@@ -80,21 +85,18 @@ def parse_disposition(value: str) -> Disposition:
     """Parse a Content-Disposition field (RFC 6266 section 4.1, RFC 7578 section 4.2) with any of the ways of escaping.
 
     `filename*` (RFC 8187) counts only where there is no `filename`: RFC 7578 forbids it in forms, and .NET sends both.
+    The first of two file names counts. One that follows no grammar is returned as sent, without its outer quotes.
 
     Raises:
-        ValueError: the text does not follow the grammar (the message has the offset), or a parameter is given twice.
+        ValueError: the text outside the file name does not follow the grammar (the message has the offset), or another
+            parameter is given twice.
     """
-    try:
-        kind, pairs = _split(value)
-    except ValueError as error:
-        # A browser leaves a backslash at the end of a value as it is. The RFC's grammar reads it when it is doubled.
-        try:
-            kind, pairs = _split(value.replace("\\", "\\\\"))
-        except ValueError:
-            raise error from None
+    kind, pairs = _split_disposition(value)
     options: dict[str, str] = {}
     for name, raw in pairs:
         if name in options:
+            if name in _FILENAMES:
+                continue
             raise ValueError(f"parameter {name!r} is given twice")
         options[name] = header_unquote(raw)
         for escape, character in _PERCENT_ESCAPES.items():
@@ -103,6 +105,42 @@ def parse_disposition(value: str) -> Disposition:
     if filename is None and "filename*" in options:
         filename = _decode_extended(options["filename*"])
     return Disposition(kind, options.get("name"), filename)
+
+
+def _split_disposition(value: str) -> tuple[str, list[tuple[str, str]]]:
+    """Return what `_split` returns, for a Content-Disposition field. Raises ValueError."""
+    try:
+        return _split(value)
+    except ValueError as error:
+        # A browser leaves a backslash at the end of a value as it is. The RFC's grammar reads it when it is doubled.
+        for split, text in ((_split, value.replace("\\", "\\\\")), (_split_around_filename, value)):
+            try:
+                return split(text)
+            except ValueError:
+                continue
+        raise error from None
+
+
+def _split_around_filename(value: str) -> tuple[str, list[tuple[str, str]]]:
+    """Return what `_split` returns, for a value whose file name has quotes inside it.
+
+    Such a file name ends where a parameter `name` begins, else at the end of the value. It is returned in a form that
+    `header_unquote` leaves unchanged.
+
+    Raises:
+        ValueError: the rest does not follow the grammar, or `name` occurs both before and in the file name, so that two
+            readings are possible.
+    """
+    begin = _filename_begin.search(value)
+    if not begin:
+        raise ValueError("no file name")
+    kind, pairs = _split(value[: begin.start()])
+    names = [match.start() for match in _name_begin.finditer(value, begin.end())]
+    if len(names) + sum(name == "name" for name, _ in pairs) > 1:
+        raise ValueError("parameter 'name' is given twice")
+    end = names[0] if names else len(value)
+    filename = value[begin.end() : end].strip(' \t"').replace("\\", "\\\\").replace('"', '\\"')
+    return kind, [*pairs, (begin[1].lower(), f'"{filename}"'), *_split(f"{kind}{value[end:]}")[1]]
 
 
 def _split(value: str) -> tuple[str, list[tuple[str, str]]]:
@@ -123,11 +161,11 @@ def _split(value: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _decode_extended(value: str) -> str:
-    """Decode the value of `filename*` (RFC 8187 section 3.2). Raises ValueError."""
+    """Decode the value of `filename*` (RFC 8187 section 3.2); return it unchanged if that is impossible."""
     match = _extended_value.fullmatch(value)
     if not match:
-        raise ValueError("malformed filename*")
+        return value
     try:
         return unquote_to_bytes(match[2]).decode(match[1])
     except UnicodeDecodeError:
-        raise ValueError("filename* is not in the character set it names") from None
+        return value
