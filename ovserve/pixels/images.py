@@ -27,7 +27,7 @@ from ovserve.pixels.colour import (
     space_of_codes,
 )
 from ovserve.pixels.png import SIGNATURE, Png, read_png
-from ovserve.pixels.tiff import check_tiff, gray_levels
+from ovserve.pixels.tiff import gray_levels, prepare_tiff
 
 __all__ = [
     "FORMATS",
@@ -88,7 +88,7 @@ def decode_image(data: bytes | memoryview, name: str, limits: Limits) -> Pixels:
             # Its orientation does not count, as in browsers; the TIFF reader would apply it.
             image.info.pop("xmp", None)
             if isinstance(image, TiffImageFile):
-                check_tiff(image)
+                prepare_tiff(image)
             box = _first_frame_box(image, data)
             image.load()
             # Read the orientation after load: the TIFF reader applies it itself and drops the tag.
