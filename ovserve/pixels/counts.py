@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -148,18 +149,30 @@ class _Walk:
         _check(self.metadata_bytes, MAX_METADATA_BYTES, "bytes of metadata")
 
 
+# --- colour profiles --------------------------------------------------------------------------------------------------
+
+_MAX_PLAIN_PROFILE_BYTES = 1 << 20  # as colour.MAX_KEPT_PROFILE_BYTES
+
+
+def _is_plain_profile(profile: bytes) -> bool:
+    """Return whether a profile is for RGB and of ordinary size: then no native code reads it to convert samples."""
+    return len(profile) <= _MAX_PLAIN_PROFILE_BYTES and profile[16:20] == b"RGB "
+
+
 # --- JPEG -------------------------------------------------------------------------------------------------------------
 
 _JPEG_MARK = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # the marker of a segment; see api/parameters/imagehead.py
 _SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_CMYK_COMPONENTS = 4
 _SEQUENTIAL_SOF = (0xC0, 0xC1)  # Huffman codes, one pass
 _PARAMETERLESS = frozenset(range(0x01, 0xC0))
 
 
 def _walk_jpeg(found: _Walk) -> None:
     """Count the visits of blocks in all scans of the first image (ITU-T T.81, sections A.2 and B.2)."""
-    data, at, junk, segments, exif_bytes = found.data, 2, 0, 0, 0
+    data, at, junk, segments, exif_bytes, profile_bytes = found.data, 2, 0, 0, 0, 0
+    has_plain_profile = True
     blocks: dict[int, tuple[int, int]] = {}  # by component: blocks of a scan of it alone, and of an interleaved scan
     visits = frame_visits = 0
     while match := _JPEG_MARK.search(data, at):
@@ -172,7 +185,9 @@ def _walk_jpeg(found: _Walk) -> None:
         _check(segments, MAX_JPEG_SEGMENTS, "segments")
         if kind == _EOI:
             found.end = at
-            found.is_baseline = found.is_baseline and visits == frame_visits and not junk
+            is_plain = has_plain_profile and profile_bytes <= _MAX_PLAIN_PROFILE_BYTES
+            is_plain = is_plain and not (profile_bytes and len(blocks) == _CMYK_COMPONENTS)
+            found.is_baseline = found.is_baseline and is_plain and visits == frame_visits and not junk
             return
         if kind in _PARAMETERLESS:
             found.is_baseline = False
@@ -201,6 +216,12 @@ def _walk_jpeg(found: _Walk) -> None:
             if kind == 0xE1 and bytes(data[at + 2 : at + 6]) == b"Exif":
                 exif_bytes += length
                 _check(exif_bytes, MAX_EXIF_BYTES, "bytes of EXIF data")
+            elif kind == 0xE2 and bytes(data[at + 2 : at + 14]) == b"ICC_PROFILE\0":
+                # ICC.1:2022 annex B.4: 14 bytes of marker, number and count before each part of the profile.
+                profile_bytes += length
+                is_first = data[at + 14] == 1
+                is_plain = not is_first or _is_plain_profile(bytes(data[at + 16 : at + length]))
+                has_plain_profile = has_plain_profile and is_plain
         at += length
     found.is_baseline = False
 
@@ -230,13 +251,12 @@ _PNG_ORDINARY = frozenset(
 )
 _PNG_BASELINE_METADATA_BYTES = 1 << 20
 _PNG_BASELINE_CHUNKS = 64
-_PNG_BASELINE_COMPRESSED = 2
 
 
 def _walk_png(found: _Walk) -> None:
     """Count the chunks (PNG, third edition, section 5.3)."""
     data, at, size = found.data, 8, len(found.data)
-    chunks = compressed = data_chunks = data_bytes = 0
+    chunks = profiles = data_chunks = data_bytes = 0
     is_ordinary = True
     while at + 8 <= size:
         length = int.from_bytes(data[at : at + 4], "big")
@@ -255,10 +275,12 @@ def _walk_png(found: _Walk) -> None:
             if kind == b"IHDR" and not found.width:
                 found.width, found.height = found.unpack(">II", at + 8)
             else:
-                found.add_metadata(length)
-            if kind in _PNG_COMPRESSED:
-                compressed += 1
-                _check(compressed, MAX_PNG_COMPRESSED_CHUNKS, "chunks of compressed metadata")
+                found.metadata_bytes += length  # no limit: a decoder gets none of it (`ovserve.pixels.png`)
+            if kind == b"iCCP":
+                profiles += 1  # the first one counts
+                is_ordinary = (
+                    is_ordinary and profiles == 1 and _is_plain_profile(_inflate_profile(data, at + 8, length))
+                )
             elif kind == b"eXIf":
                 _check(length, MAX_EXIF_BYTES, "bytes of EXIF data")
             is_ordinary &= kind in _PNG_ORDINARY
@@ -266,12 +288,18 @@ def _walk_png(found: _Walk) -> None:
         if kind == b"IEND":
             found.end = at
             found.is_baseline = (
-                is_ordinary
-                and chunks <= _PNG_BASELINE_CHUNKS
-                and compressed <= _PNG_BASELINE_COMPRESSED
-                and found.metadata_bytes <= _PNG_BASELINE_METADATA_BYTES
+                is_ordinary and chunks <= _PNG_BASELINE_CHUNKS and found.metadata_bytes <= _PNG_BASELINE_METADATA_BYTES
             )
             return
+
+
+def _inflate_profile(data: memoryview, at: int, length: int) -> bytes:
+    """Return the profile of an iCCP chunk, and at most one byte more than a plain one has."""
+    _, _, stored = bytes(data[at : at + min(length, _MAX_PLAIN_PROFILE_BYTES)]).partition(b"\0")
+    try:
+        return zlib.decompressobj().decompress(stored[1:], _MAX_PLAIN_PROFILE_BYTES + 1)
+    except zlib.error:
+        return b""
 
 
 # --- GIF --------------------------------------------------------------------------------------------------------------

@@ -97,6 +97,7 @@ FORMATS = {
     "PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"),
     "JPEG": ("RGB", "L", "CMYK"),
     "WEBP": ("RGB", "RGBA"),
+    "AVIF": ("RGB", "RGBA"),
     "GIF": ("P", "L"),
     "BMP": ("RGB", "P", "L", "1"),
     "TIFF": ("RGB", "RGBA", "L", "P", "1", "CMYK", "I;16"),
