@@ -424,6 +424,13 @@ class WorkerCrashed(ServerError):
     should_retry = False
 
 
+class ReloadFailed(ServerError):
+    """500: the workers of a reload have failed; the old ones stay. The message has the reason."""
+
+    code = "reload_failed"
+    should_retry = False
+
+
 class NotImplementedMethod(ServerError):
     """501: the server does not implement this method for any path (RFC 9110 section 15.6.2)."""
 

@@ -30,8 +30,13 @@ WATCHED = {
     "ovserve_worker_restarts_total": Watched(
         "Restarts of workers that died or were killed, by model.", ("model",), is_counter=True
     ),
+    "ovserve_reloads_total": Watched("Reloads since the start, failed ones included.", is_counter=True),
+    "ovserve_reload_failed": Watched("1 if the newest reload failed, else 0."),
     "ovserve_spool_bytes": Watched("Bytes of uploads, requests and results in flight in the spool."),
     "ovserve_spool_warm_bytes": Watched("Bytes of spool files kept mapped for the next uploads."),
+    "ovserve_spool_free_bytes": Watched(
+        "Bytes of requests that the spool can hold now, by its limit and by the free space of its file systems."
+    ),
     "ovserve_spool_limit_bytes": Watched(
         "Capacity of the spool in bytes: spool_bytes, or the size of its file system and of the fallback's together "
         "if that is less."
@@ -45,7 +50,10 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.responses = Counter(
-            "ovserve_http_responses", "Responses by route and status code.", ["route", "status"], registry=self.registry
+            "ovserve_http_responses",
+            "Responses by route and status code; a stream that has ended early counts under its error's status.",
+            ["route", "status"],
+            registry=self.registry,
         )
         self.jobs = Counter(
             "ovserve_jobs", "Settled jobs by model and final state.", ["model", "state"], registry=self.registry

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 
 from ovserve import systemd
+from ovserve.api.reloads import ModelReload, ReloadStatus
 from ovserve.api.routes import ImagesApi
 from ovserve.api.store import Store
 from ovserve.deadline import Deadline
@@ -78,6 +79,8 @@ class Server:
         self._reloading = threading.Lock()
         self._serving = threading.Lock()  # guards the API's settings and catalog, which two threads replace
         self._is_announced = False
+        self._newest_reload = ReloadStatus()  # without its models, which the supervisor reports
+        self._shown_failure = ""  # of a reload, in the status line of the service manager
         self._reload_wanted = threading.Event()
         self._reloader: threading.Thread | None = None
         # Block before the resource tracker starts: it inherits the mask (a SIGHUP to the group would end it). Block
@@ -112,7 +115,8 @@ class Server:
                 LocalLauncher(worker.main, self._spool.worker_blobs()),
                 self._note_serving,
             )
-            self._api = ImagesApi(settings, catalog, self._dispatcher, self.reload)
+            self._api = ImagesApi(settings, catalog, self._dispatcher, self.reload, self.reload_status)
+            self._supervisor.on_outcome = self._note_outcome
             _watch(self._api.metrics, self._spool, self._supervisor)
             self._listener = Listener(settings, self._api, self._spool)
             self._listeners = [self._listener]
@@ -161,7 +165,13 @@ class Server:
         while True:
             number = _next_signal(IDLE_POLL_S)
             if number is not None and number in ENDING_SIGNALS:
-                log.info("draining", extra=fields(signal=number.name, grace_s=self._settings.grace_period_s))
+                settings = self._settings
+                log.info(
+                    "draining",
+                    extra=fields(
+                        signal=number.name, delay_s=settings.shutdown_delay_s, grace_s=settings.grace_period_s
+                    ),
+                )
                 return
             if number == signal.SIGHUP:
                 self._reload_on_signal()
@@ -201,10 +211,12 @@ class Server:
             StartupError: the new configuration is wrong; nothing was changed.
         """
         with self._reloading:
-            if self._dispatcher.is_draining:
+            if self._api.is_stopping:
                 raise StartupError("the server is shutting down")
             if self._is_announced:
                 systemd.notify_reloading()
+            number = self._newest_reload.number + 1
+            self._newest_reload = ReloadStatus(number, is_reading=True)
             try:
                 settings = self._reread()
                 catalog, keys, admin_keys = read_catalog(settings), read_keys(settings), read_admin_keys(settings)
@@ -221,8 +233,33 @@ class Server:
                 log.info("reloaded", extra=fields(models=", ".join(catalog.models), api_keys=len(keys)))
                 if fixed := _fixed(self._settings, settings):
                     log.warning("changed options that take effect at the next start: %s", ", ".join(fixed))
+                self._newest_reload = ReloadStatus(number)
+            except BaseException as error:
+                self._newest_reload = ReloadStatus(number, error=str(error) or type(error).__name__)
+                raise
             finally:
                 self._announce()
+
+    def reload_status(self) -> ReloadStatus:
+        """Return the state of the newest reload. Thread-safe: yes."""
+        newest = self._newest_reload
+        if not newest.number or newest.error or newest.is_reading:
+            return newest
+        outcomes = self._supervisor.outcomes().items()
+        models = {name: ModelReload(outcome.state, outcome.reason) for name, outcome in outcomes}
+        return dataclasses.replace(newest, models=models)
+
+    def _note_outcome(self) -> None:
+        """Show in the service manager that a reload has failed, or no longer. Runs in: the supervisor thread."""
+        failure = self.reload_status().failure
+        if failure != self._shown_failure and self._is_announced and not self._api.is_stopping:
+            self._shown_failure = failure
+            systemd.notify_status(self._status_line())
+
+    def _status_line(self) -> str:
+        """Return the line that `systemctl status` shows."""
+        failure = self._shown_failure = self.reload_status().failure
+        return "serving " + ", ".join(self._api.catalog.models) + (f"; reload failed: {failure}" if failure else "")
 
     def _note_serving(self, profile: ModelProfile, model: ModelSettings) -> None:
         """Switch the catalog to a model whose new workers have taken over. Runs in: the supervisor thread."""
@@ -231,23 +268,36 @@ class Server:
 
     def _announce(self) -> None:
         """Report readiness to systemd, once a model is ready and while the server does not drain."""
-        if self._is_announced and not self._dispatcher.is_draining:
-            systemd.notify_ready("serving " + ", ".join(self._api.catalog.models))
+        if self._is_announced and not self._api.is_stopping:
+            systemd.notify_ready(self._status_line())
 
     def _drain(self) -> None:
-        """Reject new jobs and wait for those in flight, up to the grace period. A second signal ends the process."""
+        """Reject new jobs and wait for those in flight, up to the grace period. A second signal ends the process.
+
+        During `shutdown_delay_s` before that, only readiness is false: load balancers stop sending requests here.
+        """
+        self._api.is_stopping = True
+        for listener in self._listeners:
+            listener.closes_connections = True
+        systemd.notify_stopping()
+        delay = Deadline.after(self._settings.shutdown_delay_s)
+        while not delay.is_expired():
+            self._abort_on_signal(min(POLL_S, delay.remaining()))
         self._dispatcher.drain()
         for listener in self._listeners:
-            listener.is_draining = True  # responses close their connections
-        systemd.notify_stopping()
+            listener.is_draining = True
         grace = Deadline.after(self._settings.grace_period_s)
         while self._active_exchanges() and not grace.is_expired():
             poll_s = POLL_S if self._dispatcher.in_flight() else REFUSING_POLL_S
-            if _next_signal(poll_s) in ENDING_SIGNALS:
-                log.warning("second signal: aborting", extra=fields(in_flight=self._active_exchanges()))
-                self._supervisor.stop(Deadline.after(0))
-                self._spool.close()
-                os._exit(1)
+            self._abort_on_signal(poll_s)
+
+    def _abort_on_signal(self, timeout_s: float) -> None:
+        """Wait for a signal; a second one that ends the server ends the process at once."""
+        if _next_signal(timeout_s) in ENDING_SIGNALS:
+            log.warning("second signal: aborting", extra=fields(in_flight=self._active_exchanges()))
+            self._supervisor.stop(Deadline.after(0))
+            self._spool.close()
+            os._exit(1)
 
     def _active_exchanges(self) -> int:
         return sum(listener.active_exchanges for listener in self._listeners)
@@ -268,7 +318,7 @@ class Server:
 
 # Options that a reload changes; all others are fixed at start.
 RELOADED = frozenset((
-    "models", "default_model", "max_images", "max_image_pixels", "max_image_side_px",
+    "models", "default_model", "ready_models", "max_images", "max_image_pixels", "max_image_side_px",
     "max_prepared_bytes", "default_timeout_s",
     "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
     "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "api_key", "api_key_file",
@@ -317,6 +367,7 @@ def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
     """Register the metrics of parts that the API does not know."""
     metrics.watch("ovserve_spool_bytes", lambda: [([], spool.used_bytes)])
     metrics.watch("ovserve_spool_warm_bytes", lambda: [([], spool.file_pool.size_bytes)])
+    metrics.watch("ovserve_spool_free_bytes", lambda: [([], spool.free_bytes)])
     metrics.watch("ovserve_spool_limit_bytes", lambda: [([], spool.capacity_bytes)])
     metrics.watch("ovserve_worker_restarts_total", lambda: [([name], n) for name, n in supervisor.restarts().items()])
 

@@ -55,6 +55,7 @@ class ToyMatch:
     is_admin: bool = False
     is_operator: bool = False
     is_public: bool = False
+    is_exempt: bool = False
 
 
 class ToyApi:
@@ -65,6 +66,7 @@ class ToyApi:
         seen: paths of requests in the order of arrival.
         gone: paths of requests whose clients disconnected while the handler waited.
         closed: one entry for each closed event stream, and for each closed reply of `/windows` and `/windowed-file`.
+        refused: codes of the errors with which requests were rejected before `answer`.
         windows: sizes of the windows that have been produced for `/windows`.
     """
 
@@ -74,6 +76,7 @@ class ToyApi:
         self.gone: queue.Queue[str] = queue.Queue()
         self.closed: queue.Queue[str] = queue.Queue()
         self.windows: list[int] = []
+        self.refused: queue.Queue[str] = queue.Queue()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE | os.EFD_NONBLOCK)
 
     def release(self, count: int = 1) -> None:
@@ -95,10 +98,12 @@ class ToyApi:
             is_admin=path == "/admin",
             is_operator=path == "/operator",
             is_public=is_health or (path == "/file" and is_read),
+            is_exempt=is_health or path == "/operator",
         )
 
     def count_refused(self, error: ApiError) -> None:
-        """Do nothing."""
+        """Record the error's code."""
+        self.refused.put(str(error.code))
 
     def answer(self, exchange: Exchange, match: ToyMatch) -> Reply:
         """Run the handler that the path names."""

@@ -203,7 +203,11 @@ class RouteMatch(Protocol):
 
     @property
     def is_health(self) -> bool:
-        """Whether the request is a health check, which is served even at the connection limit."""
+        """Whether the request is a health check."""
+
+    @property
+    def is_exempt(self) -> bool:
+        """Whether the request is served even at the connection limit."""
 
     @property
     def is_open(self) -> bool:
@@ -235,4 +239,4 @@ class Api(Protocol[MatchT]):
         """Serve one request of any method and path; HEAD like GET. Raises ApiError and ClientGone."""
 
     def count_refused(self, error: ApiError) -> None:
-        """Count a request that was rejected with this error before `answer` was called."""
+        """Count a request that was rejected with this error and did not reach `answer`."""

@@ -9,27 +9,33 @@ already decoded the path once.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from ovserve import __version__
-from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, StreamReply
+from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.api.images import Images, base_url_hint
 from ovserve.api.openapi import openapi_document
 from ovserve.api.page import front_page
 from ovserve.api.parameters.fields import EDIT, GENERATION, VARIATION
+from ovserve.api.reloads import ReloadStatus
 from ovserve.api.replies import json_reply, model_object, models_object
 from ovserve.api.store import Store, parse_range
+from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
 from ovserve.errors import (
     ApiError,
     BadRequest,
     ClientGone,
     Draining,
+    InvalidValue,
     MethodNotAllowed,
     NotFound,
     RangeNotSatisfiable,
+    ReloadFailed,
     StartupError,
 )
 from ovserve.metrics import CONTENT_TYPE, Metrics
@@ -42,6 +48,11 @@ Handler = Callable[["ImagesApi", Exchange, Mapping[str, str]], Reply]
 # `/openai` alone is Azure's; a path such as /openai/deployments/... is a row of its own.
 _PREFIX = re.compile(r"/(?:(?:v3/v1|openai/v1|api/v1|engines/v1|v3|v1)(?=/)|openai(?=/(?:images|models)(?:/|$)))")
 _SLASHES = re.compile("//+")
+CLIENT_GONE = 499  # status in the metrics when the client left before it was answered
+RELOAD_STATUS_PATH = "/v1/config/reload/status"
+RELOAD_WAIT_S = 10.0  # for the workers of a reload, if the request does not say; small models are ready by then
+MAX_RELOAD_WAIT_S = 3600.0
+_RELOAD_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +65,8 @@ class Route:
     handle: Handler
     prefixed: bool = True  # served under every prefix and without one; else only as written
     is_open: bool = False  # needs no API key
-    is_health: bool = False  # a health check, served even at the connection limit
+    is_health: bool = False  # a health check
+    is_exempt: bool = False  # served even at the connection limit; health checks always are
     is_admin: bool = False  # needs an admin key or the admin listener
     is_operator: bool = False  # for operators: moves to the admin listener if there is one
     is_public: bool = False  # GET and HEAD are served to web pages of every origin; health checks are too
@@ -77,6 +89,7 @@ class Match:
         is_admin: whether the request needs an admin key or the admin listener.
         is_operator: whether the request is for operators, and belongs on the admin listener if there is one.
         is_public: whether web pages of every origin may send the request.
+        is_exempt: whether the request is served even at the connection limit.
     """
 
     route: Route | None
@@ -84,19 +97,46 @@ class Match:
     of_path: tuple[Route, ...]
     is_open: bool
     is_health: bool
+    is_exempt: bool = False
     is_admin: bool = False
     is_operator: bool = False
     is_public: bool = False
 
 
+@dataclass(slots=True)
+class _Outcome:
+    """How a response is counted."""
+
+    status: int = 500  # for an unexpected exception
+    is_counted: bool = True
+
+
 class ImagesApi:
-    """The API of one server. Thread-safe: yes, a reload replaces settings and catalog as a whole."""
+    """The API of one server. Thread-safe: yes, a reload replaces settings and catalog as a whole.
+
+    Args:
+        settings: the options.
+        catalog: the models.
+        dispatcher: runs the jobs.
+        reload: reads the configuration again, and starts the new workers. Raises StartupError.
+        reload_status: returns the state of the newest reload.
+
+    Attributes:
+        is_stopping: the server has begun to shut down: it is not ready, but still serves requests until it drains.
+    """
 
     def __init__(
-        self, settings: Settings, catalog: Catalog, dispatcher: Dispatcher, reload: Callable[[], None]
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        dispatcher: Dispatcher,
+        reload: Callable[[], None],
+        reload_status: Callable[[], ReloadStatus] = ReloadStatus,
     ) -> None:
         self.settings = settings
         self.reload = reload
+        self.reload_status = reload_status
+        self.is_stopping = False
         self.catalog = catalog
         self.dispatcher = dispatcher
         self.store = Store(settings)
@@ -105,6 +145,8 @@ class ImagesApi:
         self.metrics.watch("ovserve_queued_jobs", self._queued)
         self.metrics.watch("ovserve_running_jobs", self._running)
         self.metrics.watch("ovserve_ready_workers", self._workers)
+        self.metrics.watch("ovserve_reloads_total", lambda: [([], self.reload_status().number)])
+        self.metrics.watch("ovserve_reload_failed", lambda: [([], self.reload_status().state == "failed")])
         self._openapi: bytes | None = None
 
     def configure(self, settings: Settings, catalog: Catalog) -> None:
@@ -136,19 +178,41 @@ class ImagesApi:
         )
 
     def _handle_and_count(self, route: Route, exchange: Exchange, params: Mapping[str, str]) -> Reply:
-        status = 500  # for an unexpected exception
-        try:
+        with self._counting(route) as outcome:
             reply = route.handle(self, exchange, params)
-            status = 200 if isinstance(reply, StreamReply) else reply.status
+            if isinstance(reply, StreamReply):
+                outcome.is_counted = False  # until the stream has ended
+                return replace(reply, events=self._count_stream(route, reply.events))
+            outcome.status = reply.status
+        return reply
+
+    def _count_stream(
+        self, route: Route, events: Generator[ServerEvent, None, None]
+    ) -> Generator[ServerEvent, None, None]:
+        """Yield the events of a stream, and count it when it has ended: with the status of the error that ended it."""
+        with self._counting(route) as outcome:
+            try:
+                yield from events
+            except GeneratorExit:  # the front end could not write the next event
+                outcome.status = CLIENT_GONE
+                raise
+            outcome.status = 200
+
+    @contextmanager
+    def _counting(self, route: Route) -> Iterator[_Outcome]:
+        """Count one response of a route when the block ends, with the status that the block or its exception sets."""
+        outcome = _Outcome()
+        try:
+            yield outcome
         except ApiError as error:
-            status = error.status
+            outcome.status = error.status
             raise
         except ClientGone:
-            status = 499
+            outcome.status = CLIENT_GONE
             raise
         finally:
-            self.metrics.responses.labels(route.path, str(status)).inc()
-        return reply
+            if outcome.is_counted:
+                self.metrics.responses.labels(route.path, str(outcome.status)).inc()
 
     def openapi(self) -> bytes:
         """Return the OpenAPI document of this server; it is created at the first call."""
@@ -186,6 +250,7 @@ def match_route(method: str, path: str) -> Match:
         is_health=route is not None and route.is_health,
         is_admin=route is not None and route.is_admin,
         is_operator=route is not None and route.is_operator,
+        is_exempt=route is not None and (route.is_health or route.is_exempt),
         is_public=served_as == "GET" and route is not None and (route.is_public or route.is_health),
     )
 
@@ -266,10 +331,19 @@ def _live(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
     return json_reply({"live": True})
 
 
+def _is_ready(api: ImagesApi, statuses: Mapping[str, ModelStatus]) -> bool:
+    """Return whether the models that `ready_models` selects are ready."""
+    which, default = api.settings.ready_models, api.catalog.default_name
+    if which == "default" and default:
+        return default in statuses and statuses[default].ready
+    ready = [status.ready for status in statuses.values()]
+    return all(ready) if which == "all" else any(ready)
+
+
 def _ready(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     statuses = _model_statuses(api)
-    draining = api.dispatcher.is_draining
-    ready = not draining and any(status.ready for status in statuses.values())
+    draining = api.is_stopping or api.dispatcher.is_draining
+    ready = not draining and _is_ready(api, statuses)
     document = {
         "ready": ready,
         "draining": draining,
@@ -280,27 +354,74 @@ def _ready(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
 
 def _model_ready(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Reply:
     status = api.dispatcher.status(api.catalog.find(params["model"]).name)
-    return json_reply({"ready": status.ready, "reason": status.reason}, 200 if status.ready else 503)
+    ready, reason = status.ready and not api.is_stopping, "draining" if api.is_stopping else status.reason
+    return json_reply({"ready": ready, "reason": reason}, 200 if ready else 503)
 
 
 def _config(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
-    """Return each model's state in the form of the model server's configuration API."""
-    document = {}
+    """Return each model's state in the form of the model server's configuration API, and what the newest reload did."""
+    document: dict[str, dict[str, object]] = {}
+    reload = api.reload_status()
     for name, status in _model_statuses(api).items():
         state = "AVAILABLE" if status.ready else "END" if status.failed else "LOADING"
         error = {"error_code": "UNKNOWN" if status.failed else "OK", "error_message": status.reason}
         document[name] = {"model_version_status": [{"version": "1", "state": state, "status": error}]}
+        if reload.number:
+            part = reload.models.get(name)
+            document[name]["reload"] = {
+                "number": reload.number,
+                "state": part.state if part else reload.state,
+                "reason": part.reason if part else reload.error,
+            }
     return json_reply(document)
 
 
-def _reload(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
-    if api.dispatcher.is_draining:
+def _reload_wait_s(exchange: Exchange) -> float:
+    """Return how long a request waits for the workers of its reload. Raises InvalidValue."""
+    text = exchange.query.get("wait_s", str(RELOAD_WAIT_S))
+    try:
+        wait_s = float(text)
+    except ValueError:
+        wait_s = -1.0
+    if not 0 <= wait_s <= MAX_RELOAD_WAIT_S:
+        raise InvalidValue(
+            f"wait_s is {text[:40]!r}; expected a number of seconds from 0 to {MAX_RELOAD_WAIT_S:g}.", param="wait_s"
+        )
+    return wait_s
+
+
+def _await_reload(api: ImagesApi, exchange: Exchange, wait_s: float) -> ReloadStatus:
+    """Wait until the newest reload is no longer loading, and return its status. Raises ClientGone."""
+    deadline = Deadline.after(wait_s)
+    never = os.eventfd(0, os.EFD_CLOEXEC)  # `wait` also notices that the client has gone
+    try:
+        while (status := api.reload_status()).state == "loading":
+            if deadline.is_expired() or api.is_stopping:
+                break
+            exchange.wait(never, Deadline.after(min(_RELOAD_POLL_S, deadline.remaining())))
+    finally:
+        os.close(never)
+    return status
+
+
+def _reload(api: ImagesApi, exchange: Exchange, __: Mapping[str, str]) -> Reply:
+    if api.is_stopping or api.dispatcher.is_draining:
         raise Draining("The server is shutting down; the configuration was not reloaded.")
+    wait_s = _reload_wait_s(exchange)
     try:
         api.reload()
     except StartupError as error:
         raise BadRequest(f"The configuration was not reloaded: {error}") from None
-    return json_reply({"reloaded": True, "models": list(api.catalog.models)})
+    status = _await_reload(api, exchange, wait_s)
+    if status.state == "failed":
+        raise ReloadFailed(f"The reload failed: {status.failure}. What served before stays.")
+    is_done = status.state == "done"
+    document = {"reloaded": is_done, "models": list(api.catalog.models), "reload": status.document()}
+    return json_reply(document, *((200, {}) if is_done else (202, {"location": RELOAD_STATUS_PATH})))
+
+
+def _reload_status(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
+    return json_reply(api.reload_status().document())
 
 
 def _page(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
@@ -387,7 +508,7 @@ ROUTES = (
             (("/v2/health/live", "/livez", "/ping"), "200 while the process responds.", _live),
             (
                 ("/v2/health/ready", "/health", "/healthz", "/readyz"),
-                "200 when at least one model is ready, else 503 with the reasons.",
+                "200 when the models of `ready_models` are ready, else 503 with the reasons.",
                 _ready,
             ),
         )
@@ -405,7 +526,7 @@ ROUTES = (
     Route(
         "GET",
         "/v1/config",
-        "State of each model, in the model server's format.",
+        "State of each model, in the model server's format, and of its newest reload.",
         _config,
         prefixed=False,
         is_operator=True,
@@ -413,12 +534,22 @@ ROUTES = (
     Route(
         "POST",
         "/v1/config/reload",
-        "Reload the configuration. Needs an admin key or the admin listener.",
+        "Reload the configuration. Needs an admin key or the admin listener. Waits for the new workers, at most "
+        "`wait_s` seconds (query; 10): 200 when they serve, 202 when they still load, 500 when they failed.",
         _reload,
         prefixed=False,
         is_admin=True,
     ),
-    Route("GET", "/metrics", "Metrics in the Prometheus format.", _metrics, prefixed=False, is_operator=True),
+    Route("GET", RELOAD_STATUS_PATH, "State of the newest reload.", _reload_status, prefixed=False, is_operator=True),
+    Route(
+        "GET",
+        "/metrics",
+        "Metrics in the Prometheus format.",
+        _metrics,
+        prefixed=False,
+        is_operator=True,
+        is_exempt=True,  # a scrape that fails at the limit would hide the overload
+    ),
     Route("GET", "/openapi.json", "OpenAPI 3.1 document of this API.", _openapi, prefixed=False),
     Route("GET", "/v2", "Name and version of the server.", _server, prefixed=False),
     # The page is open; it asks for the key and sends it with its requests.

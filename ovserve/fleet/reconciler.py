@@ -23,9 +23,25 @@ from ovserve.fleet.desired import DesiredModel
 from ovserve.fleet.fleets import Fleet, Slot
 from ovserve.logs import fields
 
-__all__ = ["ModelFleets", "Reconciler"]
+__all__ = ["ModelFleets", "Outcome", "Reconciler"]
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What has become of the newest record of one model.
+
+    Attributes:
+        state: `loading`, `done` (its workers have been ready) or `failed`.
+        reason: why it failed, or "".
+    """
+
+    state: str
+    reason: str = ""
+
+
+_LOADING, _DONE = Outcome("loading"), Outcome("done")
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +53,7 @@ class ModelFleets:
         incoming: was started for a newer record; takes over when it is ready.
         retiring: fleets whose slots are all retired and whose workers finish their jobs.
         rejected: a record whose workers have failed.
+        rejection: why they have failed.
         is_removed: the model is no longer desired, and admits no jobs.
     """
 
@@ -44,6 +61,7 @@ class ModelFleets:
     incoming: Fleet | None = None
     retiring: list[Fleet] = field(default_factory=list)
     rejected: DesiredModel | None = None
+    rejection: str = ""
     is_removed: bool = False
 
     def __iter__(self) -> Iterator[Fleet]:
@@ -63,6 +81,8 @@ class Reconciler:
 
     Attributes:
         models: the fleets by model name, removed models included until their workers have exited.
+        outcomes: what has become of each desired record since the last `set_desired`. Replaced as a whole, so that
+            other threads may read it.
     """
 
     def __init__(
@@ -76,6 +96,7 @@ class Reconciler:
         self._on_serving = on_serving
         self._desired: dict[str, DesiredModel] = {}
         self.models: dict[str, ModelFleets] = {}
+        self.outcomes: Mapping[str, Outcome] = {}
 
     def fleets(self) -> list[Fleet]:
         """Return every fleet that has or may have workers."""
@@ -101,6 +122,7 @@ class Reconciler:
     def set_desired(self, desired: Mapping[str, DesiredModel]) -> None:
         """Replace the desired state. Records that were rejected before are tried again."""
         self._desired = dict(desired)
+        self.outcomes = dict.fromkeys(desired, _LOADING)
         for name, record in desired.items():
             entry = self.models.get(name)
             if entry is None:
@@ -138,6 +160,7 @@ class Reconciler:
             entry.retiring = [fleet for fleet in entry.retiring if fleet.slots]
             if entry.is_removed and not entry.retiring and not entry.serving.slots:
                 del self.models[name]
+        self.outcomes = {name: self._outcome(name) for name in self._desired}
 
     def note_failure(self, fleet: Fleet) -> None:
         """Fail the model of a fleet that has failed, unless another fleet serves it or will."""
@@ -148,6 +171,21 @@ class Reconciler:
             self._dispatcher.fail_model(fleet.name, fleet.failure)
 
     # --- one model ----------------------------------------------------------------------------------------------------
+
+    def _outcome(self, name: str) -> Outcome:
+        """Return what has become of a model's newest record. A death after that does not change `done`."""
+        record, entry = self._desired[name], self.models[name]
+        serving = entry.serving
+        if self.outcomes.get(name) == _DONE:
+            return _DONE
+        if entry.rejected is record:
+            return Outcome("failed", entry.rejection)
+        if entry.incoming is not None or serving.desired is not record:
+            return _LOADING
+        if len(serving.ready_slots) >= (record.model.replicas if record.is_resident else 0):
+            return _DONE
+        failure = serving.failure or serving.crash_loop_reason
+        return Outcome("failed", failure) if failure else _LOADING
 
     def _unload(self, entry: ModelFleets) -> None:
         """Retire the workers of a removed model when its last job has ended."""
@@ -195,7 +233,7 @@ class Reconciler:
         is_needed = ready and not old.ready_slots
         if failure := new.failure or ("" if is_needed else new.crash_loop_reason):
             log.error("reload failed, the old workers stay", extra=fields(model=old.name, why=failure))
-            entry.rejected = record
+            entry.rejected, entry.rejection = record, failure
             self._abort_incoming(entry)
             return
         keep = 0 if ready >= count else max(0, old.model.replicas - ready)

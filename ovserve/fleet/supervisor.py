@@ -40,7 +40,7 @@ from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.model_queue import ModelStatus
 from ovserve.fleet.desired import DesiredModel, desired_models
 from ovserve.fleet.fleets import Fleet, Slot, load_failure
-from ovserve.fleet.reconciler import Reconciler
+from ovserve.fleet.reconciler import Outcome, Reconciler
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
@@ -70,6 +70,9 @@ class Supervisor:
         launcher: starts the workers.
         on_serving: called in the supervisor thread with a profile and settings when the workers of a reload have taken
             over, and the old workers get no more jobs.
+
+    Attributes:
+        on_outcome: called in the supervisor thread when `outcomes` has changed.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Supervisor:
         self._dispatcher = dispatcher
         self._launcher = launcher
         self._on_serving = on_serving
+        self.on_outcome: Callable[[], None] | None = None
         self._settings = settings
         self._longest_job_s = settings.max_timeout_s  # maximum over all settings so far: jobs of each may still run
         self._written_off: list[tuple[WorkerProcess, Fleet]] = []  # survived SIGKILL
@@ -151,6 +155,10 @@ class Supervisor:
         # A request that was checked against the new catalog must not reach workers that are about to be retired.
         with self._changed:
             self._changed.wait_for(lambda: not self._calls, timeout=_CALL_TIMEOUT_S)
+
+    def outcomes(self) -> Mapping[str, Outcome]:
+        """Return what has become of each model's options since the start or the newest `reload`, by model name."""
+        return self._reconciler.outcomes
 
     def set_resident(self, name: str, is_resident: bool) -> None:
         """Keep a model's workers always, or only while it has unfinished jobs; then the first job starts them."""
@@ -221,12 +229,14 @@ class Supervisor:
                 self._calls[0]()
             finally:
                 self._calls.popleft()  # not before: `reload` and `wait_reloaded` wait for an empty list
-        now = time.monotonic()
+        now, outcomes = time.monotonic(), self._reconciler.outcomes
         for fleet in self._reconciler.fleets():
             for slot in list(fleet.slots):
                 self._update(slot, now)
         if self._stop_by is None:
             self._reconciler.reconcile()
+            if self.on_outcome and self._reconciler.outcomes != outcomes:
+                self.on_outcome()
         self._reap_written_off()
         with self._changed:
             self._changed.notify_all()

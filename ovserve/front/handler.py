@@ -117,6 +117,10 @@ class ConnectionContext(Protocol):
         """Shared by the connection threads."""
 
     @property
+    def closes_connections(self) -> bool:
+        """Whether responses close their connections, because the server will drain soon."""
+
+    @property
     def is_draining(self) -> bool:
         """Whether each connection ends after its current exchange."""
 
@@ -458,7 +462,7 @@ class Connection:
 
     def _connection_field(self, exchange: HttpExchange) -> bytes:
         """Decide whether the connection persists, and return its Connection field line."""
-        if not exchange.can_keep() or self._context.is_draining:
+        if not exchange.can_keep() or self._context.closes_connections or self._context.is_draining:
             exchange.keeps_connection = False
             return b"Connection: close\r\n"
         return b"Connection: keep-alive\r\n" if exchange.head.version == "1.0" else b""
@@ -470,6 +474,7 @@ class Connection:
     def _reject(self, error: ApiError) -> None:
         """Answer a malformed or late head, and linger so that the client receives the answer. Raises ClientGone."""
         request_id = new_request_id()
+        self._context.api.count_refused(error)
         self.in_flight = True
         try:
             sent = self.transport.send(self._responses.closing_error(error, request_id))

@@ -58,7 +58,8 @@ class Listener(ThreadingHTTPServer):
         access: the rules and keys; `configure` replaces the object.
         rejections: limits the log lines of connections that send no valid request, or find none free.
         host, port: where it listens; the actual port when the configured one is 0. Of a Unix socket: its path, and 0.
-        is_draining: connections end after their current exchange.
+        closes_connections: responses close their connections; new ones are still accepted.
+        is_draining: connections end after their current exchange, and uploads in progress are rejected.
     """
 
     daemon_threads = True  # the interpreter waits for no thread at exit; `stop` does, with a limit
@@ -86,6 +87,7 @@ class Listener(ThreadingHTTPServer):
         self._exhaustion = LogLimit("out of file descriptors")
         self._origins, self._refused_origins = OriginRule(settings), RefusedOrigins()
         self.run_token = RunToken()
+        self.closes_connections = False
         self.is_draining = False
         self.request_queue_size = settings.backlog
         # An IPv6 address may be written as in a URL.

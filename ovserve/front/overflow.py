@@ -1,4 +1,4 @@
-"""Connections beyond the limit: answers health checks, and everything else with 503, on one thread that never blocks.
+"""Connections beyond the limit: answers health checks and metrics, and others with 503, on a thread that never blocks.
 
     accept thread ──offer──▶ HEAD ──▶ ANSWER ──▶ LINGER until the client closes
 
@@ -19,11 +19,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ovserve.api.exchange import Chunk, Form, JsonReply, StreamReply, windows_of
+from ovserve.api.exchange import Chunk, Form, JsonReply, RouteMatch, StreamReply, windows_of
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError, ClientGone, TooManyConnections
 from ovserve.front.handler import ConnectionContext
-from ovserve.front.http1.head import Head, HeadParser
+from ovserve.front.http1.head import HeadParser
 from ovserve.front.http1.response import JSON_TYPE
 from ovserve.front.request import Request, escape_for_log, internal_error, new_request_id
 from ovserve.logs import fields
@@ -44,8 +44,8 @@ def too_many_connections() -> TooManyConnections:
     )
 
 
-class _HealthExchange(Request):
-    """A health check as the API sees it: it has no body and must not wait."""
+class _ExemptExchange(Request):
+    """A request that is served beyond the limit, as the API sees it: it has no body and must not wait."""
 
     def read_form(self) -> Form:
         """Raise TooManyConnections."""
@@ -65,6 +65,7 @@ class _OverflowConnection:
         self.deadline = time.monotonic() + context.settings.overflow_timeout_s
         self.parser = HeadParser(context.settings)
         self.data = b""
+        self.origin: str | None = None  # field of its request
         self.answer: memoryview | None = None
         self.linger_bytes = context.settings.linger_bytes  # that may still be discarded
 
@@ -175,28 +176,44 @@ class Overflow:
         if not data:
             raise ClientGone("the client closed the connection before its head was complete")
         connection.data += data
-        head = None
         try:
-            head = connection.parser.parse(connection.data)
-            if head is None:
+            try:
+                request = self._check_head(connection)
+            except ApiError as error:
+                self._context.api.count_refused(error)
+                raise
+            if request is None:
                 raise BlockingIOError
-            buffers: Sequence[bytes | memoryview] = self._answer_health(head, connection)
+            buffers: Sequence[bytes | memoryview] = self._answer(*request)
         except ApiError as error:
-            origin = head.fields.get("origin") if head else None
-            buffers = self._context.responses.closing_error(error, new_request_id(), origin)
+            buffers = self._context.responses.closing_error(error, new_request_id(), connection.origin)
             why = escape_for_log(error.message)
             self._context.rejections.log(
                 log, logging.INFO, "rejected %d", error.status, address=connection.address, why=why
             )
         connection.answer = memoryview(b"".join(buffers))
 
-    def _answer_health(self, head: Head, connection: _OverflowConnection) -> list[bytes | memoryview]:
-        """Return the answer to a health check. Raises TooManyConnections for other requests, and ApiError."""
-        api = self._context.api
-        match = api.match(head.method, head.path)
-        if not match.is_health:
+    def _check_head(self, connection: _OverflowConnection) -> tuple[_ExemptExchange, RouteMatch] | None:
+        """Return the request if it is served even at the limit; None until its head is complete.
+
+        Raises:
+            TooManyConnections: it is another request.
+            ApiError: its head is malformed, or it needs a key that it does not have.
+        """
+        head = connection.parser.parse(connection.data)
+        if head is None:
+            return None
+        connection.origin = head.fields.get("origin")
+        match: RouteMatch = self._context.api.match(head.method, head.path)
+        if not match.is_exempt:
             raise too_many_connections()
-        exchange = _HealthExchange(head, connection.address)
+        exchange = _ExemptExchange(head, connection.address)
+        self._context.access.check(exchange, match)
+        return exchange, match
+
+    def _answer(self, exchange: _ExemptExchange, match: RouteMatch) -> list[bytes | memoryview]:
+        """Return the answer to a request. Raises ApiError and ClientGone."""
+        api = self._context.api
         try:
             reply = api.answer(exchange, match)
         except (ApiError, ClientGone):
@@ -218,7 +235,7 @@ class Overflow:
                 headers=reply.headers,
                 origin=exchange.header("origin"),
             )
-            return [response_head] if head.method == "HEAD" else [response_head, *windows_of(chunks)]
+            return [response_head] if exchange.method == "HEAD" else [response_head, *windows_of(chunks)]
         finally:
             reply.close()
 

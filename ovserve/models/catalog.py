@@ -44,6 +44,13 @@ class Catalog:
     aliases: Mapping[str, str] = field(default_factory=dict)  # further names, `*` included, to the models' names
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def default_name(self) -> str:
+        """Name of the model for requests that name none; empty: they must name one."""
+        if self.default:
+            return self.name_of(self.default)
+        return next(iter(self.models)) if len(self.models) == 1 else ""
+
     def find(self, name: str | None) -> ServedModel:
         """Return the model with this name or alias; for None the default model, or the only one.
 
@@ -52,8 +59,8 @@ class Catalog:
             MissingParameter: `name` is None, there are several models and no default.
         """
         if name is None:
-            name = self.default or (next(iter(self.models)) if len(self.models) == 1 else None)
-        if name is None:
+            name = self.default_name
+        if not name:
             message = f"model is missing; choose one of: {_quoted(self.models)}."
             raise MissingParameter(message, param="model")
         found = self.models.get(self.name_of(name))

@@ -219,6 +219,13 @@ class Settings:
     port: int = _option(8000, "Port to listen on; 0: any free port.", low=0, high=65535, aliases=("rest_port",))
     models: tuple[ModelSettings, ...] = ()
     default_model: str = _option("", "Model for requests that name none; empty: the only model, if there is one.")
+    ready_models: str = _option(
+        "default",
+        "Models that readiness waits for: `default`: the model for requests that name none, or one of the models if "
+        "there is no such model; `any`: one of the models; `all`: every model.",
+        reason="a load balancer must not send requests to a server that answers them with 503",
+        choices=("default", "any", "all"),
+    )
     log_level: str = _option("info", "Lowest level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "Format of log lines.", choices=("text", "json"))
     # Access.
@@ -457,6 +464,15 @@ class Settings:
     )
     grace_period_s: float = _option(
         30.0, "Time for jobs in flight to finish after SIGTERM.", low=0, high=86400, unit="seconds"
+    )
+
+    shutdown_delay_s: float = _option(
+        0.0,
+        "Time after SIGTERM in which readiness is false but requests are still served; the drain begins after it.",
+        reason="behind a load balancer, set it above the time that its health checks need to notice",
+        low=0,
+        high=3600,
+        unit="seconds",
     )
 
     # Spool.

@@ -164,7 +164,7 @@ DIFFERENCES = (
     Difference(
         "srv.config.reload_changed",
         None,
-        "The fault tests check reloads; the reply is 200 as soon as the new workers start.",
+        "The fault tests check reloads; the reply is 200 when the new workers serve, 202 while they load.",
     ),
     Difference("srv.metrics.disabled", 200, "Metrics are always on."),
     Difference("srv.options", 204, "The reply to OPTIONS has no content."),

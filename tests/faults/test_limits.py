@@ -64,6 +64,12 @@ def test_deadline_ends_jobs_on_the_device_and_in_the_queue(plain: FaultServer) -
 def test_full_tmpfs_is_503_and_later_requests_succeed(tiny: Path) -> None:
     with FaultServer(tiny) as server, server.client() as client:
         hog = tiny / "other"
+        hog.write_bytes(b"x" * (1800 << 10))
+        status, document = server.fetch("/v2/health/ready")
+        assert status == 503
+        assert "the file system of the spool is full" in str(document)
+        hog.unlink()
+        assert server.fetch("/v2/health/ready")[0] == 200
         hog.write_bytes(b"x" * (1536 << 10))
         files = {"image": ("a.png", b"\x89PNG\r\n\x1a\n" + b"y" * (1 << 20))}
         reply = client.post("/v3/images/edits", data={"prompt": "echo"}, files=files)
@@ -172,6 +178,42 @@ def test_reload_changes_the_limits_only_when_the_new_workers_are_ready(tmp_path:
         reload(12)
         live.until(lambda: len(live.logged("new workers have taken over")) == 2)
         assert steps_taken() == [12]
+
+
+def test_failed_reload_is_reported_by_the_reply_the_config_and_the_metrics(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+
+    def write(**plugin: object) -> None:
+        config.write_text(f"[[model]]\npath = '{BUILTIN_PATH}'\nplugin_config = '{json.dumps(plugin)}'")
+
+    write()
+    options = ("--config", str(config), "--admin_key", "sk-admin")
+    with FaultServer(tmp_path / "spool", *options) as live, live.client() as client:
+        client.headers["authorization"] = "Bearer sk-admin"
+        write(capacity=3)
+        reply = client.post("/v1/config/reload?wait_s=30")
+        assert (reply.status_code, reply.json()["reload"]["state"]) == (200, "done")
+        assert live.logged("new workers have taken over")
+        write(load="hang")
+        reply = client.post("/v1/config/reload?wait_s=0.1")
+        assert (reply.status_code, reply.json()["reload"]["state"]) == (202, "loading")
+        assert client.get(reply.headers["location"]).json()["state"] == "loading"
+        write(load="fail broken weights")
+        reply = client.post("/v1/config/reload?wait_s=30")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "reload_failed")
+        assert "broken weights" in reply.json()["error"]["message"]
+        assert live.generate(client, "echo").status_code == 200
+        part = client.get("/v1/config").json()["ovserve-builtin"]
+        assert part["model_version_status"][0]["state"] == "AVAILABLE"
+        assert (part["reload"]["number"], part["reload"]["state"]) == (3, "failed")
+        assert "ovserve_reload_failed 1.0" in client.get("/metrics").text
+        config.write_text("max_images = 'x'")
+        live.signal(signal.SIGHUP)
+        live.until(lambda: client.get("/v1/config/reload/status").json()["number"] == 4)
+        live.until(lambda: "max_images" in client.get("/v1/config/reload/status").json()["error"])
+        write()
+        assert client.post("/v1/config/reload?wait_s=30").status_code == 200
+        assert "ovserve_reload_failed 0.0" in client.get("/metrics").text
 
 
 def test_reload_while_the_model_loads_takes_effect(tmp_path: Path) -> None:

@@ -141,6 +141,21 @@ def test_drain_ends_at_the_grace_period_and_the_client_gets_an_outcome(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_shutdown_delay_serves_requests_but_is_not_ready(tmp_path: Path) -> None:
+    with FaultServer(tmp_path, "--shutdown_delay_s", "3") as server:
+        model = server.model_status()["id"]
+        with server.client() as client:
+            started = time.monotonic()
+            server.signal(signal.SIGTERM)
+            server.until(lambda: server.fetch("/v2/health/ready")[0] == 503)
+            assert server.fetch(f"/v2/models/{model}/ready") == (503, {"ready": False, "reason": "draining"})
+            reply = server.edit(client, "echo")
+            assert (reply.status_code, reply.headers["connection"]) == (200, "close")
+            assert time.monotonic() - started < 3
+        assert server.wait() == 0
+        assert time.monotonic() - started >= 3
+
+
 def test_upload_in_progress_gets_503_and_does_not_delay_the_stop(tmp_path: Path) -> None:
     with FaultServer(tmp_path, "--grace_period_s", "60", "--body_grace_s", "60") as server:
         with RawClient(server.port) as client:

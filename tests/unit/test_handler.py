@@ -167,6 +167,11 @@ def test_answer_arrives_although_the_client_still_sends_its_upload(running: Any)
             assert client.read_rest() == b""
 
 
+def test_malformed_head_is_counted(client: RawClient, api: ToyApi) -> None:
+    assert client.send(b"GET / HTTP/1.1\nHost: a.test\n\n").read_response().status == 400
+    assert api.refused.get(timeout=10) == "malformed_request"
+
+
 def test_malformed_chunk_is_400_and_ends_the_connection(client: RawClient) -> None:
     data = request("/echo", JSON + b"Transfer-Encoding: chunked\r\n", b'8\r\n{"a": 1}XX', "POST")
     response = client.send(data + b"y" * 100_000).read_response()

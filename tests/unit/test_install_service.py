@@ -90,7 +90,10 @@ def test_keys_are_copied_before_each_reload(machine: Path) -> None:
     assert reloads[0] == ""  # clears the commands of the unit
     assert [line.partition("=")[2] for line in lines if line.startswith("ExecStartPre=")] == [reloads[1]]
     assert "/etc/ovserve.keys /run/ovserve/keys" in reloads[1]
-    assert reloads[2] == unit()["ExecReload"]
+    text = UNIT.read_text("utf-8")
+    assert reloads[2:] == [line.partition("=")[2] for line in text.splitlines() if line.startswith("ExecReload=")]
+    assert " check " in reloads[2]
+    assert reloads[3] == unit()["ExecReload"]
     assert "Environment=OVSERVE_API_KEY_FILE=/run/ovserve/keys" in lines
 
 

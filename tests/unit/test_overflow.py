@@ -11,7 +11,7 @@ import pytest
 
 from ovserve.front.listener import Listener
 from tests.rawclient import RawClient
-from tests.toyapi import serving
+from tests.toyapi import ToyApi, serving
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: a.test\r\n\r\n"
 
@@ -45,6 +45,30 @@ def test_malformed_request_is_400(full: Listener) -> None:
     with RawClient(full.port) as client:
         response = client.send(b"GET / HTTP/1.1\nHost: a.test\n\n").read_response()
         assert (response.status, response.code) == (400, "malformed_request")
+
+
+def test_rejected_requests_are_counted(full: Listener) -> None:
+    for request in (b"GET / HTTP/1.1\nHost: a.test\n\n", b"GET /echo HTTP/1.1\r\nHost: a.test\r\n\r\n", HEALTH):
+        with RawClient(full.port) as client:
+            client.send(request).read_response()
+    api = full.api
+    assert isinstance(api, ToyApi)
+    assert [api.refused.get_nowait(), api.refused.get_nowait()] == ["malformed_request", "too_many_connections"]
+    assert api.refused.empty()  # a health check counts as a request of its route
+
+
+def test_exempt_request_that_is_no_health_check_is_served_with_a_key() -> None:
+    limits = {"max_connections": 1, "api_key": "sk-one"}
+    with serving(**limits) as (listener, api), RawClient(listener.port) as first:
+        first.send(b"GET /wait HTTP/1.1\r\nHost: a.test\r\nAuthorization: Bearer sk-one\r\n\r\n")
+        assert api.seen.get(timeout=10) == "/wait"
+        for fields, status in ((b"", 401), (b"Authorization: Bearer sk-one\r\n", 200)):
+            with RawClient(listener.port) as client:
+                client.send(b"GET /operator HTTP/1.1\r\nHost: a.test\r\n" + fields + b"\r\n")
+                assert client.read_response().status == status
+        assert api.refused.get_nowait() == "invalid_api_key"
+        api.release()
+        assert first.read_response().status == 200
 
 
 def test_only_get_and_head_on_a_health_path_are_served(full: Listener) -> None:

@@ -192,6 +192,38 @@ def test_limits_of_a_model_change_without_new_processes(system: MemorySystem) ->
     assert system.serving == [changed]
 
 
+def outcomes(system: MemorySystem) -> dict[str, tuple[str, str]]:
+    return {name: (outcome.state, outcome.reason) for name, outcome in system.supervisor.outcomes().items()}
+
+
+def test_outcome_of_a_reload_is_done_when_its_workers_are_ready(system: MemorySystem) -> None:
+    system.until(lambda: outcomes(system) == {"a": ("done", ""), "b": ("done", "")})
+    system.reload(A, dataclasses.replace(B, device="GPU"))
+    system.until(lambda: outcomes(system) == {"a": ("done", ""), "b": ("done", "")})
+    system.reload(A)
+    system.until(lambda: outcomes(system) == {"a": ("done", "")})
+
+
+def test_outcome_is_loading_until_the_new_workers_are_ready(system: MemorySystem) -> None:
+    settings = system._settings(A, dataclasses.replace(B, plugin_config="hang"))
+    system.supervisor.reload(settings, system._profiles(settings))
+    system.until(lambda: outcomes(system)["a"] == ("done", ""))
+    assert outcomes(system)["b"] == ("loading", "")
+
+
+def test_outcome_of_a_rejected_record_is_failed_with_the_reason_until_the_next_reload(system: MemorySystem) -> None:
+    system.reload(A, dataclasses.replace(B, plugin_config="fail"))
+    assert outcomes(system) == {"a": ("done", ""), "b": ("failed", "cannot load")}
+    assert system.serve("b") is State.DONE
+    system.reload(A, B)
+    assert outcomes(system) == {"a": ("done", ""), "b": ("done", "")}
+
+
+def test_outcome_of_a_new_model_that_cannot_load_is_failed(system: MemorySystem) -> None:
+    system.reload(A, B, ModelSettings(name="c", plugin_config="fail"))
+    system.until(lambda: outcomes(system).get("c") == ("failed", "cannot load"))
+
+
 def test_replicas_change_by_single_processes(system: MemorySystem) -> None:
     system.reload(dataclasses.replace(A, replicas=4), B)
     system.until(lambda: system.ready("a") == 4)

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import errno
 import hashlib
+import itertools
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ovserve.api.exchange import FileReply, JsonReply, Reply, windows_of
-from ovserve.api.routes import ROUTES, ImagesApi, match_route
+from ovserve.api.exchange import FileReply, JsonReply, Reply, ServerEvent, StreamReply, windows_of
+from ovserve.api.reloads import ModelReload, ReloadStatus
+from ovserve.api.routes import ROUTES, ImagesApi, Match, Route, match_route
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.errors import (
     ApiError,
     BadRequest,
+    ClientGone,
+    DeadlineExceeded,
+    InternalError,
+    InvalidValue,
     MethodNotAllowed,
     ModelNotFound,
     NotFound,
     RangeNotSatisfiable,
+    ReloadFailed,
     SettingsError,
 )
-from ovserve.settings.options import Settings
+from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.local.spool import Spool
 from tests.forms import FakeForm, catalog
 
@@ -167,6 +176,36 @@ def test_readiness_paths_are_503_with_the_reason_and_need_no_key(api: ImagesApi,
     assert b'"reason":"' in b"".join(map(bytes, reply.chunks))  # type: ignore[arg-type]
 
 
+def ready_status(api: ImagesApi, which: str, default: str, *ready: str) -> int:
+    api.dispatcher.remove_model("m")
+    api.catalog = catalog(ModelSettings(name="a"), ModelSettings(name="b"), default=default)
+    api.settings = dataclasses.replace(api.settings, ready_models=which)
+    for name in "ab":
+        api.dispatcher.add_model(name, 4, is_resident=name not in ready)  # without workers, one on demand is ready
+    reply = answer(api, FakeExchange("GET", "/v2/health/ready"))
+    assert isinstance(reply, JsonReply)
+    return reply.status
+
+
+@pytest.mark.parametrize(
+    ("which", "default", "ready", "status"),
+    [
+        ("default", "a", "a", 200),
+        ("default", "a", "b", 503),
+        ("default", "", "b", 200),
+        ("default", "", "", 503),
+        ("any", "a", "b", 200),
+        ("any", "a", "", 503),
+        ("all", "a", "a", 503),
+        ("all", "a", "ab", 200),
+    ],
+)
+def test_readiness_waits_for_the_configured_models(
+    api: ImagesApi, which: str, default: str, ready: str, status: int
+) -> None:
+    assert ready_status(api, which, default, *ready) == status
+
+
 def test_page_policy_allows_only_its_own_script_and_style(api: ImagesApi) -> None:
     reply = answer(api, FakeExchange("GET", "/"))
     assert isinstance(reply, FileReply)
@@ -243,6 +282,72 @@ def test_reload_reports_a_wrong_configuration(api: ImagesApi) -> None:
     assert isinstance(answer(api, FakeExchange("POST", "/v1/config/reload")), JsonReply)
     with pytest.raises(BadRequest, match="port=x"):
         answer(api, FakeExchange("POST", "/v1/config/reload"))
+
+
+def reload_document(api: ImagesApi, **query: str) -> tuple[int, dict[str, Any]]:
+    exchange = FakeExchange("POST", "/v1/config/reload")
+    exchange.query = query
+    exchange.wait = lambda *_: False  # type: ignore[method-assign]
+    reply = answer(api, exchange)
+    assert isinstance(reply, JsonReply)
+    assert reply.headers == ({"location": "/v1/config/reload/status"} if reply.status == 202 else {})
+    return reply.status, json.loads(b"".join(map(bytes, windows_of(reply.chunks))))
+
+
+def test_reload_answers_200_when_the_workers_serve(api: ImagesApi) -> None:
+    statuses = [
+        ReloadStatus(1, models={"m": ModelReload("loading")}),
+        ReloadStatus(1, models={"m": ModelReload("done")}),
+    ]
+    api.reload_status = lambda: statuses.pop(0)
+    status, document = reload_document(api)
+    assert (status, document["reloaded"], document["reload"]["state"]) == (200, True, "done")
+
+
+def test_reload_answers_202_with_the_status_to_ask_while_workers_load(api: ImagesApi) -> None:
+    api.reload_status = lambda: ReloadStatus(1, models={"m": ModelReload("loading")})
+    status, document = reload_document(api, wait_s="0.05")
+    assert (status, document["reloaded"], document["reload"]["state"]) == (202, False, "loading")
+
+
+def test_reload_whose_workers_fail_is_500_with_the_reason_and_in_the_metrics(api: ImagesApi) -> None:
+    api.reload_status = lambda: ReloadStatus(3, models={"m": ModelReload("failed", "no weights")})
+    with pytest.raises(ReloadFailed, match="model m: no weights") as caught:
+        reload_document(api)
+    assert (caught.value.status, caught.value.code) == (500, "reload_failed")
+    page = api.metrics.page()
+    assert b"ovserve_reload_failed 1.0" in page
+    assert b"ovserve_reloads_total 3.0" in page
+
+
+@pytest.mark.parametrize("wait_s", ["", "soon", "-1", "nan", "inf", "3601"])
+def test_reload_with_an_invalid_wait_is_rejected_before_the_reload(api: ImagesApi, wait_s: str) -> None:
+    for _ in range(2):  # the fixture's second reload would fail
+        with pytest.raises(InvalidValue, match="wait_s"):
+            reload_document(api, wait_s=wait_s)
+
+
+@pytest.mark.parametrize(
+    ("reload", "shown"),
+    [
+        (ReloadStatus(), None),
+        (ReloadStatus(2, is_reading=True), {"number": 2, "state": "loading", "reason": ""}),
+        (ReloadStatus(2, error="port=x"), {"number": 2, "state": "failed", "reason": "port=x"}),
+        (
+            ReloadStatus(2, models={"m": ModelReload("failed", "no weights")}),
+            {"number": 2, "state": "failed", "reason": "no weights"},
+        ),
+    ],
+)
+def test_config_shows_the_newest_reload(api: ImagesApi, reload: ReloadStatus, shown: object) -> None:
+    api.reload_status = lambda: reload
+    reply = answer(api, FakeExchange("GET", "/v1/config"))
+    assert isinstance(reply, JsonReply)
+    document = json.loads(b"".join(map(bytes, windows_of(reply.chunks))))
+    assert document["m"].get("reload") == shown
+    reply = answer(api, FakeExchange("GET", "/v1/config/reload/status"))
+    assert isinstance(reply, JsonReply)
+    assert json.loads(b"".join(map(bytes, windows_of(reply.chunks))))["state"] == reload.state
 
 
 @pytest.mark.parametrize(
@@ -322,6 +427,44 @@ def test_range_outside_a_stored_picture_is_416(api: ImagesApi) -> None:
     assert open_pictures() == []
 
 
+def counted(api: ImagesApi, events: Callable[[], Generator[ServerEvent, None, None]], read: int) -> dict[str, float]:
+    """Serve a stream, read some of its events and close it; return the counts of its route by status."""
+    route = Route("GET", "/stream", "A stream.", lambda *_: StreamReply(events()))
+    match = Match(route, {}, (route,), is_open=True, is_health=False)
+    reply = api.answer(FakeExchange("GET", "/stream"), match)
+    assert isinstance(reply, StreamReply)
+    assert b'route="/stream"' not in api.metrics.page()  # it has not ended
+    with contextlib.suppress(ApiError, ClientGone, KeyError):
+        for _ in itertools.islice(reply.events, read):
+            pass
+    reply.close()
+    found = re.findall(rb'ovserve_http_responses_total\{route="/stream",status="(\d+)"\} (\S+)', api.metrics.page())
+    return {status.decode(): float(number) for status, number in found}
+
+
+@pytest.mark.parametrize(
+    ("error", "read", "status"),
+    [
+        (None, 9, "200"),
+        (None, 1, "499"),
+        (InternalError("broken"), 9, "500"),
+        (DeadlineExceeded("late"), 9, "504"),
+        (ClientGone("gone"), 9, "499"),
+        (KeyError("bug"), 9, "500"),
+    ],
+)
+def test_stream_is_counted_when_it_ends_and_with_its_outcome(
+    api: ImagesApi, error: Exception | None, read: int, status: str
+) -> None:
+    def events() -> Generator[ServerEvent, None, None]:
+        yield ServerEvent("", [b"accepted"])
+        yield ServerEvent("piece", [b"{}"])
+        if error:
+            raise error
+
+    assert counted(api, events, read) == {status: 1.0}
+
+
 @pytest.mark.parametrize(
     ("method", "path", "is_health"),
     [
@@ -336,7 +479,13 @@ def test_range_outside_a_stored_picture_is_416(api: ImagesApi) -> None:
     ],
 )
 def test_only_health_checks_are_exempt_from_the_connection_limit(method: str, path: str, is_health: bool) -> None:
-    assert match_route(method, path).is_health is is_health
+    match = match_route(method, path)
+    assert (match.is_health, match.is_exempt) == (is_health, is_health)
+
+
+def test_metrics_are_exempt_from_the_connection_limit_but_need_a_key() -> None:
+    match = match_route("GET", "/metrics")
+    assert (match.is_exempt, match.is_health, match.is_open) == (True, False, False)
 
 
 def test_match_has_the_row_its_placeholders_and_the_rows_of_the_path() -> None:

@@ -196,6 +196,42 @@ def test_capacity_is_the_size_of_the_tmpfs_and_its_fallback(tiny: Path, tmp_path
     pair.close()
 
 
+def test_file_system_that_other_files_fill_makes_the_spool_unusable(tiny: Path) -> None:
+    spool = Spool(tiny, 64 * MIB)
+    assert (spool.unusable_reason, spool.free_bytes) == ("", MIB)
+    (tiny / "other").write_bytes(b"x" * (MIB - 200_000))
+    assert "the file system of the spool is full" in spool.unusable_reason
+    assert spool.free_bytes < 200_000
+    (tiny / "other").unlink()
+    assert spool.unusable_reason == ""
+    spool.close()
+
+
+def test_segments_in_flight_do_not_make_the_spool_unusable(tiny: Path) -> None:
+    spool = Spool(tiny, 64 * MIB)
+    segment = spool.create(MIB - 100_000, reserve=MIB - 100_000)
+    assert spool.free_bytes < 200_000
+    assert spool.unusable_reason == ""
+    segment.release()
+    spool.close()
+
+
+def test_file_system_without_free_inodes_makes_the_spool_unusable(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = os.statvfs(spool.directory)
+    full = os.statvfs_result([*found[:5], 10, 0, 0, *found[8:]])
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    assert "is full: 0 bytes" in spool.unusable_reason
+
+
+def test_fallback_counts_as_free_space(tiny: Path, tmp_path: Path) -> None:
+    spool = Spool(tiny, 64 * MIB, fallback=tmp_path / "disk")
+    (tiny / "other").write_bytes(b"x" * (MIB - 50_000))
+    assert (spool.unusable_reason, spool.free_bytes) == ("", 64 * MIB)
+    spool.close()
+
+
 def test_concurrent_growth_never_exceeds_the_limit(tmp_path: Path) -> None:
     spool = Spool(tmp_path, 100 * 1000)
     rejected = []

@@ -26,6 +26,10 @@ from ovserve.wire.local.folder import FULL_RETRY_S, NO_DESCRIPTOR_ERRNOS, NO_SPA
 
 __all__ = ["Spool", "SpoolSegment", "default_directory"]
 
+# Below this much space for requests, counted as if none were in flight, the server is not ready. A photograph and its
+# result take about as much. In a smaller spool, it is a quarter of the capacity.
+_MIN_FREE_BYTES = 4 * 1024 * 1024
+_MIN_FREE_SHARE = 4
 _POOL_SHARE = 4  # the pool may hold at most 1/4 of the spool's capacity: the rest is for requests in flight
 
 log = logging.getLogger(__name__)
@@ -224,6 +228,17 @@ def _file_system_bytes(folder: Path) -> int:
     return found.f_blocks * found.f_frsize or sys.maxsize  # 0: a tmpfs without a limit
 
 
+def _free_bytes(folder: Path) -> int:
+    """Return how many bytes of the folder's file system are free; sys.maxsize if it has no limit or is unknown."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:  # the folder has vanished; the next `create` reports it
+        return sys.maxsize
+    if found.f_files and not found.f_favail:
+        return 0  # no file can be created, whatever its size
+    return found.f_bavail * found.f_frsize if found.f_blocks else sys.maxsize
+
+
 class Spool:
     """The front end's folder of segments, with a limit on their total size. Thread-safe: yes, one lock.
 
@@ -261,8 +276,27 @@ class Spool:
 
     @property
     def unusable_reason(self) -> str:
-        """Why the spool directory cannot be used, or "". After a failure, each read of this property tries again."""
-        return self._folder.unusable_reason
+        """Why the spool cannot be used, or "". After a failure, each read of this property tries again.
+
+        It cannot be used either when other files leave no space on its file system. Segments in flight do not count:
+        they are gone soon, and a server under load stays ready.
+        """
+        if reason := self._folder.unusable_reason:
+            return reason
+        free = self._free_file_system_bytes() + self._used_bytes
+        if free < min(_MIN_FREE_BYTES, self.capacity_bytes // _MIN_FREE_SHARE):
+            return f"the file system of the spool is full: {free} bytes are left for requests"
+        return ""
+
+    @property
+    def free_bytes(self) -> int:
+        """How many bytes of requests fit now, by the limit and by the space on the file systems."""
+        return max(0, min(self._limit_bytes - self._used_bytes, self._free_file_system_bytes()))
+
+    def _free_file_system_bytes(self) -> int:
+        """Return the free space on the file systems, pooled files included: they are removed when space is needed."""
+        folders = [self.directory] if self.fallback is None else [self.directory, self.fallback.path]
+        return sum(map(_free_bytes, folders)) + self.file_pool.size_bytes
 
     @property
     def capacity_bytes(self) -> int:
