@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 
 from ovserve.errors import ImageError, InternalError
-from ovserve.logs import fields
+from ovserve.logs import LogLimit, fields
 from ovserve.pixels.counts import FileFacts, inspect
 from ovserve.pixels.images import Limits, Pixels, check_size, decode_image, extract_colour_profile
 from ovserve.wire.local.processes import describe_exit, raise_oom_score
@@ -180,6 +180,7 @@ class Decoder:
         self._clock = clock
         self._lock = threading.Lock()
         self._child: _Child | None = None
+        self._log_limit = LogLimit("messages about image files")
         self._failed_starts = 0
         self._start_again_at = 0.0
 
@@ -229,6 +230,7 @@ class Decoder:
         """End the decoding process. Idempotent."""
         with self._lock:
             self._replace()
+        self._log_limit.stop()
 
     def _decode_in_child(self, file: _File) -> DecodedImage:
         for attempt in (1, 2):
@@ -242,10 +244,8 @@ class Decoder:
             except (_Died, ValueError) as error:
                 self._replace()
                 exitcode = error.exitcode if isinstance(error, _Died) else None
-                log.warning(
-                    "decoding process failed",
-                    extra=fields(job=file.job, field=file.name, size=file.size, why=str(error)),
-                )
+                values = {"job": file.job, "field": file.name, "size": file.size, "why": error}
+                self._log_limit.log(log, logging.WARNING, "decoding process failed", **values)
                 if exitcode == -signal.SIGKILL and attempt == 1:
                     continue
                 if exitcode in (-signal.SIGPROF, -signal.SIGXCPU):
@@ -259,7 +259,7 @@ class Decoder:
             finally:
                 os.close(source)
                 os.close(target)
-                child.log_output(file.job, file.name)
+                child.log_output(self._log_limit, file.job, file.name)
             if "memory" in reply:
                 raise file.rejected(f"decoding {file.size} pixels takes more than {file.memory_bytes} bytes of memory")
             raise ImageError(str(reply.get("error", "")), param=file.name)
@@ -278,7 +278,7 @@ class Decoder:
                 self._child.wait_until_ready(self._limits.wall_s)
             except (_Died, OSError, ValueError) as error:  # TimeoutError is an OSError
                 if self._child is not None:
-                    self._child.log_output("", "")
+                    self._child.log_output(self._log_limit, "", "")
                 self._replace()
                 self._failed_starts += 1
                 log.log(logging.ERROR, _FAILED_START, extra=fields(attempt=self._failed_starts, why=str(error)))
@@ -396,15 +396,13 @@ class _Child:
         self._output += text[: LOGGED_BYTES - len(self._output)]
         return bool(text)
 
-    def log_output(self, job: str, name: str) -> None:
+    def log_output(self, limit: LogLimit, job: str, name: str) -> None:
         """Log what the process has written to standard error since the last call: the first bytes and the counts."""
         self._read_output()
         if self._output_bytes:
-            log.warning(
-                "decoder messages: %s",
-                self._output.decode("utf-8", "replace").strip(),
-                extra=fields(job=job, field=name, lines=self._output_lines, bytes=self._output_bytes),
-            )
+            text = self._output.decode("utf-8", "replace").strip()
+            values = {"job": job, "field": name, "lines": self._output_lines, "bytes": self._output_bytes}
+            limit.log(log, logging.WARNING, "decoder messages: %s", text, **values)
         self._output, self._output_bytes, self._output_lines = b"", 0, 0
 
     def close(self) -> None:

@@ -102,7 +102,7 @@ def test_restarts_in_turn_lose_no_request(tmp_path: Path, kind: str, delay_s: in
                 except httpx.TransportError as error:
                     outcomes[repr(error)] += 1
 
-    with instance(tmp_path, ports[0], delay_s) as first, instance(tmp_path, ports[1], delay_s) as second:
+    with instance(tmp_path, ports[0], delay_s) as first, instance(tmp_path, ports[1], delay_s) as second:  # noqa: SIM117 - one line would be too long
         with proxy(kind, tmp_path, ports) as url:
             images = [TINY_PNG, LARGE_PNG] * (CLIENTS // 2)
             threads = [threading.Thread(target=ask, args=(url, image)) for image in images]
