@@ -33,7 +33,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             usage_error(f"unknown command {name[:100]!r}{nearest(name, list(COMMANDS))}")
     run = importlib.import_module(f"ovserve.cli.{name}").run
-    return int(run(rest))
+    try:
+        return int(run(rest))
+    finally:
+        _flush_standard_streams()
+
+
+def _flush_standard_streams() -> None:
+    """Flush standard output and standard error, and discard what cannot be written.
+
+    The interpreter flushes them at exit, and would turn the exit code into 120 if that fails.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 def _open_standard_streams() -> None:

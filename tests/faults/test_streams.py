@@ -16,6 +16,12 @@ START_LIMIT_S = 60
 SERVE = [*PINNED, "--port", "0", "--model_path", BUILTIN_PATH]
 
 
+@pytest.fixture(autouse=True)
+def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffer the streams as by default: the flush at exit is what can fail."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
 def start(redirection: str, *arguments: str) -> subprocess.Popen[str]:
     """Start the server from a shell with a redirection."""
     command = [sys.executable, "-m", "ovserve", *arguments]

@@ -42,7 +42,8 @@ _BEGIN = rb"(?i:data:)|iVBORw0KGgo|\\?/9j\\?/|R0lGOD|UklGR|Qk[0-3]|SUkqA|TU0AK|A
 _begin = re.compile(_BEGIN)
 BEGIN_BYTES = 16  # within which a text shows how it begins
 # Everything up to the next string that may be a picture or has no closing quotation mark.
-_ORDINARY = re.compile(rb'(?:[^"]*+"(?!%b)(?:[^"\\]++|\\.)*+")*+[^"]*+' % _BEGIN, re.DOTALL)
+# An atomic group and not `(...)*+`: Python 3.11.2, as in Debian 12, matches nested possessive repeats wrongly.
+_ORDINARY = re.compile(rb'(?>(?:[^"]*+"(?!%b)(?:[^"\\]++|\\.)*+")*)[^"]*+' % _BEGIN, re.DOTALL)
 _BLANKS = b"\r\n\t "
 # Escapes that encoders write in base64 text inside a JSON string: PHP escapes the slash, .NET the plus sign, Gson the
 # equals sign, and some break the text into lines. Any other escape is not valid base64.
