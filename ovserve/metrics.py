@@ -35,11 +35,10 @@ WATCHED = {
     "ovserve_spool_bytes": Watched("Bytes of uploads, requests and results in flight in the spool."),
     "ovserve_spool_warm_bytes": Watched("Bytes of spool files kept mapped for the next uploads."),
     "ovserve_spool_free_bytes": Watched(
-        "Bytes of requests that the spool can hold now, by its limit and by the free space of its file systems."
+        "Bytes still available in the spool: what its limit or the free space of its file systems allows, if less."
     ),
     "ovserve_spool_limit_bytes": Watched(
-        "Capacity of the spool in bytes: spool_bytes, or the size of its file system and of the fallback's together "
-        "if that is less."
+        "Capacity of the spool in bytes: spool_bytes, or the total size of its file systems if that is less."
     ),
 }
 

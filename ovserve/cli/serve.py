@@ -72,8 +72,8 @@ def parse_arguments(
 def _take_environment() -> dict[str, str]:
     """Return a copy of the environment, and remove the secrets from the original and from `sys.argv`.
 
-    Every spawned process inherits the environment, and multiprocessing sends it `sys.argv`. A worker, which decodes
-    strangers' files, must not have the keys.
+    Every spawned process inherits the environment, and multiprocessing sends it `sys.argv`. Workers decode untrusted
+    files, so they must not have the API keys.
     """
     environment = dict(os.environ)
     secrets = {name for name, (entry, _) in options_of(Settings).items() if not entry.repr}
@@ -124,9 +124,9 @@ def _exit_code(error: StartupError) -> ExitCode:
 
 
 def _end(code: int) -> int:
-    """Return the exit code, or end the process here where a worker survived SIGKILL.
+    """Return the exit code. If a worker survived SIGKILL, end the process here.
 
-    At interpreter exit multiprocessing joins every child, without a timeout.
+    A normal exit would wait for it without a timeout: multiprocessing joins every child.
     """
     if left := multiprocessing.active_children():
         log.error(

@@ -10,13 +10,13 @@ Invariants:
   calls into the CallQueue, which wakes it through an eventfd.
 - One lock guards the queues, the counts and the status of the models. It is never held across a read, a write or a file
   operation.
-- A job changes state only through Job.move and Job.settle. `_settle` calls Job.settle and counts it, exactly once for
-  each job.
+- A job changes state only through Job.move and Job.settle. Only `_settle_locked` calls Job.settle. It removes the job
+  from `_in_flight` the first time and does nothing on later calls.
 - A worker's reports are checked against its assigned jobs. A worker that reports on a job that is not assigned to it,
   writes more than it announced or sends an invalid message is detached like a dead one; the supervisor terminates its
   process.
-- A job whose worker died is requeued once and runs alone then. A second death fails it. A death does not count for jobs
-  that the worker had not read.
+- If a worker dies, the jobs that it had read are retried once, each alone on a worker. If that worker dies too, the job
+  fails. Jobs that it had not read are requeued without using up their retry.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Dispatcher:
     Args:
         spool: stores requests and results for the workers.
         settings: limits; a reload passes new ones to `add_model`.
-        on_change: called in the dispatcher thread when a worker becomes ready or was detached (see WorkerState.ready
-            and WorkerState.lost).
+        on_change: called when a worker becomes ready or is detached (in the dispatcher thread), and when a job is
+            admitted for a model without workers (in the thread of the caller).
 
     Attributes:
         polled_at: monotonic start of the last completed loop iteration; every report sent before it has been read.
@@ -100,6 +100,8 @@ class Dispatcher:
     def admit(self, job: Job) -> None:
         """Add a job to its model's queue. An admitted job is always settled.
 
+        Returns without admitting the job if its exchange has already ended.
+
         Raises:
             ModelNotFound: there is no such model.
             NotReady: the model is loading for the first time, or is being unloaded.
@@ -125,9 +127,9 @@ class Dispatcher:
             model.queue.push(ticket)
             self._in_flight.add(job)
             self._next_deadline = min(self._next_deadline, job.deadline)
-            is_demand = not model.workers
+            has_no_workers = not model.workers
         self._calls.wake()
-        if is_demand and self.on_change:
+        if has_no_workers and self.on_change:
             self.on_change()  # a model that is not resident gets its workers
 
     def cancel(self, job: Job) -> bool:
@@ -189,7 +191,7 @@ class Dispatcher:
             name: the model's name.
             queue_limit: how many jobs may wait for it.
             settings: new settings after a reload; they replace those of the constructor.
-            is_resident: it has workers always; otherwise jobs are admitted while it has none, and start them.
+            is_resident: whether the model always has workers; otherwise they are started when a job arrives.
         """
         self._settings = settings or self._settings
         largest = largest_picture_bytes(self._settings, name)
@@ -244,7 +246,7 @@ class Dispatcher:
                 self._settle_locked(ticket.job, State.FAILED, model.failed_error(self._settings.failed_retry_s))
 
     def clear_failure(self, name: str) -> None:
-        """Withdraw the declaration of `fail_model`."""
+        """Undo `fail_model`."""
         with self._lock:
             if model := self._models.get(name):
                 model.failure = ""
@@ -379,8 +381,7 @@ class Dispatcher:
         Args:
             worker: the worker, whose link is not closed yet.
             why: the reason, for the log.
-            is_broken: whether it was detached for its behaviour and not because it died; the supervisor kills it at
-                once then.
+            is_broken: whether the worker is alive but misbehaves; the supervisor then kills it at once.
         """
         link = worker.link
         self._poll.unregister(link.readiness)
@@ -421,7 +422,7 @@ class Dispatcher:
                 worker.model.queue.requeue(ticket)
 
     def _send(self, worker: AttachedWorker, message: Message) -> None:
-        # When it is closed, `_read_reports` meets the end and requeues the jobs, after the worker's last reports.
+        # If the link is closed, ignore it: `_read_reports` will read the remaining reports and detach the worker.
         with contextlib.suppress(LinkClosed):
             worker.link.send(message)
 

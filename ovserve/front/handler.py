@@ -65,13 +65,15 @@ from ovserve.wire.blobs import BlobStore
 
 __all__ = ["Connection", "ConnectionContext"]
 
-MAX_DISCARD_BYTES = 64 * 1024  # of an unread body: receiving fewer is cheaper than a new connection
+MAX_DISCARD_BYTES = (
+    64 * 1024
+)  # read and drop up to this much of an unread body to keep the connection; beyond it, close
 CLIENT_GONE = 499  # status in the log when the client left before it was answered
-# An empty line before a request is ignored (RFC 9112 section 2.2), and does not begin one: some clients send it after a
-# body.
+# Some clients send an extra line break after a body. It does not begin a request (RFC 9112 section 2.2), so the
+# connection still counts as idle.
 NO_REQUEST_YET = (b"", b"\r", b"\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
-BATCH_BYTES = 256 * 1024  # of a response in one system call; a longer one is written, and produced, in several
+BATCH_BYTES = 256 * 1024  # responses are produced and sent in pieces of about this size
 # The answer to OPTIONS *, which is about the server as a whole: RFC 9110 section 9.3.7.
 SERVER_OPTIONS = FileReply(b"", "", 204, {"Allow": ", ".join(sorted(METHODS))})
 EVENTS_TYPE = "text/event-stream"
@@ -270,7 +272,7 @@ class Connection:
             return False
         self._is_first = False
         match: RouteMatch = self._context.api.match(head.method, head.path)
-        # Sticky, because health checkers reuse their connections.
+        # Stays set while this connection waits for its next request: a health checker reuses its connection.
         self._run_handle.is_urgent = match.is_health
         self.in_flight = True
         started = time.perf_counter()
@@ -391,7 +393,10 @@ class Connection:
         return self._write_whole(exchange, reply.status, reply.media_type, [reply.content], reply.headers)
 
     def _write_error(self, exchange: HttpExchange, error: ApiError) -> int:
-        """Write the error as the response. Raises ClientGone if a response has begun, which can only be aborted."""
+        """Write the error as the response.
+
+        Raises ClientGone if a response head was sent: the connection can only be closed.
+        """
         if exchange.status:
             raise ClientGone("an error occurred after the response had begun")
         exchange.error = error
@@ -416,7 +421,7 @@ class Connection:
 
         Raises:
             ClientGone: the client is gone, or reads too slowly.
-            OSError: what the content is read from has failed.
+            OSError: reading the content failed.
         """
         length = sum(map(len, chunks))
         head = self._responses.head(
@@ -431,7 +436,7 @@ class Connection:
         )
         has_content = exchange.method != "HEAD" and status not in NO_CONTENT
         batches = _batches([head, *chunks] if has_content else [head])
-        first = next(batches)  # what fails before the first byte is written becomes an error response
+        first = next(batches)  # before anything is sent, so that a failure can still become an error response
         exchange.status = status
         return self.transport.send_batches(itertools.chain([first], batches))
 

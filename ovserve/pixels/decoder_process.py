@@ -1,8 +1,8 @@
 """The decoding process: decodes one image file at a time for the worker that spawned it.
 
 It imports Pillow and numpy, and no OpenVINO. `ovserve.pixels.decoder` is the worker's side and describes the exchange.
-The process limits itself for each file; the defaults of the signals then end it: SIGPROF for CPU time. Runs in: the
-decoding process, a child of a worker.
+Before each file the process sets its own memory and CPU limits. When the CPU time is used up, SIGPROF (default action:
+terminate) ends it. Runs in: the decoding process, a child of a worker.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ovserve.wire.local.processes import bind_to_parent
 
 __all__ = ["MESSAGE_BYTES", "main"]
 
-MESSAGE_BYTES = 8192  # of one message, both ways
+MESSAGE_BYTES = 8192  # maximum size of a message in either direction
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_SPARE_CPU_S = 2  # RLIMIT_CPU counts whole seconds; it ends the process where the timer does not
-_TRIM_BYTES = 16 << 20  # memory kept by the allocator above which it is asked to give it back
+_SPARE_CPU_S = 2  # RLIMIT_CPU counts whole seconds, and fires only if the timer did not
+_TRIM_BYTES = 16 << 20  # call malloc_trim when the address space has grown by more than this
 
 
 def main(descriptor: int, parent: int) -> NoReturn:
@@ -41,8 +41,8 @@ def main(descriptor: int, parent: int) -> NoReturn:
         parent: the worker's process id; this process ends with it.
     """
     bind_to_parent(parent)
-    Image.MAX_IMAGE_PIXELS = None  # replaced by our own limit
-    warnings.simplefilter("ignore")  # of Pillow, about a client's file
+    Image.MAX_IMAGE_PIXELS = None  # disabled: `Limits` is checked instead
+    warnings.simplefilter("ignore")  # ignore Pillow's warnings about client files
     bmp_rle.register()
     link = socket.socket(fileno=descriptor)
     _warm_up()

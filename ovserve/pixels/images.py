@@ -27,7 +27,7 @@ from ovserve.pixels.colour import (
     space_of_codes,
 )
 from ovserve.pixels.png import SIGNATURE, Png, read_png
-from ovserve.pixels.tiff import check_tiff, gray_levels
+from ovserve.pixels.tiff import gray_levels, prepare_tiff
 
 __all__ = [
     "FORMATS",
@@ -88,7 +88,7 @@ def decode_image(data: bytes | memoryview, name: str, limits: Limits) -> Pixels:
             # Its orientation does not count, as in browsers; the TIFF reader would apply it.
             image.info.pop("xmp", None)
             if isinstance(image, TiffImageFile):
-                check_tiff(image)
+                prepare_tiff(image)
             box = _first_frame_box(image, data)
             image.load()
             # Read the orientation after load: the TIFF reader applies it itself and drops the tag.
@@ -112,10 +112,12 @@ def extract_colour_profile(data: bytes | memoryview) -> bytes:
     `decode_image` converts them to sRGB.
     """
     data = bytes(data)
-    png = read_png(data) if data.startswith(SIGNATURE) else None
-    with Image.open(io.BytesIO(png.stream if png else data), formats=FORMATS) as image:
-        profile = _profile(image, png)
-        return profile if _is_kept(profile, image) else b""
+    if data.startswith(SIGNATURE):
+        profile = png_profile(read_png(data, needs_pixels=False))
+        return profile if _is_kept(profile, "") else b""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        profile = _profile(image, None)
+        return profile if _is_kept(profile, image.mode) else b""
 
 
 def _profile(image: Image.Image, png: Png | None) -> bytes:
@@ -123,8 +125,8 @@ def _profile(image: Image.Image, png: Png | None) -> bytes:
     return profile
 
 
-def _is_kept(profile: bytes, image: Image.Image) -> bool:
-    return icc_kind(profile) == "RGB" and len(profile) <= MAX_KEPT_PROFILE_BYTES and image.mode != "CMYK"
+def _is_kept(profile: bytes, mode: str) -> bool:
+    return icc_kind(profile) == "RGB" and len(profile) <= MAX_KEPT_PROFILE_BYTES and mode != "CMYK"
 
 
 def check_size(width: int, height: int, name: str, limits: Limits) -> None:
@@ -203,7 +205,7 @@ def _apply_orientation(pixels: Pixels, orientation: int) -> Pixels:
 def _to_srgb(image: Image.Image, png: Png | None, name: str) -> Pixels:
     """Return the pixels of a loaded image, in sRGB or in the space of a profile that is kept."""
     profile = _profile(image, png)
-    if _is_kept(profile, image):
+    if _is_kept(profile, image.mode):
         return _to_pixels(image, png, name)
     kind = icc_kind(profile)
     if kind == "CMYK" and image.mode == "CMYK":

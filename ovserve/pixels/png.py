@@ -39,8 +39,12 @@ class Png:
     ancillary: dict[bytes, bytes] = field(default_factory=dict)
 
 
-def read_png(data: bytes) -> Png:
+def read_png(data: bytes, *, needs_pixels: bool = True) -> Png:
     """Read the chunks of a file that begins with SIGNATURE, up to IEND (section 5).
+
+    Args:
+        data: the file.
+        needs_pixels: False: end at the pixel data, which then is not checked, and `stream` is empty.
 
     Raises:
         ValueError: the file is truncated, a critical chunk is damaged or missing, or there are more than MAX_CHUNKS.
@@ -57,6 +61,8 @@ def read_png(data: bytes) -> Png:
         end = at + 12 + length
         if end > len(data):
             raise ValueError("the file is truncated")
+        if kind == b"IDAT" and head and not needs_pixels:
+            return Png(b"", head[8], head[9], ancillary)
         if kind in _CRITICAL:
             _check(view[at:end], kind)
         if not head:

@@ -1,6 +1,6 @@
-"""What the tags of a TIFF file say about its samples, where Pillow reads them otherwise or not at all.
+"""Correct or reject TIFF files whose samples Pillow would decode wrongly.
 
-A file is decoded right or refused: Pillow opens some kinds of samples without their scale, sign or meaning.
+Pillow opens some kinds of samples without their scale, sign or meaning.
 Runs in: worker.
 
 References are to TIFF 6.0 (Adobe, 1992); tags above 700 to the TIFF/EP and DNG specifications.
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImagePalette
 from PIL.TiffImagePlugin import TiffImageFile
 
-__all__ = ["check_tiff", "gray_levels"]
+__all__ = ["gray_levels", "prepare_tiff"]
 
 _SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC, _COLOUR_MAP, _INK_SET = 254, 258, 259, 262, 320, 332
 _SAMPLE_FORMAT, _SUBSAMPLING, _DNG_VERSION = 339, 530, 50706
@@ -25,8 +25,8 @@ _SIGNED = 2
 _CMYK_INKS = 1
 
 
-def check_tiff(image: TiffImageFile) -> None:
-    """Check that the samples of an opened file have one meaning, which the decoder knows; correct its palette.
+def prepare_tiff(image: TiffImageFile) -> None:
+    """Reject an opened file that cannot be decoded correctly, and repair an 8-bit palette.
 
     Raises:
         ValueError: the samples are signed, in unknown inks or subsampled, or belong to a preview.
@@ -49,7 +49,7 @@ def check_tiff(image: TiffImageFile) -> None:
 
 
 def gray_levels(image: Image.Image, wide: NDArray[Any]) -> NDArray[Any]:
-    """Return gray samples of 9 to 16 bits on the scale 0 black to 65535 white; only TIFF files have others.
+    """Convert gray samples of 9 to 16 bits to the range 0 (black) to 65535 (white); other formats already use it.
 
     Args:
         image: the file.

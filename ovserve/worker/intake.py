@@ -1,4 +1,4 @@
-"""The jobs that wait for preparation, and a bound on the decoded pixels of those that are prepared.
+"""The queue of jobs to prepare, which stops giving out jobs while the prepared ones use too much memory.
 
     main thread ──put──▶ waiting ──take──▶ prepare thread ──hold──▶ device, finish thread ──release──▶
 
@@ -22,7 +22,7 @@ class Intake:
     Rules:
     - Jobs are taken in order, while the prepared ones hold less than the limit: they may exceed it by one job, and a
       job of any size is taken when no other holds pixels.
-    - Jobs that were stopped or have expired are taken first and without room: they only have to be reported.
+    - Jobs that were stopped or have expired are returned first, even when the limit is reached: they need no memory.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -52,10 +52,10 @@ class Intake:
         """Remove and return the next job to prepare; wait until there is one."""
         with self._changed:
             while True:
-                ended = next((job for job in self._waiting if _has_ended(job)), None)
-                if ended is not None:
-                    self._waiting.remove(ended)
-                    return ended
+                abandoned = next((job for job in self._waiting if _is_abandoned(job)), None)
+                if abandoned is not None:
+                    self._waiting.remove(abandoned)
+                    return abandoned
                 if self._waiting and sum(self._held.values()) < self._limit_bytes:
                     return self._waiting.popleft()
                 self._changed.wait(min((job.deadline.remaining() for job in self._waiting), default=None))
@@ -77,5 +77,5 @@ class Intake:
             self._changed.notify()
 
 
-def _has_ended(job: WorkerJob) -> bool:
+def _is_abandoned(job: WorkerJob) -> bool:
     return job.stopped.is_set() or job.deadline.is_expired()

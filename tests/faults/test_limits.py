@@ -269,7 +269,10 @@ def test_metrics_report_spool_use_and_worker_restarts(tmp_path: Path) -> None:
             "ovserve_worker_restarts_total": 0,
             "ovserve_spool_bytes": 0,
             "ovserve_spool_warm_bytes": 0,
+            "ovserve_spool_free_bytes": 16 << 20,
             "ovserve_spool_limit_bytes": 16 << 20,
+            "ovserve_reloads_total": 0,
+            "ovserve_reload_failed": 0,
         }
         sleeper = threading.Thread(target=server.edit, args=(client, "sleep 1"))
         sleeper.start()

@@ -31,8 +31,8 @@ from ovserve.wire.request import ImageRequest
 
 __all__ = ["Parameters", "parse_parameters"]
 
-MAX_IGNORED = 20  # names in a reply: a client that sends more of them is broken in another way
-MAX_IGNORED_CHARS = 100  # of such a name
+MAX_IGNORED = 20  # ignored names listed in one reply; further ones are dropped
+MAX_IGNORED_CHARS = 100  # longer names are cut to this length
 _FILLED = tuple((name, known.attribute) for name, known in FIELDS.items() if known.attribute)
 
 
@@ -43,12 +43,12 @@ class Parameters:
     Attributes:
         request: the record for the worker.
         model: the model that runs it.
-        stream, partial_images, response_format: form of the reply.
+        stream, partial_images, response_format: how to reply.
         quality: low, medium or high, never auto.
         timeout_s: the time limit from the request, or the default.
         safety_identifier: the client's identifier of the end user.
         moderation: whether the client asked for moderation, which is not implemented.
-        ignored: names of what the request contains and the picture does not depend on, at most MAX_IGNORED.
+        ignored: names of fields and uploads that were sent but have no effect on the picture, at most MAX_IGNORED.
     """
 
     request: ImageRequest
