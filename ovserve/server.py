@@ -28,7 +28,7 @@ from ovserve.errors import ModelsFailed, StartupError
 from ovserve.fleet.supervisor import Supervisor
 from ovserve.front.keys import read_admin_keys, read_keys
 from ovserve.front.listener import Listener
-from ovserve.logs import fields
+from ovserve.logs import configure_logs, fields
 from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog, ServedModel, read_catalog
 from ovserve.models.profile import ModelProfile
@@ -220,6 +220,9 @@ class Server:
             try:
                 settings = self._reread()
                 catalog, keys, admin_keys = read_catalog(settings), read_keys(settings), read_admin_keys(settings)
+                running = self._api.settings
+                if (settings.log_level, settings.log_format) != (running.log_level, running.log_format):
+                    configure_logs(settings.log_level, settings.log_format)
                 self._supervisor.reload(settings, _profiles(catalog))
                 with self._serving:
                     self._api.configure(settings, self._api.catalog.announcing(catalog))
@@ -322,7 +325,8 @@ RELOADED = frozenset((
     "max_prepared_bytes", "default_timeout_s",
     "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
     "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "api_key", "api_key_file",
-    "admin_key", "admin_key_file", "allowed_hosts",
+    "admin_key", "admin_key_file", "allowed_hosts", "log_level", "log_format", "decode_cpu_limit_s",
+    "decode_memory_limit_bytes",
 ))  # fmt: skip
 
 

@@ -77,8 +77,9 @@ def _take_environment() -> dict[str, str]:
     """
     environment = dict(os.environ)
     secrets = {name for name, (entry, _) in options_of(Settings).items() if not entry.repr}
-    for name in secrets:
-        os.environ.pop(f"{ENVIRONMENT_PREFIX}{name.upper()}", None)
+    for variable in environment:  # in every spelling that names the option
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable.removeprefix(ENVIRONMENT_PREFIX).lower() in secrets:
+            os.environ.pop(variable, None)
     is_value = False
     for index, argument in enumerate(sys.argv):
         name, equals, _ = argument.removeprefix("--").replace("-", "_").partition("=")

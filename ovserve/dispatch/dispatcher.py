@@ -406,6 +406,7 @@ class Dispatcher:
         """Requeue the job, or fail it. A death does not count for a job that the worker had not read."""
         job, link = ticket.job, worker.link
         ticket.failed_attempts += was_read
+        granted = [segment for segment in ticket.granted.values() if segment is not None]
         ticket.granted.clear()
         if was_read and ticket.failed_attempts > 1:
             log.error("second worker died with a job; job failed", extra=fields(job=job.id, worker=link.name, why=why))
@@ -414,7 +415,7 @@ class Dispatcher:
             return
         if was_read:
             log.warning("worker died with a job; job requeued", extra=fields(job=job.id, worker=link.name, why=why))
-        job.drop_results()
+        job.drop_results(granted)
         with self._lock:
             if worker.model.failure:
                 self._settle_locked(job, State.FAILED, worker.model.failed_error(self._settings.failed_retry_s))

@@ -17,6 +17,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -216,10 +217,20 @@ class Job:
         with self._lock:
             return sum(blob.size for blob in uploads) + sum(segment.reserved for segment in self._segments)
 
-    def drop_results(self) -> None:
-        """Drop the results of a dead worker: the next attempt produces every picture again."""
+    def drop_results(self, segments: Collection[Segment]) -> None:
+        """Drop the results of a dead worker: the next attempt produces every picture again.
+
+        Args:
+            segments: the segments granted to that worker. They are released, so that the next attempt has their space,
+                unless the handler sends pictures as they arrive and may be reading one.
+        """
         with self._lock:
             self.results.clear()
+            if self._closed or self.request.progress:
+                return
+            self._segments = [segment for segment in self._segments if segment not in segments]
+        for segment in segments:
+            segment.release()
 
     def close(self) -> None:
         """End the exchange: release every segment and the descriptor. Safe to call twice.

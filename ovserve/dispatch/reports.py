@@ -110,8 +110,10 @@ class ReportApplier:
 
         def grant(created: Segment | ApiError | None) -> None:
             ticket.allocating -= 1
-            if worker.assigned.get(job.id) is ticket:  # else the worker was detached meanwhile
+            if worker.assigned.get(job.id) is ticket:
                 self._grant(worker, ticket, message, created)
+            else:  # The job has ended. Without an answer, a worker that is still attached would keep the picture.
+                self._send(worker, Grant(job.id, message.picture, ""))
 
         ticket.allocating += 1
         # In order: each picture's grants answer its Needs one after the other.

@@ -75,9 +75,8 @@ class Slot:
         settings = self.fleet.settings
         if link.state.ready is None or link.state.phase in _LOADING:
             return max(settings.load_timeout_s, link.state.allow_s)
-        if link.state.phase == "idle":
-            return max(settings.idle_hang_limit_s, link.state.allow_s)
-        return max(settings.hang_limit_s, link.state.allow_s)
+        allow_s = min(link.state.allow_s, settings.load_timeout_s)  # the worker is not trusted
+        return max(settings.idle_hang_limit_s if link.state.phase == "idle" else settings.hang_limit_s, allow_s)
 
     def exceeded_limit(self, link: Link, silence_s: float, resident_bytes: int, default_limit_bytes: int) -> str:
         """Return which limit the worker exceeds, as the reason to kill it, or "".

@@ -26,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import threading
 import time
 import weakref
@@ -132,8 +131,11 @@ class Supervisor:
 
     def worker_pids(self) -> dict[str, int]:
         """Return the process id of each live worker, by its name `model/index#incarnation`."""
+        return {process.name: process.pid for process in self._live_processes()}
+
+    def _live_processes(self) -> list[WorkerProcess]:
         slots = [slot for fleet in self._reconciler.fleets() for slot in list(fleet.slots)]
-        return {slot.process.name: slot.process.pid for slot in slots if slot.process and not slot.exit_reason}
+        return [slot.process for slot in slots if slot.process and not slot.exit_reason]
 
     def restarts(self) -> dict[str, int]:
         """Return for each model how many workers have died or been killed since the start, without retired ones."""
@@ -179,11 +181,11 @@ class Supervisor:
         self._wake()
         if self._thread.is_alive():
             self._thread.join(deadline.remaining() + 2 * self._settings.terminate_timeout_s)
-        for name, pid in self.worker_pids().items():
+        for process in self._live_processes():
             # The supervisor thread has not ended them. While they run, multiprocessing keeps this process from exiting.
-            log.error("worker still running after the stop; killed", extra=fields(worker=name, pid=pid))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            log.error("worker still running after the stop; killed", extra=fields(worker=process.name, pid=process.pid))
+            with contextlib.suppress(ValueError):  # the thread has reaped it meanwhile
+                process.kill()
 
     # --- the supervisor thread ----------------------------------------------------------------------------------------
 
@@ -356,7 +358,7 @@ class Supervisor:
         slot.is_retired = True
         if slot.link is None:
             return
-        if not slot.ready_at:
+        if slot.link.state.ready is None:  # `ready_at` is set later than the dispatcher assigns the first job
             kill_at = min(kill_at, time.monotonic() + slot.fleet.settings.terminate_timeout_s)
         slot.kill_at = min(slot.kill_at, kill_at)
         self._dispatcher.retire(slot.link)

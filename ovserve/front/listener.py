@@ -45,6 +45,7 @@ MIN_IDLE_S = 1.0  # before a connection may be evicted: a client that has just b
 KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # seconds, seconds, probes
 EXHAUSTED_PAUSE_S = 0.05  # before the next attempt to accept when no spare descriptor could be opened
 UNIX_PEER = "unix"  # in place of an address
+_PROBE_S = 1.0  # for a process that listens on the Unix socket to accept a connection
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 log = logging.getLogger(__name__)
@@ -367,10 +368,13 @@ def _bind_private(listening: socket.socket, path: str) -> None:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise OSError(errno.EEXIST, "exists and is not a socket")
         with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(_PROBE_S)  # a stopped process with a full backlog would keep the start waiting
             try:
                 probe.connect(path)
             except ConnectionRefusedError:
                 os.unlink(path)
+            except (TimeoutError, BlockingIOError):
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
             else:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     old = os.umask(0o177)

@@ -61,6 +61,7 @@ START_ATTEMPTS = 3
 BACKOFF_S = (1.0, 60.0)  # after START_ATTEMPTS; doubled up to the second
 LOGGED_BYTES = 1000  # of a file's output on standard error
 _READ_BYTES = 65536
+_MIN_START_S = 5.0  # to start Python and import the decoders, however short the limit for a file is
 # The child gets the worker's module path and no more of its state than this.
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from ovserve.pixels.decoder_process import main; main({fd}, {parent})"
 _ENVIRONMENT = {
@@ -235,9 +236,10 @@ class Decoder:
     def _decode_in_child(self, file: _File) -> DecodedImage:
         for attempt in (1, 2):
             child = self._running_child()
-            source = _memory_file("encoded", len(file.encoded), file.encoded)
-            target = _memory_file("pixels", 4 * file.pixels + PROFILE_BYTES)
+            descriptors: list[int] = []
             try:
+                descriptors.append(source := _memory_file("encoded", len(file.encoded), file.encoded))
+                descriptors.append(target := _memory_file("pixels", 4 * file.pixels + PROFILE_BYTES))
                 reply = child.exchange(file.request(), (source, target), self._limits.wall_s)
                 if "shape" in reply:
                     return _read_result(reply, target, file.facts)
@@ -257,8 +259,8 @@ class Decoder:
                 self._replace()
                 raise file.rejected(f"decoding did not end within {self._limits.wall_s:g} s") from None
             finally:
-                os.close(source)
-                os.close(target)
+                for descriptor in descriptors:
+                    os.close(descriptor)
                 child.log_output(self._log_limit, file.job, file.name)
             if "memory" in reply:
                 raise file.rejected(f"decoding {file.size} pixels takes more than {file.memory_bytes} bytes of memory")
@@ -275,7 +277,7 @@ class Decoder:
         while True:
             try:
                 self._child = _Child(self._command)
-                self._child.wait_until_ready(self._limits.wall_s)
+                self._child.wait_until_ready(max(self._limits.wall_s, _MIN_START_S))
             except (_Died, OSError, ValueError) as error:  # TimeoutError is an OSError
                 if self._child is not None:
                     self._child.log_output(self._log_limit, "", "")

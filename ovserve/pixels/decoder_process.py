@@ -87,7 +87,7 @@ def _serve(request: dict[str, Any], source: int, target: int, base_bytes: int) -
         return {"error": f"{request['name']}: the decoded image does not have the size in its header ({error})"}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        _limit_soft(resource.RLIMIT_AS, resource.RLIM_INFINITY)
     return {"shape": list(pixels.shape), "profile": len(profile)}
 
 
@@ -95,13 +95,18 @@ def _limit(cpu_s: float, memory_bytes: int, base_bytes: int) -> None:
     """Limit the CPU time and the memory from now on, beyond what this process has used before."""
     if _address_space_bytes() > base_bytes + _TRIM_BYTES:
         ctypes.CDLL(None).malloc_trim(0)
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (base_bytes + memory_bytes, hard))
+    _limit_soft(resource.RLIMIT_AS, base_bytes + memory_bytes)
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    used_s = usage.ru_utime + usage.ru_stime
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used_s + cpu_s) + _SPARE_CPU_S, hard))
+    _limit_soft(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + cpu_s) + _SPARE_CPU_S)
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
+
+
+def _limit_soft(kind: int, value: int) -> None:
+    """Set a soft limit, at most to the hard one, which the service manager may have set."""
+    _, hard = resource.getrlimit(kind)
+    if hard != resource.RLIM_INFINITY and (value == resource.RLIM_INFINITY or value > hard):
+        value = hard
+    resource.setrlimit(kind, (value, hard))
 
 
 def _address_space_bytes() -> int:

@@ -51,7 +51,7 @@ LOAD_FAILED = 3  # exit code: the model cannot be loaded; the reason was sent as
 BROKEN = 4  # exit code: a thread of the worker has failed, or the link carried an invalid message
 _SPARE_JOBS = 2  # beyond those in the engine: one prepared and one being finished, so that the device never waits
 
-# A decoding process that has not replied within this share of the hang limit is killed: image and mask together, and an
+# A decoding process that has not replied within this share of hang_limit_s is killed: image and mask together, and an
 # attempt to start the process, must not reach the limit, at which the worker itself is killed.
 _DECODE_SHARE = 0.3
 

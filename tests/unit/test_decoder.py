@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
@@ -277,6 +278,50 @@ def test_a_process_that_hangs_without_cpu_time_is_killed() -> None:
         assert decode(toy, UNUSUAL).shape == (16, 16, 3)
     finally:
         toy.close()
+
+
+@pytest.mark.parametrize("kind", [resource.RLIMIT_AS, resource.RLIMIT_CPU])
+def test_limits_of_the_service_manager_are_kept(kind: int, leak_guard: None) -> None:
+    """A hard limit is finite when the service has LimitAS= or LimitCPU=."""
+    limit = 1 << 40 if kind == resource.RLIMIT_AS else 30
+
+    def limited(descriptor: int, parent: int) -> list[str]:
+        program = f"import resource; resource.setrlimit({kind}, ({limit}, {limit}))"
+        program += f"; from ovserve.pixels.decoder_process import main; main({descriptor}, {parent})"
+        return [sys.executable, "-c", program]
+
+    made = Decoder(DecodeLimits(10_000.0, 2 << 40, 30.0), command=limited)
+    try:
+        for _ in range(2):
+            assert decode(made, UNUSUAL).shape == (16, 16, 3)
+    finally:
+        made.close()
+
+
+def test_a_short_limit_for_a_file_does_not_apply_to_the_start(toy: Decoder) -> None:
+    made = Decoder(DecodeLimits(10.0, 1536 * MIB, 0.2))
+    try:
+        assert decode(made, UNUSUAL).shape == (16, 16, 3)
+    finally:
+        made.close()
+
+
+def test_no_descriptor_is_left_when_a_memory_file_cannot_be_made(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode(decoder, UNUSUAL)
+    create, before = os.memfd_create, len(os.listdir("/proc/self/fd"))
+
+    def failing(name: str, flags: int = 0) -> int:
+        if "pixels" in name:
+            raise OSError(errno.EMFILE, "too many open files")
+        return create(name, flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "memfd_create", failing)
+        with pytest.raises(OSError, match="too many open files"):
+            decode(decoder, UNUSUAL)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_file_whose_process_was_killed_is_tried_once_more(

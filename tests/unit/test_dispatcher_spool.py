@@ -153,6 +153,30 @@ def test_segment_allocated_after_its_worker_died_is_released(
     assert harness.wait_settled(job) is State.DONE  # the harness checks at its end that no segment is left
 
 
+def test_a_need_is_answered_though_its_job_ended_during_the_allocation(
+    harness: DispatcherHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = harness.add_worker()
+    may_allocate, created, create = threading.Event(), threading.Event(), harness.spool.create
+
+    def slow_create(max_bytes: int, reserve: int = 0) -> Any:
+        if reserve >= LARGE_BYTES:
+            created.set()
+            assert may_allocate.wait(PATIENCE_S)
+        return create(max_bytes, reserve=reserve)
+
+    monkeypatch.setattr(harness.spool, "create", slow_create)
+    job = harness.admit()
+    worker.expect(Run)
+    worker.send(Need(job.id, 0, LARGE_BYTES))
+    assert created.wait(PATIENCE_S)
+    worker.send(Failed(job.id, SpoolFull("no room").to_wire()))
+    assert harness.wait_settled(job) is State.FAILED
+    may_allocate.set()
+    assert worker.expect(Grant) == Grant(job.id, 0, "")
+    assert harness.admit().id == worker.serve()
+
+
 def test_small_picture_with_the_longest_prompts_is_granted(harness: DispatcherHarness) -> None:
     worker = harness.add_worker()
     job = harness.admit()

@@ -195,6 +195,8 @@ def test_backoff_doubles_up_to_its_limit_with_jitter(fleet: Fleet) -> None:
         (True, Heartbeat("idle", 7.0), 7),
         (True, Heartbeat("denoise"), 60),
         (True, Heartbeat("decode", 90.0), 90),
+        (True, Heartbeat("decode", 1e15), 300),
+        (True, Heartbeat("idle", 1e15), 300),
         (True, Heartbeat("encode", 1.0), 60),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import select
@@ -188,5 +189,18 @@ def test_closed_job_rejects_segments_and_events(spool: Spool) -> None:
 
 def test_drop_results_removes_the_results(job: Job, spool: Spool) -> None:
     job.results[0] = Result(spool.put(b"x"), 1, 7)
-    job.drop_results()
+    job.drop_results(())
     assert job.results == {}
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_drop_results_frees_the_space_unless_a_handler_may_read_it(spool: Spool, progress: bool) -> None:
+    job = make_job()
+    job.request = dataclasses.replace(job.request, progress=progress)
+    request, result = spool.put(b"request"), spool.put(b"result")
+    job.add_segment(request)
+    job.add_segment(result)
+    job.drop_results([result])
+    assert job.spool_bytes == request.reserved + progress * result.reserved
+    job.close()
+    assert spool.used_bytes == 0

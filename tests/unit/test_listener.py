@@ -353,3 +353,14 @@ def test_accepting_continues_when_no_spare_descriptor_can_be_opened() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert waiting.recv(100).startswith(b"HTTP/1.1 200 OK")
         served_again(listener)
+
+
+def test_a_unix_socket_whose_process_does_not_accept_is_in_use(tmp_path: Path) -> None:
+    """A stopped process keeps its socket, and a full backlog does not keep the start waiting."""
+    path = str(tmp_path / "admin.sock")
+    with socket.socket(socket.AF_UNIX) as stopped, socket.socket(socket.AF_UNIX) as queued:
+        stopped.bind(path)
+        stopped.listen(0)
+        queued.connect(path)
+        with socket.socket(socket.AF_UNIX) as second, pytest.raises(OSError, match="in use"):
+            listener_module._bind_private(second, path)
