@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -140,6 +141,19 @@ def test_trailer_limits_are_exact() -> None:
         for cuts in ([], list(range(300))):
             found = outcome(b"0\r\n" + field * number + b"\r\n", cuts, SMALL)
             assert found == ((b"", b"") if is_accepted else FieldsTooLarge)
+
+
+@pytest.mark.parametrize("position", range(62, 70))
+def test_error_of_a_trailer_does_not_depend_on_the_split(position: int) -> None:
+    """A CR without LF near the length limit: the first of both errors decides."""
+    data = b"0\r\na:" + b"x" * (position - 2) + b"\rx" + b"y" * 40
+    kinds = set()
+    for step in (1, 7, len(data)):
+        decoder = ChunkDecoder(SMALL)
+        with pytest.raises((MalformedRequest, FieldsTooLarge)) as raised:
+            _ = [decoder.feed(data[start : start + step], 0) for start in range(0, len(data), step)]
+        kinds.add(type(raised.value))
+    assert kinds == {MalformedRequest if position <= 65 else FieldsTooLarge}
 
 
 def test_framing_overhead_limit_is_exact() -> None:

@@ -132,9 +132,11 @@ class ChunkDecoder:
         end = data.find(b"\n", start)
         end = len(data) if end < 0 else end + 1
         self._line += data[start:end]
-        if _bare_cr.search(self._line, max(0, len(self._line) - (end - start) - 1)):
+        # The first error in the order of bytes decides, so that it does not depend on how the data was split.
+        limit = self._field_limit + 2
+        if _bare_cr.search(self._line, max(0, len(self._line) - (end - start) - 1), limit + 1):
             raise MalformedRequest("trailer section: CR without LF")
-        if len(self._line) > self._field_limit + 2:
+        if len(self._line) > limit:
             raise FieldsTooLarge(f"a trailer field is longer than {self._field_limit} bytes")
         if not self._line.endswith(b"\n"):
             return end
