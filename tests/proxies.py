@@ -49,6 +49,7 @@ defaults
     timeout server 120s
     option http-keep-alive
     option abortonclose
+    option http-no-delay
     http-reuse always
 frontend f
     bind 127.0.0.1:{port}

@@ -67,8 +67,8 @@ def test_each_event_of_a_stream_arrives_when_it_is_sent(proxied: str) -> None:
                 arrived.append(time.monotonic())
                 assert line == "event: image_generation.completed"
     assert len(arrived) >= 4
-    # Buffered events would arrive together at the end.
-    assert all(after - before > STEP_S / 2 for before, after in pairwise(arrived[:4]))
+    # Buffered events would arrive together at the end, delayed ones irregularly.
+    assert all(after - before > 0.7 * STEP_S for before, after in pairwise(arrived[:4]))
 
 
 @pytest.mark.parametrize("stream", [True, False])
