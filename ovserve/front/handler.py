@@ -57,7 +57,6 @@ from ovserve.front.http1.response import (
     reason_phrase,
 )
 from ovserve.front.request import Request, escape_for_log, internal_error, new_request_id
-from ovserve.front.run_token import RunHandle, RunToken
 from ovserve.front.transport import Transport
 from ovserve.logs import LogLimit, fields
 from ovserve.settings.options import Settings
@@ -113,10 +112,6 @@ class ConnectionContext(Protocol):
     @property
     def rejections(self) -> LogLimit:
         """Limits the log lines of rejected connections."""
-
-    @property
-    def run_token(self) -> RunToken:
-        """Shared by the connection threads."""
 
     @property
     def closes_connections(self) -> bool:
@@ -208,8 +203,7 @@ class Connection:
         self._responses = context.responses
         self.settings = context.settings
         self.spool = context.spool
-        self._run_handle = RunHandle(context.run_token)
-        self.transport = Transport(connection, context.settings.write_timeout_s, self._run_handle)
+        self.transport = Transport(connection, context.settings.write_timeout_s)
         self._parser = HeadParser(context.settings)
         self._is_first = True  # no request has been received yet
         # Guards `idle_since` and `_is_closing`, so that an idle connection is either closed or serves its next request.
@@ -220,7 +214,6 @@ class Connection:
 
     def serve(self) -> None:
         """Serve exchanges until the connection ends. Handles every error that a client can cause."""
-        self._run_handle.acquire()
         try:
             while self._serve_one():
                 pass
@@ -228,7 +221,6 @@ class Connection:
             log.debug("connection lost", extra=fields(address=self._address, why=str(gone)))
         finally:
             self._clear_idle()
-            self._run_handle.release()
 
     def close_idle(self, since: float) -> bool:
         """End the connection if it is still idle. Thread-safe: yes.
@@ -272,8 +264,6 @@ class Connection:
             return False
         self._is_first = False
         match: RouteMatch = self._context.api.match(head.method, head.path)
-        # Stays set while this connection waits for its next request: a health checker reuses its connection.
-        self._run_handle.is_urgent = match.is_health
         self.in_flight = True
         started = time.perf_counter()
         exchange = HttpExchange(self, head, self._context.proxies.client_address(self._address, head.fields))
@@ -292,8 +282,6 @@ class Connection:
 
     def _read_head(self) -> Head | None:
         """Return the next head; None when the connection ends between requests. Raises ApiError and ClientGone."""
-        # Otherwise a client that always has its next request ready would keep the token from the others.
-        self._run_handle.yield_to_waiters()
         transport, settings = self.transport, self.settings
         data = transport.take_pending()
         end = time.monotonic() + (settings.head_timeout_s if self._is_first else settings.idle_timeout_s)

@@ -31,7 +31,6 @@ from ovserve.front.http1.origins import OriginRule, is_loopback_host
 from ovserve.front.http1.response import Responses
 from ovserve.front.keys import Keys, read_admin_keys, read_keys
 from ovserve.front.overflow import Overflow
-from ovserve.front.run_token import RunToken
 from ovserve.logs import LogLimit, fields
 from ovserve.settings.access import ListenAddress, parse_listen
 from ovserve.settings.options import Settings
@@ -55,7 +54,7 @@ class Listener(ThreadingHTTPServer):
     """The HTTP server. Thread-safe: the properties and `stop`.
 
     Attributes:
-        settings, api, spool, responses, run_token, proxies: shared by its connections (`ConnectionContext`).
+        settings, api, spool, responses, proxies: shared by its connections (`ConnectionContext`).
         access: the rules and keys; `configure` replaces the object.
         rejections: limits the log lines of connections that send no valid request, or find none free.
         host, port: where it listens; the actual port when the configured one is 0. Of a Unix socket: its path, and 0.
@@ -87,7 +86,6 @@ class Listener(ThreadingHTTPServer):
         self.rejections = LogLimit("rejected connections")
         self._exhaustion = LogLimit("out of file descriptors")
         self._origins, self._refused_origins = OriginRule(settings), RefusedOrigins()
-        self.run_token = RunToken()
         self.closes_connections = False
         self.is_draining = False
         self.request_queue_size = settings.backlog
