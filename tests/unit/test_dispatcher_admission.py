@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import pytest
 
@@ -11,6 +11,7 @@ from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.jobs import Client, Job, State
 from ovserve.errors import Draining, ModelFailed, ModelNotFound, NotReady, QueueFull, SpoolFull
+from ovserve.wire.blobs import Segment
 from ovserve.wire.messages import Done, Run, Stop
 from tests.dispatcherharness import PATIENCE_S, SPOOL_BYTES, DispatcherHarness
 
@@ -161,9 +162,9 @@ class RemovingJob(Job):
 
     dispatcher: Dispatcher
 
-    def drop_results(self) -> None:
+    def drop_results(self, segments: Collection[Segment]) -> None:
         self.dispatcher.remove_model(self.model)
-        Job.drop_results(self)
+        Job.drop_results(self, segments)
 
 
 def test_model_removed_while_a_job_is_requeued_keeps_the_job(harness: DispatcherHarness) -> None:
