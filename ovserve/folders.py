@@ -21,7 +21,7 @@ def check_parent(directory: Path) -> None:
     """Check that other users cannot replace a folder in this directory.
 
     Others may read it. They may write it only if it has the sticky bit, as the directories of temporary files have:
-    then nobody but its owner can remove or rename a folder.
+    then only its owner can remove or rename a folder.
 
     Raises:
         PermissionError: with EPERM, they can.

@@ -1,6 +1,6 @@
 """Socket I/O of one connection; every wait has a time limit.
 
-What is possible at once is done without blocking. The kernel limits the waits of the other calls (SO_RCVTIMEO,
+Calls that need not wait do not block. The kernel limits the waits of the other calls (SO_RCVTIMEO,
 SO_SNDTIMEO). That is one system call, where Python's own socket timeouts need a poll before it.
 """
 
