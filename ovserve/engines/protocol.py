@@ -51,6 +51,8 @@ class Work:
         initial_image: uint8 (H, W, 3), RGB, already at width x height; None for text2image.
         mask_image: uint8 (H, W), 255 = repaint, 0 = keep, already pooled so that no thin mask vanishes on the latent
             grid; None unless inpainting.
+        reference_images: what a model that edits by reference sees beside the prompt, the edited image first: uint8
+            (h, w, 3), RGB, sides multiples of the profile's side_multiple_px; () means `initial_image` alone.
         width, height: working size, multiples of the profile's side_multiple_px.
         strength: 1.0 for text2image.
         scheduler: empty for the model's own.
@@ -76,6 +78,7 @@ class Work:
     seed: int
     initial_image: Pixels | None = None
     mask_image: Pixels | None = None
+    reference_images: tuple[Pixels, ...] = ()
     prompt_2: str = ""
     prompt_3: str = ""
     negative_prompt_2: str = ""
