@@ -6,6 +6,9 @@
     another worker key                  an incoming fleet starts beside the serving one and takes over when ready
     another one, whose workers fail     the serving fleet stays; not tried again until the next `set_desired`
 
+A worker that has finished `max_jobs_per_worker` jobs is worn: its fleet gets one more slot, and when the worker in that
+is ready, the worn one is retired.
+
 Runs in: the supervisor thread. No process is touched here: the supervisor starts the slots that are created, and ends
 those that are retired.
 """
@@ -209,7 +212,11 @@ class Reconciler:
             if not is_same:
                 self._on_serving(record)
         count = self._wanted_workers(record)
+        count += fleet.needs_successor(count)
         for slot in fleet.surplus_slots(count):
+            if slot.is_worn and slot.link is not None:
+                jobs = slot.link.state.jobs_done
+                log.info("worker is replaced by a fresh one", extra=fields(worker=slot.link.name, jobs=jobs))
             self._retire(slot)
         fleet.fill_slots(count)
 
