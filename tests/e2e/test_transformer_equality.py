@@ -7,7 +7,6 @@ the key that it misreads (FLUX.1), or the engine with the library's chat templat
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,22 +122,20 @@ class TransformerLibrary:
 
 def works_of(profile: ModelProfile, case: Case) -> list[Work]:
     """Return pictures of all modes whose prompts, steps, strengths and seeds differ."""
-    made = []
-    for place, (steps, strength) in enumerate(SCHEDULES):
-        for mode in case.modes:
-            made.append(
-                work_of(
-                    profile,
-                    mode,
-                    place,
-                    size=SIZE,
-                    num_inference_steps=steps,
-                    strength=strength if case.strength and mode != "text2image" else 1.0,
-                    guidance_scale=case.guidance,
-                    negative_prompt=case.negative_prompt,
-                )
-            )
-    return made
+    return [
+        work_of(
+            profile,
+            mode,
+            place,
+            size=SIZE,
+            num_inference_steps=steps,
+            strength=strength if case.strength and mode != "text2image" else 1.0,
+            guidance_scale=case.guidance,
+            negative_prompt=case.negative_prompt,
+        )
+        for place, (steps, strength) in enumerate(SCHEDULES)
+        for mode in case.modes
+    ]
 
 
 def check(model: str, precision: str, tmp_path: Path) -> None:
@@ -162,11 +159,10 @@ def check(model: str, precision: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def library_rules(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _library_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give Z-Image the library's template and guidance."""
     monkeypatch.setattr(ZImage, "chat", {"enable_thinking": False})
     monkeypatch.setattr("ovserve.engines.families.z_image.OffsetGuidance", RowGuidance)
-    yield
 
 
 @pytest.mark.parametrize("model", CASES)
