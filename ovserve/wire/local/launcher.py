@@ -8,6 +8,7 @@ import signal
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
 
+from ovserve.machine import machine_memory_bytes
 from ovserve.wire.blobs import WorkerBlobs
 from ovserve.wire.launcher import WorkerMain, WorkerSpec
 from ovserve.wire.local import processes
@@ -91,4 +92,4 @@ class LocalLauncher:
 
     def memory_bytes(self) -> int:
         """Return the memory of this machine, or of the control group of this process if that is less."""
-        return processes.machine_memory_bytes()
+        return machine_memory_bytes()
