@@ -324,7 +324,8 @@ RELOADED = frozenset((
     "models", "default_model", "ready_models", "max_images", "max_image_pixels", "max_image_side_px",
     "max_prepared_bytes", "default_timeout_s",
     "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
-    "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "api_key", "api_key_file",
+    "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "min_resident_s",
+    "api_key", "api_key_file",
     "admin_key", "admin_key_file", "allowed_hosts", "log_level", "log_format", "decode_cpu_limit_s",
     "decode_memory_limit_bytes",
 ))  # fmt: skip
@@ -373,6 +374,8 @@ def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
     metrics.watch("ovserve_spool_warm_bytes", lambda: [([], spool.file_pool.size_bytes)])
     metrics.watch("ovserve_spool_free_bytes", lambda: [([], spool.free_bytes)])
     metrics.watch("ovserve_spool_limit_bytes", lambda: [([], spool.capacity_bytes)])
+    metrics.watch("ovserve_model_loads_total", lambda: [([name], n) for name, n in supervisor.loads().items()])
+    metrics.watch("ovserve_model_unloads_total", lambda: [([name], n) for name, n in supervisor.unloads().items()])
     metrics.watch("ovserve_worker_restarts_total", lambda: [([name], n) for name, n in supervisor.restarts().items()])
 
 

@@ -40,6 +40,7 @@ from ovserve.dispatch.model_queue import ModelStatus
 from ovserve.fleet.desired import DesiredModel, desired_models
 from ovserve.fleet.fleets import Fleet, Slot, load_failure
 from ovserve.fleet.reconciler import Outcome, Reconciler
+from ovserve.fleet.residency import Limits, ModelView, Residency
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
@@ -102,8 +103,11 @@ class Supervisor:
         # Not closed in `stop`: a late call would write to a descriptor that has been reused.
         weakref.finalize(self, os.close, self._wakeup)
         self._reconciler = Reconciler(dispatcher, self._retire_for_reload, self._note_serving)
-        self._reconciler.set_desired(desired_models(settings, profiles))
-        self._reconciler.reconcile()
+        self._residency = Residency()
+        self._load_s: dict[str, float] = {}  # how long the model's last load took
+        self._loads: Counter[str] = Counter()
+        self._unloads: Counter[str] = Counter()
+        self._change_desired(desired_models(settings, profiles))
         dispatcher.on_change = self._wake
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
@@ -115,15 +119,18 @@ class Supervisor:
         self._thread.start()
 
     def wait_ready(self, deadline: Deadline) -> bool:
-        """Wait until a model has a ready worker; return False when all models have failed, or at the deadline."""
+        """Wait until a model has a ready worker, or none is loading and one is loaded on demand.
+
+        Return False when all models have failed, or at the deadline.
+        """
 
         def is_decided() -> bool:
             fleets = self._serving_fleets()
-            return any(fleet.ready_slots for fleet in fleets) or all(fleet.failure for fleet in fleets)
+            return any(fleet.ready_slots for fleet in fleets) or not any(map(_is_pending, fleets))
 
         with self._changed:
-            self._changed.wait_for(is_decided, timeout=deadline.remaining())
-            return any(fleet.ready_slots for fleet in self._serving_fleets())
+            is_over = self._changed.wait_for(is_decided, timeout=deadline.remaining())
+            return is_over and any(fleet.ready_slots or not fleet.failure for fleet in self._serving_fleets())
 
     def status(self) -> dict[str, ModelStatus]:
         """Return the status of each model, by name."""
@@ -152,7 +159,7 @@ class Supervisor:
         desired = desired_models(settings, profiles)
         for name, record in desired.items():
             if name not in self._reconciler.models:  # at once: requests that follow the new catalog may name it
-                self._dispatcher.add_model(name, record.model.queue_limit, settings)
+                self._dispatcher.add_model(name, record.model.queue_limit, settings, is_on_demand=record.model.is_lazy)
         self._queue_call(lambda: self._set_desired(settings, desired))
         # A request that was checked against the new catalog must not reach workers that are about to be retired.
         with self._changed:
@@ -162,9 +169,13 @@ class Supervisor:
         """Return what has become of each model's options since the start or the newest `reload`, by model name."""
         return self._reconciler.outcomes
 
-    def set_resident(self, name: str, is_resident: bool) -> None:
-        """Keep a model's workers always, or only while it has unfinished jobs; then the first job starts them."""
-        self._queue_call(lambda: self._reconciler.set_resident(name, is_resident))
+    def loads(self) -> dict[str, int]:
+        """Return for each model how often it has become ready after it had no ready worker."""
+        return {name: self._loads[name] for name in self._dispatcher.models()}
+
+    def unloads(self) -> dict[str, int]:
+        """Return for each model how often it was unloaded while it stayed in the configuration."""
+        return {name: self._unloads[name] for name in self._dispatcher.models()}
 
     def wait_reloaded(self, deadline: Deadline) -> bool:
         """Wait until all reloads are complete and the old workers have exited; return False at the deadline."""
@@ -194,8 +205,41 @@ class Supervisor:
             return
         self._settings = settings
         self._longest_job_s = max(self._longest_job_s, settings.max_timeout_s)
+        self._change_desired(desired)
+
+    def _change_desired(self, desired: Mapping[str, DesiredModel]) -> None:
         self._reconciler.set_desired(desired)
+        self._residency.configure(record.model for record in desired.values())
+        self._reconcile(time.monotonic())
+
+    def _reconcile(self, now: float) -> None:
+        """Decide how many workers each model should have, then take the steps towards that."""
+        before = self._reconciler.workers()
+        decision = self._residency.decide(now, self._views(), Limits(min_resident_s=self._settings.min_resident_s))
+        self._reconciler.set_workers(decision.workers, self._load_s)
+        self._unloads.update(name for name, count in before.items() if count and decision.workers.get(name) == 0)
         self._reconciler.reconcile()
+
+    def _views(self) -> list[ModelView]:
+        """Return what the residency policy sees of each model that is desired."""
+        statuses = self.status()
+        views = []
+        for name, entry in self._reconciler.models.items():
+            if entry.is_removed or name not in statuses:
+                continue
+            status, slots = statuses[name], [slot for fleet in entry for slot in fleet.slots]
+            views.append(
+                ModelView(
+                    options=self._reconciler.options_of(name),
+                    queued=status.queued,
+                    running=status.running,
+                    last_used_at=status.last_used_at,
+                    processes=sum(slot.process is not None for slot in slots),
+                    ready=sum(slot.is_ready for slot in slots),
+                    is_failed=bool(entry.serving.failure),
+                )
+            )
+        return views
 
     def _note_serving(self, record: DesiredModel) -> None:
         if self._on_serving:
@@ -232,11 +276,15 @@ class Supervisor:
             finally:
                 self._calls.popleft()  # not before: `reload` and `wait_reloaded` wait for an empty list
         now, outcomes = time.monotonic(), self._reconciler.outcomes
+        ready = {fleet.name for fleet in self._reconciler.fleets() if fleet.ready_slots}
         for fleet in self._reconciler.fleets():
             for slot in list(fleet.slots):
                 self._update(slot, now)
         if self._stop_by is None:
-            self._reconciler.reconcile()
+            self._loads.update(
+                {fleet.name for fleet in self._reconciler.fleets() if fleet.ready_slots} - ready  # each name once
+            )
+            self._reconcile(now)
             if self.on_outcome and self._reconciler.outcomes != outcomes:
                 self.on_outcome()
         self._reap_written_off()
@@ -332,6 +380,7 @@ class Supervisor:
         fleet.note_ready(slot, link, now)
         self._dispatcher.clear_failure(fleet.name)
         took_s = round(now - slot.started_at, 2)
+        self._load_s[fleet.name] = now - slot.started_at
         found = link.state.ready
         log.info(
             "worker ready",
@@ -433,3 +482,8 @@ class Supervisor:
                 log.error("worker survived SIGKILL", extra=fields(worker=process.name, pid=process.pid))
             return True
         return False
+
+
+def _is_pending(fleet: Fleet) -> bool:
+    """Return whether a fleet should have workers, and none of them has been ready yet or has failed."""
+    return bool(fleet.desired.workers) and not fleet.failure

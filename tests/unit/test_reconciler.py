@@ -60,7 +60,7 @@ def worker_main(
 class MemorySystem:
     """Dispatcher and supervisor over workers in memory."""
 
-    def __init__(self, *models: ModelSettings, **options: Any) -> None:
+    def __init__(self, *models: ModelSettings, wait: bool = True, **options: Any) -> None:
         self.blobs = MemoryBlobs()
         self.launcher = MemoryLauncher(worker_main, self.blobs)
         self.settings = self._settings(*models, **options)
@@ -71,7 +71,8 @@ class MemorySystem:
         )
         self.supervisor.start()
         self._ids = itertools.count()
-        self.until(lambda: all(self.ready(model.name) == model.replicas for model in models))
+        if wait:
+            self.until(lambda: all(self.ready(model.name) == model.replicas for model in models))
 
     @staticmethod
     def _settings(*models: ModelSettings, **options: Any) -> Settings:
@@ -255,7 +256,6 @@ def test_failed_record_is_not_tried_again_before_the_next_reload(system: MemoryS
     system.reload(A, broken)
     started = len(system.launcher.started)
     assert system.workers().keys() == {"a/0#0", "a/1#0", "b/0#0"}
-    system.supervisor.set_resident("a", True)  # any event: the loop runs again
     assert system.serve("b") is State.DONE
     assert len(system.launcher.started) == started
     system.reload(A, broken)
@@ -281,14 +281,71 @@ def test_removed_model_that_returns_is_served_again(system: MemorySystem) -> Non
     assert system.serve("b") is State.DONE
 
 
-def test_model_that_is_not_resident_has_workers_only_while_it_has_jobs(system: MemorySystem) -> None:
-    system.supervisor.set_resident("a", False)
+LAZY = dataclasses.replace(A, load="lazy", keep_alive_s=0.0)
+
+
+def state(system: MemorySystem, model: str) -> str:
+    return system.dispatcher.status(model).state
+
+
+def test_lazy_model_has_workers_only_while_it_has_jobs() -> None:
+    system = MemorySystem(LAZY, B, wait=False)
+    try:
+        assert system.supervisor.wait_ready(Deadline.after(PATIENCE_S))
+        system.until(lambda: system.workers().keys() == {"b/0#0"})
+        assert (state(system, "a"), system.dispatcher.status("a").ready) == ("unloaded", True)
+        assert system.serve("a") is State.DONE
+        system.until(lambda: system.workers().keys() == {"b/0#0"} and state(system, "a") == "unloaded")
+        assert system.supervisor.loads()["a"] == 1
+        system.until(lambda: system.supervisor.unloads() == {"a": 1, "b": 0})
+    finally:
+        system.close()
+
+
+def test_server_of_lazy_models_is_ready_without_workers() -> None:
+    system = MemorySystem(LAZY, wait=False)
+    try:
+        assert system.supervisor.wait_ready(Deadline.after(0))
+        assert system.launcher.started == []
+    finally:
+        system.close()
+
+
+def test_lazy_model_stays_for_its_keep_alive_time(system: MemorySystem) -> None:
+    kept = dataclasses.replace(LAZY, keep_alive_s=-1.0)
+    system.reload(kept, B)
+    system.until(lambda: system.ready("a") == 2)  # it was loaded, and its options alone have changed
+    system.reload(LAZY, B)
     system.until(lambda: system.workers().keys() == {"b/0#0"})
-    assert system.dispatcher.status("a").ready  # a job is admitted, and starts the workers
     assert system.serve("a") is State.DONE
-    system.until(lambda: system.workers().keys() == {"b/0#0"})
-    system.supervisor.set_resident("a", True)
-    system.until(lambda: system.ready("a") == 2)
+
+
+def test_job_of_a_lazy_model_that_cannot_load_fails_with_the_reason(system: MemorySystem) -> None:
+    system.reload(A, B, ModelSettings(name="c", load="lazy", plugin_config="fail"))
+    assert system.serve("c") is State.FAILED
+    assert system.dispatcher.status("c").reason == "failed: cannot load"
+    assert state(system, "c") == "failed"
+
+
+def test_job_expires_while_its_model_loads(system: MemorySystem) -> None:
+    system.reload(A, B, ModelSettings(name="c", load="lazy", plugin_config="hang"))
+    job = Job("slow", "c", Client("c"), ImageRequest(task="edit", prompt="x"), Deadline.after(0.2))
+    try:
+        system.dispatcher.admit(job)
+        system.until(lambda: state(system, "c") == "loading")
+        system.until(lambda: job.is_settled)
+        assert job.state is State.EXPIRED
+        assert "while its model was being loaded" in str(job.error)
+        assert state(system, "c") == "loading"  # it is finished for the next request
+    finally:
+        job.close()
+
+
+def test_eager_model_without_jobs_is_unloaded_and_loaded_again(system: MemorySystem) -> None:
+    system.reload(A, dataclasses.replace(B, keep_alive_s=0.0))
+    system.until(lambda: state(system, "b") == "unloaded")
+    assert system.serve("b") is State.DONE
+    system.until(lambda: state(system, "b") == "unloaded")
 
 
 def test_crashed_worker_is_restarted_in_its_slot(system: MemorySystem) -> None:
