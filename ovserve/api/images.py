@@ -236,7 +236,8 @@ class Images:
             return b""
         percent = "" if status.loading_percent is None else f" {status.loading_percent} %,"
         waited_s = time.monotonic() - job.timings.admitted_at
-        return f"model {job.model} is {status.state}:{percent} {waited_s:.0f} s waited".encode()
+        state = f"{status.state}, {status.waits_for}" if status.waits_for else status.state
+        return f"model {job.model} is {state}:{percent} {waited_s:.0f} s waited".encode()
 
 
 def _server_event(event: JobEvent, job: Job, parameters: Parameters) -> ServerEvent | None:

@@ -328,6 +328,8 @@ def _status_fields(status: ModelStatus) -> dict[str, object]:
     loading: dict[str, object] = {}
     if status.state == "loading":
         loading = {"loading": {"percent": status.loading_percent, "seconds": round(status.loading_s, 1)}}
+    if status.waits_for:
+        loading = {"waits_for": status.waits_for}
     return {
         "ready": status.ready,
         "reason": status.reason,

@@ -26,13 +26,14 @@ import logging
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ovserve.deadline import Deadline
 from ovserve.dispatch.allocator import Allocator
 from ovserve.dispatch.call_queue import CallQueue
 from ovserve.dispatch.jobs import Job, State
 from ovserve.dispatch.model_queue import (
+    MAX_RETRY_S,
     NOT_READY_RETRY_S,
     AttachedWorker,
     ModelQueue,
@@ -41,7 +42,16 @@ from ovserve.dispatch.model_queue import (
 )
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.dispatch.reports import ReportApplier
-from ovserve.errors import ApiError, DeadlineExceeded, Draining, LinkClosed, LinkGarbage, ModelNotFound, WorkerCrashed
+from ovserve.errors import (
+    ApiError,
+    DeadlineExceeded,
+    Draining,
+    LinkClosed,
+    LinkGarbage,
+    ModelNotFound,
+    NotReady,
+    WorkerCrashed,
+)
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
 from ovserve.wire.blobs import BlobStore
@@ -221,6 +231,22 @@ class Dispatcher:
             if model := self._models.get(name):
                 model.wanted, model.expected_load_s = workers, expected_load_s
                 model.is_on_demand |= not workers
+
+    def set_waiting(self, reasons: Mapping[str, str]) -> None:
+        """Note which models wait for memory before they are loaded, by name with the reason; no others wait."""
+        with self._lock:
+            for name, model in self._models.items():
+                model.waits_for = reasons.get(name, "")
+
+    def reject_queued(self, name: str, reason: str) -> None:
+        """Fail a model's queued jobs because it cannot be loaded now. Later jobs are admitted and tried again."""
+        with self._lock:
+            if model := self._models.get(name):
+                error = NotReady(f"Model {name!r} cannot be loaded: {reason}.", retry_after_s=MAX_RETRY_S)
+                for ticket in list(model.queue):
+                    model.queue.remove(ticket.job)
+                    self._settle_locked(ticket.job, State.FAILED, error)
+        log.warning("model cannot be loaded", extra=fields(model=name, why=reason))
 
     def remove_model(self, name: str) -> None:
         """Stop admission for a model. Its entry is deleted with the last of its queued jobs and workers."""

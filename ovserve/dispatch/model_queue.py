@@ -17,10 +17,19 @@ from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.link import Link
 from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progress
 
-__all__ = ["MODEL_STATES", "NOT_READY_RETRY_S", "AttachedWorker", "ModelQueue", "ModelStatus", "largest_picture_bytes"]
+__all__ = [
+    "MAX_RETRY_S",
+    "MODEL_STATES",
+    "NOT_READY_RETRY_S",
+    "AttachedWorker",
+    "ModelQueue",
+    "ModelStatus",
+    "largest_picture_bytes",
+]
 
 MODEL_STATES = ("unloaded", "loading", "ready", "unloading", "failed")
 NOT_READY_RETRY_S = 5  # a small model loads within seconds, a large one within a few retries
+MAX_RETRY_S = 60  # for a model that does not fit into the memory budget
 _ENDED_KEPT = 64  # ids of ended jobs kept for each worker, to distinguish a late report from an unknown job
 _MEAN_WEIGHT = 0.1  # of the newest job in the mean time in a worker: the mean follows the last ten jobs or so
 _FIRST_GUESS_S = 1.0  # assumed time of a job in a worker before one was measured
@@ -48,6 +57,7 @@ class ModelStatus:
         loading_s: how long it has been loading; 0 in other states.
         loading_percent: how much of the time that its last load took has passed, at most 99; None if that is not known.
         last_used_at: monotonic time at which its newest job was admitted or has ended; 0 before the first.
+        waits_for: what it waits for before it is loaded, such as memory; empty if it waits for nothing.
     """
 
     name: str
@@ -65,6 +75,7 @@ class ModelStatus:
     loading_s: float = 0.0
     loading_percent: int | None = None
     last_used_at: float = 0.0
+    waits_for: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -158,6 +169,7 @@ class ModelQueue:
         is_removed: whether the model is being unloaded.
         wanted: how many workers it should have; 0: it is not resident.
         expected_load_s: how long it is expected to load; 0: not known.
+        waits_for: what it waits for before it is loaded; empty if it waits for nothing.
         is_on_demand: whether it admits jobs while it has no workers, which are then started.
         job_s: mean seconds that a job spends in a worker; 0 before the first.
         last_used_at: monotonic time at which its newest job was admitted or has ended; 0 before the first.
@@ -172,6 +184,7 @@ class ModelQueue:
     is_removed: bool = False
     wanted: int = 1
     expected_load_s: float = 0.0
+    waits_for: str = ""
     is_on_demand: bool = False
     job_s: float = 0.0
     last_used_at: float = 0.0
@@ -280,6 +293,7 @@ class ModelQueue:
             loading_s=loading_s,
             loading_percent=self._loading_percent(loading_s),
             last_used_at=self.last_used_at,
+            waits_for=self.waits_for,
         )
 
     def waiting_phrase(self) -> str:

@@ -50,11 +50,14 @@ class DesiredModel:
         return self.model.name
 
     @property
+    def model_of_workers(self) -> ModelSettings:
+        """The model's options with the defaults of those that no worker reads."""
+        return dataclasses.replace(self.model, **{name: getattr(_DEFAULTS, name) for name in FRONT_END_OPTIONS})
+
+    @property
     def worker_key(self) -> tuple[Any, ...]:
         """What workers are started with: records with equal keys can keep each other's workers."""
-        unchanged = {name: getattr(_DEFAULTS, name) for name in FRONT_END_OPTIONS}
-        model = dataclasses.replace(self.model, **unchanged)
-        return self.profile, model, WorkerSettings.of(self.settings), self.files
+        return self.profile, self.model_of_workers, WorkerSettings.of(self.settings), self.files
 
 
 def desired_models(settings: Settings, profiles: Mapping[str, ModelProfile]) -> dict[str, DesiredModel]:

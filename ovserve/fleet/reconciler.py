@@ -22,7 +22,6 @@ from ovserve.errors import ModelNotFound
 from ovserve.fleet.desired import DesiredModel
 from ovserve.fleet.fleets import Fleet, Slot
 from ovserve.logs import fields
-from ovserve.settings.options import ModelSettings
 
 __all__ = ["ModelFleets", "Outcome", "Reconciler"]
 
@@ -107,9 +106,13 @@ class Reconciler:
         """Return how many workers each desired model should have."""
         return {name: record.workers for name, record in self._desired.items()}
 
-    def options_of(self, name: str) -> ModelSettings:
-        """Return the options of a model in the newest configuration. Raises KeyError."""
-        return self._desired[name].model
+    def record(self, name: str) -> DesiredModel:
+        """Return the desired record of a model. Raises KeyError."""
+        return self._desired[name]
+
+    def records(self) -> list[DesiredModel]:
+        """Return every desired record."""
+        return list(self._desired.values())
 
     @property
     def is_settled(self) -> bool:

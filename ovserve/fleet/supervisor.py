@@ -31,13 +31,16 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 from ovserve import systemd
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.model_queue import ModelStatus
+from ovserve.errors import LaunchError
 from ovserve.fleet.desired import DesiredModel, desired_models
+from ovserve.fleet.estimates import Estimates
 from ovserve.fleet.fleets import Fleet, Slot, load_failure
 from ovserve.fleet.reconciler import Outcome, Reconciler
 from ovserve.fleet.residency import Limits, ModelView, Residency
@@ -47,17 +50,26 @@ from ovserve.settings.options import ModelSettings, Settings
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.launcher import Launcher, WorkerProcess, WorkerSpec
 
-__all__ = ["Supervisor"]
+__all__ = ["ModelMemory", "Supervisor"]
 
 OnServing = Callable[[ModelProfile, ModelSettings], None]
 
 # Between checks of heartbeats and memory: the precision of a hang limit. A leak of 4 GB/s is seen within 1 GB.
 _TICK_S = 0.25
+_OVERHEAD_S = 1.0  # between measurements of the memory of the server itself
 _STALL_S = 1.0  # a tick this late means that the front end itself stalled: silence of workers until then does not count
 _CALL_TIMEOUT_S = 10.0  # for a queued call to be made; a loop iteration takes milliseconds, more if it starts processes
 _DISPATCHER_STALL_S = 5.0  # without an iteration of its loop: the dispatcher hangs, and the watchdog is not fed
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMemory:
+    """Memory of one model: what its workers take now, and what one of them is expected to take, in bytes."""
+
+    used_bytes: int
+    worker_bytes: int
 
 
 class Supervisor:
@@ -70,6 +82,7 @@ class Supervisor:
         launcher: starts the workers.
         on_serving: called in the supervisor thread with a profile and settings when the workers of a reload have taken
             over, and the old workers get no more jobs.
+        estimates: what workers are expected to take; None: measurements are not kept.
 
     Attributes:
         on_outcome: called in the supervisor thread when `outcomes` has changed.
@@ -82,6 +95,8 @@ class Supervisor:
         dispatcher: Dispatcher,
         launcher: Launcher,
         on_serving: OnServing | None = None,
+        *,
+        estimates: Estimates | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._launcher = launcher
@@ -104,7 +119,10 @@ class Supervisor:
         weakref.finalize(self, os.close, self._wakeup)
         self._reconciler = Reconciler(dispatcher, self._retire_for_reload, self._note_serving)
         self._residency = Residency()
-        self._load_s: dict[str, float] = {}  # how long the model's last load took
+        self._estimates = estimates or Estimates()
+        self._overhead_bytes = 0
+        self._measure_overhead_at = 0.0
+        self._memory: Mapping[str, ModelMemory] = {}
         self._loads: Counter[str] = Counter()
         self._unloads: Counter[str] = Counter()
         self._change_desired(desired_models(settings, profiles))
@@ -173,6 +191,18 @@ class Supervisor:
         """Return for each model how often it has become ready after it had no ready worker."""
         return {name: self._loads[name] for name in self._dispatcher.models()}
 
+    def memory(self) -> Mapping[str, ModelMemory]:
+        """Return the memory of each model, by name."""
+        return self._memory
+
+    def memory_bytes(self) -> int:
+        """Return the measured memory of the server and its workers."""
+        return self._overhead_bytes + sum(each.used_bytes for each in self._memory.values())
+
+    def budget_bytes(self) -> int:
+        """Return the limit of that memory; 0: none."""
+        return self._settings.memory_budget_bytes
+
     def unloads(self) -> dict[str, int]:
         """Return for each model how often it was unloaded while it stayed in the configuration."""
         return {name: self._unloads[name] for name in self._dispatcher.models()}
@@ -214,11 +244,23 @@ class Supervisor:
 
     def _reconcile(self, now: float) -> None:
         """Decide how many workers each model should have, then take the steps towards that."""
-        before = self._reconciler.workers()
-        decision = self._residency.decide(now, self._views(), Limits(min_resident_s=self._settings.min_resident_s))
-        self._reconciler.set_workers(decision.workers, self._load_s)
+        before, views = self._reconciler.workers(), self._views()
+        limits = Limits(self._settings.memory_budget_bytes, self._measured_overhead(now), self._settings.min_resident_s)
+        decision = self._residency.decide(now, views, limits)
+        self._memory = {view.name: ModelMemory(view.used_bytes, view.worker_bytes) for view in views}
+        load_s = {record.name: self._estimates.load_s(record) for record in self._reconciler.records()}
+        self._reconciler.set_workers(decision.workers, load_s)
+        for name, reason in decision.refused.items():
+            self._dispatcher.reject_queued(name, reason)
+        self._dispatcher.set_waiting(decision.waiting)
         self._unloads.update(name for name, count in before.items() if count and decision.workers.get(name) == 0)
         self._reconciler.reconcile()
+
+    def _measured_overhead(self, now: float) -> int:
+        """Return the memory of this program without its workers, measured about once a second."""
+        if now >= self._measure_overhead_at:
+            self._overhead_bytes, self._measure_overhead_at = self._launcher.overhead_bytes(), now + _OVERHEAD_S
+        return self._overhead_bytes
 
     def _views(self) -> list[ModelView]:
         """Return what the residency policy sees of each model that is desired."""
@@ -228,15 +270,18 @@ class Supervisor:
             if entry.is_removed or name not in statuses:
                 continue
             status, slots = statuses[name], [slot for fleet in entry for slot in fleet.slots]
+            record = self._reconciler.record(name)
             views.append(
                 ModelView(
-                    options=self._reconciler.options_of(name),
+                    options=record.model,
                     queued=status.queued,
                     running=status.running,
                     last_used_at=status.last_used_at,
                     processes=sum(slot.process is not None for slot in slots),
                     ready=sum(slot.is_ready for slot in slots),
                     is_failed=bool(entry.serving.failure),
+                    used_bytes=sum(slot.used_bytes for slot in slots),
+                    worker_bytes=self._estimates.worker_bytes(record),
                 )
             )
         return views
@@ -344,7 +389,7 @@ class Supervisor:
                     fleet.desired.profile, fleet.model, WorkerSettings.of(fleet.settings), slot.index, incarnation
                 )
             )
-        except OSError as error:  # no descriptors, memory or process ids left: back off in each case
+        except LaunchError as error:  # back off, whatever is missing
             slot.deaths += 1
             slot.restart_at = time.monotonic() + slot.backoff_s()
             log.warning("worker cannot be started", extra=fields(model=fleet.name, index=slot.index, why=str(error)))
@@ -365,6 +410,9 @@ class Supervisor:
         if link.state.lost and slot.kill_at == float("inf") and not slot.is_killed:
             slot.kill_at = now if link.state.is_broken else now + fleet.settings.terminate_timeout_s
             slot.kill_reason = link.state.lost if link.state.is_broken else ""
+        slot.measure(now)
+        if slot.ready_at and slot.peak_bytes > self._estimates.worker_bytes(fleet.desired):
+            self._estimates.note(fleet.desired, slot.peak_bytes)
         # What the dispatcher has not read is no silence.
         silence_s = self._dispatcher.polled_at - max(link.state.beat_at, self._ignore_silence_before)
         resident = process.resident_bytes()
@@ -380,7 +428,10 @@ class Supervisor:
         fleet.note_ready(slot, link, now)
         self._dispatcher.clear_failure(fleet.name)
         took_s = round(now - slot.started_at, 2)
-        self._load_s[fleet.name] = now - slot.started_at
+        slot.measure_at = 0.0
+        slot.measure(now)
+        self._estimates.note(fleet.desired, slot.peak_bytes, now - slot.started_at)
+        self._estimates.write()
         found = link.state.ready
         log.info(
             "worker ready",
@@ -448,6 +499,9 @@ class Supervisor:
             fleet.written_off += 1
         else:
             process.close()
+        if slot.ready_at and link.state.jobs_done and slot.peak_bytes:
+            self._estimates.note(fleet.desired, slot.peak_bytes, is_final=True)
+            self._estimates.write()
         if slot.is_retired:
             slot.clear()
             log.info("worker exited", extra=fields(worker=link.name, why=slot.exit_reason))

@@ -567,6 +567,13 @@ class Settings:
     )
 
     # Workers.
+    memory_budget_bytes: int = _option(
+        0,
+        "Memory that the server and its workers may take. Before a model is loaded beyond it, idle models are "
+        "unloaded, the least recently used first. A model whose weight files alone take more is an error. 0: no limit.",
+        low=0,
+        unit="bytes",
+    )
     min_resident_s: float = _option(
         5.0,
         "Time for which a model that has been loaded is not unloaded to make room for another.",

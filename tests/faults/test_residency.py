@@ -120,3 +120,26 @@ def test_stream_goes_on_when_its_model_is_removed(tmp_path: Path) -> None:
         assert any("step 20/20" in line for line in rest)
         assert any("event: image_generation.completed" in line for line in rest)
         server.until(lambda: not server.workers())
+
+
+def test_requests_for_more_models_than_fit_are_all_answered_within_the_budget(tmp_path: Path) -> None:
+    names = [f"m{number}" for number in range(4)]
+    # A toy worker takes about 30 MiB by measurement; its estimate before the first load is 350 MiB.
+    options = f"memory_budget_bytes = {900 << 20}\nmin_resident_s = 0.2"
+    with serve(tmp_path, *map(table, names), server=options) as server, server.client() as client:
+        statuses: list[int] = []
+
+        def ask(client_number: int) -> None:
+            for turn in range(6):
+                name = names[(client_number + turn) % len(names)]
+                statuses.append(server.generate(client, "sleep 0.05", model=name).status_code)
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert statuses == [200] * 24
+        metrics = client.get("/metrics").text
+        used = next(line for line in metrics.splitlines() if line.startswith("ovserve_memory_bytes "))
+        assert 0 < float(used.split()[1]) <= 900 << 20

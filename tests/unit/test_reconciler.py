@@ -17,6 +17,7 @@ import ovserve
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.jobs import Client, Job, State
+from ovserve.errors import LaunchError, NotReady
 from ovserve.fleet.desired import FRONT_END_OPTIONS
 from ovserve.fleet.supervisor import Supervisor
 from ovserve.models.fingerprint import fingerprint
@@ -24,9 +25,11 @@ from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import WorkerBlobs
+from ovserve.wire.launcher import WorkerSpec
 from ovserve.wire.link import WorkerLink
 from ovserve.wire.memory.blobs import MemoryBlobs
-from ovserve.wire.memory.launcher import MemoryLauncher
+from ovserve.wire.memory.launcher import MemoryLauncher, MemoryProcess
+from ovserve.wire.memory.link import MemoryLink
 from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Need, Picture, Prepared, Ready, Run, Stop
 from ovserve.wire.request import ImageRequest
 from tests.toys import toy_profile
@@ -346,6 +349,56 @@ def test_eager_model_without_jobs_is_unloaded_and_loaded_again(system: MemorySys
     system.until(lambda: state(system, "b") == "unloaded")
     assert system.serve("b") is State.DONE
     system.until(lambda: state(system, "b") == "unloaded")
+
+
+GIB = 1 << 30
+
+
+def test_model_is_unloaded_to_make_room_within_the_budget() -> None:
+    models = [ModelSettings(name=name, load="lazy") for name in "abc"]
+    system = MemorySystem(*models, wait=False, memory_budget_bytes=2 * GIB, min_resident_s=0.0)
+    try:
+        for name in "abcabc":
+            assert system.serve(name) is State.DONE
+            assert len(system.workers()) <= 4  # expected to take 350 MiB each at first
+            for process in system.launcher.started:
+                process.resident = GIB * 9 // 10
+            system.until(lambda: sum(each.used_bytes for each in system.supervisor.memory().values()) <= 2 * GIB)
+        assert system.supervisor.unloads() != {"a": 0, "b": 0, "c": 0}
+        system.until(lambda: len(system.workers()) <= 2)
+    finally:
+        system.close()
+
+
+def test_model_that_cannot_fit_beside_pinned_ones_is_refused() -> None:
+    pinned, lazy = ModelSettings(name="a"), ModelSettings(name="b", load="lazy")
+    system = MemorySystem(pinned, lazy, wait=False, memory_budget_bytes=2 * GIB)
+    try:
+        system.until(lambda: system.ready("a") == 1)
+        system.launcher.started[0].resident = 2 * GIB - 1
+        system.until(lambda: system.supervisor.memory()["a"].used_bytes > GIB)
+        job = Job("refused", "b", Client("c"), ImageRequest(task="edit", prompt="x"), Deadline.after(60))
+        system.dispatcher.admit(job)
+        system.until(lambda: job.is_settled)
+        assert isinstance(job.error, NotReady)
+        assert "pinned models (a) 2048 MiB" in job.error.message
+        job.close()
+    finally:
+        system.close()
+
+
+def test_launcher_that_cannot_start_a_worker_is_asked_again_after_a_delay(system: MemorySystem) -> None:
+    start, failures = system.launcher.start, iter([LaunchError("no place left")] * 3)
+
+    def fail_first(spec: WorkerSpec) -> tuple[MemoryProcess, MemoryLink]:
+        if error := next(failures, None):
+            raise error
+        return start(spec)
+
+    system.launcher.start = fail_first  # type: ignore[method-assign]
+    system.reload(A, B, ModelSettings(name="c"))
+    system.until(lambda: system.ready("c") == 1)
+    assert next(failures, None) is None
 
 
 def test_crashed_worker_is_restarted_in_its_slot(system: MemorySystem) -> None:
