@@ -18,7 +18,8 @@ __all__ = ["FRONT_END_OPTIONS", "DesiredModel", "desired_models"]
 # is compared as well, has what the others make of a model's defaults.
 FRONT_END_OPTIONS = (
     "replicas", "load", "keep_alive_s", "pinned", "priority",
-    "queue_limit", "memory_limit_bytes", "default_resolution", "max_num_images_per_prompt",
+    "queue_limit", "memory_limit_bytes", "max_jobs_per_worker",
+    "default_resolution", "max_num_images_per_prompt",
     "default_num_inference_steps", "max_num_inference_steps", "default_guidance_scale", "max_guidance_scale",
     "default_strength", "min_strength", "max_strength", "aliases", "builtin_aliases",
     "extra_images", "truncate_prompt", "default_response_format", "unknown_fields",

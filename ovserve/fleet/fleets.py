@@ -69,6 +69,12 @@ class Slot:
         """Whether the worker takes jobs."""
         return bool(self.ready_at) and not self.exit_reason and not self.is_retired and not self.is_killed
 
+    @property
+    def is_worn(self) -> bool:
+        """Whether the worker is ready and has finished `max_jobs_per_worker` jobs, so that a fresh one replaces it."""
+        limit = self.fleet.model.max_jobs_per_worker
+        return bool(limit) and self.is_ready and self.link is not None and self.link.state.jobs_done >= limit
+
     def assign(self, process: WorkerProcess, link: Link, now: float) -> None:
         """Record a new incarnation."""
         self.process, self.link = process, link
@@ -207,9 +213,19 @@ class Fleet:
         missing = [index for index in range(count) if index not in active]
         self.slots += [Slot(self, index) for index in missing[: max(0, count - len(active))]]
 
+    def needs_successor(self, count: int) -> bool:
+        """Return whether one worker beyond `count` should run, to take over from a worn one.
+
+        One at a time, so that a fleet has the memory of at most one more worker: not while a retired worker still
+        finishes its jobs. When the successor is ready, there is one too many, and the worn one is the surplus.
+        """
+        if not count or self.failure or not any(slot.is_worn for slot in self.slots):
+            return False
+        return len(self.ready_slots) <= count and len(self.active_slots) == len(self.slots)
+
     def surplus_slots(self, count: int) -> list[Slot]:
-        """Return the active slots beyond `count`, those that are not ready first, then the highest indices."""
-        active = sorted(self.active_slots, key=lambda slot: (slot.is_ready, -slot.index))
+        """Return the active slots beyond `count`: first those not ready, then worn ones, then the highest indices."""
+        active = sorted(self.active_slots, key=lambda slot: (slot.is_ready, not slot.is_worn, -slot.index))
         return active[: max(0, len(active) - count)]
 
     def may_start(self, slot: Slot) -> bool:

@@ -6,6 +6,9 @@
     another worker key                  an incoming fleet starts beside the serving one and takes over when ready
     another one, whose workers fail     the serving fleet stays; not tried again until the next `set_desired`
 
+A worker that has finished `max_jobs_per_worker` jobs is worn: its fleet gets one more slot, and when the worker in that
+is ready, the worn one is retired.
+
 Runs in: the supervisor thread. No process is touched here: the supervisor starts the slots that are created, and ends
 those that are retired.
 """
@@ -81,6 +84,7 @@ class Reconciler:
 
     Attributes:
         models: the fleets by model name, removed models included until their workers have exited.
+        has_room: whether there is memory for one more worker of a record.
         outcomes: what has become of each desired record since the last `set_desired`. Replaced as a whole, so that
             other threads may read it.
     """
@@ -94,6 +98,7 @@ class Reconciler:
         self._dispatcher = dispatcher
         self._retire = retire
         self._on_serving = on_serving
+        self.has_room: Callable[[DesiredModel], bool] = lambda _: True
         self._desired: dict[str, DesiredModel] = {}
         self.models: dict[str, ModelFleets] = {}
         self.outcomes: Mapping[str, Outcome] = {}
@@ -239,9 +244,15 @@ class Reconciler:
             self._add_to_dispatcher(record)
             if not is_same:
                 self._on_serving(record)
-        for slot in fleet.surplus_slots(record.workers):
+        count = record.workers
+        if fleet.needs_successor(count) and (len(fleet.active_slots) > count or self.has_room(record)):
+            count += 1
+        for slot in fleet.surplus_slots(count):
+            if slot.is_worn and slot.link is not None:
+                jobs = slot.link.state.jobs_done
+                log.info("worker is replaced by a fresh one", extra=fields(worker=slot.link.name, jobs=jobs))
             self._retire(slot)
-        fleet.fill_slots(record.workers)
+        fleet.fill_slots(count)
 
     def _replace(self, entry: ModelFleets, record: DesiredModel) -> None:
         """Start workers for a record that the serving ones cannot adopt; hand over one by one as they become ready."""

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -253,6 +254,8 @@ class Supervisor:
         for name, reason in decision.refused.items():
             self._dispatcher.reject_queued(name, reason)
         self._dispatcher.set_waiting(decision.waiting)
+        spare = math.inf if decision.spare_bytes is None else decision.spare_bytes
+        self._reconciler.has_room = lambda record: self._estimates.worker_bytes(record) <= spare
         self._unloads.update(name for name, count in before.items() if count and decision.workers.get(name) == 0)
         self._reconciler.reconcile()
 

@@ -224,6 +224,15 @@ class ModelSettings:
         low=0,
         unit="bytes",
     )
+    max_jobs_per_worker: int = _option(
+        0,
+        "Finished jobs after which a fresh worker takes over from a worker; it is ready before the old one stops, so "
+        "it needs its memory beside that. 0: never.",
+        low=0,
+        high=1_000_000_000,
+        unit="jobs",
+        reason="a worker's memory stays flat; this is for a driver or a library whose memory does not",
+    )
 
     @property
     def is_lazy(self) -> bool:

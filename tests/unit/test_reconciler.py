@@ -409,6 +409,79 @@ def test_crashed_worker_is_restarted_in_its_slot(system: MemorySystem) -> None:
     system.until(lambda: system.ready("a") == 2)
 
 
+# --- a fresh worker after a number of jobs
+
+
+def test_worn_worker_is_replaced_without_a_moment_without_a_ready_one() -> None:
+    system = MemorySystem(dataclasses.replace(B, max_jobs_per_worker=3))
+    fewest = 9
+    try:
+        for _ in range(3):
+            assert system.serve("b") is State.DONE
+        while system.workers().keys() != {"b/1#0"}:
+            fewest = min(fewest, system.ready("b"))
+            assert system.serve("b") is State.DONE  # more than three jobs for one worker, but none waits for the other
+        assert fewest == 1
+        assert len(system.launcher.started) == 2
+        assert system.supervisor.restarts() == {"b": 0}
+        for _ in range(3):
+            assert system.serve("b") is State.DONE
+        system.until(lambda: system.workers().keys() == {"b/0#1"})
+    finally:
+        system.close()
+
+
+def test_worn_workers_are_replaced_one_at_a_time() -> None:
+    system = MemorySystem(dataclasses.replace(A, max_jobs_per_worker=1))
+    most = 0
+    try:
+        while len(system.launcher.started) < 8:
+            assert system.serve("a") is State.DONE
+            most = max(most, len(system.workers()))
+        assert most == 3
+        assert system.ready("a") >= 2
+    finally:
+        system.close()
+
+
+def test_worn_worker_serves_on_while_its_successor_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = MemorySystem(dataclasses.replace(B, max_jobs_per_worker=1))
+    start, attempts = system.launcher.start, itertools.count()
+
+    def fail(*_: Any) -> Any:
+        next(attempts)
+        raise OSError("no process ids left")
+
+    try:
+        monkeypatch.setattr(system.launcher, "start", fail)
+        assert system.serve("b") is State.DONE
+        system.until(lambda: next(attempts) > 6)
+        assert system.workers().keys() == {"b/0#0"}
+        assert system.serve("b") is State.DONE
+        monkeypatch.setattr(system.launcher, "start", start)
+        system.until(lambda: "b/0#0" not in system.workers())
+        assert system.serve("b") is State.DONE
+    finally:
+        system.close()
+
+
+def test_limit_of_jobs_applies_to_running_workers_after_a_reload(system: MemorySystem) -> None:
+    assert system.serve("b") is State.DONE
+    system.reload(A, dataclasses.replace(B, max_jobs_per_worker=1))
+    system.until(lambda: system.workers().keys() == {"a/0#0", "a/1#0", "b/1#0"})
+    assert system.serving == [dataclasses.replace(B, max_jobs_per_worker=1)]
+
+
+def test_model_that_is_not_resident_gets_no_successor() -> None:
+    system = MemorySystem(dataclasses.replace(B, max_jobs_per_worker=1, load="lazy", keep_alive_s=0), wait=False)
+    try:
+        assert system.serve("b") is State.DONE
+        system.until(lambda: not system.workers())
+        assert len(system.launcher.started) <= 2
+    finally:
+        system.close()
+
+
 # --- what makes new workers necessary
 # -----------------------------------------------------------------------------------
 
