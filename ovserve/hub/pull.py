@@ -27,7 +27,7 @@ from ovserve.hub.selection import INDEX, is_openvino, select_adapter, select_mod
 from ovserve.hub.stored import Place, PullRecord, is_complete, locked, put_in_place, read_record
 from ovserve.hub.transfer import Download, Retries, Stopped, part_size, receive, with_retries
 from ovserve.machine import machine_memory_bytes
-from ovserve.models.families import family_of
+from ovserve.models.classes import class_named
 from ovserve.models.profile import read_profile
 from ovserve.models.safetensors import read_header
 from ovserve.settings.options import ModelSettings
@@ -170,7 +170,7 @@ class Puller:
         index = self._retry(lambda: self._client.document(listing, INDEX))
         name = index.get("_class_name") if isinstance(index, dict) else None
         try:
-            family_of(str(name)[:200], Path(listing.repository))
+            class_named(str(name)[:200], Path(listing.repository))
         except StartupError as error:
             raise HubError(str(error)) from None
 
