@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ _LOADING = frozenset({"spawn", "load", "warm-up"})
 _JITTER = (0.75, 1.25)  # so that replicas that died together do not restart at the same moment
 _TUNABLE = ("threads", "streams", "max_batch")  # options where 0 means that the worker chooses at warm-up
 _MAX_TUNED = 256  # the lowest upper bound of these options
+_MEASURE_S = 0.2  # between two measurements of a worker's memory
+_MEASURE_SHARE = 0.05  # of the supervisor's time that the measurements of one worker may take
 _MAX_DOUBLINGS = 32  # beyond any maximum delay; keeps the power finite
 
 
@@ -36,6 +39,9 @@ class Slot:
         kill_at: when the worker will be killed.
         kill_reason: why it was killed, or will be.
         write_off_at: when the worker is written off, if it survives SIGKILL until then.
+        used_bytes: memory that the worker took when it was last measured.
+        peak_bytes: the most that was measured of this incarnation.
+        measure_at: when it is measured again.
         exit_reason: why the process has exited, or was written off; set before the dispatcher has read its last
             reports.
     """
@@ -54,6 +60,9 @@ class Slot:
     is_killed: bool = False
     write_off_at: float = float("inf")
     exit_reason: str = ""
+    used_bytes: int = 0
+    peak_bytes: int = 0
+    measure_at: float = 0.0
 
     @property
     def is_ready(self) -> bool:
@@ -71,10 +80,21 @@ class Slot:
         self.process, self.link = process, link
         self.started_at, self.ready_at, self.kill_at, self.write_off_at = now, 0.0, float("inf"), float("inf")
         self.is_killed, self.kill_reason, self.exit_reason = False, "", ""
+        self.used_bytes, self.peak_bytes, self.measure_at = 0, 0, 0.0
 
     def clear(self) -> None:
         """Forget the incarnation after its process has exited or was written off."""
-        self.process, self.link, self.ready_at = None, None, 0.0
+        self.process, self.link, self.ready_at, self.used_bytes = None, None, 0.0, 0
+
+    def measure(self, now: float) -> None:
+        """Measure the worker's memory if it is due. The kernel takes longer for larger processes, so rarely then."""
+        if self.process is None or now < self.measure_at:
+            return
+        begun_at = time.monotonic()
+        self.used_bytes = self.process.memory_bytes()
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        cost_s = time.monotonic() - begun_at
+        self.measure_at = now + max(_MEASURE_S, cost_s / _MEASURE_SHARE)
 
     def silence_limit_s(self, link: Link) -> float:
         """Return the longest silence allowed now: the phase's limit, or more if the newest heartbeat allows more."""
