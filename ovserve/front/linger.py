@@ -28,7 +28,7 @@ from ovserve.settings.options import Settings
 
 __all__ = ["Linger"]
 
-DROP_BYTES = 1024 * 1024  # with one system call, for each connection in turn
+DROP_BYTES = 4 * 1024 * 1024  # with one system call, for each connection in turn; about what the kernel buffers
 STOP_SILENCE_S = 0.5  # at `stop`: a client that is still sending gets the rest of the time, others are closed
 
 

@@ -115,8 +115,6 @@ def test_client_slower_than_the_minimum_rate_is_closed_and_a_faster_one_is_not()
         slow, fast = (stack.enter_context(connection(linger)) for _ in range(2))
         closed_at = None
         started = time.monotonic()
-        poller = select.poll()
-        poller.register(slow, 0)
         while closed_at is None and time.monotonic() - started < PATIENCE_S:
             fast.sendall(b"x" * 200)
             try:
