@@ -434,7 +434,8 @@ class Settings:
     )
     max_prepared_bytes: int = _option(
         1024 * MIB,
-        "Decoded pixels of the edits in one worker, at which it prepares no further ones. One edit may exceed it.",
+        "Decoded pixels of the edits in one worker, at which it prepares no further ones. One edit may exceed it, "
+        "and one more of another client.",
         low=1 * MIB,
         unit="bytes",
         reason="a masked edit takes 7 MB at 1024x1024 pixels and 120 MB at 4096x4096",
