@@ -92,6 +92,7 @@ class Images:
             client=Client(exchange.key) if exchange.is_verified else Client(exchange.network, exchange.key),
             request=parameters.request,
             deadline=Deadline.after(self._timeout_s(exchange, parameters)),
+            keep_alive_s=parameters.keep_alive_s,
         )
         try:
             self._dispatcher.admit(job)

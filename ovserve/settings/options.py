@@ -608,6 +608,14 @@ class Settings:
         low=0,
         unit="bytes",
     )
+    keep_alive_max_s: float = _option(
+        3600.0,
+        "Maximum of the request field `keep_alive`.",
+        low=0,
+        high=86400 * 365,
+        unit="seconds",
+        reason="one request must not keep a model for ever",
+    )
     min_resident_s: float = _option(
         5.0,
         "Time for which a model that has been loaded is not unloaded to make room for another.",
