@@ -192,6 +192,8 @@ _TABLE = (
           "How much noise is added to the image before denoising: near 0 keeps the image, 1 ignores it. 0 runs no step "
           "and returns the image itself, at the requested size and in the requested format.",
           _WITH_IMAGE, default_text="the model's", low=0, high=1,
+          needs="an edit that starts from the image",
+          has=lambda profile: profile.takes_strength,
           limit=lambda model, _: (model.min_strength, model.max_strength)),
     Field("seed", "integer", "Seed of the noise, modulo 2**32. Random if left out or -1. The reply always contains it.",
           default_text="random", low=-1, high=2**64 - 1),
