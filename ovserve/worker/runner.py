@@ -32,7 +32,8 @@ from ovserve.errors import ApiError, BlobGone, DeadlineExceeded, InternalError, 
 from ovserve.logs import fields
 from ovserve.models.classes import CLASSES
 from ovserve.models.profile import ModelProfile, served_by
-from ovserve.pixels.decoder import DecodeLimits, Decoder
+from ovserve.pixels.decoder import DecodedImage, DecodeLimits, Decoder
+from ovserve.pixels.images import Limits
 from ovserve.settings.options import ModelSettings
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import WorkerBlobs
@@ -227,8 +228,7 @@ class JobRunner:
             raise InternalError("the job was cancelled")
         started = time.monotonic()
         request = ImageRequest.from_json(self._blobs.read(job.run.request))
-        # Called in the prepare thread, which lives as long as the worker: the decoding process ends with it.
-        decode = functools.partial(self._decoder.decode, job=job.id)
+        decode = functools.partial(self._decode, job)
         prepared = prepare(
             request, self._profile, self._model, self._settings, self._engine, blobs=self._blobs, decode=decode
         )
@@ -248,6 +248,20 @@ class JobRunner:
             outcome = Outcome(work, prepared.unchanged)
             while not self._finisher.deliver(outcome, 0.0):
                 pass
+
+    def _decode(
+        self, job: WorkerJob, data: memoryview, name: str, limits: Limits, *, needs_profile: bool
+    ) -> DecodedImage:
+        """Decode one file of a job. Runs in: the prepare thread, with which the decoding process ends.
+
+        A request has many files: each of them restarts the time after which the thread counts as stuck.
+        """
+        if job.stopped.is_set():
+            raise InternalError("the job was cancelled")
+        try:
+            return self._decoder.decode(data, name, limits, needs_profile=needs_profile, job=job.id)
+        finally:
+            self._preparing_since = time.monotonic()
 
     def _attach_callbacks(self, job: WorkerJob, request: ImageRequest, work: Work) -> Work:
         """Connect a piece of work to its job: progress, previews, deadline and cancellation."""
