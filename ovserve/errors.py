@@ -4,9 +4,11 @@
     ├── StartupError                  the process cannot start: one line on standard error, an exit code of cli.commands
     │   ├── SettingsError             an option, the environment or the configuration file is wrong
     │   ├── ModelError                a model directory is wrong or incomplete
+    │   ├── HubError                  a model hub refuses, sends something wrong, or cannot be reached
     │   └── ModelsFailed              no model could be loaded
     ├── ClientGone                    the client closed its connection: no response is sent
     ├── BlobGone                      a worker opens a blob whose exchange has ended
+    ├── LaunchError                   a worker cannot be started now: no descriptors, memory, process ids or places left
     ├── LinkClosed                    the other side of a link is gone: end-of-file or a broken pipe
     ├── LinkGarbage                   the other side of a link broke the protocol
     └── ApiError                      becomes a response: OpenAI's error object with `status`
@@ -40,10 +42,12 @@ __all__ = [
     "FieldsTooLarge",
     "Forbidden",
     "HttpVersionNotSupported",
+    "HubError",
     "ImageError",
     "InternalError",
     "InvalidType",
     "InvalidValue",
+    "LaunchError",
     "LengthRequired",
     "LinkClosed",
     "LinkGarbage",
@@ -111,6 +115,20 @@ class ModelError(StartupError):
     """A model directory is wrong or incomplete."""
 
 
+class HubError(StartupError):
+    """A model hub refuses, sends something wrong, or cannot be reached; or what it holds cannot be used.
+
+    Attributes:
+        retry_after_s: the time after which the hub asks to try again; None: it names none.
+        status: the status code of its response; 0: there was none.
+    """
+
+    def __init__(self, message: str, *, is_transient: bool = False) -> None:
+        super().__init__(message, is_transient=is_transient)
+        self.retry_after_s: float | None = None
+        self.status = 0
+
+
 class ModelsFailed(StartupError):
     """No model could be loaded and warmed up."""
 
@@ -136,6 +154,10 @@ class ClientGone(OvserveError):
 
 class BlobGone(OvserveError):
     """A worker opens a blob whose exchange has ended, so that its storage was released."""
+
+
+class LaunchError(OvserveError):
+    """A launcher cannot start a worker now. The message is the reason for the log; a later attempt may succeed."""
 
 
 class LinkClosed(OvserveError):

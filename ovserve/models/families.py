@@ -112,6 +112,11 @@ class FamilyTraits:
         """Whether the denoiser is a transformer, not a UNet."""
         return self.denoiser == "transformer"
 
+    @property
+    def is_templated(self) -> bool:
+        """Whether the prompt is put into a chat template."""
+        return self.has_chat_template or bool(self.prompt_template)
+
     def engine_guidance(self, guidance_scale: float) -> float:
         """Return a request's guidance scale in terms of equation 6: 1 or less is no guidance."""
         return guidance_scale + self.guidance_offset if guidance_scale > 0 else 0.0
