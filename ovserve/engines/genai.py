@@ -52,7 +52,7 @@ from ovserve.pixels.images import Pixels
 from ovserve.settings.options import ModelSettings
 from ovserve.wire.request import ImageRequest
 
-__all__ = ["GenaiEngine", "generation_options"]
+__all__ = ["GenaiEngine", "generation_options", "make_scheduler"]
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,6 @@ class GenaiEngine:
         self._settings = settings
         self._pipelines: dict[str, Any] = {}
         self._own_name = LIBRARY_SCHEDULERS.get(profile.scheduling.name, "")
-        self._scheduler_config = profile.directory / "scheduler" / "scheduler_config.json"
         self._own_scheduler: Any = None
         self._warm_up_size = warm_up_size(profile)
         self._pending: Work | None = None
@@ -135,7 +134,7 @@ class GenaiEngine:
         self._pipelines[first] = main
         for task in sorted(self._profile.tasks - {first}):
             self._pipelines[task] = main if self._profile.traits.generates_by_edit else kinds[task](main)
-        self._own_scheduler = self._scheduler("")
+        self._own_scheduler = make_scheduler(self._profile)
         for pipeline in self._pipelines.values():
             pipeline.set_scheduler(self._own_scheduler)
         self.features = replace(self.features, schedulers=self._offered_schedulers())
@@ -149,16 +148,6 @@ class GenaiEngine:
             properties["CACHE_DIR"] = str(settings.cache_dir)
         return properties
 
-    def _scheduler(self, name: str) -> Any:
-        kind = _SCHEDULERS[name] if name else og.Scheduler.Type.AUTO
-        document = json.loads(self._scheduler_config.read_text("utf-8"))
-        if not self._profile.traits.misreads_time_shift or document.pop("time_shift_type", None) is None:
-            return og.Scheduler.from_config(self._scheduler_config, kind)
-        with tempfile.TemporaryDirectory() as folder:
-            changed = Path(folder) / self._scheduler_config.name
-            changed.write_text(json.dumps(document), "utf-8")
-            return og.Scheduler.from_config(changed, kind)
-
     def _offered_schedulers(self) -> frozenset[str]:
         """Return the model's own scheduler and those that support its configuration.
 
@@ -167,10 +156,10 @@ class GenaiEngine:
         """
         offered = {self._own_name} - {""}
         if self._profile.traits.takes_schedulers and self._own_name != LCM_SCHEDULER:
-            config = json.loads(self._scheduler_config.read_text("utf-8"))
+            config = json.loads(_scheduler_config(self._profile).read_text("utf-8"))
             for name in _SCHEDULERS:
                 try:
-                    self._scheduler(name)
+                    make_scheduler(self._profile, name)
                 except RuntimeError:
                     continue  # a value that no scheduler of the library supports
                 if not _UNSUPPORTED_CONFIGS[name](config):
@@ -277,7 +266,7 @@ class GenaiEngine:
         pipeline = self._pipelines[work.mode]
         changed = work.scheduler not in ("", self._own_name)
         if changed:
-            pipeline.set_scheduler(self._scheduler(work.scheduler))
+            pipeline.set_scheduler(make_scheduler(self._profile, work.scheduler))
         options, images = generation_options(work, self._profile), _tensors(work)
         if work.mode == "text2image" and isinstance(pipeline, og.Image2ImagePipeline):
             images = [ov.Tensor(np.full((1, work.height, work.width, 3), 127, np.uint8))]  # noise covers it
@@ -318,6 +307,27 @@ class GenaiEngine:
             raise InvalidValue(
                 f"size: this model failed at {work.width}x{work.height} before; use another size", param="size"
             )
+
+
+def make_scheduler(profile: ModelProfile, name: str = "") -> Any:
+    """Return a scheduler of the library for a model: its own, or the one of a name in _SCHEDULERS.
+
+    Raises:
+        RuntimeError: the library does not support the configuration.
+    """
+    path = _scheduler_config(profile)
+    kind = _SCHEDULERS[name] if name else og.Scheduler.Type.AUTO
+    document = json.loads(path.read_text("utf-8"))
+    if not profile.traits.misreads_time_shift or document.pop("time_shift_type", None) is None:
+        return og.Scheduler.from_config(path, kind)
+    with tempfile.TemporaryDirectory() as folder:
+        changed = Path(folder) / path.name
+        changed.write_text(json.dumps(document), "utf-8")
+        return og.Scheduler.from_config(changed, kind)
+
+
+def _scheduler_config(profile: ModelProfile) -> Path:
+    return profile.directory / "scheduler" / "scheduler_config.json"
 
 
 def generation_options(work: Work, profile: ModelProfile) -> dict[str, Any]:
