@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ovserve import __version__
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, ServerEvent, StreamReply
@@ -23,6 +24,8 @@ from ovserve.api.page import front_page
 from ovserve.api.parameters.fields import EDIT, GENERATION, VARIATION
 from ovserve.api.reloads import ReloadStatus
 from ovserve.api.replies import json_reply, model_object, models_object
+from ovserve.api.sdapi.details import detail_document
+from ovserve.api.sdapi.endpoints import SDAPI, SDAPI_PREFIX, Endpoint, SdApi
 from ovserve.api.store import Store, parse_range
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
@@ -91,6 +94,7 @@ class Match:
         is_operator: whether the request is for operators, and belongs on the admin listener if there is one.
         is_public: whether web pages of every origin may send the request.
         is_exempt: whether the request is served even at the connection limit.
+        is_sdapi: whether the path belongs to AUTOMATIC1111's API, whose errors have another form.
     """
 
     route: Route | None
@@ -102,6 +106,16 @@ class Match:
     is_admin: bool = False
     is_operator: bool = False
     is_public: bool = False
+    is_sdapi: bool = False
+
+    @property
+    def challenge(self) -> str:
+        """Value of WWW-Authenticate: clients of AUTOMATIC1111's API send the key as a password."""
+        return 'Basic realm="ovserve", charset="UTF-8"' if self.is_sdapi else "Bearer"
+
+    def error_document(self, error: ApiError) -> Mapping[str, Any]:
+        """Return the JSON document of an error response."""
+        return detail_document(error) if self.is_sdapi else error.body()
 
 
 @dataclass(slots=True)
@@ -143,6 +157,7 @@ class ImagesApi:
         self.store = Store(settings)
         self.metrics = Metrics()
         self.images = Images(settings, catalog, dispatcher, self.store, self.metrics)
+        self.sdapi = SdApi(self.images)
         self.metrics.watch("ovserve_queued_jobs", self._queued)
         self.metrics.watch("ovserve_running_jobs", self._running)
         self.metrics.watch("ovserve_ready_workers", self._workers)
@@ -167,10 +182,8 @@ class ImagesApi:
             return self._handle_and_count(match.route, exchange, match.params)
         if not match.of_path:
             self.metrics.responses.labels("unmatched", "404").inc()
-            raise NotFound(
-                f"Path {exchange.path[:200]} does not exist; {base_url_hint(exchange)}, and /openapi.json lists the "
-                "paths."
-            )
+            hint = "" if match.is_sdapi else f"{base_url_hint(exchange)}, and "
+            raise NotFound(f"Path {exchange.path[:200]} does not exist; {hint}/openapi.json lists the paths.")
         allowed = {route.method for route in match.of_path}
         allow = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"}))
         if exchange.method == "OPTIONS":
@@ -261,6 +274,7 @@ def match_route(method: str, path: str) -> Match:
         is_operator=route is not None and route.is_operator,
         is_exempt=route is not None and (route.is_health or route.is_exempt),
         is_public=served_as == "GET" and route is not None and (route.is_public or route.is_health),
+        is_sdapi=_SLASHES.sub("/", path).startswith(SDAPI_PREFIX),
     )
 
 
@@ -297,6 +311,10 @@ def _generations(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) 
 
 def _variations(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
     return api.images.serve(exchange, VARIATION, params.get("model"))
+
+
+def _sdapi(endpoint: Endpoint) -> Handler:
+    return lambda api, exchange, _: api.sdapi.serve(endpoint, exchange)
 
 
 def _model_statuses(api: ImagesApi) -> dict[str, ModelStatus]:
@@ -525,6 +543,7 @@ ROUTES = (
         is_open=True,  # the unguessable URL serves as a key, and <img> sends no header field
         is_public=True,
     ),
+    *(Route(row.method, row.path, row.text, _sdapi(row), prefixed=False) for row in SDAPI),
     Route("GET", "/models", "All models.", _models),
     Route("GET", "/models/{id}", "One model.", _model),
     *(

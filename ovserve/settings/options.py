@@ -539,6 +539,13 @@ class Settings:
     max_timeout_s: float = _option(
         3600.0, "Maximum deadline that a request can set.", low=0.1, high=86400, unit="seconds"
     )
+    sdapi_previews: int = _option(
+        3,
+        "Previews of each picture for `GET /sdapi/v1/progress`; 0: none.",
+        low=0,
+        high=3,
+        reason="clients show them, but each costs up to half of a denoising step",
+    )
     grace_period_s: float = _option(
         30.0, "Time for jobs in flight to finish after SIGTERM.", low=0, high=86400, unit="seconds"
     )

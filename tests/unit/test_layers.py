@@ -46,6 +46,7 @@ MAY: dict[str, set[str]] = {
 # What an inner package may import from the package that contains it, besides itself.
 INSIDE: dict[str, set[str]] = {
     "api.parameters": {"api.exchange"},
+    "api.sdapi": {"api.exchange", "api.images", "api.parameters", "api.replies", "api.windows"},
     "front.http1": set(),
     "front.forms": {"front.http1"},
     "wire.local": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},

@@ -109,7 +109,7 @@ def test_table_of_valid_values_is_complete() -> None:
         if field.served
         and not field.same_as
         and EDIT in field.endpoints
-        and (field.has is None or name == "negative_prompt")
+        and (field.has is None or name in ("negative_prompt", "strength"))
     }
     assert taken - left_out == set(VALID)
 

@@ -66,7 +66,13 @@ class Parameters:
 
 
 def parse_parameters(
-    form: Form, endpoint: str, path_model: str | None, catalog: Catalog, settings: Settings
+    form: Form,
+    endpoint: str,
+    path_model: str | None,
+    catalog: Catalog,
+    settings: Settings,
+    *,
+    requires_prompt: bool = True,
 ) -> Parameters:
     """Validate one request.
 
@@ -76,6 +82,7 @@ def parse_parameters(
         path_model: the model named in the path, or None.
         catalog: the models served now.
         settings: the server's limits.
+        requires_prompt: whether an edit or generation without a prompt is rejected.
 
     Raises:
         BadRequest: or one of its subclasses; `param` is the field at fault.
@@ -87,7 +94,8 @@ def parse_parameters(
     given = parse_values(gathered, form.is_json)
     model = _find_model(catalog, given.values, path_model)
     check_features(gathered, model)
-    check_required(given, endpoint)
+    if requires_prompt:
+        check_required(given, endpoint)
     reject_text_images(gathered, form.is_json)
     check_limits(given, model, settings)
     given.values["model"] = given.values.get("model") or path_model or model.name
