@@ -192,7 +192,7 @@ class ModelSettings:
     max_strength: float = _option(1.0, "Maximum strength.", low=0, high=1)
     extra_images: str = _option(
         "refuse",
-        "Several images for a model that takes one: `refuse` (400), or `first`: the first is used, and the reply names "
+        "More images than the model takes: `refuse` (400), or `first`: the first ones are used, and the reply names "
         "the others (`ignored`).",
         choices=("refuse", "first"),
         reason="a picture made from a part of the request can surprise",
