@@ -8,7 +8,14 @@ from collections.abc import Generator
 from ovserve.api.exchange import Exchange, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.api.parameters.params import Parameters, parse_parameters
 from ovserve.api.parameters.values import check_range, shown
-from ovserve.api.replies import completed_event, ignored_headers, images_reply, partial_event, progress_comment
+from ovserve.api.replies import (
+    completed_event,
+    ignored_headers,
+    images_reply,
+    partial_event,
+    progress_comment,
+    queue_comment,
+)
 from ovserve.api.store import Store
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
@@ -34,6 +41,7 @@ __all__ = ["Images", "base_url_hint"]
 STREAM_HEAD_WAIT_S = (
     10.0  # a stream's headers are sent once the job is prepared, or after this; later errors are events
 )
+QUEUE_POLL_S = 1.0  # how often a stream asks for the place of its waiting job
 KEEP_ALIVE_S = 15.0  # idle time on a stream before a comment line is sent; clients time out after 300
 DRAINING_RETRY_S = 5  # Retry-After while draining; another or the restarted instance answers by then
 BASE_PATH = "/v1"  # of the base URL that messages suggest
@@ -198,20 +206,30 @@ class Images:
         backstop = Deadline(job.deadline.at + OVERRUN_S)
         try:
             yield ServerEvent("", [b"accepted"])  # sends the head now and not with the first step
-            pending = early
+            pending, shown_ahead = early, -1
+            silent_until = Deadline.after(KEEP_ALIVE_S)
             while True:
                 settled = job.is_settled  # read first, so that take_events returns all that was posted before
                 for event in pending + job.take_events():
                     if (sent := _server_event(event, job, parameters)) is not None:
                         yield sent
+                        silent_until = Deadline.after(KEEP_ALIVE_S)
                 pending = []
                 if settled:
                     _check_done(job)
                     return
-                if not exchange.wait(job.wakeup, min(Deadline.after(KEEP_ALIVE_S), backstop)):
+                place = None if job.prepared is not None else self._dispatcher.place_of(job)
+                if place is not None and place.ahead != shown_ahead:
+                    shown_ahead = place.ahead
+                    yield queue_comment(place)
+                    silent_until = Deadline.after(KEEP_ALIVE_S)
+                pause = silent_until if place is None else min(Deadline.after(QUEUE_POLL_S), silent_until)
+                if not exchange.wait(job.wakeup, min(pause, backstop)):
                     if backstop.is_expired():
                         raise DeadlineExceeded(f"The job did not end within {OVERRUN_S:g} s after its deadline.")
-                    yield ServerEvent("", [b"waiting"])
+                    if silent_until.is_expired():
+                        yield ServerEvent("", [b"waiting"])
+                        silent_until = Deadline.after(KEEP_ALIVE_S)
         finally:
             self._end_job(job)
             job.close()

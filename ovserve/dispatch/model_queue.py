@@ -6,17 +6,26 @@ thread changes the jobs assigned to a worker.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from ovserve.deadline import Deadline
-from ovserve.dispatch.jobs import Client
+from ovserve.dispatch.jobs import Client, Job
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.errors import ModelFailed, NotReady, QueueFull
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.link import Link
 from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progress
 
-__all__ = ["NOT_READY_RETRY_S", "AttachedWorker", "ModelQueue", "ModelStatus", "largest_picture_bytes"]
+__all__ = [
+    "NOT_READY_RETRY_S",
+    "AttachedWorker",
+    "ModelQueue",
+    "ModelStatus",
+    "QueuePlace",
+    "WorkerStatus",
+    "largest_picture_bytes",
+]
 
 NOT_READY_RETRY_S = 5  # a small model loads within seconds, a large one within a few retries
 _ENDED_KEPT = 64  # ids of ended jobs kept for each worker, to distinguish a late report from an unknown job
@@ -55,6 +64,44 @@ class ModelStatus:
     job_s: float
     engine: str = ""
     engine_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """Status of an attached worker at one moment.
+
+    Attributes:
+        name: `model/index#incarnation`, as in the log.
+        model: the model's name.
+        phase: what its newest heartbeat says it does.
+        silent_s: seconds since that heartbeat.
+        is_ready: whether it has passed its warm-up and is not retired.
+        jobs: number of jobs assigned to it.
+        capacity: jobs that it can run at once.
+        jobs_done: jobs that it has completed.
+    """
+
+    name: str
+    model: str
+    phase: str
+    silent_s: float
+    is_ready: bool
+    jobs: int
+    capacity: int
+    jobs_done: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePlace:
+    """Where a job is in its model's queue.
+
+    Attributes:
+        ahead: jobs that precede it.
+        wait_s: expected seconds until it is dispatched.
+    """
+
+    ahead: int
+    wait_s: float
 
 
 @dataclass(slots=True, eq=False)
@@ -99,6 +146,20 @@ class AttachedWorker:
         """
         unfinished = sum(ticket.unfinished for ticket in self.assigned.values() if ticket.job.client.address == address)
         return self.has_capacity and unfinished < self.capacity
+
+    def status(self) -> WorkerStatus:
+        """Return the worker's status now."""
+        state = self.link.state
+        return WorkerStatus(
+            name=self.link.name,
+            model=self.link.model,
+            phase=state.phase,
+            silent_s=max(0.0, time.monotonic() - state.beat_at),
+            is_ready=bool(self.capacity),
+            jobs=len(self.assigned),
+            capacity=self.capacity,
+            jobs_done=state.jobs_done,
+        )
 
     def end_job(self, job: str, *, has_failed: bool) -> None:
         """Remove a job whose end the worker has reported."""
@@ -224,8 +285,17 @@ class ModelQueue:
         This is Little's law over the measured time in a worker. The concurrency is the number of assigned jobs, not the
         capacity: jobs of many pictures leave part of the capacity unused.
         """
+        return self._wait_s(len(self.queue))
+
+    def place_of(self, job: Job) -> QueuePlace | None:
+        """Return the place of a job in the queue, or None if it is not queued."""
+        ahead = self.queue.ahead_of(job)
+        return None if ahead is None else QueuePlace(ahead, self._wait_s(ahead + 1))
+
+    def _wait_s(self, jobs: int) -> float:
+        """Return the expected seconds until the next `jobs` queued jobs are dispatched."""
         assigned = sum(len(worker.assigned) for worker in self.workers) or 1
-        return len(self.queue) * (self.job_s or _FIRST_GUESS_S) / assigned
+        return jobs * (self.job_s or _FIRST_GUESS_S) / assigned
 
     def status(self, unavailable_reason: str = "") -> ModelStatus:
         """Return the model's status now.

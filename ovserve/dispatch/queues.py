@@ -86,6 +86,16 @@ class _Address:
         for waiting in self._keys.values():
             yield from waiting.values()
 
+    def in_turn(self) -> Iterator[Ticket]:
+        """Yield the tickets in the order in which `pop` would return them."""
+        keys = deque(iter(waiting.values()) for waiting in self._keys.values())
+        while keys:
+            waiting = keys.popleft()
+            ticket = next(waiting, None)
+            if ticket is not None:
+                yield ticket
+                keys.append(waiting)
+
     def count_of(self, key: str) -> int:
         return len(self._keys.get(key, ()))
 
@@ -193,6 +203,27 @@ class FairQueue:
             del self._addresses[address]
         self._size -= 1
         return ticket
+
+    def ahead_of(self, job: Job) -> int | None:
+        """Return how many of the queued jobs precede this one if every address is eligible; None if it is not queued.
+
+        Takes time in proportion to the length of the queue.
+        """
+        for number, requeued in enumerate(self._front):
+            if requeued.job is job:
+                return number
+        addresses = deque(waiting.in_turn() for waiting in self._addresses.values())
+        number = len(self._front)
+        while addresses:
+            waiting = addresses.popleft()
+            ticket = next(waiting, None)
+            if ticket is None:
+                continue
+            if ticket.job is job:
+                return number
+            number += 1
+            addresses.append(waiting)
+        return None
 
     def remove(self, job: Job) -> Ticket | None:
         """Remove a job wherever it is in the queue and return its ticket; None when it is not queued."""
