@@ -31,8 +31,12 @@ class ImageRequest:
     negative_prompt_3: str = ""
     images: tuple[Blob, ...] = ()
     mask: Blob | None = None
-    mask_mode: str = "auto"  # auto, alpha, luminance
+    mask_mode: str = "auto"  # auto, alpha, luminance, stencil, none
+    mask_invert: bool = False
     mask_blur: int = 0  # pixels
+    mask_fill: str = "original"  # original, surroundings
+    mask_area: str = "whole"  # whole, masked
+    mask_padding: int = 0  # pixels of the image, around the mask; for mask_area = masked
     width: int = 0
     height: int = 0
     resize_mode: str = "crop"  # crop, pad, stretch

@@ -30,7 +30,8 @@ from ovserve.deadline import Deadline
 from ovserve.engines.protocol import Engine, Outcome, Preview, Work
 from ovserve.errors import ApiError, BlobGone, DeadlineExceeded, InternalError, LinkClosed, LinkGarbage, ModelError
 from ovserve.logs import fields
-from ovserve.models.profile import ModelProfile
+from ovserve.models.classes import CLASSES
+from ovserve.models.profile import ModelProfile, served_by
 from ovserve.pixels.decoder import DecodeLimits, Decoder
 from ovserve.settings.options import ModelSettings
 from ovserve.settings.worker import WorkerSettings
@@ -292,6 +293,8 @@ class JobRunner:
         try:
             return engine, self._load(engine), why
         except Exception as error:  # an unfamiliar export can fail in any way here; the library may still read it
+            if "genai" not in CLASSES[self._profile.pipeline_class].engines:
+                raise
             log.warning(
                 "engine %s cannot load this model, falling back to genai: %s",
                 engine.name,
@@ -303,6 +306,7 @@ class JobRunner:
         engine.close()
         del engine
         gc.collect()
+        self._profile = served_by(self._profile, "genai")
         engine, _ = self._create_engine(self._profile, dataclasses.replace(self._model, engine="genai"))
         return engine, self._load(engine), why
 

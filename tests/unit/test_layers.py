@@ -63,7 +63,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "socketserver": ("front",),
 }
 # The only places that may contain the name of a model family.
-FAMILY_MODULES = ("models.families", "engines.families")
+FAMILY_MODULES = ("models.families", "models.classes", "models.variants", "engines.families")
 
 
 def modules() -> dict[str, ast.Module]:
