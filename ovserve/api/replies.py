@@ -225,6 +225,11 @@ def model_object(model: ServedModel, name: str, created: int, status: Mapping[st
             "guidance_scale": profile.defaults.guidance_scale,
             "strength": profile.defaults.strength,
         },
+        "limits": {
+            "n": model.limits.max_num_images_per_prompt,
+            "size": str(model.limits.max_resolution),
+            "num_inference_steps": model.limits.max_num_inference_steps,
+        },
         "device": model.limits.device,
         **status,
     }

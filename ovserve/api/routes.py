@@ -321,6 +321,8 @@ def _status_fields(status: ModelStatus) -> dict[str, object]:
         "workers": status.workers,
         "queued": status.queued,
         "running": status.running,
+        "engine": status.engine,
+        "schedulers": status.schedulers,
     }
 
 

@@ -51,6 +51,7 @@ class ModelStatus:
         job_s: mean seconds that a job spends in a worker; 0 before the first.
         engine: the engine that a ready worker runs.
         engine_reason: why that engine was chosen.
+        schedulers: names of the schedulers that a request may choose.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ModelStatus:
     job_s: float
     engine: str = ""
     engine_reason: str = ""
+    schedulers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +328,7 @@ class ModelQueue:
             job_s=self.job_s,
             engine=report.engine if report else "",
             engine_reason=report.why if report else "",
+            schedulers=tuple(report.schedulers.split(",")) if report and report.schedulers else (),
         )
 
 

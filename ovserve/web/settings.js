@@ -147,7 +147,7 @@ export function featuresOf(model) {
   const features = model.features || {};
   return {
     negative_prompt: features.negative_prompt ?? true,
-    guidance: features.guidance ?? true,
+    guidance: (features.guidance ?? "") !== "none",
     strength: features.strength ?? true,
     schedulers: (model.schedulers || []).length > 0,
     mask: features.masks ?? features.mask ?? true,
