@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Generator
 
 from ovserve.api.exchange import Exchange, JsonReply, Reply, ServerEvent, StreamReply
@@ -41,7 +42,8 @@ __all__ = ["Images", "base_url_hint"]
 STREAM_HEAD_WAIT_S = (
     10.0  # a stream's headers are sent once the job is prepared, or after this; later errors are events
 )
-QUEUE_POLL_S = 1.0  # how often a stream asks for the place of its waiting job
+LOADING_HEAD_WAIT_S = 2.0  # the same while the model is loading: the client then sees the progress
+WAITING_POLL_S = 1.0  # how often a stream looks what its waiting job waits for
 KEEP_ALIVE_S = 15.0  # idle time on a stream before a comment line is sent; clients time out after 300
 DRAINING_RETRY_S = 5  # Retry-After while draining; another or the restarted instance answers by then
 BASE_PATH = "/v1"  # of the base URL that messages suggest
@@ -190,7 +192,7 @@ class Images:
 
     def _reply_stream(self, exchange: Exchange, job: Job, parameters: Parameters) -> StreamReply:
         """Wait until the job is prepared, then return the stream: errors in the request are then plain HTTP errors."""
-        head_deadline = Deadline.after(STREAM_HEAD_WAIT_S)
+        head_deadline = Deadline.after(LOADING_HEAD_WAIT_S if self._load_comment(job) else STREAM_HEAD_WAIT_S)
         early: list[JobEvent] = []
         while job.prepared is None and not job.is_settled:
             if not exchange.wait(job.wakeup, head_deadline):
@@ -206,7 +208,7 @@ class Images:
         backstop = Deadline(job.deadline.at + OVERRUN_S)
         try:
             yield ServerEvent("", [b"accepted"])  # sends the head now and not with the first step
-            pending, shown_ahead = early, -1
+            pending, last_comment = early, b""
             silent_until = Deadline.after(KEEP_ALIVE_S)
             while True:
                 settled = job.is_settled  # read first, so that take_events returns all that was posted before
@@ -218,12 +220,12 @@ class Images:
                 if settled:
                     _check_done(job)
                     return
-                place = None if job.prepared is not None else self._dispatcher.place_of(job)
-                if place is not None and place.ahead != shown_ahead:
-                    shown_ahead = place.ahead
-                    yield queue_comment(place)
+                comment = self._waiting_comment(job)
+                if comment and comment != last_comment:
+                    last_comment = comment
+                    yield ServerEvent("", [comment])
                     silent_until = Deadline.after(KEEP_ALIVE_S)
-                pause = silent_until if place is None else min(Deadline.after(QUEUE_POLL_S), silent_until)
+                pause = min(Deadline.after(WAITING_POLL_S), silent_until) if comment else silent_until
                 if not exchange.wait(job.wakeup, min(pause, backstop)):
                     if backstop.is_expired():
                         raise DeadlineExceeded(f"The job did not end within {OVERRUN_S:g} s after its deadline.")
@@ -233,6 +235,28 @@ class Images:
         finally:
             self._end_job(job)
             job.close()
+
+    def _waiting_comment(self, job: Job) -> bytes:
+        """Return a comment on what a queued job waits for: its model, else the jobs before it. Empty if it runs."""
+        if loading := self._load_comment(job):
+            return loading
+        place = self._dispatcher.place_of(job) if job.state is State.QUEUED else None
+        return queue_comment(place) if place is not None else b""
+
+    def _load_comment(self, job: Job) -> bytes:
+        """Return a comment on the load that a queued job waits for, or an empty one if no load holds it up."""
+        if job.state is not State.QUEUED:
+            return b""
+        try:
+            status = self._dispatcher.status(job.model)
+        except ModelNotFound:  # a reload has removed it
+            return b""
+        if status.state in ("ready", "failed"):
+            return b""
+        percent = "" if status.loading_percent is None else f" {status.loading_percent} %,"
+        waited_s = time.monotonic() - job.timings.admitted_at
+        state = f"{status.state}, {status.waits_for}" if status.waits_for else status.state
+        return f"model {job.model} is {state}:{percent} {waited_s:.0f} s waited".encode()
 
 
 def _server_event(event: JobEvent, job: Job, parameters: Parameters) -> ServerEvent | None:

@@ -14,7 +14,7 @@ from ovserve.api.exchange import Chunk, JsonReply, ServerEvent
 from ovserve.api.parameters.params import Parameters
 from ovserve.api.windows import Base64Windows
 from ovserve.dispatch.jobs import Job, Partial, Result
-from ovserve.dispatch.model_queue import QueuePlace
+from ovserve.dispatch.statuses import QueuePlace
 from ovserve.models.catalog import Catalog, ServedModel
 from ovserve.wire.messages import Prepared, Progress
 
@@ -189,9 +189,9 @@ def progress_comment(progress: Progress) -> ServerEvent:
     return ServerEvent("", [f"picture {progress.picture + 1}: step {progress.step}/{progress.steps}".encode()])
 
 
-def queue_comment(place: QueuePlace) -> ServerEvent:
-    """Return a comment line with a waiting job's place in the queue."""
-    return ServerEvent("", [f"queue: {place.ahead} ahead, about {math.ceil(place.wait_s)} s".encode()])
+def queue_comment(place: QueuePlace) -> bytes:
+    """Return the text of a comment line with a waiting job's place in the queue."""
+    return f"queue: {place.ahead} ahead, about {math.ceil(place.wait_s)} s".encode()
 
 
 def model_object(model: ServedModel, name: str, created: int, status: Mapping[str, Any]) -> dict[str, Any]:

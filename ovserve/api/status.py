@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ovserve import __version__
-from ovserve.dispatch.model_queue import ModelStatus, WorkerStatus
+from ovserve.dispatch.model_queue import ModelStatus
+from ovserve.dispatch.statuses import WorkerStatus
 from ovserve.errors import ApiError
 
 __all__ = ["LastErrors", "status_document"]

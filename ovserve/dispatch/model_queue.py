@@ -12,22 +12,25 @@ from dataclasses import dataclass, field
 from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import Client, Job
 from ovserve.dispatch.queues import FairQueue, Ticket
+from ovserve.dispatch.statuses import QueuePlace, WorkerStatus
 from ovserve.errors import ModelFailed, NotReady, QueueFull
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.link import Link
 from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progress
 
 __all__ = [
+    "MAX_RETRY_S",
+    "MODEL_STATES",
     "NOT_READY_RETRY_S",
     "AttachedWorker",
     "ModelQueue",
     "ModelStatus",
-    "QueuePlace",
-    "WorkerStatus",
     "largest_picture_bytes",
 ]
 
+MODEL_STATES = ("unloaded", "loading", "ready", "unloading", "failed")
 NOT_READY_RETRY_S = 5  # a small model loads within seconds, a large one within a few retries
+MAX_RETRY_S = 60  # for a model that does not fit into the memory budget
 _ENDED_KEPT = 64  # ids of ended jobs kept for each worker, to distinguish a late report from an unknown job
 _MEAN_WEIGHT = 0.1  # of the newest job in the mean time in a worker: the mean follows the last ten jobs or so
 _FIRST_GUESS_S = 1.0  # assumed time of a job in a worker before one was measured
@@ -41,7 +44,7 @@ class ModelStatus:
 
     Attributes:
         name: the model's name.
-        ready: whether a worker has passed its warm-up and accepts jobs.
+        ready: whether it accepts jobs: a worker has passed its warm-up, or one is started when a job arrives.
         reason: why the model is not ready; empty when it is.
         failed: whether the supervisor declared it failed.
         workers: number of ready workers.
@@ -52,6 +55,11 @@ class ModelStatus:
         engine: the engine that a ready worker runs.
         engine_reason: why that engine was chosen.
         schedulers: names of the schedulers that a request may choose.
+        state: one of MODEL_STATES.
+        loading_s: how long it has been loading; 0 in other states.
+        loading_percent: how much of the time that its last load took has passed, at most 99; None if that is not known.
+        last_used_at: monotonic time at which its newest job was admitted or has ended; 0 before the first.
+        waits_for: what it waits for before it is loaded, such as memory; empty if it waits for nothing.
     """
 
     name: str
@@ -66,44 +74,11 @@ class ModelStatus:
     engine: str = ""
     engine_reason: str = ""
     schedulers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """Status of an attached worker at one moment.
-
-    Attributes:
-        name: `model/index#incarnation`, as in the log.
-        model: the model's name.
-        phase: what its newest heartbeat says it does.
-        silent_s: seconds since that heartbeat.
-        is_ready: whether it has passed its warm-up and is not retired.
-        jobs: number of jobs assigned to it.
-        capacity: jobs that it can run at once.
-        jobs_done: jobs that it has completed.
-    """
-
-    name: str
-    model: str
-    phase: str
-    silent_s: float
-    is_ready: bool
-    jobs: int
-    capacity: int
-    jobs_done: int
-
-
-@dataclass(frozen=True, slots=True)
-class QueuePlace:
-    """Where a job is in its model's queue.
-
-    Attributes:
-        ahead: jobs that precede it.
-        wait_s: expected seconds until it is dispatched.
-    """
-
-    ahead: int
-    wait_s: float
+    state: str = "unloaded"
+    loading_s: float = 0.0
+    loading_percent: int | None = None
+    last_used_at: float = 0.0
+    waits_for: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -118,6 +93,7 @@ class AttachedWorker:
             earlier.
         ended: ids of the last ended jobs, newest last, each with whether it failed.
         logged_phase: the last phase written to the log.
+        attached_at: monotonic time at which it was attached.
     """
 
     link: Link
@@ -126,6 +102,7 @@ class AttachedWorker:
     assigned: dict[str, Ticket] = field(default_factory=dict)
     ended: dict[str, bool] = field(default_factory=dict)
     logged_phase: str = ""
+    attached_at: float = field(default_factory=time.monotonic)
 
     @property
     def capacity(self) -> int:
@@ -207,8 +184,12 @@ class ModelQueue:
         failure: why the supervisor declared the model failed; empty if it did not.
         was_ready: whether a worker has been ready at any time.
         is_removed: whether the model is being unloaded.
-        is_resident: whether it has workers always; otherwise it admits jobs while it has none.
+        wanted: how many workers it should have; 0: it is not resident.
+        expected_load_s: how long it is expected to load; 0: not known.
+        waits_for: what it waits for before it is loaded; empty if it waits for nothing.
+        is_on_demand: whether it admits jobs while it has no workers, which are then started.
         job_s: mean seconds that a job spends in a worker; 0 before the first.
+        last_used_at: monotonic time at which its newest job was admitted or has ended; 0 before the first.
     """
 
     name: str
@@ -218,8 +199,12 @@ class ModelQueue:
     failure: str = ""
     was_ready: bool = False
     is_removed: bool = False
-    is_resident: bool = True
+    wanted: int = 1
+    expected_load_s: float = 0.0
+    waits_for: str = ""
+    is_on_demand: bool = False
     job_s: float = 0.0
+    last_used_at: float = 0.0
 
     def take_next(self) -> tuple[AttachedWorker, Ticket] | None:
         """Remove the next job from the queue and return it with the least loaded worker for it.
@@ -259,7 +244,7 @@ class ModelQueue:
             raise NotReady(f"Model {self.name!r} is being unloaded.", retry_after_s=NOT_READY_RETRY_S)
         if self.failure:
             raise self.failed_error(failed_retry_s)
-        if not self.was_ready and self.is_resident:
+        if not self.was_ready and not self.is_on_demand:
             raise NotReady(f"Model {self.name!r} is loading.", retry_after_s=NOT_READY_RETRY_S)
         if not self.has_space_for(client):
             raise QueueFull(
@@ -313,9 +298,11 @@ class ModelQueue:
             reason = unavailable_reason
         elif self.is_removed:
             reason = "unloading"
-        elif not ready and (self.is_resident or self.workers):
+        elif not ready and not self.is_on_demand:
             reason = "restarting" if self.was_ready else "loading"
         report = ready[0].link.state.ready if ready else None
+        state = self._state(is_served=bool(ready))
+        loading_s = self._loading_s() if state == "loading" else 0.0
         return ModelStatus(
             name=self.name,
             ready=not reason,
@@ -329,7 +316,38 @@ class ModelQueue:
             engine=report.engine if report else "",
             engine_reason=report.why if report else "",
             schedulers=tuple(report.schedulers.split(",")) if report and report.schedulers else (),
+            state=state,
+            loading_s=loading_s,
+            loading_percent=self._loading_percent(loading_s),
+            last_used_at=self.last_used_at,
+            waits_for=self.waits_for,
         )
+
+    def waiting_phrase(self) -> str:
+        """Return what a queued job waits for, as the end of a sentence."""
+        if any(worker.capacity for worker in self.workers):
+            return "while it waited in the queue"
+        return f"while its model was being loaded (for {self._loading_s():.0f} s so far)"
+
+    def _state(self, *, is_served: bool) -> str:
+        if self.failure:
+            return "failed"
+        if self.is_removed:
+            return "unloading"
+        if is_served:
+            return "ready"
+        if self.wanted:
+            return "loading"
+        return "unloading" if self.workers else "unloaded"
+
+    def _loading_s(self) -> float:
+        begun = [worker.attached_at for worker in self.workers if worker.link.state.ready is None]
+        return max(0.0, time.monotonic() - min(begun)) if begun else 0.0
+
+    def _loading_percent(self, loading_s: float) -> int | None:
+        if not loading_s or not self.expected_load_s:
+            return None
+        return min(99, int(100 * loading_s / self.expected_load_s))
 
 
 def _load(worker: AttachedWorker) -> tuple[int, float]:

@@ -75,6 +75,8 @@ export function parseProgress(comment) {
   if (step) return {kind: "step", picture: Number(step[1]), step: Number(step[2]), steps: Number(step[3])};
   const queue = /^queue: (\d+) ahead(?:, about (\d+) s)?$/.exec(comment);
   if (queue) return {kind: "queue", ahead: Number(queue[1]), seconds: queue[2] === undefined ? null : Number(queue[2])};
+  const load = /^model .* is ([a-z]+)[^:]*:(?: (\d+) %,)?/.exec(comment);
+  if (load) return {kind: "load", state: load[1], percent: load[2] === undefined ? null : Number(load[2])};
   return {kind: comment};
 }
 

@@ -221,8 +221,12 @@ function showProgress(report) {
     at("progress-text").textContent = report.ahead ? `Waiting: ${report.ahead} before this one${wait}` : "Next in the queue";
     return;
   }
+  if (report.kind === "load") {
+    at("progress-text").textContent = `The model is ${report.state}${report.percent === null ? " …" : `: ${report.percent} %`}`;
+    return;
+  }
   if (report.kind !== "step") {
-    if (!run.steps) at("progress-text").textContent = report.kind === "loading" ? "The model is being loaded …" : "Waiting …";
+    if (!run.steps) at("progress-text").textContent = "Waiting …";
     return;
   }
   if (!run.denoisingAt) run.denoisingAt = performance.now();

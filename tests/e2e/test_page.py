@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import shutil
@@ -226,7 +225,7 @@ def test_error_is_shown_at_the_field_that_it_names(page: Page) -> None:
 def test_snippets_run_as_pasted(page: Page, tmp_path: Path) -> None:
     load_picture(page)
     drag(page, (0.45, 0.45), (0.55, 0.55))
-    page.fill("#prompt", "it's a \"green\" circle; $HOME `x` \\ on a blue background")
+    page.fill("#prompt", 'it\'s a "green" circle; $HOME `x` \\ on a blue background')
     page.fill("#seed", "6")
     page.click("#copy summary")
     shutil.copy(SOURCE, tmp_path)
@@ -248,7 +247,13 @@ def test_snippets_run_as_pasted(page: Page, tmp_path: Path) -> None:
         ([str(NODE), "run.mjs"], "result-0.png"),
     ):
         done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"HOME": "/"}
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env=os.environ | {"HOME": "/"},
         )
         assert done.returncode == 0, done.stderr
         results.append((tmp_path / name).read_bytes())
@@ -335,27 +340,17 @@ def test_status_page_shows_models_workers_and_errors(browser: Browser, server: L
 
 def test_keys_are_asked_for(browser: Browser, tmp_path: Path) -> None:
     environment = {"OVSERVE_API_KEY": "sk-page", "OVSERVE_ADMIN_KEY": "adm-page"}
-    with LiveServer(spool=tmp_path, environment=environment) as keyed:
-        with open_page(browser) as page:
-            page.goto(keyed.url + "/")
-            expect(page.locator("#server")).to_have_text("API key required")
-            page.click("#key-open")
-            page.fill("#key", "sk-page")
-            page.click("#key-dialog button")
-            expect(page.locator("#server")).to_have_text(re.compile("^Ready"))
-            page.fill("#prompt", PROMPT)
-            send(page)
-            page.goto(keyed.url + "/status")
-            expect(page.locator("#server")).to_have_text("Admin key required")
-            page.fill("#key", "adm-page")
-            page.click("#key-form button")
-            expect(page.locator("#models tr")).to_have_count(1)
-
-
-def test_pages_can_be_switched_off(tmp_path: Path) -> None:
-    with LiveServer("--web_pages", "false", spool=tmp_path, wait_ready=False) as server:
-        server.wait_listening()
-        for path in ("/", "/status", "/web/app.js"):
-            status, document = server.fetch(path)
-            assert status == 404
-            assert "web_pages" in json.dumps(document)
+    with LiveServer(spool=tmp_path, environment=environment) as keyed, open_page(browser) as page:
+        page.goto(keyed.url + "/")
+        expect(page.locator("#server")).to_have_text("API key required")
+        page.click("#key-open")
+        page.fill("#key", "sk-page")
+        page.click("#key-dialog button")
+        expect(page.locator("#server")).to_have_text(re.compile("^Ready"))
+        page.fill("#prompt", PROMPT)
+        send(page)
+        page.goto(keyed.url + "/status")
+        expect(page.locator("#server")).to_have_text("Admin key required")
+        page.fill("#key", "adm-page")
+        page.click("#key-form button")
+        expect(page.locator("#models tr")).to_have_count(1)

@@ -34,7 +34,7 @@ MAY: dict[str, set[str]] = {
     "models": set(),
     "web": set(),
     "errors": set(),
-    "folders": set(),
+    "folders": {"errors"},
     "deadline": set(),
     "logs": set(),
     "metrics": {"errors"},
