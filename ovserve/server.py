@@ -352,9 +352,10 @@ def _raise_descriptor_limit(settings: Settings) -> None:
     if limit > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     limit = max(limit, soft)
-    needed = OWN_DESCRIPTORS + settings.overflow_connections + CONNECTION_DESCRIPTORS * settings.max_connections
+    spare = settings.overflow_connections + settings.linger_connections
+    needed = OWN_DESCRIPTORS + spare + CONNECTION_DESCRIPTORS * settings.max_connections
     if settings.admin_listen:
-        needed += settings.overflow_connections + ADMIN_CONNECTIONS * CONNECTION_DESCRIPTORS
+        needed += spare + ADMIN_CONNECTIONS * CONNECTION_DESCRIPTORS
     if limit < needed:
         log.warning(
             "max_connections may need more descriptors than this process is allowed",

@@ -16,7 +16,8 @@ Invariants:
   writes more than it announced or sends an invalid message is detached like a dead one; the supervisor terminates its
   process.
 - If a worker dies, the jobs that it had read are retried once, each alone on a worker. If that worker dies too, the job
-  fails. Jobs that it had not read are requeued without using up their retry.
+  fails. Jobs that it had not read are requeued without using up their retry. A client whose jobs alone were lost by
+  several workers in a row is delayed (`Penalties`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from ovserve.dispatch.model_queue import (
     ModelStatus,
     largest_picture_bytes,
 )
+from ovserve.dispatch.penalties import Penalties
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.dispatch.reports import ReportApplier
 from ovserve.dispatch.statuses import QueuePlace, WorkerStatus
@@ -93,6 +95,7 @@ class Dispatcher:
         self._idle = threading.Condition(self._lock)
         self._models: dict[str, ModelQueue] = {}
         self._in_flight: set[Job] = set()
+        self._penalties = Penalties()
         self._is_draining = False
         self._next_deadline = Deadline(float("inf"))
         self._calls = CallQueue()
@@ -345,6 +348,8 @@ class Dispatcher:
         if not job.settle(state, error):
             return False
         self._in_flight.discard(job)
+        if state is State.DONE:
+            self._penalties.note_done(job.client.address)
         if not self._in_flight:
             self._idle.notify_all()
         if model := self._models.get(job.model):
@@ -447,17 +452,40 @@ class Dispatcher:
         consumed = link.consumed
         was_read = [ticket for ticket in unsettled if ticket.run_position < consumed]
         lost_retried_job = any(ticket.must_run_alone for ticket in was_read)
-        for ticket in unsettled:
-            self._requeue(worker, ticket, why, was_read=ticket in was_read)
+        clients = {ticket.address for ticket in was_read}
+        lost_client = clients.pop() if len(clients) == 1 else ""
+        if lost_client:
+            self._delay_client(lost_client, worker)
+        for ticket in was_read:
+            self._requeue(worker, ticket, why, was_read=True)
+        for ticket in reversed(unsettled):
+            if ticket not in was_read:
+                self._requeue(worker, ticket, why, was_read=False)
         with self._lock:  # only after requeueing: a removed model without workers and queued jobs is deleted
             worker.assigned.clear()
             worker.model.workers.remove(worker)
             self._delete_unused_locked(worker.model)
         # Last: the supervisor acts on it.
-        link.update(is_broken=is_broken, lost=why, jobs_lost=len(was_read), lost_retried_job=lost_retried_job)
+        link.update(
+            is_broken=is_broken,
+            lost=why,
+            jobs_lost=len(was_read),
+            lost_retried_job=lost_retried_job,
+            lost_client=lost_client,
+        )
         link.close()
         if self.on_change:
             self.on_change()
+
+    def _delay_client(self, client: str, worker: AttachedWorker) -> None:
+        """Count a worker that died with jobs of this client alone."""
+        with self._lock:
+            delay_s = self._penalties.note_death(client)
+        if delay_s:
+            log.warning(
+                "a client's jobs have killed several workers in a row; its next job is delayed",
+                extra=fields(client=client, delay_s=delay_s, worker=worker.link.name),
+            )
 
     def _requeue(self, worker: AttachedWorker, ticket: Ticket, why: str, *, was_read: bool) -> None:
         """Requeue the job, or fail it. A death does not count for a job that the worker had not read."""
@@ -490,7 +518,7 @@ class Dispatcher:
         """Dispatch queued jobs until no worker has capacity for the next one."""
         while len(model.queue):
             with self._lock:
-                found = model.take_next()
+                found = model.take_next(self._penalties.is_delayed)
                 if found is None:
                     return
                 worker, ticket = found
@@ -498,10 +526,19 @@ class Dispatcher:
                 if not job.move(State.RUNNING):
                     continue  # settled meanwhile
                 worker.assigned[job.id] = ticket
+                ticket.is_prepared = False
             job.attempts += 1
             job.timings.dispatched_at = time.monotonic()
             ticket.run_position = worker.link.sent
-            self._send(worker, Run(job.id, ticket.request, job.deadline.remaining(), alone=ticket.must_run_alone))
+            command = Run(
+                job.id,
+                ticket.request,
+                job.deadline.remaining(),
+                alone=ticket.must_run_alone,
+                client=ticket.address,
+                heavy=ticket.is_heavy,
+            )
+            self._send(worker, command)
 
     def _expire_jobs(self) -> None:
         """Settle the queued and running jobs whose deadline has passed, and find the next deadline."""

@@ -7,6 +7,7 @@ thread changes the jobs assigned to a worker.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ovserve.deadline import Deadline
@@ -30,12 +31,18 @@ __all__ = [
 
 MODEL_STATES = ("unloaded", "loading", "ready", "unloading", "failed")
 NOT_READY_RETRY_S = 5  # a small model loads within seconds, a large one within a few retries
+MAX_UNPREPARED = 4  # of one client in one worker: it prepares two at a time, and the next ones are there
+MAX_HEAVY = 2  # unprepared jobs in one worker: one is being prepared, one waits; light jobs keep the other places
 MAX_RETRY_S = 60  # for a model that does not fit into the memory budget
 _ENDED_KEPT = 64  # ids of ended jobs kept for each worker, to distinguish a late report from an unknown job
 _MEAN_WEIGHT = 0.1  # of the newest job in the mean time in a worker: the mean follows the last ten jobs or so
 _FIRST_GUESS_S = 1.0  # assumed time of a job in a worker before one was measured
 # Metadata of a result: a prompt and a negative prompt of 256 KiB each, as escaped text stored in UTF-16 in a WebP.
 _METADATA_BYTES = 4 * 1024 * 1024
+
+
+def _is_never(_: str) -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,21 +117,35 @@ class AttachedWorker:
         return 0 if self.link.state.ready is None or self.link.state.is_retired else self.link.state.ready.capacity
 
     @property
-    def has_capacity(self) -> bool:
-        """Whether it can take one more job that may run beside others."""
-        if len(self.assigned) >= self.capacity:
+    def is_available(self) -> bool:
+        """Whether it can take a job of a client that has none here."""
+        # One place more than the capacity, for a client that has none: one client alone may fill the others, and the
+        # jobs of a client that comes later need not wait until one of them has ended.
+        if not self.capacity or len(self.assigned) > self.capacity:
             return False
         return not any(ticket.must_run_alone for ticket in self.assigned.values())
 
-    def accepts_address(self, address: str) -> bool:
-        """Return whether it can take one more job of this address, with any number of pictures.
+    def accepts(self, ticket: Ticket) -> bool:
+        """Return whether it can take one more job, with any number of pictures, that may run beside others.
 
-        The address's unfinished pictures are counted, not its jobs. The device takes one picture of each job in turn,
-        so without this limit a few jobs of many pictures would get one share of the device each. An address without
-        competition still gets enough jobs to keep the device busy.
+        The unfinished pictures of the job's address are counted, not its jobs. The device takes one picture of each job
+        in turn, so without this limit a few jobs of many pictures would get one share of the device each. An address
+        without competition still gets enough jobs to keep the device busy.
+
+        Jobs that wait for their preparation are limited for each address, and heavy ones for the worker, because they
+        would take the places of jobs that the device could run.
         """
-        unfinished = sum(ticket.unfinished for ticket in self.assigned.values() if ticket.job.client.address == address)
-        return self.has_capacity and unfinished < self.capacity
+        if not self.is_available:
+            return False
+        unprepared = [each for each in self.assigned.values() if not each.is_prepared]
+        if ticket.is_heavy and sum(each.is_heavy for each in unprepared) >= MAX_HEAVY:
+            return False
+        own = [each for each in self.assigned.values() if each.address == ticket.address]
+        if not own:
+            return True
+        if len(self.assigned) >= self.capacity or sum(each.unfinished for each in own) >= self.capacity:
+            return False
+        return sum(each.address == ticket.address for each in unprepared) < MAX_UNPREPARED
 
     def status(self) -> WorkerStatus:
         """Return the worker's status now."""
@@ -206,31 +227,33 @@ class ModelQueue:
     job_s: float = 0.0
     last_used_at: float = 0.0
 
-    def take_next(self) -> tuple[AttachedWorker, Ticket] | None:
+    def take_next(self, is_delayed: Callable[[str], bool] = _is_never) -> tuple[AttachedWorker, Ticket] | None:
         """Remove the next job from the queue and return it with the least loaded worker for it.
 
-        Return None while no worker has capacity for a queued job. A job that must run alone needs a worker without
-        jobs; until there is one, the worker with the fewest jobs gets no others, so that it becomes free.
+        Return None while no worker can take a queued job. An address whose next job no worker can take now is passed
+        over and keeps its turn. A job that must run alone needs a worker without jobs: from its turn on, the worker
+        with the fewest jobs gets no others, so that it becomes free.
+
+        Args:
+            is_delayed: whether the jobs of an address have to wait.
         """
-        available = [worker for worker in self.workers if worker.has_capacity]
-        if not available:
-            return None
-        first = self.queue.first_requeued()
-        if first is not None and not first.must_run_alone:
-            return min(available, key=_load), self.queue.pop_requeued()
-        if first is not None:
-            serving = [worker for worker in self.workers if worker.capacity]
-            reserved = min(serving, key=lambda worker: len(worker.assigned))
-            if not reserved.assigned:
-                return reserved, self.queue.pop_requeued()
-            available = [worker for worker in available if worker is not reserved]
+        available = [worker for worker in self.workers if worker.is_available]
+        is_reserved = False
+        for ticket in self.queue.heads():
             if not available:
-                return None  # before the pop below removes a job that no worker could take
-        ticket = self.queue.pop_shared(lambda address: any(worker.accepts_address(address) for worker in available))
-        if ticket is None:
-            return None
-        accepting = [worker for worker in available if worker.accepts_address(ticket.job.client.address)]
-        return min(accepting or available, key=_load), ticket  # a requeued job goes to any available worker
+                return None
+            if is_delayed(ticket.address) or (ticket.must_run_alone and is_reserved):
+                continue
+            if ticket.must_run_alone:
+                reserved = min((each for each in self.workers if each.capacity), key=lambda each: len(each.assigned))
+                chosen = None if reserved.assigned else reserved
+                available, is_reserved = [each for each in available if each is not reserved], True
+            else:
+                chosen = min((each for each in available if each.accepts(ticket)), key=_load, default=None)
+            if chosen is not None:
+                self.queue.take(ticket)
+                return chosen, ticket
+        return None
 
     def check_admission(self, client: Client, failed_retry_s: float) -> None:
         """Check that this client may add one more job now.
@@ -269,8 +292,8 @@ class ModelQueue:
     def expected_wait_s(self) -> float:
         """Return the expected seconds until all queued jobs are dispatched.
 
-        This is Little's law over the measured time in a worker. The concurrency is the number of assigned jobs, not the
-        capacity: jobs of many pictures leave part of the capacity unused.
+        This is Little's law over the measured time in a worker. The concurrency is the number of assigned jobs, at most
+        the capacity: jobs of many pictures leave part of the capacity unused.
         """
         return self._wait_s(len(self.queue))
 
@@ -281,7 +304,7 @@ class ModelQueue:
 
     def _wait_s(self, jobs: int) -> float:
         """Return the expected seconds until the next `jobs` queued jobs are dispatched."""
-        assigned = sum(len(worker.assigned) for worker in self.workers) or 1
+        assigned = sum(min(worker.capacity, len(worker.assigned)) for worker in self.workers) or 1
         return jobs * (self.job_s or _FIRST_GUESS_S) / assigned
 
     def status(self, unavailable_reason: str = "") -> ModelStatus:

@@ -160,6 +160,7 @@ class Fleet:
     was_ready: bool = False
     written_off: int = 0
     _tuned: dict[str, Any] = field(default_factory=dict)
+    _clients: set[str] = field(default_factory=set)  # each has counted once in `deaths`
     _jobs_done_by_dead: int = 0
     _jobs_done_at_last_death: int = 0
 
@@ -250,19 +251,23 @@ class Fleet:
 
         A crash loop is a worker that repeatedly dies without doing work. So the count restarts at a worker that has
         finished a job, and at one that died after a long life without losing a job. The second death with the same job
-        does not count: it says more about the job than about the worker, and three bad requests could otherwise take
-        the model from all clients.
+        does not count, and no second death with the jobs of one client: they say more about the job or the client than
+        about the worker, and one client could otherwise take the model from all others.
         """
         done = self._jobs_done_by_dead + sum(each.link.state.jobs_done for each in self.slots if each.link)
         has_worked = link.state.jobs_done > 0
         is_old = (
             bool(slot.ready_at) and now - slot.ready_at > self.settings.max_restart_delay_s and not link.state.jobs_lost
         )
+        if done != self._jobs_done_at_last_death or has_worked or is_old:
+            self.deaths = 0
+            self._clients.clear()
         if has_worked or is_old:
-            slot.deaths = self.deaths = 0
-        elif not link.state.lost_retried_job:
+            slot.deaths = 0
+        elif not link.state.lost_retried_job and link.state.lost_client not in self._clients:
             slot.deaths += 1
-            self.deaths = self.deaths + 1 if done == self._jobs_done_at_last_death else 1
+            self.deaths += 1
+            self._clients |= {link.state.lost_client} - {""}
         self._jobs_done_by_dead += link.state.jobs_done
         self._jobs_done_at_last_death = done
         slot.clear()

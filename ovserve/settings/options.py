@@ -441,7 +441,8 @@ class Settings:
     )
     max_prepared_bytes: int = _option(
         1024 * MIB,
-        "Decoded pixels of the edits in one worker, at which it prepares no further ones. One edit may exceed it.",
+        "Decoded pixels of the edits in one worker, at which it prepares no further ones. One edit may exceed it, "
+        "and one more of another client.",
         low=1 * MIB,
         unit="bytes",
         reason="a masked edit takes 7 MB at 1024x1024 pixels and 120 MB at 4096x4096",
@@ -500,15 +501,32 @@ class Settings:
     write_timeout_s: float = _option(
         60.0, "Maximum time without progress while a response is written.", low=0.1, high=3600, unit="seconds"
     )
-    linger_bytes: int = _option(
-        4 * MIB,
-        "Bytes of a rejected body that are read and discarded so that the client reads the response.",
-        low=0,
-        high=1024 * MIB,
-        unit="bytes",
-    )
     linger_s: float = _option(
-        2.0, "Time limit for reading and discarding a rejected body.", low=0, high=60, unit="seconds"
+        30.0,
+        "Time for which a connection stays open after an early refusal, such as 413 or 401, while its client still "
+        "sends; what arrives is dropped. It ends sooner when the client closes, is silent, or is slower than "
+        "min_body_bytes_per_s.",
+        low=0,
+        high=3600,
+        unit="seconds",
+        reason="most clients read the response only when they have sent their whole body",
+    )
+    linger_bytes: int = _option(
+        1024 * MIB,
+        "Bytes that are dropped on one such connection.",
+        low=0,
+        high=64 * 1024 * MIB,
+        unit="bytes",
+        reason="four times the largest body that is accepted",
+    )
+    linger_connections: int = _option(
+        256,
+        "Maximum number of such connections; above it the oldest is closed, and its client may get a reset in place "
+        "of the response.",
+        low=1,
+        high=100_000,
+        unit="connections",
+        reason="each takes a descriptor, and one thread serves all of them",
     )
     default_timeout_s: float = _option(
         600.0,

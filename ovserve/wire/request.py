@@ -12,6 +12,8 @@ from ovserve.wire.blobs import Blob
 __all__ = ["SEEDS", "ImageRequest"]
 
 SEEDS = 2**32  # the library takes seeds modulo this number
+# Preparing takes up to half a second for so many pixels of image and mask together, and 7 s for the largest.
+_LIGHT_PIXELS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,12 @@ class ImageRequest:
     preferred_scheduler: str = ""  # of a `quality` preset; used if `scheduler` is empty and the engine has it
     quality: str = ""  # name of the preset, for the file's metadata
     shortcuts: str = ""  # engine shortcuts of a `quality` preset; empty: exact computation
+    input_pixels: int = 0  # of the images and the mask, by their headers
+
+    @property
+    def is_heavy(self) -> bool:
+        """Whether preparing it takes long."""
+        return self.input_pixels > _LIGHT_PIXELS
 
     def seed_of(self, picture: int) -> int:
         """Return the seed of picture `picture`, which reproduces this picture alone."""

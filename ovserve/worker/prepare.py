@@ -1,12 +1,13 @@
 """Turns an ImageRequest into a PreparedRequest: decodes its images, resolves its parameters, checks both.
 
 `prepare` raises for everything that can be wrong with a request, so that any later error is the server's.
-Runs in: worker, the prepare thread.
+Runs in: worker, the prepare threads.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -51,17 +52,19 @@ def prepare(
     *,
     blobs: WorkerBlobs,
     decode: DecodeFile = decode_here,
+    counting: AbstractContextManager[object] = nullcontext(),  # noqa: B008 - reusable and without state
 ) -> PreparedRequest:
     """Decode, orient and fit the images, read the mask, count the tokens.
 
-    `decode` decodes one image file.
+    `decode` decodes one image file. `counting` is entered while the engine is used.
 
     Raises:
         BadRequest: one of its subclasses, naming the field that is wrong.
     """
     request = _adapt_to_engine(request, engine.features)
-    engine.check(request)
-    prompt, text_tokens = fit_prompt(request, profile, engine)
+    with counting:
+        engine.check(request)
+        prompt, text_tokens = fit_prompt(request, profile, engine)
     limits = Limits(settings.max_image_pixels, settings.max_image_side_px)
     source, mask, colour_profile = _read_images(request, blobs, limits, decode)
     mode = "text2image" if source is None else "image2image" if mask is None else "inpainting"

@@ -3,7 +3,7 @@
     PreparedRequest ──work(k)──▶ Work ──engine──▶ Outcome.pixels ──assemble──▶ result ──encode──▶ bytes
                                                   Preview.pixels ──encode_preview──▶ bytes
 
-Runs in: worker; `work` in the prepare thread, the rest in the finish thread. The records are never changed.
+Runs in: worker; `work` in the prepare threads, the rest in the finish thread. The records are never changed.
 """
 
 from __future__ import annotations

@@ -26,11 +26,13 @@ class Pictures:
     Attributes:
         images, mask: the uploads.
         ignored: names of the images that are not used, with their numbers: `image[1]` is the second.
+        pixels: of the images and the mask together, by their headers.
     """
 
     images: tuple[Upload, ...] = ()
     mask: Upload | None = None
     ignored: tuple[str, ...] = ()
+    pixels: int = 0
 
 
 def reject_text_images(gathered: Gathered, is_json: bool) -> None:
@@ -112,10 +114,12 @@ def _check_uploads(
             "server's option extra_images = first uses the first one.",
             param=images[1].name,
         )
+    measured = list(heads)
     if masks:
-        read_head(masks[0].view(), masks[0].name, settings)
+        measured.append(read_head(masks[0].view(), masks[0].name, settings))
     _check_mask_mode(gathered, has_mask=bool(masks))
-    return Pictures(tuple(images), masks[0] if masks else None, ignored), heads
+    pixels = sum(head.width * head.height for head in measured)
+    return Pictures(tuple(images), masks[0] if masks else None, ignored, pixels), heads
 
 
 def _check_mask_mode(gathered: Gathered, *, has_mask: bool) -> None:
