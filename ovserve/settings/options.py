@@ -193,7 +193,7 @@ class ModelSettings:
     max_strength: float = _option(1.0, "Maximum strength.", low=0, high=1)
     extra_images: str = _option(
         "refuse",
-        "Several images for a model that takes one: `refuse` (400), or `first`: the first is used, and the reply names "
+        "More images than the model takes: `refuse` (400), or `first`: the first ones are used, and the reply names "
         "the others (`ignored`).",
         choices=("refuse", "first"),
         reason="a picture made from a part of the request can surprise",
@@ -546,6 +546,13 @@ class Settings:
     max_timeout_s: float = _option(
         3600.0, "Maximum deadline that a request can set.", low=0.1, high=86400, unit="seconds"
     )
+    sdapi_previews: int = _option(
+        3,
+        "Previews of each picture for `GET /sdapi/v1/progress`; 0: none.",
+        low=0,
+        high=3,
+        reason="clients show them, but each costs up to half of a denoising step",
+    )
     grace_period_s: float = _option(
         30.0, "Time for jobs in flight to finish after SIGTERM.", low=0, high=86400, unit="seconds"
     )
@@ -616,6 +623,14 @@ class Settings:
         "unloaded, the least recently used first. A model whose weight files alone take more is an error. 0: no limit.",
         low=0,
         unit="bytes",
+    )
+    keep_alive_max_s: float = _option(
+        3600.0,
+        "Maximum of the request field `keep_alive`.",
+        low=0,
+        high=86400 * 365,
+        unit="seconds",
+        reason="one request must not keep a model for ever",
     )
     min_resident_s: float = _option(
         5.0,
