@@ -30,7 +30,7 @@ import numpy as np
 
 from ovserve.engines.checks import check_scheduler, check_step_count
 from ovserve.engines.families.protocol import DenoiserRow, Feed, PlanMaker, Start
-from ovserve.engines.protocol import Features, Outcome, Pixels, Work, warm_up_work
+from ovserve.engines.protocol import Features, Outcome, Pixels, Work, warm_up_size, warm_up_work
 from ovserve.engines.schedulers.noise import Array, read_scheduler_config
 from ovserve.engines.schedulers.plans import Plan
 from ovserve.engines.stepwise.batching import Batcher, Call, Row
@@ -159,7 +159,8 @@ class StepwiseEngine:
             ApiError: the picture failed.
         """
         # Where steps are long, one step must do; a second would test nothing more.
-        work = warm_up_work(self._profile, num_inference_steps=1 if self._tuning.step_s > LARGE_CALL_S else 2)
+        steps = 1 if self._tuning.step_s > LARGE_CALL_S else 2
+        work = warm_up_work(self._profile, num_inference_steps=steps, size=warm_up_size(self._profile))
         self.admit(work)
         outcomes: list[Outcome] = []
         while not outcomes:
