@@ -21,7 +21,8 @@ FOUNDATIONS = {"errors", "deadline", "folders", "logs", "machine", "metrics", "s
 MAY: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"server", "models", "hub", "engines.devices"},
+    "cli": {"server", "models", "hub", "client", "engines.devices"},
+    "client": set(),
     "hub": {"models"},
     "server": {"hub", "front", "api", "dispatch", "fleet", "wire", "models", "worker.main"},
     "front": {"api", "wire"},
@@ -58,11 +59,11 @@ INSIDE: dict[str, set[str]] = {
 # The only places that may import these packages.
 ONLY: dict[str, tuple[str, ...]] = {
     "numpy": ("worker", "engines", "pixels"),
-    "PIL": ("worker", "engines", "pixels"),
+    "PIL": ("worker", "engines", "pixels", "client.masks"),
     "openvino": ("engines.genai", "engines.stepwise", "engines.devices"),
     "openvino_genai": ("engines.genai", "engines.stepwise"),
     "multiprocessing": ("wire", "fleet", "server", "cli"),
-    "http": ("front", "hub"),
+    "http": ("front", "hub", "client"),
     "socketserver": ("front",),
 }
 # The only places that may contain the name of a model family.
