@@ -20,7 +20,8 @@ FRONT_END_OPTIONS = (
     "replicas", "queue_limit", "memory_limit_bytes", "default_resolution", "max_num_images_per_prompt",
     "default_num_inference_steps", "max_num_inference_steps", "default_guidance_scale", "max_guidance_scale",
     "default_strength", "min_strength", "max_strength", "aliases", "builtin_aliases",
-    "extra_images", "truncate_prompt", "default_response_format", "unknown_fields",
+    "extra_images", "truncate_prompt", "default_response_format", "unknown_fields", "composite", "source_loras",
+    "prompt_loras",
 )  # fmt: skip
 _DEFAULTS = ModelSettings()
 
@@ -52,7 +53,9 @@ class DesiredModel:
     def worker_key(self) -> tuple[Any, ...]:
         """What workers are started with: records with equal keys can keep each other's workers."""
         unchanged = {name: getattr(_DEFAULTS, name) for name in FRONT_END_OPTIONS}
-        model = dataclasses.replace(self.model, **unchanged)
+        # A weight travels with each request.
+        adapters = tuple(dataclasses.replace(adapter, alpha=1.0) for adapter in self.model.lora)
+        model = dataclasses.replace(self.model, **unchanged, lora=adapters)
         return self.profile, model, WorkerSettings.of(self.settings), self.files
 
 
@@ -63,7 +66,7 @@ def desired_models(settings: Settings, profiles: Mapping[str, ModelProfile]) -> 
             profiles[model.name],
             model,
             settings,
-            fingerprint(profiles[model.name].directory, model.cache_dir),
+            fingerprint(profiles[model.name].directory, model.cache_dir, [adapter.path for adapter in model.lora]),
         )
         for model in settings.models
     }

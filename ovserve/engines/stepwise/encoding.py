@@ -39,7 +39,7 @@ class Encoding:
 
     def start(self, work: Work, plan: Plan, requests: Requests) -> Start:
         """Make the `Start`, with random draws in the library's order: image, noise, masked image."""
-        conditions = self._prompts.conditions(work, requests.text_encoders)
+        conditions = self._prompts.conditions(work, requests)
         draw = _stream(work.seed)
         inpainting = work.mode == "inpainting"
         from_noise = work.mode == "text2image" or (inpainting and f32(work.strength) == 1)

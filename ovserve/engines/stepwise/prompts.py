@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import openvino_genai as og
@@ -18,6 +17,8 @@ from ovserve.engines.families.protocol import Conditions, Family
 from ovserve.engines.protocol import Work, truncate_to_window
 from ovserve.engines.schedulers.noise import Array
 from ovserve.engines.stepwise.cache import ArrayCache
+from ovserve.engines.stepwise.compiled import Requests
+from ovserve.engines.stepwise.lora import Loras, Weights, with_weights
 from ovserve.models.profile import ModelProfile
 
 __all__ = ["PromptEncoder"]
@@ -32,7 +33,8 @@ class _Encoder:
 
     def __init__(self, family: Family, directory: Path, index: int, window: int) -> None:
         suffix = "" if index == 0 else f"_{index + 1}"
-        config = component_config(directory / f"text_encoder{suffix}")
+        self.name = f"text_encoder{suffix}"
+        config = component_config(directory / self.name)
         self._tokenizer = og.Tokenizer(str(directory / f"tokenizer{suffix}"))
         self.window = int(config.get("max_position_embeddings") or window)
         self.outputs = family.embedding_outputs(config)
@@ -58,8 +60,9 @@ class _Encoder:
 class PromptEncoder:
     """The tokenizers of a model, and a cache of embeddings by prompt."""
 
-    def __init__(self, profile: ModelProfile, family: Family) -> None:
+    def __init__(self, profile: ModelProfile, family: Family, loras: Loras) -> None:
         self._family = family
+        self._loras = loras
         self._encoders = [
             _Encoder(family, profile.directory, index, profile.prompt_tokens) for index in range(profile.text_encoders)
         ]
@@ -73,24 +76,37 @@ class PromptEncoder:
         """Return the longest prefix of a prompt that fits the window."""
         return truncate_to_window(prompt, self.count_tokens, self._encoders[0].window)
 
-    def conditions(self, work: Work, requests: Sequence[Any]) -> Conditions:
+    def conditions(self, work: Work, requests: Requests) -> Conditions:
         """Return the conditions of a picture, from the cache or the text encoders in `requests`."""
-        return self._family.conditions(work, lambda index, prompts: self._encode(index, prompts, requests))
 
-    def _encode(self, index: int, prompts: Sequence[str], requests: Sequence[Any]) -> list[tuple[Array, ...]]:
-        """Return each prompt's embedding by one encoder: the outputs that the family names, without the batch axis."""
-        missing = [p for p in dict.fromkeys(prompts) if self._cache.find((index, p)) is None]
+        def encode(index: int, prompts: Sequence[str]) -> list[tuple[Array, ...]]:
+            return self._encode(index, prompts, requests, self._loras.weights(work, self._encoders[index].name))
+
+        return self._family.conditions(work, encode)
+
+    def _encode(
+        self, index: int, prompts: Sequence[str], requests: Requests, weights: Weights
+    ) -> list[tuple[Array, ...]]:
+        """Return each prompt's embedding by one encoder: the outputs that the family names, without the batch axis.
+
+        The weights of the adapters that change the encoder are part of the cache's key.
+        """
+        missing = [p for p in dict.fromkeys(prompts) if self._cache.find((index, weights, p)) is None]
         fresh: dict[str, tuple[Array, ...]] = {}
         if missing:
-            request, encoder = requests[index], self._encoders[index]
-            request.infer({0: np.stack([encoder.ids(prompt) for prompt in missing])})
+            encoder = self._encoders[index]
+            request, inputs = requests.text_encoders[index], {0: np.stack([encoder.ids(prompt) for prompt in missing])}
+            if weights:
+                request = requests.adapted[encoder.name]
+                inputs = with_weights(inputs, self._loras.rows([weights] * len(missing)))
+            request.infer(inputs)
             found = [np.array(request.get_output_tensor(place).data) for place in encoder.outputs]
             for row, prompt in enumerate(missing):
                 fresh[prompt] = tuple(array[row].copy() for array in found)
-                self._cache.put((index, prompt), fresh[prompt])
-        return [fresh[p] if p in fresh else self._cached(index, p, requests) for p in prompts]
+                self._cache.put((index, weights, prompt), fresh[prompt])
+        return [fresh[p] if p in fresh else self._cached(index, p, requests, weights) for p in prompts]
 
-    def _cached(self, index: int, prompt: str, requests: Sequence[Any]) -> tuple[Array, ...]:
-        cached = self._cache.find((index, prompt))
+    def _cached(self, index: int, prompt: str, requests: Requests, weights: Weights) -> tuple[Array, ...]:
+        cached = self._cache.find((index, weights, prompt))
         # None: evicted a moment ago.
-        return cached if cached is not None else self._encode(index, [prompt], requests)[0]
+        return cached if cached is not None else self._encode(index, [prompt], requests, weights)[0]
