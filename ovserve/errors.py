@@ -7,6 +7,7 @@
     │   └── ModelsFailed              no model could be loaded
     ├── ClientGone                    the client closed its connection: no response is sent
     ├── BlobGone                      a worker opens a blob whose exchange has ended
+    ├── LaunchError                   a worker cannot be started now: no descriptors, memory, process ids or places left
     ├── LinkClosed                    the other side of a link is gone: end-of-file or a broken pipe
     ├── LinkGarbage                   the other side of a link broke the protocol
     └── ApiError                      becomes a response: OpenAI's error object with `status`
@@ -44,6 +45,7 @@ __all__ = [
     "InternalError",
     "InvalidType",
     "InvalidValue",
+    "LaunchError",
     "LengthRequired",
     "LinkClosed",
     "LinkGarbage",
@@ -136,6 +138,10 @@ class ClientGone(OvserveError):
 
 class BlobGone(OvserveError):
     """A worker opens a blob whose exchange has ended, so that its storage was released."""
+
+
+class LaunchError(OvserveError):
+    """A launcher cannot start a worker now. The message is the reason for the log; a later attempt may succeed."""
 
 
 class LinkClosed(OvserveError):

@@ -10,11 +10,49 @@ import contextlib
 import errno
 import os
 import stat
+import tempfile
 from pathlib import Path
 
-__all__ = ["check_parent", "open_private", "open_regular"]
+from ovserve.errors import SettingsError
+
+__all__ = ["check_parent", "open_private", "open_regular", "user_cache"]
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def user_cache(option: str) -> Path:
+    """Return systemd's CacheDirectory, else `ovserve` in the user's cache directory. It need not exist.
+
+    For a user without a home directory it is a private folder in the temporary directory, which is created here.
+
+    Args:
+        option: the option that chooses another directory, for the message.
+
+    Raises:
+        SettingsError: another user can write to that folder.
+    """
+    if given := os.environ.get("CACHE_DIRECTORY"):
+        return Path(given.partition(":")[0])
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "ovserve"
+    try:
+        return Path.home() / ".cache" / "ovserve"
+    except RuntimeError:  # no HOME and no entry in the user database: systemd's DynamicUser, a container's uid
+        return _temporary_folder(option)
+
+
+def _temporary_folder(option: str) -> Path:
+    """Return the folder of this user in the temporary directory; create it if needed. Raises SettingsError."""
+    folder = Path(tempfile.gettempdir()) / f"ovserve-{os.getuid()}"
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+    except OSError as error:
+        raise SettingsError(f"no home directory, and {folder} cannot be used: {error.strerror}; set {option}") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise SettingsError(f"no home directory, and {folder} is not private to this user; set {option}")
+    return folder
 
 
 def check_parent(directory: Path) -> None:

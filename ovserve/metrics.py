@@ -27,6 +27,14 @@ WATCHED = {
     "ovserve_queued_jobs": Watched("Waiting jobs by model.", ("model",)),
     "ovserve_running_jobs": Watched("Jobs held by workers, by model.", ("model",)),
     "ovserve_ready_workers": Watched("Ready workers by model.", ("model",)),
+    "ovserve_model_state": Watched("1 for the state that a model is in, 0 for the others.", ("model", "state")),
+    "ovserve_model_loading_seconds": Watched("Time for which a model has been loading; 0 in other states.", ("model",)),
+    "ovserve_model_loads_total": Watched("Loads of a model that have ended with a ready worker.", ("model",), True),
+    "ovserve_model_unloads_total": Watched("Models unloaded while they stayed configured.", ("model",), True),
+    "ovserve_model_memory_bytes": Watched("Measured memory of a model's workers.", ("model",)),
+    "ovserve_model_expected_bytes": Watched("Memory that one worker of a model is expected to take.", ("model",)),
+    "ovserve_memory_bytes": Watched("Measured memory of the server and its workers."),
+    "ovserve_memory_budget_bytes": Watched("The option memory_budget_bytes; 0: no limit."),
     "ovserve_worker_restarts_total": Watched(
         "Restarts of workers that died or were killed, by model.", ("model",), is_counter=True
     ),

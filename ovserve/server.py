@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing import resource_tracker
+from pathlib import Path
 
 from ovserve import systemd
 from ovserve.api.reloads import ModelReload, ReloadStatus
@@ -24,8 +25,11 @@ from ovserve.api.routes import ImagesApi
 from ovserve.api.store import Store
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
-from ovserve.errors import ModelsFailed, StartupError
+from ovserve.errors import ModelsFailed, SettingsError, StartupError
+from ovserve.fleet.budget import check_budget
+from ovserve.fleet.estimates import Estimates
 from ovserve.fleet.supervisor import Supervisor
+from ovserve.folders import user_cache
 from ovserve.front.keys import read_admin_keys, read_keys
 from ovserve.front.listener import Listener
 from ovserve.logs import configure_logs, fields
@@ -90,7 +94,7 @@ class Server:
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         _raise_descriptor_limit(settings)
-        catalog = read_catalog(settings)
+        catalog = _read_models(settings)
         self._spool = Spool(
             settings.spool_dir or default_directory(),
             settings.spool_bytes,
@@ -114,6 +118,7 @@ class Server:
                 self._dispatcher,
                 LocalLauncher(worker.main, self._spool.worker_blobs()),
                 self._note_serving,
+                estimates=Estimates(_measurements_file()),
             )
             self._api = ImagesApi(settings, catalog, self._dispatcher, self.reload, self.reload_status)
             self._supervisor.on_outcome = self._note_outcome
@@ -219,7 +224,7 @@ class Server:
             self._newest_reload = ReloadStatus(number, is_reading=True)
             try:
                 settings = self._reread()
-                catalog, keys, admin_keys = read_catalog(settings), read_keys(settings), read_admin_keys(settings)
+                catalog, keys, admin_keys = _read_models(settings), read_keys(settings), read_admin_keys(settings)
                 running = self._api.settings
                 if (settings.log_level, settings.log_format) != (running.log_level, running.log_format):
                     configure_logs(settings.log_level, settings.log_format)
@@ -324,7 +329,9 @@ RELOADED = frozenset((
     "models", "default_model", "ready_models", "max_images", "max_image_pixels", "max_image_side_px",
     "max_prepared_bytes", "default_timeout_s",
     "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
-    "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "api_key", "api_key_file",
+    "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "min_resident_s",
+    "memory_budget_bytes",
+    "api_key", "api_key_file",
     "admin_key", "admin_key_file", "allowed_hosts", "log_level", "log_format", "decode_cpu_limit_s",
     "decode_memory_limit_bytes",
 ))  # fmt: skip
@@ -373,6 +380,16 @@ def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
     metrics.watch("ovserve_spool_warm_bytes", lambda: [([], spool.file_pool.size_bytes)])
     metrics.watch("ovserve_spool_free_bytes", lambda: [([], spool.free_bytes)])
     metrics.watch("ovserve_spool_limit_bytes", lambda: [([], spool.capacity_bytes)])
+    metrics.watch("ovserve_model_loads_total", lambda: [([name], n) for name, n in supervisor.loads().items()])
+    metrics.watch("ovserve_model_unloads_total", lambda: [([name], n) for name, n in supervisor.unloads().items()])
+    metrics.watch(
+        "ovserve_model_memory_bytes", lambda: [([name], it.used_bytes) for name, it in supervisor.memory().items()]
+    )
+    metrics.watch(
+        "ovserve_model_expected_bytes", lambda: [([name], it.worker_bytes) for name, it in supervisor.memory().items()]
+    )
+    metrics.watch("ovserve_memory_bytes", lambda: [([], supervisor.memory_bytes())])
+    metrics.watch("ovserve_memory_budget_bytes", lambda: [([], supervisor.budget_bytes())])
     metrics.watch("ovserve_worker_restarts_total", lambda: [([name], n) for name, n in supervisor.restarts().items()])
 
 
@@ -387,7 +404,23 @@ def check_settings(settings: Settings) -> tuple[Catalog, int]:
     """
     Store(settings)
     read_admin_keys(settings)
-    return read_catalog(settings), len(read_keys(settings))
+    return _read_models(settings), len(read_keys(settings))
+
+
+def _read_models(settings: Settings) -> Catalog:
+    """Return the models, checked against the memory budget. Raises ModelError and SettingsError."""
+    catalog = read_catalog(settings)
+    for sentence in check_budget(settings, _profiles(catalog)):
+        log.warning(sentence)
+    return catalog
+
+
+def _measurements_file() -> Path | None:
+    """Return the file of the measured memory of workers, or None if the user has no folder for it."""
+    try:
+        return user_cache("cache_dir") / "measured.json"
+    except SettingsError:
+        return None
 
 
 def _profiles(catalog: Catalog) -> dict[str, ModelProfile]:

@@ -43,7 +43,7 @@ def safetensors(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> 
 
 
 def kohya_tensors(seed: int, *, text: bool = False, rank: int = 4, spread: float = 0.1) -> dict[str, Any]:
-    """Return random matrices for modules of the built-in model, in kohya's spelling; `text`: of its text encoder too."""
+    """Return random matrices for modules of the built-in model in kohya's spelling; `text`: of its text encoder too."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, Any] = {}
     for prefix, modules in (("lora_unet_", UNET_MODULES), ("lora_te_", TEXT_MODULES if text else {})):

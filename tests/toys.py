@@ -74,7 +74,9 @@ def toy_profile(name: str = "toy") -> ModelProfile:
     return ModelProfile(
         name=name,
         directory=Path("/nowhere"),
+        pipeline_class="StableDiffusionPipeline",
         family="stable-diffusion",
+        component_tasks=frozenset({"text2image", "image2image", "inpainting"}),
         tasks=frozenset({"text2image", "image2image", "inpainting"}),
         inpainting_unet=False,
         side_multiple_px=8,
@@ -84,6 +86,9 @@ def toy_profile(name: str = "toy") -> ModelProfile:
         prompt_tokens=77,
         text_encoders=1,
         takes_negative_prompt=True,
+        references=0,
+        guidance="classifier-free",
+        is_distilled=False,
         scheduling=Scheduling("DDIM", 1000, "leading", 50),
         defaults=Defaults(1, 1.0, 1.0, 1.0, 1.0),
     )

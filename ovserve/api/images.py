@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Generator
 
 from ovserve.api.exchange import Exchange, JsonReply, Reply, ServerEvent, StreamReply
@@ -34,6 +35,8 @@ __all__ = ["Images", "base_url_hint"]
 STREAM_HEAD_WAIT_S = (
     10.0  # a stream's headers are sent once the job is prepared, or after this; later errors are events
 )
+LOADING_HEAD_WAIT_S = 2.0  # the same while the model is loading: the client then sees the progress
+LOADING_COMMENT_S = 1.0  # between comment lines while the model is loading
 KEEP_ALIVE_S = 15.0  # idle time on a stream before a comment line is sent; clients time out after 300
 DRAINING_RETRY_S = 5  # Retry-After while draining; another or the restarted instance answers by then
 BASE_PATH = "/v1"  # of the base URL that messages suggest
@@ -182,7 +185,7 @@ class Images:
 
     def _reply_stream(self, exchange: Exchange, job: Job, parameters: Parameters) -> StreamReply:
         """Wait until the job is prepared, then return the stream: errors in the request are then plain HTTP errors."""
-        head_deadline = Deadline.after(STREAM_HEAD_WAIT_S)
+        head_deadline = Deadline.after(LOADING_HEAD_WAIT_S if self._load_comment(job) else STREAM_HEAD_WAIT_S)
         early: list[JobEvent] = []
         while job.prepared is None and not job.is_settled:
             if not exchange.wait(job.wakeup, head_deadline):
@@ -208,13 +211,33 @@ class Images:
                 if settled:
                     _check_done(job)
                     return
-                if not exchange.wait(job.wakeup, min(Deadline.after(KEEP_ALIVE_S), backstop)):
+                loading = self._load_comment(job)
+                if loading:
+                    yield ServerEvent("", [loading])
+                pause = Deadline.after(LOADING_COMMENT_S if loading else KEEP_ALIVE_S)
+                if not exchange.wait(job.wakeup, min(pause, backstop)):
                     if backstop.is_expired():
                         raise DeadlineExceeded(f"The job did not end within {OVERRUN_S:g} s after its deadline.")
-                    yield ServerEvent("", [b"waiting"])
+                    if not loading:
+                        yield ServerEvent("", [b"waiting"])
         finally:
             self._end_job(job)
             job.close()
+
+    def _load_comment(self, job: Job) -> bytes:
+        """Return a comment on the load that a queued job waits for, or an empty one if no load holds it up."""
+        if job.state is not State.QUEUED:
+            return b""
+        try:
+            status = self._dispatcher.status(job.model)
+        except ModelNotFound:  # a reload has removed it
+            return b""
+        if status.state in ("ready", "failed"):
+            return b""
+        percent = "" if status.loading_percent is None else f" {status.loading_percent} %,"
+        waited_s = time.monotonic() - job.timings.admitted_at
+        state = f"{status.state}, {status.waits_for}" if status.waits_for else status.state
+        return f"model {job.model} is {state}:{percent} {waited_s:.0f} s waited".encode()
 
 
 def _server_event(event: JobEvent, job: Job, parameters: Parameters) -> ServerEvent | None:

@@ -201,7 +201,16 @@ def model_object(model: ServedModel, name: str, created: int, status: Mapping[st
         "created": created,
         "owned_by": "ovserve",
         "family": profile.family,
+        "pipeline_class": profile.pipeline_class,
         "tasks": sorted(profile.tasks),
+        "features": {
+            "reference_images": profile.references,
+            "masks": "inpainting" in profile.tasks,
+            "negative_prompt": profile.takes_negative_prompt,
+            "strength": profile.takes_strength,
+            "guidance": profile.guidance,
+            "distilled": profile.is_distilled,
+        },
         "native_size": str(profile.native),
         "prompt_tokens": profile.prompt_tokens,
         "defaults": {

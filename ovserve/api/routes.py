@@ -26,6 +26,7 @@ from ovserve.api.replies import json_reply, model_object, models_object
 from ovserve.api.store import Store, parse_range
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
+from ovserve.dispatch.model_queue import MODEL_STATES
 from ovserve.errors import (
     ApiError,
     BadRequest,
@@ -145,6 +146,8 @@ class ImagesApi:
         self.metrics.watch("ovserve_queued_jobs", self._queued)
         self.metrics.watch("ovserve_running_jobs", self._running)
         self.metrics.watch("ovserve_ready_workers", self._workers)
+        self.metrics.watch("ovserve_model_state", self._states)
+        self.metrics.watch("ovserve_model_loading_seconds", self._loading_s)
         self.metrics.watch("ovserve_reloads_total", lambda: [([], self.reload_status().number)])
         self.metrics.watch("ovserve_reload_failed", lambda: [([], self.reload_status().state == "failed")])
         self._openapi: bytes | None = None
@@ -232,6 +235,12 @@ class ImagesApi:
     def _workers(self) -> list[tuple[list[str], float]]:
         return [([status.name], status.workers) for status in self._statuses()]
 
+    def _states(self) -> list[tuple[list[str], float]]:
+        return [([status.name, state], status.state == state) for status in self._statuses() for state in MODEL_STATES]
+
+    def _loading_s(self) -> list[tuple[list[str], float]]:
+        return [([status.name], status.loading_s) for status in self._statuses()]
+
     def count_refused(self, error: ApiError) -> None:
         """Count a rejected request under the error's code, so that invented paths do not become labels."""
         self.metrics.responses.labels(error.code or "refused", str(error.status)).inc()
@@ -302,14 +311,30 @@ def _model_statuses(api: ImagesApi) -> dict[str, ModelStatus]:
 
 def _unloading_status(name: str) -> ModelStatus:
     return ModelStatus(
-        name, ready=False, reason="unloading", failed=False, workers=0, queued=0, running=0, capacity=0, job_s=0.0
+        name,
+        ready=False,
+        reason="unloading",
+        failed=False,
+        workers=0,
+        queued=0,
+        running=0,
+        capacity=0,
+        job_s=0.0,
+        state="unloading",
     )
 
 
 def _status_fields(status: ModelStatus) -> dict[str, object]:
+    loading: dict[str, object] = {}
+    if status.state == "loading":
+        loading = {"loading": {"percent": status.loading_percent, "seconds": round(status.loading_s, 1)}}
+    if status.waits_for:
+        loading = {"waits_for": status.waits_for}
     return {
         "ready": status.ready,
         "reason": status.reason,
+        "state": status.state,
+        **loading,
         "workers": status.workers,
         "queued": status.queued,
         "running": status.running,

@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import stat
-import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from ovserve.api.windows import FileWindows
 from ovserve.errors import NotFound, RangeNotSatisfiable, SettingsError, SpoolFull
-from ovserve.folders import check_parent, open_private, open_regular
+from ovserve.folders import check_parent, open_private, open_regular, user_cache
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
 
@@ -71,37 +70,8 @@ class StoredPicture:
 
 
 def default_store() -> Path:
-    """Return `pictures` in systemd's CacheDirectory, else `ovserve/pictures` in the user's cache directory.
-
-    For a user without a home directory it is in a private folder of the temporary directory, which is created here.
-
-    Raises:
-        SettingsError: another user can write to that folder.
-    """
-    if given := os.environ.get("CACHE_DIRECTORY"):
-        return Path(given.partition(":")[0]) / _FOLDER
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "ovserve" / _FOLDER
-    try:
-        return Path.home() / ".cache" / "ovserve" / _FOLDER
-    except RuntimeError:  # no HOME and no entry in the user database: systemd's DynamicUser, a container's uid
-        return _private_folder() / _FOLDER
-
-
-def _private_folder() -> Path:
-    """Return the folder of this user in the temporary directory; create it if needed. Raises SettingsError."""
-    folder = Path(tempfile.gettempdir()) / f"ovserve-{os.getuid()}"
-    try:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        found = folder.lstat()
-    except OSError as error:
-        raise SettingsError(
-            f"no home directory, and {folder} cannot be used: {error.strerror}; set store_dir"
-        ) from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise SettingsError(f"no home directory, and {folder} is not private to this user; set store_dir")
-    return folder
+    """Return `pictures` in the user's cache folder. Raises SettingsError."""
+    return user_cache("store_dir") / _FOLDER
 
 
 @dataclass(frozen=True, slots=True)

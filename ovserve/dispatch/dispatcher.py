@@ -16,7 +16,8 @@ Invariants:
   writes more than it announced or sends an invalid message is detached like a dead one; the supervisor terminates its
   process.
 - If a worker dies, the jobs that it had read are retried once, each alone on a worker. If that worker dies too, the job
-  fails. Jobs that it had not read are requeued without using up their retry.
+  fails. Jobs that it had not read are requeued without using up their retry. A client whose jobs alone were lost by
+  several workers in a row is delayed (`Penalties`).
 """
 
 from __future__ import annotations
@@ -26,22 +27,33 @@ import logging
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ovserve.deadline import Deadline
 from ovserve.dispatch.allocator import Allocator
 from ovserve.dispatch.call_queue import CallQueue
 from ovserve.dispatch.jobs import Job, State
 from ovserve.dispatch.model_queue import (
+    MAX_RETRY_S,
     NOT_READY_RETRY_S,
     AttachedWorker,
     ModelQueue,
     ModelStatus,
     largest_picture_bytes,
 )
+from ovserve.dispatch.penalties import Penalties
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.dispatch.reports import ReportApplier
-from ovserve.errors import ApiError, DeadlineExceeded, Draining, LinkClosed, LinkGarbage, ModelNotFound, WorkerCrashed
+from ovserve.errors import (
+    ApiError,
+    DeadlineExceeded,
+    Draining,
+    LinkClosed,
+    LinkGarbage,
+    ModelNotFound,
+    NotReady,
+    WorkerCrashed,
+)
 from ovserve.logs import fields
 from ovserve.settings.options import Settings
 from ovserve.wire.blobs import BlobStore
@@ -67,7 +79,7 @@ class Dispatcher:
         spool: stores requests and results for the workers.
         settings: limits; a reload passes new ones to `add_model`.
         on_change: called when a worker becomes ready or is detached (in the dispatcher thread), and when a job is
-            admitted for a model without workers (in the thread of the caller).
+            admitted for a model without ready workers (in the thread of the caller).
 
     Attributes:
         polled_at: monotonic start of the last completed loop iteration; every report sent before it has been read.
@@ -82,6 +94,7 @@ class Dispatcher:
         self._idle = threading.Condition(self._lock)
         self._models: dict[str, ModelQueue] = {}
         self._in_flight: set[Job] = set()
+        self._penalties = Penalties()
         self._is_draining = False
         self._next_deadline = Deadline(float("inf"))
         self._calls = CallQueue()
@@ -124,10 +137,11 @@ class Dispatcher:
         with self._lock:
             model = self._check_admission(job)  # again: other jobs were admitted meanwhile
             job.timings.admitted_at = time.monotonic()
+            model.last_used_at = job.timings.admitted_at
             model.queue.push(ticket)
             self._in_flight.add(job)
             self._next_deadline = min(self._next_deadline, job.deadline)
-            has_no_workers = not model.workers
+            has_no_workers = not any(worker.capacity for worker in model.workers)
         self._calls.wake()
         if has_no_workers and self.on_change:
             self.on_change()  # a model that is not resident gets its workers
@@ -183,7 +197,7 @@ class Dispatcher:
     # --- server and supervisor threads --------------------------------------------------------------------------------
 
     def add_model(
-        self, name: str, queue_limit: int, settings: Settings | None = None, *, is_resident: bool = True
+        self, name: str, queue_limit: int, settings: Settings | None = None, *, is_on_demand: bool = False
     ) -> None:
         """Add a model, or change its limits.
 
@@ -191,19 +205,51 @@ class Dispatcher:
             name: the model's name.
             queue_limit: how many jobs may wait for it.
             settings: new settings after a reload; they replace those of the constructor.
-            is_resident: whether the model always has workers; otherwise they are started when a job arrives.
+            is_on_demand: whether the model's workers are started when a job arrives. A model that has been unloaded
+                is on demand in any case.
         """
         self._settings = settings or self._settings
         largest = largest_picture_bytes(self._settings, name)
         with self._lock:
             model = self._models.get(name)
             if model is None:
-                self._models[name] = ModelQueue(name, FairQueue(queue_limit), largest)
+                wanted = 0 if is_on_demand else 1
+                model = ModelQueue(name, FairQueue(queue_limit), largest, wanted=wanted, is_on_demand=is_on_demand)
+                self._models[name] = model
             else:
                 # Jobs admitted under the old limits may still produce pictures of the old size.
                 largest = max(largest, model.largest_picture_bytes)
                 model.queue.limit, model.largest_picture_bytes, model.is_removed = queue_limit, largest, False
-            self._models[name].is_resident = is_resident
+                model.is_on_demand = is_on_demand or not model.wanted
+
+    def set_wanted(self, name: str, workers: int, expected_load_s: float = 0.0) -> None:
+        """Note how many workers a model should have, for its status and for admission.
+
+        Args:
+            name: the model's name.
+            workers: the number of workers; 0: the model is unloaded, and the next job loads it again.
+            expected_load_s: how long loading is expected to take; 0: not known.
+        """
+        with self._lock:
+            if model := self._models.get(name):
+                model.wanted, model.expected_load_s = workers, expected_load_s
+                model.is_on_demand |= not workers
+
+    def set_waiting(self, reasons: Mapping[str, str]) -> None:
+        """Note which models wait for memory before they are loaded, by name with the reason; no others wait."""
+        with self._lock:
+            for name, model in self._models.items():
+                model.waits_for = reasons.get(name, "")
+
+    def reject_queued(self, name: str, reason: str) -> None:
+        """Fail a model's queued jobs because it cannot be loaded now. Later jobs are admitted and tried again."""
+        with self._lock:
+            if model := self._models.get(name):
+                error = NotReady(f"Model {name!r} cannot be loaded: {reason}.", retry_after_s=MAX_RETRY_S)
+                for ticket in list(model.queue):
+                    model.queue.remove(ticket.job)
+                    self._settle_locked(ticket.job, State.FAILED, error)
+        log.warning("model cannot be loaded", extra=fields(model=name, why=reason))
 
     def remove_model(self, name: str) -> None:
         """Stop admission for a model. Its entry is deleted with the last of its queued jobs and workers."""
@@ -289,9 +335,12 @@ class Dispatcher:
         if not job.settle(state, error):
             return False
         self._in_flight.discard(job)
+        if state is State.DONE:
+            self._penalties.note_done(job.client.address)
         if not self._in_flight:
             self._idle.notify_all()
         if model := self._models.get(job.model):
+            model.last_used_at = time.monotonic()
             self._delete_unused_locked(model)  # this may have been its last queued job
         return True
 
@@ -390,17 +439,40 @@ class Dispatcher:
         consumed = link.consumed
         was_read = [ticket for ticket in unsettled if ticket.run_position < consumed]
         lost_retried_job = any(ticket.must_run_alone for ticket in was_read)
-        for ticket in unsettled:
-            self._requeue(worker, ticket, why, was_read=ticket in was_read)
+        clients = {ticket.address for ticket in was_read}
+        lost_client = clients.pop() if len(clients) == 1 else ""
+        if lost_client:
+            self._delay_client(lost_client, worker)
+        for ticket in was_read:
+            self._requeue(worker, ticket, why, was_read=True)
+        for ticket in reversed(unsettled):
+            if ticket not in was_read:
+                self._requeue(worker, ticket, why, was_read=False)
         with self._lock:  # only after requeueing: a removed model without workers and queued jobs is deleted
             worker.assigned.clear()
             worker.model.workers.remove(worker)
             self._delete_unused_locked(worker.model)
         # Last: the supervisor acts on it.
-        link.update(is_broken=is_broken, lost=why, jobs_lost=len(was_read), lost_retried_job=lost_retried_job)
+        link.update(
+            is_broken=is_broken,
+            lost=why,
+            jobs_lost=len(was_read),
+            lost_retried_job=lost_retried_job,
+            lost_client=lost_client,
+        )
         link.close()
         if self.on_change:
             self.on_change()
+
+    def _delay_client(self, client: str, worker: AttachedWorker) -> None:
+        """Count a worker that died with jobs of this client alone."""
+        with self._lock:
+            delay_s = self._penalties.note_death(client)
+        if delay_s:
+            log.warning(
+                "a client's jobs have killed several workers in a row; its next job is delayed",
+                extra=fields(client=client, delay_s=delay_s, worker=worker.link.name),
+            )
 
     def _requeue(self, worker: AttachedWorker, ticket: Ticket, why: str, *, was_read: bool) -> None:
         """Requeue the job, or fail it. A death does not count for a job that the worker had not read."""
@@ -433,7 +505,7 @@ class Dispatcher:
         """Dispatch queued jobs until no worker has capacity for the next one."""
         while len(model.queue):
             with self._lock:
-                found = model.take_next()
+                found = model.take_next(self._penalties.is_delayed)
                 if found is None:
                     return
                 worker, ticket = found
@@ -441,10 +513,19 @@ class Dispatcher:
                 if not job.move(State.RUNNING):
                     continue  # settled meanwhile
                 worker.assigned[job.id] = ticket
+                ticket.is_prepared = False
             job.attempts += 1
             job.timings.dispatched_at = time.monotonic()
             ticket.run_position = worker.link.sent
-            self._send(worker, Run(job.id, ticket.request, job.deadline.remaining(), alone=ticket.must_run_alone))
+            command = Run(
+                job.id,
+                ticket.request,
+                job.deadline.remaining(),
+                alone=ticket.must_run_alone,
+                client=ticket.address,
+                heavy=ticket.is_heavy,
+            )
+            self._send(worker, command)
 
     def _expire_jobs(self) -> None:
         """Settle the queued and running jobs whose deadline has passed, and find the next deadline."""
@@ -454,7 +535,7 @@ class Dispatcher:
                 for ticket in list(model.queue):
                     if ticket.job.deadline.is_expired():
                         model.queue.remove(ticket.job)
-                        error = DeadlineExceeded("The job's deadline passed while it waited in the queue.")
+                        error = DeadlineExceeded(f"The job's deadline passed {model.waiting_phrase()}.")
                         self._settle_locked(ticket.job, State.EXPIRED, error)
                     else:
                         upcoming = min(upcoming, ticket.job.deadline)

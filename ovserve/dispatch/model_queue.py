@@ -6,6 +6,8 @@ thread changes the jobs assigned to a worker.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ovserve.deadline import Deadline
@@ -16,14 +18,30 @@ from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.link import Link
 from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progress
 
-__all__ = ["NOT_READY_RETRY_S", "AttachedWorker", "ModelQueue", "ModelStatus", "largest_picture_bytes"]
+__all__ = [
+    "MAX_RETRY_S",
+    "MODEL_STATES",
+    "NOT_READY_RETRY_S",
+    "AttachedWorker",
+    "ModelQueue",
+    "ModelStatus",
+    "largest_picture_bytes",
+]
 
+MODEL_STATES = ("unloaded", "loading", "ready", "unloading", "failed")
 NOT_READY_RETRY_S = 5  # a small model loads within seconds, a large one within a few retries
+MAX_UNPREPARED = 4  # of one client in one worker: it prepares two at a time, and the next ones are there
+MAX_HEAVY = 2  # unprepared jobs in one worker: one is being prepared, one waits; light jobs keep the other places
+MAX_RETRY_S = 60  # for a model that does not fit into the memory budget
 _ENDED_KEPT = 64  # ids of ended jobs kept for each worker, to distinguish a late report from an unknown job
 _MEAN_WEIGHT = 0.1  # of the newest job in the mean time in a worker: the mean follows the last ten jobs or so
 _FIRST_GUESS_S = 1.0  # assumed time of a job in a worker before one was measured
 # Metadata of a result: a prompt and a negative prompt of 256 KiB each, as escaped text stored in UTF-16 in a WebP.
 _METADATA_BYTES = 4 * 1024 * 1024
+
+
+def _is_never(_: str) -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +50,7 @@ class ModelStatus:
 
     Attributes:
         name: the model's name.
-        ready: whether a worker has passed its warm-up and accepts jobs.
+        ready: whether it accepts jobs: a worker has passed its warm-up, or one is started when a job arrives.
         reason: why the model is not ready; empty when it is.
         failed: whether the supervisor declared it failed.
         workers: number of ready workers.
@@ -42,6 +60,11 @@ class ModelStatus:
         job_s: mean seconds that a job spends in a worker; 0 before the first.
         engine: the engine that a ready worker runs.
         engine_reason: why that engine was chosen.
+        state: one of MODEL_STATES.
+        loading_s: how long it has been loading; 0 in other states.
+        loading_percent: how much of the time that its last load took has passed, at most 99; None if that is not known.
+        last_used_at: monotonic time at which its newest job was admitted or has ended; 0 before the first.
+        waits_for: what it waits for before it is loaded, such as memory; empty if it waits for nothing.
     """
 
     name: str
@@ -55,6 +78,11 @@ class ModelStatus:
     job_s: float
     engine: str = ""
     engine_reason: str = ""
+    state: str = "unloaded"
+    loading_s: float = 0.0
+    loading_percent: int | None = None
+    last_used_at: float = 0.0
+    waits_for: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +97,7 @@ class AttachedWorker:
             earlier.
         ended: ids of the last ended jobs, newest last, each with whether it failed.
         logged_phase: the last phase written to the log.
+        attached_at: monotonic time at which it was attached.
     """
 
     link: Link
@@ -77,6 +106,7 @@ class AttachedWorker:
     assigned: dict[str, Ticket] = field(default_factory=dict)
     ended: dict[str, bool] = field(default_factory=dict)
     logged_phase: str = ""
+    attached_at: float = field(default_factory=time.monotonic)
 
     @property
     def capacity(self) -> int:
@@ -84,21 +114,35 @@ class AttachedWorker:
         return 0 if self.link.state.ready is None or self.link.state.is_retired else self.link.state.ready.capacity
 
     @property
-    def has_capacity(self) -> bool:
-        """Whether it can take one more job that may run beside others."""
-        if len(self.assigned) >= self.capacity:
+    def is_available(self) -> bool:
+        """Whether it can take a job of a client that has none here."""
+        # One place more than the capacity, for a client that has none: one client alone may fill the others, and the
+        # jobs of a client that comes later need not wait until one of them has ended.
+        if not self.capacity or len(self.assigned) > self.capacity:
             return False
         return not any(ticket.must_run_alone for ticket in self.assigned.values())
 
-    def accepts_address(self, address: str) -> bool:
-        """Return whether it can take one more job of this address, with any number of pictures.
+    def accepts(self, ticket: Ticket) -> bool:
+        """Return whether it can take one more job, with any number of pictures, that may run beside others.
 
-        The address's unfinished pictures are counted, not its jobs. The device takes one picture of each job in turn,
-        so without this limit a few jobs of many pictures would get one share of the device each. An address without
-        competition still gets enough jobs to keep the device busy.
+        The unfinished pictures of the job's address are counted, not its jobs. The device takes one picture of each job
+        in turn, so without this limit a few jobs of many pictures would get one share of the device each. An address
+        without competition still gets enough jobs to keep the device busy.
+
+        Jobs that wait for their preparation are limited for each address, and heavy ones for the worker, because they
+        would take the places of jobs that the device could run.
         """
-        unfinished = sum(ticket.unfinished for ticket in self.assigned.values() if ticket.job.client.address == address)
-        return self.has_capacity and unfinished < self.capacity
+        if not self.is_available:
+            return False
+        unprepared = [each for each in self.assigned.values() if not each.is_prepared]
+        if ticket.is_heavy and sum(each.is_heavy for each in unprepared) >= MAX_HEAVY:
+            return False
+        own = [each for each in self.assigned.values() if each.address == ticket.address]
+        if not own:
+            return True
+        if len(self.assigned) >= self.capacity or sum(each.unfinished for each in own) >= self.capacity:
+            return False
+        return sum(each.address == ticket.address for each in unprepared) < MAX_UNPREPARED
 
     def end_job(self, job: str, *, has_failed: bool) -> None:
         """Remove a job whose end the worker has reported."""
@@ -144,8 +188,12 @@ class ModelQueue:
         failure: why the supervisor declared the model failed; empty if it did not.
         was_ready: whether a worker has been ready at any time.
         is_removed: whether the model is being unloaded.
-        is_resident: whether it has workers always; otherwise it admits jobs while it has none.
+        wanted: how many workers it should have; 0: it is not resident.
+        expected_load_s: how long it is expected to load; 0: not known.
+        waits_for: what it waits for before it is loaded; empty if it waits for nothing.
+        is_on_demand: whether it admits jobs while it has no workers, which are then started.
         job_s: mean seconds that a job spends in a worker; 0 before the first.
+        last_used_at: monotonic time at which its newest job was admitted or has ended; 0 before the first.
     """
 
     name: str
@@ -155,34 +203,40 @@ class ModelQueue:
     failure: str = ""
     was_ready: bool = False
     is_removed: bool = False
-    is_resident: bool = True
+    wanted: int = 1
+    expected_load_s: float = 0.0
+    waits_for: str = ""
+    is_on_demand: bool = False
     job_s: float = 0.0
+    last_used_at: float = 0.0
 
-    def take_next(self) -> tuple[AttachedWorker, Ticket] | None:
+    def take_next(self, is_delayed: Callable[[str], bool] = _is_never) -> tuple[AttachedWorker, Ticket] | None:
         """Remove the next job from the queue and return it with the least loaded worker for it.
 
-        Return None while no worker has capacity for a queued job. A job that must run alone needs a worker without
-        jobs; until there is one, the worker with the fewest jobs gets no others, so that it becomes free.
+        Return None while no worker can take a queued job. An address whose next job no worker can take now is passed
+        over and keeps its turn. A job that must run alone needs a worker without jobs: from its turn on, the worker
+        with the fewest jobs gets no others, so that it becomes free.
+
+        Args:
+            is_delayed: whether the jobs of an address have to wait.
         """
-        available = [worker for worker in self.workers if worker.has_capacity]
-        if not available:
-            return None
-        first = self.queue.first_requeued()
-        if first is not None and not first.must_run_alone:
-            return min(available, key=_load), self.queue.pop_requeued()
-        if first is not None:
-            serving = [worker for worker in self.workers if worker.capacity]
-            reserved = min(serving, key=lambda worker: len(worker.assigned))
-            if not reserved.assigned:
-                return reserved, self.queue.pop_requeued()
-            available = [worker for worker in available if worker is not reserved]
+        available = [worker for worker in self.workers if worker.is_available]
+        is_reserved = False
+        for ticket in self.queue.heads():
             if not available:
-                return None  # before the pop below removes a job that no worker could take
-        ticket = self.queue.pop_shared(lambda address: any(worker.accepts_address(address) for worker in available))
-        if ticket is None:
-            return None
-        accepting = [worker for worker in available if worker.accepts_address(ticket.job.client.address)]
-        return min(accepting or available, key=_load), ticket  # a requeued job goes to any available worker
+                return None
+            if is_delayed(ticket.address) or (ticket.must_run_alone and is_reserved):
+                continue
+            if ticket.must_run_alone:
+                reserved = min((each for each in self.workers if each.capacity), key=lambda each: len(each.assigned))
+                chosen = None if reserved.assigned else reserved
+                available, is_reserved = [each for each in available if each is not reserved], True
+            else:
+                chosen = min((each for each in available if each.accepts(ticket)), key=_load, default=None)
+            if chosen is not None:
+                self.queue.take(ticket)
+                return chosen, ticket
+        return None
 
     def check_admission(self, client: Client, failed_retry_s: float) -> None:
         """Check that this client may add one more job now.
@@ -196,7 +250,7 @@ class ModelQueue:
             raise NotReady(f"Model {self.name!r} is being unloaded.", retry_after_s=NOT_READY_RETRY_S)
         if self.failure:
             raise self.failed_error(failed_retry_s)
-        if not self.was_ready and self.is_resident:
+        if not self.was_ready and not self.is_on_demand:
             raise NotReady(f"Model {self.name!r} is loading.", retry_after_s=NOT_READY_RETRY_S)
         if not self.has_space_for(client):
             raise QueueFull(
@@ -221,10 +275,10 @@ class ModelQueue:
     def expected_wait_s(self) -> float:
         """Return the expected seconds until all queued jobs are dispatched.
 
-        This is Little's law over the measured time in a worker. The concurrency is the number of assigned jobs, not the
-        capacity: jobs of many pictures leave part of the capacity unused.
+        This is Little's law over the measured time in a worker. The concurrency is the number of assigned jobs, at most
+        the capacity: jobs of many pictures leave part of the capacity unused.
         """
-        assigned = sum(len(worker.assigned) for worker in self.workers) or 1
+        assigned = sum(min(worker.capacity, len(worker.assigned)) for worker in self.workers) or 1
         return len(self.queue) * (self.job_s or _FIRST_GUESS_S) / assigned
 
     def status(self, unavailable_reason: str = "") -> ModelStatus:
@@ -241,9 +295,11 @@ class ModelQueue:
             reason = unavailable_reason
         elif self.is_removed:
             reason = "unloading"
-        elif not ready and (self.is_resident or self.workers):
+        elif not ready and not self.is_on_demand:
             reason = "restarting" if self.was_ready else "loading"
         report = ready[0].link.state.ready if ready else None
+        state = self._state(is_served=bool(ready))
+        loading_s = self._loading_s() if state == "loading" else 0.0
         return ModelStatus(
             name=self.name,
             ready=not reason,
@@ -256,7 +312,38 @@ class ModelQueue:
             job_s=self.job_s,
             engine=report.engine if report else "",
             engine_reason=report.why if report else "",
+            state=state,
+            loading_s=loading_s,
+            loading_percent=self._loading_percent(loading_s),
+            last_used_at=self.last_used_at,
+            waits_for=self.waits_for,
         )
+
+    def waiting_phrase(self) -> str:
+        """Return what a queued job waits for, as the end of a sentence."""
+        if any(worker.capacity for worker in self.workers):
+            return "while it waited in the queue"
+        return f"while its model was being loaded (for {self._loading_s():.0f} s so far)"
+
+    def _state(self, *, is_served: bool) -> str:
+        if self.failure:
+            return "failed"
+        if self.is_removed:
+            return "unloading"
+        if is_served:
+            return "ready"
+        if self.wanted:
+            return "loading"
+        return "unloading" if self.workers else "unloaded"
+
+    def _loading_s(self) -> float:
+        begun = [worker.attached_at for worker in self.workers if worker.link.state.ready is None]
+        return max(0.0, time.monotonic() - min(begun)) if begun else 0.0
+
+    def _loading_percent(self, loading_s: float) -> int | None:
+        if not loading_s or not self.expected_load_s:
+            return None
+        return min(99, int(100 * loading_s / self.expected_load_s))
 
 
 def _load(worker: AttachedWorker) -> tuple[int, float]:

@@ -1,6 +1,6 @@
 """The bounded, fair queue of one model's waiting jobs.
 
-Order: first in, first out for each client; clients take turns. `pop` takes one job from each address in rotation, and
+Order: first in, first out for each client; clients take turns. `take` takes one job from each address in rotation, and
 within an address from each of its keys in rotation, so that a client with a hundred jobs delays only its own. Addresses
 come first because a key need not be verified: a client that sends a new key with each job would otherwise get a turn
 for each job. Keys still count, because behind a reverse proxy every client has the proxy's address.
@@ -11,16 +11,17 @@ Choudhury and Hahne, 1998), and a key while it has fewer than `_SHARE` times the
 One address can thus fill eight ninths of a long queue, one key eight ninths of that, and either can fill a queue of up
 to eight places.
 
-Jobs requeued after a worker died (`requeue`) precede all others and do not count against the limit: they were admitted
-before.
+Jobs that come back from a dead worker (`requeue`) precede the other jobs of their address, and do not count against the
+limit: they were admitted before. If the worker had read the job, which may be what killed it, its address goes to the
+end of the rotation: behind the jobs of other clients that wait now. Otherwise the address keeps the turn that it had.
 
 Thread-safe: no; the dispatcher's lock guards it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ovserve.dispatch.jobs import Client, Job
@@ -40,6 +41,7 @@ class Ticket:
         request: id of the blob storage with the ImageRequest.
         failed_attempts: how many workers died after they had read the job.
         run_position: position of its Run command in the commands of its current worker.
+        is_prepared: its current worker has reported Prepared.
         granted: segments granted to its current worker, by (picture, partial); None: announced, or refused.
         allocating: Needs of its current worker whose segments are still being created.
         posted: the (picture, partial) pairs already posted to the handler, over all workers: each is posted once.
@@ -50,10 +52,21 @@ class Ticket:
     request: str
     failed_attempts: int = 0
     run_position: int = 0
+    is_prepared: bool = False
     granted: dict[tuple[int, int], Segment | None] = field(default_factory=dict)
     allocating: int = 0
     posted: set[tuple[int, int]] = field(default_factory=set)
     cancelled_at: float = 0.0
+
+    @property
+    def address(self) -> str:
+        """The address of its client."""
+        return self.job.client.address
+
+    @property
+    def is_heavy(self) -> bool:
+        """Whether preparing it takes long."""
+        return self.job.request.is_heavy
 
     @property
     def must_run_alone(self) -> bool:
@@ -66,23 +79,21 @@ class Ticket:
         return 1 if self.job.is_settled else max(1, self.job.request.n - len(self.job.results))
 
 
-def _any_address(_: str) -> bool:
-    return True
-
-
 class _Address:
-    """Waiting tickets of one address: keys take turns, each key is first in, first out."""
+    """Waiting tickets of one address: requeued ones first, then keys take turns, each key first in, first out."""
 
-    __slots__ = ("_keys", "_size")
+    __slots__ = ("_keys", "_requeued", "size")
 
     def __init__(self) -> None:
+        self._requeued: OrderedDict[Job, Ticket] = OrderedDict()
         self._keys: OrderedDict[str, OrderedDict[Job, Ticket]] = OrderedDict()
-        self._size = 0
+        self.size = 0  # without the requeued ones
 
-    def __len__(self) -> int:
-        return self._size
+    def __bool__(self) -> bool:
+        return bool(self.size or self._requeued)
 
     def __iter__(self) -> Iterator[Ticket]:
+        yield from self._requeued.values()
         for waiting in self._keys.values():
             yield from waiting.values()
 
@@ -91,48 +102,48 @@ class _Address:
 
     def push(self, ticket: Ticket) -> None:
         self._keys.setdefault(ticket.job.client.key, OrderedDict())[ticket.job] = ticket
-        self._size += 1
+        self.size += 1
 
-    def pop(self) -> Ticket:
-        key, waiting = next(iter(self._keys.items()))
-        _, ticket = waiting.popitem(last=False)
-        self._size -= 1
-        if waiting:
-            self._keys.move_to_end(key)
-        else:
-            del self._keys[key]
-        return ticket
+    def requeue(self, ticket: Ticket) -> None:
+        self._requeued[ticket.job] = ticket
+        self._requeued.move_to_end(ticket.job, last=ticket.must_run_alone)
 
     def remove(self, job: Job) -> Ticket | None:
+        if (ticket := self._requeued.pop(job, None)) is not None:
+            return ticket
         waiting = self._keys.get(job.client.key)
         if waiting is None or (ticket := waiting.pop(job, None)) is None:
             return None
-        self._size -= 1
+        self.size -= 1
         if not waiting:
             del self._keys[job.client.key]
         return ticket
 
+    def end_turn(self, key: str) -> None:
+        if key in self._keys:
+            self._keys.move_to_end(key)
+
 
 class FairQueue:
-    """Waiting tickets of one model.
-
-    Operations take constant time, except iteration and skipping of requeued jobs and addresses that are not eligible.
-    """
+    """Waiting tickets of one model. Operations take constant time, except iteration."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._front: deque[Ticket] = deque()
         self._addresses: OrderedDict[str, _Address] = OrderedDict()
         self._size = 0
 
     def __len__(self) -> int:
-        return self._size + len(self._front)
+        return self._size
 
     def __iter__(self) -> Iterator[Ticket]:
         """Iterate over all tickets, in no guaranteed order."""
-        yield from self._front
         for waiting in self._addresses.values():
             yield from waiting
+
+    def heads(self) -> Iterator[Ticket]:
+        """Iterate over the next ticket of each address, in the order of their turns."""
+        for waiting in self._addresses.values():
+            yield next(iter(waiting))
 
     def has_space_for(self, client: Client, free_capacity: int = 0) -> bool:
         """Return whether this client may add one more job.
@@ -143,7 +154,7 @@ class FairQueue:
         """
         free = self.limit + free_capacity - len(self)
         waiting = self._addresses.get(client.address)
-        by_address, by_key = (len(waiting), waiting.count_of(client.key)) if waiting else (0, 0)
+        by_address, by_key = (waiting.size, waiting.count_of(client.key)) if waiting else (0, 0)
         # Each job that an address adds takes one from `free` and adds one to `by_address`: it may add this many
         # (rounded up).
         addable = -((by_address - _SHARE * free) // (_SHARE + 1))
@@ -151,59 +162,31 @@ class FairQueue:
 
     def push(self, ticket: Ticket) -> None:
         """Add a job after its client's other jobs. The caller has checked `has_space_for`."""
-        self._addresses.setdefault(ticket.job.client.address, _Address()).push(ticket)
+        self._addresses.setdefault(ticket.address, _Address()).push(ticket)
         self._size += 1
 
     def requeue(self, ticket: Ticket) -> None:
-        """Put a dispatched job back before all others except those requeued earlier."""
-        self._front.append(ticket)
+        """Put a dispatched job back before the other jobs of its address.
 
-    def first_requeued(self) -> Ticket | None:
-        """Return the oldest requeued ticket, or None. Requeued jobs precede all others."""
-        return self._front[0] if self._front else None
-
-    def pop_requeued(self) -> Ticket:
-        """Remove and return the oldest requeued ticket. Raises IndexError when there is none."""
-        return self._front.popleft()
-
-    def pop_shared(self, is_eligible: Callable[[str], bool] = _any_address) -> Ticket | None:
-        """Remove and return the next ticket that may run beside others: a requeued one first, then `pop`."""
-        for ticket in self._front:  # at most the jobs of a few dead workers
-            if not ticket.must_run_alone:
-                self._front.remove(ticket)
-                return ticket
-        return self.pop(is_eligible)
-
-    def pop(self, is_eligible: Callable[[str], bool] = _any_address) -> Ticket | None:
-        """Remove and return the next ticket that was not requeued: the oldest of the next key of the next address.
-
-        An address that is not eligible is passed over and keeps its turn.
-
-        Args:
-            is_eligible: whether a job of this address may be taken now.
+        Of the jobs that one worker had not read, the last one comes first.
         """
-        address = next(filter(is_eligible, self._addresses), None)
-        if address is None:
-            return None
-        waiting = self._addresses[address]
-        ticket = waiting.pop()
-        if waiting:
-            self._addresses.move_to_end(address)
-        else:
-            del self._addresses[address]
-        self._size -= 1
-        return ticket
+        self._addresses.setdefault(ticket.address, _Address()).requeue(ticket)
+        self._addresses.move_to_end(ticket.address, last=ticket.must_run_alone)
+        self._size += 1
+
+    def take(self, ticket: Ticket) -> None:
+        """Remove one of `heads`, to dispatch it: its address and its key go to the end of their rotations."""
+        self.remove(ticket.job)
+        if waiting := self._addresses.get(ticket.address):
+            waiting.end_turn(ticket.job.client.key)
+            self._addresses.move_to_end(ticket.address)
 
     def remove(self, job: Job) -> Ticket | None:
         """Remove a job wherever it is in the queue and return its ticket; None when it is not queued."""
         waiting = self._addresses.get(job.client.address)
-        if waiting is not None and (ticket := waiting.remove(job)) is not None:
-            if not waiting:
-                del self._addresses[job.client.address]
-            self._size -= 1
-            return ticket
-        for ticket in self._front:  # at most the jobs of a few dead workers
-            if ticket.job is job:
-                self._front.remove(ticket)
-                return ticket
-        return None
+        if waiting is None or (ticket := waiting.remove(job)) is None:
+            return None
+        if not waiting:
+            del self._addresses[job.client.address]
+        self._size -= 1
+        return ticket

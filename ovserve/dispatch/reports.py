@@ -89,8 +89,12 @@ class ReportApplier:
             self._apply_need(worker, ticket, message)
         elif isinstance(message, Picture):
             self._apply_picture(ticket, message)
-        elif isinstance(message, Progress) or ticket.job.prepared is None:
+        elif isinstance(message, Progress):
             ticket.job.post(message)
+        else:
+            ticket.is_prepared = True
+            if ticket.job.prepared is None:
+                ticket.job.post(message)
 
     def _apply_need(self, worker: AttachedWorker, ticket: Ticket, message: Need) -> None:
         job, key = ticket.job, (message.picture, message.partial)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ovserve.engines.families.lookup import DRIVEN_FAMILIES, check_driven
+from ovserve.models.classes import plan_engine
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings
 
@@ -15,13 +15,4 @@ def choose_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[str, 
     Raises:
         ModelError: the configured engine cannot serve this model.
     """
-    if settings.engine == "stepwise":
-        check_driven(profile)
-        return "stepwise", "configured"
-    if settings.engine == "genai":
-        return "genai", "configured"
-    if profile.family not in DRIVEN_FAMILIES:
-        return "genai", f"stepwise does not serve family {profile.family}"
-    if "NPU" in settings.device:
-        return "genai", "an NPU requires static shapes"
-    return "stepwise", "same bits as genai for this family, and pictures share its calls"
+    return plan_engine(profile.pipeline_class, settings.engine, settings.device, profile.directory)

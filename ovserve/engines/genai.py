@@ -17,6 +17,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from ovserve.engines.schedulers.schedulers import LIBRARY_SCHEDULERS
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.models.families import LCM_SCHEDULER
-from ovserve.models.profile import ModelProfile
+from ovserve.models.profile import ModelProfile, served_by
 from ovserve.models.steps import denoising_steps
 from ovserve.pixels.images import Pixels
 from ovserve.settings.options import ModelSettings
@@ -72,7 +73,8 @@ class GenaiEngine:
     capacity = 1
 
     def __init__(self, profile: ModelProfile, settings: ModelSettings) -> None:
-        self.features = Features(profile.tasks)
+        profile = served_by(profile, self.name)
+        self.features = Features(profile.tasks, references=profile.references)
         self.tuned: dict[str, int] = {}
         self._profile = profile
         self._settings = settings
@@ -129,7 +131,7 @@ class GenaiEngine:
         for pipeline in self._pipelines.values():
             # A derived FLUX or SD3 pipeline has no scheduler, and generate() without one is a SIGSEGV.
             pipeline.set_scheduler(self._own_scheduler)
-        self.features = Features(self._profile.tasks, self._offered_schedulers())
+        self.features = replace(self.features, schedulers=self._offered_schedulers())
 
     def _properties(self, devices: list[str]) -> dict[str, Any]:
         settings = self._settings

@@ -116,11 +116,13 @@ class Features:
         tasks: those of text2image, image2image, inpainting that it serves.
         schedulers: names that a request may choose; known after `load`.
         previews: it estimates the final picture during the steps.
+        references: the most reference images of one request; 0 where an edit starts from its one image.
     """
 
     tasks: frozenset[str]
     schedulers: frozenset[str] = frozenset()
     previews: bool = False
+    references: int = 0
 
 
 class Engine(Protocol):
@@ -213,7 +215,7 @@ def clip_only_fields(profile: ModelProfile, request: Work | ImageRequest) -> fro
     if t5 is None or not has_t5(profile):
         return frozenset()
     alone = set()
-    for name in ("prompt", "negative_prompt") if profile.traits.takes_negative_prompt else ("prompt",):
+    for name in ("prompt", "negative_prompt") if profile.takes_negative_prompt else ("prompt",):
         alone |= {f"{name}_{number}" for number in range(2, t5.number)}
         if getattr(request, f"{name}_{t5.number}"):
             alone.add(name)

@@ -17,7 +17,9 @@ __all__ = ["FRONT_END_OPTIONS", "DesiredModel", "desired_models"]
 # Options of a model that no worker reads: a change of one of them takes effect without new workers. The profile, which
 # is compared as well, has what the others make of a model's defaults.
 FRONT_END_OPTIONS = (
-    "replicas", "queue_limit", "memory_limit_bytes", "default_resolution", "max_num_images_per_prompt",
+    "replicas", "load", "keep_alive_s", "pinned", "priority",
+    "queue_limit", "memory_limit_bytes", "max_jobs_per_worker",
+    "default_resolution", "max_num_images_per_prompt",
     "default_num_inference_steps", "max_num_inference_steps", "default_guidance_scale", "max_guidance_scale",
     "default_strength", "min_strength", "max_strength", "aliases", "builtin_aliases",
     "extra_images", "truncate_prompt", "default_response_format", "unknown_fields", "composite", "source_loras",
@@ -35,14 +37,14 @@ class DesiredModel:
         model: its options.
         settings: the server's options; the supervisor applies its timeouts and limits.
         files: fingerprint of the model's files.
-        is_resident: it has its workers always; otherwise only while it has unfinished jobs.
+        workers: how many it should have now; 0: it is not resident. The residency policy decides.
     """
 
     profile: ModelProfile
     model: ModelSettings
     settings: Settings
     files: str = ""
-    is_resident: bool = True
+    workers: int = 0
 
     @property
     def name(self) -> str:
@@ -50,17 +52,21 @@ class DesiredModel:
         return self.model.name
 
     @property
+    def model_of_workers(self) -> ModelSettings:
+        """The model's options with the defaults of those that no worker reads."""
+        unread = {name: getattr(_DEFAULTS, name) for name in FRONT_END_OPTIONS}
+        # The weights of adapters travel with each request.
+        adapters = tuple(dataclasses.replace(adapter, alpha=1.0) for adapter in self.model.lora)
+        return dataclasses.replace(self.model, **unread, lora=adapters)
+
+    @property
     def worker_key(self) -> tuple[Any, ...]:
         """What workers are started with: records with equal keys can keep each other's workers."""
-        unchanged = {name: getattr(_DEFAULTS, name) for name in FRONT_END_OPTIONS}
-        # A weight travels with each request.
-        adapters = tuple(dataclasses.replace(adapter, alpha=1.0) for adapter in self.model.lora)
-        model = dataclasses.replace(self.model, **unchanged, lora=adapters)
-        return self.profile, model, WorkerSettings.of(self.settings), self.files
+        return self.profile, self.model_of_workers, WorkerSettings.of(self.settings), self.files
 
 
 def desired_models(settings: Settings, profiles: Mapping[str, ModelProfile]) -> dict[str, DesiredModel]:
-    """Return the desired state of a configuration, by model name."""
+    """Return the desired state of a configuration, by model name; no model has workers yet."""
     return {
         model.name: DesiredModel(
             profiles[model.name],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ _LOADING = frozenset({"spawn", "load", "warm-up"})
 _JITTER = (0.75, 1.25)  # so that replicas that died together do not restart at the same moment
 _TUNABLE = ("threads", "streams", "max_batch")  # options where 0 means that the worker chooses at warm-up
 _MAX_TUNED = 256  # the lowest upper bound of these options
+_MEASURE_S = 0.2  # between two measurements of a worker's memory
+_MEASURE_SHARE = 0.05  # of the supervisor's time that the measurements of one worker may take
 _MAX_DOUBLINGS = 32  # beyond any maximum delay; keeps the power finite
 
 
@@ -36,6 +39,9 @@ class Slot:
         kill_at: when the worker will be killed.
         kill_reason: why it was killed, or will be.
         write_off_at: when the worker is written off, if it survives SIGKILL until then.
+        used_bytes: memory that the worker took when it was last measured.
+        peak_bytes: the most that was measured of this incarnation.
+        measure_at: when it is measured again.
         exit_reason: why the process has exited, or was written off; set before the dispatcher has read its last
             reports.
     """
@@ -54,21 +60,41 @@ class Slot:
     is_killed: bool = False
     write_off_at: float = float("inf")
     exit_reason: str = ""
+    used_bytes: int = 0
+    peak_bytes: int = 0
+    measure_at: float = 0.0
 
     @property
     def is_ready(self) -> bool:
         """Whether the worker takes jobs."""
         return bool(self.ready_at) and not self.exit_reason and not self.is_retired and not self.is_killed
 
+    @property
+    def is_worn(self) -> bool:
+        """Whether the worker is ready and has finished `max_jobs_per_worker` jobs, so that a fresh one replaces it."""
+        limit = self.fleet.model.max_jobs_per_worker
+        return bool(limit) and self.is_ready and self.link is not None and self.link.state.jobs_done >= limit
+
     def assign(self, process: WorkerProcess, link: Link, now: float) -> None:
         """Record a new incarnation."""
         self.process, self.link = process, link
         self.started_at, self.ready_at, self.kill_at, self.write_off_at = now, 0.0, float("inf"), float("inf")
         self.is_killed, self.kill_reason, self.exit_reason = False, "", ""
+        self.used_bytes, self.peak_bytes, self.measure_at = 0, 0, 0.0
 
     def clear(self) -> None:
         """Forget the incarnation after its process has exited or was written off."""
-        self.process, self.link, self.ready_at = None, None, 0.0
+        self.process, self.link, self.ready_at, self.used_bytes = None, None, 0.0, 0
+
+    def measure(self, now: float) -> None:
+        """Measure the worker's memory if it is due. The kernel takes longer for larger processes, so rarely then."""
+        if self.process is None or now < self.measure_at:
+            return
+        begun_at = time.monotonic()
+        self.used_bytes = self.process.memory_bytes()
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        cost_s = time.monotonic() - begun_at
+        self.measure_at = now + max(_MEASURE_S, cost_s / _MEASURE_SHARE)
 
     def silence_limit_s(self, link: Link) -> float:
         """Return the longest silence allowed now: the phase's limit, or more if the newest heartbeat allows more."""
@@ -134,6 +160,7 @@ class Fleet:
     was_ready: bool = False
     written_off: int = 0
     _tuned: dict[str, Any] = field(default_factory=dict)
+    _clients: set[str] = field(default_factory=set)  # each has counted once in `deaths`
     _jobs_done_by_dead: int = 0
     _jobs_done_at_last_death: int = 0
 
@@ -187,9 +214,19 @@ class Fleet:
         missing = [index for index in range(count) if index not in active]
         self.slots += [Slot(self, index) for index in missing[: max(0, count - len(active))]]
 
+    def needs_successor(self, count: int) -> bool:
+        """Return whether one worker beyond `count` should run, to take over from a worn one.
+
+        One at a time, so that a fleet has the memory of at most one more worker: not while a retired worker still
+        finishes its jobs. When the successor is ready, there is one too many, and the worn one is the surplus.
+        """
+        if not count or self.failure or not any(slot.is_worn for slot in self.slots):
+            return False
+        return len(self.ready_slots) <= count and len(self.active_slots) == len(self.slots)
+
     def surplus_slots(self, count: int) -> list[Slot]:
-        """Return the active slots beyond `count`, those that are not ready first, then the highest indices."""
-        active = sorted(self.active_slots, key=lambda slot: (slot.is_ready, -slot.index))
+        """Return the active slots beyond `count`: first those not ready, then worn ones, then the highest indices."""
+        active = sorted(self.active_slots, key=lambda slot: (slot.is_ready, not slot.is_worn, -slot.index))
         return active[: max(0, len(active) - count)]
 
     def may_start(self, slot: Slot) -> bool:
@@ -214,19 +251,23 @@ class Fleet:
 
         A crash loop is a worker that repeatedly dies without doing work. So the count restarts at a worker that has
         finished a job, and at one that died after a long life without losing a job. The second death with the same job
-        does not count: it says more about the job than about the worker, and three bad requests could otherwise take
-        the model from all clients.
+        does not count, and no second death with the jobs of one client: they say more about the job or the client than
+        about the worker, and one client could otherwise take the model from all others.
         """
         done = self._jobs_done_by_dead + sum(each.link.state.jobs_done for each in self.slots if each.link)
         has_worked = link.state.jobs_done > 0
         is_old = (
             bool(slot.ready_at) and now - slot.ready_at > self.settings.max_restart_delay_s and not link.state.jobs_lost
         )
+        if done != self._jobs_done_at_last_death or has_worked or is_old:
+            self.deaths = 0
+            self._clients.clear()
         if has_worked or is_old:
-            slot.deaths = self.deaths = 0
-        elif not link.state.lost_retried_job:
+            slot.deaths = 0
+        elif not link.state.lost_retried_job and link.state.lost_client not in self._clients:
             slot.deaths += 1
-            self.deaths = self.deaths + 1 if done == self._jobs_done_at_last_death else 1
+            self.deaths += 1
+            self._clients |= {link.state.lost_client} - {""}
         self._jobs_done_by_dead += link.state.jobs_done
         self._jobs_done_at_last_death = done
         slot.clear()

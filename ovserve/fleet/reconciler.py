@@ -6,6 +6,9 @@
     another worker key                  an incoming fleet starts beside the serving one and takes over when ready
     another one, whose workers fail     the serving fleet stays; not tried again until the next `set_desired`
 
+A worker that has finished `max_jobs_per_worker` jobs is worn: its fleet gets one more slot, and when the worker in that
+is ready, the worn one is retired.
+
 Runs in: the supervisor thread. No process is touched here: the supervisor starts the slots that are created, and ends
 those that are retired.
 """
@@ -81,6 +84,7 @@ class Reconciler:
 
     Attributes:
         models: the fleets by model name, removed models included until their workers have exited.
+        has_room: whether there is memory for one more worker of a record.
         outcomes: what has become of each desired record since the last `set_desired`. Replaced as a whole, so that
             other threads may read it.
     """
@@ -94,6 +98,7 @@ class Reconciler:
         self._dispatcher = dispatcher
         self._retire = retire
         self._on_serving = on_serving
+        self.has_room: Callable[[DesiredModel], bool] = lambda _: True
         self._desired: dict[str, DesiredModel] = {}
         self.models: dict[str, ModelFleets] = {}
         self.outcomes: Mapping[str, Outcome] = {}
@@ -101,6 +106,18 @@ class Reconciler:
     def fleets(self) -> list[Fleet]:
         """Return every fleet that has or may have workers."""
         return [fleet for entry in list(self.models.values()) for fleet in entry]
+
+    def workers(self) -> dict[str, int]:
+        """Return how many workers each desired model should have."""
+        return {name: record.workers for name, record in self._desired.items()}
+
+    def record(self, name: str) -> DesiredModel:
+        """Return the desired record of a model. Raises KeyError."""
+        return self._desired[name]
+
+    def records(self) -> list[DesiredModel]:
+        """Return every desired record."""
+        return list(self._desired.values())
 
     @property
     def is_settled(self) -> bool:
@@ -120,8 +137,14 @@ class Reconciler:
         return fleet.may_start(slot)
 
     def set_desired(self, desired: Mapping[str, DesiredModel]) -> None:
-        """Replace the desired state. Records that were rejected before are tried again."""
-        self._desired = dict(desired)
+        """Replace the desired state. Records that were rejected before are tried again.
+
+        The numbers of workers are kept until the next `set_workers`.
+        """
+        workers = {name: record.workers for name, record in self._desired.items()}
+        self._desired = desired = {
+            name: dataclasses.replace(record, workers=workers.get(name, 0)) for name, record in desired.items()
+        }
         self.outcomes = dict.fromkeys(desired, _LOADING)
         for name, record in desired.items():
             entry = self.models.get(name)
@@ -142,10 +165,23 @@ class Reconciler:
                 entry.is_removed = True
                 self._dispatcher.remove_model(name)
 
-    def set_resident(self, name: str, is_resident: bool) -> None:
-        """Change whether a model has its workers always, or only while it has unfinished jobs."""
-        if record := self._desired.get(name):
-            self._desired[name] = dataclasses.replace(record, is_resident=is_resident)
+    def set_workers(self, workers: Mapping[str, int], expected_load_s: Mapping[str, float]) -> None:
+        """Change how many workers the models should have.
+
+        Args:
+            workers: the number of workers by model name.
+            expected_load_s: how long a model is expected to load, where it is known.
+        """
+        for name, record in list(self._desired.items()):
+            count = workers.get(name, 0)
+            if count == record.workers:
+                continue
+            changed = self._desired[name] = dataclasses.replace(record, workers=count)
+            entry = self.models.get(name)
+            if entry is not None and entry.rejected is record:
+                entry.rejected = changed  # the same configuration: it is not tried again
+            self._dispatcher.set_wanted(name, count, expected_load_s.get(name, 0.0))
+            log.info("model is loaded" if count else "model is unloaded", extra=fields(model=name, workers=count))
 
     def reconcile(self) -> None:
         """Take the next steps towards the desired state."""
@@ -182,7 +218,7 @@ class Reconciler:
             return Outcome("failed", entry.rejection)
         if entry.incoming is not None or serving.desired is not record:
             return _LOADING
-        if len(serving.ready_slots) >= (record.model.replicas if record.is_resident else 0):
+        if len(serving.ready_slots) >= record.workers:
             return _DONE
         failure = serving.failure or serving.crash_loop_reason
         return Outcome("failed", failure) if failure else _LOADING
@@ -208,8 +244,13 @@ class Reconciler:
             self._add_to_dispatcher(record)
             if not is_same:
                 self._on_serving(record)
-        count = self._wanted_workers(record)
+        count = record.workers
+        if fleet.needs_successor(count) and (len(fleet.active_slots) > count or self.has_room(record)):
+            count += 1
         for slot in fleet.surplus_slots(count):
+            if slot.is_worn and slot.link is not None:
+                jobs = slot.link.state.jobs_done
+                log.info("worker is replaced by a fresh one", extra=fields(worker=slot.link.name, jobs=jobs))
             self._retire(slot)
         fleet.fill_slots(count)
 
@@ -218,11 +259,11 @@ class Reconciler:
         if entry.incoming is not None and entry.incoming.desired.worker_key != record.worker_key:
             self._abort_incoming(entry)
         if record is entry.rejected:
-            entry.serving.fill_slots(self._wanted_workers(entry.serving.desired))
+            self._keep_serving(entry, record.workers)
             return
         if entry.incoming is None:
             entry.incoming = Fleet(record)
-        old, new, count = entry.serving, entry.incoming, self._wanted_workers(record)
+        old, new, count = entry.serving, entry.incoming, record.workers
         if new.desired is not record:
             new.adopt(record)
         for slot in new.surplus_slots(count):
@@ -260,7 +301,7 @@ class Reconciler:
         self._retire_fleet(entry, entry.incoming)
         entry.incoming = None
         serving = entry.serving
-        serving.fill_slots(self._wanted_workers(serving.desired))
+        self._keep_serving(entry, self._desired[serving.name].workers if serving.name in self._desired else 0)
         if serving.failure and not serving.ready_slots:
             self._dispatcher.fail_model(serving.name, serving.failure)
 
@@ -271,14 +312,16 @@ class Reconciler:
 
     def _add_to_dispatcher(self, record: DesiredModel) -> None:
         self._dispatcher.add_model(
-            record.name, record.model.queue_limit, record.settings, is_resident=record.is_resident
+            record.name, record.model.queue_limit, record.settings, is_on_demand=record.model.is_lazy
         )
 
-    def _wanted_workers(self, record: DesiredModel) -> int:
-        """Return how many workers should run now. A waiting job is demand for a model that is not resident."""
-        if record.is_resident or self._unfinished_jobs(record.name):
-            return record.model.replicas
-        return 0
+    def _keep_serving(self, entry: ModelFleets, workers: int) -> None:
+        """Give the serving fleet its own number of workers, or none while the model is not resident."""
+        serving = entry.serving
+        count = serving.model.replicas if workers else 0
+        for slot in serving.surplus_slots(count):
+            self._retire(slot)
+        serving.fill_slots(count)
 
     def _unfinished_jobs(self, model: str) -> int:
         """Return how many jobs are queued or running; a running job is requeued if its worker dies."""

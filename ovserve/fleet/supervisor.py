@@ -25,38 +25,52 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 from ovserve import systemd
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.model_queue import ModelStatus
+from ovserve.errors import LaunchError
 from ovserve.fleet.desired import DesiredModel, desired_models
+from ovserve.fleet.estimates import Estimates
 from ovserve.fleet.fleets import Fleet, Slot, load_failure
 from ovserve.fleet.reconciler import Outcome, Reconciler
+from ovserve.fleet.residency import Limits, ModelView, Residency
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.launcher import Launcher, WorkerProcess, WorkerSpec
 
-__all__ = ["Supervisor"]
+__all__ = ["ModelMemory", "Supervisor"]
 
 OnServing = Callable[[ModelProfile, ModelSettings], None]
 
 # Between checks of heartbeats and memory: the precision of a hang limit. A leak of 4 GB/s is seen within 1 GB.
 _TICK_S = 0.25
+_OVERHEAD_S = 1.0  # between measurements of the memory of the server itself
 _STALL_S = 1.0  # a tick this late means that the front end itself stalled: silence of workers until then does not count
 _CALL_TIMEOUT_S = 10.0  # for a queued call to be made; a loop iteration takes milliseconds, more if it starts processes
 _DISPATCHER_STALL_S = 5.0  # without an iteration of its loop: the dispatcher hangs, and the watchdog is not fed
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMemory:
+    """Memory of one model: what its workers take now, and what one of them is expected to take, in bytes."""
+
+    used_bytes: int
+    worker_bytes: int
 
 
 class Supervisor:
@@ -69,6 +83,7 @@ class Supervisor:
         launcher: starts the workers.
         on_serving: called in the supervisor thread with a profile and settings when the workers of a reload have taken
             over, and the old workers get no more jobs.
+        estimates: what workers are expected to take; None: measurements are not kept.
 
     Attributes:
         on_outcome: called in the supervisor thread when `outcomes` has changed.
@@ -81,6 +96,8 @@ class Supervisor:
         dispatcher: Dispatcher,
         launcher: Launcher,
         on_serving: OnServing | None = None,
+        *,
+        estimates: Estimates | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._launcher = launcher
@@ -102,8 +119,14 @@ class Supervisor:
         # Not closed in `stop`: a late call would write to a descriptor that has been reused.
         weakref.finalize(self, os.close, self._wakeup)
         self._reconciler = Reconciler(dispatcher, self._retire_for_reload, self._note_serving)
-        self._reconciler.set_desired(desired_models(settings, profiles))
-        self._reconciler.reconcile()
+        self._residency = Residency()
+        self._estimates = estimates or Estimates()
+        self._overhead_bytes = 0
+        self._measure_overhead_at = 0.0
+        self._memory: Mapping[str, ModelMemory] = {}
+        self._loads: Counter[str] = Counter()
+        self._unloads: Counter[str] = Counter()
+        self._change_desired(desired_models(settings, profiles))
         dispatcher.on_change = self._wake
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
@@ -115,15 +138,18 @@ class Supervisor:
         self._thread.start()
 
     def wait_ready(self, deadline: Deadline) -> bool:
-        """Wait until a model has a ready worker; return False when all models have failed, or at the deadline."""
+        """Wait until a model has a ready worker, or none is loading and one is loaded on demand.
+
+        Return False when all models have failed, or at the deadline.
+        """
 
         def is_decided() -> bool:
             fleets = self._serving_fleets()
-            return any(fleet.ready_slots for fleet in fleets) or all(fleet.failure for fleet in fleets)
+            return any(fleet.ready_slots for fleet in fleets) or not any(map(_is_pending, fleets))
 
         with self._changed:
-            self._changed.wait_for(is_decided, timeout=deadline.remaining())
-            return any(fleet.ready_slots for fleet in self._serving_fleets())
+            is_over = self._changed.wait_for(is_decided, timeout=deadline.remaining())
+            return is_over and any(fleet.ready_slots or not fleet.failure for fleet in self._serving_fleets())
 
     def status(self) -> dict[str, ModelStatus]:
         """Return the status of each model, by name."""
@@ -152,7 +178,7 @@ class Supervisor:
         desired = desired_models(settings, profiles)
         for name, record in desired.items():
             if name not in self._reconciler.models:  # at once: requests that follow the new catalog may name it
-                self._dispatcher.add_model(name, record.model.queue_limit, settings)
+                self._dispatcher.add_model(name, record.model.queue_limit, settings, is_on_demand=record.model.is_lazy)
         self._queue_call(lambda: self._set_desired(settings, desired))
         # A request that was checked against the new catalog must not reach workers that are about to be retired.
         with self._changed:
@@ -162,9 +188,25 @@ class Supervisor:
         """Return what has become of each model's options since the start or the newest `reload`, by model name."""
         return self._reconciler.outcomes
 
-    def set_resident(self, name: str, is_resident: bool) -> None:
-        """Keep a model's workers always, or only while it has unfinished jobs; then the first job starts them."""
-        self._queue_call(lambda: self._reconciler.set_resident(name, is_resident))
+    def loads(self) -> dict[str, int]:
+        """Return for each model how often it has become ready after it had no ready worker."""
+        return {name: self._loads[name] for name in self._dispatcher.models()}
+
+    def memory(self) -> Mapping[str, ModelMemory]:
+        """Return the memory of each model, by name."""
+        return self._memory
+
+    def memory_bytes(self) -> int:
+        """Return the measured memory of the server and its workers."""
+        return self._overhead_bytes + sum(each.used_bytes for each in self._memory.values())
+
+    def budget_bytes(self) -> int:
+        """Return the limit of that memory; 0: none."""
+        return self._settings.memory_budget_bytes
+
+    def unloads(self) -> dict[str, int]:
+        """Return for each model how often it was unloaded while it stayed in the configuration."""
+        return {name: self._unloads[name] for name in self._dispatcher.models()}
 
     def wait_reloaded(self, deadline: Deadline) -> bool:
         """Wait until all reloads are complete and the old workers have exited; return False at the deadline."""
@@ -194,8 +236,58 @@ class Supervisor:
             return
         self._settings = settings
         self._longest_job_s = max(self._longest_job_s, settings.max_timeout_s)
+        self._change_desired(desired)
+
+    def _change_desired(self, desired: Mapping[str, DesiredModel]) -> None:
         self._reconciler.set_desired(desired)
+        self._residency.configure(record.model for record in desired.values())
+        self._reconcile(time.monotonic())
+
+    def _reconcile(self, now: float) -> None:
+        """Decide how many workers each model should have, then take the steps towards that."""
+        before, views = self._reconciler.workers(), self._views()
+        limits = Limits(self._settings.memory_budget_bytes, self._measured_overhead(now), self._settings.min_resident_s)
+        decision = self._residency.decide(now, views, limits)
+        self._memory = {view.name: ModelMemory(view.used_bytes, view.worker_bytes) for view in views}
+        load_s = {record.name: self._estimates.load_s(record) for record in self._reconciler.records()}
+        self._reconciler.set_workers(decision.workers, load_s)
+        for name, reason in decision.refused.items():
+            self._dispatcher.reject_queued(name, reason)
+        self._dispatcher.set_waiting(decision.waiting)
+        spare = math.inf if decision.spare_bytes is None else decision.spare_bytes
+        self._reconciler.has_room = lambda record: self._estimates.worker_bytes(record) <= spare
+        self._unloads.update(name for name, count in before.items() if count and decision.workers.get(name) == 0)
         self._reconciler.reconcile()
+
+    def _measured_overhead(self, now: float) -> int:
+        """Return the memory of this program without its workers, measured about once a second."""
+        if now >= self._measure_overhead_at:
+            self._overhead_bytes, self._measure_overhead_at = self._launcher.overhead_bytes(), now + _OVERHEAD_S
+        return self._overhead_bytes
+
+    def _views(self) -> list[ModelView]:
+        """Return what the residency policy sees of each model that is desired."""
+        statuses = self.status()
+        views = []
+        for name, entry in self._reconciler.models.items():
+            if entry.is_removed or name not in statuses:
+                continue
+            status, slots = statuses[name], [slot for fleet in entry for slot in fleet.slots]
+            record = self._reconciler.record(name)
+            views.append(
+                ModelView(
+                    options=record.model,
+                    queued=status.queued,
+                    running=status.running,
+                    last_used_at=status.last_used_at,
+                    processes=sum(slot.process is not None for slot in slots),
+                    ready=sum(slot.is_ready for slot in slots),
+                    is_failed=bool(entry.serving.failure),
+                    used_bytes=sum(slot.used_bytes for slot in slots),
+                    worker_bytes=self._estimates.worker_bytes(record),
+                )
+            )
+        return views
 
     def _note_serving(self, record: DesiredModel) -> None:
         if self._on_serving:
@@ -232,11 +324,15 @@ class Supervisor:
             finally:
                 self._calls.popleft()  # not before: `reload` and `wait_reloaded` wait for an empty list
         now, outcomes = time.monotonic(), self._reconciler.outcomes
+        ready = {fleet.name for fleet in self._reconciler.fleets() if fleet.ready_slots}
         for fleet in self._reconciler.fleets():
             for slot in list(fleet.slots):
                 self._update(slot, now)
         if self._stop_by is None:
-            self._reconciler.reconcile()
+            self._loads.update(
+                {fleet.name for fleet in self._reconciler.fleets() if fleet.ready_slots} - ready  # each name once
+            )
+            self._reconcile(now)
             if self.on_outcome and self._reconciler.outcomes != outcomes:
                 self.on_outcome()
         self._reap_written_off()
@@ -296,7 +392,7 @@ class Supervisor:
                     fleet.desired.profile, fleet.model, WorkerSettings.of(fleet.settings), slot.index, incarnation
                 )
             )
-        except OSError as error:  # no descriptors, memory or process ids left: back off in each case
+        except LaunchError as error:  # back off, whatever is missing
             slot.deaths += 1
             slot.restart_at = time.monotonic() + slot.backoff_s()
             log.warning("worker cannot be started", extra=fields(model=fleet.name, index=slot.index, why=str(error)))
@@ -317,6 +413,9 @@ class Supervisor:
         if link.state.lost and slot.kill_at == float("inf") and not slot.is_killed:
             slot.kill_at = now if link.state.is_broken else now + fleet.settings.terminate_timeout_s
             slot.kill_reason = link.state.lost if link.state.is_broken else ""
+        slot.measure(now)
+        if slot.ready_at and slot.peak_bytes > self._estimates.worker_bytes(fleet.desired):
+            self._estimates.note(fleet.desired, slot.peak_bytes)
         # What the dispatcher has not read is no silence.
         silence_s = self._dispatcher.polled_at - max(link.state.beat_at, self._ignore_silence_before)
         resident = process.resident_bytes()
@@ -332,6 +431,10 @@ class Supervisor:
         fleet.note_ready(slot, link, now)
         self._dispatcher.clear_failure(fleet.name)
         took_s = round(now - slot.started_at, 2)
+        slot.measure_at = 0.0
+        slot.measure(now)
+        self._estimates.note(fleet.desired, slot.peak_bytes, now - slot.started_at)
+        self._estimates.write()
         found = link.state.ready
         log.info(
             "worker ready",
@@ -399,6 +502,9 @@ class Supervisor:
             fleet.written_off += 1
         else:
             process.close()
+        if slot.ready_at and link.state.jobs_done and slot.peak_bytes:
+            self._estimates.note(fleet.desired, slot.peak_bytes, is_final=True)
+            self._estimates.write()
         if slot.is_retired:
             slot.clear()
             log.info("worker exited", extra=fields(worker=link.name, why=slot.exit_reason))
@@ -433,3 +539,8 @@ class Supervisor:
                 log.error("worker survived SIGKILL", extra=fields(worker=process.name, pid=process.pid))
             return True
         return False
+
+
+def _is_pending(fleet: Fleet) -> bool:
+    """Return whether a fleet should have workers, and none of them has been ready yet or has failed."""
+    return bool(fleet.desired.workers) and not fleet.failure

@@ -1,20 +1,29 @@
 """The table of model families: what the front end and the engines know of one without reading a model's files.
 
 No other module compares a family's name: what depends on the family is a field of its row here, or a method of its
-module in `engines.families`.
+module in `engines.families`. Which class of diffusers belongs to which family is in `classes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from ovserve.errors import ModelError
-
-__all__ = ["FAMILIES", "LCM_SCHEDULER", "Defaults", "FamilyTraits", "T5Encoder", "family_of"]
+__all__ = [
+    "CLASSIFIER_FREE",
+    "EMBEDDED",
+    "FAMILIES",
+    "LCM_SCHEDULER",
+    "NO_GUIDANCE",
+    "Defaults",
+    "FamilyTraits",
+    "T5Encoder",
+]
 
 LCM_SCHEDULER = "lcm"  # the scheduler that models of the family LCM are distilled for; others can name it too
+
+# How the guidance scale acts: by a second prediction without the prompt, as an input of the denoiser, or not at all.
+CLASSIFIER_FREE, EMBEDDED, NO_GUIDANCE = "classifier-free", "embedded", "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,66 +65,113 @@ class FamilyTraits:
     """One row of the table.
 
     Attributes:
-        class_stem: what the pipeline class names of diffusers begin with.
-        defaults: the values that OpenVINO GenAI uses for omitted options (measured).
-        takes_negative_prompt: whether a negative prompt has any effect (classifier-free guidance).
+        denoiser: directory of the denoiser; a transformer takes latents in patches of two by two.
+        defaults: the values of diffusers, or those that OpenVINO GenAI uses for omitted options (measured); a model's
+            files can say more (`variants`).
+        guidance: how the guidance scale acts: CLASSIFIER_FREE, EMBEDDED or NO_GUIDANCE; files can say more.
+        is_distilled: made for a few steps; half of them would give half a picture.
         takes_schedulers: whether other schedulers than the model's own can run it.
         t5: the T5 encoder, or None.
+        window: tokens of the text encoder, those of the chat template included; 0: its configuration says.
+        has_chat_template: the prompt is put into the tokenizer's chat template, whose tokens count.
+        edits_by_reference: an edit starts from noise and sees the image as a condition, so it has no strength.
         rounds_steps_up: an edit runs its steps times its strength rounded up. Flow matching cuts the number of steps
             that are left out to an integer; the other families cut the number that runs.
         fixes_guidance: OpenVINO GenAI fixes with a model's first picture whether there is guidance.
     """
 
-    class_stem: str
+    denoiser: str
     defaults: Defaults
-    takes_negative_prompt: bool = False
+    guidance: str = CLASSIFIER_FREE
+    is_distilled: bool = False
     takes_schedulers: bool = False
     t5: T5Encoder | None = None
+    window: int = 0
+    has_chat_template: bool = False
+    edits_by_reference: bool = False
     rounds_steps_up: bool = False
     fixes_guidance: bool = False
 
+    @property
+    def is_transformer(self) -> bool:
+        """Whether the denoiser is a transformer, not a UNet."""
+        return self.denoiser == "transformer"
 
-# In the order in which class names are compared: a stem may begin with another one.
+
+_QWEN_WINDOW = 512  # tokens that OpenVINO GenAI passes to a Qwen text encoder, and diffusers for FLUX.2 and Z-Image
+
 FAMILIES: Mapping[str, FamilyTraits] = {
+    "stable-diffusion": FamilyTraits(
+        denoiser="unet",
+        defaults=Defaults(50, 7.5, 0.8, 1.0, 0.6),
+        takes_schedulers=True,
+    ),
+    "lcm": FamilyTraits(
+        denoiser="unet",
+        defaults=Defaults(4, 8.5, 0.8, 1.0, 0.6),
+        guidance=EMBEDDED,
+        is_distilled=True,
+    ),
+    "instruct-pix2pix": FamilyTraits(
+        denoiser="unet",
+        defaults=Defaults(100, 7.5, 1.0, 1.0, 1.0),
+        takes_schedulers=True,
+        edits_by_reference=True,
+    ),
     "sdxl": FamilyTraits(
-        class_stem="StableDiffusionXL",
+        denoiser="unet",
         defaults=Defaults(50, 5.0, 0.5, 0.9999, 0.5),
-        takes_negative_prompt=True,
         takes_schedulers=True,
     ),
     "sd3": FamilyTraits(
-        class_stem="StableDiffusion3",
+        denoiser="transformer",
         defaults=Defaults(28, 7.0, 0.6, 0.6, 0.6),
-        takes_negative_prompt=True,
         t5=T5Encoder(3, 256),
         rounds_steps_up=True,
         fixes_guidance=True,
     ),
-    "stable-diffusion": FamilyTraits(
-        class_stem="StableDiffusion",
-        defaults=Defaults(50, 7.5, 0.8, 1.0, 0.6),
-        takes_negative_prompt=True,
-        takes_schedulers=True,
-    ),
-    "lcm": FamilyTraits(
-        class_stem="LatentConsistencyModel",
-        defaults=Defaults(4, 8.5, 0.8, 1.0, 0.6),
-    ),
     "flux": FamilyTraits(
-        class_stem="Flux",
+        denoiser="transformer",
         defaults=Defaults(28, 3.5, 0.6, 0.6, 0.6),
+        guidance=EMBEDDED,
         t5=T5Encoder(2, 512),
         rounds_steps_up=True,
     ),
+    "flux-fill": FamilyTraits(
+        denoiser="transformer",
+        defaults=Defaults(50, 30.0, 1.0, 1.0, 1.0),
+        guidance=EMBEDDED,
+        t5=T5Encoder(2, 512),
+        rounds_steps_up=True,
+    ),
+    "flux-kontext": FamilyTraits(
+        denoiser="transformer",
+        defaults=Defaults(28, 3.5, 1.0, 1.0, 1.0),
+        guidance=EMBEDDED,
+        t5=T5Encoder(2, 512),
+        edits_by_reference=True,
+        rounds_steps_up=True,
+    ),
+    "flux2-klein": FamilyTraits(
+        denoiser="transformer",
+        defaults=Defaults(50, 4.0, 1.0, 1.0, 1.0),
+        window=_QWEN_WINDOW,
+        has_chat_template=True,
+        edits_by_reference=True,
+        rounds_steps_up=True,
+    ),
+    "z-image": FamilyTraits(
+        denoiser="transformer",
+        defaults=Defaults(50, 4.0, 0.6, 0.6, 0.6),
+        window=_QWEN_WINDOW,
+        has_chat_template=True,
+        rounds_steps_up=True,
+    ),
+    "qwen-image": FamilyTraits(
+        denoiser="transformer",
+        defaults=Defaults(50, 4.0, 0.6, 0.6, 0.6),
+        window=_QWEN_WINDOW,
+        has_chat_template=True,
+        rounds_steps_up=True,
+    ),
 }
-
-
-def family_of(class_name: str, directory: Path) -> str:
-    """Return the name of the family of a pipeline class. Raises ModelError for an unsupported class."""
-    for name, traits in FAMILIES.items():
-        if class_name.startswith(traits.class_stem):
-            return name
-    raise ModelError(
-        f"{directory}: model_index.json has _class_name {class_name!r}; supported are classes that begin with "
-        f"{', '.join(traits.class_stem for traits in FAMILIES.values())}"
-    )

@@ -41,17 +41,21 @@ class Preset:
     shortcuts: str
 
 
-def resolve_preset(name: str, declared: Mapping[str, Mapping[str, Any]], defaults: Defaults) -> Preset:
+def resolve_preset(
+    name: str, declared: Mapping[str, Mapping[str, Any]], defaults: Defaults, *, is_distilled: bool
+) -> Preset:
     """Return a preset: the declared one, else the built-in one, completed with the model's defaults.
 
     Args:
         name: low, medium or high.
         declared: the presets that the model declares.
         defaults: the model's defaults.
+        is_distilled: the model was made for its few default steps: the built-in presets keep them, and its scheduler.
     """
-    preset = declared.get(name, _BUILT_IN[name])
+    built_in = _BUILT_IN["high" if is_distilled else name]
+    preset = declared.get(name, built_in)
     steps = defaults.num_inference_steps
-    share = max(min(2, steps), round(steps * _STEP_SHARES[name]))
+    share = steps if is_distilled else max(min(2, steps), round(steps * _STEP_SHARES[name]))
     return Preset(
         num_inference_steps=int(preset.get("num_inference_steps", share)),
         guidance_scale=float(preset.get("guidance_scale", defaults.guidance_scale)),

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ovserve.errors import ModelError, SettingsError, may_pass
-from ovserve.models.families import FAMILIES, Defaults, FamilyTraits, family_of
+from ovserve.models.classes import CLASSES, class_named, plan_engine
+from ovserve.models.families import CLASSIFIER_FREE, FAMILIES, Defaults, FamilyTraits
 from ovserve.models.presets import PRESETS, Preset, limited_presets, resolve_preset
+from ovserve.models.variants import ModelFiles, variant_of
 from ovserve.settings.options import BUILTIN_PREFIX, ModelSettings, Resolution
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Scheduling",
     "builtin_directory",
     "read_profile",
+    "served_by",
     "with_denoiser_multiple",
 ]
 
@@ -47,8 +50,10 @@ class ModelProfile:
     Attributes:
         name: value of the request field `model`.
         directory: resolved path of the model's files.
+        pipeline_class: name of its row in `classes.CLASSES`.
         family: name of its row in `families.FAMILIES`.
-        tasks: subset of text2image, image2image, inpainting.
+        component_tasks: those of text2image, image2image, inpainting for which the directory has the components.
+        tasks: those of them that the engine serves.
         inpainting_unet: the UNet takes mask and masked image as additional channels (9 in all).
         side_multiple_px: side of a cell of latents, or of a patch of them; both working sides are multiples of this.
         native: default working size in pixels.
@@ -56,6 +61,9 @@ class ModelProfile:
         prompt_tokens: window of the text encoder that reads most of the prompt, special tokens included.
         text_encoders: number of text encoders (prompt_2, prompt_3 need the second and third).
         takes_negative_prompt: whether a negative prompt has any effect (classifier-free guidance).
+        references: the most reference images of one request; 0 where an edit takes one image and starts from it.
+        guidance: how the guidance scale acts: one of `families.CLASSIFIER_FREE`, EMBEDDED, NO_GUIDANCE.
+        is_distilled: made for a few steps; half of them would give half a picture.
         scheduling: the model's own scheduler.
         defaults: values for fields that a request leaves out.
         presets: the presets that the model declares: `quality` name to the fields it sets.
@@ -67,7 +75,9 @@ class ModelProfile:
 
     name: str
     directory: Path
+    pipeline_class: str
     family: str
+    component_tasks: frozenset[str]
     tasks: frozenset[str]
     inpainting_unet: bool
     side_multiple_px: int
@@ -77,6 +87,9 @@ class ModelProfile:
     prompt_tokens: int
     text_encoders: int
     takes_negative_prompt: bool
+    references: int
+    guidance: str
+    is_distilled: bool
     scheduling: Scheduling
     defaults: Defaults
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -91,12 +104,22 @@ class ModelProfile:
 
     def preset(self, quality: str) -> Preset:
         """Return the values of a `quality` preset (low, medium or high) for this model."""
-        return resolve_preset(quality, self.presets, self.defaults)
+        return resolve_preset(quality, self.presets, self.defaults, is_distilled=self.is_distilled)
 
     @property
     def traits(self) -> FamilyTraits:
         """What is known of the model's family."""
         return FAMILIES[self.family]
+
+    @property
+    def takes_strength(self) -> bool:
+        """Whether an edit starts from the image with noise added to it; else it sees the image as a reference."""
+        return not self.traits.edits_by_reference
+
+    @property
+    def max_images(self) -> int:
+        """The most images of one edit: one to start from, or the references."""
+        return max(1, self.references)
 
     def working_size(self, width: int, height: int) -> Resolution:
         """Return the size at which the model works on a picture of `width` x `height` pixels.
@@ -112,6 +135,26 @@ class ModelProfile:
             scale = min(low / min(width, height), high / max(width, height))
         sides = (math.ceil(round(side * scale, 6) / step) * step for side in (width, height))
         return Resolution(*(min(high, max(low, side)) for side in sides))
+
+
+def served_by(profile: ModelProfile, engine: str) -> ModelProfile:
+    """Return the profile with the tasks and features that an engine of `classes.ENGINES` serves.
+
+    Raises:
+        ModelError: the engine does not serve models of this class, or needs components that the directory lacks.
+    """
+    serving = CLASSES[profile.pipeline_class].serving(engine)
+    if serving is None:
+        raise ModelError(f"model {profile.name}: engine {engine} does not serve class {profile.pipeline_class}")
+    tasks = profile.component_tasks & serving.tasks
+    if not tasks:
+        raise ModelError(f"{profile.directory}: component 'vae_encoder' is missing; this class needs it")
+    return dataclasses.replace(
+        profile,
+        tasks=tasks,
+        references=serving.references if "image2image" in tasks else 0,
+        takes_negative_prompt=serving.negative_prompt and profile.guidance == CLASSIFIER_FREE,
+    )
 
 
 def with_denoiser_multiple(profile: ModelProfile, multiple_px: int) -> ModelProfile:
@@ -132,6 +175,8 @@ PROMPT_KEYS = {"too_long": ("refuse", "cut"), "unknown_words": ("keep", "drop")}
 SIZE_KEYS = ("native", "min_side_px", "max_side_px", "side_multiple_px")
 INPAINTING_CHANNELS = 9  # latents, mask, and the masked image's latents
 _FLOW_MATCHING = Scheduling("FlowMatchEulerDiscrete", 1000, "linspace", 50)
+_TRANSFORMER_CELLS = 128  # side of the latents that today's transformers were trained on: 1024 pixels
+_UNET_CELLS = 64
 
 
 def builtin_directory(name: str = "shapes") -> Path:
@@ -184,8 +229,7 @@ def _number_or_default(document: dict[str, Any], key: str, default: float) -> fl
     return default if value is None or isinstance(value, bool) or not isinstance(value, int | float) else value
 
 
-def _read_scheduling(directory: Path, index: dict[str, Any]) -> Scheduling:
-    config = _read_json(directory / "scheduler" / "scheduler_config.json", "the scheduler configuration")
+def _scheduling(config: dict[str, Any], index: dict[str, Any]) -> Scheduling:
     declared = index.get("scheduler")
     name = str(config.get("_class_name") or (declared[1] if isinstance(declared, list) and len(declared) > 1 else ""))
     return Scheduling(
@@ -225,42 +269,86 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
     if not any(directory.iterdir()):
         raise ModelError(f"{directory}: the directory is empty; is its file system mounted?", is_transient=True)
     index = _read_json(directory / "model_index.json", "the model index")
-    family = family_of(str(index.get("_class_name", "")), directory)
+    class_name = str(index.get("_class_name", ""))
+    family = class_named(class_name, directory).family
+    engine, _ = plan_engine(class_name, settings.engine, settings.device, directory)
     traits = FAMILIES[family]
-    is_transformer = (directory / "transformer").is_dir()
-    denoiser = _component_config(directory, "transformer" if is_transformer else "unet", "the denoiser's configuration")
+    denoiser = _component_config(directory, traits.denoiser, "the denoiser's configuration")
     vae = _component_config(directory, "vae_decoder", "the VAE's configuration")
     text = _component_config(directory, "text_encoder", "the text encoder's configuration")
     _check_component(directory, "tokenizer", "openvino_tokenizer")
-    inpainting_unet = not is_transformer and int(_number_or_default(denoiser, "in_channels", 4)) == INPAINTING_CHANNELS
+    scheduler = _read_json(directory / "scheduler" / "scheduler_config.json", "the scheduler configuration")
+    channels = int(_number_or_default(denoiser, "in_channels", 4))
+    inpainting_unet = not traits.is_transformer and channels == INPAINTING_CHANNELS
     declared = _read_json(directory / "ovserve.json", "") if (directory / "ovserve.json").is_file() else {}
-
-    blocks = vae.get("block_out_channels")
-    vae_scale = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 8
-    side = int(_number_or_default(denoiser, "sample_size", 128 if is_transformer else 64)) * vae_scale
     _check_overrides(declared)
-    sizes = declared.get("sizes", {})
-    # Transformers take latents in patches of two. What a UNet export needs is found when a worker loads it.
-    multiple = int(_number_or_default(sizes, "side_multiple_px", vae_scale * (2 if is_transformer else 1)))
-    return ModelProfile(
+    sizes, variant = (
+        _Sizes.of(traits, denoiser, vae, declared),
+        variant_of(family, ModelFiles(index, denoiser, scheduler)),
+    )
+    profile = ModelProfile(
         name=settings.name,
         directory=directory,
+        pipeline_class=class_name,
         family=family,
-        tasks=_tasks(directory, inpainting_unet=inpainting_unet),
+        component_tasks=_component_tasks(directory, inpainting_unet=inpainting_unet),
+        tasks=frozenset(),
         inpainting_unet=inpainting_unet,
-        side_multiple_px=multiple,
-        native=Resolution.parse(sizes["native"]) if "native" in sizes else Resolution(side, side),
-        min_side_px=int(_number_or_default(sizes, "min_side_px", max(multiple, side // 2))),
-        max_side_px=int(_number_or_default(sizes, "max_side_px", max(side * 2, multiple))),
+        side_multiple_px=sizes.multiple,
+        native=sizes.native,
+        min_side_px=sizes.low,
+        max_side_px=sizes.high,
         prompt_tokens=_prompt_tokens(directory, traits, text),
         text_encoders=sum((directory / part).is_dir() for part in ("text_encoder", "text_encoder_2", "text_encoder_3")),
-        takes_negative_prompt=traits.takes_negative_prompt,
-        scheduling=_FLOW_MATCHING if is_transformer else _read_scheduling(directory, index),
-        defaults=_defaults(traits.defaults, declared.get("defaults", {}), settings),
+        takes_negative_prompt=False,
+        references=0,
+        guidance=variant.guidance,
+        is_distilled=variant.is_distilled,
+        scheduling=_FLOW_MATCHING if traits.is_transformer else _scheduling(scheduler, index),
+        defaults=_defaults(variant.defaults, declared.get("defaults", {}), settings),
         presets=limited_presets(declared.get("presets", {}), settings),
         cuts_prompt=declared.get("prompts", {}).get("too_long") == "cut",
         drops_unknown_words=declared.get("prompts", {}).get("unknown_words") == "drop",
     )
+    return served_by(profile, engine)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """The sizes of a model in pixels: native size, range of the sides, and what both sides are multiples of."""
+
+    native: Resolution
+    low: int
+    high: int
+    multiple: int
+
+    @classmethod
+    def of(
+        cls, traits: FamilyTraits, denoiser: dict[str, Any], vae: dict[str, Any], declared: dict[str, Any]
+    ) -> _Sizes:
+        """Return the sizes that ovserve.json declares, else those of the configurations."""
+        vae_scale = _vae_scale(vae)
+        cells = _TRANSFORMER_CELLS if traits.is_transformer else _UNET_CELLS
+        side = int(_number_or_default(denoiser, "sample_size", cells)) * vae_scale
+        sizes = declared.get("sizes", {})
+        # Transformers take latents in patches of two. What a UNet export needs is found when a worker loads it.
+        patch = 2 if traits.is_transformer else 1
+        multiple = int(_number_or_default(sizes, "side_multiple_px", vae_scale * patch))
+        return cls(
+            native=Resolution.parse(sizes["native"]) if "native" in sizes else Resolution(side, side),
+            low=int(_number_or_default(sizes, "min_side_px", max(multiple, side // 2))),
+            high=int(_number_or_default(sizes, "max_side_px", max(side * 2, multiple))),
+            multiple=multiple,
+        )
+
+
+def _vae_scale(vae: dict[str, Any]) -> int:
+    """Return how many pixels the side of a cell of latents has: the VAE halves between its blocks."""
+    for key in ("block_out_channels", "dim_mult"):  # Qwen-Image's VAE has the second
+        blocks = vae.get(key)
+        if isinstance(blocks, list) and blocks:
+            return int(2 ** (len(blocks) - 1))
+    return 8
 
 
 def _check_overrides(declared: dict[str, Any]) -> None:
@@ -290,7 +378,7 @@ def _component_config(directory: Path, name: str, what: str) -> dict[str, Any]:
     return _read_json(_check_component(directory, name) / "config.json", what)
 
 
-def _tasks(directory: Path, *, inpainting_unet: bool) -> frozenset[str]:
+def _component_tasks(directory: Path, *, inpainting_unet: bool) -> frozenset[str]:
     """Return the tasks that the components support. Raises ModelError for a VAE encoder without weights."""
     has_encoder = (directory / "vae_encoder").is_dir()
     if has_encoder:
@@ -302,13 +390,15 @@ def _tasks(directory: Path, *, inpainting_unet: bool) -> frozenset[str]:
 
 def _prompt_tokens(directory: Path, traits: FamilyTraits, text: dict[str, Any]) -> int:
     """Return the window of the encoder that reads the whole prompt: T5 if the family and the directory have one."""
+    if traits.window:
+        return traits.window
     if traits.t5 is not None and (directory / traits.t5.encoder).is_dir():
         return traits.t5.tokens
     return int(_number_or_default(text, "max_position_embeddings", 77))
 
 
 def _defaults(known: Defaults, declared: dict[str, Any], settings: ModelSettings) -> Defaults:
-    """Return the defaults: the operator's, else those of ovserve.json, else the family's."""
+    """Return the defaults: the operator's, else those of ovserve.json, else the variant's."""
 
     def choose(operator: float | None, name: str) -> float:
         return operator if operator is not None else float(_number_or_default(declared, name, getattr(known, name)))
@@ -326,13 +416,22 @@ def _defaults(known: Defaults, declared: dict[str, Any], settings: ModelSettings
 
 
 def _check_defaults(profile: ModelProfile, settings: ModelSettings) -> None:
-    """Raise SettingsError if a default, which a request without options would use, is outside the operator's limits."""
+    """Raise SettingsError if a default, which a request without options would use, is outside the operator's limits.
+
+    Also for a default of something that the model does not have.
+    """
     defaults = profile.defaults
-    checks = (
+    if not profile.takes_strength and settings.default_strength is not None:
+        raise SettingsError(
+            f"model {profile.name}: default_strength is {settings.default_strength:g}, but this model's edits have no "
+            "strength; remove it"
+        )
+    checks: list[tuple[str, float, float, float]] = [
         ("num_inference_steps", defaults.num_inference_steps, 1, settings.max_num_inference_steps),
         ("guidance_scale", defaults.guidance_scale, 0, settings.max_guidance_scale),
-        ("strength", defaults.strength, settings.min_strength, settings.max_strength),
-    )
+    ]
+    if profile.takes_strength:
+        checks.append(("strength", defaults.strength, settings.min_strength, settings.max_strength))
     for name, value, low, high in checks:
         if not low <= value <= high:
             raise SettingsError(

@@ -92,7 +92,7 @@ def smallest_strength(profile: ModelProfile, scheduler: str, num_inference_steps
 
 
 def default_strength(profile: ModelProfile, *, is_masked: bool, is_variation: bool, preferred: float | None) -> float:
-    """Return the strength of an edit that names none.
+    """Return the strength of an edit that names none; 1 for a model that has none, as all of its steps run.
 
     Args:
         profile: the model.
@@ -100,6 +100,8 @@ def default_strength(profile: ModelProfile, *, is_masked: bool, is_variation: bo
         is_variation: whether the request is a variation.
         preferred: the strength of the request's `input_fidelity` for an edit of the whole image, or None.
     """
+    if not profile.takes_strength:
+        return 1.0
     if is_masked:
         return profile.defaults.strength_inpainting
     if preferred is not None:

@@ -36,8 +36,11 @@ def mask_from_image(pixels: Pixels, mask_mode: str) -> Pixels:
         pixels: the decoded mask image, RGB or RGBA.
         mask_mode: `alpha`: transparent = repaint (OpenAI's rule); `luminance`: white = repaint, where transparent
             pixels count as black; `auto`: alpha if a pixel has alpha below HOLE_ALPHA (lossy editors leave 250 to 254
-            in an opaque mask), else luminance. Intermediate values go to the nearer end.
+            in an opaque mask), else luminance; `stencil`: opaque = repaint if a pixel is not opaque, else luminance
+            (the rule of AUTOMATIC1111). Intermediate values go to the nearer end.
     """
+    if mask_mode == "stencil" and has_alpha(pixels) and pixels[..., 3].min() < 255:
+        return np.where(pixels[..., 3] >= HOLE_ALPHA, 255, 0).astype(np.uint8)
     if mask_mode == "auto":
         mask_mode = "alpha" if has_alpha(pixels) and pixels[..., 3].min() < HOLE_ALPHA else "luminance"
     if mask_mode == "alpha":

@@ -8,6 +8,7 @@ reference page are generated from the two tables below: `Settings` (the server) 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ BUILTIN_PREFIX = "builtin:"  # of the option `path`: a model in the package, `bu
 BUILTIN_NAME = "ovserve-builtin"  # served name of a built-in model, if the option `name` is empty
 # What clients send that do not let their users choose a name, or have it as a default (measured).
 BUILTIN_ALIASES = ("gpt-image-1", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3", "default")
+LAZY_KEEP_ALIVE_S = 300.0  # of a lazy model whose option `keep_alive_s` is not set
 CATCH_ALL = "*"  # the alias for every name that no model has
 
 
@@ -140,6 +142,30 @@ class ModelSettings:
         high=64,
         reason="each replica holds its own copy of the repacked weights",
     )
+    load: str = _option(
+        "eager",
+        "When the model is loaded: `eager`: at the start; `lazy`: when the first request for it arrives, which waits.",
+        choices=("eager", "lazy"),
+        reason="the first request is then as fast as the others",
+    )
+    keep_alive_s: float | None = _option(
+        None,
+        "Time without a job after which the model is unloaded; the next request loads it again. 0: at once, -1: never; "
+        "none: never for `load` = `eager`, 300 for `lazy`.",
+        low=-1,
+        high=86400 * 365,
+        unit="seconds",
+    )
+    pinned: bool | None = _option(
+        None, "Never unload the model to make room for another; none: true for `load` = `eager`, false for `lazy`."
+    )
+    priority: int = _option(
+        0,
+        "Of models that wait for memory, the one with the higher priority loads first: each level counts as much as "
+        "10 s of waiting.",
+        low=-100,
+        high=100,
+    )
     queue_limit: int = _option(
         64,
         "Maximum number of waiting jobs for this model; further requests get 429.",
@@ -222,6 +248,32 @@ class ModelSettings:
         low=0,
         unit="bytes",
     )
+    max_jobs_per_worker: int = _option(
+        0,
+        "Finished jobs after which a fresh worker takes over from a worker; it is ready before the old one stops, so "
+        "it needs its memory beside that. 0: never.",
+        low=0,
+        high=1_000_000_000,
+        unit="jobs",
+        reason="a worker's memory stays flat; this is for a driver or a library whose memory does not",
+    )
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether the model is loaded when it is first requested, and not at the start."""
+        return self.load == "lazy"
+
+    @property
+    def kept_s(self) -> float:
+        """Seconds without a job after which the model is unloaded; infinity: never."""
+        if self.keep_alive_s is None:
+            return LAZY_KEEP_ALIVE_S if self.is_lazy else math.inf
+        return math.inf if self.keep_alive_s < 0 else self.keep_alive_s
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the model is never unloaded to make room for another."""
+        return not self.is_lazy if self.pinned is None else self.pinned
 
     @property
     def further_names(self) -> tuple[str, ...]:
@@ -429,7 +481,8 @@ class Settings:
     )
     max_prepared_bytes: int = _option(
         1024 * MIB,
-        "Decoded pixels of the edits in one worker, at which it prepares no further ones. One edit may exceed it.",
+        "Decoded pixels of the edits in one worker, at which it prepares no further ones. One edit may exceed it, "
+        "and one more of another client.",
         low=1 * MIB,
         unit="bytes",
         reason="a masked edit takes 7 MB at 1024x1024 pixels and 120 MB at 4096x4096",
@@ -571,6 +624,21 @@ class Settings:
     )
 
     # Workers.
+    memory_budget_bytes: int = _option(
+        0,
+        "Memory that the server and its workers may take. Before a model is loaded beyond it, idle models are "
+        "unloaded, the least recently used first. A model whose weight files alone take more is an error. 0: no limit.",
+        low=0,
+        unit="bytes",
+    )
+    min_resident_s: float = _option(
+        5.0,
+        "Time for which a model that has been loaded is not unloaded to make room for another.",
+        low=0,
+        high=86400,
+        unit="seconds",
+        reason="requests for several models would otherwise load them in turns and do nothing else",
+    )
     load_timeout_s: float = _option(
         900.0,
         "Maximum time without a heartbeat while a worker reads and compiles its model.",

@@ -228,6 +228,10 @@ def _check_model(model: ModelSettings) -> None:
         if alias != CATCH_ALL and not _MODEL_NAME.fullmatch(alias):
             raise SettingsError(f"model {model.name}: alias {alias[:_SHOWN_CHARS]!r}: {_NAME_GRAMMAR}; or *")
     _check_adapters(model)
+    if model.keep_alive_s is not None and -1 < model.keep_alive_s < 0:
+        raise SettingsError(
+            f"model {model.name}: keep_alive_s is {model.keep_alive_s:g}; expected 0 or more, or -1 for ever"
+        )
     if model.min_strength > model.max_strength:
         raise SettingsError(
             f"model {model.name}: min_strength {model.min_strength:g} is above max_strength {model.max_strength:g}"

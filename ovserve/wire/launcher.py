@@ -61,6 +61,9 @@ class WorkerProcess(Protocol):
     def resident_bytes(self) -> int:
         """Return its resident memory without pages mapped from files; 0 when it has exited or this is not known."""
 
+    def memory_bytes(self) -> int:
+        """Return the memory that it takes with its children, of shared pages its share; 0 when it has exited."""
+
     def close(self) -> None:
         """Free the handle of a worker that has exited."""
 
@@ -72,11 +75,17 @@ class Launcher(Protocol):
         """Do what must happen once, in the calling thread, before the thread that calls `start` begins."""
 
     def start(self, spec: WorkerSpec) -> tuple[WorkerProcess, Link]:
-        """Start a worker; return its handle and the front end's side of its link.
+        """Begin to start a worker; return its handle and the front end's side of its link.
+
+        It returns without waiting for the worker. Where a worker has to be placed first, as in a cluster, its handle
+        counts as alive meanwhile, its link keeps commands, and a failure to place it is an exit with its reason.
 
         Raises:
-            OSError: the system has no descriptors, memory or process ids left.
+            LaunchError: no worker can be started now.
         """
 
     def memory_bytes(self) -> int:
         """Return how much memory workers may use altogether."""
+
+    def overhead_bytes(self) -> int:
+        """Return the memory that this program takes beside its workers, where it shares their machine; else 0."""

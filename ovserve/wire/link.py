@@ -58,6 +58,7 @@ class WorkerState:
         is_clogged: it has not read its commands for too long.
         jobs_lost: unsettled jobs that it had read when it was detached.
         lost_retried_job: one of those jobs had already cost another worker.
+        lost_client: the client of those jobs; empty if there were none, or jobs of several clients.
         phase: of its newest heartbeat.
         beat_at: when that came, a monotonic instant.
         allow_s: how long that heartbeat allows until the next one; 0: the configured limit.
@@ -72,6 +73,7 @@ class WorkerState:
     is_clogged: bool = False
     jobs_lost: int = 0
     lost_retried_job: bool = False
+    lost_client: str = ""
     phase: str = "spawn"
     beat_at: float = 0.0
     allow_s: float = 0.0

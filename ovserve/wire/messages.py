@@ -36,12 +36,16 @@ class Run:
         request: id of the blob storage that holds the ImageRequest.
         timeout_s: time left until the job's deadline.
         alone: run it without batch neighbours, because a worker has already died with it.
+        client: an opaque name; the jobs of different clients take turns in the worker.
+        heavy: preparing it takes long (`ImageRequest.is_heavy`).
     """
 
     job: str
     request: str
     timeout_s: float
     alone: bool = False
+    client: str = ""
+    heavy: bool = False
 
     kind: ClassVar[str] = "run"
 

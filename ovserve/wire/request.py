@@ -12,6 +12,8 @@ from ovserve.wire.blobs import Blob
 __all__ = ["SEEDS", "ImageRequest"]
 
 SEEDS = 2**32  # the library takes seeds modulo this number
+# Preparing takes up to half a second for so many pixels of image and mask together, and 7 s for the largest.
+_LIGHT_PIXELS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +33,12 @@ class ImageRequest:
     negative_prompt_3: str = ""
     images: tuple[Blob, ...] = ()
     mask: Blob | None = None
-    mask_mode: str = "auto"  # auto, alpha, luminance
+    mask_mode: str = "auto"  # auto, alpha, luminance, stencil, none
+    mask_invert: bool = False
     mask_blur: int = 0  # pixels
+    mask_fill: str = "original"  # original, surroundings
+    mask_area: str = "whole"  # whole, masked
+    mask_padding: int = 0  # pixels of the image, around the mask; for mask_area = masked
     width: int = 0
     height: int = 0
     resize_mode: str = "crop"  # crop, pad, stretch
@@ -55,6 +61,12 @@ class ImageRequest:
     quality: str = ""  # name of the preset, for the file's metadata
     shortcuts: str = ""  # engine shortcuts of a `quality` preset; empty: exact computation
     adapters: tuple[tuple[str, float], ...] = ()  # alias and weight of each LoRA adapter
+    input_pixels: int = 0  # of the images and the mask, by their headers
+
+    @property
+    def is_heavy(self) -> bool:
+        """Whether preparing it takes long."""
+        return self.input_pixels > _LIGHT_PIXELS
 
     def seed_of(self, picture: int) -> int:
         """Return the seed of picture `picture`, which reproduces this picture alone."""

@@ -22,7 +22,7 @@ class WorkerJob:
         id: the job's id, as in the messages.
         run: the command that started it.
         prepared: the prepared request; None until preparation has succeeded.
-        is_preparing: the prepare thread has not finished with it, or has not started.
+        is_preparing: a prepare thread has not finished with it, or has not started.
         added: pieces of work added to the device loop.
         returned: outcomes the finish thread has dealt with.
         filled: results whose segment is filled.

@@ -1,12 +1,13 @@
 """Turns an ImageRequest into a PreparedRequest: decodes its images, resolves its parameters, checks both.
 
 `prepare` raises for everything that can be wrong with a request, so that any later error is the server's.
-Runs in: worker, the prepare thread.
+Runs in: worker, the prepare threads.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from ovserve.pixels.frames import Fitting, Placement, fit_into, size_of
 from ovserve.pixels.holes import fill_holes, join_alpha, mask_from_alpha, settle_alpha
 from ovserve.pixels.images import Limits, Pixels, flatten, has_alpha
 from ovserve.pixels.masks import Seam, check_not_empty, mask_from_image, match_mask, pool
+from ovserve.pixels.regions import Region
 from ovserve.settings.options import ModelSettings, Resolution
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import WorkerBlobs
@@ -50,29 +52,31 @@ def prepare(
     *,
     blobs: WorkerBlobs,
     decode: DecodeFile = decode_here,
+    counting: AbstractContextManager[object] = nullcontext(),  # noqa: B008 - reusable and without state
 ) -> PreparedRequest:
     """Decode, orient and fit the images, read the mask, count the tokens.
 
-    `decode` decodes one image file.
+    `decode` decodes one image file. `counting` is entered while the engine is used.
 
     Raises:
         BadRequest: one of its subclasses, naming the field that is wrong.
     """
     request = _adapt_to_engine(request, engine.features)
-    engine.check(request)
-    prompt, text_tokens = fit_prompt(request, profile, engine)
+    with counting:
+        engine.check(request)
+        prompt, text_tokens = fit_prompt(request, profile, engine)
     limits = Limits(settings.max_image_pixels, settings.max_image_side_px)
     source, mask, colour_profile = _read_images(request, blobs, limits, decode)
     mode = "text2image" if source is None else "image2image" if mask is None else "inpainting"
     _check_mode(mode, profile, engine.features)
-    if request.mask_blur and mode != "inpainting":
-        raise InvalidValue("mask_blur: needs a mask; send one, or an image with transparent pixels", param="mask_blur")
+    if mode != "inpainting":
+        _check_no_mask_fields(request)
     keeps_alpha = _resolve_keeps_alpha(request, source, model)
     strength = _resolve_strength(request, mode, profile)
     steps = check_steps(request, strength, profile)
     layout = _plan_layout(request, source, mask, profile, model, keeps_alpha=keeps_alpha)
     unchanged = None if steps or layout.original is None else _without_steps(layout.original, request)
-    preview_frame = fit_into(layout.frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
+    preview_frame = fit_into(layout.placement.frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
     cells = math.prod((layout.placement.canvas.width, layout.placement.canvas.height)) // profile.side_multiple_px**2
     return PreparedRequest(
         request=request,
@@ -83,6 +87,7 @@ def prepare(
         steps=steps,
         frame=layout.frame,
         placement=layout.placement,
+        region=layout.region,
         backdrop=layout.backdrop,
         preview_frame=preview_frame,
         preview_backdrop=_preview_backdrop(layout, request, preview_frame),
@@ -109,6 +114,13 @@ def _adapt_to_engine(request: ImageRequest, features: Features) -> ImageRequest:
     return request if features.previews else replace(request, partial_images=0)
 
 
+def _check_no_mask_fields(request: ImageRequest) -> None:
+    """Raise InvalidValue for a field that needs a mask."""
+    for name, value in (("mask_blur", 0), ("mask_fill", "original"), ("mask_area", "whole")):
+        if getattr(request, name) != value:
+            raise InvalidValue(f"{name}: needs a mask; send one, or an image with transparent pixels", param=name)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layout:
     """The sizes a request is served at and its pixels at these sizes.
@@ -126,6 +138,7 @@ class _Layout:
     mask_image: Pixels | None = None
     original: Pixels | None = None
     opacity: Pixels | None = None
+    region: Region | None = None
 
 
 def _plan_layout(
@@ -143,13 +156,14 @@ def _plan_layout(
         InvalidValue: nothing of the mask is left in the frame.
     """
     frame = Resolution(request.width, request.height) if request.width else profile.native
-    if source is not None and not request.width:
+    is_part = request.mask_area == "masked"  # then there are a source and a mask
+    if source is not None and (is_part or not request.width):
         frame = fit_into(size_of(source), model.max_resolution)
     placement = Placement.plan(frame, profile.working_size(frame.width, frame.height), profile.working_multiple_px)
     is_opaque = request.background == "opaque"
     if source is None:
         return _Layout(frame, placement, Backdrop(None, None, keeps_alpha, is_opaque))
-    fitting = Fitting.plan(size_of(source), frame, request.resize_mode)
+    fitting = Fitting.plan(size_of(source), frame, "stretch" if is_part else request.resize_mode)
     original = fitting.fit_image(source)
     if mask is None:
         shown = original if keeps_alpha else None
@@ -159,17 +173,32 @@ def _plan_layout(
         )
     mask = fitting.fit_mask(mask)
     check_not_empty(mask, " in the part of the image that is used")
-    mask_image = pool(placement.place_mask(mask), profile.side_multiple_px)
     below, opacity, filled = original, None, fill_holes(original)
+    shown = original
     if has_alpha(original):
         # The model sees no white where it repaints transparent pixels, and what a viewer sees elsewhere.
-        initial_image = placement.place_image(np.where(mask[..., None] > 0, filled, flatten(original)))
+        shown = np.where(mask[..., None] > 0, filled, flatten(original))
         if request.mask is None:  # the mask is the image's own alpha
             below, opacity = filled if request.mask_blur else original[..., :3], original[..., 3]
-    else:
-        initial_image = placement.place_image(original)
+    if request.mask_fill == "surroundings":
+        shown = fill_holes(join_alpha(shown, 255 - mask))
     backdrop = Backdrop(below, Seam.plan(mask, request.mask_blur, opacity), keeps_alpha, is_opaque)
-    return _Layout(frame, placement, backdrop, mask, initial_image, mask_image, original, opacity)
+    region, part = None, mask
+    if is_part:
+        region, placement = _plan_region(request, mask, profile)
+        shown, part = np.ascontiguousarray(region.crop(shown)), region.crop(mask)
+    mask_image = pool(placement.place_mask(part), profile.side_multiple_px)
+    initial_image = placement.place_image(shown)
+    return _Layout(frame, placement, backdrop, mask, initial_image, mask_image, original, opacity, region)
+
+
+def _plan_region(request: ImageRequest, mask: Pixels, profile: ModelProfile) -> tuple[Region, Placement]:
+    """Return the part of the frame around the mask, and its place on the canvas: `size` is that of the part."""
+    shape = Resolution(request.width, request.height) if request.width else None
+    region = Region.around(mask, request.mask_padding, shape)
+    wanted = shape or region.size
+    canvas = profile.working_size(wanted.width, wanted.height)
+    return region, Placement.plan(region.size, canvas, profile.working_multiple_px)
 
 
 def _without_steps(original: Pixels, request: ImageRequest) -> Pixels:
@@ -192,6 +221,8 @@ def _has_transparent_result(layout: _Layout, request: ImageRequest, unchanged: P
 def _preview_backdrop(layout: _Layout, request: ImageRequest, size: Resolution) -> Backdrop:
     """Return the backdrop at the size of a preview: a seam of the result's size would take as long as the result's."""
     backdrop = layout.backdrop
+    if layout.region is not None:  # previews show only the part that is painted
+        return Backdrop(None, None, keeps_alpha=False, is_opaque=True)
     if not request.partial_images or size == layout.frame:
         return backdrop
     fitting = Fitting.plan(layout.frame, size, "stretch")
@@ -227,9 +258,11 @@ def _read_images(
         with blobs.open(request.mask) as data:
             mask_image = decode(data, "mask", limits, needs_profile=False).pixels
         mask = mask_from_image(mask_image, request.mask_mode)
+        if request.mask_invert:
+            mask = 255 - mask
         check_not_empty(mask)
         mask = match_mask(mask, size_of(source))
-    elif request.task == "edit" and request.background != "transparent":
+    elif request.task == "edit" and request.background != "transparent" and request.mask_mode != "none":
         mask = mask_from_alpha(source)
         source = settle_alpha(source)
     return source, mask, image.colour_profile

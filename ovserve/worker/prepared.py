@@ -3,7 +3,7 @@
     PreparedRequest ──work(k)──▶ Work ──engine──▶ Outcome.pixels ──assemble──▶ result ──encode──▶ bytes
                                                   Preview.pixels ──encode_preview──▶ bytes
 
-Runs in: worker; `work` in the prepare thread, the rest in the finish thread. The records are never changed.
+Runs in: worker; `work` in the prepare threads, the rest in the finish thread. The records are never changed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ovserve.engines.protocol import Work
 from ovserve.pixels.frames import Placement
 from ovserve.pixels.images import Pixels, encode_image, flatten, has_alpha
 from ovserve.pixels.masks import Seam
+from ovserve.pixels.regions import Region
 from ovserve.settings.options import Resolution
 from ovserve.wire.request import ImageRequest
 
@@ -91,9 +92,10 @@ class PreparedRequest:
         strength: the strength that will run.
         steps: denoising steps that will run for each picture.
         frame: size of the result.
-        placement: where the frame lies on the canvas that the model works on.
+        region: the part of the frame that the model works on; None for all of it.
+        placement: where the frame, or that part of it, lies on the canvas that the model works on.
         backdrop: what a painted frame is composited onto.
-        preview_frame: size of previews.
+        preview_frame: size of previews, which show only the region if there is one.
         preview_backdrop: the backdrop at that size.
         mask: uint8 (H, W), 255 = repaint, in the frame; None unless inpainting.
         initial_image: the original on the canvas, RGB.
@@ -132,6 +134,7 @@ class PreparedRequest:
     background: str
     colour_profile: bytes
     unchanged: Pixels | None = None
+    region: Region | None = None
 
     @property
     def pixel_bytes(self) -> int:
@@ -180,7 +183,8 @@ class PreparedRequest:
         """Return the result from a painted canvas: its frame composited onto the backdrop."""
         if self.unchanged is not None:
             return self.unchanged
-        return self.backdrop.composite(self.placement.extract_frame(painted))
+        fresh = self.placement.extract_frame(painted)
+        return self.backdrop.composite(fresh if self.region is None else self.region.place(fresh))
 
     def encode(self, pixels: Pixels, picture: int) -> bytes:
         """Encode a result in the requested format."""

@@ -1,6 +1,6 @@
 """Runs the jobs of one worker: from the link through preparation, the device and encoding, back to the link.
 
-    main thread      reads commands ──Run──▶ prepare thread   decode, orient, fit, mask, count tokens ──Prepared──▶
+    main thread      reads commands ──Run──▶ prepare threads  decode, orient, fit, mask, count tokens ──Prepared──▶
                                                   │ works
                                              device thread    the device loop: admit, turn, heartbeat
                                                   │ outcomes
@@ -11,8 +11,8 @@ Invariants:
   holds for a cancelled job too: the front end waits for that report before it sends another job in its place.
 - An error in one job ends that job. An error in a thread ends the process: the supervisor starts another.
 - End-of-file on the link means that the front end is dead: the process exits at once, whatever it is doing.
-- Every queue is bounded: jobs by the capacity reported in Ready, their decoded pixels by `max_prepared_bytes`, outcomes
-  by `finish.FINISH_LIMIT`, encoded pictures by the jobs in this worker.
+- Every queue is bounded: jobs by the capacity reported in Ready and one more, their decoded pixels by
+  `max_prepared_bytes`, outcomes by `finish.FINISH_LIMIT`, encoded pictures by the jobs in this worker.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from ovserve.deadline import Deadline
 from ovserve.engines.protocol import Engine, Outcome, Preview, Work
 from ovserve.errors import ApiError, BlobGone, DeadlineExceeded, InternalError, LinkClosed, LinkGarbage, ModelError
 from ovserve.logs import fields
-from ovserve.models.profile import ModelProfile
+from ovserve.models.classes import CLASSES
+from ovserve.models.profile import ModelProfile, served_by
 from ovserve.pixels.decoder import DecodeLimits, Decoder
 from ovserve.settings.options import ModelSettings
 from ovserve.settings.worker import WorkerSettings
@@ -49,6 +50,8 @@ __all__ = ["BROKEN", "LOAD_FAILED", "JobRunner"]
 
 LOAD_FAILED = 3  # exit code: the model cannot be loaded; the reason was sent as a Failed without a job
 BROKEN = 4  # exit code: a thread of the worker has failed, or the link carried an invalid message
+# Jobs whose preparation takes long leave the second thread to the others: they run beside them, and not before them.
+_PREPARE_THREADS = ("prepare", "prepare-light")
 _SPARE_JOBS = 2  # beyond those in the engine: one prepared and one being finished, so that the device never waits
 
 # A decoding process that has not replied within this share of hang_limit_s is killed: image and mask together, and an
@@ -86,10 +89,15 @@ class JobRunner:
         self._jobs: dict[str, WorkerJob] = {}
         self._is_stopping = False
         self._intake = Intake(settings.max_prepared_bytes)
-        self._preparing_since: float | None = None  # monotonic time at which the prepare thread started its current job
+        # Monotonic time at which each prepare thread started its current job; None while it waits.
+        self._preparing_since: dict[str, float | None] = dict.fromkeys(_PREPARE_THREADS)
+        # Engines count tokens in one thread at a time; that takes milliseconds.
+        self._counting = threading.Lock()
         self._reports = ReportSender(link)
         wall_s = settings.hang_limit_s * _DECODE_SHARE
-        self._decoder = Decoder(DecodeLimits(settings.decode_cpu_limit_s, settings.decode_memory_limit_bytes, wall_s))
+        limits = DecodeLimits(settings.decode_cpu_limit_s, settings.decode_memory_limit_bytes, wall_s)
+        # One for each prepare thread: the decoding process of a heavy file does not keep others waiting.
+        self._decoders = {name: Decoder(limits) for name in _PREPARE_THREADS}
         self._finisher = Finisher(self, self._reports, blobs)
         self._engine: Engine | None = None
         self._loop: DeviceLoop | None = None
@@ -98,11 +106,8 @@ class JobRunner:
 
     def run(self) -> NoReturn:
         """Start the threads, then execute commands until the process ends."""
-        for name, target in (
-            ("prepare", self._prepare_loop),
-            ("finish", self._finisher.run),
-            ("device", self._run_device),
-        ):
+        preparing = [(name, functools.partial(self._prepare_loop, name)) for name in _PREPARE_THREADS]
+        for name, target in (*preparing, ("finish", self._finisher.run), ("device", self._run_device)):
             threading.Thread(target=_exit_on_error, args=(target,), name=name, daemon=True).start()
         while True:
             try:
@@ -191,14 +196,14 @@ class JobRunner:
             job.error = job.error or DeadlineExceeded("the job's deadline passed while it was on the device")
         job.stopped.set()
 
-    # --- prepare thread -----------------------------------------------------------------------------------------------
+    # --- prepare threads ----------------------------------------------------------------------------------------------
 
-    def _prepare_loop(self) -> None:
+    def _prepare_loop(self, thread: str) -> None:
         while True:
-            job = self._intake.take()
-            self._preparing_since = time.monotonic()
+            job = self._intake.take(takes_heavy=thread == _PREPARE_THREADS[0])
+            self._preparing_since[thread] = time.monotonic()
             try:
-                self._prepare(job)
+                self._prepare(job, self._decoders[thread])
             except ApiError as error:
                 self._fail_preparation(job, error)
             except BlobGone:
@@ -210,14 +215,15 @@ class JobRunner:
                 reason = f"the request could not be prepared: {type(error).__name__}"
                 self._fail_preparation(job, InternalError(reason))
             finally:
-                self._preparing_since = None
+                self._preparing_since[thread] = None
+                self._intake.end_preparation(job)
             del job  # otherwise its pixels would stay in memory until the next job arrives
 
     def _fail_preparation(self, job: WorkerJob, error: ApiError) -> None:
         job.is_preparing = False
         self.fail(job, error)
 
-    def _prepare(self, job: WorkerJob) -> None:
+    def _prepare(self, job: WorkerJob, decoder: Decoder) -> None:
         if self._engine is None or self._loop is None:
             raise InternalError("a job arrived before the worker was ready")
         if job.deadline.is_expired():
@@ -226,10 +232,17 @@ class JobRunner:
             raise InternalError("the job was cancelled")
         started = time.monotonic()
         request = ImageRequest.from_json(self._blobs.read(job.run.request))
-        # Called in the prepare thread, which lives as long as the worker: the decoding process ends with it.
-        decode = functools.partial(self._decoder.decode, job=job.id)
+        # Called in a prepare thread, which lives as long as the worker: the decoding process ends with it.
+        decode = functools.partial(decoder.decode, job=job.id)
         prepared = prepare(
-            request, self._profile, self._model, self._settings, self._engine, blobs=self._blobs, decode=decode
+            request,
+            self._profile,
+            self._model,
+            self._settings,
+            self._engine,
+            blobs=self._blobs,
+            decode=decode,
+            counting=self._counting,
         )
         works = [
             self._attach_callbacks(job, request, prepared.work(job.id, k, alone=job.run.alone))
@@ -292,6 +305,8 @@ class JobRunner:
         try:
             return engine, self._load(engine), why
         except Exception as error:  # an unfamiliar export can fail in any way here; the library may still read it
+            if "genai" not in CLASSES[self._profile.pipeline_class].engines:
+                raise
             log.warning(
                 "engine %s cannot load this model, falling back to genai: %s",
                 engine.name,
@@ -303,6 +318,7 @@ class JobRunner:
         engine.close()
         del engine
         gc.collect()
+        self._profile = served_by(self._profile, "genai")
         engine, _ = self._create_engine(self._profile, dataclasses.replace(self._model, engine="genai"))
         return engine, self._load(engine), why
 
@@ -323,12 +339,12 @@ class JobRunner:
         end_process(LOAD_FAILED)
 
     def _send_heartbeat(self, phase: str, allow_s: float) -> None:
-        """Send a heartbeat, unless the prepare or finish thread is stuck in one item: only a restart ends that.
+        """Send a heartbeat, unless a prepare or finish thread is stuck in one item: only a restart ends that.
 
         Called by the device loop.
         """
         now = time.monotonic()
-        for name, since in (("prepare", self._preparing_since), ("finish", self._finisher.busy_since)):
+        for name, since in (*self._preparing_since.items(), ("finish", self._finisher.busy_since)):
             if since is not None and now - since > self._settings.hang_limit_s:
                 log.error("thread is stuck: no more heartbeats", extra=fields(thread=name, seconds=round(now - since)))
                 return

@@ -77,13 +77,23 @@ def test_eight_pictures_with_different_adapters_share_calls_and_equal_those_made
     assert any(len(adapters) > 2 for adapters in shared)
 
 
-@pytest.mark.parametrize("mode", ["separate", "shared"])
+@pytest.mark.parametrize("mode", ["auto", "separate"])
 def test_pictures_without_adapters_keep_their_bytes(directory: Path, mode: str) -> None:
     plain, adapted = load(directory), load(directory, lora=LORAS, lora_denoiser=mode)
     works = [work(directory, (), place) for place in range(3)]
     expected = pixels_of(drive(plain, works))
     found = pixels_of(drive(adapted, [work(directory, (), place) for place in range(3)]))
     assert all(np.array_equal(one, other) for one, other in zip(expected, found, strict=True))
+    weighted = [work(directory, (("a", 1.0),), place) for place in range(2)]
+    CALLS.clear()
+    drive(adapted, [*weighted, *(work(directory, (), place) for place in range(2))])
+    mixed = [
+        call
+        for call in CALLS
+        if call.subject.kind == "denoise"
+        and len({bool(row.picture.work.request.adapters) for row in call.subject.rows}) > 1
+    ]
+    assert bool(mixed) == (mode == "auto")  # in float32 one denoiser has the bits of both
     plain.close()
     adapted.close()
 

@@ -115,10 +115,13 @@ def test_clients_take_turns(harness: DispatcherHarness) -> None:
     running = harness.admit(client="greedy")
     worker.expect(Run)
     greedy = [harness.admit(client="greedy") for _ in range(4)]
-    modest = harness.admit(client="modest")
-    worker.deliver(running.id)
-    worker.send(Done(running.id, 0, 0, 0))
-    assert [worker.serve() for _ in range(5)] == [job.id for job in (greedy[0], modest, *greedy[1:])]
+    modest = [harness.admit(client="modest") for _ in range(2)]
+    assert worker.expect(Run).job == modest[0].id  # in the place that one client alone cannot take
+    for job in (running, modest[0]):
+        worker.deliver(job.id)
+        worker.send(Done(job.id, 0, 0, 0))
+    assert {worker.serve() for _ in range(2)} == {greedy[0].id, modest[1].id}
+    assert [worker.serve() for _ in range(3)] == [job.id for job in greedy[1:]]
 
 
 def test_client_with_as_many_pictures_as_a_worker_has_capacity_gets_no_more_jobs_there(

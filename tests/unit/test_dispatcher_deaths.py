@@ -64,7 +64,8 @@ def test_job_whose_second_worker_dies_is_failed(harness: DispatcherHarness) -> N
         assert worker.expect(Run).alone == bool(number)
         worker.die()
         harness.wait_until(lambda worker=worker: bool(worker.link.state.lost))  # type: ignore[misc]
-        assert (worker.link.state.jobs_lost, worker.link.state.lost_retried_job) == (1, bool(number))
+        state = worker.link.state
+        assert (state.jobs_lost, state.lost_retried_job, state.lost_client) == (1, bool(number), "c")
     assert job is not None
     assert harness.wait_settled(job) is State.FAILED
     assert isinstance(job.error, WorkerCrashed)
@@ -128,6 +129,34 @@ def test_worker_is_reserved_for_a_job_that_must_run_alone(harness: DispatcherHar
     busy.deliver(running.id)
     busy.send(Done(running.id, 0, 0, 0))
     assert [busy.serve(), busy.serve()] == [requeued.id, waiting.id]
+
+
+def test_death_with_jobs_of_several_clients_is_no_clients_fault(harness: DispatcherHarness) -> None:
+    worker = harness.add_worker(capacity=2)
+    for client in "ab":
+        harness.admit(client=client)
+        worker.expect(Run)
+    worker.die()
+    harness.wait_until(lambda: bool(worker.link.state.lost))
+    assert (worker.link.state.jobs_lost, worker.link.state.lost_client) == (2, "")
+
+
+def test_jobs_of_a_client_that_kills_workers_wait_while_those_of_others_are_served(harness: DispatcherHarness) -> None:
+    for attempt in range(3):
+        worker = harness.add_worker()
+        if attempt != 1:
+            hostile = harness.admit(client="hostile")
+        worker.expect(Run)
+        worker.die()
+        harness.wait_until(lambda worker=worker: bool(worker.link.state.lost))  # type: ignore[misc]
+    last = harness.add_worker()
+    fresh = [harness.admit(client=client) for client in ("hostile", "a", "b")]
+    assert [last.expect(Run).job for _ in range(2)] == [fresh[1].id, fresh[2].id]
+    for job in fresh[1:]:
+        last.deliver(job.id)
+        last.send(Done(job.id, 0, 0, 0))
+    last.expect_nothing()  # for a second
+    assert [last.serve(), last.serve()] == [hostile.id, fresh[0].id]
 
 
 def test_reports_sent_before_death_are_applied(harness: DispatcherHarness) -> None:

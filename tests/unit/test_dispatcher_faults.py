@@ -132,7 +132,7 @@ def test_worker_that_does_not_read_does_not_block_others(harness: DispatcherHarn
     harness.dispatcher.add_model("toy", 1000)
     harness.dispatcher.add_model("other", 1)
     stopped, other = harness.add_worker(capacity=1000, reads=False, pipes=True), harness.add_worker(model="other")
-    jobs = [harness.admit() for _ in range(900)]  # their Run commands fill its pipe
+    jobs = [harness.admit(client=str(number)) for number in range(900)]  # their Run commands fill its pipe
     harness.wait_until(lambda: harness.dispatcher.status("toy").running == 900)
     assert stopped.link.sent - stopped.link.consumed > 65536  # more than the pipe holds
     assert harness.admit(model="other").id == other.serve()

@@ -127,6 +127,27 @@ def test_second_death_with_the_same_job_does_not_count(fleet: Fleet, links: list
     assert (fleet.failure, fleet.deaths) == ("", 2)
 
 
+def test_deaths_with_the_jobs_of_one_client_count_once(fleet: Fleet, links: list[Link]) -> None:
+    for _ in range(9):
+        link = new_link(links)
+        link.update(jobs_lost=1, lost_client="hostile")
+        die(fleet, fleet.slots[0], link)
+    assert (fleet.failure, fleet.deaths, fleet.slots[0].deaths) == ("", 1, 1)
+    for client in ("b", "c"):
+        link = new_link(links)
+        link.update(jobs_lost=1, lost_client=client)
+        die(fleet, fleet.slots[0], link)
+    assert fleet.failure != ""
+
+
+def test_deaths_with_the_jobs_of_one_client_count_again_after_a_finished_job(fleet: Fleet, links: list[Link]) -> None:
+    for done in (0, 0, 1, 0, 0):
+        link = new_link(links)
+        link.update(jobs_lost=1, lost_client="hostile", jobs_done=done)
+        die(fleet, fleet.slots[0], link)
+    assert (fleet.failure, fleet.deaths) == ("", 1)
+
+
 def test_reported_load_failure_fails_the_model_at_once(fleet: Fleet, links: list[Link]) -> None:
     link = new_link(links, ready=False)
     link.update(failure=Failed("", {"message": "no such device"}))

@@ -15,8 +15,15 @@ from ovserve.worker.jobs import WorkerJob
 WAIT_S = 20.0
 
 
-def job(name: str, timeout_s: float = 600.0) -> WorkerJob:
-    return WorkerJob(name, Run(name, "", timeout_s), Deadline.after(timeout_s))
+def job(name: str, timeout_s: float = 600.0, client: str = "", *, heavy: bool = False) -> WorkerJob:
+    return WorkerJob(name, Run(name, "", timeout_s, client=client, heavy=heavy), Deadline.after(timeout_s))
+
+
+def take(queue: Intake, *, takes_heavy: bool = True) -> WorkerJob:
+    """Take a job whose preparation takes no time."""
+    taken = queue.take(takes_heavy=takes_heavy)
+    queue.end_preparation(taken)
+    return taken
 
 
 def intake(limit_bytes: int, *jobs: WorkerJob) -> Intake:
@@ -35,7 +42,7 @@ class Taken:
         self._thread.start()
 
     def _take(self, queue: Intake) -> None:
-        self.job = queue.take()
+        self.job = take(queue)
 
     def wait(self) -> WorkerJob:
         self._thread.join(WAIT_S)
@@ -47,7 +54,7 @@ def test_jobs_are_taken_in_order_while_there_is_room() -> None:
     jobs = [job(name) for name in "abc"]
     queue = intake(100, *jobs)
     for index, each in enumerate(jobs):
-        assert queue.take() is each
+        assert take(queue) is each
         queue.hold(each, 30)
         assert queue.held_bytes == 30 * (index + 1)
 
@@ -56,7 +63,7 @@ def test_job_waits_at_the_limit_until_an_earlier_one_has_ended() -> None:
     first, second, third = (job(name) for name in "abc")
     queue = intake(100, first, second, third)
     for each, count in ((first, 60), (second, 40)):
-        assert queue.take() is each
+        assert take(queue) is each
         queue.hold(each, count)
     assert not queue.has_room
     taken = Taken(queue)
@@ -69,7 +76,7 @@ def test_job_waits_at_the_limit_until_an_earlier_one_has_ended() -> None:
 def test_job_above_the_limit_is_taken_when_it_is_alone(held: int) -> None:
     large, small = job("large"), job("small")
     queue = intake(100, large, small)
-    assert queue.take() is large
+    assert take(queue) is large
     queue.hold(large, held)
     assert not queue.has_room
     taken = Taken(queue)
@@ -81,14 +88,14 @@ def test_job_above_the_limit_is_taken_when_it_is_alone(held: int) -> None:
 def test_jobs_without_pixels_wait_for_room_like_others_but_hold_none() -> None:
     queue = intake(100, *(job(str(number)) for number in range(1000)))
     for _ in range(1000):
-        queue.hold(queue.take(), 0)
+        queue.hold(take(queue), 0)
     assert queue.has_room
 
 
 def test_stopped_job_is_taken_first_even_without_room() -> None:
     first, waiting, stopped = (job(name) for name in "abc")
     queue = intake(100, first, waiting, stopped)
-    queue.hold(queue.take(), 100)
+    queue.hold(take(queue), 100)
     taken = Taken(queue)
     stopped.stopped.set()
     queue.wake()
@@ -99,7 +106,7 @@ def test_stopped_job_is_taken_first_even_without_room() -> None:
 def test_expired_job_is_taken_even_without_room() -> None:
     first, waiting, late = job("a"), job("b"), job("c", timeout_s=0.01)
     queue = intake(100, first)
-    queue.hold(queue.take(), 100)
+    queue.hold(take(queue), 100)
     queue.put(waiting)
     queue.put(late)
     assert Taken(queue).wait() is late
@@ -108,7 +115,7 @@ def test_expired_job_is_taken_even_without_room() -> None:
 def test_release_is_idempotent_and_unknown_jobs_release_nothing() -> None:
     first, other = job("a"), job("b")
     queue = intake(100, first)
-    queue.hold(queue.take(), 70)
+    queue.hold(take(queue), 70)
     queue.release(other)
     assert queue.held_bytes == 70
     queue.release(first)
@@ -123,7 +130,7 @@ def test_held_bytes_stay_below_the_limit_and_one_job_more() -> None:
     for _ in range(count):
         if not queue.has_room:
             queue.release(held.pop(0))
-        held.append(queue.take())
+        held.append(take(queue))
         queue.hold(held[-1], size)
         most = max(most, queue.held_bytes)
     assert limit <= most < limit + size
@@ -138,10 +145,48 @@ def test_many_threads_release_every_byte() -> None:
 
     ends: list[Any] = []
     for _ in jobs:
-        each = queue.take()
+        each = take(queue)
         queue.hold(each, 90)
         ends.append(threading.Thread(target=end, args=(each,)))
         ends[-1].start()
     for thread in ends:
         thread.join(WAIT_S)
     assert queue.held_bytes == 0
+
+
+def test_clients_take_turns_and_each_is_first_in_first_out() -> None:
+    queue = intake(100, *(job(f"a{number}", client="a") for number in range(3)), job("b0", client="b"))
+    queue.put(job("c0", client="c"))
+    assert [take(queue).id for _ in range(5)] == ["a0", "b0", "c0", "a1", "a2"]
+
+
+def test_one_client_is_prepared_in_one_thread_at_a_time() -> None:
+    first, second = job("a0", client="a"), job("a1", client="a")
+    queue = intake(100, first, second)
+    assert queue.take() is first
+    taken = Taken(queue)
+    other = job("b0", client="b")
+    queue.put(other)
+    assert taken.wait() is other
+    taken = Taken(queue)
+    queue.end_preparation(first)
+    assert taken.wait() is second
+
+
+def test_light_jobs_of_other_clients_are_prepared_beside_heavy_ones() -> None:
+    heavy = [job(f"heavy-{client}", client=client, heavy=True) for client in "ab"]
+    light = job("light", client="c")
+    queue = intake(100, *heavy, light)
+    assert queue.take() is heavy[0]  # takes long
+    assert take(queue, takes_heavy=False) is light
+
+
+def test_client_above_its_share_is_passed_over_while_another_waits() -> None:
+    queue = intake(100, *(job(f"a{number}", client="a") for number in range(4)))
+    for _ in range(2):  # alone, it may hold more than a share
+        queue.hold(take(queue), 30)
+    queue.put(job("b0", client="b"))
+    queue.put(job("b1", client="b"))
+    assert take(queue).id == "b0"
+    assert take(queue).id == "b1"  # although the turn is the other client's
+    assert take(queue).id == "a2"  # nobody else waits

@@ -34,7 +34,7 @@ MAY: dict[str, set[str]] = {
     "models": set(),
     "web": set(),
     "errors": set(),
-    "folders": set(),
+    "folders": {"errors"},
     "deadline": set(),
     "logs": set(),
     "metrics": {"errors"},
@@ -70,7 +70,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "socketserver": ("front",),
 }
 # The only places that may contain the name of a model family.
-FAMILY_MODULES = ("models.families", "engines.families")
+FAMILY_MODULES = ("models.families", "models.classes", "models.variants", "engines.families")
 
 
 def modules() -> dict[str, ast.Module]:

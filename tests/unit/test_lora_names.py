@@ -19,6 +19,7 @@ from tests.loras import safetensors
 
 UNET = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 TEXT = "text_model_encoder_layers_0_self_attn_q_proj"
+DOTTED_TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
 DOTTED = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -37,10 +38,10 @@ DOTTED = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         (f"base_model.model.{DOTTED}.lora_B.weight", "denoiser", UNET, "up"),
         (f"base_model.model.unet.{DOTTED}.lora_B.weight", "denoiser", UNET, "up"),
         (f"diffusion_model.{DOTTED}.lora_B.weight", "denoiser", UNET, "up"),
-        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "denoiser", "transformer_blocks_0_attn_to_q", "down"),
+        ("transformer.single.0.attn.to_q.lora_A.weight", "denoiser", "single_0_attn_to_q", "down"),
         ("transformer_blocks.0.attn.to_q.lora_A.weight", "denoiser", "transformer_blocks_0_attn_to_q", "down"),
-        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight", "text_encoder", TEXT, "up"),
-        ("text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "text_encoder_2", TEXT, "down"),
+        (f"text_encoder.{DOTTED_TEXT}.lora_linear_layer.up.weight", "text_encoder", TEXT, "up"),
+        (f"text_encoder_2.{DOTTED_TEXT}.lora_A.weight", "text_encoder_2", TEXT, "down"),
         (f"unet.{DOTTED[:-5]}.processor.to_q_lora.down.weight", "denoiser", UNET, "down"),
         (f"{DOTTED[:-5]}.processor.to_out_lora.up.weight", "denoiser", UNET[:-4] + "to_out_0", "up"),
     ],
@@ -60,9 +61,9 @@ def test_any_key_is_parsed_or_refused(key: str) -> None:
 @pytest.mark.parametrize(
     ("original", "name"),
     [
-        ("input_blocks_1_1_transformer_blocks_0_attn1_to_q", "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"),
+        ("input_blocks_1_1_transformer_blocks_0_attn1_to_q", UNET),
         ("input_blocks_4_1_proj_in", "down_blocks_1_attentions_0_proj_in"),
-        ("input_blocks_8_1_transformer_blocks_9_ff_net_0_proj", "down_blocks_2_attentions_1_transformer_blocks_9_ff_net_0_proj"),
+        ("input_blocks_8_1_transformer_blocks_9_ff_net_2", "down_blocks_2_attentions_1_transformer_blocks_9_ff_net_2"),
         ("input_blocks_4_0_skip_connection", "down_blocks_1_resnets_0_conv_shortcut"),
         ("input_blocks_3_0_op", "down_blocks_0_downsamplers_0_conv"),
         ("input_blocks_0_0", "conv_in"),
@@ -156,5 +157,5 @@ def test_file_that_is_no_lora_is_refused_with_the_names(tmp_path: Path, tensors:
 
 
 def test_message_names_only_the_first_of_many_tensors(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="and 12 more$"):
+    with pytest.raises(ModelError, match=r"and 12 more$"):
         write(tmp_path / "a.safetensors", {f"m{number:02}.lokr_w1": np.ones(1) for number in range(20)})

@@ -58,6 +58,12 @@ def paste(original: Pixels, painted: Pixels, mask: Pixels, blur_px: int) -> Pixe
         (rgb(255, 0, 0), "luminance", False),
         (rgb(255, 0, 255), "luminance", False),  # 0.413
         (rgba(255, 255), "luminance", True),
+        (rgba(255, 255), "stencil", True),  # opaque: luminance decides
+        (rgba(0, 255), "stencil", False),
+        (rgba(0, 254), "stencil", True),
+        (rgba(255, 0), "stencil", False),
+        (rgb(255, 255, 255), "stencil", True),
+        (rgb(0, 0, 0), "stencil", False),
         (rgba(255, 0), "luminance", False),  # white, but transparent
         (rgba(255, 0), "alpha", True),
         (rgba(0, 0), "auto", True),

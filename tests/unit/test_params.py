@@ -565,6 +565,24 @@ def test_mask_mode_without_a_mask_is_rejected() -> None:
     with pytest.raises(InvalidValue) as caught:  # if the mask was lost on the way, the whole picture would be repainted
         edit(("mask_mode", "luminance"))
     assert caught.value.param == "mask_mode"
+    assert edit(("mask_mode", "none")).request.mask_mode == "none"
+    with pytest.raises(InvalidValue, match="mask_mode is 'none', but a mask was sent"):
+        edit(("mask_mode", "none"), uploads=(IMAGE, MASK))
+
+
+def test_inverted_mask_needs_a_mask() -> None:
+    assert edit(("mask_invert", "true"), uploads=(IMAGE, MASK)).request.mask_invert
+    assert not edit(("mask_invert", "False")).request.mask_invert
+    with pytest.raises(InvalidValue, match="mask_invert is 'true', but no mask was sent") as caught:
+        edit(("mask_invert", "true"))
+    assert caught.value.param == "mask_invert"
+
+
+def test_padding_needs_the_masked_area() -> None:
+    values = edit(("mask_area", "masked"), ("mask_padding", "16"), uploads=(IMAGE, MASK)).request
+    assert (values.mask_area, values.mask_padding) == ("masked", 16)
+    with pytest.raises(InvalidValue, match="mask_padding above 0 cannot be combined with mask_area = whole"):
+        edit(("mask_padding", "16"), uploads=(IMAGE, MASK))
 
 
 @pytest.mark.parametrize("name", ["negative_prompt", "negative_prompt_2"])

@@ -61,6 +61,7 @@ VALID: dict[str, st.SearchStrategy[str]] = {
     "strength": st.floats(0.3, 1).map(str),  # runs a step even with the four steps of low quality
     "seed": st.integers(0, 2**64 - 1).map(str),
     "mask_blur": st.integers(0, 256).map(str),
+    "mask_padding": st.integers(0, 4096).map(str),
     "timeout_s": st.floats(0.01, SETTINGS.max_timeout_s).map(str),
     "user": st.text(max_size=20),
     "safety_identifier": st.text(max_size=20),
@@ -78,7 +79,12 @@ FORBIDDEN = {
     frozenset(("background", "output_format")): lambda v: (
         v.get("background") == "transparent" and v.get("output_format") == "jpeg"
     ),
-    frozenset(("mask_mode", "mask")): lambda v: v.get("mask_mode", "auto") != "auto",  # no mask is sent here
+    # No mask is sent here.
+    frozenset(("mask_mode", "mask")): lambda v: v.get("mask_mode", "auto") not in ("auto", "none"),
+    frozenset(("mask_invert", "mask")): lambda v: on(v, "mask_invert"),
+    frozenset(("mask_padding", "mask_area")): lambda v: (
+        int(v.get("mask_padding", 0)) > 0 and v.get("mask_area", "whole") == "whole"
+    ),
     frozenset(("negative_prompt", "guidance_scale")): lambda v: (
         v.get("negative_prompt", "") not in ("", "null", "None", "undefined") and float(v.get("guidance_scale", 3)) <= 1
     ),
@@ -96,14 +102,14 @@ def combinations(draw: st.DrawFn) -> dict[str, str]:
 
 
 def test_table_of_valid_values_is_complete() -> None:
-    left_out = {"model", "prompt", "image", "mask", "width", "height"}
+    left_out = {"model", "prompt", "image", "mask", "width", "height", "lora_alphas"}
     taken = {
         name
         for name, field in FIELDS.items()
         if field.served
         and not field.same_as
         and EDIT in field.endpoints
-        and (field.has is None or name == "negative_prompt")
+        and (field.has is None or name in ("negative_prompt", "strength"))
     }
     assert taken - left_out == set(VALID)
 

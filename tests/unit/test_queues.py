@@ -18,9 +18,17 @@ def ticket(address: str, name: str = "", key: str = "") -> Ticket:
     return Ticket(Job(name or address, "toy", Client(address, key), REQUEST, Deadline.after(60), wakeup=-1), "path")
 
 
+def pop(queue: FairQueue, skipped: str = "") -> Ticket | None:
+    """Take the next job of the first address that is not skipped, as a model does for a worker."""
+    found = next((each for each in queue.heads() if each.address != skipped), None)
+    if found is not None:
+        queue.take(found)
+    return found
+
+
 def names(queue: FairQueue) -> list[str]:
     found = []
-    while (taken := queue.pop()) is not None:
+    while (taken := pop(queue)) is not None:
         found.append(taken.job.id)
     return found
 
@@ -46,7 +54,7 @@ def test_client_that_adds_a_job_waits_for_the_turns_of_the_others() -> None:
     queue = FairQueue(100)
     for name in ("a0", "b0", "c0"):
         queue.push(ticket(name[0], name))
-    assert queue.pop().job.id == "a0"  # type: ignore[union-attr]
+    assert pop(queue).job.id == "a0"  # type: ignore[union-attr]
     queue.push(ticket("a", "a1"))
     assert names(queue) == ["b0", "c0", "a1"]
 
@@ -55,34 +63,39 @@ def test_ineligible_client_is_passed_over_and_keeps_its_turn() -> None:
     queue = FairQueue(100)
     for name in ("a0", "a1", "b0", "b1", "c0"):
         queue.push(ticket(name[0], name))
-    others = [queue.pop(lambda client: client != "a") for _ in range(2)]
+    others = [pop(queue, skipped="a") for _ in range(2)]
     assert [taken.job.id for taken in others if taken] == ["b0", "c0"]
-    assert queue.pop(lambda _: False) is None
     assert names(queue) == ["a0", "b1", "a1"]
 
 
-def test_requeued_jobs_precede_all_others_in_the_order_of_requeueing() -> None:
-    queue = FairQueue(1)
-    queue.push(ticket("a"))
-    first, second = ticket("b", "first"), ticket("c", "second")
-    queue.requeue(first)
-    queue.requeue(second)
-    assert len(queue) == 3
-    assert queue.first_requeued() is first
-    assert [queue.pop_requeued(), queue.pop_requeued()] == [first, second]
-    assert queue.first_requeued() is None
-    assert names(queue) == ["a"]
-
-
-def test_pop_shared_skips_jobs_that_must_run_alone() -> None:
+def test_requeued_job_goes_behind_those_of_other_clients_and_before_those_of_its_own() -> None:
     queue = FairQueue(10)
-    isolated, shared, ordinary = ticket("a"), ticket("b"), ticket("c")
-    isolated.failed_attempts = 1
-    queue.push(ordinary)
-    queue.requeue(isolated)
-    queue.requeue(shared)
-    assert [queue.pop_shared(), queue.pop_shared(), queue.pop_shared()] == [shared, ordinary, None]
-    assert list(queue) == [isolated]
+    killer = ticket("a", "killer")
+    for name in ("a1", "b0", "b1", "c0"):
+        queue.push(ticket(name[0], name))
+    killer.failed_attempts = 1
+    queue.requeue(killer)
+    assert len(queue) == 5
+    assert names(queue) == ["b0", "c0", "killer", "b1", "a1"]
+
+
+def test_job_that_its_worker_had_not_read_keeps_its_turn() -> None:
+    queue = FairQueue(10)
+    for name in ("b0", "a1"):
+        queue.push(ticket(name[0], name))
+    for name in ("second", "first"):
+        queue.requeue(ticket("a", name))
+    assert names(queue) == ["first", "b0", "second", "a1"]
+
+
+def test_requeued_jobs_do_not_count_against_the_share_of_their_address() -> None:
+    queue = FairQueue(4)
+    for number in range(3):
+        queue.requeue(ticket("a", str(number)))
+    assert queue.has_space_for(Client("a"))
+    queue.push(ticket("a", "3"))
+    assert not queue.has_space_for(Client("a"))
+    assert names(queue) == ["2", "1", "0", "3"]
 
 
 def test_remove_takes_a_job_out_wherever_it_is() -> None:
@@ -105,7 +118,7 @@ def test_queue_accepts_limit_jobs_and_rejects_one_more() -> None:
         queue.push(ticket(str(number)))
     assert not queue.has_space_for(Client("late"))
     assert queue.has_space_for(Client("late"), free_capacity=1)
-    queue.pop()
+    pop(queue)
     assert queue.has_space_for(Client("late"))
 
 
@@ -152,7 +165,7 @@ def test_jobs_are_not_lost_duplicated_or_reordered_within_a_client(steps: list[s
             waiting.append(ticket(step))
             queue.push(waiting[-1])
         elif step is None:
-            taken = queue.pop()
+            taken = pop(queue)
             assert (taken is None) == (not waiting)
             if taken is not None:
                 first = next(item for item in waiting if item.job.client == taken.job.client)

@@ -17,6 +17,7 @@ import ovserve
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.jobs import Client, Job, State
+from ovserve.errors import LaunchError, NotReady
 from ovserve.fleet.desired import FRONT_END_OPTIONS
 from ovserve.fleet.supervisor import Supervisor
 from ovserve.models.fingerprint import fingerprint
@@ -24,9 +25,11 @@ from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import WorkerBlobs
+from ovserve.wire.launcher import WorkerSpec
 from ovserve.wire.link import WorkerLink
 from ovserve.wire.memory.blobs import MemoryBlobs
-from ovserve.wire.memory.launcher import MemoryLauncher
+from ovserve.wire.memory.launcher import MemoryLauncher, MemoryProcess
+from ovserve.wire.memory.link import MemoryLink
 from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Need, Picture, Prepared, Ready, Run, Stop
 from ovserve.wire.request import ImageRequest
 from tests.toys import toy_profile
@@ -60,7 +63,7 @@ def worker_main(
 class MemorySystem:
     """Dispatcher and supervisor over workers in memory."""
 
-    def __init__(self, *models: ModelSettings, **options: Any) -> None:
+    def __init__(self, *models: ModelSettings, wait: bool = True, **options: Any) -> None:
         self.blobs = MemoryBlobs()
         self.launcher = MemoryLauncher(worker_main, self.blobs)
         self.settings = self._settings(*models, **options)
@@ -71,7 +74,8 @@ class MemorySystem:
         )
         self.supervisor.start()
         self._ids = itertools.count()
-        self.until(lambda: all(self.ready(model.name) == model.replicas for model in models))
+        if wait:
+            self.until(lambda: all(self.ready(model.name) == model.replicas for model in models))
 
     @staticmethod
     def _settings(*models: ModelSettings, **options: Any) -> Settings:
@@ -255,7 +259,6 @@ def test_failed_record_is_not_tried_again_before_the_next_reload(system: MemoryS
     system.reload(A, broken)
     started = len(system.launcher.started)
     assert system.workers().keys() == {"a/0#0", "a/1#0", "b/0#0"}
-    system.supervisor.set_resident("a", True)  # any event: the loop runs again
     assert system.serve("b") is State.DONE
     assert len(system.launcher.started) == started
     system.reload(A, broken)
@@ -281,14 +284,121 @@ def test_removed_model_that_returns_is_served_again(system: MemorySystem) -> Non
     assert system.serve("b") is State.DONE
 
 
-def test_model_that_is_not_resident_has_workers_only_while_it_has_jobs(system: MemorySystem) -> None:
-    system.supervisor.set_resident("a", False)
+LAZY = dataclasses.replace(A, load="lazy", keep_alive_s=0.0)
+
+
+def state(system: MemorySystem, model: str) -> str:
+    return system.dispatcher.status(model).state
+
+
+def test_lazy_model_has_workers_only_while_it_has_jobs() -> None:
+    system = MemorySystem(LAZY, B, wait=False)
+    try:
+        assert system.supervisor.wait_ready(Deadline.after(PATIENCE_S))
+        system.until(lambda: system.workers().keys() == {"b/0#0"})
+        assert (state(system, "a"), system.dispatcher.status("a").ready) == ("unloaded", True)
+        assert system.serve("a") is State.DONE
+        system.until(lambda: system.workers().keys() == {"b/0#0"} and state(system, "a") == "unloaded")
+        assert system.supervisor.loads()["a"] == 1
+        system.until(lambda: system.supervisor.unloads() == {"a": 1, "b": 0})
+    finally:
+        system.close()
+
+
+def test_server_of_lazy_models_is_ready_without_workers() -> None:
+    system = MemorySystem(LAZY, wait=False)
+    try:
+        assert system.supervisor.wait_ready(Deadline.after(0))
+        assert system.launcher.started == []
+    finally:
+        system.close()
+
+
+def test_lazy_model_stays_for_its_keep_alive_time(system: MemorySystem) -> None:
+    kept = dataclasses.replace(LAZY, keep_alive_s=-1.0)
+    system.reload(kept, B)
+    system.until(lambda: system.ready("a") == 2)  # it was loaded, and its options alone have changed
+    system.reload(LAZY, B)
     system.until(lambda: system.workers().keys() == {"b/0#0"})
-    assert system.dispatcher.status("a").ready  # a job is admitted, and starts the workers
     assert system.serve("a") is State.DONE
-    system.until(lambda: system.workers().keys() == {"b/0#0"})
-    system.supervisor.set_resident("a", True)
-    system.until(lambda: system.ready("a") == 2)
+
+
+def test_job_of_a_lazy_model_that_cannot_load_fails_with_the_reason(system: MemorySystem) -> None:
+    system.reload(A, B, ModelSettings(name="c", load="lazy", plugin_config="fail"))
+    assert system.serve("c") is State.FAILED
+    assert system.dispatcher.status("c").reason == "failed: cannot load"
+    assert state(system, "c") == "failed"
+
+
+def test_job_expires_while_its_model_loads(system: MemorySystem) -> None:
+    system.reload(A, B, ModelSettings(name="c", load="lazy", plugin_config="hang"))
+    job = Job("slow", "c", Client("c"), ImageRequest(task="edit", prompt="x"), Deadline.after(0.2))
+    try:
+        system.dispatcher.admit(job)
+        system.until(lambda: state(system, "c") == "loading")
+        system.until(lambda: job.is_settled)
+        assert job.state is State.EXPIRED
+        assert "while its model was being loaded" in str(job.error)
+        assert state(system, "c") == "loading"  # it is finished for the next request
+    finally:
+        job.close()
+
+
+def test_eager_model_without_jobs_is_unloaded_and_loaded_again(system: MemorySystem) -> None:
+    system.reload(A, dataclasses.replace(B, keep_alive_s=0.0))
+    system.until(lambda: state(system, "b") == "unloaded")
+    assert system.serve("b") is State.DONE
+    system.until(lambda: state(system, "b") == "unloaded")
+
+
+GIB = 1 << 30
+
+
+def test_model_is_unloaded_to_make_room_within_the_budget() -> None:
+    models = [ModelSettings(name=name, load="lazy") for name in "abc"]
+    system = MemorySystem(*models, wait=False, memory_budget_bytes=2 * GIB, min_resident_s=0.0)
+    try:
+        for name in "abcabc":
+            assert system.serve(name) is State.DONE
+            assert len(system.workers()) <= 4  # expected to take 350 MiB each at first
+            for process in system.launcher.started:
+                process.resident = GIB * 9 // 10
+            system.until(lambda: sum(each.used_bytes for each in system.supervisor.memory().values()) <= 2 * GIB)
+        assert system.supervisor.unloads() != {"a": 0, "b": 0, "c": 0}
+        system.until(lambda: len(system.workers()) <= 2)
+    finally:
+        system.close()
+
+
+def test_model_that_cannot_fit_beside_pinned_ones_is_refused() -> None:
+    pinned, lazy = ModelSettings(name="a"), ModelSettings(name="b", load="lazy")
+    system = MemorySystem(pinned, lazy, wait=False, memory_budget_bytes=2 * GIB)
+    try:
+        system.until(lambda: system.ready("a") == 1)
+        system.launcher.started[0].resident = 2 * GIB - 1
+        system.until(lambda: system.supervisor.memory()["a"].used_bytes > GIB)
+        job = Job("refused", "b", Client("c"), ImageRequest(task="edit", prompt="x"), Deadline.after(60))
+        system.dispatcher.admit(job)
+        system.until(lambda: job.is_settled)
+        assert isinstance(job.error, NotReady)
+        assert "pinned models (a) 2048 MiB" in job.error.message
+        job.close()
+    finally:
+        system.close()
+
+
+def test_launcher_that_cannot_start_a_worker_is_asked_again_after_a_delay(system: MemorySystem) -> None:
+    start, failures = system.launcher.start, iter([LaunchError("no place left")] * 3)
+
+    def fail_first(spec: WorkerSpec) -> tuple[MemoryProcess, MemoryLink]:
+        if error := next(failures, None):
+            raise error
+        return start(spec)
+
+    system.launcher.start = fail_first  # type: ignore[method-assign]
+    system.reload(A, B, ModelSettings(name="c"))
+    system.until(lambda: system.ready("c") == 1)
+    assert next(failures, None) is None
 
 
 def test_crashed_worker_is_restarted_in_its_slot(system: MemorySystem) -> None:
@@ -297,6 +407,79 @@ def test_crashed_worker_is_restarted_in_its_slot(system: MemorySystem) -> None:
     model, _, rest = name.partition("/")
     system.until(lambda: f"{model}/{rest.partition('#')[0]}#1" in system.workers())
     system.until(lambda: system.ready("a") == 2)
+
+
+# --- a fresh worker after a number of jobs
+
+
+def test_worn_worker_is_replaced_without_a_moment_without_a_ready_one() -> None:
+    system = MemorySystem(dataclasses.replace(B, max_jobs_per_worker=3))
+    fewest = 9
+    try:
+        for _ in range(3):
+            assert system.serve("b") is State.DONE
+        while system.workers().keys() != {"b/1#0"}:
+            fewest = min(fewest, system.ready("b"))
+            assert system.serve("b") is State.DONE  # more than three jobs for one worker, but none waits for the other
+        assert fewest == 1
+        assert len(system.launcher.started) == 2
+        assert system.supervisor.restarts() == {"b": 0}
+        for _ in range(3):
+            assert system.serve("b") is State.DONE
+        system.until(lambda: system.workers().keys() == {"b/0#1"})
+    finally:
+        system.close()
+
+
+def test_worn_workers_are_replaced_one_at_a_time() -> None:
+    system = MemorySystem(dataclasses.replace(A, max_jobs_per_worker=1))
+    most = 0
+    try:
+        while len(system.launcher.started) < 8:
+            assert system.serve("a") is State.DONE
+            most = max(most, len(system.workers()))
+        assert most == 3
+        assert system.ready("a") >= 2
+    finally:
+        system.close()
+
+
+def test_worn_worker_serves_on_while_its_successor_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = MemorySystem(dataclasses.replace(B, max_jobs_per_worker=1))
+    start, attempts = system.launcher.start, itertools.count()
+
+    def fail(*_: Any) -> Any:
+        next(attempts)
+        raise OSError("no process ids left")
+
+    try:
+        monkeypatch.setattr(system.launcher, "start", fail)
+        assert system.serve("b") is State.DONE
+        system.until(lambda: next(attempts) > 6)
+        assert system.workers().keys() == {"b/0#0"}
+        assert system.serve("b") is State.DONE
+        monkeypatch.setattr(system.launcher, "start", start)
+        system.until(lambda: "b/0#0" not in system.workers())
+        assert system.serve("b") is State.DONE
+    finally:
+        system.close()
+
+
+def test_limit_of_jobs_applies_to_running_workers_after_a_reload(system: MemorySystem) -> None:
+    assert system.serve("b") is State.DONE
+    system.reload(A, dataclasses.replace(B, max_jobs_per_worker=1))
+    system.until(lambda: system.workers().keys() == {"a/0#0", "a/1#0", "b/1#0"})
+    assert system.serving == [dataclasses.replace(B, max_jobs_per_worker=1)]
+
+
+def test_model_that_is_not_resident_gets_no_successor() -> None:
+    system = MemorySystem(dataclasses.replace(B, max_jobs_per_worker=1, load="lazy", keep_alive_s=0), wait=False)
+    try:
+        assert system.serve("b") is State.DONE
+        system.until(lambda: not system.workers())
+        assert len(system.launcher.started) <= 2
+    finally:
+        system.close()
 
 
 # --- what makes new workers necessary

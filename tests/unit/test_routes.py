@@ -181,7 +181,7 @@ def ready_status(api: ImagesApi, which: str, default: str, *ready: str) -> int:
     api.catalog = catalog(ModelSettings(name="a"), ModelSettings(name="b"), default=default)
     api.settings = dataclasses.replace(api.settings, ready_models=which)
     for name in "ab":
-        api.dispatcher.add_model(name, 4, is_resident=name not in ready)  # without workers, one on demand is ready
+        api.dispatcher.add_model(name, 4, is_on_demand=name in ready)  # without workers, one on demand is ready
     reply = answer(api, FakeExchange("GET", "/v2/health/ready"))
     assert isinstance(reply, JsonReply)
     return reply.status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -285,6 +286,16 @@ def test_reload_replaces_every_worker_without_losing_a_job(tmp_path: Path) -> No
         assert system.dispatcher.status("toy").capacity == 10
         answers = [finish(job) for job in running + waiting]
         assert [(answer.state, answer.attempts) for answer in answers] == [(State.DONE, 1)] * 24
+
+
+def test_fresh_workers_take_over_after_their_number_of_jobs_without_losing_one(tmp_path: Path) -> None:
+    model = dataclasses.replace(toy_model(replicas=2), max_jobs_per_worker=4)
+    with ToySystem(tmp_path, model) as system:
+        first = set(system.pids())
+        while first & set(system.pids()):
+            answers = system.ask_all(["sleep 0.05"] * 6)  # long enough that every worker gets one
+            assert [(answer.state, answer.attempts) for answer in answers] == [(State.DONE, 1)] * 6
+        assert system.supervisor.restarts() == {"toy": 0}
 
 
 def test_reload_with_a_shorter_deadline_lets_jobs_with_a_longer_one_finish(tmp_path: Path) -> None:

@@ -193,6 +193,8 @@ _TABLE = (
           "How much noise is added to the image before denoising: near 0 keeps the image, 1 ignores it. 0 runs no step "
           "and returns the image itself, at the requested size and in the requested format.",
           _WITH_IMAGE, default_text="the model's", low=0, high=1,
+          needs="an edit that starts from the image",
+          has=lambda profile: profile.takes_strength,
           limit=lambda model, _: (model.min_strength, model.max_strength)),
     Field("seed", "integer", "Seed of the noise, modulo 2**32. Random if left out or -1. The reply always contains it.",
           default_text="random", low=-1, high=2**64 - 1),
@@ -209,11 +211,24 @@ _TABLE = (
           _WITH_IMAGE, default="crop", choices=("crop", "pad", "stretch")),
     Field("mask_mode", "choice",
           "`alpha` repaints transparent pixels, `luminance` white ones; `auto` is alpha if a pixel of the mask has "
-          "alpha below 128, else luminance.",
-          frozenset((EDIT,)), default="auto", choices=("auto", "alpha", "luminance")),
+          "alpha below 128, else luminance. `stencil` repaints opaque pixels if some pixel of the mask is not, else "
+          "white ones. `none`, without a mask: the image's own transparent pixels are not a mask.",
+          frozenset((EDIT,)), default="auto", choices=("auto", "alpha", "luminance", "stencil", "none")),
+    Field("mask_invert", "boolean", "Repaint what the mask would keep, and keep what it would repaint.",
+          frozenset((EDIT,)), default=False),
     Field("mask_blur", "integer",
           "Width in pixels of the soft edge, inside the mask or the transparent pixels of the image.",
           frozenset((EDIT,)), default=0, low=0, high=256),
+    Field("mask_fill", "choice",
+          "What the model sees where it repaints: the image itself, or the smoothed colours around the mask.",
+          frozenset((EDIT,)), default="original", choices=("original", "surroundings")),
+    Field("mask_area", "choice",
+          "What the model works on: the `whole` image, or only the part around the `masked` pixels, scaled to `size`. "
+          "With `masked` the result has the size of the image, and `size` is the resolution of that part; "
+          "`resize_mode` has no effect.",
+          frozenset((EDIT,)), default="whole", choices=("whole", "masked")),
+    Field("mask_padding", "integer", "Pixels of the image that the model sees on each side of the masked part.",
+          frozenset((EDIT,)), default=0, low=0, high=4096),
     Field("truncate_prompt", "boolean",
           "Cut a prompt that is too long instead of rejecting it. The built-in model then also leaves out words that "
           "it does not know. The reply contains the prompt that was used (`revised_prompt`).",
@@ -301,6 +316,8 @@ EXCLUSIONS = (
               lambda v: v["partial_images"] > 0 and not v["stream"]),
     Exclusion("background", "background = transparent", "output_format", "output_format = jpeg (it has no alpha)",
               lambda v: v["background"] == "transparent" and v["output_format"] == "jpeg"),
+    Exclusion("mask_padding", "mask_padding above 0", "mask_area", "mask_area = whole (the model sees the whole image)",
+              lambda v: v["mask_padding"] > 0 and v["mask_area"] == "whole"),
     *(Exclusion(name, name, "guidance_scale", "guidance_scale of 1 or less (guidance is off)", _needs_guidance(name))
       for name in ("negative_prompt", "negative_prompt_2", "negative_prompt_3")),
 )  # fmt: skip

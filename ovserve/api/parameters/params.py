@@ -144,6 +144,7 @@ def _record(endpoint: str, resolved: Resolved, steps: int, pictures: Pictures) -
     }
     return ImageRequest(
         task=endpoint,
+        input_pixels=pictures.pixels,
         preferred_strength=resolved.preferred_strength,
         preferred_scheduler=resolved.preferred_scheduler,
         shortcuts=resolved.shortcuts,

@@ -26,11 +26,13 @@ class Pictures:
     Attributes:
         images, mask: the uploads.
         ignored: names of the images that are not used, with their numbers: `image[1]` is the second.
+        pixels: of the images and the mask together, by their headers.
     """
 
     images: tuple[Upload, ...] = ()
     mask: Upload | None = None
     ignored: tuple[str, ...] = ()
+    pixels: int = 0
 
 
 def reject_text_images(gathered: Gathered, is_json: bool) -> None:
@@ -112,15 +114,32 @@ def _check_uploads(
             "server's option extra_images = first uses the first one.",
             param=images[1].name,
         )
+    measured = list(heads)
     if masks:
-        read_head(masks[0].view(), masks[0].name, settings)
-    for _, mask_mode in gathered.values.get("mask_mode", ()):
-        if not masks and mask_mode != "auto":
+        measured.append(read_head(masks[0].view(), masks[0].name, settings))
+    _check_mask_mode(gathered, has_mask=bool(masks))
+    pixels = sum(head.width * head.height for head in measured)
+    return Pictures(tuple(images), masks[0] if masks else None, ignored, pixels), heads
+
+
+def _check_mask_mode(gathered: Gathered, *, has_mask: bool) -> None:
+    """Raise InvalidValue for `mask_mode` or `mask_invert` that do not fit the presence of a mask."""
+    for spelled, mask_mode in gathered.values.get("mask_mode", ()):
+        if not has_mask and mask_mode not in ("auto", "none"):
             raise InvalidValue(
-                f"mask_mode is {shown(mask_mode)}, but no mask was sent; send a mask, or leave mask_mode out.",
-                param="mask_mode",
+                f"{spelled} is {shown(mask_mode)}, but no mask was sent; send a mask, or leave mask_mode out.",
+                param=spelled,
             )
-    return Pictures(tuple(images), masks[0] if masks else None, ignored), heads
+        if has_mask and mask_mode == "none":
+            raise InvalidValue(
+                f"{spelled} is 'none', but a mask was sent; leave the mask or mask_mode out.", param=spelled
+            )
+    for spelled, value in gathered.values.get("mask_invert", ()):
+        if not has_mask and str(value).lower() not in ("false", "0"):
+            raise InvalidValue(
+                f"{spelled} is {shown(value)}, but no mask was sent; send a mask, or leave mask_invert out.",
+                param=spelled,
+            )
 
 
 def _check_task(model: ServedModel, mask: Upload | None, head: ImageHead) -> None:

@@ -46,7 +46,7 @@ from ovserve.engines.stepwise.slots import Finished, Slots
 from ovserve.engines.stepwise.tuning import LARGE_CALL_S, tune, warm_up
 from ovserve.errors import ApiError, BadRequest, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
-from ovserve.models.profile import ModelProfile
+from ovserve.models.profile import ModelProfile, served_by
 from ovserve.settings.options import ModelSettings
 from ovserve.wire.request import ImageRequest
 
@@ -74,8 +74,9 @@ class StepwiseEngine:
         trace: Callable[[Finished[Call]], None] | None = None,
         components: Components | None = None,
     ) -> None:
+        profile = served_by(profile, self.name)
         self.capacity = 1
-        self.features = Features(profile.tasks, previews=True)
+        self.features = Features(profile.tasks, previews=True, references=profile.references)
         self.tuned: dict[str, int] = {}
         self._profile = profile
         self._settings = settings
@@ -134,7 +135,7 @@ class StepwiseEngine:
         document = read_scheduler_config(profile.directory)
         own, self._schedulers = self._family.schedulers(document, profile.scheduling.name)
         self._schedulers[""] = self._schedulers[own]
-        self.features = Features(profile.tasks, frozenset(self._schedulers) - {""}, previews=True)
+        self.features = replace(self.features, schedulers=frozenset(self._schedulers) - {""})
         self._prompts = PromptEncoder(profile, self._family, self._components.loras)
         self._tuning = tune(self._components, beat)
         self._components.compile(self._tuning.layout, beat)

@@ -44,9 +44,10 @@ def add_adapted(components: Components, layout: Layout, beat: Callable[[str], No
         place = 0 if is_denoiser else components.encoder_names.index(name)
         first = components.requests[0]
         plain = first.denoiser if is_denoiser else first.text_encoders[place]
-        is_shared = components.settings.lora_denoiser == "shared" or _are_equal(
-            run, plain, adapted[0], loras.count, beat
-        )
+        choice = components.settings.lora_denoiser
+        is_shared = choice == "shared"
+        if choice == "auto":
+            is_shared = _are_equal(run, plain, adapted[0], loras.count, beat)
         if is_denoiser:
             loras.rows_are_independent = _has_independent_rows(run, adapted[0], loras.count, beat)
         log.info(

@@ -8,6 +8,7 @@ import signal
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
 
+from ovserve.errors import LaunchError
 from ovserve.wire.blobs import WorkerBlobs
 from ovserve.wire.launcher import WorkerMain, WorkerSpec
 from ovserve.wire.local import processes
@@ -41,6 +42,10 @@ class LocalProcess:
         """Return its resident memory and its children's, without pages mapped from files; 0 when it has exited."""
         return processes.resident_bytes_with_children(self.pid)
 
+    def memory_bytes(self) -> int:
+        """Return the memory that it takes with its children, of shared pages its share; 0 when it has exited."""
+        return processes.proportional_bytes_with_children(self.pid)
+
     def close(self) -> None:
         """Free the handle of a process that has exited."""
         self._process.close()
@@ -60,13 +65,20 @@ class LocalLauncher:
         self._worker_main = worker_main
         self._blobs = blobs
         self._context = multiprocessing.get_context("spawn")
+        self._pids: set[int] = set()  # of all workers so far that may still exist
 
     def prepare(self) -> None:
         """Start the resource tracker. Its first start unblocks signals in the thread that makes it."""
         resource_tracker.ensure_running()
 
     def start(self, spec: WorkerSpec) -> tuple[LocalProcess, PipeLink]:
-        """Spawn a worker. Raises OSError."""
+        """Spawn a worker. Raises LaunchError."""
+        try:
+            return self._spawn(spec)
+        except OSError as error:  # no descriptors, memory or process ids left
+            raise LaunchError(str(error)) from error
+
+    def _spawn(self, spec: WorkerSpec) -> tuple[LocalProcess, PipeLink]:
         link, end = open_link(self._context, spec.model.name, spec.index, spec.incarnation)
         process = self._context.Process(
             target=processes.run_worker,
@@ -87,8 +99,16 @@ class LocalLauncher:
             end.close()
         started = LocalProcess(process)
         processes.raise_oom_score(started.pid)
+        self._pids.add(started.pid)
         return started, link
 
     def memory_bytes(self) -> int:
         """Return the memory of this machine, or of the control group of this process if that is less."""
         return processes.machine_memory_bytes()
+
+    def overhead_bytes(self) -> int:
+        """Return the memory that this process takes with its children, without the workers."""
+        children = set(processes.children_of(os.getpid()))
+        self._pids &= children  # the others have been reaped
+        own = processes.proportional_bytes(os.getpid())
+        return own + sum(processes.proportional_bytes_with_children(pid) for pid in children - self._pids)

@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "BLOCKED_SIGNALS", "bind_to_parent", "describe_exit", "machine_memory_bytes", "raise_oom_score", "resident_bytes",
-    "resident_bytes_with_children", "run_worker",
+    "BLOCKED_SIGNALS",
+    "bind_to_parent",
+    "children_of",
+    "describe_exit",
+    "machine_memory_bytes",
+    "proportional_bytes",
+    "proportional_bytes_with_children",
+    "raise_oom_score",
+    "resident_bytes",
+    "resident_bytes_with_children",
+    "run_worker",
 ]  # fmt: skip
 
 # For the front end; workers ignore them.
@@ -86,12 +95,43 @@ def resident_bytes(pid: int) -> int:
 
 def resident_bytes_with_children(pid: int) -> int:
     """Return `resident_bytes` of a process and its direct children: a worker and its decoding process."""
-    total = resident_bytes(pid)
-    with contextlib.suppress(OSError, ValueError):  # it has exited, or the kernel lists no children
+    return resident_bytes(pid) + sum(map(resident_bytes, children_of(pid)))
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the direct children of a process; none if it has exited, or if the kernel does not list them."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError):
         for task in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{task}/children", "rb") as stream:
-                total += sum(resident_bytes(int(child)) for child in stream.read().split())
-    return total
+                found += map(int, stream.read().split())
+    return found
+
+
+def proportional_bytes(pid: int) -> int:
+    """Return the memory that a process takes: its own pages, and its share of pages that others map too (PSS).
+
+    Weights that are mapped from files count. Return 0 if the process does not exist.
+    """
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", "rb") as stream:
+            for line in stream:
+                if line.startswith(b"Pss:"):
+                    return int(line.split()[1]) * 1024  # proc(5): kB
+    except ProcessLookupError:  # it has exited
+        return 0
+    except (OSError, ValueError):  # an old kernel, or access is restricted
+        pass
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as stream:
+            return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+def proportional_bytes_with_children(pid: int) -> int:
+    """Return `proportional_bytes` of a process and its direct children."""
+    return proportional_bytes(pid) + sum(map(proportional_bytes, children_of(pid)))
 
 
 def machine_memory_bytes(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:

@@ -1,0 +1,145 @@
+"""Models loaded on demand, over HTTP: waiting, progress, states, unloading under a stream, dying while loading."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.faultserver import FaultServer, picture_of
+from tests.live import BUILTIN_PATH
+
+
+def table(name: str, *, load_s: float = 0.2, toy: dict[str, Any] | None = None, **options: Any) -> str:
+    """Return the [[model]] table of a lazy toy model."""
+    values = {
+        "name": name,
+        "path": BUILTIN_PATH,
+        "load": "lazy",
+        "plugin_config": json.dumps({"load_s": load_s, "capacity": 4, **(toy or {})}),
+        **options,
+    }
+    return "\n".join(["[[model]]", *(f"{key} = {_toml(value)}" for key, value in values.items())])
+
+
+def _toml(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else str(value).lower()
+
+
+def serve(folder: Path, *tables: str, server: str = "") -> FaultServer:
+    config = folder / "config.toml"
+    config.write_text("\n".join([server, *tables]))
+    return FaultServer(folder / "spool", "--config", str(config), "--admin_key", "sk-admin")
+
+
+def state(client: httpx.Client, name: str) -> dict[str, Any]:
+    document: dict[str, Any] = client.get(f"/v3/models/{name}").json()
+    return document
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
+    with serve(
+        tmp_path_factory.mktemp("lazy"),
+        table("quick", keep_alive_s=0.5),
+        table("slow", load_s=4.0, keep_alive_s=-1),
+    ) as server:
+        yield server
+
+
+def test_server_without_a_loaded_model_is_ready_and_loads_with_the_first_request(live: FaultServer) -> None:
+    with live.client() as client:
+        assert client.get("/v2/health/ready").status_code == 200
+        assert state(client, "quick")["state"] == "unloaded"
+        assert picture_of(live.generate(client, "echo a", model="quick", seed=1)) == b"echo a|1"
+        live.until(lambda: state(client, "quick")["state"] == "unloaded" and not live.workers())
+        assert picture_of(live.generate(client, "echo a", model="quick", seed=1)) == b"echo a|1"
+        live.until(lambda: 'ovserve_model_unloads_total{model="quick"} 2.0' in client.get("/metrics").text)
+        assert 'ovserve_model_loads_total{model="quick"} 2.0' in client.get("/metrics").text
+
+
+def test_stream_gets_comments_while_its_model_loads_and_a_short_deadline_passes(live: FaultServer) -> None:
+    with live.client() as client:
+        seen: list[str] = []
+
+        def read() -> None:
+            body = {"prompt": "echo a", "model": "slow", "stream": True}
+            with client.stream("POST", "/v3/images/generations", json=body) as reply:
+                seen.extend(line for line in reply.iter_lines() if line)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        live.until(lambda: state(client, "slow")["state"] == "loading")
+        assert set(state(client, "slow")["loading"]) == {"percent", "seconds"}
+        late = live.generate(client, "echo a", model="slow", timeout_s=0.5)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert "while its model was being loaded" in late.json()["error"]["message"]
+        reader.join()
+        comments = [line for line in seen if line.startswith(": model slow is loading")]
+        assert len(comments) >= 2
+        assert any("event: image_generation.completed" in line for line in seen)
+        assert state(client, "slow")["state"] == "ready"
+
+
+def test_worker_that_is_killed_while_it_loads_is_started_again_for_the_waiting_requests(tmp_path: Path) -> None:
+    with serve(tmp_path, table("m", load_s=1.0)) as server, server.client() as client:
+        replies: list[httpx.Response] = []
+        threads = [
+            threading.Thread(target=lambda: replies.append(server.generate(client, "echo a", model="m", seed=3)))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        server.until(lambda: len(server.workers()) == 1)
+        [pid] = server.workers()
+        os.kill(pid, signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+        assert [picture_of(reply) for reply in replies] == [b"echo a|3"] * 4
+        assert len(server.logged("worker died")) == 1
+
+
+def test_stream_goes_on_when_its_model_is_removed(tmp_path: Path) -> None:
+    first = table("m", keep_alive_s=0)
+    with serve(tmp_path, first, table("other")) as server, server.client() as client:
+        body = {"prompt": "steps 20 0.1", "model": "m", "stream": True}
+        with client.stream("POST", "/v3/images/generations", json=body) as reply:
+            lines = reply.iter_lines()
+            assert any("step 1/20" in line for line in lines)
+            (tmp_path / "config.toml").write_text(table("other"))
+            reload = client.post("/v1/config/reload", headers={"authorization": "Bearer sk-admin"})
+            assert reload.status_code == 200
+            rest = list(lines)
+        assert any("step 20/20" in line for line in rest)
+        assert any("event: image_generation.completed" in line for line in rest)
+        server.until(lambda: not server.workers())
+
+
+def test_requests_for_more_models_than_fit_are_all_answered_within_the_budget(tmp_path: Path) -> None:
+    names = [f"m{number}" for number in range(4)]
+    # A toy worker takes about 30 MiB by measurement; its estimate before the first load is 350 MiB.
+    options = f"memory_budget_bytes = {900 << 20}\nmin_resident_s = 0.2"
+    with serve(tmp_path, *map(table, names), server=options) as server, server.client() as client:
+        statuses: list[int] = []
+
+        def ask(client_number: int) -> None:
+            for turn in range(6):
+                name = names[(client_number + turn) % len(names)]
+                statuses.append(server.generate(client, "sleep 0.05", model=name).status_code)
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert statuses == [200] * 24
+        metrics = client.get("/metrics").text
+        used = next(line for line in metrics.splitlines() if line.startswith("ovserve_memory_bytes "))
+        assert 0 < float(used.split()[1]) <= 900 << 20
