@@ -59,6 +59,11 @@ COMMANDS = {
             "Read the configuration and the models' directories, start nothing, and print what `serve` would serve.",
             (ExitCode.OK, ExitCode.USAGE),
         ),
+        Command(
+            "pull",
+            "Download a model or an adapter from a hub, and convert the model if necessary.",
+            (ExitCode.OK, ExitCode.USAGE, ExitCode.TRANSIENT),
+        ),
     )
 }
 

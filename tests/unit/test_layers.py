@@ -15,14 +15,15 @@ from ovserve.models.families import FAMILIES
 
 PACKAGE = Path(ovserve.__file__).parent
 # Every module may import these.
-FOUNDATIONS = {"errors", "deadline", "folders", "logs", "metrics", "systemd", "settings"}
+FOUNDATIONS = {"errors", "deadline", "folders", "logs", "machine", "metrics", "systemd", "settings"}
 
 # What each top-level module or package may import from ovserve, besides FOUNDATIONS and itself.
 MAY: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"server", "models"},
-    "server": {"front", "api", "dispatch", "fleet", "wire", "models", "worker.main"},
+    "cli": {"server", "models", "hub"},
+    "hub": {"models"},
+    "server": {"hub", "front", "api", "dispatch", "fleet", "wire", "models", "worker.main"},
     "front": {"api", "wire"},
     "api": {"dispatch", "wire", "models"},
     "fleet": {"dispatch", "wire", "models"},
@@ -37,6 +38,7 @@ MAY: dict[str, set[str]] = {
     "folders": {"errors"},
     "deadline": set(),
     "logs": set(),
+    "machine": set(),
     "metrics": {"errors"},
     "systemd": {"errors"},
     "settings": {"errors"},
@@ -66,7 +68,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "openvino": ("engines.genai", "engines.stepwise"),
     "openvino_genai": ("engines.genai", "engines.stepwise"),
     "multiprocessing": ("wire", "fleet", "server", "cli"),
-    "http": ("front",),
+    "http": ("front", "hub"),
     "socketserver": ("front",),
 }
 # The only places that may contain the name of a model family.

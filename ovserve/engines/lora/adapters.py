@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovserve.engines.lora.names import parse_key
-from ovserve.engines.lora.safetensors import read_tensors
+from ovserve.engines.lora.tensors import read_tensors
 from ovserve.errors import ModelError
 
 __all__ = ["Adapter", "Pair", "quoted_keys", "read_adapter"]
