@@ -32,10 +32,9 @@ LIMITS: dict[str, dict[str, Any]] = {
     "ut": {"default_num_inference_steps": 2, "max_num_inference_steps": 10, "max_guidance_scale": 200},
     "limit4": {"max_num_images_per_prompt": 4, "default_num_inference_steps": 2},
     "defres": {"default_resolution": "512x256", "default_num_inference_steps": 2},
-    "maxres512": {"max_resolution": "512x512"},
-    "lora": {"default_num_inference_steps": 2},
+    "maxres512": {"max_resolution": "512x512", "default_num_inference_steps": 2},
 }
-ADAPTERS = ("xray", "anime", "vector")  # of the model `lora`
+ADAPTERS = ("xray", "anime", "vector")  # of the last model, which is also the vectors' server with adapters
 COMPOSITE = "[[model.composite]]\nalias = 'blend'\ncomponents = {xray = 0.5, anime = 0.5}"
 SAME_AS = {
     "mockbackend": "default",
@@ -43,7 +42,8 @@ SAME_AS = {
     "metrics": "default",
     "apikey": "default",
     "apikey_metrics": "default",
-    "lora_static": "lora",
+    "lora": "maxres512",
+    "lora_static": "maxres512",
 }
 GUARDED = ("apikey", "apikey_metrics")  # servers that require an API key
 
@@ -231,7 +231,7 @@ def server_with_all_limits(folder: Path) -> Iterator[LiveServer]:
         pinned = {"streams": 2, "threads": 1, "max_batch": 8}
         lines = [f"{key} = {json.dumps(value)}" for key, value in {**limits, **pinned, "path": BUILTIN_PATH}.items()]
         tables.append("\n".join(["[[model]]", f'name = "{name}"', *lines]))
-    for number, alias in enumerate(ADAPTERS):  # of the last model
+    for number, alias in enumerate(ADAPTERS):
         path = write_adapter(folder / f"{alias}.safetensors", number)
         tables.append(f"[[model.lora]]\nalias = '{alias}'\npath = '{path}'")
     tables.append(COMPOSITE)
