@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ovserve.engines.families.texts import TextEncoder
 from ovserve.engines.schedulers.noise import Array, f32
 from ovserve.engines.stepwise.compiled import Components, Layout
 from ovserve.engines.stepwise.lora import Adapted, with_weights
@@ -23,7 +24,7 @@ __all__ = ["add_adapted"]
 log = logging.getLogger(__name__)
 
 _PROBED_IDS = 200  # ids of the probe's tokens are below; every vocabulary has more
-_INPUT_IDS = 0  # a text encoder's input, by its number
+_PROBED_TOKENS = 64  # where any number is allowed
 
 Run = Callable[[Any, int, Array | None], list[Array]]  # request, rows, weights of the rows
 
@@ -40,8 +41,9 @@ def add_adapted(components: Components, layout: Layout, beat: Callable[[str], No
         for requests, request in zip(components.requests, adapted, strict=True):
             requests.adapted[name] = request
         is_denoiser = name == components.family.denoiser
-        run: Run = _denoiser_probe(components) if is_denoiser else _encoder_probe(components.profile.prompt_tokens)
         place = 0 if is_denoiser else components.encoder_names.index(name)
+        text = components.family.texts[place]
+        run: Run = _denoiser_probe(components) if is_denoiser else _encoder_probe(text)
         first = components.requests[0]
         plain = first.denoiser if is_denoiser else first.text_encoders[place]
         choice = components.settings.lora_denoiser
@@ -56,9 +58,14 @@ def add_adapted(components: Components, layout: Layout, beat: Callable[[str], No
         )
         if is_shared:
             loras.shared.add(name)
-            row_input = components.family.required_inputs[0] if is_denoiser else _INPUT_IDS
+            row_input = components.family.required_inputs[0] if is_denoiser else _ids_input(text)
             for requests, request in zip(components.requests, adapted, strict=True):
                 requests.replace(place if not is_denoiser else None, Adapted(request, loras.count, row_input))
+
+
+def _ids_input(text: TextEncoder) -> str | int:
+    """Return the input of a text encoder that has the tokens, by its name or number."""
+    return "input_ids" if text.is_masked else 0
 
 
 def _denoiser_probe(components: Components) -> Run:
@@ -75,12 +82,15 @@ def _denoiser_probe(components: Components) -> Run:
     return run
 
 
-def _encoder_probe(window: int) -> Run:
+def _encoder_probe(text: TextEncoder) -> Run:
     """Return a function that runs a text encoder."""
+    tokens = min(text.window, _PROBED_TOKENS) if text.is_masked else text.window
 
     def run(request: Any, rows: int, weights: Array | None) -> list[Array]:
-        ids = (np.arange(2 * window, dtype=np.int64) % _PROBED_IDS).reshape(2, window)[-rows:]
-        inputs: dict[Any, Any] = {_INPUT_IDS: ids}
+        ids = (np.arange(2 * tokens, dtype=np.int64) % _PROBED_IDS).reshape(2, tokens)[-rows:]
+        inputs: dict[Any, Any] = {_ids_input(text): ids}
+        if text.is_masked:
+            inputs["attention_mask"] = np.ones_like(ids)
         request.infer(inputs if weights is None else with_weights(inputs, weights))
         return [np.array(tensor.data) for tensor in request.output_tensors]
 
