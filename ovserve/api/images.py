@@ -92,6 +92,7 @@ class Images:
             client=Client(exchange.key) if exchange.is_verified else Client(exchange.network, exchange.key),
             request=parameters.request,
             deadline=Deadline.after(self._timeout_s(exchange, parameters)),
+            holding=exchange.holding,
         )
         try:
             self._dispatcher.admit(job)
@@ -204,9 +205,12 @@ class Images:
             pending = early
             while True:
                 settled = job.is_settled  # read first, so that take_events returns all that was posted before
+                _release_uploads(exchange, job)
                 for event in pending + job.take_events():
                     if (sent := _server_event(event, job, parameters)) is not None:
                         yield sent
+                    if isinstance(event, Partial | Result):
+                        job.release_picture(event)  # it has been written, before the next event is produced
                 pending = []
                 if settled:
                     _check_done(job)
@@ -238,6 +242,19 @@ class Images:
         waited_s = time.monotonic() - job.timings.admitted_at
         state = f"{status.state}, {status.waits_for}" if status.waits_for else status.state
         return f"model {job.model} is {state}:{percent} {waited_s:.0f} s waited".encode()
+
+
+def _release_uploads(exchange: Exchange, job: Job) -> None:
+    """Release the uploads of a job that no worker needs any more, so that a slow reader does not keep them.
+
+    A prepared job needs them only if its worker dies. It goes without while another client waits for the space.
+    """
+    if not job.has_uploads:
+        return
+    is_wanted = exchange.holding is not None and exchange.holding.is_wanted
+    if job.is_settled or (job.prepared is not None and is_wanted):
+        job.has_uploads = False
+        exchange.release_form()
 
 
 def _server_event(event: JobEvent, job: Job, parameters: Parameters) -> ServerEvent | None:

@@ -21,6 +21,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ovserve.accounts import Holding
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError, SpoolFull
 from ovserve.wire.blobs import Segment
@@ -125,6 +126,8 @@ class Job:
         attempts: how many times the job was dispatched to a worker.
         results: by picture number, added as they are reported.
         wakeup: eventfd that becomes readable when the job settles, and on each event of a request with `progress`.
+        holding: what its segments count for; None: for no client.
+        has_uploads: whether its uploads are still in the spool, as a second attempt needs them.
     """
 
     id: str
@@ -139,6 +142,8 @@ class Job:
     results: dict[int, Result] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
     wakeup: int = field(default_factory=_new_wakeup)
+    holding: Holding | None = None
+    has_uploads: bool = True
     _events: deque[JobEvent] = field(default_factory=deque)
     _segments: list[Segment] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -216,6 +221,12 @@ class Job:
         uploads = [*request.images, request.mask] if request.mask else request.images
         with self._lock:
             return sum(blob.size for blob in uploads) + sum(segment.reserved for segment in self._segments)
+
+    def release_picture(self, picture: Result | Partial) -> None:
+        """Release the segment of a picture that has been sent. Runs in: handler thread."""
+        with self._lock:
+            self._segments = [segment for segment in self._segments if segment is not picture.segment]
+        picture.segment.release()
 
     def drop_results(self, segments: Collection[Segment]) -> None:
         """Drop the results of a dead worker: the next attempt produces every picture again.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ovserve.accounts import Holding
 from ovserve.errors import ContentTooLarge
 from ovserve.wire.blobs import Blob, BlobStore, Segment
 
@@ -61,8 +62,9 @@ class SpooledForm:
     Thread-safe: no; used by one handler thread.
     """
 
-    def __init__(self, *, is_json: bool) -> None:
+    def __init__(self, *, is_json: bool, holding: Holding | None = None) -> None:
         self._is_json = is_json
+        self.holding = holding  # what its segments count for
         self._segments: list[Segment] = []
         self.fields: list[tuple[str, Any]] = []
         self.uploads: list[SpooledUpload] = []
@@ -104,7 +106,8 @@ def receive(body: Body, form: SpooledForm, spool: BlobStore, limit: int) -> Iter
     if not filled:
         return
     # Without an announced length, only the bytes received so far are certain.
-    segment = form.own(spool.create_for_upload(ceiling, filled if body.expected is None else ceiling))
+    expected = filled if body.expected is None else ceiling
+    segment = form.own(spool.create_for_upload(ceiling, expected, form.holding))
     segment.reserve(min(ceiling, GROWTH_BYTES[0]))
     segment.view[:filled] = first[:filled]
     yield segment, 0, filled
