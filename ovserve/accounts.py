@@ -86,6 +86,10 @@ class Holding:
         """Give back a part."""
         self._account.give(self, amount)
 
+    def keep(self) -> None:
+        """Note that the holder gives back a part and goes on: it can be made to give way again."""
+        self.is_ending = False
+
     def move(self, client: str) -> None:
         """Make it count for the share of another client."""
         if client != self.client:
@@ -95,14 +99,11 @@ class Holding:
         """End the exchange: it can no longer be made to give way. What it still holds counts until it is given back."""
         self._end = None
 
-    @property
-    def is_wanted(self) -> bool:
-        """Whether another client waits for the resource."""
-        return self._account.is_wanted_by_others(self.client)
-
     def required_rate(self) -> float:
         """Return the bytes a second that its client has to transfer now; 0 for none."""
-        if self.amount <= FREE_BYTES or self._account.now() - self._opened_at < GRACE_S or not self.is_wanted:
+        if self.amount <= FREE_BYTES or self._account.now() - self._opened_at < GRACE_S:
+            return 0.0
+        if not self._account.is_wanted_by_others(self.client):
             return 0.0
         return self.amount / TURNOVER_S
 
@@ -133,7 +134,7 @@ class Account:
 
         Args:
             client: whose share it counts for.
-            end: makes the holder give way; called in any thread, at most once. None: it never gives way.
+            end: makes the holder give way; called in any thread, once, or once more after `keep`. None: it never does.
         """
         return Holding(self, client, end)
 
@@ -168,7 +169,8 @@ class Account:
                 return False
             for victim in victims:
                 victim.end()
-            if not self._wait_for(lambda: self.used + amount <= self.limit, deadline):
+            # When all of them have given back, and it is not enough, others are chosen.
+            if not self._wait_for(lambda: self.used + amount <= self.limit or not self._ending(), deadline):
                 return False
 
     def reclaim(self, holding: Holding, amount: int, wait_s: float) -> bool:
@@ -220,6 +222,10 @@ class Account:
         clients = self._holdings.keys() | {each for each, until in self._waiting.items() if until > now} | {client}
         return limit // len(clients)
 
+    def _ending(self) -> int:
+        """Return what the holdings hold that were made to give way."""
+        return sum(each.amount for own in self._holdings.values() for each in own if each.is_ending)
+
     def _choose(self, holding: Holding, amount: int, limit: int) -> list[Holding] | None:
         """Return the holdings to end so that there is room, and none if enough are ending.
 
@@ -229,7 +235,7 @@ class Account:
         if self._held_by(holding.client) + amount > share:
             return None
         self._note_waiting(holding.client)
-        ending = sum(each.amount for own in self._holdings.values() for each in own if each.is_ending)
+        ending = self._ending()
         missing = self.used + amount - limit - ending
         chosen: list[Holding] = []
         left = {

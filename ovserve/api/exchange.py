@@ -121,6 +121,12 @@ class Exchange(Protocol):
     def release_form(self) -> None:
         """Release the uploads before the exchange ends: no worker needs them any more."""
 
+    def offer_form(self, on_release: Callable[[], None]) -> None:
+        """Let the uploads be released as soon as another client needs the space, instead of ending the exchange.
+
+        `on_release` is called in another thread before they are released.
+        """
+
     def wait(self, descriptor: int, deadline: Deadline) -> bool:
         """Wait until `descriptor` is readable; return False at the deadline. Raises ClientGone if the client closes."""
 

@@ -205,8 +205,8 @@ class Images:
             pending = early
             while True:
                 settled = job.is_settled  # read first, so that take_events returns all that was posted before
-                _release_uploads(exchange, job)
                 for event in pending + job.take_events():
+                    _release_uploads(exchange, job)
                     if (sent := _server_event(event, job, parameters)) is not None:
                         yield sent
                     if isinstance(event, Partial | Result):
@@ -247,14 +247,15 @@ class Images:
 def _release_uploads(exchange: Exchange, job: Job) -> None:
     """Release the uploads of a job that no worker needs any more, so that a slow reader does not keep them.
 
-    A prepared job needs them only if its worker dies. It goes without while another client waits for the space.
+    From its preparation to its last picture, a job needs them only if its worker dies: they give way to other clients.
     """
     if not job.has_uploads:
         return
-    is_wanted = exchange.holding is not None and exchange.holding.is_wanted
-    if job.is_settled or (job.prepared is not None and is_wanted):
-        job.has_uploads = False
+    if job.is_settled or job.has_all_pictures:
+        job.give_up_uploads()
         exchange.release_form()
+    elif job.prepared is not None:
+        exchange.offer_form(job.give_up_uploads)
 
 
 def _server_event(event: JobEvent, job: Job, parameters: Parameters) -> ServerEvent | None:

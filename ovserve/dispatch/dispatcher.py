@@ -487,7 +487,10 @@ class Dispatcher:
             return
         if was_read and not job.has_uploads:
             message = "A worker died while it ran this request, and its images are no longer there for another one."
-            self._settle(job, State.FAILED, WorkerCrashed(message))
+            if job.has_all_pictures:
+                self._settle(job, State.DONE)
+            else:
+                self._settle(job, State.FAILED, WorkerCrashed(message))
             return
         if was_read:
             log.warning("worker died with a job; job requeued", extra=fields(job=job.id, worker=link.name, why=why))

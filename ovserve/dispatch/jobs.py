@@ -154,6 +154,11 @@ class Job:
         """Whether the job has reached its final state."""
         return self.state in _SETTLED
 
+    @property
+    def has_all_pictures(self) -> bool:
+        """Whether a worker has made every picture; only the end of the job is outstanding."""
+        return self.prepared is not None and len(self.results) >= self.request.n
+
     def move(self, state: State) -> bool:
         """Change to a state that is not final. Return False when the current state does not allow it.
 
@@ -204,6 +209,10 @@ class Job:
             taken = list(self._events)
             self._events.clear()
             return taken
+
+    def give_up_uploads(self) -> None:
+        """Note that the uploads are released: the job cannot be tried again. Thread-safe: yes."""
+        self.has_uploads = False
 
     def add_segment(self, segment: Segment) -> bool:
         """Make the job the owner of a segment. When the exchange has ended, release the segment and return False."""

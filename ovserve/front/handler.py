@@ -17,7 +17,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from ovserve.accounts import Holding
@@ -140,6 +140,7 @@ class HttpExchange(Request):
         self.is_rejected = False  # with an error after which the bytes that follow cannot be parsed reliably
         self.ended_by: ApiError | None = None  # why the exchange has to end early, to make room for another client
         self._holding: Holding | None = None
+        self._on_release: Callable[[], None] | None = None  # the form was offered
 
     @property
     def holding(self) -> Holding:
@@ -211,6 +212,24 @@ class HttpExchange(Request):
         """Release the spool segments of the form."""
         if self._form is not None:
             self._form.release()
+
+    def offer_form(self, on_release: Callable[[], None]) -> None:
+        """Let the form be released instead of ending the exchange; `on_release` is called before."""
+        self._on_release = on_release
+
+    def give_way(self, error: ApiError) -> bool:
+        """Release the form if it was offered, else note the error to end with; return whether the exchange goes on.
+
+        Runs in: the thread of another client.
+        """
+        on_release, self._on_release = self._on_release, None
+        if on_release is None or self._form is None or self._holding is None:
+            self.ended_by = self.ended_by or error
+            return False
+        self._holding.keep()  # before it gives back: that wakes the client that needs the room
+        on_release()
+        self._form.release()
+        return True
 
     def close(self) -> None:
         """End the exchange: it no longer gives way to others."""
@@ -298,16 +317,16 @@ class Connection:
             if self._exchange is None:
                 self._shutdown(socket.SHUT_RDWR)
             else:
-                self._end_locked(self._exchange, error)
+                self._exchange.ended_by = self._exchange.ended_by or error
+                self._end_locked(self._exchange)
 
     def end_exchange(self, exchange: HttpExchange, error: ApiError) -> None:
         """End an exchange that gives way, with this error if its answer has not begun. Thread-safe: yes."""
         with self._idle_lock:
-            if self._exchange is exchange:
-                self._end_locked(exchange, error)
+            if self._exchange is exchange and not exchange.give_way(error):
+                self._end_locked(exchange)
 
-    def _end_locked(self, exchange: HttpExchange, error: ApiError) -> None:
-        exchange.ended_by = exchange.ended_by or error
+    def _end_locked(self, exchange: HttpExchange) -> None:
         self.transport.stop()
         if exchange.status:
             self._shutdown(socket.SHUT_RDWR)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from ipaddress import IPv6Address, IPv6Network
 from urllib.parse import parse_qsl
@@ -72,6 +72,9 @@ class Request:
         return None
 
     def release_form(self) -> None:
+        """Do nothing: there is no form."""
+
+    def offer_form(self, on_release: Callable[[], None]) -> None:
         """Do nothing: there is no form."""
 
     @cached_property

@@ -222,3 +222,46 @@ def test_queued_jobs_above_a_share_give_way_to_an_upload(live: FaultServer) -> N
         refused = waiting[3].read_response()
         assert (refused.status, refused.code) == (503, "spool_full")
     live.until(lambda: live.segments() == [])
+
+
+def edit_stream(prompt: str, image_bytes: int, **fields: object) -> bytes:
+    values = {"prompt": prompt, "stream": "true", **fields}
+    body = b"".join(
+        b"--b\r\nContent-Disposition: form-data; name=%b\r\n\r\n%b\r\n" % (name.encode(), str(value).encode())
+        for name, value in values.items()
+    )
+    body += EDGE[0] + TINY_PNG + b"y" * image_bytes + EDGE[1]
+    head = b"POST /v3/images/edits HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def read_events(client: RawClient, number: int) -> None:
+    """Read this many events with a picture."""
+    while number:
+        number -= len(client.read_chunk()) > MIB
+
+
+def test_stream_releases_its_upload_and_each_picture_that_is_sent(live: FaultServer) -> None:
+    with RawClient(live.port, receive_buffer=65536) as client:
+        client.send(edit_stream(f"bytes {7 * MIB}", 4 * MIB, n=3))
+        assert client.read_head()[0] == 200
+        live.until(lambda: live.model_status()["running"] == 0)
+        for left in (2, 1):
+            read_events(client, 1)
+            live.until(lambda left=left: spool_bytes(live) < (7 * left + 1) * MIB)  # type: ignore[misc]
+        read_events(client, 1)
+    live.until(lambda: live.segments() == [])
+
+
+def test_prepared_stream_gives_its_upload_to_another_client_and_goes_on(live: FaultServer) -> None:
+    with RawClient(live.port, address=HOSTILE[0]) as client, RawClient(live.port, address=INNOCENT) as other:
+        client.send(edit_stream("bytes 9 3", 20 * MIB))
+        assert client.read_head()[0] == 200
+        assert spool_bytes(live) > 20 * MIB
+        # 13 MiB are within its share of 16.
+        assert other.send(edit_stream("bytes 9", 13 * MIB)).read_response().status == 200
+        assert spool_bytes(live) < 20 * MIB
+        events = b"".join(iter(client.read_chunk, b""))
+        assert b"event: image_edit.completed" in events
+        assert b"error" not in events
+    live.until(lambda: live.segments() == [])

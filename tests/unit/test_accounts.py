@@ -89,6 +89,22 @@ def test_holding_that_does_not_give_way_in_time_is_waited_for_and_asked_once() -
     assert asked == ["a"]
 
 
+def test_holding_that_gives_a_part_is_asked_again_if_that_is_not_enough() -> None:
+    account, given = Account(100), list[int]()
+    holding = account.open("a")
+
+    def give_part() -> None:
+        holding.keep()
+        given.append(20)
+        holding.give(20)
+
+    holding.on_end(give_part)
+    assert holding.take(100)
+    assert account.open("b").take(50, 10.0)
+    assert given == [20, 20, 20]
+    assert holding.amount == 40
+
+
 def test_closed_holding_and_one_without_an_end_are_not_ended() -> None:
     account, ended = Account(10), list[Holding]()
     giving_way(account, "a", 5, ended).close()
@@ -124,7 +140,8 @@ def test_rate_is_required_of_a_large_old_holding_while_another_client_waits() ->
     clock.now += GRACE_S
     assert large.required_rate() == 0.0  # nobody waits
     assert not account.open("b").take(FREE_BYTES)
-    assert large.is_wanted
+    assert account.is_wanted_by_others("a")
+    assert not account.is_wanted_by_others("b")
     assert large.required_rate() == 9 * FREE_BYTES / TURNOVER_S
     assert small.required_rate() == 0.0
     large.give(FREE_BYTES)

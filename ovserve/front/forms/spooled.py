@@ -7,6 +7,7 @@ No byte of an upload is copied after it was received. It grows with the received
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -59,7 +60,7 @@ class SpooledUpload:
 class SpooledForm:
     """Fields and uploads of one body, in its order. Owns their segments; implements `api.exchange.Form`.
 
-    Thread-safe: no; used by one handler thread.
+    Thread-safe: no; used by one handler thread. Only `release` may be called by another one, which then uses no view.
     """
 
     def __init__(self, *, is_json: bool, holding: Holding | None = None) -> None:
@@ -81,8 +82,9 @@ class SpooledForm:
 
     def release(self) -> None:
         """Release the segments. Idempotent."""
-        while self._segments:
-            self._segments.pop().release()
+        with contextlib.suppress(IndexError):  # two threads may release it
+            while True:
+                self._segments.pop().release()
 
 
 def receive(body: Body, form: SpooledForm, spool: BlobStore, limit: int) -> Iterator[tuple[Segment, int, int]]:
