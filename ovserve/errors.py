@@ -4,6 +4,7 @@
     ├── StartupError                  the process cannot start: one line on standard error, an exit code of cli.commands
     │   ├── SettingsError             an option, the environment or the configuration file is wrong
     │   ├── ModelError                a model directory is wrong or incomplete
+    │   ├── HubError                  a model hub refuses, sends something wrong, or cannot be reached
     │   └── ModelsFailed              no model could be loaded
     ├── ClientGone                    the client closed its connection: no response is sent
     ├── BlobGone                      a worker opens a blob whose exchange has ended
@@ -41,6 +42,7 @@ __all__ = [
     "FieldsTooLarge",
     "Forbidden",
     "HttpVersionNotSupported",
+    "HubError",
     "ImageError",
     "InternalError",
     "InvalidType",
@@ -78,6 +80,7 @@ __all__ = [
     "TooManyParts",
     "Unauthorized",
     "UnknownParameter",
+    "Unprocessable",
     "UnsupportedMediaType",
     "UnsupportedParameter",
     "WorkerCrashed",
@@ -111,6 +114,20 @@ class SettingsError(StartupError):
 
 class ModelError(StartupError):
     """A model directory is wrong or incomplete."""
+
+
+class HubError(StartupError):
+    """A model hub refuses, sends something wrong, or cannot be reached; or what it holds cannot be used.
+
+    Attributes:
+        retry_after_s: the time after which the hub asks to try again; None: it names none.
+        status: the status code of its response; 0: there was none.
+    """
+
+    def __init__(self, message: str, *, is_transient: bool = False) -> None:
+        super().__init__(message, is_transient=is_transient)
+        self.retry_after_s: float | None = None
+        self.status = 0
 
 
 class ModelsFailed(StartupError):
@@ -280,6 +297,21 @@ class PartTooLarge(BadRequest):
     status = 413
     code = "part_too_large"
     closes_connection = True
+
+
+class Unprocessable(BadRequest):
+    """422: like 400, on the paths of AUTOMATIC1111's API, whose clients expect this status for a wrong field.
+
+    Attributes:
+        kind: the code of the error that it stands for.
+    """
+
+    status = 422
+    code = "unprocessable"
+
+    def __init__(self, message: str, *, param: str | None = None, kind: str = "invalid_request", **others: Any) -> None:
+        super().__init__(message, param=param, **others)
+        self.kind = kind
 
 
 class Unauthorized(ApiError):

@@ -9,6 +9,8 @@ bytes N [S]         returns for each picture, and each requested preview, `bytes
 sleep S             as echo, after S seconds; stops when cancelled
 steps N S           as echo, after N steps of S seconds with a Progress message for each; stops when cancelled
 previews N          as echo, after N Partial pictures
+paint S             as echo, after one of two steps, a preview and S seconds; stops when cancelled
+first S             as echo, but S seconds pass after the first picture; stops when cancelled
 raise               fails the job with status 400
 exit N              exits with exit code N
 segv                exits with a segmentation fault
@@ -157,9 +159,11 @@ class _ToyJob:
         self.end.send(Picture(self.id, picture, self.request.seed + picture, len(data), partial))
         self.pass_point("reported")
 
-    def finish(self) -> None:
-        """Deliver all pictures and report the job as done."""
+    def finish(self, pause_s: float = 0) -> None:
+        """Deliver all pictures, the second one after a pause, and report the job as done."""
         for picture in range(self.request.n):
+            if picture and pause_s:
+                self.sleep(pause_s)
             if self.request.prompt.startswith("bytes "):
                 data = bytes_of(self.request.seed + picture, int(self.request.prompt.split()[1]))
                 for index in range(self.request.partial_images):
@@ -256,7 +260,11 @@ class _ToyWorker:
         elif command == "previews":
             for index in range(int(rest)):
                 job.deliver(0, f"preview {index}".encode(), partial=index)
-        job.finish()
+        elif command == "paint":
+            job.end.send(Progress(job.id, 0, 1, 2))
+            job.deliver(0, b"preview", partial=0)
+            job.sleep(float(rest))
+        job.finish(float(rest) if command == "first" else 0)
 
 
 def die(command: str) -> None:

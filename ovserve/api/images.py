@@ -6,7 +6,7 @@ import errno
 import time
 from collections.abc import Generator
 
-from ovserve.api.exchange import Exchange, JsonReply, Reply, ServerEvent, StreamReply
+from ovserve.api.exchange import Exchange, Form, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.api.parameters.params import Parameters, parse_parameters
 from ovserve.api.parameters.values import check_range, shown
 from ovserve.api.replies import completed_event, ignored_headers, images_reply, partial_event, progress_comment
@@ -30,7 +30,7 @@ from ovserve.models.catalog import Catalog
 from ovserve.settings.options import Settings
 from ovserve.wire.messages import Prepared, Progress
 
-__all__ = ["Images", "base_url_hint"]
+__all__ = ["Images", "base_url_hint", "check_done", "client_of", "job_backstop", "overrun_error"]
 
 STREAM_HEAD_WAIT_S = (
     10.0  # a stream's headers are sent once the job is prepared, or after this; later errors are events
@@ -68,15 +68,8 @@ class Images:
             raise ModelNotFound(
                 f"The path names {path_model[:200]!r}, which is not a model; {base_url_hint(exchange)}.", param="model"
             )
-        if self._dispatcher.is_draining:
-            raise Draining(
-                "The server is shutting down and accepts no new jobs; retry later.", retry_after_s=DRAINING_RETRY_S
-            )
-        form = exchange.read_form()  # may take minutes, so catalog and settings are read afterwards
+        form = self.read_form(exchange)  # may take minutes, so catalog and settings are read afterwards
         parameters = parse_parameters(form, endpoint, path_model, self.catalog, self.settings)
-        exchange.note("model", parameters.model.name)
-        if parameters.ignored:
-            exchange.note("ignored", ignored_headers(parameters).get("x-ovserve-ignored", ""))
         if parameters.response_format == "url" and not self._base_url(exchange):
             raise InvalidValue(
                 "response_format is url, but the request has no Host field to build the URL from; send Host, or set "
@@ -85,28 +78,48 @@ class Images:
             )
         if parameters.response_format == "url":
             self._check_store()
+        job = self.admit(exchange, parameters)
+        try:
+            if parameters.stream:
+                return self._reply_stream(exchange, job, parameters)
+            return self._reply_json(exchange, job, parameters)
+        except BaseException:
+            self.end_job(job)
+            job.close()
+            raise
+
+    def read_form(self, exchange: Exchange) -> Form:
+        """Read the body of a request for pictures, unless the server drains. Raises ApiError and ClientGone."""
+        if self._dispatcher.is_draining:
+            raise Draining(
+                "The server is shutting down and accepts no new jobs; retry later.", retry_after_s=DRAINING_RETRY_S
+            )
+        return exchange.read_form()
+
+    def admit(self, exchange: Exchange, parameters: Parameters) -> Job:
+        """Admit the job of a validated request. The caller calls `end_job` and closes the job. Raises ApiError."""
+        exchange.note("model", parameters.model.name)
+        if parameters.ignored:
+            exchange.note("ignored", ignored_headers(parameters).get("x-ovserve-ignored", ""))
         job = Job(
             id=exchange.id,
             model=parameters.model.name,
-            # A verified key identifies a client at any address; an unverified one only together with its network.
-            client=Client(exchange.key) if exchange.is_verified else Client(exchange.network, exchange.key),
+            client=client_of(exchange),
             request=parameters.request,
             deadline=Deadline.after(self._timeout_s(exchange, parameters)),
             holding=exchange.holding,
+            keep_alive_s=parameters.keep_alive_s,
         )
         try:
             self._dispatcher.admit(job)
         except BaseException:
             job.close()
             raise
-        try:
-            if parameters.stream:
-                return self._reply_stream(exchange, job, parameters)
-            return self._reply_json(exchange, job, parameters)
-        except BaseException:
-            self._end_job(job)
-            job.close()
-            raise
+        return job
+
+    def cancel(self, job: Job) -> bool:
+        """Cancel a job. Return False when it was settled before. Thread-safe: yes."""
+        return self._dispatcher.cancel(job)
 
     def _timeout_s(self, exchange: Exchange, parameters: Parameters) -> float:
         """Return the time limit: the header field `x-timeout-s`, else the parameter. Raises InvalidValue."""
@@ -124,7 +137,7 @@ class Images:
         check_range("x-timeout-s", timeout_s, None, self.settings.max_timeout_s, "this server")
         return timeout_s
 
-    def _end_job(self, job: Job) -> None:
+    def end_job(self, job: Job) -> None:
         """Cancel a job if it is not settled, and count it. Its segments stay until it is closed."""
         if not job.is_settled:
             self._dispatcher.cancel(job)
@@ -144,15 +157,15 @@ class Images:
     # --- JSON reply -------------------------------------------------------------------------------------------------
 
     def _reply_json(self, exchange: Exchange, job: Job, parameters: Parameters) -> JsonReply:
-        backstop = Deadline(job.deadline.at + OVERRUN_S)
+        backstop = job_backstop(job)
         while not job.is_settled:
             if not exchange.wait(job.wakeup, backstop):
-                raise DeadlineExceeded(f"The job did not end within {OVERRUN_S:g} s after its deadline.")
+                raise overrun_error()
             job.take_events()
-        prepared = _check_done(job)
+        prepared = check_done(job)
         urls = self._store_pictures(exchange, job, parameters) if parameters.response_format == "url" else None
         reply = images_reply(job, prepared, parameters, urls)
-        self._end_job(job)  # now and not with `reply.close`: a client that has its reply finds its job in the metrics
+        self.end_job(job)  # now and not with `reply.close`: a client that has its reply finds its job in the metrics
         if urls is not None:
             job.close()  # so that a client that reads slowly does not keep the pictures in the spool
         return reply
@@ -193,13 +206,13 @@ class Images:
                 break
             early += job.take_events()
         if job.is_settled:
-            _check_done(job)
+            check_done(job)
         return StreamReply(self._stream_events(exchange, job, parameters, early), ignored_headers(parameters))
 
     def _stream_events(
         self, exchange: Exchange, job: Job, parameters: Parameters, early: list[JobEvent]
     ) -> Generator[ServerEvent, None, None]:
-        backstop = Deadline(job.deadline.at + OVERRUN_S)
+        backstop = job_backstop(job)
         try:
             yield ServerEvent("", [b"accepted"])  # sends the head now and not with the first step
             pending = early
@@ -213,7 +226,7 @@ class Images:
                         job.release_picture(event)  # it has been written, before the next event is produced
                 pending = []
                 if settled:
-                    _check_done(job)
+                    check_done(job)
                     return
                 loading = self._load_comment(job)
                 if loading:
@@ -221,11 +234,11 @@ class Images:
                 pause = Deadline.after(LOADING_COMMENT_S if loading else KEEP_ALIVE_S)
                 if not exchange.wait(job.wakeup, min(pause, backstop)):
                     if backstop.is_expired():
-                        raise DeadlineExceeded(f"The job did not end within {OVERRUN_S:g} s after its deadline.")
+                        raise overrun_error()
                     if not loading:
                         yield ServerEvent("", [b"waiting"])
         finally:
-            self._end_job(job)
+            self.end_job(job)
             job.close()
 
     def _load_comment(self, job: Job) -> bytes:
@@ -258,6 +271,24 @@ def _release_uploads(exchange: Exchange, job: Job) -> None:
         exchange.offer_form(job.give_up_uploads)
 
 
+def client_of(exchange: Exchange) -> Client:
+    """Return the party that a request's job counts for.
+
+    A verified key identifies a client at any address; an unverified one only together with its network.
+    """
+    return Client(exchange.key) if exchange.is_verified else Client(exchange.network, exchange.key)
+
+
+def job_backstop(job: Job) -> Deadline:
+    """Return the deadline at which a handler gives up on a job that is still unsettled."""
+    return Deadline(job.deadline.at + OVERRUN_S)
+
+
+def overrun_error() -> DeadlineExceeded:
+    """Return the error for a job that is unsettled at its backstop."""
+    return DeadlineExceeded(f"The job did not end within {OVERRUN_S:g} s after its deadline.")
+
+
 def _server_event(event: JobEvent, job: Job, parameters: Parameters) -> ServerEvent | None:
     """Return the server-sent event for a job's event, or None if there is none."""
     match event:
@@ -279,7 +310,7 @@ def _store_error(error: OSError) -> StoreFull | StoreUnusable:
     )
 
 
-def _check_done(job: Job) -> Prepared:
+def check_done(job: Job) -> Prepared:
     """Return the description of a done job's pictures; raise the error of a job that settled in another state."""
     if job.state is State.DONE and job.prepared is not None:
         return job.prepared

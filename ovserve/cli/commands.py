@@ -59,6 +59,21 @@ COMMANDS = {
             "Read the configuration and the models' directories, start nothing, and print what `serve` would serve.",
             (ExitCode.OK, ExitCode.USAGE),
         ),
+        Command(
+            "models",
+            "Show the models of a running server, load or unload one.",
+            (ExitCode.OK, ExitCode.USAGE, ExitCode.TRANSIENT),
+        ),
+        Command(
+            "devices",
+            "Show the devices that OpenVINO sees, with their memory.",
+            (ExitCode.OK, ExitCode.USAGE, ExitCode.MODELS_FAILED),
+        ),
+        Command(
+            "pull",
+            "Download a model or an adapter from a hub, and convert the model if necessary.",
+            (ExitCode.OK, ExitCode.USAGE, ExitCode.TRANSIENT),
+        ),
     )
 }
 

@@ -137,7 +137,7 @@ class Dispatcher:
         with self._lock:
             model = self._check_admission(job)  # again: other jobs were admitted meanwhile
             job.timings.admitted_at = time.monotonic()
-            model.last_used_at = job.timings.admitted_at
+            model.last_used_at, model.keep_alive_s = job.timings.admitted_at, job.keep_alive_s
             model.queue.push(ticket)
             self._in_flight.add(job)
             self._next_deadline = min(self._next_deadline, job.deadline)
@@ -233,6 +233,7 @@ class Dispatcher:
         with self._lock:
             if model := self._models.get(name):
                 model.wanted, model.expected_load_s = workers, expected_load_s
+                model.refusal = ""
                 model.is_on_demand |= not workers
 
     def set_waiting(self, reasons: Mapping[str, str]) -> None:
@@ -245,6 +246,7 @@ class Dispatcher:
         """Fail a model's queued jobs because it cannot be loaded now. Later jobs are admitted and tried again."""
         with self._lock:
             if model := self._models.get(name):
+                model.refusal = reason
                 error = NotReady(f"Model {name!r} cannot be loaded: {reason}.", retry_after_s=MAX_RETRY_S)
                 for ticket in list(model.queue):
                     model.queue.remove(ticket.job)
@@ -296,6 +298,12 @@ class Dispatcher:
         with self._lock:
             if model := self._models.get(name):
                 model.failure = ""
+
+    def clear_refusal(self, name: str) -> None:
+        """Forget why a model could not be loaded, before it is tried again."""
+        with self._lock:
+            if model := self._models.get(name):
+                model.refusal = ""
 
     def drain(self) -> None:
         """Reject new jobs; admitted jobs are still served."""

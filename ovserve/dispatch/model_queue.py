@@ -65,6 +65,8 @@ class ModelStatus:
         loading_percent: how much of the time that its last load took has passed, at most 99; None if that is not known.
         last_used_at: monotonic time at which its newest job was admitted or has ended; 0 before the first.
         waits_for: what it waits for before it is loaded, such as memory; empty if it waits for nothing.
+        refusal: why it could not be loaded when that was last tried, for lack of memory; empty if it could.
+        keep_alive_s: how long it stays after its last job by the newest request; None: as its options say.
     """
 
     name: str
@@ -83,6 +85,8 @@ class ModelStatus:
     loading_percent: int | None = None
     last_used_at: float = 0.0
     waits_for: str = ""
+    refusal: str = ""
+    keep_alive_s: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -191,6 +195,8 @@ class ModelQueue:
         wanted: how many workers it should have; 0: it is not resident.
         expected_load_s: how long it is expected to load; 0: not known.
         waits_for: what it waits for before it is loaded; empty if it waits for nothing.
+        refusal: why it could not be loaded when that was last tried; empty if it could.
+        keep_alive_s: `keep_alive` of the newest request; None if it has none.
         is_on_demand: whether it admits jobs while it has no workers, which are then started.
         job_s: mean seconds that a job spends in a worker; 0 before the first.
         last_used_at: monotonic time at which its newest job was admitted or has ended; 0 before the first.
@@ -206,6 +212,8 @@ class ModelQueue:
     wanted: int = 1
     expected_load_s: float = 0.0
     waits_for: str = ""
+    refusal: str = ""
+    keep_alive_s: float | None = None
     is_on_demand: bool = False
     job_s: float = 0.0
     last_used_at: float = 0.0
@@ -317,6 +325,8 @@ class ModelQueue:
             loading_percent=self._loading_percent(loading_s),
             last_used_at=self.last_used_at,
             waits_for=self.waits_for,
+            refusal=self.refusal,
+            keep_alive_s=self.keep_alive_s,
         )
 
     def waiting_phrase(self) -> str:

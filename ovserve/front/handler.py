@@ -2,7 +2,7 @@
 
     receive head ──▶ answer (route, which may read the form) ──▶ write reply ──▶ discard unread body ──▶ next request
          │                    │
-         └── reject ──────────┴──▶ error response ──▶ close the writing side ──▶ linger: receive and drop ──▶ close
+         └── reject ──────────┴──▶ error response ──▶ linger (ovserve.front.linger)
 
 Runs in: the connection's own thread. Every wait has a limit; the wait for a job, which may be long, ends when the
 client closes.
@@ -59,6 +59,7 @@ from ovserve.front.http1.response import (
     error_fields,
     reason_phrase,
 )
+from ovserve.front.linger import Linger
 from ovserve.front.request import Request, escape_for_log, internal_error, network_of, new_request_id
 from ovserve.front.transport import Transport
 from ovserve.logs import LogLimit, fields
@@ -112,6 +113,10 @@ class ConnectionContext(Protocol):
     @property
     def proxies(self) -> TrustedProxies:
         """The reverse proxies whose forwarded fields count."""
+
+    @property
+    def linger(self) -> Linger:
+        """Takes over connections whose client may still send after the answer."""
 
     @property
     def rejections(self) -> LogLimit:
@@ -448,13 +453,13 @@ class Connection:
         except ApiError as error:
             if error.status >= 500:
                 log.warning("%s", escape_for_log(error.message), extra=fields(id=exchange.id, code=error.code))
-            return self._write_error(exchange, error)
+            return self._write_error(exchange, match, error)
         except ClientGone:
             if exchange.ended_by is None or exchange.status:
                 raise
-            return self._write_error(exchange, exchange.ended_by)  # the client is still there: its request was ended
+            return self._write_error(exchange, match, exchange.ended_by)  # the client is still there
         except Exception as error:  # noqa: BLE001 - on a bug, the client gets an answer and the thread continues
-            return self._write_error(exchange, _log_bug(exchange, error))
+            return self._write_error(exchange, match, _log_bug(exchange, error))
 
     def _check_access(self, exchange: HttpExchange, match: RouteMatch) -> None:
         try:
@@ -479,7 +484,8 @@ class Connection:
         return False
 
     def _linger(self) -> None:
-        self.transport.linger(self.settings.linger_bytes, self.settings.linger_s)
+        """Give the socket away: closing it now could reset the connection before the client has read the answer."""
+        self._context.linger.add(self._socket)
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -490,8 +496,8 @@ class Connection:
             return self._write_stream(exchange, reply)
         return self._write_whole(exchange, reply.status, reply.media_type, [reply.content], reply.headers)
 
-    def _write_error(self, exchange: HttpExchange, error: ApiError) -> int:
-        """Write the error as the response.
+    def _write_error(self, exchange: HttpExchange, match: RouteMatch, error: ApiError) -> int:
+        """Write the error as the response, in the form of the route.
 
         Raises ClientGone if a response head was sent: the connection can only be closed.
         """
@@ -502,10 +508,9 @@ class Connection:
             exchange.keeps_connection = False
         if error.closes_connection:
             exchange.is_rejected, exchange.keeps_connection = True, False
-        content = [error_content(error)]
-        return self._write_whole(
-            exchange, error.status, JSON_TYPE, content, error_fields(error), reason=reason_phrase(error)
-        )
+        content = [error_content(match.error_document(error))]
+        fields = error_fields(error, match.challenge)
+        return self._write_whole(exchange, error.status, JSON_TYPE, content, fields, reason=reason_phrase(error))
 
     def _write_whole(
         self,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ovserve.errors import ModelError
 
-__all__ = ["CLASSES", "ENGINES", "PipelineClass", "Serving", "class_named", "plan_engine"]
+__all__ = ["CLASSES", "ENGINES", "PipelineClass", "Serving", "class_named", "describe_images", "plan_engine"]
 
 ENGINES = ("genai", "stepwise")
 
@@ -82,6 +82,13 @@ CLASSES: Mapping[str, PipelineClass] = {
     "ZImagePipeline": PipelineClass("z-image", Serving(_UNMASKED)),
     "QwenImagePipeline": PipelineClass("qwen-image", Serving(_UNMASKED)),
 }
+
+
+def describe_images(references: int) -> str:
+    """Return how many images an edit takes, in words, from the number of reference images."""
+    if not references:
+        return "one image and no reference images"
+    return "1 reference image" if references == 1 else f"at most {references} reference images"
 
 
 def class_named(name: str, directory: Path) -> PipelineClass:

@@ -15,14 +15,15 @@ from ovserve.models.families import FAMILIES
 
 PACKAGE = Path(ovserve.__file__).parent
 # Every module may import these.
-FOUNDATIONS = {"accounts", "errors", "deadline", "folders", "logs", "metrics", "systemd", "settings"}
+FOUNDATIONS = {"accounts", "errors", "deadline", "folders", "logs", "machine", "metrics", "systemd", "settings"}
 
 # What each top-level module or package may import from ovserve, besides FOUNDATIONS and itself.
 MAY: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"server", "models"},
-    "server": {"front", "api", "dispatch", "fleet", "wire", "models", "worker.main"},
+    "cli": {"server", "models", "hub", "engines.devices"},
+    "hub": {"models"},
+    "server": {"hub", "front", "api", "dispatch", "fleet", "wire", "models", "worker.main"},
     "front": {"api", "wire"},
     "api": {"dispatch", "wire", "models"},
     "fleet": {"dispatch", "wire", "models"},
@@ -38,6 +39,7 @@ MAY: dict[str, set[str]] = {
     "folders": {"errors"},
     "deadline": set(),
     "logs": set(),
+    "machine": set(),
     "metrics": {"errors"},
     "systemd": {"errors"},
     "settings": {"errors"},
@@ -45,6 +47,7 @@ MAY: dict[str, set[str]] = {
 # What an inner package may import from the package that contains it, besides itself.
 INSIDE: dict[str, set[str]] = {
     "api.parameters": {"api.exchange"},
+    "api.sdapi": {"api.exchange", "api.images", "api.parameters", "api.replies", "api.windows"},
     "front.http1": set(),
     "front.forms": {"front.http1"},
     "wire.local": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},
@@ -57,10 +60,10 @@ INSIDE: dict[str, set[str]] = {
 ONLY: dict[str, tuple[str, ...]] = {
     "numpy": ("worker", "engines", "pixels"),
     "PIL": ("worker", "engines", "pixels"),
-    "openvino": ("engines.genai", "engines.stepwise"),
+    "openvino": ("engines.genai", "engines.stepwise", "engines.devices"),
     "openvino_genai": ("engines.genai", "engines.stepwise"),
     "multiprocessing": ("wire", "fleet", "server", "cli"),
-    "http": ("front",),
+    "http": ("front", "hub"),
     "socketserver": ("front",),
 }
 # The only places that may contain the name of a model family.

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from ovserve.machine import machine_memory_bytes
 from ovserve.wire.local.processes import (
     describe_exit,
-    machine_memory_bytes,
     raise_oom_score,
     resident_bytes,
     resident_bytes_with_children,

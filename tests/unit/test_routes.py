@@ -154,10 +154,18 @@ def test_unknown_path_is_404(api: ImagesApi, path: str) -> None:
         answer(api, FakeExchange("GET", path))
 
 
-@pytest.mark.parametrize("path", ["/api/v2/models", "/sdapi/v1/txt2img", "/openai", "/openai/files", "/api/health"])
+@pytest.mark.parametrize("path", ["/api/v2/models", "/sdapi/txt2img", "/openai", "/openai/files", "/api/health"])
 def test_error_for_an_unknown_path_contains_the_base_url(api: ImagesApi, path: str) -> None:
     with pytest.raises(NotFound, match=r"the base URL is http://a\.test:8000/v1, and"):
         answer(api, FakeExchange("POST", path, host="a.test:8000"))
+
+
+def test_error_for_an_unknown_path_of_the_other_api_has_its_form(api: ImagesApi) -> None:
+    exchange = FakeExchange("GET", "//sdapi/v1/memory", host="h")
+    with pytest.raises(NotFound, match=r"does not exist; /openapi\.json lists") as caught:
+        answer(api, exchange)
+    assert "detail" in api.match("GET", "//sdapi/v1/memory").error_document(caught.value)
+    assert "detail" not in api.match("GET", "/v1/memory").error_document(caught.value)
 
 
 @pytest.mark.parametrize("path", ["/api/images/edits", "/v1/openai/v2/images/edits"])

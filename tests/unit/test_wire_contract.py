@@ -200,10 +200,10 @@ def test_client_within_its_share_gets_the_space_of_one_above_it(stores: Stores) 
     request, result = store.put(b"x" * 1000, own), store.create(1 << 20, 1 << 20, own)
     assert store.account.held_by("innocent") == 1000 + (1 << 20)
     assert store.account.held_by("hostile") == 2 << 20
+    refused = store.create_for_upload(2 << 20, holding=store.account.open("hostile"))
     with pytest.raises(SpoolFull):
-        segments[0].reserve(1 << 20)
-        store.create_for_upload(2 << 20, holding=store.account.open("hostile")).reserve(2 << 20)
-    for segment in (*segments, request, result):
+        refused.reserve(2 << 20)
+    for segment in (*segments, request, result, refused):
         segment.release()
     assert store.used_bytes == store.account.used == 0
 

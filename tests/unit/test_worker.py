@@ -399,8 +399,8 @@ def test_stepwise_rejects_an_unsupported_family() -> None:
     import dataclasses
 
     model = ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="stepwise")
-    with pytest.raises(ModelError, match="flux"):
-        create_engine(dataclasses.replace(read_profile(model), family="flux"), model)
+    with pytest.raises(ModelError, match="FluxPipeline"):
+        create_engine(dataclasses.replace(read_profile(model), pipeline_class="FluxPipeline"), model)
 
 
 def test_auto_falls_back_to_genai_and_reports_why(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
 
 from ovserve.errors import LaunchError
+from ovserve.machine import machine_memory_bytes
 from ovserve.wire.blobs import WorkerBlobs
 from ovserve.wire.launcher import WorkerMain, WorkerSpec
 from ovserve.wire.local import processes
@@ -104,7 +105,7 @@ class LocalLauncher:
 
     def memory_bytes(self) -> int:
         """Return the memory of this machine, or of the control group of this process if that is less."""
-        return processes.machine_memory_bytes()
+        return machine_memory_bytes()
 
     def overhead_bytes(self) -> int:
         """Return the memory that this process takes with its children, without the workers."""

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ __all__ = [
     "bind_to_parent",
     "children_of",
     "describe_exit",
-    "machine_memory_bytes",
     "proportional_bytes",
     "proportional_bytes_with_children",
     "raise_oom_score",
@@ -132,39 +131,6 @@ def proportional_bytes(pid: int) -> int:
 def proportional_bytes_with_children(pid: int) -> int:
     """Return `proportional_bytes` of a process and its direct children."""
     return proportional_bytes(pid) + sum(map(proportional_bytes, children_of(pid)))
-
-
-def machine_memory_bytes(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the memory this program may use: the machine's, or the lowest limit of its control groups (v2, v1).
-
-    Args:
-        cgroups: mount point of the control groups.
-        membership: file that lists the control groups of this program.
-    """
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit in _limit_files(cgroups, membership):
-        with contextlib.suppress(OSError, ValueError):  # "max", or no such file
-            memory = min(memory, int(limit.read_text("ascii")))
-    return memory
-
-
-def _limit_files(cgroups: Path, membership: Path) -> Iterator[Path]:
-    """Yield files that may hold a memory limit of this program's control groups, up to the mount's root (cgroups(7)).
-
-    The root is always included. In a container it is the container's own group, and `membership` may name a path of the
-    host.
-    """
-    groups = {"": "/", "memory": "/"}  # controller to group; v2 names no controller
-    with contextlib.suppress(OSError, ValueError):
-        for line in membership.read_text(errors="surrogateescape").splitlines():
-            _, controllers, path = line.split(":", 2)
-            groups.update((name, path) for name in controllers.split(",") if name in groups)
-    for mount, name, path in (
-        (cgroups, "memory.max", groups[""]),
-        (cgroups / "memory", "memory.limit_in_bytes", groups["memory"]),
-    ):
-        group = mount / path.lstrip("/")
-        yield from (each / name for each in (group, *group.parents) if each.is_relative_to(mount))
 
 
 def raise_oom_score(pid: int) -> None:
