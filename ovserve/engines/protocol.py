@@ -55,14 +55,9 @@ class Work:
         initial_image: uint8 (H, W, 3), RGB, already at width x height; None for text2image.
         mask_image: uint8 (H, W), 255 = repaint, 0 = keep, already pooled so that no thin mask vanishes on the latent
             grid; None unless inpainting.
-<<<<<<< HEAD
-        reference_images: what a model that edits by reference sees beside the prompt, the edited image first: uint8
-            (h, w, 3), RGB, sides multiples of the profile's side_multiple_px; () means `initial_image` alone.
-=======
         reference_images: what a model that edits by reference sees, in the order of the request, the edited image
             first: uint8 (h, w, 3) each, RGB, at most 1 megapixel, sides multiples of the profile's side_multiple_px.
             Empty for models that start from the image, and for text2image.
->>>>>>> main
         width, height: working size, multiples of the profile's side_multiple_px.
         guidance_scale: in terms of equation 6 in Ho and Salimans 2022, arXiv:2207.12598; 1 or less is no guidance.
         strength: 1.0 for text2image.
