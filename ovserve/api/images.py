@@ -215,8 +215,8 @@ class Images:
             yield ServerEvent("", [b"accepted"])  # sends the head now and not with the first step
             pending = early
             while True:
-                settled = job.is_settled  # read first, so that take_events returns all that was posted before
-                for event in pending + job.take_events():
+                events, settled = job.take_with_state()
+                for event in pending + events:
                     if (sent := _server_event(event, job, parameters)) is not None:
                         yield sent
                 pending = []

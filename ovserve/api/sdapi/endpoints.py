@@ -90,8 +90,8 @@ class SdApi:
         job = live.job
         backstop = job_backstop(job)
         while True:
-            is_settled = job.is_settled  # read first, so that all that was posted before is noted
-            self._live.note(live, job.take_events())
+            events, is_settled = job.take_with_state()
+            self._live.note(live, events)
             if is_settled:
                 return
             if not exchange.wait(job.wakeup, backstop):
