@@ -334,7 +334,7 @@ RELOADED = frozenset((
     "max_prepared_bytes", "default_timeout_s",
     "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
     "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "min_resident_s",
-    "memory_budget_bytes",
+    "memory_budget_bytes", "cache_bytes",
     "api_key", "api_key_file",
     "admin_key", "admin_key_file", "allowed_hosts", "log_level", "log_format", "decode_cpu_limit_s",
     "decode_memory_limit_bytes",
