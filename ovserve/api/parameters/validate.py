@@ -107,10 +107,10 @@ def check_limits(given: Given, model: ServedModel, settings: Settings) -> None:
             check_range(spelled, value, known.low, known.high, "the API")
 
 
-def check_exclusions(values: Mapping[str, Any], given: Given) -> None:
+def check_exclusions(values: Mapping[str, Any], given: Given, model: ServedModel) -> None:
     """Raise InvalidValue for two values that cannot be combined; `values` has the value of every field."""
     for rule in EXCLUSIONS:
-        if rule.applies(values):
+        if rule.applies(values, model.profile):
             raise InvalidValue(
                 f"{rule.first_value} cannot be combined with {rule.second_value}; change one of them.",
                 param=given.spelled(rule.first),
