@@ -224,8 +224,8 @@ class Images:
             pending, last_comment = early, b""
             silent_until = Deadline.after(KEEP_ALIVE_S)
             while True:
-                settled = job.is_settled  # read first, so that take_events returns all that was posted before
-                for event in pending + job.take_events():
+                events, settled = job.take_with_state()
+                for event in pending + events:
                     if (sent := _server_event(event, job, parameters)) is not None:
                         yield sent
                         silent_until = Deadline.after(KEEP_ALIVE_S)

@@ -195,12 +195,23 @@ class Job:
     def take_events(self) -> list[JobEvent]:
         """Return the events since the last call and clear `wakeup`. Runs in: handler thread."""
         with self._lock:
-            if not self._closed:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self.wakeup)
-            taken = list(self._events)
-            self._events.clear()
-            return taken
+            return self._take_locked()
+
+    def _take_locked(self) -> list[JobEvent]:
+        if not self._closed:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self.wakeup)
+        taken = list(self._events)
+        self._events.clear()
+        return taken
+
+    def take_with_state(self) -> tuple[list[JobEvent], bool]:
+        """Return the events since the last call, and whether the job is settled: then there will be no more.
+
+        Both are of one moment, so that a settlement after it makes `wakeup` readable again. Runs in: handler thread.
+        """
+        with self._lock:
+            return self._take_locked(), self.state in _SETTLED
 
     def add_segment(self, segment: Segment) -> bool:
         """Make the job the owner of a segment. When the exchange has ended, release the segment and return False."""
