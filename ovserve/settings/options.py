@@ -347,7 +347,8 @@ class Settings:
     # Limits on what clients can make grow.
     max_connections: int = _option(
         512,
-        "Maximum number of connections. At the limit the longest idle one is closed; if none is idle, new ones get "
+        "Maximum number of connections. At the limit one that waits for a request is closed, or one of a client that "
+        "has more than its share; if there is none, new ones get "
         "503 and health checks still work.",
         low=1,
         high=100_000,
