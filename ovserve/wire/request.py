@@ -42,7 +42,7 @@ class ImageRequest:
     width: int = 0
     height: int = 0
     resize_mode: str = "crop"  # crop, pad, stretch
-    input_fidelity: str = ""  # low, high
+    input_fidelity: str = "low"  # low, high
     n: int = 1
     seed: int = 0
     num_inference_steps: int = 1
