@@ -38,6 +38,7 @@ from ovserve.engines.stepwise.compiled import Components, Requests, run_decoder,
 from ovserve.engines.stepwise.encoding import Encoding
 from ovserve.engines.stepwise.lora import with_weights
 from ovserve.engines.stepwise.lora_compile import add_adapted
+from ovserve.engines.stepwise.lora import Loras
 from ovserve.engines.stepwise.picture import Picture
 from ovserve.engines.stepwise.previews import Previews, choose_shrink
 from ovserve.engines.stepwise.prompts import PromptEncoder
@@ -83,6 +84,7 @@ class StepwiseEngine:
         self._trace = trace
         self._components = components or Components(profile, settings)
         self._schedulers: dict[str, PlanMaker] = {}
+        self._loras = Loras(settings.lora)
         self._encodes: deque[Picture] = deque()
         self._ready: deque[Picture] = deque()
         self._decodes: deque[Picture] = deque()
