@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,12 +21,13 @@ from ovserve.api.control import FleetControl, NoFleet, load_reply, seconds_of, u
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.api.images import Images, base_url_hint
 from ovserve.api.openapi import openapi_document
-from ovserve.api.page import front_page
+from ovserve.api.pages import EDITOR_PAGE, STATUS_PAGE, page_file
 from ovserve.api.parameters.fields import EDIT, GENERATION, VARIATION
 from ovserve.api.reloads import ReloadStatus
 from ovserve.api.replies import json_reply, model_object, models_object
 from ovserve.api.sdapi.details import detail_document
 from ovserve.api.sdapi.endpoints import SDAPI, SDAPI_PREFIX, Endpoint, SdApi
+from ovserve.api.status import LastErrors, status_document
 from ovserve.api.store import Store, parse_range
 from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
 from ovserve.dispatch.model_queue import MODEL_STATES
@@ -136,6 +138,8 @@ class ImagesApi:
 
     Attributes:
         is_stopping: the server has begun to shut down: it is not ready, but still serves requests until it drains.
+        started_at: monotonic instant of the server's start.
+        last_errors: the newest errors with a status of 500 or more.
     """
 
     def __init__(
@@ -153,6 +157,8 @@ class ImagesApi:
         self.reload_status = reload_status
         self.fleet = fleet or NoFleet()
         self.is_stopping = False
+        self.started_at = time.monotonic()
+        self.last_errors = LastErrors()
         self.catalog = catalog
         self.dispatcher = dispatcher
         self.store = Store(settings)
@@ -195,19 +201,19 @@ class ImagesApi:
         )
 
     def _handle_and_count(self, route: Route, exchange: Exchange, params: Mapping[str, str]) -> Reply:
-        with self._counting(route) as outcome:
+        with self._counting(route, exchange) as outcome:
             reply = route.handle(self, exchange, params)
             if isinstance(reply, StreamReply):
                 outcome.is_counted = False  # until the stream has ended
-                return replace(reply, events=self._count_stream(route, reply.events))
+                return replace(reply, events=self._count_stream(route, exchange, reply.events))
             outcome.status = reply.status
         return reply
 
     def _count_stream(
-        self, route: Route, events: Generator[ServerEvent, None, None]
+        self, route: Route, exchange: Exchange, events: Generator[ServerEvent, None, None]
     ) -> Generator[ServerEvent, None, None]:
         """Yield the events of a stream, and count it when it has ended: with the status of the error that ended it."""
-        with self._counting(route) as outcome:
+        with self._counting(route, exchange) as outcome:
             try:
                 yield from events
             except GeneratorExit:  # the front end could not write the next event
@@ -216,13 +222,15 @@ class ImagesApi:
             outcome.status = 200
 
     @contextmanager
-    def _counting(self, route: Route) -> Iterator[_Outcome]:
+    def _counting(self, route: Route, exchange: Exchange) -> Iterator[_Outcome]:
         """Count one response of a route when the block ends, with the status that the block or its exception sets."""
         outcome = _Outcome()
         try:
             yield outcome
         except ApiError as error:
             outcome.status = error.status
+            if not route.is_health:
+                self.last_errors.note(error, request_id=exchange.id, path=route.path)
             raise
         except ClientGone:
             outcome.status = CLIENT_GONE
@@ -358,6 +366,8 @@ def _status_fields(api: ImagesApi, status: ModelStatus) -> dict[str, object]:
         "workers": status.workers,
         "queued": status.queued,
         "running": status.running,
+        "engine": status.engine,
+        "schedulers": status.schedulers,
         **_memory_fields(api, status.name),
     }
 
@@ -439,6 +449,20 @@ def _config(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     return json_reply(document)
 
 
+def _status(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
+    statuses = _model_statuses(api)
+    draining = api.is_stopping or api.dispatcher.is_draining
+    document = status_document(
+        statuses,
+        api.dispatcher.worker_statuses(),
+        api.last_errors,
+        started_at=api.started_at,
+        is_ready=not draining and _is_ready(api, statuses),
+        is_draining=draining,
+    )
+    return json_reply(document)
+
+
 def _await_reload(api: ImagesApi, exchange: Exchange, wait_s: float) -> ReloadStatus:
     """Wait until the newest reload is no longer loading, and return its status. Raises ClientGone."""
     status = api.reload_status()
@@ -473,8 +497,15 @@ def _reload_status(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     return json_reply(api.reload_status().document())
 
 
-def _page(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
-    return front_page()
+def _page(name: str) -> Handler:
+    """Return the handler of a page, or of the files of the pages if `name` is empty. 404 with web_pages = false."""
+
+    def handle(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
+        if not api.settings.web_pages:
+            raise NotFound("The web pages are switched off on this server (option web_pages).")
+        return page_file(name or params["file"], exchange.header("if-none-match"))
+
+    return handle
 
 
 def _server(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> JsonReply:
@@ -598,6 +629,14 @@ ROUTES = (
         is_operator=True,
     ),
     Route(
+        "GET",
+        "/v1/status",
+        "Models, workers and the newest errors, as the page `/status` shows them.",
+        _status,
+        prefixed=False,
+        is_operator=True,
+    ),
+    Route(
         "POST",
         "/v1/config/reload",
         "Reload the configuration. Needs an admin key or the admin listener. Waits for the new workers, at most "
@@ -618,8 +657,15 @@ ROUTES = (
     ),
     Route("GET", "/openapi.json", "OpenAPI 3.1 document of this API.", _openapi, prefixed=False),
     Route("GET", "/v2", "Name and version of the server.", _server, prefixed=False),
-    # The page is open; it asks for the key and sends it with its requests.
-    Route("GET", "/", "A page to try the server in a browser.", _page, prefixed=False, is_open=True, is_public=True),
+    # The pages are open; they ask for the key and send it with their requests.
+    *(
+        Route("GET", path, text, _page(name), prefixed=False, is_open=True, is_public=True)
+        for path, text, name in (
+            ("/", "A page to edit pictures in a browser.", EDITOR_PAGE),
+            ("/status", "A page with the state of the server.", STATUS_PAGE),
+            ("/web/{file}", "A file of these pages.", ""),
+        )
+    ),
 )
 
 _COMPILED = tuple((route, route.pattern()) for route in ROUTES)

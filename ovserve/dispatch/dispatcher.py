@@ -44,6 +44,7 @@ from ovserve.dispatch.model_queue import (
 from ovserve.dispatch.penalties import Penalties
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.dispatch.reports import ReportApplier
+from ovserve.dispatch.statuses import QueuePlace, WorkerStatus
 from ovserve.errors import (
     ApiError,
     DeadlineExceeded,
@@ -130,7 +131,7 @@ class Dispatcher:
             self._check_admission(job)
         request = job.request.to_json()
         self._spool.check_size(job.spool_bytes + len(request))
-        segment = self._spool.put(request)
+        segment = self._spool.put(request, job.holding)
         if not job.add_segment(segment):
             return  # the exchange has ended: no handler waits for the settlement
         ticket = Ticket(job, segment.id)
@@ -179,6 +180,18 @@ class Dispatcher:
         unavailable_reason = self._unavailable_reason()
         with self._lock:
             return [model.status(unavailable_reason) for model in self._models.values()]
+
+    def worker_statuses(self) -> list[WorkerStatus]:
+        """Return the status of every attached worker at one moment, by model and slot."""
+        with self._lock:
+            workers = [worker.status() for model in self._models.values() for worker in model.workers]
+        return sorted(workers, key=lambda worker: worker.name)
+
+    def place_of(self, job: Job) -> QueuePlace | None:
+        """Return where a job is in its model's queue, or None if it is not queued."""
+        with self._lock:
+            model = self._models.get(job.model)
+            return model.place_of(job) if model is not None else None
 
     def _unavailable_reason(self) -> str:
         """Return why no model accepts jobs now, or "". Called without the lock: the spool may access its directory."""
@@ -500,6 +513,13 @@ class Dispatcher:
             log.error("second worker died with a job; job failed", extra=fields(job=job.id, worker=link.name, why=why))
             error = WorkerCrashed("Two workers died while they ran this request; it is not retried.")
             self._settle(job, State.FAILED, error)
+            return
+        if was_read and not job.has_uploads:
+            message = "A worker died while it ran this request, and its images are no longer there for another one."
+            if job.has_all_pictures:
+                self._settle(job, State.DONE)
+            else:
+                self._settle(job, State.FAILED, WorkerCrashed(message))
             return
         if was_read:
             log.warning("worker died with a job; job requeued", extra=fields(job=job.id, worker=link.name, why=why))

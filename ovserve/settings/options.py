@@ -29,6 +29,7 @@ __all__ = [
 
 MIB = 1024 * 1024
 BUILTIN_PREFIX = "builtin:"  # of the option `path`: a model in the package, `builtin:shapes`
+DEFAULT_BUILTIN = f"{BUILTIN_PREFIX}shapes"  # served where `path` is not given
 BUILTIN_NAME = "ovserve-builtin"  # served name of a built-in model, if the option `name` is empty
 # What clients send that do not let their users choose a name, or have it as a default (measured).
 BUILTIN_ALIASES = ("gpt-image-1", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3", "default")
@@ -259,6 +260,12 @@ class ModelSettings:
         return not self.is_lazy if self.pinned is None else self.pinned
 
     @property
+    def builtin_name(self) -> str:
+        """Which built-in model `path` means, e.g. `shapes`; empty for a directory."""
+        text = str(self.path or DEFAULT_BUILTIN)
+        return text.removeprefix(BUILTIN_PREFIX) if text.startswith(BUILTIN_PREFIX) else ""
+
+    @property
     def all_aliases(self) -> tuple[str, ...]:
         """The aliases, with those of `builtin_aliases`; without the model's own name."""
         added = BUILTIN_ALIASES if self.builtin_aliases else ()
@@ -351,7 +358,8 @@ class Settings:
     # Limits on what clients can make grow.
     max_connections: int = _option(
         512,
-        "Maximum number of connections. At the limit the longest idle one is closed; if none is idle, new ones get "
+        "Maximum number of connections. At the limit one that waits for a request is closed, or one of a client that "
+        "has more than its share; if there is none, new ones get "
         "503 and health checks still work.",
         low=1,
         high=100_000,
@@ -617,6 +625,8 @@ class Settings:
     public_url: str = _option(
         "", "Base of returned URLs, such as https://images.example.org; empty: the request's Host."
     )
+
+    web_pages: bool = _option(True, "Serve the pages `/` and `/status` to browsers.")
 
     # Workers.
     memory_budget_bytes: int = _option(

@@ -15,7 +15,7 @@ from ovserve.models.families import FAMILIES
 
 PACKAGE = Path(ovserve.__file__).parent
 # Every module may import these.
-FOUNDATIONS = {"errors", "deadline", "folders", "logs", "machine", "metrics", "systemd", "settings"}
+FOUNDATIONS = {"accounts", "errors", "deadline", "folders", "logs", "machine", "metrics", "systemd", "settings"}
 
 # What each top-level module or package may import from ovserve, besides FOUNDATIONS and itself.
 MAY: dict[str, set[str]] = {
@@ -34,6 +34,7 @@ MAY: dict[str, set[str]] = {
     "wire": {"models"},
     "models": set(),
     "web": set(),
+    "accounts": set(),
     "errors": set(),
     "folders": {"errors"},
     "deadline": set(),
