@@ -176,8 +176,8 @@ class ImagesApi:
 
     def configure(self, settings: Settings, catalog: Catalog) -> None:
         """Replace settings and catalog, for all requests from now on."""
-        self.settings = self.images.settings = settings
-        self.catalog = self.images.catalog = catalog
+        self.settings, self.catalog = settings, catalog
+        self.images.configure(settings, catalog)
 
     def match(self, method: str, path: str) -> Match:
         """Find the row that serves a request."""
