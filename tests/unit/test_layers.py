@@ -21,7 +21,8 @@ FOUNDATIONS = {"accounts", "errors", "deadline", "folders", "logs", "machine", "
 MAY: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"server", "models", "hub", "engines.devices"},
+    "cli": {"server", "models", "hub", "client", "engines.devices"},
+    "client": set(),
     "hub": {"models"},
     "server": {"hub", "front", "api", "dispatch", "fleet", "wire", "models", "worker.main", "watch"},
     "front": {"api", "wire"},
@@ -53,18 +54,25 @@ INSIDE: dict[str, set[str]] = {
     "front.forms": {"front.http1"},
     "wire.local": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},
     "wire.memory": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},
+    "engines.lora": set(),
     "engines.schedulers": set(),
     "engines.families": {"engines.protocol", "engines.schedulers"},
-    "engines.stepwise": {"engines.protocol", "engines.checks", "engines.schedulers", "engines.families"},
+    "engines.stepwise": {
+        "engines.protocol",
+        "engines.checks",
+        "engines.schedulers",
+        "engines.families",
+        "engines.lora",
+    },
 }
 # The only places that may import these packages.
 ONLY: dict[str, tuple[str, ...]] = {
     "numpy": ("worker", "engines", "pixels"),
-    "PIL": ("worker", "engines", "pixels"),
+    "PIL": ("worker", "engines", "pixels", "client.masks"),
     "openvino": ("engines.genai", "engines.stepwise", "engines.devices"),
     "openvino_genai": ("engines.genai", "engines.stepwise"),
     "multiprocessing": ("wire", "fleet", "server", "cli"),
-    "http": ("front", "hub"),
+    "http": ("front", "hub", "client"),
     "socketserver": ("front",),
 }
 # The only places that may contain the name of a model family.
