@@ -24,6 +24,7 @@ from tests.tinymodels import tiny_model
 
 PICTURES = Path(__file__).parents[1] / "data" / "diffusers_pictures.npz"
 REFERENCES = (image_of(64, 96, 0), image_of(64, 64, 5), image_of(96, 64, 7))
+EQUAL_TO_LIBRARY = ("klein", "fluxdev", "sd35", "qwen")  # compared with it in test_transformer_equality.py
 LEVELS = (5, 0.6)  # of 255: the largest difference of a pixel, and the mean
 LEVELS_OF_FLUX = {"kontext": (8, 0.7), "fluxdev": (20, 1.6)}
 
@@ -70,7 +71,9 @@ CASES: dict[str, dict[str, Work]] = {
 }
 
 
-@pytest.mark.parametrize("model", CASES)
+@pytest.mark.parametrize(
+    "model", [pytest.param(model, marks=pytest.mark.heavy if model in EQUAL_TO_LIBRARY else ()) for model in CASES]
+)
 def test_pictures_are_those_of_diffusers(model: str) -> None:
     engine = load_stepwise(tiny_model(model), streams=1)
     works = CASES[model]
