@@ -9,7 +9,14 @@ from collections.abc import Generator
 from ovserve.api.exchange import Exchange, Form, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.api.parameters.params import Parameters, parse_parameters
 from ovserve.api.parameters.values import check_range, shown
-from ovserve.api.replies import completed_event, ignored_headers, images_reply, partial_event, progress_comment
+from ovserve.api.replies import (
+    completed_event,
+    ignored_headers,
+    images_reply,
+    partial_event,
+    progress_comment,
+    queue_comment,
+)
 from ovserve.api.store import Store
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
@@ -36,7 +43,7 @@ STREAM_HEAD_WAIT_S = (
     10.0  # a stream's headers are sent once the job is prepared, or after this; later errors are events
 )
 LOADING_HEAD_WAIT_S = 2.0  # the same while the model is loading: the client then sees the progress
-LOADING_COMMENT_S = 1.0  # between comment lines while the model is loading
+WAITING_POLL_S = 1.0  # how often a stream looks what its waiting job waits for
 KEEP_ALIVE_S = 15.0  # idle time on a stream before a comment line is sent; clients time out after 300
 DRAINING_RETRY_S = 5  # Retry-After while draining; another or the restarted instance answers by then
 BASE_PATH = "/v1"  # of the base URL that messages suggest
@@ -107,6 +114,7 @@ class Images:
             client=client_of(exchange),
             request=parameters.request,
             deadline=Deadline.after(self._timeout_s(exchange, parameters)),
+            keep_alive_s=parameters.keep_alive_s,
         )
         try:
             self._dispatcher.admit(job)
@@ -213,28 +221,40 @@ class Images:
         backstop = job_backstop(job)
         try:
             yield ServerEvent("", [b"accepted"])  # sends the head now and not with the first step
-            pending = early
+            pending, last_comment = early, b""
+            silent_until = Deadline.after(KEEP_ALIVE_S)
             while True:
                 settled = job.is_settled  # read first, so that take_events returns all that was posted before
                 for event in pending + job.take_events():
                     if (sent := _server_event(event, job, parameters)) is not None:
                         yield sent
+                        silent_until = Deadline.after(KEEP_ALIVE_S)
                 pending = []
                 if settled:
                     check_done(job)
                     return
-                loading = self._load_comment(job)
-                if loading:
-                    yield ServerEvent("", [loading])
-                pause = Deadline.after(LOADING_COMMENT_S if loading else KEEP_ALIVE_S)
+                comment = self._waiting_comment(job)
+                if comment and comment != last_comment:
+                    last_comment = comment
+                    yield ServerEvent("", [comment])
+                    silent_until = Deadline.after(KEEP_ALIVE_S)
+                pause = min(Deadline.after(WAITING_POLL_S), silent_until) if comment else silent_until
                 if not exchange.wait(job.wakeup, min(pause, backstop)):
                     if backstop.is_expired():
                         raise overrun_error()
-                    if not loading:
+                    if silent_until.is_expired():
                         yield ServerEvent("", [b"waiting"])
+                        silent_until = Deadline.after(KEEP_ALIVE_S)
         finally:
             self.end_job(job)
             job.close()
+
+    def _waiting_comment(self, job: Job) -> bytes:
+        """Return a comment on what a queued job waits for: its model, else the jobs before it. Empty if it runs."""
+        if loading := self._load_comment(job):
+            return loading
+        place = self._dispatcher.place_of(job) if job.state is State.QUEUED else None
+        return queue_comment(place) if place is not None else b""
 
     def _load_comment(self, job: Job) -> bytes:
         """Return a comment on the load that a queued job waits for, or an empty one if no load holds it up."""

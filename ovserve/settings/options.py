@@ -29,6 +29,7 @@ __all__ = [
 
 MIB = 1024 * 1024
 BUILTIN_PREFIX = "builtin:"  # of the option `path`: a model in the package, `builtin:shapes`
+DEFAULT_BUILTIN = f"{BUILTIN_PREFIX}shapes"  # served where `path` is not given
 BUILTIN_NAME = "ovserve-builtin"  # served name of a built-in model, if the option `name` is empty
 # What clients send that do not let their users choose a name, or have it as a default (measured).
 BUILTIN_ALIASES = ("gpt-image-1", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3", "default")
@@ -257,6 +258,12 @@ class ModelSettings:
     def is_pinned(self) -> bool:
         """Whether the model is never unloaded to make room for another."""
         return not self.is_lazy if self.pinned is None else self.pinned
+
+    @property
+    def builtin_name(self) -> str:
+        """Which built-in model `path` means, e.g. `shapes`; empty for a directory."""
+        text = str(self.path or DEFAULT_BUILTIN)
+        return text.removeprefix(BUILTIN_PREFIX) if text.startswith(BUILTIN_PREFIX) else ""
 
     @property
     def all_aliases(self) -> tuple[str, ...]:
@@ -607,6 +614,8 @@ class Settings:
         "", "Base of returned URLs, such as https://images.example.org; empty: the request's Host."
     )
 
+    web_pages: bool = _option(True, "Serve the pages `/` and `/status` to browsers.")
+
     # Workers.
     memory_budget_bytes: int = _option(
         0,
@@ -614,6 +623,14 @@ class Settings:
         "unloaded, the least recently used first. A model whose weight files alone take more is an error. 0: no limit.",
         low=0,
         unit="bytes",
+    )
+    keep_alive_max_s: float = _option(
+        3600.0,
+        "Maximum of the request field `keep_alive`.",
+        low=0,
+        high=86400 * 365,
+        unit="seconds",
+        reason="one request must not keep a model for ever",
     )
     min_resident_s: float = _option(
         5.0,

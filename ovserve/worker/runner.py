@@ -304,7 +304,8 @@ class JobRunner:
             self._exit_load_failed(error)
         self._engine, self._loop = engine, loop
         capacity = min(engine.capacity + _SPARE_JOBS, MAX_CAPACITY)
-        self._reports.send(Ready(capacity, engine.name, why[:SHORT_TEXT_CHARS], dict(engine.tuned)))
+        schedulers = ",".join(sorted(engine.features.schedulers))
+        self._reports.send(Ready(capacity, engine.name, why[:SHORT_TEXT_CHARS], dict(engine.tuned), schedulers))
         if self._cache is not None:
             self._cache.record()
         loop.run()

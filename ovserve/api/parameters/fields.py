@@ -232,6 +232,11 @@ _TABLE = (
     Field("timeout_s", "number", "Time limit for the whole request in seconds.",
           default_text="the option `default_timeout_s`", low=0.01, high=86400,
           limit=lambda _, server: (None, server.max_timeout_s), limited_by="this server"),
+    Field("keep_alive", "number",
+          "Time in seconds for which the model stays loaded after its last job; the newest request decides. Without "
+          "effect on a pinned model.",
+          default_text="the option `keep_alive_s`", low=0, high=86400 * 365,
+          limit=lambda _, server: (None, server.keep_alive_max_s), limited_by="this server"),
     Field("metadata", "boolean", "Write prompt, seed and settings into the file.", default=True),
     _unsupported("lora_alphas", "object", "weights of LoRA adapters"),
     _unsupported("markup", "file", "an overlay with instructions"),

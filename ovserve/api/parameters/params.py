@@ -48,6 +48,7 @@ class Parameters:
         stream, partial_images, response_format: how to reply.
         quality: low, medium or high, never auto.
         timeout_s: the time limit from the request, or the default.
+        keep_alive_s: how long the model stays loaded after its last job; None: as its options say.
         safety_identifier: the client's identifier of the end user.
         moderation: whether the client asked for moderation, which is not implemented.
         ignored: names of fields and uploads that were sent but have no effect on the picture, at most MAX_IGNORED.
@@ -60,6 +61,7 @@ class Parameters:
     response_format: str
     quality: str
     timeout_s: float
+    keep_alive_s: float | None
     safety_identifier: str
     moderation: bool
     ignored: tuple[str, ...] = ()
@@ -112,6 +114,7 @@ def parse_parameters(
         response_format=values["response_format"],
         quality=values["quality"],
         timeout_s=values["timeout_s"],
+        keep_alive_s=values["keep_alive"],
         safety_identifier=values["safety_identifier"] or values["user"],
         moderation=bool(values["moderation"]),
         ignored=(
