@@ -36,9 +36,8 @@ from ovserve.engines.schedulers.plans import Plan
 from ovserve.engines.stepwise.batching import Batcher, Call, Row
 from ovserve.engines.stepwise.compiled import Components, Requests, run_decoder, run_encoder
 from ovserve.engines.stepwise.encoding import Encoding
-from ovserve.engines.stepwise.lora import with_weights
+from ovserve.engines.stepwise.lora import Loras, with_weights
 from ovserve.engines.stepwise.lora_compile import add_adapted
-from ovserve.engines.stepwise.lora import Loras
 from ovserve.engines.stepwise.picture import Picture
 from ovserve.engines.stepwise.previews import Previews, choose_shrink
 from ovserve.engines.stepwise.prompts import PromptEncoder
