@@ -19,6 +19,7 @@ from typing import Any
 
 from ovserve.errors import SettingsError
 from ovserve.settings.access import parse_hosts, parse_listen, parse_networks, parse_origins
+from ovserve.settings.loras import MAX_ADAPTERS, LoraSettings, parse_composites, parse_loras, parse_source_loras
 from ovserve.settings.options import (
     BUILTIN_NAME,
     BUILTIN_PREFIX,
@@ -48,6 +49,8 @@ _ACCESS_OPTIONS: Mapping[str, Callable[[str | None], object]] = {
     "trusted_proxies": parse_networks,
     "admin_listen": parse_listen,
 }
+_INNER_TABLES: Mapping[str, Callable[[object, str], Any]] = {"lora": parse_loras, "composite": parse_composites}
+_NAME_GRAMMAR = "expected at most 128 letters, digits and ._/:@-, beginning with a letter or digit"
 _SHOWN_CHARS = 100  # of a wrong value, quoted in a message
 
 
@@ -219,12 +222,12 @@ def _model_name(model: ModelSettings) -> ModelSettings:
 
 def _check_model(model: ModelSettings) -> None:
     """Check the options of one model against each other. Raises SettingsError."""
-    grammar = "expected at most 128 letters, digits and ._/:@-, beginning with a letter or digit"
     if not _MODEL_NAME.fullmatch(model.name):
-        raise SettingsError(f"model name {model.name!r}: {grammar}")
+        raise SettingsError(f"model name {model.name!r}: {_NAME_GRAMMAR}")
     for alias in model.aliases:
         if alias != CATCH_ALL and not _MODEL_NAME.fullmatch(alias):
-            raise SettingsError(f"model {model.name}: alias {alias[:_SHOWN_CHARS]!r}: {grammar}; or *")
+            raise SettingsError(f"model {model.name}: alias {alias[:_SHOWN_CHARS]!r}: {_NAME_GRAMMAR}; or *")
+    _check_adapters(model)
     if model.keep_alive_s is not None and -1 < model.keep_alive_s < 0:
         raise SettingsError(
             f"model {model.name}: keep_alive_s is {model.keep_alive_s:g}; expected 0 or more, or -1 for ever"
@@ -269,15 +272,53 @@ def _check_model(model: ModelSettings) -> None:
             raise SettingsError(f"model {model.name}: plugin_config: nested too deeply") from None
 
 
+def _with_source_loras(model: ModelSettings) -> ModelSettings:
+    """Return the settings with the adapters that the option `source_loras` names. Raises SettingsError."""
+    if not model.source_loras:
+        return model
+    sources, composites = parse_source_loras(model.source_loras)
+    for source in sources:
+        if source.kind != "file":
+            raise SettingsError(
+                f"source_loras: {source.alias}: {source.place} is not a file of this machine; pull it first"
+            )
+    found = [
+        LoraSettings(alias=source.alias, path=Path(source.place), alpha=1.0 if source.alpha is None else source.alpha)
+        for source in sources
+    ]
+    return dataclasses.replace(model, lora=(*model.lora, *found), composite=(*model.composite, *composites))
+
+
+def _check_adapters(model: ModelSettings) -> None:
+    """Check the names and files of adapters, and the components of composites. Raises SettingsError."""
+    title = f"model {model.name}"
+    if len(model.lora) > MAX_ADAPTERS:
+        raise SettingsError(f"{title}: {len(model.lora)} LoRA adapters; at most {MAX_ADAPTERS} are allowed")
+    for name in model.adapter_names:
+        if not _MODEL_NAME.fullmatch(name):
+            raise SettingsError(f"{title}: alias {name[:_SHOWN_CHARS]!r}: {_NAME_GRAMMAR}")
+    known = {adapter.alias for adapter in model.lora}
+    for composite in model.composite:
+        names = [name for name, _ in composite.components]
+        if not names or len(set(names)) < len(names):
+            raise SettingsError(f"{title}: composite {composite.alias}: name one or more adapters, each once")
+        for name in names:
+            if name not in known:
+                raise SettingsError(
+                    f"{title}: composite {composite.alias}: {name[:_SHOWN_CHARS]!r} is not one of its adapters: "
+                    f"{', '.join(sorted(known)) or 'it has none'}"
+                )
+
+
 def _check_unique_names(models: Sequence[ModelSettings]) -> set[str]:
-    """Return every name and alias. Raises SettingsError for one that is given twice."""
+    """Return every name and alias, adapters and composites included. Raises SettingsError for one given twice."""
     owners: dict[str, str] = {}
     for model in models:
         if model.name in owners:
             raise SettingsError(f"two models have the name {model.name!r}")
         owners[model.name] = model.name
     for model in models:
-        for alias in model.all_aliases:
+        for alias in model.further_names:
             if alias in owners:
                 owner = owners[alias]
                 what = "the name of a model" if owner == alias else f"also an alias of model {owner}"
@@ -297,17 +338,26 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise SettingsError(f"--config {path}: nested too deeply") from None
 
 
-def _tables(document: dict[str, Any], title: str) -> list[_Source]:
-    """Remove the [[model]] tables from the document; return them as sources. Raises SettingsError."""
+def _tables(document: dict[str, Any], title: str) -> list[tuple[_Source, dict[str, Any]]]:
+    """Remove the [[model]] tables from the document; return each as a source, and its inner tables by option name.
+
+    Raises:
+        SettingsError: something is not a table, or has an unknown option.
+    """
     tables = document.pop("model", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise SettingsError(f"{title}: write each model as a [[model]] table")
     found = []
     for number, table in enumerate(tables, 1):
         name = table.get("name", table.get("model_name"))
-        source = _table(f"{title}: [[model]] {number}{f' ({_shown(name)})' if name else ''}", table)
+        where = f"{title}: [[model]] {number}{f' ({_shown(name)})' if name else ''}"
+        inner: dict[str, Any] = {}
+        for option, parse in _INNER_TABLES.items():
+            if option in table:
+                inner[option] = parse(table.pop(option), where)
+        source = _table(where, table)
         _check_names(source, ModelSettings)
-        found.append(source)
+        found.append((source, inner))
     return found
 
 
@@ -359,8 +409,12 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
     _check_names(file, Settings)
     if tables and (loose := [source.spell(name) for source in of_model for name in source.values]):
         raise SettingsError(f"{loose[0]} cannot be combined with [[model]] tables; put it into the table of its model")
-    given = [[table] for table in tables] or [of_model]
-    models = [_model_name(ModelSettings(**_gather(ModelSettings, each))) for each in given]
+    given: list[tuple[list[_Source], dict[str, Any]]] = [([table], inner) for table, inner in tables] or [
+        (of_model, {})
+    ]
+    models = [
+        _with_source_loras(_model_name(ModelSettings(**_gather(ModelSettings, each), **inner))) for each, inner in given
+    ]
     for model in models:
         _check_model(model)
     names = _check_unique_names(models)

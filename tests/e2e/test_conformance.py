@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from tests.live import BUILTIN_PATH, LiveServer
+from tests.loras import write_adapter
 
 ROOT = Path(__file__).parents[2]
 VECTORS = json.loads((ROOT / "tests" / "data" / "model-server.json").read_text("utf-8"))
@@ -31,14 +32,18 @@ LIMITS: dict[str, dict[str, Any]] = {
     "ut": {"default_num_inference_steps": 2, "max_num_inference_steps": 10, "max_guidance_scale": 200},
     "limit4": {"max_num_images_per_prompt": 4, "default_num_inference_steps": 2},
     "defres": {"default_resolution": "512x256", "default_num_inference_steps": 2},
-    "maxres512": {"max_resolution": "512x512"},
+    "maxres512": {"max_resolution": "512x512", "default_num_inference_steps": 2},
 }
+ADAPTERS = ("xray", "anime", "vector")  # of the last model, which is also the vectors' server with adapters
+COMPOSITE = "[[model.composite]]\nalias = 'blend'\ncomponents = {xray = 0.5, anime = 0.5}"
 SAME_AS = {
     "mockbackend": "default",
     "ut_mockbackend": "ut",
     "metrics": "default",
     "apikey": "default",
     "apikey_metrics": "default",
+    "lora": "maxres512",
+    "lora_static": "maxres512",
 }
 GUARDED = ("apikey", "apikey_metrics")  # servers that require an API key
 
@@ -52,7 +57,7 @@ class Difference:
     rule: str
 
 
-LATER_LORA = "LoRA is not supported yet."
+DYNAMIC = "The weights of adapters can always be changed by a request; there is no static mode."
 LATER_HUB = (
     "The model hub, conversion and the reference server's configuration files are not supported yet, or not planned."
 )
@@ -68,9 +73,9 @@ REPEATED = "A repeated field is accepted if its values are equal, and gets 400 i
 SAME_VALUE = "Two fields for one value are accepted if they agree, and get 400 if they differ."
 DEFAULT_MODEL = "If `model` is absent or empty, the default model is used, or the only one."
 DIFFERENCES = (
-    Difference("lora.*", None, LATER_LORA),
-    Difference("edit.err.unknown.lora_bracket", None, LATER_LORA),
-    Difference("route.composite_alias", None, LATER_LORA),
+    Difference("lora.err.static*", 200, DYNAMIC),
+    Difference("lora.ok.base_unknown_alias", 400, "The name of an adapter that the model does not have gets 400."),
+    Difference("edit.err.unknown.lora_bracket", 200, "An object may also be sent as `x[key]`."),
     Difference("cli*", None, LATER_HUB),
     Difference("graph*", None, LATER_HUB),
     Difference("export*", None, LATER_HUB),
@@ -226,6 +231,10 @@ def server_with_all_limits(folder: Path) -> Iterator[LiveServer]:
         pinned = {"streams": 2, "threads": 1, "max_batch": 8}
         lines = [f"{key} = {json.dumps(value)}" for key, value in {**limits, **pinned, "path": BUILTIN_PATH}.items()]
         tables.append("\n".join(["[[model]]", f'name = "{name}"', *lines]))
+    for number, alias in enumerate(ADAPTERS):
+        path = write_adapter(folder / f"{alias}.safetensors", number)
+        tables.append(f"[[model.lora]]\nalias = '{alias}'\npath = '{path}'")
+    tables.append(COMPOSITE)
     (folder / "c.toml").write_text("\n".join(tables))
     with (
         LiveServer("--config", str(folder / "c.toml"), spool=folder) as server,
