@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -107,7 +108,7 @@ class Crowd:
                     self._clients[index] = (self._open(address, request), address, request)
                     self.reopened += 1
 
-    def __enter__(self) -> Crowd:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
