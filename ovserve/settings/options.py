@@ -112,6 +112,15 @@ class ModelSettings:
         False,
         f"Add names that clients send on their own: {', '.join(f'`{name}`' for name in BUILTIN_ALIASES)}.",
     )
+    vae: Path | None = _option(
+        None,
+        "Directory with the `vae_decoder` and `vae_encoder` to use, such as those of a tiny autoencoder; none: the "
+        "model's.",
+    )
+    preview_vae: Path | None = _option(
+        None,
+        "Directory with the `vae_decoder` for previews, such as a tiny autoencoder; none: that of the pictures.",
+    )
     lora: tuple[LoraSettings, ...] = ()
     composite: tuple[CompositeSettings, ...] = ()
     source_loras: str = _option(
@@ -338,6 +347,17 @@ class Settings:
         "there is no such model; `any`: one of the models; `all`: every model.",
         reason="a load balancer must not send requests to a server that answers them with 503",
         choices=("default", "any", "all"),
+    )
+    watch: bool = _option(
+        False,
+        "Reload when the configuration file, a file with keys or a file of a model's directory changes.",
+    )
+    watch_interval_s: float = _option(
+        1.0,
+        "Time between two looks at the watched files; a change counts when two looks in a row see the same.",
+        low=0.05,
+        high=3600,
+        unit="seconds",
     )
     log_level: str = _option("info", "Lowest level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "Format of log lines.", choices=("text", "json"))
