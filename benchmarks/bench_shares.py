@@ -7,8 +7,8 @@ One server with the built-in model. Each round measures both arrangements, in al
 connections open. Each edit of the measured client uses a new connection from an address of its own.
 
 idle      every address has its connections idle after one answered request
-hostile   every address has silent connections, uploads that send a byte now and then, and results of megabytes that
-          are not read; a connection that the server ends is opened again
+hostile   every address has silent connections, and uploads that are as slow as the server allows; some have results of
+          megabytes that they do not read; a connection that the server ends is opened again
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ MEASURED = "127.0.0.99"
 CONNECTIONS = 512  # the server's limit; all of them are used
 SLOW_UPLOADS = 8  # of each address; its other connections are silent
 SLOW_READERS = 4  # addresses that do not read the result of one more edit
-UPLOAD_BYTES = 4 << 20
+UPLOAD_BYTES = 4 << 20  # sent at once; then SLOW_BYTES with each tick
+ANNOUNCED_BYTES = 64 << 20
+SLOW_BYTES = 1024  # twice the server's minimum rate
 READ_PX = 1024  # of a noise image that is returned as it is (strength 0) and not read
 TICK_S = 0.5  # between bytes of the slow uploads, and between checks for ended connections
 SETTLE_S = 1.0
@@ -78,7 +80,7 @@ class Crowd:
         self._clients: list[tuple[RawClient, str, bytes]] = []
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._keep)
-        upload = edit_request(b"x" * (UPLOAD_BYTES - 4096), UPLOAD_BYTES)
+        upload = edit_request(b"x" * UPLOAD_BYTES, ANNOUNCED_BYTES)
         read = edit_request(noise_png(READ_PX), strength=0, size=f"{READ_PX}x{READ_PX}") if is_hostile else b""
         each = CONNECTIONS // len(ADDRESSES)
         for index, address in enumerate(ADDRESSES):
@@ -100,9 +102,9 @@ class Crowd:
     def _keep(self) -> None:
         while not self._ending.wait(TICK_S):
             for index, (client, address, request) in enumerate(self._clients):
-                if len(request) > UPLOAD_BYTES // 2:
-                    client.send(b"x")
-                is_read = request and len(request) < UPLOAD_BYTES // 2
+                if len(request) > UPLOAD_BYTES:
+                    client.send(b"x" * SLOW_BYTES)
+                is_read = request and len(request) < UPLOAD_BYTES
                 if not is_read and client.has_answer(0):  # ended by the server
                     client.close()
                     self._clients[index] = (self._open(address, request), address, request)
