@@ -330,7 +330,7 @@ RELOADED = frozenset((
     "max_prepared_bytes", "default_timeout_s",
     "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
     "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "min_resident_s",
-    "memory_budget_bytes",
+    "memory_budget_bytes", "cache_bytes",
     "api_key", "api_key_file",
     "admin_key", "admin_key_file", "allowed_hosts", "log_level", "log_format", "decode_cpu_limit_s",
     "decode_memory_limit_bytes",
@@ -352,9 +352,10 @@ def _raise_descriptor_limit(settings: Settings) -> None:
     if limit > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     limit = max(limit, soft)
-    needed = OWN_DESCRIPTORS + settings.overflow_connections + CONNECTION_DESCRIPTORS * settings.max_connections
+    spare = settings.overflow_connections + settings.linger_connections
+    needed = OWN_DESCRIPTORS + spare + CONNECTION_DESCRIPTORS * settings.max_connections
     if settings.admin_listen:
-        needed += settings.overflow_connections + ADMIN_CONNECTIONS * CONNECTION_DESCRIPTORS
+        needed += spare + ADMIN_CONNECTIONS * CONNECTION_DESCRIPTORS
     if limit < needed:
         log.warning(
             "max_connections may need more descriptors than this process is allowed",

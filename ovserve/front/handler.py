@@ -2,7 +2,7 @@
 
     receive head ──▶ answer (route, which may read the form) ──▶ write reply ──▶ discard unread body ──▶ next request
          │                    │
-         └── reject ──────────┴──▶ error response ──▶ close the writing side ──▶ linger: receive and drop ──▶ close
+         └── reject ──────────┴──▶ error response ──▶ linger (ovserve.front.linger)
 
 Runs in: the connection's own thread. Every wait has a limit; the wait for a job, which may be long, ends when the
 client closes.
@@ -56,6 +56,7 @@ from ovserve.front.http1.response import (
     error_fields,
     reason_phrase,
 )
+from ovserve.front.linger import Linger
 from ovserve.front.request import Request, escape_for_log, internal_error, new_request_id
 from ovserve.front.transport import Transport
 from ovserve.logs import LogLimit, fields
@@ -108,6 +109,10 @@ class ConnectionContext(Protocol):
     @property
     def proxies(self) -> TrustedProxies:
         """The reverse proxies whose forwarded fields count."""
+
+    @property
+    def linger(self) -> Linger:
+        """Takes over connections whose client may still send after the answer."""
 
     @property
     def rejections(self) -> LogLimit:
@@ -369,7 +374,8 @@ class Connection:
         return False
 
     def _linger(self) -> None:
-        self.transport.linger(self.settings.linger_bytes, self.settings.linger_s)
+        """Give the socket away: closing it now could reset the connection before the client has read the answer."""
+        self._context.linger.add(self._socket)
 
     # --- writing ------------------------------------------------------------------------------------------------------
 

@@ -2,9 +2,9 @@
 
 At the limit, a new connection evicts the one that has been idle longest.
 
-Threads: one accepts, one (`overflow`) answers connections beyond the limit, and one serves each connection. Accepting
-never waits for the others, nor for file descriptors: when those run out, a spare one is closed so that the next
-connection can be accepted and closed.
+Threads: one accepts, one (`overflow`) answers connections beyond the limit, one (`linger`) keeps refused connections
+open until their clients have read the answer, and one serves each connection. Accepting never waits for the others, nor
+for file descriptors: when those run out, a spare one is closed so that the next connection can be accepted and closed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ovserve.front.http1.forwarded import TrustedProxies
 from ovserve.front.http1.origins import OriginRule, is_loopback_host
 from ovserve.front.http1.response import Responses
 from ovserve.front.keys import Keys, read_admin_keys, read_keys
+from ovserve.front.linger import Linger
 from ovserve.front.overflow import Overflow
 from ovserve.logs import LogLimit, fields
 from ovserve.settings.access import ListenAddress, parse_listen
@@ -39,6 +40,7 @@ from ovserve.wire.blobs import BlobStore
 __all__ = ["Listener"]
 
 ABORT_TIMEOUT_S = 5.0  # for the threads of aborted connections to end; all their waits end with the connection
+LINGER_STOP_S = 1.0  # at least, for clients that are still sending when the listener stops
 MIN_IDLE_S = 1.0  # before a connection may be evicted: a client that has just been answered may send its next request
 # A peer whose machine has vanished is detected after two minutes, whatever its thread waits for.
 KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # seconds, seconds, probes
@@ -56,6 +58,7 @@ class Listener(ThreadingHTTPServer):
     Attributes:
         settings, api, spool, responses, proxies: shared by its connections (`ConnectionContext`).
         access: the rules and keys; `configure` replaces the object.
+        linger: takes over connections whose client may still send after the answer.
         rejections: limits the log lines of connections that send no valid request, or find none free.
         host, port: where it listens; the actual port when the configured one is 0. Of a Unix socket: its path, and 0.
         closes_connections: responses close their connections; new ones are still accepted.
@@ -112,6 +115,7 @@ class Listener(ThreadingHTTPServer):
             self.server_close()
             raise
         self.socket.setblocking(False)
+        self.linger = Linger(settings)
         self._overflow = Overflow(self)
         self._connections: dict[Connection, threading.Thread] = {}
         self._evicted: set[Connection] = set()  # subset of `_connections`: their threads are about to end
@@ -162,6 +166,7 @@ class Listener(ThreadingHTTPServer):
 
     def start(self) -> None:
         """Start to accept connections."""
+        self.linger.start()
         self._overflow.start()
         self._thread.start()
         log.info(
@@ -349,6 +354,7 @@ class Listener(ThreadingHTTPServer):
         end = time.monotonic() + ABORT_TIMEOUT_S
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
+        self.linger.stop(max(grace_s, LINGER_STOP_S))
         for limit in (self.rejections, self._exhaustion, self._refused_origins.limit):
             limit.stop()
         os.close(self._wakeup)

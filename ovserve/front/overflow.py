@@ -1,8 +1,8 @@
 """Connections beyond the limit: answers health checks and metrics, and others with 503, on a thread that never blocks.
 
-    accept thread ──offer──▶ HEAD ──▶ ANSWER ──▶ LINGER until the client closes
+    accept thread ──offer──▶ HEAD ──▶ ANSWER ──▶ linger (ovserve.front.linger)
 
-Each connection has `overflow_timeout_s` for all three states. At most `overflow_connections` are open; beyond that the
+Each connection has `overflow_timeout_s` for both states. At most `overflow_connections` are open; beyond that the
 oldest is closed, so that clients that connect and send nothing cannot keep a health check out.
 """
 
@@ -57,7 +57,7 @@ class _ExemptExchange(Request):
 
 
 class _OverflowConnection:
-    """One connection and its state: `answer` is None in HEAD, and empty in LINGER."""
+    """One connection and its state: `answer` is None in HEAD."""
 
     def __init__(self, connection: socket.socket, address: str, context: ConnectionContext) -> None:
         self.socket = connection
@@ -67,7 +67,6 @@ class _OverflowConnection:
         self.data = b""
         self.origin: str | None = None  # field of its request
         self.answer: memoryview | None = None
-        self.linger_bytes = context.settings.linger_bytes  # that may still be discarded
 
 
 class Overflow:
@@ -161,10 +160,8 @@ class Overflow:
         try:
             if connection.answer is None:
                 self._read_head(connection)
-            if connection.answer:
+            if connection.answer is not None:
                 self._write(connection)
-            elif connection.answer is not None:
-                self._discard(connection)
         except BlockingIOError:
             return
         except (OSError, ClientGone):
@@ -240,24 +237,22 @@ class Overflow:
             reply.close()
 
     def _write(self, connection: _OverflowConnection) -> None:
-        """Send what the socket accepts; after the last byte, close the writing side and linger."""
+        """Send what the socket accepts; after the last byte, let the connection linger."""
         rest = connection.answer or memoryview(b"")
         with contextlib.suppress(BlockingIOError):
             rest = rest[connection.socket.send(rest) :]
         connection.answer = rest
-        if not rest:
-            connection.socket.shutdown(socket.SHUT_WR)
-        self._poll.modify(connection.socket, select.EPOLLOUT if rest else select.EPOLLIN)
-
-    def _discard(self, connection: _OverflowConnection) -> None:
-        """Receive and drop, so that the close does not reset the connection before the client has read the answer."""
-        dropped = len(connection.socket.recv(RECEIVE_BYTES))
-        connection.linger_bytes -= dropped
-        if not dropped or connection.linger_bytes <= 0:
-            self._close(connection)
+        if rest:
+            self._poll.modify(connection.socket, select.EPOLLOUT)
+            return
+        self._forget(connection)
+        self._context.linger.add(connection.socket)
 
     def _close(self, connection: _OverflowConnection) -> None:
+        self._forget(connection)
+        connection.socket.close()
+
+    def _forget(self, connection: _OverflowConnection) -> None:
         self._connections.pop(connection.socket.fileno(), None)
         with contextlib.suppress(OSError):
             self._poll.unregister(connection.socket)
-        connection.socket.close()

@@ -6,7 +6,6 @@ SO_SNDTIMEO). That is one system call, where Python's own socket timeouts need a
 
 from __future__ import annotations
 
-import contextlib
 import select
 import socket
 import struct
@@ -248,21 +247,6 @@ class Transport:
                 return True
             if deadline.is_expired():
                 return False
-
-    def linger(self, limit_bytes: int, limit_s: float) -> None:
-        """Close the writing side, then receive and drop until the peer closes or a limit is reached.
-
-        Closing a socket that has unread bytes resets the connection, and the reset can overtake the answer.
-        """
-        self._data, self._position = b"", 0
-        with contextlib.suppress(OSError, ClientGone, TimeoutError):
-            self._socket.shutdown(socket.SHUT_WR)
-            end = time.monotonic() + limit_s
-            while limit_bytes > 0 and (left := end - time.monotonic()) > 0:
-                dropped = len(self.receive(left))
-                if not dropped:
-                    return
-                limit_bytes -= dropped
 
     def _receive_within(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:
         """Return what `receive` returns at once, or within the time. Raises TimeoutError and ClientGone.

@@ -19,6 +19,7 @@ __all__ = [
     "BUILTIN_NAME",
     "BUILTIN_PREFIX",
     "CATCH_ALL",
+    "NO_CACHE",
     "ModelSettings",
     "Option",
     "Resolution",
@@ -31,6 +32,7 @@ BUILTIN_PREFIX = "builtin:"  # of the option `path`: a model in the package, `bu
 BUILTIN_NAME = "ovserve-builtin"  # served name of a built-in model, if the option `name` is empty
 # What clients send that do not let their users choose a name, or have it as a default (measured).
 BUILTIN_ALIASES = ("gpt-image-1", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3", "default")
+NO_CACHE = Path("off")  # of the option `cache_dir`
 LAZY_KEEP_ALIVE_S = 300.0  # of a lazy model whose option `keep_alive_s` is not set
 CATCH_ALL = "*"  # the alias for every name that no model has
 
@@ -150,7 +152,12 @@ class ModelSettings:
         unit="jobs",
         reason="a minute of work for a small model, hours for a large one",
     )
-    cache_dir: Path | None = _option(None, "Cache directory for compiled models; none: no cache.")
+    cache_dir: Path | None = _option(
+        None,
+        "Directory for compiled models, with a folder for each model; none: `ovserve/compiled` in the user's cache "
+        "directory; `off`: compiled models are not kept.",
+        reason="the second load of a model is faster, and quantised weights take less memory",
+    )
     plugin_config: str = _option("", "Additional OpenVINO properties, as a JSON object.")
     threads: int = _option(
         0, "CPU threads for one inference request; 0: measured and chosen at warm-up.", low=0, high=1024, unit="threads"
@@ -494,15 +501,32 @@ class Settings:
     write_timeout_s: float = _option(
         60.0, "Maximum time without progress while a response is written.", low=0.1, high=3600, unit="seconds"
     )
-    linger_bytes: int = _option(
-        4 * MIB,
-        "Bytes of a rejected body that are read and discarded so that the client reads the response.",
-        low=0,
-        high=1024 * MIB,
-        unit="bytes",
-    )
     linger_s: float = _option(
-        2.0, "Time limit for reading and discarding a rejected body.", low=0, high=60, unit="seconds"
+        30.0,
+        "Time for which a connection stays open after an early refusal, such as 413 or 401, while its client still "
+        "sends; what arrives is dropped. It ends sooner when the client closes, is silent, or is slower than "
+        "min_body_bytes_per_s.",
+        low=0,
+        high=3600,
+        unit="seconds",
+        reason="most clients read the response only when they have sent their whole body",
+    )
+    linger_bytes: int = _option(
+        1024 * MIB,
+        "Bytes that are dropped on one such connection.",
+        low=0,
+        high=64 * 1024 * MIB,
+        unit="bytes",
+        reason="four times the largest body that is accepted",
+    )
+    linger_connections: int = _option(
+        256,
+        "Maximum number of such connections; above it the oldest is closed, and its client may get a reset in place "
+        "of the response.",
+        low=1,
+        high=100_000,
+        unit="connections",
+        reason="each takes a descriptor, and one thread serves all of them",
     )
     default_timeout_s: float = _option(
         600.0,
@@ -591,6 +615,14 @@ class Settings:
         high=86400,
         unit="seconds",
         reason="requests for several models would otherwise load them in turns and do nothing else",
+    )
+    cache_bytes: int = _option(
+        20 * 1024 * MIB,
+        "Maximum size of the compiled models in one cache directory; above it the least recently used are deleted.",
+        low=1 * MIB,
+        high=1024 * 1024 * MIB,
+        unit="bytes",
+        reason="a compiled model is about as large as its weights",
     )
     load_timeout_s: float = _option(
         900.0,

@@ -22,6 +22,7 @@ class WorkerSettings:
     max_prepared_bytes: int
     decode_cpu_limit_s: float
     decode_memory_limit_bytes: int
+    cache_bytes: int
 
     @classmethod
     def of(cls, settings: Settings) -> WorkerSettings:

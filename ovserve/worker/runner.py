@@ -39,6 +39,7 @@ from ovserve.wire.blobs import WorkerBlobs
 from ovserve.wire.link import MAX_CAPACITY, WorkerLink
 from ovserve.wire.messages import Cancel, Done, Grant, Heartbeat, Message, Progress, Ready, Run, Stop
 from ovserve.wire.request import ImageRequest
+from ovserve.worker.compiled_cache import CompiledCache, open_cache
 from ovserve.worker.finish import Finisher
 from ovserve.worker.intake import Intake
 from ovserve.worker.jobs import WorkerJob
@@ -101,6 +102,7 @@ class JobRunner:
         self._finisher = Finisher(self, self._reports, blobs)
         self._engine: Engine | None = None
         self._loop: DeviceLoop | None = None
+        self._cache: CompiledCache | None = None
 
     # --- main thread --------------------------------------------------------------------------------------------------
 
@@ -289,8 +291,12 @@ class JobRunner:
         self._engine, self._loop = engine, loop
         capacity = min(engine.capacity + _SPARE_JOBS, MAX_CAPACITY)
         self._reports.send(Ready(capacity, engine.name, why[:SHORT_TEXT_CHARS], dict(engine.tuned)))
+        if self._cache is not None:
+            self._cache.record()
         loop.run()
         engine.close()
+        if self._cache is not None:
+            self._cache.record()  # what was compiled later
         end_process(0)
 
     def _load_with_fallback(self) -> tuple[Engine, DeviceLoop, str]:
@@ -299,6 +305,8 @@ class JobRunner:
         With `auto`, a model that our own loop (stepwise) cannot load is loaded with genai.
         """
         self._profile = self._complete_profile(self._profile)
+        self._cache = open_cache(self._profile, self._model, self._settings, lambda: self._send_heartbeat("load", 0.0))
+        self._model = dataclasses.replace(self._model, cache_dir=self._cache.folder if self._cache else None)
         engine, why = self._create_engine(self._profile, self._model)
         if self._model.engine != "auto" or engine.name == "genai":
             return engine, self._load(engine), why
