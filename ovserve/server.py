@@ -326,7 +326,7 @@ class Server:
 
 # Options that a reload changes; all others are fixed at start.
 RELOADED = frozenset((
-    "models", "default_model", "ready_models", "max_images", "max_image_pixels", "max_image_side_px",
+    "models", "ignored", "default_model", "ready_models", "max_images", "max_image_pixels", "max_image_side_px",
     "max_prepared_bytes", "default_timeout_s",
     "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
     "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "min_resident_s",

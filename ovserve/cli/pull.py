@@ -23,7 +23,7 @@ from ovserve.hub.pull import Puller, PullRequest
 from ovserve.hub.stored import default_root
 from ovserve.hub.transfer import Stopped
 
-__all__ = ["parse_requests", "pull_all", "run"]
+__all__ = ["parse_requests", "pull_all", "reporter_for", "run"]
 
 _DESCRIPTION = """Download a model from a hub into the directory of pulled models, to be served with --source_model or
 --model_path. Only the files that the server reads are downloaded. A pull that was interrupted continues where it ended.
@@ -113,8 +113,14 @@ def _checked(what: str, value: str, check: object) -> str:
 def run(arguments: Sequence[str]) -> int:
     """Pull what the arguments name; return the exit code."""
     requests, is_json = parse_requests(arguments, os.environ)
-    reporter: Reporter = JsonReporter() if is_json else BarReporter() if sys.stderr.isatty() else QuietReporter()
-    return pull_all(requests, reporter, os.environ)
+    return pull_all(requests, reporter_for(is_json=is_json), os.environ)
+
+
+def reporter_for(*, is_json: bool) -> Reporter:
+    """Return what shows the progress: JSON lines, a bar on a terminal, or a line for each event."""
+    if is_json:
+        return JsonReporter()
+    return BarReporter() if sys.stderr.isatty() else QuietReporter()
 
 
 def pull_all(requests: Sequence[PullRequest], reporter: Reporter, environment: Mapping[str, str]) -> ExitCode:

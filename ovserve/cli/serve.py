@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 from ovserve import __version__
 from ovserve.cli.arguments import ArgumentParser
 from ovserve.cli.commands import ExitCode
+from ovserve.cli.export import export
+from ovserve.cli.modelserver import read_command_line
 from ovserve.errors import ModelsFailed, StartupError
 from ovserve.logs import configure_logs, fields
 from ovserve.server import Server
@@ -63,10 +66,12 @@ def parse_arguments(
     Raises:
         SettingsError: an option, a variable or the file is wrong.
     """
-    flags = _parser(command, description).parse(arguments)
+    line = read_command_line(arguments)
+    flags = _parser(command, description).parse(line.arguments)
     config = flags.pop("config", None) or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG") or None
     values = {name: str(value) for name, value in flags.items()}
-    return load_settings(values, environment, Path(str(config)) if config else None)
+    settings = load_settings(values, environment, Path(str(config)) if config else None)
+    return dataclasses.replace(settings, ignored=(*line.ignored, *settings.ignored))
 
 
 def _take_environment() -> dict[str, str]:
@@ -92,10 +97,14 @@ def _take_environment() -> dict[str, str]:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the server until a signal stops it; return the exit code."""
+    mode = read_command_line(arguments).mode
+    if mode != "serve":
+        return export(mode, arguments, parse_arguments)
     try:
         environment = _take_environment()
         settings = parse_arguments(arguments, environment)
         configure_logs(settings.log_level, settings.log_format)
+        log_ignored(settings)
         if foreign := service_variables(environment):
             log.info(
                 "ignored environment variables that Kubernetes sets for a Service",
@@ -109,6 +118,12 @@ def run(arguments: Sequence[str]) -> int:
         return _end(server.run())
     except StartupError as error:
         return _end(report_error(str(error), _exit_code(error)))
+
+
+def log_ignored(settings: Settings) -> None:
+    """Log once what a reference server's files and flags say that has no meaning here."""
+    if settings.ignored:
+        log.warning("without effect: %s", "; ".join(settings.ignored))
 
 
 def report_error(message: str, code: ExitCode) -> ExitCode:

@@ -72,6 +72,11 @@ class PullRequest:
     checks_memory: bool = True
     arguments: tuple[str, ...] = ()
 
+    @property
+    def directory(self) -> Path:
+        """Where the complete files are put."""
+        return Place(self.root, self.repository).directory
+
 
 def find_pulled(root: Path, repository: str, revision: str, weight_format: str = "") -> Path | None:
     """Return the directory of a repository that was pulled completely at this revision, or None."""

@@ -26,6 +26,7 @@ from ovserve.hub.transfer import Stopped
 __all__ = ["RECORD", "Place", "PullRecord", "default_root", "is_complete", "locked", "put_in_place", "read_record"]
 
 RECORD = ".ovserve-pull.json"
+KEPT_FILES = ("graph.pbtxt",)  # written beside a pulled model, and not part of its repository
 LOCK_POLL_S = 0.2
 LOCK_STALL_S = 900.0  # without any change of a pull's files: a conversion may write nothing for minutes
 _MAX_RECORD_BYTES = 16 * 1024 * 1024
@@ -125,6 +126,9 @@ def put_in_place(source: Path, place: Place, record: PullRecord) -> None:
     temporary = source / f"{RECORD}.new"
     temporary.write_text(json.dumps(asdict(record), indent=1) + "\n", "utf-8")
     os.replace(temporary, source / RECORD)
+    for name in KEPT_FILES:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy2(place.directory / name, source / name)
     shutil.rmtree(place.old, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         os.rename(place.directory, place.old)

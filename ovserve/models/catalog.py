@@ -29,6 +29,12 @@ class ServedModel:
         return self.profile.name
 
     @property
+    def fixed_guidance_scale(self) -> float:
+        """The only guidance scale of a request, where the option `resolution` is set."""
+        fixed = self.limits.guidance_scale
+        return self.profile.defaults.guidance_scale if fixed is None else fixed
+
+    @property
     def cuts_prompt(self) -> bool:
         """Whether a prompt that is too long is cut, if the request does not choose: by the operator, else the model."""
         chosen = self.limits.truncate_prompt

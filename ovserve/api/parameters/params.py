@@ -20,6 +20,7 @@ from ovserve.api.parameters.uploads import Pictures, check_pictures, reject_text
 from ovserve.api.parameters.validate import (
     check_exclusions,
     check_features,
+    check_fixed,
     check_limits,
     check_required,
     parse_values,
@@ -90,6 +91,7 @@ def parse_parameters(
     check_limits(given, model, settings)
     given.values["model"] = given.values.get("model") or path_model or model.name
     resolved = resolve(given.values, model, settings)
+    check_fixed(resolved.values, given, model)
     check_exclusions(resolved.values, given)
     pictures = check_pictures(gathered, endpoint, model, settings)
     steps = resolve_steps(endpoint, given, resolved, model, has_mask=pictures.mask is not None)

@@ -15,19 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from ovserve.errors import SettingsError
+from ovserve.settings.modelserver.files import read_text
 from ovserve.settings.modelserver.textproto import Message, Scalar, parse, quoted
 
-__all__ = ["GRAPH_FILE", "GraphModel", "check_rules", "read_graph", "write_graph"]
+__all__ = ["GRAPH_FILE", "GraphModel", "NoImageGraph", "check_rules", "read_graph", "write_graph"]
 
 GRAPH_FILE = "graph.pbtxt"
 MAX_GRAPH_BYTES = 1 << 20
-_CALCULATOR = "HttpImageGenCalculator"
+_CALCULATOR = "ImageGenCalculator"
 _OPTIONS_TYPE = "ImageGenCalculatorOptions"
 _SIZE = re.compile(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}")
 _QUEUE = re.compile(r"^\s*#\s*OVMS_GRAPH_QUEUE_MAX_SIZE\s*:\s*(.*?)\s*$", re.MULTILINE)
 _ALIAS = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _MODES = ("DYNAMIC", "STATIC", "FUSE")
 _DEFAULT_MAX = "4096x4096"
+
+
+class NoImageGraph(SettingsError):
+    """A graph makes no images, but text or something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +50,11 @@ class GraphModel:
 
 def read_graph(path: Path) -> GraphModel:
     """Read a graph file. Raises SettingsError; the message names the file and the option."""
+    text = read_text(path, MAX_GRAPH_BYTES)
     try:
-        with path.open("rb") as stream:
-            content = stream.read(MAX_GRAPH_BYTES + 1)
-        if len(content) > MAX_GRAPH_BYTES:
-            raise ValueError(f"it has more than {MAX_GRAPH_BYTES} bytes")
-        return _parse_graph(content.decode("utf-8-sig"), path.parent)
-    except OSError as error:
-        raise SettingsError(f"{path}: {error.strerror}") from None
+        return _parse_graph(text, path.parent)
+    except NoImageGraph as error:
+        raise NoImageGraph(f"{path}: {error}") from None
     except ValueError as error:
         raise SettingsError(f"{path}: {error}") from None
 
@@ -66,6 +68,8 @@ def _parse_graph(text: str, folder: Path) -> GraphModel:
         ignored.append("OVMS_GRAPH_QUEUE_MAX_SIZE: requests share the calls of a worker")
     graph = parse(text)
     nodes = [node for node in graph.messages("node") if _text_of(node, "calculator") == _CALCULATOR]
+    if not nodes:
+        raise NoImageGraph(f"it has no node with calculator {_CALCULATOR!r}, so it makes no images")
     if len(nodes) != 1:
         raise ValueError(f"it has {len(nodes)} nodes with calculator {_CALCULATOR!r}; expected one")
     others = [_text_of(node, "calculator") for node in graph.messages("node") if node is not nodes[0]]
@@ -102,6 +106,8 @@ def _string(value: Scalar) -> str:
 
 def _integer(value: Scalar) -> int:
     try:
+        if value.is_string:
+            raise ValueError
         return int(value.text, 0) if value.text[:2].lower() == "0x" else int(value.text)
     except ValueError:
         raise ValueError("expected a whole number") from None

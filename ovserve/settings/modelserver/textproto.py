@@ -66,9 +66,7 @@ class Message:
 
 def quoted(text: str) -> str:
     """Return a string as a quoted value of the text format."""
-    escaped = "".join(
-        f"\\{char}" if char in '\\"' else char if char.isprintable() else _escaped(char) for char in text
-    )
+    escaped = "".join(f"\\{char}" if char in '\\"' else char if char.isprintable() else _escaped(char) for char in text)
     return f'"{escaped}"'
 
 
@@ -208,23 +206,25 @@ class _Parser:
 
 
 def _unquote(text: str, line: int) -> str:
-    def replace(match: re.Match[str]) -> str:
+    """Return the content of a quoted string. Octal and hexadecimal escapes are bytes of UTF-8. Raises ValueError."""
+    content, position = bytearray(), 1
+    for match in _ESCAPE.finditer(text, 1, len(text) - 1):
+        content += text[position : match.start()].encode("utf-8", "surrogatepass")
+        position = match.end()
         simple, octal, hexadecimal, unicode, other = match.groups()
         if other is not None:
             raise ValueError(f"line {line}: unknown escape \\{other}")
         if simple is not None:
-            return _SIMPLE.get(simple, simple)
-        if unicode is not None:
-            return chr(int(unicode, 16))
-        value = int(octal, 8) if octal is not None else int(hexadecimal, 16)
-        if value > 255:
-            raise ValueError(f"line {line}: the escape \\{octal} is above 255")
-        return chr(value)
-
-    unescaped = _ESCAPE.sub(replace, text[1:-1])
-    if "\\" not in text:
-        return unescaped
-    try:  # octal and hexadecimal escapes are bytes of UTF-8
-        return unescaped.encode("latin-1").decode("utf-8")
+            content += _SIMPLE.get(simple, simple).encode()
+        elif unicode is not None:
+            content += chr(int(unicode, 16)).encode("utf-8", "surrogatepass")
+        else:
+            value = int(octal, 8) if octal is not None else int(hexadecimal, 16)
+            if value > 255:
+                raise ValueError(f"line {line}: the escape \\{octal} is above 255")
+            content.append(value)
+    content += text[position:-1].encode("utf-8", "surrogatepass")
+    try:
+        return content.decode("utf-8")
     except ValueError:
-        return unescaped
+        raise ValueError(f"line {line}: the string is not UTF-8") from None
