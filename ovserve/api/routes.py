@@ -22,7 +22,7 @@ from ovserve.api.openapi import openapi_document
 from ovserve.api.page import front_page
 from ovserve.api.parameters.fields import EDIT, GENERATION, VARIATION
 from ovserve.api.reloads import ReloadStatus
-from ovserve.api.replies import json_reply, model_object, models_object
+from ovserve.api.replies import json_reply, model_object, models_object, pending_object
 from ovserve.api.store import Store, parse_range
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
@@ -347,6 +347,8 @@ def _models(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
 
 
 def _model(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Reply:
+    if pending := api.catalog.pending.get(params["id"]):
+        return json_reply(pending_object(pending, params["id"], api.catalog.created))
     model = api.catalog.find(params["id"])
     status = _status_fields(api.dispatcher.status(model.name))
     return json_reply(model_object(model, params["id"], api.catalog.created, status))
@@ -359,6 +361,8 @@ def _live(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
 def _is_ready(api: ImagesApi, statuses: Mapping[str, ModelStatus]) -> bool:
     """Return whether the models that `ready_models` selects are ready."""
     which, default = api.settings.ready_models, api.catalog.default_name
+    if which == "all" and api.catalog.pending:
+        return False
     if which == "default" and default:
         return default in statuses and statuses[default].ready
     ready = [status.ready for status in statuses.values()]
@@ -372,7 +376,10 @@ def _ready(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     document = {
         "ready": ready,
         "draining": draining,
-        "models": {name: {"ready": status.ready, "reason": status.reason} for name, status in statuses.items()},
+        "models": {
+            **{name: {"ready": status.ready, "reason": status.reason} for name, status in statuses.items()},
+            **{model.name: {"ready": False, "reason": model.reason} for model in api.catalog.pending.values()},
+        },
     }
     return json_reply(document, 200 if ready else 503, {} if ready else {"retry-after": "2"})
 
@@ -386,6 +393,11 @@ def _model_ready(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Repl
 def _config(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     """Return each model's state in the form of the model server's configuration API, and what the newest reload did."""
     document: dict[str, dict[str, object]] = {}
+    for pending in api.catalog.pending.values():
+        has_failed = pending.state.has_failed
+        error = {"error_code": "UNKNOWN" if has_failed else "OK", "error_message": pending.reason}
+        version = {"version": "1", "state": "END" if has_failed else "LOADING", "status": error}
+        document[pending.name] = {"model_version_status": [version]}
     reload = api.reload_status()
     for name, status in _model_statuses(api).items():
         state = "AVAILABLE" if status.ready else "END" if status.failed else "LOADING"

@@ -30,6 +30,7 @@ _DESCRIPTION = """Download a model from a hub into the directory of pulled model
 A repository that is no OpenVINO export is converted with optimum-cli, in an environment that uv makes when it is first
 needed. Variables: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, https_proxy, no_proxy."""
 MAX_CONNECTIONS = 16
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ROOT_VARIABLES = ("OVSERVE_MODEL_REPOSITORY_PATH", "OVMS_MODEL_REPOSITORY_PATH")
 
 
@@ -57,6 +58,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--no_memory_check", action="store_true", help="pull a model that does not fit into this machine's memory too"
     )
+    parser.add_argument("--no_conversion", action="store_true", help="refuse a model that must be converted")
     parser.add_argument(
         "--extra_quantization_params", default="", metavar="TEXT", help="further arguments for optimum-cli"
     )
@@ -89,6 +91,7 @@ def parse_requests(arguments: Sequence[str], environment: Mapping[str, str]) -> 
             connections=connections,
             is_offline=bool(values["offline"]) or is_offline(environment),
             replaces=bool(values["overwrite_models"]),
+            converts=not values["no_conversion"],
             checks_memory=not values["no_memory_check"],
             arguments=extra,
         )
@@ -138,6 +141,9 @@ def pull_all(requests: Sequence[PullRequest], reporter: Reporter, environment: M
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, end)
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        )  # a server blocks them
         for request in requests:
             found = Puller(client, request, reporter, stop).run()
             if not isinstance(reporter, JsonReporter):

@@ -18,6 +18,7 @@ from ovserve.cli.commands import ExitCode
 from ovserve.cli.export import export
 from ovserve.cli.modelserver import read_command_line
 from ovserve.errors import ModelsFailed, StartupError
+from ovserve.hub.environment import SECRETS
 from ovserve.logs import configure_logs, fields
 from ovserve.server import Server
 from ovserve.settings.options import ModelSettings, Settings, options_of
@@ -85,6 +86,8 @@ def _take_environment() -> dict[str, str]:
     for variable in environment:  # in every spelling that names the option
         if variable.startswith(ENVIRONMENT_PREFIX) and variable.removeprefix(ENVIRONMENT_PREFIX).lower() in secrets:
             os.environ.pop(variable, None)
+    for variable in SECRETS:  # of the hub; only its own process gets them
+        os.environ.pop(variable, None)
     is_value = False
     for index, argument in enumerate(sys.argv):
         name, equals, _ = argument.removeprefix("--").replace("-", "_").partition("=")
@@ -111,7 +114,7 @@ def run(arguments: Sequence[str]) -> int:
                 extra=fields(ignored=", ".join(foreign)),
             )
         try:
-            server = Server(settings, lambda: parse_arguments(arguments, environment))
+            server = Server(settings, lambda: parse_arguments(arguments, environment), environment)
         except (OSError, MemoryError) as error:
             log.debug("cannot start", exc_info=True)
             return _end(report_error(f"cannot start: {str(error) or type(error).__name__}", ExitCode.TRANSIENT))

@@ -105,10 +105,9 @@ def _string(value: Scalar) -> str:
 
 
 def _integer(value: Scalar) -> int:
+    text = "" if value.is_string else value.text
     try:
-        if value.is_string:
-            raise ValueError
-        return int(value.text, 0) if value.text[:2].lower() == "0x" else int(value.text)
+        return int(text, 0) if text[:2].lower() == "0x" else int(text)
     except ValueError:
         raise ValueError("expected a whole number") from None
 
