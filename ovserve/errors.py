@@ -80,6 +80,7 @@ __all__ = [
     "TooManyParts",
     "Unauthorized",
     "UnknownParameter",
+    "Unprocessable",
     "UnsupportedMediaType",
     "UnsupportedParameter",
     "WorkerCrashed",
@@ -296,6 +297,21 @@ class PartTooLarge(BadRequest):
     status = 413
     code = "part_too_large"
     closes_connection = True
+
+
+class Unprocessable(BadRequest):
+    """422: like 400, on the paths of AUTOMATIC1111's API, whose clients expect this status for a wrong field.
+
+    Attributes:
+        kind: the code of the error that it stands for.
+    """
+
+    status = 422
+    code = "unprocessable"
+
+    def __init__(self, message: str, *, param: str | None = None, kind: str = "invalid_request", **others: Any) -> None:
+        super().__init__(message, param=param, **others)
+        self.kind = kind
 
 
 class Unauthorized(ApiError):

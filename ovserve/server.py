@@ -126,7 +126,9 @@ class Server:
                 self._note_serving,
                 estimates=Estimates(_measurements_file()),
             )
-            self._api = ImagesApi(settings, catalog, self._dispatcher, self.reload, self.reload_status)
+            self._api = ImagesApi(
+                settings, catalog, self._dispatcher, self.reload, self.reload_status, fleet=self._supervisor
+            )
             self._supervisor.on_outcome = self._note_outcome
             _watch(self._api.metrics, self._spool, self._supervisor)
             self._listener = Listener(settings, self._api, self._spool)
@@ -339,10 +341,10 @@ class Server:
 # Options that a reload changes; all others are fixed at start.
 RELOADED = frozenset((
     "models", "ignored", "default_model", "ready_models", "max_images", "max_image_pixels", "max_image_side_px",
-    "max_prepared_bytes", "default_timeout_s",
+    "max_prepared_bytes", "default_timeout_s", "sdapi_previews",
     "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
     "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "min_resident_s",
-    "memory_budget_bytes", "cache_bytes",
+    "memory_budget_bytes", "cache_bytes", "keep_alive_max_s",
     "api_key", "api_key_file",
     "admin_key", "admin_key_file", "allowed_hosts", "log_level", "log_format", "decode_cpu_limit_s",
     "decode_memory_limit_bytes",

@@ -55,6 +55,9 @@ require() {
                     missing+=("${python##*/}-venv")  # Debian's python3 comes without venv and pip
                 fi
                 ;;
+            chromium)
+                command -v chromium >/dev/null || command -v chromium-browser >/dev/null || missing+=(chromium)
+                ;;
             nginx | haproxy | caddy | curl | jq)
                 command -v "$name" >/dev/null || command -v apt-get >/dev/null || missing+=("$name")
                 ;;

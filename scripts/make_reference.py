@@ -13,6 +13,8 @@ from typing import Any
 
 from ovserve.api.parameters.fields import EXCLUSIONS, FIELDS
 from ovserve.api.routes import ROUTES
+from ovserve.api.sdapi.fields import FIELDS as SDAPI_FIELDS
+from ovserve.api.sdapi.fields import IMG2IMG, TXT2IMG
 from ovserve.cli.commands import COMMANDS
 from ovserve.errors import ApiError
 from ovserve.metrics import WATCHED, Metrics
@@ -67,6 +69,15 @@ def _fields() -> Iterator[str]:
         )
         text = field.text + (f" Needs {field.needs}." if field.needs else "")
         yield f"| `{field.name}` | {field.kind} | {extent} | {field.shown_default} | {takes} | {_cell(text)} |"
+
+
+def _sdapi_fields() -> Iterator[str]:
+    yield "| field | type | txt2img | img2img | here | becomes | description |"
+    yield "|---|---|---|---|---|---|---|"
+    for field in SDAPI_FIELDS.values():
+        takes = " | ".join("yes" if endpoint in field.endpoints else "" for endpoint in (TXT2IMG, IMG2IMG))
+        fills = ", ".join(f"`{name}`" for name in field.fills.split(", ") if name)
+        yield f"| `{field.name}` | {field.kind} | {takes} | {field.use} | {fills} | {_cell(field.text)} |"
 
 
 def _kinds(root: type[ApiError]) -> Iterator[type[ApiError]]:
@@ -162,6 +173,24 @@ def make_reference() -> str:
         "Combinations that are rejected:",
         "",
         *(f"- {rule.first_value} with {rule.second_value}" for rule in EXCLUSIONS),
+        "",
+        "## Request fields of AUTOMATIC1111's API",
+        "",
+        "`/sdapi/v1/txt2img` and `/sdapi/v1/img2img` take JSON. A field becomes a request field of the table above,",
+        "with the same limits. A field that is left out has the default of the other routes, not AUTOMATIC1111's,",
+        "except for `seed` and the fields of masks. Numbers may be sent as text. `here` says what happens to a field:",
+        "",
+        "- used: it becomes the field in the next column.",
+        "- ignored: it changes nothing. If its value asks for something, the reply lists it in `ignored` of `info`, as",
+        "  it lists every unknown field.",
+        "- refused: 422, unless its value asks for nothing.",
+        "- no effect: it is not listed either.",
+        "",
+        *_sdapi_fields(),
+        "",
+        'Errors on these paths are `{"error", "detail", "body", "errors"}`; `detail` is the message. Where the table',
+        'of errors below has 400, these paths answer 422, and `detail` is a list of `{"type", "loc", "msg"}`: `type`',
+        "is the code in that table, and `loc` the field. An unknown sampler or model and a missing image get 404.",
         "",
         "## Paths",
         "",

@@ -10,10 +10,19 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from ovserve.engines.families.protocol import Conditions, DenoiserRow, Encode, Family, Feed, Types
+from ovserve.engines.families.protocol import (
+    Conditions,
+    DenoiserRow,
+    Family,
+    Feed,
+    PlanMaker,
+    Source,
+    Start,
+    Types,
+)
 from ovserve.engines.protocol import Outcome, Work
 from ovserve.engines.schedulers.noise import Array
-from ovserve.engines.schedulers.schedulers import Scheduler
+from ovserve.engines.schedulers.plans import Plan
 from ovserve.engines.stepwise.compiled import Components, Layout, Requests
 from ovserve.engines.stepwise.engine import Call, StepwiseEngine
 from ovserve.engines.stepwise.slots import Finished
@@ -110,10 +119,10 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._family, name)
 
-    def conditions(self, work: Work, encode: Encode) -> Conditions:
-        found = self._family.conditions(work, encode)
+    def start(self, work: Work, plan: Plan, source: Source) -> Start:
+        found = self._family.start(work, plan, source)
         if work.prompt == "breaks feed":
-            self._broken.append(found)
+            self._broken.append(found.conditions)
         return found
 
     def feed(self, rows: Sequence[DenoiserRow], types: Types, *, timestep_per_row: bool) -> Feed:
@@ -121,20 +130,20 @@ class Faulty:
             raise ArithmeticError("feed broke")
         return self._family.feed(rows, types, timestep_per_row=timestep_per_row)
 
-    def _combine(self, without: Array, given: Array, scale: float) -> tuple[Array, Array]:
-        if scale == BROKEN_SCALE:
+    def _combine(self, predictions: Sequence[Array], work: Work) -> tuple[Array, Array]:
+        if work.guidance_scale == BROKEN_SCALE:
             raise ArithmeticError("guidance broke")
-        return self._family.guidance.combine(without, given, scale)
+        return self._family.guidance.combine(predictions, work)
 
     def schedulers(self, document: Mapping[str, Any], class_name: str) -> tuple[str, dict[str, Any]]:
         own, found = self._family.schedulers(document, class_name)
         return own, {name: _Broken(scheduler, plan=self._plans(scheduler)) for name, scheduler in found.items()}
 
-    def _plans(self, scheduler: Scheduler) -> Callable[[int, float], Any]:
-        def plan(steps: int, strength: float) -> Any:
+    def _plans(self, scheduler: PlanMaker) -> Callable[[int, float, int], Any]:
+        def plan(steps: int, strength: float, cells: int) -> Any:
             if steps == BROKEN_STEPS["plan"]:
                 raise ArithmeticError("plan broke")
-            made = scheduler.plan(steps, strength)
+            made = scheduler.plan(steps, strength, cells)
 
             def scale_input(latents: Array, index: int) -> Array:
                 if steps == BROKEN_STEPS["scale_input"] and index == 1:

@@ -56,6 +56,11 @@ class ToyMatch:
     is_operator: bool = False
     is_public: bool = False
     is_exempt: bool = False
+    challenge: str = "Bearer"
+
+    def error_document(self, error: ApiError) -> Mapping[str, Any]:
+        """Return OpenAI's error object."""
+        return error.body()
 
 
 class ToyApi:

@@ -8,6 +8,8 @@ bytes N             returns for each picture, and each requested preview, `bytes
 sleep S             as echo, after S seconds; stops when cancelled
 steps N S           as echo, after N steps of S seconds with a Progress message for each; stops when cancelled
 previews N          as echo, after N Partial pictures
+paint S             as echo, after one of two steps, a preview and S seconds; stops when cancelled
+first S             as echo, but S seconds pass after the first picture; stops when cancelled
 raise               fails the job with status 400
 exit N              exits with exit code N
 segv                exits with a segmentation fault
@@ -156,9 +158,11 @@ class _ToyJob:
         self.end.send(Picture(self.id, picture, self.request.seed + picture, len(data), partial))
         self.pass_point("reported")
 
-    def finish(self) -> None:
-        """Deliver all pictures and report the job as done."""
+    def finish(self, pause_s: float = 0) -> None:
+        """Deliver all pictures, the second one after a pause, and report the job as done."""
         for picture in range(self.request.n):
+            if picture and pause_s:
+                self.sleep(pause_s)
             if self.request.images:
                 with self.blobs.open(self.request.images[0]) as view:
                     data = bytes(1020) + crc32(view).to_bytes(4, "big") if self.request.prompt == "crc" else bytes(view)
@@ -253,7 +257,11 @@ class _ToyWorker:
         elif command == "previews":
             for index in range(int(rest)):
                 job.deliver(0, f"preview {index}".encode(), partial=index)
-        job.finish()
+        elif command == "paint":
+            job.end.send(Progress(job.id, 0, 1, 2))
+            job.deliver(0, b"preview", partial=0)
+            job.sleep(float(rest))
+        job.finish(float(rest) if command == "first" else 0)
 
 
 def die(command: str) -> None:

@@ -225,6 +225,13 @@ class RouteMatch(Protocol):
     def is_public(self) -> bool:
         """Whether web pages of every origin may send the request."""
 
+    @property
+    def challenge(self) -> str:
+        """Value of WWW-Authenticate in the response to a request without a valid key (RFC 9110 section 11.6.1)."""
+
+    def error_document(self, error: ApiError) -> Mapping[str, Any]:
+        """Return the JSON document of an error response, in the form that the clients of this path expect."""
+
 
 MatchT = TypeVar("MatchT", bound=RouteMatch)  # each API has its own kind of match
 

@@ -6,10 +6,17 @@ import errno
 import time
 from collections.abc import Generator
 
-from ovserve.api.exchange import Exchange, JsonReply, Reply, ServerEvent, StreamReply
+from ovserve.api.exchange import Exchange, Form, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.api.parameters.params import Parameters, parse_parameters
 from ovserve.api.parameters.values import check_range, shown
-from ovserve.api.replies import completed_event, ignored_headers, images_reply, partial_event, progress_comment
+from ovserve.api.replies import (
+    completed_event,
+    ignored_headers,
+    images_reply,
+    partial_event,
+    progress_comment,
+    queue_comment,
+)
 from ovserve.api.store import Store
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
@@ -30,13 +37,13 @@ from ovserve.models.catalog import Catalog
 from ovserve.settings.options import Settings
 from ovserve.wire.messages import Prepared, Progress
 
-__all__ = ["Images", "base_url_hint"]
+__all__ = ["Images", "base_url_hint", "check_done", "client_of", "job_backstop", "overrun_error"]
 
 STREAM_HEAD_WAIT_S = (
     10.0  # a stream's headers are sent once the job is prepared, or after this; later errors are events
 )
 LOADING_HEAD_WAIT_S = 2.0  # the same while the model is loading: the client then sees the progress
-LOADING_COMMENT_S = 1.0  # between comment lines while the model is loading
+WAITING_POLL_S = 1.0  # how often a stream looks what its waiting job waits for
 KEEP_ALIVE_S = 15.0  # idle time on a stream before a comment line is sent; clients time out after 300
 DRAINING_RETRY_S = 5  # Retry-After while draining; another or the restarted instance answers by then
 BASE_PATH = "/v1"  # of the base URL that messages suggest
@@ -68,15 +75,8 @@ class Images:
             raise ModelNotFound(
                 f"The path names {path_model[:200]!r}, which is not a model; {base_url_hint(exchange)}.", param="model"
             )
-        if self._dispatcher.is_draining:
-            raise Draining(
-                "The server is shutting down and accepts no new jobs; retry later.", retry_after_s=DRAINING_RETRY_S
-            )
-        form = exchange.read_form()  # may take minutes, so catalog and settings are read afterwards
+        form = self.read_form(exchange)  # may take minutes, so catalog and settings are read afterwards
         parameters = parse_parameters(form, endpoint, path_model, self.catalog, self.settings)
-        exchange.note("model", parameters.model.name)
-        if parameters.ignored:
-            exchange.note("ignored", ignored_headers(parameters).get("x-ovserve-ignored", ""))
         if parameters.response_format == "url" and not self._base_url(exchange):
             raise InvalidValue(
                 "response_format is url, but the request has no Host field to build the URL from; send Host, or set "
@@ -85,27 +85,47 @@ class Images:
             )
         if parameters.response_format == "url":
             self._check_store()
+        job = self.admit(exchange, parameters)
+        try:
+            if parameters.stream:
+                return self._reply_stream(exchange, job, parameters)
+            return self._reply_json(exchange, job, parameters)
+        except BaseException:
+            self.end_job(job)
+            job.close()
+            raise
+
+    def read_form(self, exchange: Exchange) -> Form:
+        """Read the body of a request for pictures, unless the server drains. Raises ApiError and ClientGone."""
+        if self._dispatcher.is_draining:
+            raise Draining(
+                "The server is shutting down and accepts no new jobs; retry later.", retry_after_s=DRAINING_RETRY_S
+            )
+        return exchange.read_form()
+
+    def admit(self, exchange: Exchange, parameters: Parameters) -> Job:
+        """Admit the job of a validated request. The caller calls `end_job` and closes the job. Raises ApiError."""
+        exchange.note("model", parameters.model.name)
+        if parameters.ignored:
+            exchange.note("ignored", ignored_headers(parameters).get("x-ovserve-ignored", ""))
         job = Job(
             id=exchange.id,
             model=parameters.model.name,
-            # A verified key identifies a client at any address; an unverified one only together with its network.
-            client=Client(exchange.key) if exchange.is_verified else Client(exchange.network, exchange.key),
+            client=client_of(exchange),
             request=parameters.request,
             deadline=Deadline.after(self._timeout_s(exchange, parameters)),
+            keep_alive_s=parameters.keep_alive_s,
         )
         try:
             self._dispatcher.admit(job)
         except BaseException:
             job.close()
             raise
-        try:
-            if parameters.stream:
-                return self._reply_stream(exchange, job, parameters)
-            return self._reply_json(exchange, job, parameters)
-        except BaseException:
-            self._end_job(job)
-            job.close()
-            raise
+        return job
+
+    def cancel(self, job: Job) -> bool:
+        """Cancel a job. Return False when it was settled before. Thread-safe: yes."""
+        return self._dispatcher.cancel(job)
 
     def _timeout_s(self, exchange: Exchange, parameters: Parameters) -> float:
         """Return the time limit: the header field `x-timeout-s`, else the parameter. Raises InvalidValue."""
@@ -123,7 +143,7 @@ class Images:
         check_range("x-timeout-s", timeout_s, None, self.settings.max_timeout_s, "this server")
         return timeout_s
 
-    def _end_job(self, job: Job) -> None:
+    def end_job(self, job: Job) -> None:
         """Cancel a job if it is not settled, and count it. Its segments stay until it is closed."""
         if not job.is_settled:
             self._dispatcher.cancel(job)
@@ -143,15 +163,15 @@ class Images:
     # --- JSON reply -------------------------------------------------------------------------------------------------
 
     def _reply_json(self, exchange: Exchange, job: Job, parameters: Parameters) -> JsonReply:
-        backstop = Deadline(job.deadline.at + OVERRUN_S)
+        backstop = job_backstop(job)
         while not job.is_settled:
             if not exchange.wait(job.wakeup, backstop):
-                raise DeadlineExceeded(f"The job did not end within {OVERRUN_S:g} s after its deadline.")
+                raise overrun_error()
             job.take_events()
-        prepared = _check_done(job)
+        prepared = check_done(job)
         urls = self._store_pictures(exchange, job, parameters) if parameters.response_format == "url" else None
         reply = images_reply(job, prepared, parameters, urls)
-        self._end_job(job)  # now and not with `reply.close`: a client that has its reply finds its job in the metrics
+        self.end_job(job)  # now and not with `reply.close`: a client that has its reply finds its job in the metrics
         if urls is not None:
             job.close()  # so that a client that reads slowly does not keep the pictures in the spool
         return reply
@@ -192,37 +212,49 @@ class Images:
                 break
             early += job.take_events()
         if job.is_settled:
-            _check_done(job)
+            check_done(job)
         return StreamReply(self._stream_events(exchange, job, parameters, early), ignored_headers(parameters))
 
     def _stream_events(
         self, exchange: Exchange, job: Job, parameters: Parameters, early: list[JobEvent]
     ) -> Generator[ServerEvent, None, None]:
-        backstop = Deadline(job.deadline.at + OVERRUN_S)
+        backstop = job_backstop(job)
         try:
             yield ServerEvent("", [b"accepted"])  # sends the head now and not with the first step
-            pending = early
+            pending, last_comment = early, b""
+            silent_until = Deadline.after(KEEP_ALIVE_S)
             while True:
                 settled = job.is_settled  # read first, so that take_events returns all that was posted before
                 for event in pending + job.take_events():
                     if (sent := _server_event(event, job, parameters)) is not None:
                         yield sent
+                        silent_until = Deadline.after(KEEP_ALIVE_S)
                 pending = []
                 if settled:
-                    _check_done(job)
+                    check_done(job)
                     return
-                loading = self._load_comment(job)
-                if loading:
-                    yield ServerEvent("", [loading])
-                pause = Deadline.after(LOADING_COMMENT_S if loading else KEEP_ALIVE_S)
+                comment = self._waiting_comment(job)
+                if comment and comment != last_comment:
+                    last_comment = comment
+                    yield ServerEvent("", [comment])
+                    silent_until = Deadline.after(KEEP_ALIVE_S)
+                pause = min(Deadline.after(WAITING_POLL_S), silent_until) if comment else silent_until
                 if not exchange.wait(job.wakeup, min(pause, backstop)):
                     if backstop.is_expired():
-                        raise DeadlineExceeded(f"The job did not end within {OVERRUN_S:g} s after its deadline.")
-                    if not loading:
+                        raise overrun_error()
+                    if silent_until.is_expired():
                         yield ServerEvent("", [b"waiting"])
+                        silent_until = Deadline.after(KEEP_ALIVE_S)
         finally:
-            self._end_job(job)
+            self.end_job(job)
             job.close()
+
+    def _waiting_comment(self, job: Job) -> bytes:
+        """Return a comment on what a queued job waits for: its model, else the jobs before it. Empty if it runs."""
+        if loading := self._load_comment(job):
+            return loading
+        place = self._dispatcher.place_of(job) if job.state is State.QUEUED else None
+        return queue_comment(place) if place is not None else b""
 
     def _load_comment(self, job: Job) -> bytes:
         """Return a comment on the load that a queued job waits for, or an empty one if no load holds it up."""
@@ -238,6 +270,24 @@ class Images:
         waited_s = time.monotonic() - job.timings.admitted_at
         state = f"{status.state}, {status.waits_for}" if status.waits_for else status.state
         return f"model {job.model} is {state}:{percent} {waited_s:.0f} s waited".encode()
+
+
+def client_of(exchange: Exchange) -> Client:
+    """Return the party that a request's job counts for.
+
+    A verified key identifies a client at any address; an unverified one only together with its network.
+    """
+    return Client(exchange.key) if exchange.is_verified else Client(exchange.network, exchange.key)
+
+
+def job_backstop(job: Job) -> Deadline:
+    """Return the deadline at which a handler gives up on a job that is still unsettled."""
+    return Deadline(job.deadline.at + OVERRUN_S)
+
+
+def overrun_error() -> DeadlineExceeded:
+    """Return the error for a job that is unsettled at its backstop."""
+    return DeadlineExceeded(f"The job did not end within {OVERRUN_S:g} s after its deadline.")
 
 
 def _server_event(event: JobEvent, job: Job, parameters: Parameters) -> ServerEvent | None:
@@ -261,7 +311,7 @@ def _store_error(error: OSError) -> StoreFull | StoreUnusable:
     )
 
 
-def _check_done(job: Job) -> Prepared:
+def check_done(job: Job) -> Prepared:
     """Return the description of a done job's pictures; raise the error of a job that settled in another state."""
     if job.state is State.DONE and job.prepared is not None:
         return job.prepared

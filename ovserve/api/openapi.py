@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 from ovserve import __version__
 from ovserve.api.parameters.fields import EDIT, ENDPOINTS, FIELDS, GENERATION, VARIATION, Field
+from ovserve.api.sdapi.endpoints import SDAPI_PREFIX
+from ovserve.api.sdapi.fields import ENDPOINTS as SDAPI_ENDPOINTS
+from ovserve.api.sdapi.fields import fields_of
 
 __all__ = ["openapi_document"]
 
@@ -74,10 +77,19 @@ _ERROR = {
     "description": "Error; `param` is the field at fault.",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
 }
+_DETAIL = {
+    "description": "Error; `detail` is the message, or a list with the fields at fault.",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Detail"}}},
+}
 _SCHEMES = {
+    "basic": {"type": "http", "scheme": "basic", "description": "The key is the password; any user name."},
     "bearer": {"type": "http", "scheme": "bearer"},
     "apiKey": {"type": "apiKey", "in": "header", "name": "api-key"},
 }
+_SD_STATUSES = (
+    *("400", "403", "404", "408", "411", "413", "414", "415", "417", "421", "422"),
+    *("429", "500", "503", "504"),
+)
 _STATUSES = ("400", "403", "404", "408", "411", "413", "414", "415", "417", "421", "429", "500", "503", "504")
 
 
@@ -92,6 +104,42 @@ def _picture_replies() -> dict[str, Any]:
         },
         **dict.fromkeys(_STATUSES, _ERROR),
     }
+
+
+_SD_TYPES: dict[str, dict[str, Any]] = {
+    "text": {"type": ["string", "null"]},
+    "integer": {"type": ["integer", "string", "null"]},
+    "number": {"type": ["number", "string", "null"]},
+    "boolean": {"type": ["boolean", "integer", "string", "null"]},
+    "list": {"type": ["array", "null"]},
+    "object": {"type": ["object", "null"]},
+    "picture": {"type": ["string", "null"], "description": "base64, or a data: URL."},
+    "pictures": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+}
+
+
+def _sdapi_operation(path: str, method: str) -> dict[str, Any]:
+    """Return request body and responses of a path of AUTOMATIC1111's API."""
+    name = path.removeprefix(SDAPI_PREFIX)
+    required: list[str] = []
+    properties: dict[str, Any] = {}
+    result: dict[str, Any] = {}
+    if name in SDAPI_ENDPOINTS:
+        for field in fields_of(name).values():
+            text = " ".join(filter(None, (f"{field.use.capitalize()}.", field.text)))
+            properties[field.name] = {**_SD_TYPES[field.kind], "description": text}
+        required = ["init_images"] if "init_images" in properties else []
+        result = {"$ref": "#/components/schemas/SdImages"}
+    elif name == "png-info":
+        properties, required = {"image": {"type": "string"}}, ["image"]
+    elif name == "options":
+        properties = {"sd_model_checkpoint": {"type": ["string", "null"]}}
+    reply = {"description": "See the summary.", "content": {"application/json": {"schema": result}}}
+    operation: dict[str, Any] = {"responses": {"200": reply, **dict.fromkeys(_SD_STATUSES, _DETAIL)}}
+    if properties and method == "POST":
+        schema = {"type": "object", "properties": properties, "required": required}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return operation
 
 
 def _components() -> dict[str, Any]:
@@ -128,7 +176,21 @@ def _components() -> dict[str, Any]:
     return {
         "schemas": {
             "Error": {"type": "object", "properties": {"error": error}, "required": ["error"]},
+            "Detail": {
+                "type": "object",
+                "properties": {"error": nullable, "detail": {"type": ["string", "array"]}, "errors": text},
+                "required": ["error", "detail", "errors"],
+            },
             "ImagesResponse": images,
+            "SdImages": {
+                "type": "object",
+                "properties": {
+                    "images": {"type": "array", "items": text},
+                    "parameters": {"type": "object"},
+                    "info": {"type": "string", "description": "JSON as text."},
+                },
+                "required": ["images", "parameters", "info"],
+            },
         },
         "securitySchemes": _SCHEMES,
     }
@@ -141,7 +203,9 @@ def openapi_document(routes: Iterable[_Row]) -> dict[str, Any]:
         path = ("/v1" if row.prefixed else "") + row.path
         operation: dict[str, Any] = {"summary": row.text, "responses": {"200": {"description": "See the summary."}}}
         endpoint = next((kind for end, kind in _PATHS.items() if row.path.endswith(end)), None)
-        if endpoint in ENDPOINTS and row.method == "POST":
+        if row.path.startswith(SDAPI_PREFIX):
+            operation |= _sdapi_operation(row.path, row.method)
+        elif endpoint in ENDPOINTS and row.method == "POST":
             operation |= {"requestBody": _body(str(endpoint)), "responses": _picture_replies()}
         else:
             operation["responses"] |= {
@@ -157,7 +221,7 @@ def openapi_document(routes: Iterable[_Row]) -> dict[str, Any]:
         if row.is_open:
             operation["security"] = []
         else:
-            operation["responses"] |= {"401": _ERROR}
+            operation["responses"] |= {"401": _DETAIL if row.path.startswith(SDAPI_PREFIX) else _ERROR}
         names = re.findall(r"\{(\w+)\}", row.path)
         if names:
             operation["parameters"] = [

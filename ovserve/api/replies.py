@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ from ovserve.api.exchange import Chunk, JsonReply, ServerEvent
 from ovserve.api.parameters.params import Parameters
 from ovserve.api.windows import Base64Windows
 from ovserve.dispatch.jobs import Job, Partial, Result
+from ovserve.dispatch.statuses import QueuePlace
 from ovserve.models.catalog import Catalog, ServedModel
 from ovserve.models.pending import PendingModel
 from ovserve.wire.messages import Prepared, Progress
@@ -27,6 +29,7 @@ __all__ = [
     "partial_event",
     "pending_object",
     "progress_comment",
+    "queue_comment",
     "timing_headers",
     "usage_of",
 ]
@@ -188,6 +191,11 @@ def progress_comment(progress: Progress) -> ServerEvent:
     return ServerEvent("", [f"picture {progress.picture + 1}: step {progress.step}/{progress.steps}".encode()])
 
 
+def queue_comment(place: QueuePlace) -> bytes:
+    """Return the text of a comment line with a waiting job's place in the queue."""
+    return f"queue: {place.ahead} ahead, about {math.ceil(place.wait_s)} s".encode()
+
+
 def model_object(model: ServedModel, name: str, created: int, status: Mapping[str, Any]) -> dict[str, Any]:
     """Return OpenAI's Model object with additional fields: profile, defaults, device and status.
 
@@ -200,6 +208,7 @@ def model_object(model: ServedModel, name: str, created: int, status: Mapping[st
         "object": "model",
         "created": created,
         "owned_by": "ovserve",
+        **({"builtin": model.limits.builtin_name} if model.limits.builtin_name else {}),
         "family": profile.family,
         "pipeline_class": profile.pipeline_class,
         "tasks": sorted(profile.tasks),
@@ -217,6 +226,11 @@ def model_object(model: ServedModel, name: str, created: int, status: Mapping[st
             "num_inference_steps": profile.defaults.num_inference_steps,
             "guidance_scale": profile.defaults.guidance_scale,
             "strength": profile.defaults.strength,
+        },
+        "limits": {
+            "n": model.limits.max_num_images_per_prompt,
+            "size": str(model.limits.max_resolution),
+            "num_inference_steps": model.limits.max_num_inference_steps,
         },
         "device": model.limits.device,
         **status,

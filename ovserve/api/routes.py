@@ -9,22 +9,26 @@ already decoded the path once.
 from __future__ import annotations
 
 import json
-import os
 import re
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ovserve import __version__
+from ovserve.api.control import FleetControl, NoFleet, load_reply, seconds_of, unload_reply, wait_until
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, ServerEvent, StreamReply
 from ovserve.api.images import Images, base_url_hint
 from ovserve.api.openapi import openapi_document
-from ovserve.api.page import front_page
+from ovserve.api.pages import EDITOR_PAGE, STATUS_PAGE, page_file
 from ovserve.api.parameters.fields import EDIT, GENERATION, VARIATION
 from ovserve.api.reloads import ReloadStatus
 from ovserve.api.replies import json_reply, model_object, models_object, pending_object
+from ovserve.api.sdapi.details import detail_document
+from ovserve.api.sdapi.endpoints import SDAPI, SDAPI_PREFIX, Endpoint, SdApi
+from ovserve.api.status import LastErrors, status_document
 from ovserve.api.store import Store, parse_range
-from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
 from ovserve.dispatch.model_queue import MODEL_STATES
 from ovserve.errors import (
@@ -32,7 +36,6 @@ from ovserve.errors import (
     BadRequest,
     ClientGone,
     Draining,
-    InvalidValue,
     MethodNotAllowed,
     NotFound,
     RangeNotSatisfiable,
@@ -53,7 +56,6 @@ CLIENT_GONE = 499  # status in the metrics when the client left before it was an
 RELOAD_STATUS_PATH = "/v1/config/reload/status"
 RELOAD_WAIT_S = 10.0  # for the workers of a reload, if the request does not say; small models are ready by then
 MAX_RELOAD_WAIT_S = 3600.0
-_RELOAD_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class Match:
         is_operator: whether the request is for operators, and belongs on the admin listener if there is one.
         is_public: whether web pages of every origin may send the request.
         is_exempt: whether the request is served even at the connection limit.
+        is_sdapi: whether the path belongs to AUTOMATIC1111's API, whose errors have another form.
     """
 
     route: Route | None
@@ -102,6 +105,16 @@ class Match:
     is_admin: bool = False
     is_operator: bool = False
     is_public: bool = False
+    is_sdapi: bool = False
+
+    @property
+    def challenge(self) -> str:
+        """Value of WWW-Authenticate: clients of AUTOMATIC1111's API send the key as a password."""
+        return 'Basic realm="ovserve", charset="UTF-8"' if self.is_sdapi else "Bearer"
+
+    def error_document(self, error: ApiError) -> Mapping[str, Any]:
+        """Return the JSON document of an error response."""
+        return detail_document(error) if self.is_sdapi else error.body()
 
 
 @dataclass(slots=True)
@@ -121,9 +134,12 @@ class ImagesApi:
         dispatcher: runs the jobs.
         reload: reads the configuration again, and starts the new workers. Raises StartupError.
         reload_status: returns the state of the newest reload.
+        fleet: loads and unloads models.
 
     Attributes:
         is_stopping: the server has begun to shut down: it is not ready, but still serves requests until it drains.
+        started_at: monotonic instant of the server's start.
+        last_errors: the newest errors with a status of 500 or more.
     """
 
     def __init__(
@@ -133,16 +149,22 @@ class ImagesApi:
         dispatcher: Dispatcher,
         reload: Callable[[], None],
         reload_status: Callable[[], ReloadStatus] = ReloadStatus,
+        *,
+        fleet: FleetControl | None = None,
     ) -> None:
         self.settings = settings
         self.reload = reload
         self.reload_status = reload_status
+        self.fleet = fleet or NoFleet()
         self.is_stopping = False
+        self.started_at = time.monotonic()
+        self.last_errors = LastErrors()
         self.catalog = catalog
         self.dispatcher = dispatcher
         self.store = Store(settings)
         self.metrics = Metrics()
         self.images = Images(settings, catalog, dispatcher, self.store, self.metrics)
+        self.sdapi = SdApi(self.images)
         self.metrics.watch("ovserve_queued_jobs", self._queued)
         self.metrics.watch("ovserve_running_jobs", self._running)
         self.metrics.watch("ovserve_ready_workers", self._workers)
@@ -167,10 +189,8 @@ class ImagesApi:
             return self._handle_and_count(match.route, exchange, match.params)
         if not match.of_path:
             self.metrics.responses.labels("unmatched", "404").inc()
-            raise NotFound(
-                f"Path {exchange.path[:200]} does not exist; {base_url_hint(exchange)}, and /openapi.json lists the "
-                "paths."
-            )
+            hint = "" if match.is_sdapi else f"{base_url_hint(exchange)}, and "
+            raise NotFound(f"Path {exchange.path[:200]} does not exist; {hint}/openapi.json lists the paths.")
         allowed = {route.method for route in match.of_path}
         allow = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"}))
         if exchange.method == "OPTIONS":
@@ -181,19 +201,19 @@ class ImagesApi:
         )
 
     def _handle_and_count(self, route: Route, exchange: Exchange, params: Mapping[str, str]) -> Reply:
-        with self._counting(route) as outcome:
+        with self._counting(route, exchange) as outcome:
             reply = route.handle(self, exchange, params)
             if isinstance(reply, StreamReply):
                 outcome.is_counted = False  # until the stream has ended
-                return replace(reply, events=self._count_stream(route, reply.events))
+                return replace(reply, events=self._count_stream(route, exchange, reply.events))
             outcome.status = reply.status
         return reply
 
     def _count_stream(
-        self, route: Route, events: Generator[ServerEvent, None, None]
+        self, route: Route, exchange: Exchange, events: Generator[ServerEvent, None, None]
     ) -> Generator[ServerEvent, None, None]:
         """Yield the events of a stream, and count it when it has ended: with the status of the error that ended it."""
-        with self._counting(route) as outcome:
+        with self._counting(route, exchange) as outcome:
             try:
                 yield from events
             except GeneratorExit:  # the front end could not write the next event
@@ -202,13 +222,15 @@ class ImagesApi:
             outcome.status = 200
 
     @contextmanager
-    def _counting(self, route: Route) -> Iterator[_Outcome]:
+    def _counting(self, route: Route, exchange: Exchange) -> Iterator[_Outcome]:
         """Count one response of a route when the block ends, with the status that the block or its exception sets."""
         outcome = _Outcome()
         try:
             yield outcome
         except ApiError as error:
             outcome.status = error.status
+            if not route.is_health:
+                self.last_errors.note(error, request_id=exchange.id, path=route.path)
             raise
         except ClientGone:
             outcome.status = CLIENT_GONE
@@ -261,6 +283,7 @@ def match_route(method: str, path: str) -> Match:
         is_operator=route is not None and route.is_operator,
         is_exempt=route is not None and (route.is_health or route.is_exempt),
         is_public=served_as == "GET" and route is not None and (route.is_public or route.is_health),
+        is_sdapi=_SLASHES.sub("/", path).startswith(SDAPI_PREFIX),
     )
 
 
@@ -299,6 +322,10 @@ def _variations(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -
     return api.images.serve(exchange, VARIATION, params.get("model"))
 
 
+def _sdapi(endpoint: Endpoint) -> Handler:
+    return lambda api, exchange, _: api.sdapi.serve(endpoint, exchange)
+
+
 def _model_statuses(api: ImagesApi) -> dict[str, ModelStatus]:
     """Return the status of each model in the catalog.
 
@@ -324,7 +351,8 @@ def _unloading_status(name: str) -> ModelStatus:
     )
 
 
-def _status_fields(status: ModelStatus) -> dict[str, object]:
+def _status_fields(api: ImagesApi, status: ModelStatus) -> dict[str, object]:
+    """Return the fields of a model's object that change while the server runs."""
     loading: dict[str, object] = {}
     if status.state == "loading":
         loading = {"loading": {"percent": status.loading_percent, "seconds": round(status.loading_s, 1)}}
@@ -338,11 +366,19 @@ def _status_fields(status: ModelStatus) -> dict[str, object]:
         "workers": status.workers,
         "queued": status.queued,
         "running": status.running,
+        "engine": status.engine,
+        "schedulers": status.schedulers,
+        **_memory_fields(api, status.name),
     }
 
 
+def _memory_fields(api: ImagesApi, name: str) -> dict[str, int]:
+    found = api.fleet.memory().get(name)
+    return {"memory_bytes": found.used_bytes, "expected_worker_bytes": found.worker_bytes} if found else {}
+
+
 def _models(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
-    statuses = {name: _status_fields(status) for name, status in _model_statuses(api).items()}
+    statuses = {name: _status_fields(api, status) for name, status in _model_statuses(api).items()}
     return json_reply(models_object(api.catalog, statuses))
 
 
@@ -350,8 +386,20 @@ def _model(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Reply:
     if pending := api.catalog.pending.get(params["id"]):
         return json_reply(pending_object(pending, params["id"], api.catalog.created))
     model = api.catalog.find(params["id"])
-    status = _status_fields(api.dispatcher.status(model.name))
+    status = _status_fields(api, api.dispatcher.status(model.name))
     return json_reply(model_object(model, params["id"], api.catalog.created, status))
+
+
+def _load(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
+    if api.is_stopping or api.dispatcher.is_draining:
+        raise Draining("The server is shutting down; the model was not loaded.")
+    name = api.catalog.find(params["id"]).name
+    return load_reply(exchange, name, api.fleet, lambda: api.dispatcher.status(name))
+
+
+def _unload(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
+    name = api.catalog.find(params["id"]).name
+    return unload_reply(exchange, name, api.fleet, lambda: api.dispatcher.status(name))
 
 
 def _live(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
@@ -413,38 +461,38 @@ def _config(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     return json_reply(document)
 
 
-def _reload_wait_s(exchange: Exchange) -> float:
-    """Return how long a request waits for the workers of its reload. Raises InvalidValue."""
-    text = exchange.query.get("wait_s", str(RELOAD_WAIT_S))
-    try:
-        wait_s = float(text)
-    except ValueError:
-        wait_s = -1.0
-    if not 0 <= wait_s <= MAX_RELOAD_WAIT_S:
-        raise InvalidValue(
-            f"wait_s is {text[:40]!r}; expected a number of seconds from 0 to {MAX_RELOAD_WAIT_S:g}.", param="wait_s"
-        )
-    return wait_s
+def _status(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
+    statuses = _model_statuses(api)
+    draining = api.is_stopping or api.dispatcher.is_draining
+    document = status_document(
+        statuses,
+        api.dispatcher.worker_statuses(),
+        api.last_errors,
+        started_at=api.started_at,
+        is_ready=not draining and _is_ready(api, statuses),
+        is_draining=draining,
+    )
+    return json_reply(document)
 
 
 def _await_reload(api: ImagesApi, exchange: Exchange, wait_s: float) -> ReloadStatus:
     """Wait until the newest reload is no longer loading, and return its status. Raises ClientGone."""
-    deadline = Deadline.after(wait_s)
-    never = os.eventfd(0, os.EFD_CLOEXEC)  # `wait` also notices that the client has gone
-    try:
-        while (status := api.reload_status()).state == "loading":
-            if deadline.is_expired() or api.is_stopping:
-                break
-            exchange.wait(never, Deadline.after(min(_RELOAD_POLL_S, deadline.remaining())))
-    finally:
-        os.close(never)
+    status = api.reload_status()
+
+    def is_over() -> bool:
+        nonlocal status
+        status = api.reload_status()
+        return api.is_stopping or status.state != "loading"
+
+    if status.state == "loading":
+        wait_until(exchange, is_over, wait_s)
     return status
 
 
 def _reload(api: ImagesApi, exchange: Exchange, __: Mapping[str, str]) -> Reply:
     if api.is_stopping or api.dispatcher.is_draining:
         raise Draining("The server is shutting down; the configuration was not reloaded.")
-    wait_s = _reload_wait_s(exchange)
+    wait_s = seconds_of(exchange, "wait_s", RELOAD_WAIT_S, 0, MAX_RELOAD_WAIT_S)
     try:
         api.reload()
     except StartupError as error:
@@ -461,8 +509,15 @@ def _reload_status(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     return json_reply(api.reload_status().document())
 
 
-def _page(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
-    return front_page()
+def _page(name: str) -> Handler:
+    """Return the handler of a page, or of the files of the pages if `name` is empty. 404 with web_pages = false."""
+
+    def handle(api: ImagesApi, exchange: Exchange, params: Mapping[str, str]) -> Reply:
+        if not api.settings.web_pages:
+            raise NotFound("The web pages are switched off on this server (option web_pages).")
+        return page_file(name or params["file"], exchange.header("if-none-match"))
+
+    return handle
 
 
 def _server(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> JsonReply:
@@ -537,6 +592,23 @@ ROUTES = (
         is_open=True,  # the unguessable URL serves as a key, and <img> sends no header field
         is_public=True,
     ),
+    Route(
+        "POST",
+        "/models/{id}/load",
+        "Load a model. Needs an admin key or the admin listener. Waits at most `wait_s` seconds (query; 10): 200 when "
+        "it is ready, 202 while it loads. `keep_alive` (query): seconds for which it stays after its last job, -1 for "
+        "ever.",
+        _load,
+        is_admin=True,
+    ),
+    Route(
+        "POST",
+        "/models/{id}/unload",
+        "Unload a model when its running jobs have ended. Needs an admin key or the admin listener. Waits as above.",
+        _unload,
+        is_admin=True,
+    ),
+    *(Route(row.method, row.path, row.text, _sdapi(row), prefixed=False) for row in SDAPI),
     Route("GET", "/models", "All models.", _models),
     Route("GET", "/models/{id}", "One model.", _model),
     *(
@@ -569,6 +641,14 @@ ROUTES = (
         is_operator=True,
     ),
     Route(
+        "GET",
+        "/v1/status",
+        "Models, workers and the newest errors, as the page `/status` shows them.",
+        _status,
+        prefixed=False,
+        is_operator=True,
+    ),
+    Route(
         "POST",
         "/v1/config/reload",
         "Reload the configuration. Needs an admin key or the admin listener. Waits for the new workers, at most "
@@ -589,8 +669,15 @@ ROUTES = (
     ),
     Route("GET", "/openapi.json", "OpenAPI 3.1 document of this API.", _openapi, prefixed=False),
     Route("GET", "/v2", "Name and version of the server.", _server, prefixed=False),
-    # The page is open; it asks for the key and sends it with its requests.
-    Route("GET", "/", "A page to try the server in a browser.", _page, prefixed=False, is_open=True, is_public=True),
+    # The pages are open; they ask for the key and send it with their requests.
+    *(
+        Route("GET", path, text, _page(name), prefixed=False, is_open=True, is_public=True)
+        for path, text, name in (
+            ("/", "A page to edit pictures in a browser.", EDITOR_PAGE),
+            ("/status", "A page with the state of the server.", STATUS_PAGE),
+            ("/web/{file}", "A file of these pages.", ""),
+        )
+    ),
 )
 
 _COMPILED = tuple((route, route.pattern()) for route in ROUTES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 
@@ -9,6 +10,7 @@ from ovserve.cli.commands import ExitCode
 from ovserve.cli.serve import parse_arguments, report_error
 from ovserve.errors import StartupError
 from ovserve.models.catalog import Catalog
+from ovserve.models.weights import estimated_bytes, weights_bytes
 from ovserve.server import check_settings
 from ovserve.settings.options import Settings
 
@@ -41,3 +43,10 @@ def _lines(settings: Settings, catalog: Catalog, keys: int) -> Iterator[str]:
         default = " (default)" if name == settings.default_model else ""
         yield f"model {name}{default}: {profile.family} from {profile.directory}"
         yield f"  device {limits.device}, engine {limits.engine}, replicas {limits.replicas}"
+        kept = "for ever" if math.isinf(limits.kept_s) else f"for {limits.kept_s:g} s without a job"
+        pinned = ", pinned" if limits.is_pinned else ""
+        yield f"  load {limits.load}, stays {kept}{pinned}, priority {limits.priority}"
+        weights, expected = weights_bytes(profile.directory), estimated_bytes(profile.directory)
+        yield f"  weights {weights >> 20} MiB, estimated memory of one worker {expected >> 20} MiB"
+    if settings.memory_budget_bytes:
+        yield f"memory budget {settings.memory_budget_bytes >> 20} MiB"

@@ -60,6 +60,16 @@ COMMANDS = {
             (ExitCode.OK, ExitCode.USAGE),
         ),
         Command(
+            "models",
+            "Show the models of a running server, load or unload one.",
+            (ExitCode.OK, ExitCode.USAGE, ExitCode.TRANSIENT),
+        ),
+        Command(
+            "devices",
+            "Show the devices that OpenVINO sees, with their memory.",
+            (ExitCode.OK, ExitCode.USAGE, ExitCode.MODELS_FAILED),
+        ),
+        Command(
             "pull",
             "Download a model or an adapter from a hub, and convert the model if necessary.",
             (ExitCode.OK, ExitCode.USAGE, ExitCode.TRANSIENT),

@@ -44,6 +44,7 @@ from ovserve.dispatch.model_queue import (
 from ovserve.dispatch.penalties import Penalties
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.dispatch.reports import ReportApplier
+from ovserve.dispatch.statuses import QueuePlace, WorkerStatus
 from ovserve.errors import (
     ApiError,
     DeadlineExceeded,
@@ -137,7 +138,7 @@ class Dispatcher:
         with self._lock:
             model = self._check_admission(job)  # again: other jobs were admitted meanwhile
             job.timings.admitted_at = time.monotonic()
-            model.last_used_at = job.timings.admitted_at
+            model.last_used_at, model.keep_alive_s = job.timings.admitted_at, job.keep_alive_s
             model.queue.push(ticket)
             self._in_flight.add(job)
             self._next_deadline = min(self._next_deadline, job.deadline)
@@ -179,6 +180,18 @@ class Dispatcher:
         unavailable_reason = self._unavailable_reason()
         with self._lock:
             return [model.status(unavailable_reason) for model in self._models.values()]
+
+    def worker_statuses(self) -> list[WorkerStatus]:
+        """Return the status of every attached worker at one moment, by model and slot."""
+        with self._lock:
+            workers = [worker.status() for model in self._models.values() for worker in model.workers]
+        return sorted(workers, key=lambda worker: worker.name)
+
+    def place_of(self, job: Job) -> QueuePlace | None:
+        """Return where a job is in its model's queue, or None if it is not queued."""
+        with self._lock:
+            model = self._models.get(job.model)
+            return model.place_of(job) if model is not None else None
 
     def _unavailable_reason(self) -> str:
         """Return why no model accepts jobs now, or "". Called without the lock: the spool may access its directory."""
@@ -233,6 +246,7 @@ class Dispatcher:
         with self._lock:
             if model := self._models.get(name):
                 model.wanted, model.expected_load_s = workers, expected_load_s
+                model.refusal = ""
                 model.is_on_demand |= not workers
 
     def set_waiting(self, reasons: Mapping[str, str]) -> None:
@@ -245,6 +259,7 @@ class Dispatcher:
         """Fail a model's queued jobs because it cannot be loaded now. Later jobs are admitted and tried again."""
         with self._lock:
             if model := self._models.get(name):
+                model.refusal = reason
                 error = NotReady(f"Model {name!r} cannot be loaded: {reason}.", retry_after_s=MAX_RETRY_S)
                 for ticket in list(model.queue):
                     model.queue.remove(ticket.job)
@@ -296,6 +311,12 @@ class Dispatcher:
         with self._lock:
             if model := self._models.get(name):
                 model.failure = ""
+
+    def clear_refusal(self, name: str) -> None:
+        """Forget why a model could not be loaded, before it is tried again."""
+        with self._lock:
+            if model := self._models.get(name):
+                model.refusal = ""
 
     def drain(self) -> None:
         """Reject new jobs; admitted jobs are still served."""

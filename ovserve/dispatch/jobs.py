@@ -122,6 +122,7 @@ class Job:
     Attributes:
         id: unguessable; also the request id in the logs.
         client: the party that fair queueing counts the job for.
+        keep_alive_s: how long its model stays after its last job; None: as the model's options say.
         attempts: how many times the job was dispatched to a worker.
         results: by picture number, added as they are reported.
         wakeup: eventfd that becomes readable when the job settles, and on each event of a request with `progress`.
@@ -132,6 +133,7 @@ class Job:
     client: Client
     request: ImageRequest
     deadline: Deadline
+    keep_alive_s: float | None = None
     state: State = State.QUEUED
     attempts: int = 0
     error: ApiError | None = None

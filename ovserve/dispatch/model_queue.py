@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ovserve.deadline import Deadline
-from ovserve.dispatch.jobs import Client
+from ovserve.dispatch.jobs import Client, Job
 from ovserve.dispatch.queues import FairQueue, Ticket
+from ovserve.dispatch.statuses import QueuePlace, WorkerStatus
 from ovserve.errors import ModelFailed, NotReady, QueueFull
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.link import Link
@@ -60,11 +61,14 @@ class ModelStatus:
         job_s: mean seconds that a job spends in a worker; 0 before the first.
         engine: the engine that a ready worker runs.
         engine_reason: why that engine was chosen.
+        schedulers: names of the schedulers that a request may choose.
         state: one of MODEL_STATES.
         loading_s: how long it has been loading; 0 in other states.
         loading_percent: how much of the time that its last load took has passed, at most 99; None if that is not known.
         last_used_at: monotonic time at which its newest job was admitted or has ended; 0 before the first.
         waits_for: what it waits for before it is loaded, such as memory; empty if it waits for nothing.
+        refusal: why it could not be loaded when that was last tried, for lack of memory; empty if it could.
+        keep_alive_s: how long it stays after its last job by the newest request; None: as its options say.
     """
 
     name: str
@@ -78,11 +82,14 @@ class ModelStatus:
     job_s: float
     engine: str = ""
     engine_reason: str = ""
+    schedulers: tuple[str, ...] = ()
     state: str = "unloaded"
     loading_s: float = 0.0
     loading_percent: int | None = None
     last_used_at: float = 0.0
     waits_for: str = ""
+    refusal: str = ""
+    keep_alive_s: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -144,6 +151,20 @@ class AttachedWorker:
             return False
         return sum(each.address == ticket.address for each in unprepared) < MAX_UNPREPARED
 
+    def status(self) -> WorkerStatus:
+        """Return the worker's status now."""
+        state = self.link.state
+        return WorkerStatus(
+            name=self.link.name,
+            model=self.link.model,
+            phase=state.phase,
+            silent_s=max(0.0, time.monotonic() - state.beat_at),
+            is_ready=bool(self.capacity),
+            jobs=len(self.assigned),
+            capacity=self.capacity,
+            jobs_done=state.jobs_done,
+        )
+
     def end_job(self, job: str, *, has_failed: bool) -> None:
         """Remove a job whose end the worker has reported."""
         del self.assigned[job]
@@ -191,6 +212,8 @@ class ModelQueue:
         wanted: how many workers it should have; 0: it is not resident.
         expected_load_s: how long it is expected to load; 0: not known.
         waits_for: what it waits for before it is loaded; empty if it waits for nothing.
+        refusal: why it could not be loaded when that was last tried; empty if it could.
+        keep_alive_s: `keep_alive` of the newest request; None if it has none.
         is_on_demand: whether it admits jobs while it has no workers, which are then started.
         job_s: mean seconds that a job spends in a worker; 0 before the first.
         last_used_at: monotonic time at which its newest job was admitted or has ended; 0 before the first.
@@ -206,6 +229,8 @@ class ModelQueue:
     wanted: int = 1
     expected_load_s: float = 0.0
     waits_for: str = ""
+    refusal: str = ""
+    keep_alive_s: float | None = None
     is_on_demand: bool = False
     job_s: float = 0.0
     last_used_at: float = 0.0
@@ -278,8 +303,17 @@ class ModelQueue:
         This is Little's law over the measured time in a worker. The concurrency is the number of assigned jobs, at most
         the capacity: jobs of many pictures leave part of the capacity unused.
         """
+        return self._wait_s(len(self.queue))
+
+    def place_of(self, job: Job) -> QueuePlace | None:
+        """Return the place of a job in the queue, or None if it is not queued."""
+        ahead = self.queue.ahead_of(job)
+        return None if ahead is None else QueuePlace(ahead, self._wait_s(ahead + 1))
+
+    def _wait_s(self, jobs: int) -> float:
+        """Return the expected seconds until the next `jobs` queued jobs are dispatched."""
         assigned = sum(min(worker.capacity, len(worker.assigned)) for worker in self.workers) or 1
-        return len(self.queue) * (self.job_s or _FIRST_GUESS_S) / assigned
+        return jobs * (self.job_s or _FIRST_GUESS_S) / assigned
 
     def status(self, unavailable_reason: str = "") -> ModelStatus:
         """Return the model's status now.
@@ -312,11 +346,14 @@ class ModelQueue:
             job_s=self.job_s,
             engine=report.engine if report else "",
             engine_reason=report.why if report else "",
+            schedulers=tuple(report.schedulers.split(",")) if report and report.schedulers else (),
             state=state,
             loading_s=loading_s,
             loading_percent=self._loading_percent(loading_s),
             last_used_at=self.last_used_at,
             waits_for=self.waits_for,
+            refusal=self.refusal,
+            keep_alive_s=self.keep_alive_s,
         )
 
     def waiting_phrase(self) -> str:

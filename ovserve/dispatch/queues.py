@@ -20,7 +20,7 @@ Thread-safe: no; the dispatcher's lock guards it.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -96,6 +96,21 @@ class _Address:
         yield from self._requeued.values()
         for waiting in self._keys.values():
             yield from waiting.values()
+
+    def in_turn(self) -> Iterator[Ticket]:
+        """Yield the tickets in the order in which they would be taken."""
+        keys = OrderedDict((key, iter(waiting.values())) for key, waiting in self._keys.items())
+        for ticket in self._requeued.values():
+            yield ticket
+            if ticket.job.client.key in keys:
+                keys.move_to_end(ticket.job.client.key)
+        while keys:
+            key, waiting = next(iter(keys.items()))
+            if (head := next(waiting, None)) is None:
+                del keys[key]
+            else:
+                yield head
+                keys.move_to_end(key)
 
     def count_of(self, key: str) -> int:
         return len(self._keys.get(key, ()))
@@ -180,6 +195,24 @@ class FairQueue:
         if waiting := self._addresses.get(ticket.address):
             waiting.end_turn(ticket.job.client.key)
             self._addresses.move_to_end(ticket.address)
+
+    def ahead_of(self, job: Job) -> int | None:
+        """Return how many of the queued jobs precede this one if every address is eligible; None if it is not queued.
+
+        Takes time in proportion to the length of the queue.
+        """
+        addresses = deque(waiting.in_turn() for waiting in self._addresses.values())
+        number = 0
+        while addresses:
+            waiting = addresses.popleft()
+            ticket = next(waiting, None)
+            if ticket is None:
+                continue
+            if ticket.job is job:
+                return number
+            number += 1
+            addresses.append(waiting)
+        return None
 
     def remove(self, job: Job) -> Ticket | None:
         """Remove a job wherever it is in the queue and return its ticket; None when it is not queued."""

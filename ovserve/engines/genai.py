@@ -3,10 +3,14 @@
 This file guards against the library's traps (calls that end the process, silent changes of meaning). Each guard has its
 reason beside it; tests/e2e/test_traps.py shows each trap. Rules:
 - One thread. Pipelines derived from one another share infer requests: a second thread causes a SIGSEGV.
-- Build inpainting first and derive the others from it; in the opposite order its mask processors are null (SIGSEGV).
+- Build inpainting first, else image-to-image, and derive the others from it; in the opposite order its mask processors
+  are null (SIGSEGV). Z-Image derives none: it generates through its image-to-image pipeline.
+- Every derived pipeline gets a scheduler; without one `generate` is a SIGSEGV. FLUX.1's is read without a key that the
+  library takes for FLUX.2's.
 - A callback runs in a native thread: an exception, or a result that is not a bool, ends the process (std::terminate).
 - A failure inside a network can break its infer request permanently: after an unexpected error, test the pipelines.
 - A result is a view of the decoder's buffer, which the next call overwrites: copy it at once.
+- FLUX.2 squashes its reference to the size of the result, so it gets the image that was fitted to the canvas.
 - No previews: `decode` shares the decoder's infer request with `generate`, so a picture in progress cannot be decoded.
 Runs in: worker, device thread; counting tokens also in the prepare thread.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -33,19 +38,21 @@ from ovserve.engines.protocol import (
     Work,
     has_t5,
     truncate_to_window,
+    warm_up_size,
     warm_up_work,
 )
 from ovserve.engines.schedulers.schedulers import LIBRARY_SCHEDULERS
+from ovserve.engines.templates import count_templated
 from ovserve.errors import ApiError, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
-from ovserve.models.families import LCM_SCHEDULER
+from ovserve.models.families import LCM_SCHEDULER, FamilyTraits
 from ovserve.models.profile import ModelProfile, served_by
 from ovserve.models.steps import denoising_steps
 from ovserve.pixels.images import Pixels
 from ovserve.settings.options import ModelSettings
 from ovserve.wire.request import ImageRequest
 
-__all__ = ["GenaiEngine", "generation_options"]
+__all__ = ["GenaiEngine", "generation_options", "make_scheduler"]
 
 log = logging.getLogger(__name__)
 
@@ -80,16 +87,16 @@ class GenaiEngine:
         self._settings = settings
         self._pipelines: dict[str, Any] = {}
         self._own_name = LIBRARY_SCHEDULERS.get(profile.scheduling.name, "")
-        self._scheduler_config = profile.directory / "scheduler" / "scheduler_config.json"
         self._own_scheduler: Any = None
+        self._warm_up_size = warm_up_size(profile)
         self._pending: Work | None = None
         self._failed_sizes: list[tuple[int, int]] = []  # width, height at which a network has failed
         self._beat: Callable[[str], None] = lambda _phase: None
         clip = profile.directory / "tokenizer"
         t5 = profile.traits.t5 if has_t5(profile) else None
         main = profile.directory / t5.tokenizer if t5 is not None else clip
-        self._tokenizer = _Tokenizer(main if main.is_dir() else clip, profile.prompt_tokens)
-        self._clip_tokenizer = _Tokenizer(clip, CLIP_WINDOW) if t5 is not None else self._tokenizer
+        self._tokenizer = _Tokenizer(main if main.is_dir() else clip, profile.prompt_tokens, profile.traits)
+        self._clip_tokenizer = _Tokenizer(clip, CLIP_WINDOW, profile.traits) if t5 is not None else self._tokenizer
 
     # --- loading ---
 
@@ -112,7 +119,7 @@ class GenaiEngine:
 
     def _build(self, beat: Callable[[str], None]) -> None:
         directory = str(self._profile.directory)
-        first = "inpainting" if "inpainting" in self._profile.tasks else "text2image"
+        first = next(task for task in ("inpainting", "image2image", "text2image") if task in self._profile.tasks)
         kinds = {
             "inpainting": og.InpaintingPipeline,
             "text2image": og.Text2ImagePipeline,
@@ -126,10 +133,9 @@ class GenaiEngine:
         beat("load")
         self._pipelines[first] = main
         for task in sorted(self._profile.tasks - {first}):
-            self._pipelines[task] = kinds[task](main)
-        self._own_scheduler = self._scheduler("")
+            self._pipelines[task] = main if self._profile.traits.generates_by_edit else kinds[task](main)
+        self._own_scheduler = make_scheduler(self._profile)
         for pipeline in self._pipelines.values():
-            # A derived FLUX or SD3 pipeline has no scheduler, and generate() without one is a SIGSEGV.
             pipeline.set_scheduler(self._own_scheduler)
         self.features = replace(self.features, schedulers=self._offered_schedulers())
 
@@ -142,10 +148,6 @@ class GenaiEngine:
             properties["CACHE_DIR"] = str(settings.cache_dir)
         return properties
 
-    def _scheduler(self, name: str) -> Any:
-        kind = _SCHEDULERS[name] if name else og.Scheduler.Type.AUTO
-        return og.Scheduler.from_config(self._scheduler_config, kind)
-
     def _offered_schedulers(self) -> frozenset[str]:
         """Return the model's own scheduler and those that support its configuration.
 
@@ -154,10 +156,10 @@ class GenaiEngine:
         """
         offered = {self._own_name} - {""}
         if self._profile.traits.takes_schedulers and self._own_name != LCM_SCHEDULER:
-            config = json.loads(self._scheduler_config.read_text("utf-8"))
+            config = json.loads(_scheduler_config(self._profile).read_text("utf-8"))
             for name in _SCHEDULERS:
                 try:
-                    self._scheduler(name)
+                    make_scheduler(self._profile, name)
                 except RuntimeError:
                     continue  # a value that no scheduler of the library supports
                 if not _UNSUPPORTED_CONFIGS[name](config):
@@ -170,8 +172,8 @@ class GenaiEngine:
         Raises:
             ModelError: the result does not have the expected shape.
         """
-        size = self._profile.native
-        work = warm_up_work(self._profile, num_inference_steps=2)
+        size = self._warm_up_size
+        work = warm_up_work(self._profile, num_inference_steps=2, size=size)
         work.on_step = lambda _step, _steps: beat("warm-up")
         started = time.monotonic()
         pixels = self._generate(work)
@@ -232,7 +234,7 @@ class GenaiEngine:
 
         After an error of the library's own checks a pipeline remains usable, but not always after a failure inside a
         network: after one unsupported shape, an infer request fails permanently at the last shape that worked
-        (measured). So make a picture of the native size; it either shows the failure, or, if the last working shape
+        (measured). So make a picture of the warm-up's size; it either shows the failure, or, if the last working shape
         was another, ends it. If it fails, build the pipelines again.
 
         Raises:
@@ -247,7 +249,7 @@ class GenaiEngine:
             self._pipelines.clear()
             self._build(self._beat)
             self._warm_up(self._beat)
-            if (work.width, work.height) != (self._profile.native.width, self._profile.native.height):
+            if (work.width, work.height) != (self._warm_up_size.width, self._warm_up_size.height):
                 self._failed_sizes = [*self._failed_sizes[1 - _MAX_FAILED_SIZES :], (work.width, work.height)]
 
     def phase(self) -> str:
@@ -264,10 +266,13 @@ class GenaiEngine:
         pipeline = self._pipelines[work.mode]
         changed = work.scheduler not in ("", self._own_name)
         if changed:
-            pipeline.set_scheduler(self._scheduler(work.scheduler))
-        options = generation_options(work, self._profile)
+            pipeline.set_scheduler(make_scheduler(self._profile, work.scheduler))
+        options, images = generation_options(work, self._profile), _tensors(work)
+        if work.mode == "text2image" and isinstance(pipeline, og.Image2ImagePipeline):
+            images = [ov.Tensor(np.full((1, work.height, work.width, 3), 127, np.uint8))]  # noise covers it
+            options["strength"] = 1.0
         try:
-            result = pipeline.generate(work.prompt, *_tensors(work), callback=_callback(work), **options)
+            result = pipeline.generate(work.prompt, *images, callback=_callback(work), **options)
         finally:
             if changed:
                 pipeline.set_scheduler(self._own_scheduler)
@@ -304,6 +309,27 @@ class GenaiEngine:
             )
 
 
+def make_scheduler(profile: ModelProfile, name: str = "") -> Any:
+    """Return a scheduler of the library for a model: its own, or the one of a name in _SCHEDULERS.
+
+    Raises:
+        RuntimeError: the library does not support the configuration.
+    """
+    path = _scheduler_config(profile)
+    kind = _SCHEDULERS[name] if name else og.Scheduler.Type.AUTO
+    document = json.loads(path.read_text("utf-8"))
+    if not profile.traits.misreads_time_shift or document.pop("time_shift_type", None) is None:
+        return og.Scheduler.from_config(path, kind)
+    with tempfile.TemporaryDirectory() as folder:
+        changed = Path(folder) / path.name
+        changed.write_text(json.dumps(document), "utf-8")
+        return og.Scheduler.from_config(changed, kind)
+
+
+def _scheduler_config(profile: ModelProfile) -> Path:
+    return profile.directory / "scheduler" / "scheduler_config.json"
+
+
 def generation_options(work: Work, profile: ModelProfile) -> dict[str, Any]:
     """Return the arguments of `generate` by their names in the library.
 
@@ -318,7 +344,7 @@ def generation_options(work: Work, profile: ModelProfile) -> dict[str, Any]:
         "rng_seed": work.seed % 2**32,  # the default is seed 42 for every call
         "num_images_per_prompt": 1,  # inpainting rejects more, and picture k must equal that of seed + k
     }
-    if work.mode != "text2image":
+    if work.mode != "text2image" and profile.takes_strength:  # FLUX.2 ignores it
         options["strength"] = work.strength
     prompts = {"prompt_2": work.prompt_2, "prompt_3": work.prompt_3}
     # Without guidance the library rejects a negative prompt, even an empty one.
@@ -363,9 +389,10 @@ def _callback(work: Work) -> Callable[..., bool]:
 class _Tokenizer:
     """Counts and truncates prompts. For one thread; safe beside the pipelines: its infer requests are its own."""
 
-    def __init__(self, directory: Path, window: int) -> None:
+    def __init__(self, directory: Path, window: int, traits: FamilyTraits) -> None:
         self._directory = directory
         self._window = window
+        self._traits = traits
         self._tokenizer: Any = None
 
     def load(self) -> None:
@@ -381,7 +408,7 @@ class _Tokenizer:
             raise InvalidValue(
                 "prompt contains half of a surrogate pair, which is not a character; remove it", param="prompt"
             ) from None
-        return int(self._tokenizer.encode(prompt).input_ids.shape[1])
+        return count_templated(self._tokenizer, self._traits, prompt)
 
     def cut(self, prompt: str) -> str:
         return truncate_to_window(prompt, self.count, self._window)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ovserve.errors import ApiError
 from ovserve.models.profile import ModelProfile
+from ovserve.settings.options import Resolution
 from ovserve.wire.request import ImageRequest
 
 __all__ = [
@@ -31,9 +32,12 @@ __all__ = [
     "clip_only_fields",
     "has_t5",
     "truncate_to_window",
+    "warm_up_size",
     "warm_up_work",
 ]
 
+WARM_UP_SIDE_PX = 256  # longest side of the warm-up's picture, if the denoiser has at least LARGE_DENOISER_BYTES
+LARGE_DENOISER_BYTES = 1 << 30  # a step at 1024 pixels takes seconds from here on
 CLIP_WINDOW = 77  # tokens that CLIP's text encoder reads, start and end tokens included: arXiv:2103.00020, section 2.4
 
 Pixels = NDArray[np.uint8]
@@ -51,7 +55,11 @@ class Work:
         initial_image: uint8 (H, W, 3), RGB, already at width x height; None for text2image.
         mask_image: uint8 (H, W), 255 = repaint, 0 = keep, already pooled so that no thin mask vanishes on the latent
             grid; None unless inpainting.
+        reference_images: what a model that edits by reference sees, in the order of the request, the edited image
+            first: uint8 (h, w, 3) each, RGB, at most 1 megapixel, sides multiples of the profile's side_multiple_px.
+            Empty for models that start from the image, and for text2image.
         width, height: working size, multiples of the profile's side_multiple_px.
+        guidance_scale: in terms of equation 6 in Ho and Salimans 2022, arXiv:2207.12598; 1 or less is no guidance.
         strength: 1.0 for text2image.
         scheduler: empty for the model's own.
         alone: shares no call with other jobs.
@@ -76,6 +84,7 @@ class Work:
     seed: int
     initial_image: Pixels | None = None
     mask_image: Pixels | None = None
+    reference_images: tuple[Pixels, ...] = ()
     prompt_2: str = ""
     prompt_3: str = ""
     negative_prompt_2: str = ""
@@ -181,13 +190,18 @@ class Engine(Protocol):
         """Release the device."""
 
 
-def warm_up_work(profile: ModelProfile, *, num_inference_steps: int) -> Work:
-    """Return work for the warm-up: one real picture of the native size, in the most demanding mode of the model.
+def warm_up_work(profile: ModelProfile, *, num_inference_steps: int, size: Resolution | None = None) -> Work:
+    """Return work for the warm-up: one real picture, in the most demanding mode of the model.
 
     A worker is ready only after it has made a picture. The first inference also repacks the weights and allocates the
     memory that a job needs.
+
+    Args:
+        profile: the model.
+        num_inference_steps: number of steps.
+        size: of the picture; None: the native size.
     """
-    size, with_mask = profile.native, "inpainting" in profile.tasks
+    size, with_mask = size or profile.native, "inpainting" in profile.tasks
     return Work(
         job="",
         picture=0,
@@ -197,12 +211,30 @@ def warm_up_work(profile: ModelProfile, *, num_inference_steps: int) -> Work:
         width=size.width,
         height=size.height,
         num_inference_steps=num_inference_steps,
-        guidance_scale=profile.defaults.guidance_scale,
+        guidance_scale=profile.traits.engine_guidance(profile.defaults.guidance_scale),
         strength=1.0,
         seed=0,
         initial_image=np.full((size.height, size.width, 3), 127, np.uint8) if with_mask else None,
         mask_image=np.full((size.height, size.width), 255, np.uint8) if with_mask else None,
     )
+
+
+def warm_up_size(profile: ModelProfile) -> Resolution:
+    """Return the size of the warm-up's picture: the native one, or a small one of a large transformer.
+
+    Two steps at 1024 x 1024 pixels are 4096 tokens each: minutes of a CPU for billions of weights. The weights are
+    repacked at any size.
+    """
+    weights = profile.directory / profile.traits.denoiser / "openvino_model.bin"
+    if not profile.traits.is_transformer or weights.stat().st_size < LARGE_DENOISER_BYTES:
+        return profile.native
+    step = profile.side_multiple_px
+    longest = max(profile.native.width, profile.native.height, WARM_UP_SIDE_PX)
+
+    def scaled(side: int) -> int:
+        return max(step, side * WARM_UP_SIDE_PX // longest // step * step)
+
+    return Resolution(scaled(profile.native.width), scaled(profile.native.height))
 
 
 def clip_only_fields(profile: ModelProfile, request: Work | ImageRequest) -> frozenset[str]:

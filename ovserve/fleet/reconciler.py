@@ -198,6 +198,16 @@ class Reconciler:
                 del self.models[name]
         self.outcomes = {name: self._outcome(name) for name in self._desired}
 
+    def forget_failure(self, name: str) -> bool:
+        """Try a model that has failed again at once, as far as it should have workers; return whether it had failed."""
+        entry = self.models.get(name)
+        if entry is None or not entry.serving.failure:
+            return False
+        entry.serving.failure = ""
+        for slot in entry.serving.slots:
+            slot.restart_at = 0.0
+        return True
+
     def note_failure(self, fleet: Fleet) -> None:
         """Fail the model of a fleet that has failed, unless another fleet serves it or will."""
         entry = self.models.get(fleet.name)

@@ -49,6 +49,7 @@ class ModelView:
         is_failed: its workers have failed; the supervisor tries again on its own.
         used_bytes: measured memory of all its processes.
         worker_bytes: memory that one worker is expected to take.
+        keep_alive_s: how long the newest request lets it stay after its last job; None: as its options say.
     """
 
     options: ModelSettings
@@ -60,6 +61,7 @@ class ModelView:
     is_failed: bool = False
     used_bytes: int = 0
     worker_bytes: int = 0
+    keep_alive_s: float | None = None
 
     @property
     def name(self) -> str:
@@ -114,7 +116,7 @@ class _Entry:
         may_evict: whether that may evict other models.
         ready_since: when its first worker became ready; None while there is none.
         waiting_since: when its oldest wait for a worker began; None while nothing waits.
-        keep_alive_s: time after its last job for which it stays, where the newest request has set it; else None.
+        keep_alive_s: time after its last job for which it stays, where an operator has set it; else None.
         least_bytes: it took so much for one worker when its load was stopped at the budget.
     """
 
@@ -152,21 +154,21 @@ class Residency:
             entries[options.name] = entry
         self._entries = entries
 
-    def load(self, name: str) -> None:
-        """Load a model without a request; it may evict others."""
+    def load(self, name: str, keep_alive_s: float | None = None) -> None:
+        """Load a model without a request; it may evict others.
+
+        Args:
+            name: the model's name.
+            keep_alive_s: how long it stays after its last job; infinity: for ever; None: as its options say.
+        """
         if entry := self._entries.get(name):
             entry.is_due = entry.may_evict = not entry.workers
-            entry.keep_alive_s = None
+            entry.keep_alive_s = keep_alive_s
 
     def unload(self, name: str) -> None:
         """Unload a model when its running jobs have ended. The next request loads it again."""
         if entry := self._entries.get(name):
             entry.workers, entry.is_due, entry.keep_alive_s = 0, False, None
-
-    def keep(self, name: str, keep_alive_s: float | None) -> None:
-        """Set how long a model stays after its last job, or with None restore its own option."""
-        if entry := self._entries.get(name):
-            entry.keep_alive_s = keep_alive_s
 
     def decide(self, now: float, views: Sequence[ModelView], limits: Limits) -> Decision:
         """Return how many workers each model should have now.
@@ -208,6 +210,8 @@ class Residency:
         if not entry.workers or entry.ready_since is None or view.is_wanted or view.is_failed:
             return
         keep_alive_s = entry.options.kept_s if entry.keep_alive_s is None else entry.keep_alive_s
+        if view.keep_alive_s is not None and not entry.options.is_pinned:
+            keep_alive_s = view.keep_alive_s
         if now - max(view.last_used_at, entry.ready_since) >= keep_alive_s:
             entry.workers, entry.keep_alive_s = 0, None
 

@@ -188,6 +188,21 @@ class Supervisor:
         """Return what has become of each model's options since the start or the newest `reload`, by model name."""
         return self._reconciler.outcomes
 
+    def load(self, name: str, keep_alive_s: float | None) -> None:
+        """Load a model without a request.
+
+        Args:
+            name: the model's name.
+            keep_alive_s: how long it stays after its last job; -1: for ever; None: as its options say.
+        """
+        kept_s = math.inf if keep_alive_s is not None and keep_alive_s < 0 else keep_alive_s
+        self._dispatcher.clear_refusal(name)
+        self._call(lambda: self._load(name, kept_s))
+
+    def unload(self, name: str) -> None:
+        """Unload a model when its running jobs have ended. The next request loads it again, also if it has failed."""
+        self._call(lambda: self._unload(name))
+
     def loads(self) -> dict[str, int]:
         """Return for each model how often it has become ready after it had no ready worker."""
         return {name: self._loads[name] for name in self._dispatcher.models()}
@@ -285,9 +300,20 @@ class Supervisor:
                     is_failed=bool(entry.serving.failure),
                     used_bytes=sum(slot.used_bytes for slot in slots),
                     worker_bytes=self._estimates.worker_bytes(record),
+                    keep_alive_s=status.keep_alive_s,
                 )
             )
         return views
+
+    def _load(self, name: str, keep_alive_s: float | None) -> None:
+        self._residency.load(name, keep_alive_s)
+        if self._reconciler.forget_failure(name):
+            self._dispatcher.clear_failure(name)
+
+    def _unload(self, name: str) -> None:
+        self._residency.unload(name)
+        self._reconciler.forget_failure(name)
+        self._dispatcher.clear_failure(name)
 
     def _note_serving(self, record: DesiredModel) -> None:
         if self._on_serving:
@@ -298,6 +324,12 @@ class Supervisor:
 
     def _retire_for_reload(self, slot: Slot) -> None:
         self._retire(slot, self._drain_end())
+
+    def _call(self, call: Callable[[], None]) -> None:
+        """Make a call in the supervisor thread, and wait until it was made."""
+        self._queue_call(call)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._calls, timeout=_CALL_TIMEOUT_S)
 
     def _queue_call(self, call: Callable[[], None]) -> None:
         self._calls.append(call)

@@ -345,11 +345,11 @@ class Connection:
         except ApiError as error:
             if error.status >= 500:
                 log.warning("%s", escape_for_log(error.message), extra=fields(id=exchange.id, code=error.code))
-            return self._write_error(exchange, error)
+            return self._write_error(exchange, match, error)
         except ClientGone:
             raise
         except Exception as error:  # noqa: BLE001 - on a bug, the client gets an answer and the thread continues
-            return self._write_error(exchange, _log_bug(exchange, error))
+            return self._write_error(exchange, match, _log_bug(exchange, error))
 
     def _check_access(self, exchange: HttpExchange, match: RouteMatch) -> None:
         try:
@@ -386,8 +386,8 @@ class Connection:
             return self._write_stream(exchange, reply)
         return self._write_whole(exchange, reply.status, reply.media_type, [reply.content], reply.headers)
 
-    def _write_error(self, exchange: HttpExchange, error: ApiError) -> int:
-        """Write the error as the response.
+    def _write_error(self, exchange: HttpExchange, match: RouteMatch, error: ApiError) -> int:
+        """Write the error as the response, in the form of the route.
 
         Raises ClientGone if a response head was sent: the connection can only be closed.
         """
@@ -396,10 +396,9 @@ class Connection:
         exchange.error = error
         if error.closes_connection:
             exchange.is_rejected, exchange.keeps_connection = True, False
-        content = [error_content(error)]
-        return self._write_whole(
-            exchange, error.status, JSON_TYPE, content, error_fields(error), reason=reason_phrase(error)
-        )
+        content = [error_content(match.error_document(error))]
+        fields = error_fields(error, match.challenge)
+        return self._write_whole(exchange, error.status, JSON_TYPE, content, fields, reason=reason_phrase(error))
 
     def _write_whole(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import os
 import re
@@ -69,11 +71,14 @@ class Request:
 
     @cached_property
     def api_key(self) -> str:
-        """The client's API key from Authorization (OpenAI's clients) or api-key (Azure's); "" without one."""
-        scheme, _, key = (self.header("authorization") or "").partition(" ")
-        if scheme.lower() != "bearer":
-            key = ""
-        return key.strip() or self.header("api-key") or ""
+        """The client's API key from Authorization (Bearer, or Basic as the password) or api-key; "" without one."""
+        scheme, _, credentials = (self.header("authorization") or "").partition(" ")
+        key = ""
+        if scheme.lower() == "bearer":
+            key = credentials.strip()
+        elif scheme.lower() == "basic":
+            key = _password(credentials.strip())
+        return key or self.header("api-key") or ""
 
     @cached_property
     def key(self) -> str:
@@ -93,6 +98,15 @@ class Request:
     def header(self, name: str) -> str | None:
         """Return a request field by its lower-case name."""
         return self.head.fields.get(name)
+
+
+def _password(credentials: str) -> str:
+    """Return the password of Basic credentials (RFC 7617 section 2); "" for malformed ones. The user's name is free."""
+    try:
+        decoded = base64.b64decode(credentials.encode("latin-1"), validate=True)
+    except binascii.Error:
+        return ""
+    return decoded.partition(b":")[2].decode("latin-1")
 
 
 def internal_error(request_id: str) -> InternalError:

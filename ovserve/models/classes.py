@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ovserve.errors import ModelError
 
-__all__ = ["CLASSES", "ENGINES", "PipelineClass", "Serving", "class_named", "plan_engine"]
+__all__ = ["CLASSES", "ENGINES", "PipelineClass", "Serving", "class_named", "describe_images", "plan_engine"]
 
 ENGINES = ("genai", "stepwise")
 
@@ -20,6 +20,8 @@ TEXT2IMAGE, IMAGE2IMAGE, INPAINTING = "text2image", "image2image", "inpainting"
 _ALL = frozenset({TEXT2IMAGE, IMAGE2IMAGE, INPAINTING})
 _UNMASKED = frozenset({TEXT2IMAGE, IMAGE2IMAGE})
 _MASKED = frozenset({INPAINTING})
+
+MAX_REFERENCES = 16  # images of one request, as OpenAI's API takes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +74,29 @@ CLASSES: Mapping[str, PipelineClass] = {
     "StableDiffusionXLPipeline": PipelineClass("sdxl", _EVERY, _EVERY),
     "StableDiffusionXLInpaintPipeline": PipelineClass("sdxl", _EVERY, _EVERY),
     "StableDiffusionXLImg2ImgPipeline": PipelineClass("sdxl", None, _EVERY),
-    "StableDiffusion3Pipeline": PipelineClass("sd3", _EVERY),
-    "StableDiffusion3InpaintPipeline": PipelineClass("sd3", Serving(_MASKED)),
-    "FluxPipeline": PipelineClass("flux", _EVERY),
-    "FluxInpaintPipeline": PipelineClass("flux", Serving(_MASKED)),
-    "FluxFillPipeline": PipelineClass("flux-fill", Serving(_MASKED)),
-    "FluxKontextPipeline": PipelineClass("flux-kontext"),
-    "Flux2KleinPipeline": PipelineClass("flux2-klein", Serving(_UNMASKED, references=1, negative_prompt=False)),
-    "ZImagePipeline": PipelineClass("z-image", Serving(_UNMASKED)),
-    "QwenImagePipeline": PipelineClass("qwen-image", Serving(_UNMASKED)),
+    "StableDiffusion3Pipeline": PipelineClass("sd3", _EVERY, _EVERY),
+    "StableDiffusion3InpaintPipeline": PipelineClass("sd3", Serving(_MASKED), _EVERY),
+    "FluxPipeline": PipelineClass("flux", _EVERY, _EVERY),
+    "FluxInpaintPipeline": PipelineClass("flux", Serving(_MASKED), _EVERY),
+    "FluxFillPipeline": PipelineClass("flux-fill", Serving(_MASKED), Serving(_MASKED)),
+    "FluxKontextPipeline": PipelineClass(
+        "flux-kontext", None, Serving(_ALL, references=MAX_REFERENCES, negative_prompt=False)
+    ),
+    "Flux2KleinPipeline": PipelineClass(
+        "flux2-klein",
+        Serving(_UNMASKED, references=1, negative_prompt=False),
+        Serving(_ALL, references=MAX_REFERENCES, negative_prompt=False),
+    ),
+    "ZImagePipeline": PipelineClass("z-image", Serving(_UNMASKED), _EVERY),
+    "QwenImagePipeline": PipelineClass("qwen-image", Serving(_UNMASKED), _EVERY),
 }
+
+
+def describe_images(references: int) -> str:
+    """Return how many images an edit takes, in words, from the number of reference images."""
+    if not references:
+        return "one image and no reference images"
+    return "1 reference image" if references == 1 else f"at most {references} reference images"
 
 
 def class_named(name: str, directory: Path) -> PipelineClass:

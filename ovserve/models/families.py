@@ -74,10 +74,19 @@ class FamilyTraits:
         t5: the T5 encoder, or None.
         window: tokens of the text encoder, those of the chat template included; 0: its configuration says.
         has_chat_template: the prompt is put into the tokenizer's chat template, whose tokens count.
+        prompt_template: the family's own template instead, with {} for the prompt; empty for none.
+        dropped_tokens: tokens at the template's beginning that the denoiser does not get, and that do not count.
+        guidance_offset: how much the published guidance scale is smaller than that of equation 6 in Ho and Salimans
+            2022, arXiv:2207.12598, which engines and other families use; 0 is off in both.
+        empty_negative_prompt: what stands for a negative prompt that was not given, where there is guidance.
         edits_by_reference: an edit starts from noise and sees the image as a condition, so it has no strength.
         rounds_steps_up: an edit runs its steps times its strength rounded up. Flow matching cuts the number of steps
             that are left out to an integer; the other families cut the number that runs.
         fixes_guidance: OpenVINO GenAI fixes with a model's first picture whether there is guidance.
+        generates_by_edit: OpenVINO GenAI derives no text-to-image pipeline from the image-to-image one, which gives the
+            same bits at strength 1; the other pipeline would hold the weights a second time.
+        misreads_time_shift: OpenVINO GenAI takes the key `time_shift_type` of a scheduler configuration for the rule
+            of FLUX.2, and computes a wrong schedule.
     """
 
     denoiser: str
@@ -88,17 +97,38 @@ class FamilyTraits:
     t5: T5Encoder | None = None
     window: int = 0
     has_chat_template: bool = False
+    prompt_template: str = ""
+    dropped_tokens: int = 0
+    guidance_offset: float = 0.0
+    empty_negative_prompt: str = ""
     edits_by_reference: bool = False
     rounds_steps_up: bool = False
     fixes_guidance: bool = False
+    generates_by_edit: bool = False
+    misreads_time_shift: bool = False
 
     @property
     def is_transformer(self) -> bool:
         """Whether the denoiser is a transformer, not a UNet."""
         return self.denoiser == "transformer"
 
+    @property
+    def is_templated(self) -> bool:
+        """Whether the prompt is put into a chat template."""
+        return self.has_chat_template or bool(self.prompt_template)
+
+    def engine_guidance(self, guidance_scale: float) -> float:
+        """Return a request's guidance scale in terms of equation 6: 1 or less is no guidance."""
+        return guidance_scale + self.guidance_offset if guidance_scale > 0 else 0.0
+
 
 _QWEN_WINDOW = 512  # tokens that OpenVINO GenAI passes to a Qwen text encoder, and diffusers for FLUX.2 and Z-Image
+
+# Wu et al. 2025, arXiv:2508.02324, figure 7. Its beginning, up to the user's message, has 34 tokens.
+_QWEN_IMAGE_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
 
 FAMILIES: Mapping[str, FamilyTraits] = {
     "stable-diffusion": FamilyTraits(
@@ -135,6 +165,7 @@ FAMILIES: Mapping[str, FamilyTraits] = {
         defaults=Defaults(28, 3.5, 0.6, 0.6, 0.6),
         guidance=EMBEDDED,
         t5=T5Encoder(2, 512),
+        misreads_time_shift=True,
         rounds_steps_up=True,
     ),
     "flux-fill": FamilyTraits(
@@ -142,6 +173,7 @@ FAMILIES: Mapping[str, FamilyTraits] = {
         defaults=Defaults(50, 30.0, 1.0, 1.0, 1.0),
         guidance=EMBEDDED,
         t5=T5Encoder(2, 512),
+        misreads_time_shift=True,
         rounds_steps_up=True,
     ),
     "flux-kontext": FamilyTraits(
@@ -149,6 +181,7 @@ FAMILIES: Mapping[str, FamilyTraits] = {
         defaults=Defaults(28, 3.5, 1.0, 1.0, 1.0),
         guidance=EMBEDDED,
         t5=T5Encoder(2, 512),
+        misreads_time_shift=True,
         edits_by_reference=True,
         rounds_steps_up=True,
     ),
@@ -165,13 +198,17 @@ FAMILIES: Mapping[str, FamilyTraits] = {
         defaults=Defaults(50, 4.0, 0.6, 0.6, 0.6),
         window=_QWEN_WINDOW,
         has_chat_template=True,
+        guidance_offset=1.0,
         rounds_steps_up=True,
+        generates_by_edit=True,
     ),
     "qwen-image": FamilyTraits(
         denoiser="transformer",
         defaults=Defaults(50, 4.0, 0.6, 0.6, 0.6),
         window=_QWEN_WINDOW,
-        has_chat_template=True,
+        prompt_template=_QWEN_IMAGE_TEMPLATE,
+        dropped_tokens=34,
+        empty_negative_prompt=" ",  # without one, diffusers and OpenVINO GenAI have no guidance
         rounds_steps_up=True,
     ),
 }

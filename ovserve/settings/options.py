@@ -29,6 +29,7 @@ __all__ = [
 
 MIB = 1024 * 1024
 BUILTIN_PREFIX = "builtin:"  # of the option `path`: a model in the package, `builtin:shapes`
+DEFAULT_BUILTIN = f"{BUILTIN_PREFIX}shapes"  # served where `path` is not given
 BUILTIN_NAME = "ovserve-builtin"  # served name of a built-in model, if the option `name` is empty
 # What clients send that do not let their users choose a name, or have it as a default (measured).
 BUILTIN_ALIASES = ("gpt-image-1", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3", "default")
@@ -220,7 +221,7 @@ class ModelSettings:
     max_strength: float = _option(1.0, "Maximum strength.", low=0, high=1)
     extra_images: str = _option(
         "refuse",
-        "Several images for a model that takes one: `refuse` (400), or `first`: the first is used, and the reply names "
+        "More images than the model takes: `refuse` (400), or `first`: the first ones are used, and the reply names "
         "the others (`ignored`).",
         choices=("refuse", "first"),
         reason="a picture made from a part of the request can surprise",
@@ -290,6 +291,12 @@ class ModelSettings:
     def fixed_num_images(self) -> int | None:
         """The only number of pictures that a request may ask for; None: up to the maximum."""
         return (self.num_images_per_prompt or 1) if self.resolution else None
+
+    @property
+    def builtin_name(self) -> str:
+        """Which built-in model `path` means, e.g. `shapes`; empty for a directory."""
+        text = str(self.path or DEFAULT_BUILTIN)
+        return text.removeprefix(BUILTIN_PREFIX) if text.startswith(BUILTIN_PREFIX) else ""
 
     @property
     def all_aliases(self) -> tuple[str, ...]:
@@ -578,6 +585,13 @@ class Settings:
     max_timeout_s: float = _option(
         3600.0, "Maximum deadline that a request can set.", low=0.1, high=86400, unit="seconds"
     )
+    sdapi_previews: int = _option(
+        3,
+        "Previews of each picture for `GET /sdapi/v1/progress`; 0: none.",
+        low=0,
+        high=3,
+        reason="clients show them, but each costs up to half of a denoising step",
+    )
     grace_period_s: float = _option(
         30.0, "Time for jobs in flight to finish after SIGTERM.", low=0, high=86400, unit="seconds"
     )
@@ -639,6 +653,8 @@ class Settings:
         "", "Base of returned URLs, such as https://images.example.org; empty: the request's Host."
     )
 
+    web_pages: bool = _option(True, "Serve the pages `/` and `/status` to browsers.")
+
     # Workers.
     memory_budget_bytes: int = _option(
         0,
@@ -646,6 +662,14 @@ class Settings:
         "unloaded, the least recently used first. A model whose weight files alone take more is an error. 0: no limit.",
         low=0,
         unit="bytes",
+    )
+    keep_alive_max_s: float = _option(
+        3600.0,
+        "Maximum of the request field `keep_alive`.",
+        low=0,
+        high=86400 * 365,
+        unit="seconds",
+        reason="one request must not keep a model for ever",
     )
     min_resident_s: float = _option(
         5.0,

@@ -92,12 +92,14 @@ class Ready:
         tuned: values that it measured and chose for options left open in the settings, by option name (threads,
             streams, max_batch; 0: no choice). The supervisor passes them on to all later incarnations, because another
             division of the device changes the last bits of the results.
+        schedulers: names of the schedulers that a request may choose, separated by commas.
     """
 
     capacity: int
     engine: str
     why: str = ""
     tuned: dict[str, Any] = field(default_factory=dict)
+    schedulers: str = ""
 
     kind: ClassVar[str] = "ready"
 

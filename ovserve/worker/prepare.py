@@ -15,6 +15,7 @@ import numpy as np
 
 from ovserve.engines.protocol import Engine, Features
 from ovserve.errors import InvalidValue, MissingParameter, UnsupportedParameter
+from ovserve.models.classes import describe_images
 from ovserve.models.profile import ModelProfile
 from ovserve.models.steps import default_strength, denoising_steps, is_lcm, smallest_strength
 from ovserve.pixels.decoder import DecodedImage, decode_here
@@ -22,6 +23,7 @@ from ovserve.pixels.frames import Fitting, Placement, fit_into, size_of
 from ovserve.pixels.holes import fill_holes, join_alpha, mask_from_alpha, settle_alpha
 from ovserve.pixels.images import Limits, Pixels, flatten, has_alpha
 from ovserve.pixels.masks import Seam, check_not_empty, mask_from_image, match_mask, pool
+from ovserve.pixels.references import fit_reference
 from ovserve.pixels.regions import Region
 from ovserve.settings.options import ModelSettings, Resolution
 from ovserve.settings.worker import WorkerSettings
@@ -40,6 +42,7 @@ class DecodeFile(Protocol):
         """Return the first frame. Raises ImageError."""
 
 
+_SHAPE_TOLERANCE = 0.02  # relative difference of two shapes up to which nothing visible is cut off
 PREVIEW_SIDE_PX = 512  # a preview is shown for a second: it does not need every pixel
 
 
@@ -66,6 +69,7 @@ def prepare(
         engine.check(request)
         prompt, text_tokens = fit_prompt(request, profile, engine)
     limits = Limits(settings.max_image_pixels, settings.max_image_side_px)
+    _check_image_count(request, engine.features)
     source, mask, colour_profile = _read_images(request, blobs, limits, decode)
     mode = "text2image" if source is None else "image2image" if mask is None else "inpainting"
     _check_mode(mode, profile, engine.features)
@@ -75,7 +79,10 @@ def prepare(
     strength = _resolve_strength(request, mode, profile)
     steps = check_steps(request, strength, profile)
     layout = _plan_layout(request, source, mask, profile, model, keeps_alpha=keeps_alpha)
+    references = _first_reference(request, source, layout, profile)
+    references += _further_references(request, profile, blobs, limits, decode)
     unchanged = None if steps or layout.original is None else _without_steps(layout.original, request)
+    guidance_scale = profile.traits.engine_guidance(request.guidance_scale)
     preview_frame = fit_into(layout.placement.frame, Resolution(PREVIEW_SIDE_PX, PREVIEW_SIDE_PX))
     cells = math.prod((layout.placement.canvas.width, layout.placement.canvas.height)) // profile.side_multiple_px**2
     return PreparedRequest(
@@ -94,9 +101,10 @@ def prepare(
         mask=layout.mask,
         initial_image=layout.initial_image,
         mask_image=layout.mask_image,
+        reference_images=references,
         prompt=prompt,
-        # Without classifier-free guidance a negative prompt has no effect, and the library rejects it.
-        negative_prompt=request.negative_prompt if profile.takes_negative_prompt and request.guidance_scale > 1 else "",
+        negative_prompt=_negative_prompt(request, profile, guidance_scale),
+        guidance_scale=guidance_scale,
         text_tokens=text_tokens,
         image_tokens=cells * len(request.images),
         output_tokens=cells * request.n,
@@ -105,6 +113,13 @@ def prepare(
         colour_profile=colour_profile,
         unchanged=unchanged,
     )
+
+
+def _negative_prompt(request: ImageRequest, profile: ModelProfile, guidance_scale: float) -> str:
+    """Return the negative prompt; empty without classifier-free guidance, where the library rejects one."""
+    if not profile.takes_negative_prompt or guidance_scale <= 1:
+        return ""
+    return request.negative_prompt or profile.traits.empty_negative_prompt
 
 
 def _adapt_to_engine(request: ImageRequest, features: Features) -> ImageRequest:
@@ -241,15 +256,10 @@ def _read_images(
 ) -> tuple[Pixels | None, Pixels | None, bytes]:
     """Return the image, the mask at the image's size, both upright, and the image's colour profile.
 
-    None, and an empty profile, for what the request does not have.
+    None, and an empty profile, for what the request does not have. The image is the first of several.
     """
     if not request.images:
         return None, None, b""
-    if len(request.images) > 1:
-        raise InvalidValue(
-            f"image: {len(request.images)} images were sent; this model edits one and takes no reference images",
-            param="image",
-        )
     with blobs.open(request.images[0]) as data:
         image = decode(data, "image", limits, needs_profile=True)
     source = image.pixels
@@ -266,6 +276,42 @@ def _read_images(
         mask = mask_from_alpha(source)
         source = settle_alpha(source)
     return source, mask, image.colour_profile
+
+
+def _check_image_count(request: ImageRequest, features: Features) -> None:
+    """Raise UnsupportedParameter for more images than the engine can take: another one than the front end expects."""
+    count = len(request.images)
+    if count > max(1, features.references):
+        takes = describe_images(features.references)
+        raise UnsupportedParameter(f"image: {count} images were sent; this model takes {takes}", param="image")
+
+
+def _first_reference(
+    request: ImageRequest, source: Pixels | None, layout: _Layout, profile: ModelProfile
+) -> tuple[Pixels, ...]:
+    """Return the edited image as a reference, if the model edits by reference.
+
+    It is the image on the canvas, so that the result lies over it. Only where a size of another shape was requested
+    without saying how to fit the image, the model gets all of it, in its own shape.
+    """
+    if not profile.references or source is None or layout.initial_image is None:
+        return ()
+    across, down = request.width * source.shape[0], request.height * source.shape[1]
+    has_other_shape = abs(across - down) > _SHAPE_TOLERANCE * max(across, down)
+    is_whole = layout.mask is None and request.resize_mode == "crop" and has_other_shape
+    return (fit_reference(source if is_whole else layout.initial_image, profile.side_multiple_px),)
+
+
+def _further_references(
+    request: ImageRequest, profile: ModelProfile, blobs: WorkerBlobs, limits: Limits, decode: DecodeFile
+) -> tuple[Pixels, ...]:
+    """Decode the images after the first, one at a time: only their fitted pixels stay in memory."""
+    found = []
+    for number, blob in enumerate(request.images[1:], 1):
+        with blobs.open(blob) as data:
+            pixels = decode(data, f"image[{number}]", limits, needs_profile=False).pixels
+        found.append(fit_reference(pixels, profile.side_multiple_px))
+    return tuple(found)
 
 
 def _check_mode(mode: str, profile: ModelProfile, features: Features) -> None:

@@ -100,8 +100,10 @@ class PreparedRequest:
         mask: uint8 (H, W), 255 = repaint, in the frame; None unless inpainting.
         initial_image: the original on the canvas, RGB.
         mask_image: the mask on the canvas, pooled to the latent grid.
+        reference_images: what a model that edits by reference sees, the edited image first; as in `protocol.Work`.
         prompt: the prompt that will be used.
         negative_prompt: the negative prompt that will be used; empty where it has no effect.
+        guidance_scale: the guidance scale for the engine, see `FamilyTraits.engine_guidance`.
         text_tokens: for `usage`.
         image_tokens, output_tokens: for `usage`; a picture counts one token for each cell of side_multiple_px.
         revised_prompt: the prompt that will be used, if the request's prompt was cut; else empty.
@@ -125,8 +127,10 @@ class PreparedRequest:
     mask: Pixels | None
     initial_image: Pixels | None
     mask_image: Pixels | None
+    reference_images: tuple[Pixels, ...]
     prompt: str
     negative_prompt: str
+    guidance_scale: float
     text_tokens: int
     image_tokens: int
     output_tokens: int
@@ -140,6 +144,7 @@ class PreparedRequest:
     def pixel_bytes(self) -> int:
         """Memory of all decoded pixels; arrays that share memory count once."""
         arrays: list[NDArray[Any] | None] = [self.mask, self.initial_image, self.mask_image, self.unchanged]
+        arrays += self.reference_images
         for backdrop in (self.backdrop, self.preview_backdrop):
             arrays += [backdrop.original, None if backdrop.seam is None else backdrop.seam.weight]
         owners = {id(owner): owner.nbytes for array in arrays if array is not None for owner in [_owner(array)]}
@@ -157,11 +162,12 @@ class PreparedRequest:
             width=self.placement.canvas.width,
             height=self.placement.canvas.height,
             num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
+            guidance_scale=self.guidance_scale,
             strength=self.strength,
             seed=request.seed_of(picture),
             initial_image=self.initial_image,
             mask_image=self.mask_image,
+            reference_images=self.reference_images,
             prompt_2=request.prompt_2,
             prompt_3=request.prompt_3,
             negative_prompt_2=request.negative_prompt_2,

@@ -41,8 +41,9 @@ def fit_prompt(request: ImageRequest, profile: ModelProfile, engine: Engine) -> 
     for name, count in counts.items():
         if count > windows[name]:
             advice = " or set truncate_prompt=true" if name == "prompt" else ""
+            counted = "those of its chat template" if profile.traits.is_templated else "start and end tokens"
             raise PromptTooLong(
-                f"{name}: {count} tokens; this model reads at most {windows[name]}, start and end tokens included. "
+                f"{name}: {count} tokens; this model reads at most {windows[name]}, {counted} included. "
                 f"Shorten it{advice}",
                 param=name,
             )

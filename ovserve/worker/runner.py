@@ -32,7 +32,8 @@ from ovserve.errors import ApiError, BlobGone, DeadlineExceeded, InternalError, 
 from ovserve.logs import fields
 from ovserve.models.classes import CLASSES
 from ovserve.models.profile import ModelProfile, served_by
-from ovserve.pixels.decoder import DecodeLimits, Decoder
+from ovserve.pixels.decoder import DecodedImage, DecodeLimits, Decoder
+from ovserve.pixels.images import Limits
 from ovserve.settings.options import ModelSettings
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import WorkerBlobs
@@ -205,7 +206,7 @@ class JobRunner:
             job = self._intake.take(takes_heavy=thread == _PREPARE_THREADS[0])
             self._preparing_since[thread] = time.monotonic()
             try:
-                self._prepare(job, self._decoders[thread])
+                self._prepare(job, thread)
             except ApiError as error:
                 self._fail_preparation(job, error)
             except BlobGone:
@@ -225,7 +226,7 @@ class JobRunner:
         job.is_preparing = False
         self.fail(job, error)
 
-    def _prepare(self, job: WorkerJob, decoder: Decoder) -> None:
+    def _prepare(self, job: WorkerJob, thread: str) -> None:
         if self._engine is None or self._loop is None:
             raise InternalError("a job arrived before the worker was ready")
         if job.deadline.is_expired():
@@ -234,8 +235,7 @@ class JobRunner:
             raise InternalError("the job was cancelled")
         started = time.monotonic()
         request = ImageRequest.from_json(self._blobs.read(job.run.request))
-        # Called in a prepare thread, which lives as long as the worker: the decoding process ends with it.
-        decode = functools.partial(decoder.decode, job=job.id)
+        decode = functools.partial(self._decode, job, thread)
         prepared = prepare(
             request,
             self._profile,
@@ -262,6 +262,20 @@ class JobRunner:
             outcome = Outcome(work, prepared.unchanged)
             while not self._finisher.deliver(outcome, 0.0):
                 pass
+
+    def _decode(
+        self, job: WorkerJob, thread: str, data: memoryview, name: str, limits: Limits, *, needs_profile: bool
+    ) -> DecodedImage:
+        """Decode one file of a job. Runs in: a prepare thread, with which its decoding process ends.
+
+        A request has many files: each of them restarts the time after which the thread counts as stuck.
+        """
+        if job.stopped.is_set():
+            raise InternalError("the job was cancelled")
+        try:
+            return self._decoders[thread].decode(data, name, limits, needs_profile=needs_profile, job=job.id)
+        finally:
+            self._preparing_since[thread] = time.monotonic()
 
     def _attach_callbacks(self, job: WorkerJob, request: ImageRequest, work: Work) -> Work:
         """Connect a piece of work to its job: progress, previews, deadline and cancellation."""
@@ -290,7 +304,8 @@ class JobRunner:
             self._exit_load_failed(error)
         self._engine, self._loop = engine, loop
         capacity = min(engine.capacity + _SPARE_JOBS, MAX_CAPACITY)
-        self._reports.send(Ready(capacity, engine.name, why[:SHORT_TEXT_CHARS], dict(engine.tuned)))
+        schedulers = ",".join(sorted(engine.features.schedulers))
+        self._reports.send(Ready(capacity, engine.name, why[:SHORT_TEXT_CHARS], dict(engine.tuned), schedulers))
         if self._cache is not None:
             self._cache.record()
         loop.run()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -237,18 +236,20 @@ def test_profile_of_another_engine_has_that_engines_tasks(tmp_path: Path) -> Non
     with pytest.raises(ModelError, match="engine genai does not serve class StableDiffusionImg2ImgPipeline"):
         served_by(profile, "genai")
     klein = profile_of(tmp_path / "k", "Flux2KleinPipeline")
-    assert served_by(dataclasses.replace(klein, tasks=frozenset()), "genai") == klein
+    assert (klein.tasks, klein.references) == (ALL, 16)
+    narrowed = served_by(klein, "genai")
+    assert (narrowed.tasks, narrowed.references) == ({"text2image", "image2image"}, 1)
 
 
 def test_model_object_shows_class_and_features(tmp_path: Path) -> None:
     profile = profile_of(tmp_path / "m", "Flux2KleinPipeline", index={"is_distilled": True})
     shown = model_object(ServedModel(profile, ModelSettings()), "m", 0, {})
     assert shown["pipeline_class"] == "Flux2KleinPipeline"
-    assert shown["tasks"] == ["image2image", "text2image"]
+    assert shown["tasks"] == ["image2image", "inpainting", "text2image"]
     assert shown["prompt_tokens"] == 512
     assert shown["features"] == {
-        "reference_images": 1,
-        "masks": False,
+        "reference_images": 16,
+        "masks": True,
         "negative_prompt": False,
         "strength": False,
         "guidance": "none",

@@ -11,7 +11,6 @@ import openvino_genai as og
 import pytest
 from numpy.typing import NDArray
 
-from ovserve.engines.families.lookup import DRIVEN_FAMILIES
 from ovserve.engines.genai import GenaiEngine, generation_options
 from ovserve.engines.protocol import Work
 from ovserve.errors import InternalError, InvalidValue, ModelError
@@ -60,7 +59,7 @@ class Loaded:
 
     @property
     def is_unet(self) -> bool:
-        return self.profile.family in DRIVEN_FAMILIES
+        return not self.profile.traits.is_transformer
 
     def make(self, mode: str, **values: Any) -> NDArray[np.uint8]:
         piece = work(mode, **values)

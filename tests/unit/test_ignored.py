@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from ovserve.api.parameters.params import MAX_IGNORED
 from ovserve.api.replies import IGNORED_BYTES, ignored_headers
 from ovserve.errors import UnknownParameter, UnsupportedParameter
+from ovserve.models.classes import CLASSES, Serving
 from ovserve.settings.options import Settings
 from tests.forms import FakeUpload, edit, encoded
+from tests.tinymodels import tiny_model
 
 SECOND = FakeUpload("image[]", encoded(mode="L"))
 
@@ -65,3 +68,42 @@ def test_field_is_short_ascii_and_can_be_decoded(names: list[str]) -> None:
     decoded = [unquote(part, errors="strict") for part in line.split(", ")] if line else []
     assert set(decoded) <= set(names)
     assert len(decoded) == len(names) or len(line) > IGNORED_BYTES - 1200
+
+
+KLEIN: dict[str, Any] = {"path": tiny_model("klein"), "engine": "genai"}
+
+
+def test_model_that_takes_references_says_how_many() -> None:
+    uploads = (FakeUpload("image[]", encoded()), SECOND)
+    with pytest.raises(UnsupportedParameter, match=r"sent 2 times; model 'm' takes 1 reference image\. ") as caught:
+        edit(uploads=uploads, **KLEIN)
+    assert caught.value.param == SECOND.name
+    assert edit(uploads=uploads[:1], **KLEIN).request.images == (uploads[0].blob,)
+    first = edit(uploads=uploads, extra_images="first", **KLEIN)
+    assert (first.request.images, first.ignored) == ((uploads[0].blob,), ("image[1]",))
+
+
+def test_images_up_to_the_models_number_are_kept_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = CLASSES["Flux2KleinPipeline"]
+    serving = replace(row.genai or Serving(frozenset()), references=3)
+    monkeypatch.setitem(CLASSES, "Flux2KleinPipeline", replace(row, genai=serving))  # type: ignore[call-overload]
+    uploads = tuple(FakeUpload(f"image[{k}]", encoded(64 + k)) for k in range(4))
+    assert edit(uploads=uploads[:3], **KLEIN).request.images == tuple(upload.blob for upload in uploads[:3])
+    with pytest.raises(UnsupportedParameter, match="at most 3 reference images"):
+        edit(uploads=uploads, **KLEIN)
+    found = edit(uploads=uploads, extra_images="first", **KLEIN)
+    assert (len(found.request.images), found.ignored) == (3, ("image[3]",))
+
+
+def test_guidance_scale_of_a_model_without_guidance_is_named_as_ignored() -> None:
+    assert edit(("cfg_scale", "3"), **KLEIN).ignored == ("cfg_scale",)
+    assert edit(("guidance_scale", "3")).ignored == ()
+    assert edit(("input_fidelity", "high"), **KLEIN).ignored == ("input_fidelity",)
+    assert edit(("input_fidelity", "high")).ignored == ()
+
+
+def test_strength_of_a_model_that_edits_by_reference_is_refused() -> None:
+    for name in ("strength", "denoise"):
+        with pytest.raises(UnsupportedParameter, match=f"{name} needs an edit that starts from the image") as caught:
+            edit((name, "0.5"), **KLEIN)
+        assert caught.value.param == name

@@ -21,7 +21,7 @@ FOUNDATIONS = {"errors", "deadline", "folders", "logs", "machine", "metrics", "s
 MAY: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"server", "models", "hub"},
+    "cli": {"server", "models", "hub", "engines.devices"},
     "hub": {"models"},
     "server": {"hub", "front", "api", "dispatch", "fleet", "wire", "models", "worker.main"},
     "front": {"api", "wire"},
@@ -46,6 +46,7 @@ MAY: dict[str, set[str]] = {
 # What an inner package may import from the package that contains it, besides itself.
 INSIDE: dict[str, set[str]] = {
     "api.parameters": {"api.exchange"},
+    "api.sdapi": {"api.exchange", "api.images", "api.parameters", "api.replies", "api.windows"},
     "front.http1": set(),
     "front.forms": {"front.http1"},
     "wire.local": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},
@@ -58,7 +59,7 @@ INSIDE: dict[str, set[str]] = {
 ONLY: dict[str, tuple[str, ...]] = {
     "numpy": ("worker", "engines", "pixels"),
     "PIL": ("worker", "engines", "pixels"),
-    "openvino": ("engines.genai", "engines.stepwise"),
+    "openvino": ("engines.genai", "engines.stepwise", "engines.devices"),
     "openvino_genai": ("engines.genai", "engines.stepwise"),
     "multiprocessing": ("wire", "fleet", "server", "cli"),
     "http": ("front", "hub"),

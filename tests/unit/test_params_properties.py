@@ -62,6 +62,7 @@ VALID: dict[str, st.SearchStrategy[str]] = {
     "seed": st.integers(0, 2**64 - 1).map(str),
     "mask_blur": st.integers(0, 256).map(str),
     "mask_padding": st.integers(0, 4096).map(str),
+    "keep_alive": st.floats(0, SETTINGS.keep_alive_max_s).map(str),
     "timeout_s": st.floats(0.01, SETTINGS.max_timeout_s).map(str),
     "user": st.text(max_size=20),
     "safety_identifier": st.text(max_size=20),
@@ -109,7 +110,7 @@ def test_table_of_valid_values_is_complete() -> None:
         if field.served
         and not field.same_as
         and EDIT in field.endpoints
-        and (field.has is None or name == "negative_prompt")
+        and (field.has is None or name in ("negative_prompt", "strength"))
     }
     assert taken - left_out == set(VALID)
 

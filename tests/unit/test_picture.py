@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ovserve.engines.families.blend import Blend
 from ovserve.engines.families.guidance import RowGuidance
-from ovserve.engines.families.protocol import Conditions
+from ovserve.engines.families.protocol import Conditions, Start
 from ovserve.engines.protocol import Work
 from ovserve.engines.schedulers.noise import Array
 from ovserve.engines.schedulers.schedulers import Scheduler
-from ovserve.engines.stepwise.picture import Blend, Picture, Start
+from ovserve.engines.stepwise.picture import Picture
 from ovserve.errors import InternalError
 
 SHAPE = (1, 4, 8, 8)

@@ -66,7 +66,7 @@ def test_inpainting_only_model_requires_a_mask(blob: StoreBlob) -> None:
 
 def test_several_images_are_rejected(blob: StoreBlob) -> None:
     image = blob(png(noise(64, 64)))
-    rejected(InvalidValue, "image", "2 images", images=(image, image))
+    rejected(UnsupportedParameter, "image", "2 images", images=(image, image))
 
 
 # --- strength, steps and schedulers -----------------------------------------------------------------------------------

@@ -189,3 +189,22 @@ def test_between_two_turns_of_a_client_no_other_client_has_two(clients: list[str
         for before, after in itertools.pairwise(positions):
             between = order[before + 1 : after]
             assert len(between) == len(set(between))
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("kl")), min_size=1, max_size=12), st.integers(0, 2))
+def test_place_of_a_job_is_how_many_jobs_are_taken_before_it(clients: list[tuple[str, str]], requeued: int) -> None:
+    queue = FairQueue(100)
+    tickets = [ticket(address, f"{number}", key) for number, (address, key) in enumerate(clients)]
+    for waiting in tickets[requeued:]:
+        queue.push(waiting)
+    for waiting in tickets[:requeued]:
+        queue.requeue(waiting)
+    places = {waiting.job.id: queue.ahead_of(waiting.job) for waiting in tickets}
+    assert len(queue) == len(tickets)
+    order = []
+    while len(queue):
+        head = next(queue.heads())
+        queue.take(head)
+        order.append(head.job.id)
+    assert places == {name: place for place, name in enumerate(order)}
+    assert queue.ahead_of(tickets[0].job) is None

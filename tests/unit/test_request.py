@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 
 import pytest
@@ -29,7 +30,12 @@ def test_key_is_a_fingerprint_of_the_api_key() -> None:
     assert request("authorization: bearer  sk-one\r\n").key == bearer
     assert request("api-key: sk-one\r\n").key == bearer
     assert request("Authorization: Bearer sk-two\r\n").key != bearer
-    assert request("Authorization: Basic sk-one\r\n").key == ""
+    for credentials in ("me:sk-one", ":sk-one"):  # RFC 7617: the key is the password
+        assert request(f"Authorization: Basic {base64.b64encode(credentials.encode()).decode()}\r\n").key == bearer
+    with_colon = base64.b64encode(b"me:a:b").decode()
+    assert request(f"Authorization: basic {with_colon}\r\n").api_key == "a:b"
+    for malformed in ("sk-one", "!", "c2stb25l", "bWU6", "\xff"):
+        assert request(f"Authorization: Basic {malformed}\r\n").key == ""
     assert request("Authorization: Bearer\r\n").key == ""
     assert request("api-key: \xff\r\n").key
     assert request().key == ""

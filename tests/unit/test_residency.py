@@ -32,6 +32,7 @@ class World:
         self.queued = dict.fromkeys(self.models, 0)
         self.running = dict.fromkeys(self.models, 0)
         self.used_at = dict.fromkeys(self.models, 0.0)
+        self.keep_alive_s: dict[str, float | None] = dict.fromkeys(self.models)
         self.begun: dict[str, float] = {}
         self.used: dict[str, int] = {}  # measured bytes of a model, where they are not what was expected
         self.expected = dict.fromkeys(self.models, GIB)
@@ -49,6 +50,7 @@ class World:
                 ready=int(self.is_ready(name)),
                 used_bytes=self.used.get(name, self.expected[name]) if name in self.begun else 0,
                 worker_bytes=self.expected[name],
+                keep_alive_s=self.keep_alive_s[name],
             )
             for name, options in self.models.items()
         ]
@@ -142,13 +144,30 @@ def test_keep_alive_of_a_request_holds_until_the_model_is_unloaded() -> None:
     world.ask("a")
     world.run(2)
     world.finish("a")
-    world.policy.keep("a", 5.0)
+    world.keep_alive_s["a"] = 5.0
     world.step(6.0)
     assert world.resident == set()
+    world.keep_alive_s["a"] = None  # the next request does not say
     world.ask("a")
     world.run(2)
     world.finish("a")
     world.step(50.0)
+    assert world.resident == {"a"}
+
+
+def test_keep_alive_of_a_request_does_not_unload_a_pinned_model() -> None:
+    world = World(model("a", load="eager"))
+    world.run(2)
+    world.keep_alive_s["a"] = 0.0
+    world.step(FOREVER)
+    assert world.resident == {"a"}
+
+
+def test_operator_chooses_how_long_a_model_stays() -> None:
+    world = World(model("a", keep_alive_s=1.0))
+    world.policy.load("a", float("inf"))
+    world.run(2)
+    world.step(FOREVER)
     assert world.resident == {"a"}
 
 

@@ -135,7 +135,7 @@ def test_no_field_name_can_split_a_response(name: str) -> None:
         refuse_unknown(gather(FakeForm([(f"zz{name}", "v")]), EDIT))
     except UnknownParameter as found:
         error = found
-    content = error_content(error)
+    content = error_content(error.body())
     reason = reason_phrase(error)
     assert 1 <= len(reason) <= 200
     head = Responses(Settings()).head(400, "r", reason=reason, framing=b"Content-Length: %d\r\n" % len(content))
@@ -176,7 +176,8 @@ def test_error_fields_control_retries() -> None:
     assert error_fields(WorkerCrashed("twice")) == {"x-should-retry": "false"}
     assert error_fields(MethodNotAllowed("no", headers={"Allow": "GET"})) == {"Allow": "GET"}
     assert error_fields(Unauthorized("no")) == {"WWW-Authenticate": "Bearer"}
-    content = json.loads(error_content(InvalidValue("ž \ud800", param="n")))
+    assert error_fields(Unauthorized("no"), "Basic") == {"WWW-Authenticate": "Basic"}
+    content = json.loads(error_content(InvalidValue("ž \ud800", param="n").body()))
     assert content == {
         "error": {"message": "ž ?", "type": "invalid_request_error", "param": "n", "code": "invalid_value"}
     }

@@ -395,12 +395,12 @@ def test_configured_engine_is_chosen() -> None:
     assert (engine.name, why) == ("genai", "configured")
 
 
-def test_stepwise_rejects_an_unsupported_family() -> None:
+def test_genai_rejects_a_class_that_it_does_not_serve() -> None:
     import dataclasses
 
-    model = ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="stepwise")
-    with pytest.raises(ModelError, match="flux"):
-        create_engine(dataclasses.replace(read_profile(model), family="flux"), model)
+    model = ModelSettings(name="shapes", path=Path(BUILTIN_PATH), engine="genai")
+    with pytest.raises(ModelError, match="engine genai does not serve class FluxKontextPipeline"):
+        create_engine(dataclasses.replace(read_profile(model), pipeline_class="FluxKontextPipeline"), model)
 
 
 def test_auto_falls_back_to_genai_and_reports_why(tmp_path: Path) -> None:

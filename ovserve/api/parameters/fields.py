@@ -133,7 +133,9 @@ _TABLE = (
     Field("model", "text", "The model. May be left out if the server has only one model or a default model."),
     Field("prompt", "text", "What the picture should show. Required for edits and generations.",
           required=_WITH_PROMPT, default=""),
-    Field("image", "files", "The picture to edit: PNG, JPEG, WebP, AVIF, GIF (first frame), BMP or TIFF.", _WITH_IMAGE,
+    Field("image", "files",
+          "The picture to edit: PNG, JPEG, WebP, AVIF, GIF (first frame), BMP or TIFF. Models that edit by reference "
+          "take several (`image[]`, repeated): the first one is edited, and a mask belongs to it.", _WITH_IMAGE,
           required=_WITH_IMAGE, record="images"),
     Field("mask", "file", "The region to repaint; see `mask_mode`.", frozenset((EDIT,))),
     Field("n", "integer", "Number of pictures. Picture k uses seed + k.", default=1, low=1, high=64,
@@ -230,6 +232,11 @@ _TABLE = (
     Field("timeout_s", "number", "Time limit for the whole request in seconds.",
           default_text="the option `default_timeout_s`", low=0.01, high=86400,
           limit=lambda _, server: (None, server.max_timeout_s), limited_by="this server"),
+    Field("keep_alive", "number",
+          "Time in seconds for which the model stays loaded after its last job; the newest request decides. Without "
+          "effect on a pinned model.",
+          default_text="the option `keep_alive_s`", low=0, high=86400 * 365,
+          limit=lambda _, server: (None, server.keep_alive_max_s), limited_by="this server"),
     Field("metadata", "boolean", "Write prompt, seed and settings into the file.", default=True),
     _unsupported("lora_alphas", "object", "weights of LoRA adapters"),
     _unsupported("markup", "file", "an overlay with instructions"),
@@ -290,29 +297,30 @@ class Exclusion:
     Attributes:
         first, second: names of the fields; the error's `param` is the first.
         first_value, second_value: the fields and their values, in words.
-        applies: whether a request has this combination; gets every field's value by name, defaults included.
+        applies: whether a request has this combination; gets every field's value by name, defaults included, and the
+            model.
     """
 
     first: str
     first_value: str
     second: str
     second_value: str
-    applies: Callable[[Mapping[str, Any]], bool]
+    applies: Callable[[Mapping[str, Any], ModelProfile], bool]
 
 
-def _needs_guidance(name: str) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda values: bool(values[name]) and values["guidance_scale"] <= 1
+def _needs_guidance(name: str) -> Callable[[Mapping[str, Any], ModelProfile], bool]:
+    return lambda values, model: bool(values[name]) and model.traits.engine_guidance(values["guidance_scale"]) <= 1
 
 
 EXCLUSIONS = (
     Exclusion("response_format", "response_format = url", "stream", "stream = true (it sends pictures as base64)",
-              lambda v: v["response_format"] == "url" and v["stream"]),
+              lambda v, _: v["response_format"] == "url" and v["stream"]),
     Exclusion("partial_images", "partial_images above 0", "stream", "stream = false",
-              lambda v: v["partial_images"] > 0 and not v["stream"]),
+              lambda v, _: v["partial_images"] > 0 and not v["stream"]),
     Exclusion("background", "background = transparent", "output_format", "output_format = jpeg (it has no alpha)",
-              lambda v: v["background"] == "transparent" and v["output_format"] == "jpeg"),
+              lambda v, _: v["background"] == "transparent" and v["output_format"] == "jpeg"),
     Exclusion("mask_padding", "mask_padding above 0", "mask_area", "mask_area = whole (the model sees the whole image)",
-              lambda v: v["mask_padding"] > 0 and v["mask_area"] == "whole"),
-    *(Exclusion(name, name, "guidance_scale", "guidance_scale of 1 or less (guidance is off)", _needs_guidance(name))
+              lambda v, _: v["mask_padding"] > 0 and v["mask_area"] == "whole"),
+    *(Exclusion(name, name, "guidance_scale", "a guidance_scale that turns guidance off", _needs_guidance(name))
       for name in ("negative_prompt", "negative_prompt_2", "negative_prompt_3")),
 )  # fmt: skip

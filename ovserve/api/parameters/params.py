@@ -18,6 +18,7 @@ from ovserve.api.parameters.gather import Gathered, gather, refuse_unknown
 from ovserve.api.parameters.resolve import Resolved, resolve, resolve_steps
 from ovserve.api.parameters.uploads import Pictures, check_pictures, reject_text_images
 from ovserve.api.parameters.validate import (
+    Given,
     check_exclusions,
     check_features,
     check_fixed,
@@ -27,6 +28,7 @@ from ovserve.api.parameters.validate import (
 )
 from ovserve.errors import ApiError, InvalidValue
 from ovserve.models.catalog import Catalog, ServedModel
+from ovserve.models.families import NO_GUIDANCE
 from ovserve.settings.options import Settings
 from ovserve.wire.request import ImageRequest
 
@@ -47,6 +49,7 @@ class Parameters:
         stream, partial_images, response_format: how to reply.
         quality: low, medium or high, never auto.
         timeout_s: the time limit from the request, or the default.
+        keep_alive_s: how long the model stays loaded after its last job; None: as its options say.
         safety_identifier: the client's identifier of the end user.
         moderation: whether the client asked for moderation, which is not implemented.
         ignored: names of fields and uploads that were sent but have no effect on the picture, at most MAX_IGNORED.
@@ -59,13 +62,20 @@ class Parameters:
     response_format: str
     quality: str
     timeout_s: float
+    keep_alive_s: float | None
     safety_identifier: str
     moderation: bool
     ignored: tuple[str, ...] = ()
 
 
 def parse_parameters(
-    form: Form, endpoint: str, path_model: str | None, catalog: Catalog, settings: Settings
+    form: Form,
+    endpoint: str,
+    path_model: str | None,
+    catalog: Catalog,
+    settings: Settings,
+    *,
+    requires_prompt: bool = True,
 ) -> Parameters:
     """Validate one request.
 
@@ -75,6 +85,7 @@ def parse_parameters(
         path_model: the model named in the path, or None.
         catalog: the models served now.
         settings: the server's limits.
+        requires_prompt: whether an edit or generation without a prompt is rejected.
 
     Raises:
         BadRequest: or one of its subclasses; `param` is the field at fault.
@@ -86,13 +97,14 @@ def parse_parameters(
     given = parse_values(gathered, form.is_json)
     model = _find_model(catalog, given.values, path_model)
     check_features(gathered, model)
-    check_required(given, endpoint)
+    if requires_prompt:
+        check_required(given, endpoint)
     reject_text_images(gathered, form.is_json)
     check_limits(given, model, settings)
     given.values["model"] = given.values.get("model") or path_model or model.name
     resolved = resolve(given.values, model, settings)
     check_fixed(resolved.values, given, model)
-    check_exclusions(resolved.values, given)
+    check_exclusions(resolved.values, given, model)
     pictures = check_pictures(gathered, endpoint, model, settings)
     steps = resolve_steps(endpoint, given, resolved, model, has_mask=pictures.mask is not None)
     values = resolved.values
@@ -104,10 +116,25 @@ def parse_parameters(
         response_format=values["response_format"],
         quality=values["quality"],
         timeout_s=values["timeout_s"],
+        keep_alive_s=values["keep_alive"],
         safety_identifier=values["safety_identifier"] or values["user"],
         moderation=bool(values["moderation"]),
-        ignored=(*pictures.ignored, *(name[:MAX_IGNORED_CHARS] for name in gathered.unknown))[:MAX_IGNORED],
+        ignored=(
+            *pictures.ignored,
+            *_without_effect(given, model),
+            *(name[:MAX_IGNORED_CHARS] for name in gathered.unknown),
+        )[:MAX_IGNORED],
     )
+
+
+def _without_effect(given: Given, model: ServedModel) -> tuple[str, ...]:
+    """Return the fields, as spelled, that many clients send on their own and that change nothing with this model."""
+    names = []
+    if model.profile.guidance == NO_GUIDANCE:
+        names.append("guidance_scale")
+    if not model.profile.takes_strength:
+        names.append("input_fidelity")
+    return tuple(given.spelled(name) for name in names if name in given.values)
 
 
 def _ignores_unknown(catalog: Catalog, gathered: Gathered, path_model: str | None) -> bool:

@@ -14,6 +14,7 @@ from ovserve.api.parameters.imagehead import ImageHead, read_head
 from ovserve.api.parameters.values import shown
 from ovserve.errors import BadRequest, InvalidType, InvalidValue, MissingParameter, UnsupportedParameter
 from ovserve.models.catalog import ServedModel
+from ovserve.models.classes import describe_images
 from ovserve.settings.options import Settings
 
 __all__ = ["Pictures", "check_pictures", "reject_text_images"]
@@ -103,16 +104,19 @@ def _check_uploads(
     if len(masks) > 1:
         raise InvalidValue(f"mask was sent {len(masks)} times; send one mask, for the first image.", param="mask")
     ignored: tuple[str, ...] = ()
+    taken = model.profile.max_images
     if model.limits.extra_images == "first":
         names = [upload.name.partition("[")[0] for upload in images]
-        ignored = tuple(f"{name}[{number}]" for number, name in enumerate(names) if number)
-        images = images[:1]
+        ignored = tuple(f"{name}[{number}]" for number, name in enumerate(names) if number >= taken)
+        images = images[:taken]
     heads = [read_head(upload.view(), upload.name, settings) for upload in images]
-    if len(images) > 1:
+    if len(images) > taken:
+        takes = describe_images(model.profile.references)
+        first = f"the first {taken}" if taken > 1 else "the first one"
         raise UnsupportedParameter(
-            f"image was sent {len(images)} times; model {model.name!r} takes one image and no reference images. The "
-            "server's option extra_images = first uses the first one.",
-            param=images[1].name,
+            f"image was sent {len(images)} times; model {model.name!r} takes {takes}. The server's option "
+            f"extra_images = first uses {first}.",
+            param=images[taken].name,
         )
     measured = list(heads)
     if masks:

@@ -148,10 +148,10 @@ def _single(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
-def check_exclusions(values: Mapping[str, Any], given: Given) -> None:
+def check_exclusions(values: Mapping[str, Any], given: Given, model: ServedModel) -> None:
     """Raise InvalidValue for two values that cannot be combined; `values` has the value of every field."""
     for rule in EXCLUSIONS:
-        if rule.applies(values):
+        if rule.applies(values, model.profile):
             raise InvalidValue(
                 f"{rule.first_value} cannot be combined with {rule.second_value}; change one of them.",
                 param=given.spelled(rule.first),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ovserve.engines.protocol import Work
 from ovserve.engines.schedulers.noise import Array, f32
 
@@ -21,13 +23,14 @@ class RowGuidance:
         """Return no inputs: the guidance scale acts on the predictions."""
         return {}
 
-    def combine(self, without: Array, given: Array, scale: float) -> tuple[Array, Array]:
+    def combine(self, predictions: Sequence[Array], work: Work) -> tuple[Array, Array]:
         """Return the guided prediction by equation 6, in the form u + g (c - u), and the difference c - u."""
+        without, given = predictions
         difference: Array = given - without
-        guided: Array = without + f32(scale) * difference
+        guided: Array = without + f32(work.guidance_scale) * difference
         return guided, difference
 
-    def reuse(self, given: Array, difference: Array, scale: float) -> Array:
+    def reuse(self, given: Array, difference: Array, work: Work) -> Array:
         """Return the same with the difference of an earlier step: u = c - (c - u)."""
-        guided: Array = given + (f32(scale) - f32(1)) * difference
+        guided: Array = given + (f32(work.guidance_scale) - f32(1)) * difference
         return guided

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from ovserve.engines.families.flux import Flux, FluxFill, FluxKontext
+from ovserve.engines.families.flux2 import Flux2Klein
 from ovserve.engines.families.protocol import Family
+from ovserve.engines.families.qwen_image import QwenImage
+from ovserve.engines.families.sd3 import StableDiffusion3
 from ovserve.engines.families.sdxl import Sdxl
 from ovserve.engines.families.stable_diffusion import StableDiffusion
+from ovserve.engines.families.z_image import ZImage
 from ovserve.errors import ModelError
 from ovserve.models.profile import ModelProfile
 
@@ -16,6 +21,13 @@ _FAMILIES: Mapping[str, Callable[[ModelProfile], Family]] = {
     "stable-diffusion": StableDiffusion,
     "lcm": StableDiffusion,  # its UNet says that guidance is an input; see `lcm`
     "sdxl": Sdxl,
+    "sd3": StableDiffusion3,
+    "flux": Flux,
+    "flux-fill": FluxFill,
+    "flux-kontext": FluxKontext,
+    "flux2-klein": Flux2Klein,
+    "z-image": ZImage,
+    "qwen-image": QwenImage,
 }
 DRIVEN_FAMILIES = frozenset(_FAMILIES)  # those that engine stepwise drives
 

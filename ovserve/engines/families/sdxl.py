@@ -39,7 +39,7 @@ class Sdxl(UnetFamily):
         """
         return (int(config.get("num_hidden_layers") or 0) + 1, 0)
 
-    def conditions(self, work: Work, encode: Encode) -> Conditions:
+    def conditions(self, work: Work, embed: Encode) -> Conditions:
         """Return hidden states, pooled embeddings and time ids: arXiv:2307.01952, sections 2.1 and 2.2.
 
         Which encoder reads which prompt is as in the library.
@@ -50,7 +50,7 @@ class Sdxl(UnetFamily):
         encode_negative = rows == 2 and not zeros
         first = [negative] * encode_negative + [work.prompt_2 or work.prompt]
         second = [work.negative_prompt] * encode_negative + [work.prompt]
-        small, large = encode(0, first), encode(1, second)
+        small, large = embed(0, first), embed(1, second)
         hidden = [np.concatenate([a[0], b[0]], axis=-1) for a, b in zip(small, large, strict=True)]
         pooled = [found[1] for found in large]
         if zeros:

@@ -21,9 +21,9 @@ class StableDiffusion(UnetFamily):
         """Return the last hidden state."""
         return (0,)
 
-    def conditions(self, work: Work, encode: Encode) -> Conditions:
+    def conditions(self, work: Work, embed: Encode) -> Conditions:
         """Return the hidden states of the prompts, (77, d) for each row."""
         rows = self.guidance.rows(work)
         prompts = [work.negative_prompt, work.prompt] if rows == 2 else [work.prompt]
-        hidden = [found[0] for found in encode(0, prompts)]
+        hidden = [found[0] for found in embed(0, prompts)]
         return Conditions({"encoder_hidden_states": np.stack(hidden)} | self.guidance.inputs(work), rows)

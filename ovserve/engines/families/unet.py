@@ -1,19 +1,36 @@
-"""What the families with a UNet share: its inputs and channels, its schedulers, and which rows share a call."""
+"""What the families with a UNet share: its inputs and channels, its schedulers, and how a picture starts."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ovserve.engines.families.blend import Blend, latent_mask
 from ovserve.engines.families.configs import component_config, number
 from ovserve.engines.families.guidance import RowGuidance
 from ovserve.engines.families.lcm import EmbeddedGuidance
-from ovserve.engines.families.protocol import DenoiserRow, Feed, Guidance, Types
-from ovserve.engines.schedulers.noise import Array
+from ovserve.engines.families.protocol import (
+    Conditions,
+    Context,
+    DenoiserRow,
+    Encode,
+    Feed,
+    Guidance,
+    PlanMaker,
+    Source,
+    Start,
+    Types,
+)
+from ovserve.engines.families.texts import TextEncoder
+from ovserve.engines.families.vae import sample
+from ovserve.engines.protocol import CLIP_WINDOW, Work
+from ovserve.engines.schedulers.noise import Array, f32
+from ovserve.engines.schedulers.plans import Plan
 from ovserve.engines.schedulers.schedulers import SCHEDULERS, Scheduler, scheduler_name
 from ovserve.errors import ModelError
 from ovserve.models.profile import ModelProfile
@@ -34,6 +51,7 @@ class UnetFamily:
     inputs = frozenset({"sample", "timestep", "encoder_hidden_states", "timestep_cond", "text_embeds", "time_ids"})
     required_inputs: tuple[str, ...] = ("sample", "timestep", "encoder_hidden_states")
     vae_overflows_float16 = False
+    main_text = 0
 
     def __init__(self, profile: ModelProfile) -> None:
         config = component_config(profile.directory / self.denoiser)
@@ -41,6 +59,22 @@ class UnetFamily:
         self.takes_mask = profile.inpainting_unet
         embedding = max(0, int(number(config, "time_cond_proj_dim", 0)))
         self.guidance: Guidance = EmbeddedGuidance(embedding) if embedding else RowGuidance()
+        self.texts = tuple(
+            self._text_encoder(profile.directory, suffix) for suffix in ("", "_2")[: profile.text_encoders]
+        )
+
+    def _text_encoder(self, directory: Path, suffix: str) -> TextEncoder:
+        config = component_config(directory / f"text_encoder{suffix}")
+        window = int(number(config, "max_position_embeddings", CLIP_WINDOW))
+        return TextEncoder(f"text_encoder{suffix}", f"tokenizer{suffix}", window, self.embedding_outputs(config))
+
+    def embedding_outputs(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return which outputs of a text encoder with this configuration make the embedding of a text."""
+        raise NotImplementedError
+
+    def conditions(self, work: Work, embed: Encode) -> Conditions:
+        """Return the conditions of a picture."""
+        raise NotImplementedError
 
     def check_channels(self, latent_channels: int) -> None:
         """Check that the UNet takes latents, or latents, mask and masked image.
@@ -52,14 +86,14 @@ class UnetFamily:
         if self.channels not in (plain, masked):
             raise ModelError(f"unet: in_channels is {self.channels}; expected {plain}, or {masked} for inpainting")
 
-    def schedulers(self, document: Mapping[str, Any], class_name: str) -> tuple[str, dict[str, Scheduler]]:
+    def schedulers(self, document: Mapping[str, Any], class_name: str) -> tuple[str, dict[str, PlanMaker]]:
         """Return the name of the model's own scheduler, and it with those that support its configuration.
 
         Raises:
             ModelError: the model's own scheduler, or its configuration, is not supported.
         """
         own = scheduler_name(document, class_name)
-        offered = {own: Scheduler(own, document)}
+        offered: dict[str, PlanMaker] = {own: Scheduler(own, document)}
         for name in () if self.guidance.is_distilled else sorted(SCHEDULERS - {own}):
             try:
                 offered[name] = Scheduler(name, document)
@@ -74,7 +108,7 @@ class UnetFamily:
             for name in types
             if name not in ("sample", "timestep")
         }
-        feed["sample"] = np.concatenate([row.sample for row in rows])
+        feed["sample"] = np.concatenate([_sample(row) for row in rows])
         timesteps = [row.timestep for row in rows]
         feed["timestep"] = np.array(timesteps if timestep_per_row else timesteps[:1], types["timestep"])
         return feed
@@ -83,7 +117,30 @@ class UnetFamily:
         """Run the UNet; see `run_unet`."""
         return run_unet(request, feed)
 
-    def sharing_key(self, latents: Array, timestep: int, *, timestep_per_row: bool) -> Hashable:
+    def start(self, work: Work, plan: Plan, source: Source) -> Start:
+        """Start from noise or from the image, with random draws in the library's order: image, noise, masked image."""
+        conditions = self.conditions(work, source.embed)
+        vae, draw = source.vae, source.draw
+        is_masked = work.mode == "inpainting"
+        from_noise = work.mode == "text2image" or (is_masked and f32(work.strength) == 1)
+        image: Array | None = None
+        if work.initial_image is not None and not (from_noise and self.takes_mask):
+            image = sample(source.moments(work.initial_image, None), draw, vae)
+        noise = draw((1, vae.latent_channels, work.height // vae.scale, work.width // vae.scale))
+        latents = noise * plan.init_sigma if from_noise or image is None else plan.add_noise(image, noise, 0)
+        if not is_masked or work.mask_image is None or work.initial_image is None:
+            return Start(conditions, latents, draw)
+        mask = latent_mask(work.mask_image, vae.scale)
+        if not self.takes_mask:
+            return Start(conditions, latents, draw, blend=Blend(mask, image, noise) if image is not None else None)
+        masked = sample(source.moments(work.initial_image, work.mask_image), draw, vae)
+        return Start(conditions, latents, draw, context=Context(channels=np.concatenate([mask, masked], axis=1)))
+
+    def decoder_input(self, latents: Array) -> Array:
+        """Return the latents: the decoder's preprocessing scales them."""
+        return latents
+
+    def sharing_key(self, latents: Array, start: Start, timestep: float, *, timestep_per_row: bool) -> Hashable:  # noqa: ARG002
         """Return the size of the latents, and the timestep where a call takes one for all rows."""
         return latents.shape if timestep_per_row else (*latents.shape, timestep)
 
@@ -95,6 +152,14 @@ class UnetFamily:
         sizes["sample"] = (self.channels, *cells)
         sizes["encoder_hidden_states"] = (tokens, sizes["encoder_hidden_states"][-1])
         return UnetFeeds(sizes, types)
+
+
+def _sample(row: DenoiserRow) -> Array:
+    """Return the UNet's sample of a row: latents and the additional channels."""
+    channels = row.context.channels
+    if channels is None:
+        return row.sample
+    return np.concatenate([row.sample, channels[row.index % len(channels)][None]], axis=1)
 
 
 def run_unet(request: Any, feed: Mapping[str, NDArray[Any]]) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ovserve.engines.schedulers.noise import Array, SchedulerConfig, f32
 
-__all__ = ["History", "Plan", "StepResult", "divide", "root"]
+__all__ = ["DiffusionPlan", "History", "Plan", "StepResult", "divide", "root"]
 
 History = tuple[Array, ...]
 
@@ -54,21 +54,19 @@ class Plan:
     """The steps of one picture. Immutable; `index` counts the steps that are run, from 0.
 
     Attributes:
-        timesteps: the training timestep of each UNet call, falling.
+        timesteps: the training timestep of each denoiser call, falling; flow matching has fractions.
         count: steps of the whole schedule.
         start: how many steps of the whole schedule are skipped because of strength.
         init_sigma: scale of pure noise at the first timestep.
     """
 
-    config: SchedulerConfig
-    alphas: Array
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     count: int
     start: int
     init_sigma: np.float32
 
     def scale_input(self, latents: Array, index: int) -> Array:
-        """Return the latents, scaled as the UNet was trained to see them at this step."""
+        """Return the latents, scaled as the denoiser was trained to see them at this step."""
         return latents
 
     def draws_noise(self, index: int) -> bool:
@@ -76,22 +74,35 @@ class Plan:
         return False
 
     def add_noise(self, clean: Array, noise: Array, index: int) -> Array:
-        """Bring clean latents to the noise level of step `index`: arXiv:2006.11239, equation 4."""
-        alpha = self.alphas[self.timesteps[index]]
-        noised: Array = root(alpha) * clean + f32(math.sqrt(1.0 - float(alpha))) * noise
-        return noised
+        """Bring clean latents to the noise level of step `index`."""
+        raise NotImplementedError
 
     def step(self, prediction: Array, latents: Array, index: int, history: History, noise: Array | None) -> StepResult:
         """Move the latents from the noise level of step `index` to the next one.
 
         Args:
-            prediction: the UNet's output at `timesteps[index]`, after guidance.
+            prediction: the denoiser's output at `timesteps[index]`, after guidance.
             latents: not scaled by `scale_input`.
             index: number of the step.
             history: that of the step before; empty at the first step.
             noise: standard normal, where `draws_noise(index)`; else None.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusionPlan(Plan):
+    """A plan of a model with a table of alphas: DDPM's forward process, arXiv:2006.11239."""
+
+    timesteps: tuple[int, ...]
+    config: SchedulerConfig
+    alphas: Array
+
+    def add_noise(self, clean: Array, noise: Array, index: int) -> Array:
+        """Bring clean latents to the noise level of step `index`: arXiv:2006.11239, equation 4."""
+        alpha = self.alphas[self.timesteps[index]]
+        noised: Array = root(alpha) * clean + f32(math.sqrt(1.0 - float(alpha))) * noise
+        return noised
 
     def _clean_and_noise(self, prediction: Array, latents: Array, alpha: np.float32) -> tuple[Array, Array]:
         """Return x0 and epsilon of a prediction: arXiv:2010.02502, equation 12; for v: arXiv:2202.00512, appendix D."""

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ovserve.engines.schedulers.noise import Array, SchedulerConfig, f32
-from ovserve.engines.schedulers.plans import History, Plan, StepResult, divide, root
+from ovserve.engines.schedulers.plans import DiffusionPlan, History, StepResult, divide, root
 
 __all__ = ["DdimPlan", "EulerAncestralPlan", "EulerPlan", "LcmPlan", "PndmPlan"]
 
 
 @dataclass(frozen=True, slots=True)
-class DdimPlan(Plan):
+class DdimPlan(DiffusionPlan):
     """DDIM: arXiv:2010.02502, equation 12, eta = 0."""
 
     def step(self, prediction: Array, latents: Array, index: int, history: History, noise: Array | None) -> StepResult:
@@ -37,7 +37,7 @@ class DdimPlan(Plan):
 
 
 @dataclass(frozen=True, slots=True)
-class PndmPlan(Plan):
+class PndmPlan(DiffusionPlan):
     """PNDM: arXiv:2202.09778, equation 11 (the transfer) on predictions mixed by table 6's linear multistep weights.
 
     The second timestep comes twice: step 1 repeats step 0 with the mean of both predictions. History: the last
@@ -72,7 +72,7 @@ class PndmPlan(Plan):
 
 
 @dataclass(frozen=True, slots=True)
-class EulerPlan(Plan):
+class EulerPlan(DiffusionPlan):
     """Euler: arXiv:2206.00364, algorithm 1 without its second-order part: x + (x - x0) / sigma * (sigma' - sigma)."""
 
     sigmas: Array  # of the whole schedule, then the final one
@@ -133,7 +133,7 @@ class EulerAncestralPlan(EulerPlan):
 
 
 @dataclass(frozen=True, slots=True)
-class LcmPlan(Plan):
+class LcmPlan(DiffusionPlan):
     """LCM: arXiv:2310.04378, algorithm 3 (multistep consistency sampling).
 
     The boundary conditions c_skip and c_out are those of arXiv:2303.01469, appendix C.

@@ -91,8 +91,8 @@ class Scheduler:
         # DDIM, PNDM and LCM need no sigmas; with zero terminal SNR, the last one of DDIM would be infinite.
         self._sigmas = self.alphas if name in ("ddim", "pndm", LCM_SCHEDULER) else sigmas_of(self.alphas)
 
-    def plan(self, num_inference_steps: int, strength: float) -> Plan:
-        """Make the plan of one picture.
+    def plan(self, num_inference_steps: int, strength: float, cells: int = 0) -> Plan:  # noqa: ARG002
+        """Make the plan of one picture, which does not depend on its number of latent `cells`.
 
         Raises:
             InvalidValue: `num_inference_steps` is out of range, or strength leaves no step to run.
@@ -119,15 +119,15 @@ class Scheduler:
         config, alphas = self.config, self.alphas
         steps = spaced_timesteps(config, count)
         if self.name == "ddim":
-            return DdimPlan(config, alphas, steps[start:], count, start, f32(1))
+            return DdimPlan(steps[start:], count, start, f32(1), config, alphas)
         if self.name == "pndm":
             # One step more than requested: the second timestep comes twice (a single step stays single).
             repeated = (*steps[:2], *steps[1:]) if count > 1 else steps
-            return PndmPlan(config, alphas, repeated[start:], count, start, f32(1))
+            return PndmPlan(repeated[start:], count, start, f32(1), config, alphas)
         last = self._sigmas[0] if config.final_sigma_min and self.name == "euler" else f32(0)
         sigmas = np.append(interpolate(steps, self._sigmas), last).astype(f32)
         kind = EulerPlan if self.name == "euler" else EulerAncestralPlan
-        return kind(config, alphas, steps[start:], count, start, self._init_sigma(sigmas.max()), sigmas)
+        return kind(steps[start:], count, start, self._init_sigma(sigmas.max()), config, alphas, sigmas)
 
     def _init_sigma(self, highest: np.float32) -> np.float32:
         if self.config.timestep_spacing != "leading":
@@ -147,7 +147,7 @@ class Scheduler:
             steps = tuple(int(index) for index in np.rint(indices))
         kind = UnipcPlan if self.name == "unipc" else DpmPlan
         last = float(levels[0]) if config.final_sigma_min else 0.0
-        return kind(config, self.alphas, steps[start:], count, start, f32(1), np.append(sigmas, last))
+        return kind(steps[start:], count, start, f32(1), config, self.alphas, np.append(sigmas, last))
 
     def _lcm(self, count: int, strength: float) -> Plan:
         """Take every k-th training timestep, and of these `count`: arXiv:2310.04378, section 4.3."""
@@ -163,4 +163,4 @@ class Scheduler:
         falling = [(i + 1) * stride - 1 for i in reversed(range(size))]
         delta = f32(f32(size) / f32(count))
         steps = tuple(falling[int(f32(delta * f32(i)))] for i in range(count))
-        return LcmPlan(config, self.alphas, steps, count, 0, f32(1))
+        return LcmPlan(steps, count, 0, f32(1), config, self.alphas)

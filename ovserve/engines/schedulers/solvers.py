@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ovserve.engines.schedulers.noise import Array, f32
-from ovserve.engines.schedulers.plans import History, Plan, StepResult, divide
+from ovserve.engines.schedulers.plans import DiffusionPlan, History, StepResult, divide
 
 __all__ = ["DpmPlan", "SolverPlan", "UnipcPlan"]
 
@@ -22,7 +22,7 @@ SHORT_SCHEDULE = 15  # steps; a shorter schedule always ends with a step of orde
 
 
 @dataclass(frozen=True, slots=True)
-class SolverPlan(Plan):
+class SolverPlan(DiffusionPlan):
     """An exponential integrator of the probability-flow ODE in the half log-SNR lambda = log(alpha / sigma).
 
     arXiv:2211.01095, section 3.1. At noise level s of the variance-exploding view, alpha = 1 / sqrt(s^2 + 1) and

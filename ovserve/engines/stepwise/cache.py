@@ -64,6 +64,11 @@ class ArrayCache:
             while self._held_bytes > self._limit_bytes:
                 self._held_bytes -= entry_bytes(*self._entries.popitem(last=False))
 
+    def raise_limit(self, limit_bytes: int) -> None:
+        """Raise the limit to `limit_bytes` if it is lower."""
+        with self._lock:
+            self._limit_bytes = max(self._limit_bytes, limit_bytes)
+
     @property
     def held_bytes(self) -> int:
         """Bytes of all entries."""

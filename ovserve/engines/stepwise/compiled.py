@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from openvino import opset13 as ops
 from openvino.preprocess import PrePostProcessor
 
-from ovserve.engines.families.configs import component_config, number
 from ovserve.engines.families.lookup import family_for
 from ovserve.engines.families.protocol import Family, Feeds, Types
+from ovserve.engines.families.vae import VaeConfig, read_vae_config
 from ovserve.engines.schedulers.noise import Array
 from ovserve.errors import ModelError
 from ovserve.models.profile import ModelProfile
@@ -60,17 +60,6 @@ class Requests:
     vae_decoder: Any
 
 
-@dataclass(frozen=True, slots=True)
-class VaeConfig:
-    """vae_decoder/config.json as the library reads it."""
-
-    latent_channels: int
-    scaling_factor: np.float32
-    shift_factor: np.float32
-    scale: int  # side of a latent cell in pixels
-    samples: bool = True  # the encoder returns mean and log-variance, not latents
-
-
 @dataclass
 class Components:
     """The models of one directory. Call `read` once, then `compile` for a layout; again for another layout.
@@ -87,7 +76,7 @@ class Components:
     core: Any = field(default_factory=ov.Core)
     types: Types = field(default_factory=dict)
     timestep_per_row: bool = True
-    vae: VaeConfig = VaeConfig(4, np.float32(1), np.float32(0), 8)
+    vae: VaeConfig = field(default_factory=VaeConfig)
     requests: list[Requests] = field(default_factory=list)
     family: Family = field(init=False)
     feeds: Feeds = field(init=False)
@@ -102,13 +91,16 @@ class Components:
         self._devices = _devices(self.settings)
         self.family = family_for(self.profile)
         self._models = {name: self._read(name) for name in self._names()}
+        for name in self._models:
+            if name.startswith("vae"):
+                _drop_time_axis(self._models[name])
         self._read_vae()
         self._read_denoiser()
         self._make_feeds()
         self._models["vae_decoder"] = self._with_uint8_output(self._models["vae_decoder"])
 
     def _names(self) -> list[str]:
-        encoders = ["text_encoder", "text_encoder_2"][: self.profile.text_encoders]
+        encoders = [text.component for text in self.family.texts]
         vae = ["vae_encoder", "vae_decoder"] if (self.profile.directory / "vae_encoder").is_dir() else ["vae_decoder"]
         return [*encoders, self.family.denoiser, *vae]
 
@@ -120,18 +112,11 @@ class Components:
             raise ModelError(f"{path} cannot be read: {_reason(error)}") from None
 
     def _read_vae(self) -> None:
-        config = component_config(self.profile.directory / "vae_decoder")
         encoder = self._models.get("vae_encoder")
         names = encoder.output(0).get_names() if encoder else {"latent_parameters"}
         if not names & {"latent_sample", "latent_parameters"}:
             raise ModelError(f"vae_encoder: output is {sorted(names)}; expected latent_sample or latent_parameters")
-        self.vae = VaeConfig(
-            latent_channels=int(number(config, "latent_channels", 4)),
-            scaling_factor=np.float32(number(config, "scaling_factor", 1.0)),
-            shift_factor=np.float32(number(config, "shift_factor", 0.0)),
-            scale=2 ** (len(config.get("block_out_channels") or [64]) - 1),
-            samples="latent_sample" not in names,
-        )
+        self.vae = read_vae_config(self.profile.directory, samples="latent_sample" not in names)
         self.family.check_channels(self.vae.latent_channels)
 
     def _read_denoiser(self) -> None:
@@ -248,7 +233,7 @@ class Components:
             self.requests.append(
                 Requests(
                     denoiser=made[self.family.denoiser],
-                    text_encoders=tuple(request for name, request in made.items() if name.startswith("text_encoder")),
+                    text_encoders=tuple(made[text.component] for text in self.family.texts),
                     vae_encoder=made.get("vae_encoder"),
                     vae_decoder=made["vae_decoder"],
                 )
@@ -290,6 +275,30 @@ class Components:
             # As in the library: the VAE overflows float16 unless the export has a scale for its activations.
             properties.setdefault("INFERENCE_PRECISION_HINT", "f32")
         return properties
+
+
+def _drop_time_axis(vae: Any) -> None:
+    """Make a VAE for videos, (N, C, frames, H, W), one for pictures: a single frame, (N, C, H, W)."""
+    frames = 2  # the axis
+    for parameter in vae.get_parameters():
+        shape = parameter.get_partial_shape()
+        if shape.rank.get_length() != 5:
+            continue
+        flat = ops.parameter(ov.PartialShape([each for axis, each in enumerate(shape) if axis != frames]), np.float32)
+        flat.output(0).set_names(parameter.output(0).get_names())
+        parameter.output(0).set_names(set())
+        added = ops.unsqueeze(flat, ops.constant(np.array([frames], np.int64)))
+        for target in parameter.output(0).get_target_inputs():
+            target.replace_source_output(added.output(0))
+        vae.add_parameters([flat])
+        vae.remove_parameter(parameter)
+    for result in vae.get_results():
+        source = result.input(0).get_source_output()
+        if source.get_partial_shape().rank.get_length() == 5:
+            dropped = ops.squeeze(source, ops.constant(np.array([frames], np.int64)))
+            dropped.output(0).set_names(source.get_names())
+            result.input(0).replace_source_output(dropped.output(0))
+    vae.validate_nodes_and_infer_types()
 
 
 def _devices(settings: ModelSettings) -> tuple[str, str, str]:

@@ -29,14 +29,14 @@ from typing import Any
 import numpy as np
 
 from ovserve.engines.checks import check_scheduler, check_step_count
-from ovserve.engines.families.protocol import DenoiserRow, Feed
+from ovserve.engines.families.protocol import DenoiserRow, Feed, PlanMaker, Start
 from ovserve.engines.protocol import Features, Outcome, Pixels, Work, warm_up_work
 from ovserve.engines.schedulers.noise import Array, read_scheduler_config
-from ovserve.engines.schedulers.schedulers import Plan, Scheduler
+from ovserve.engines.schedulers.plans import Plan
 from ovserve.engines.stepwise.batching import Batcher, Call, Row
 from ovserve.engines.stepwise.compiled import Components, Requests, run_decoder, run_encoder
 from ovserve.engines.stepwise.encoding import Encoding
-from ovserve.engines.stepwise.picture import Picture, Start
+from ovserve.engines.stepwise.picture import Picture
 from ovserve.engines.stepwise.previews import Previews, choose_shrink
 from ovserve.engines.stepwise.prompts import PromptEncoder
 from ovserve.engines.stepwise.shortcuts import parse_shortcuts
@@ -80,7 +80,7 @@ class StepwiseEngine:
         self._settings = settings
         self._trace = trace
         self._components = components or Components(profile, settings)
-        self._schedulers: dict[str, Scheduler] = {}
+        self._schedulers: dict[str, PlanMaker] = {}
         self._encodes: deque[Picture] = deque()
         self._ready: deque[Picture] = deque()
         self._decodes: deque[Picture] = deque()
@@ -194,13 +194,13 @@ class StepwiseEngine:
         except ValueError as error:
             raise InternalError(f"shortcuts is {request.shortcuts!r}: {error}") from None
 
-    def count_tokens(self, prompt: str, *, clip: bool = False) -> int:  # noqa: ARG002 - all encoders are CLIP's
+    def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
         """Count all tokens of a prompt, special tokens included. Thread-safe."""
-        return self._prompts.count_tokens(prompt)
+        return self._prompts.count_tokens(prompt, clip=clip)
 
-    def cut_prompt(self, prompt: str, *, clip: bool = False) -> str:  # noqa: ARG002
+    def cut_prompt(self, prompt: str, *, clip: bool = False) -> str:
         """Return the longest prefix of a prompt that fits the window. Thread-safe."""
-        return self._prompts.cut_prompt(prompt)
+        return self._prompts.cut_prompt(prompt, clip=clip)
 
     # --- work ---
 
@@ -221,8 +221,9 @@ class StepwiseEngine:
         scale = self._components.vae.scale
         if work.width % scale or work.height % scale or min(work.width, work.height) < scale:
             raise InternalError(f"working size {work.width}x{work.height} is not a multiple of {scale}")
+        cells = (work.width // scale) * (work.height // scale)
         return self._schedulers[work.scheduler].plan(
-            work.num_inference_steps, 1.0 if work.mode == "text2image" else work.strength
+            work.num_inference_steps, 1.0 if work.mode == "text2image" else work.strength, cells
         )
 
     def phase(self) -> str:
@@ -274,7 +275,8 @@ class StepwiseEngine:
         if decoded is None:
             self._start(_call_of_one("encode", picture), lambda requests: self._encoding.start(work, plan, requests))
         else:
-            self._start(_call_of_one("decode", picture), lambda requests: run_decoder(requests.vae_decoder, decoded))
+            latents = self._family.decoder_input(decoded)
+            self._start(_call_of_one("decode", picture), lambda requests: run_decoder(requests.vae_decoder, latents))
 
     def _start_denoising(self) -> bool:
         """Start the next denoising calls; return False if the next picture has to wait until all slots are free."""
@@ -306,16 +308,17 @@ class StepwiseEngine:
             self._start(call, lambda requests: self._family.run(requests.denoiser, feed))
 
     def _feed(self, rows: Sequence[Row], samples: Mapping[Picture, Array]) -> Feed:
-        denoised = [
-            DenoiserRow(samples[row.picture], row.picture.timestep, row.picture.ready.conditions, row.condition)
-            for row in rows
-        ]
+        denoised = []
+        for row in rows:
+            start, timestep = row.picture.ready, row.picture.timestep
+            sample = samples[row.picture]
+            denoised.append(DenoiserRow(sample, timestep, start.conditions, row.condition, start.context))
         components = self._components
         return self._family.feed(denoised, components.types, timestep_per_row=components.timestep_per_row)
 
     def _sharing_key(self, picture: Picture) -> Hashable:
         per_row = self._components.timestep_per_row
-        return self._family.sharing_key(picture.latents, picture.timestep, timestep_per_row=per_row)
+        return self._family.sharing_key(picture.latents, picture.ready, picture.timestep, timestep_per_row=per_row)
 
     def _start(self, call: Call, run: Callable[[Requests], object]) -> None:
         self._calls.append(call)
@@ -372,7 +375,7 @@ class StepwiseEngine:
         if work.on_step is not None:
             work.on_step(picture.index, picture.steps)
         if picture.index in work.previews and picture.clean is not None and not picture.is_done:
-            self._previews.enqueue(work, picture.index, picture.clean)
+            self._previews.enqueue(work, picture.index, self._family.decoder_input(picture.clean))
         (self._decodes if picture.is_done else self._ready).append(picture)
 
     def _finish_decoded(self, picture: Picture, pixels: Pixels) -> None:

@@ -1,4 +1,4 @@
-"""The state of one picture between its UNet calls, from the first latents to the last.
+"""The state of one picture between its denoiser calls, from the first latents to the last.
 
 Invariant: the order of random draws, and of every product and sum, is that of OpenVINO GenAI 2026.4 for one picture
 alone. So a picture does not depend on the pictures it shares calls with.
@@ -6,64 +6,18 @@ alone. So a picture does not depend on the pictures it shares calls with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ovserve.engines.families.protocol import Conditions, Guidance
+from ovserve.engines.families.protocol import Guidance, Start
 from ovserve.engines.protocol import Work
 from ovserve.engines.schedulers.noise import Array, f32
 from ovserve.engines.schedulers.schedulers import History, Plan
 from ovserve.engines.stepwise.shortcuts import EXACT, Shortcuts
 from ovserve.errors import InternalError
 
-__all__ = ["Blend", "Draw", "Picture", "Start", "latent_mask"]
-
-Draw = Callable[[tuple[int, ...]], Array]  # returns standard normal noise of a shape: the next of one seed's stream
-
-
-@dataclass(frozen=True, slots=True)
-class Blend:
-    """Inpainting with a UNet that takes no mask: after each step the kept part is restored at that step's noise level.
-
-    As in Avrahami et al. 2023, arXiv:2206.02779, section 3.2. All float32 (1, C, h, w); `mask` (1, 1, h, w):
-    1 = repaint.
-    """
-
-    mask: Array
-    image: Array
-    noise: Array
-
-    def at(self, plan: Plan, latents: Array, index: int) -> Array:
-        """Return `latents` with the kept part at the noise level of step `index`, or clean after the last step."""
-        kept = self.image
-        if index < len(plan.timesteps):
-            kept = plan.add_noise(self.image, self.noise, index)
-        return self.over(kept, latents)
-
-    def over(self, kept: Array, latents: Array) -> Array:
-        """Return `latents` where the mask is 1, and `kept` elsewhere."""
-        mixed: Array = (f32(1) - self.mask) * kept + self.mask * latents
-        return mixed
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """The result of encoding: the conditions, the first latents, and the data for inpainting.
-
-    Attributes:
-        draw: the seed's stream of noise, after what encoding drew from it.
-        blend: for inpainting with a UNet that takes no mask; else None.
-        latents: float32 (1, C, h, w), at the noise level of the first step.
-        extra_channels: mask and masked image of an inpainting UNet, float32 (1, 1 + C, h, w); else None.
-    """
-
-    conditions: Conditions
-    latents: Array
-    draw: Draw
-    blend: Blend | None = None
-    extra_channels: Array | None = None
+__all__ = ["Picture"]
 
 
 @dataclass(slots=True, eq=False)
@@ -98,7 +52,7 @@ class Picture:
 
     @property
     def steps(self) -> int:
-        """Number of UNet steps in total."""
+        """Number of denoiser steps in total."""
         return len(self.plan.timesteps)
 
     @property
@@ -108,14 +62,15 @@ class Picture:
 
     @property
     def conditions(self) -> tuple[int, ...]:
-        """Which rows of the conditions the next step needs: 0 and 1 (without and with the prompt), or one of them."""
-        if self.ready.conditions.rows == 1:
-            return (0,)
-        return (0, 1) if self.shortcuts.needs_both_rows(self.index, self.steps) else (1,)
+        """Which rows of the conditions the next step needs: all, or the last one, which has the prompt."""
+        rows = self.ready.conditions.rows
+        if rows == 1 or self.shortcuts.needs_both_rows(self.index, self.steps):
+            return tuple(range(rows))
+        return (rows - 1,)
 
     @property
     def rows(self) -> int:
-        """Rows in the next UNet call."""
+        """Rows in the next denoiser call."""
         return len(self.conditions)
 
     @property
@@ -126,7 +81,7 @@ class Picture:
         return self.start
 
     @property
-    def timestep(self) -> int:
+    def timestep(self) -> float:
         """The training timestep of the next step."""
         return self.plan.timesteps[self.index]
 
@@ -140,10 +95,8 @@ class Picture:
         _check_finite("encoding", self.latents)
 
     def sample(self) -> Array:
-        """Return the UNet's `sample` for each row of the next step: float32 (1, channels, h, w)."""
-        scaled = self.plan.scale_input(self.latents, self.index)
-        extra = self.ready.extra_channels
-        return scaled if extra is None else np.concatenate([scaled, extra], axis=1)
+        """Return the latents, scaled for the next step: float32 (1, C, h, w)."""
+        return self.plan.scale_input(self.latents, self.index)
 
     def advance(self) -> None:
         """Make one step with the predictions of all rows.
@@ -174,13 +127,13 @@ class Picture:
 
     def _guided(self) -> Array:
         """Return the prediction after guidance, with the difference of an earlier step if only one row was computed."""
-        rows, scale = self.predictions, self.work.guidance_scale
-        if len(rows) == 2:
-            guided, self.difference = self.guidance.combine(rows[0], rows[1], scale)
+        rows = self.predictions
+        if len(rows) > 1:
+            guided, self.difference = self.guidance.combine([rows[place] for place in sorted(rows)], self.work)
             return guided
         (prediction,) = rows.values()
         if self.difference is not None and self.shortcuts.is_guided(self.index, self.steps):
-            return self.guidance.reuse(prediction, self.difference, scale)
+            return self.guidance.reuse(prediction, self.difference, self.work)
         return prediction
 
 
@@ -196,13 +149,3 @@ def _check_finite(stage: str, *arrays: Array | None) -> None:
                 f"the latents are not finite after {stage}: the model overflows; "
                 "set INFERENCE_PRECISION_HINT to f32 in plugin_config, or use a lower guidance_scale"
             )
-
-
-def latent_mask(mask_image: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], scale: int) -> Array:
-    """Return a mask uint8 (H, W) on the latent grid: float32 (1, 1, h, w), 1 = repaint.
-
-    As in the library: threshold at one half, then the first pixel of each cell. Masks are pooled before, so all pixels
-    of a cell are equal.
-    """
-    cells = (mask_image[::scale, ::scale] >= 128).astype(f32)
-    return cells[None, None]

@@ -1,6 +1,6 @@
 """The text side of a model: tokens and text embeddings, cached; the family makes conditions of them.
 
-Thread-safe. Runs in: slot threads (`conditions`); any thread (the rest).
+Thread-safe. Runs in: slot threads (`embed`); any thread (the rest).
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import numpy as np
 import openvino_genai as og
 from numpy.typing import NDArray
 
-from ovserve.engines.families.configs import component_config
-from ovserve.engines.families.protocol import Conditions, Family
-from ovserve.engines.protocol import Work, truncate_to_window
-from ovserve.engines.schedulers.noise import Array
+from ovserve.engines.families.protocol import Family
+from ovserve.engines.families.texts import TextEncoder
+from ovserve.engines.protocol import truncate_to_window
 from ovserve.engines.stepwise.cache import ArrayCache
 from ovserve.models.profile import ModelProfile
 
@@ -25,17 +24,20 @@ __all__ = ["PromptEncoder"]
 
 TOKEN_CACHE_BYTES = 1024 * 1024  # thousands of prompts of ordinary length
 CACHE_BYTES = 64 * 1024 * 1024  # about a hundred prompts of SDXL (77 x 2048 floats), thousands of smaller models
+# A prompt of a large transformer takes 4 to 25 MB (FLUX.2 klein: 512 x 7680 or 512 x 12288 floats). The limit rises
+# with the size of the model's embeddings, which is small beside that of such a model's weights.
+CACHE_PROMPTS = 16
+MAX_CACHE_BYTES = 512 * 1024 * 1024
+
+Embedding = tuple[NDArray[Any], ...]
 
 
 class _Encoder:
-    """One tokenizer, the window of its text encoder, and the outputs of it that make an embedding."""
+    """One tokenizer, and how the family uses the text encoder behind it."""
 
-    def __init__(self, family: Family, directory: Path, index: int, window: int) -> None:
-        suffix = "" if index == 0 else f"_{index + 1}"
-        config = component_config(directory / f"text_encoder{suffix}")
-        self._tokenizer = og.Tokenizer(str(directory / f"tokenizer{suffix}"))
-        self.window = int(config.get("max_position_embeddings") or window)
-        self.outputs = family.embedding_outputs(config)
+    def __init__(self, directory: Path, text: TextEncoder) -> None:
+        self.text = text
+        self._tokenizer = og.Tokenizer(str(directory / text.tokenizer))
         self._padding = self._tokenizer.get_pad_token_id()
         self._cache = ArrayCache(TOKEN_CACHE_BYTES)
 
@@ -43,54 +45,89 @@ class _Encoder:
         """Return all tokens of a prompt. Cached: the prepare thread counts them before a slot encodes them."""
         found = self._cache.find(prompt)
         if found is None:
-            found = (np.array(self._tokenizer.encode(prompt).input_ids.data, np.int64).ravel(),)
+            found = (np.array(self._tokenizer.encode(self._templated(prompt)).input_ids.data, np.int64).ravel(),)
             self._cache.put(prompt, found)
         return found[0]
 
-    def ids(self, prompt: str) -> NDArray[np.int64]:
-        """Return the tokens cut or padded to the window, as in the library: a cut prompt gets no end token."""
-        padded = np.full(self.window, self._padding, np.int64)
-        found = self.tokens(prompt)[: self.window]
-        padded[: found.size] = found
-        return padded
+    def _templated(self, prompt: str) -> str:
+        text = self.text
+        if text.chat is None:
+            return text.prefix + prompt + text.suffix
+        turn = [{"role": "user", "content": prompt}]
+        return str(self._tokenizer.apply_chat_template(turn, True, extra_context=dict(text.chat)))
+
+    def count(self, prompt: str) -> int:
+        """Return how many tokens of the window a prompt takes."""
+        return len(self.tokens(prompt)) - self.text.skipped
+
+    def feed(self, prompts: Sequence[str]) -> dict[Any, NDArray[np.int64]]:
+        """Return the encoder's inputs for prompts, cut to the window; more than one only if the encoder pads them.
+
+        A cut prompt gets no end token, as in the library.
+        """
+        window = self.text.window + self.text.skipped
+        found = [self.tokens(prompt)[:window] for prompt in prompts]
+        length = window if self.text.is_padded else len(found[0])
+        ids = np.full((len(found), length), self._padding, np.int64)
+        mask = np.zeros((len(found), length), np.int64)
+        for row, tokens in enumerate(found):
+            ids[row, : tokens.size], mask[row, : tokens.size] = tokens, 1
+        return {"input_ids": ids, "attention_mask": mask} if self.text.is_masked else {0: ids}
+
+    def run(self, request: Any, prompts: Sequence[str]) -> list[Embedding]:
+        """Return the embedding of each prompt, without the batch axis."""
+        feed = self.feed(prompts)
+        request.infer(feed)
+        found = [
+            np.array((request.get_tensor(port) if isinstance(port, str) else request.get_output_tensor(port)).data)
+            for port in self.text.outputs
+        ]
+        if self.text.is_masked:
+            found.append(feed["attention_mask"])
+        return [tuple(array[row].copy() for array in found) for row in range(len(prompts))]
 
 
 class PromptEncoder:
     """The tokenizers of a model, and a cache of embeddings by prompt."""
 
     def __init__(self, profile: ModelProfile, family: Family) -> None:
-        self._family = family
-        self._encoders = [
-            _Encoder(family, profile.directory, index, profile.prompt_tokens) for index in range(profile.text_encoders)
-        ]
+        self._encoders = [_Encoder(profile.directory, text) for text in family.texts]
+        self._main = self._encoders[family.main_text]
         self._cache = ArrayCache(CACHE_BYTES)
 
-    def count_tokens(self, prompt: str) -> int:
-        """Count all tokens of a prompt, special tokens included."""
-        return len(self._encoders[0].tokens(prompt))
+    def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
+        """Count all tokens of a prompt, special tokens included: of the encoder that reads all of it, or of the first.
 
-    def cut_prompt(self, prompt: str) -> str:
+        Args:
+            prompt: the text.
+            clip: count with the first encoder, which is CLIP's in families where another one reads the whole prompt.
+        """
+        return (self._encoders[0] if clip else self._main).count(prompt)
+
+    def cut_prompt(self, prompt: str, *, clip: bool = False) -> str:
         """Return the longest prefix of a prompt that fits the window."""
-        return truncate_to_window(prompt, self.count_tokens, self._encoders[0].window)
+        encoder = self._encoders[0] if clip else self._main
+        return truncate_to_window(prompt, encoder.count, encoder.text.window)
 
-    def conditions(self, work: Work, requests: Sequence[Any]) -> Conditions:
-        """Return the conditions of a picture, from the cache or the text encoders in `requests`."""
-        return self._family.conditions(work, lambda index, prompts: self._encode(index, prompts, requests))
-
-    def _encode(self, index: int, prompts: Sequence[str], requests: Sequence[Any]) -> list[tuple[Array, ...]]:
+    def embed(self, index: int, prompts: Sequence[str], requests: Sequence[Any]) -> list[Embedding]:
         """Return each prompt's embedding by one encoder: the outputs that the family names, without the batch axis."""
         missing = [p for p in dict.fromkeys(prompts) if self._cache.find((index, p)) is None]
-        fresh: dict[str, tuple[Array, ...]] = {}
-        if missing:
-            request, encoder = requests[index], self._encoders[index]
-            request.infer({0: np.stack([encoder.ids(prompt) for prompt in missing])})
-            found = [np.array(request.get_output_tensor(place).data) for place in encoder.outputs]
-            for row, prompt in enumerate(missing):
-                fresh[prompt] = tuple(array[row].copy() for array in found)
-                self._cache.put((index, prompt), fresh[prompt])
+        fresh: dict[str, Embedding] = {}
+        encoder = self._encoders[index]
+        # Prompts of encoders with a mask go in alone, as in the library: their attention may depend on the batch.
+        groups = [[prompt] for prompt in missing] if encoder.text.is_masked else [missing] * bool(missing)
+        for group in groups:
+            for prompt, embedding in zip(group, encoder.run(requests[index], group), strict=True):
+                fresh[prompt] = embedding
+                self._raise_limit(embedding)
+                self._cache.put((index, prompt), embedding)
         return [fresh[p] if p in fresh else self._cached(index, p, requests) for p in prompts]
 
-    def _cached(self, index: int, prompt: str, requests: Sequence[Any]) -> tuple[Array, ...]:
+    def _raise_limit(self, embedding: Embedding) -> None:
+        wanted = CACHE_PROMPTS * sum(array.nbytes for array in embedding)
+        self._cache.raise_limit(min(wanted, MAX_CACHE_BYTES))
+
+    def _cached(self, index: int, prompt: str, requests: Sequence[Any]) -> Embedding:
         cached = self._cache.find((index, prompt))
         # None: evicted a moment ago.
-        return cached if cached is not None else self._encode(index, [prompt], requests)[0]
+        return cached if cached is not None else self.embed(index, [prompt], requests)[0]

@@ -27,7 +27,8 @@ MAX_DEPTH = 100  # of nested arrays and objects; the API needs four
 PIECE_BYTES = 64 * 1024  # searched or decoded per step: fits the CPU's cache, and other threads can run in between
 PREFIX_BYTES = 256  # the comma of a data URL must be within these
 MEMBERS = ("image_url", "url", "b64_json")  # of an object that is a picture: the last is that of our own replies
-PICTURES = ("image", "images", "image_url", "mask", "markup")  # the members in which the API accepts pictures
+# The members in which the API accepts pictures.
+PICTURES = ("image", "images", "image_url", "init_images", "mask", "markup")
 
 # Forms of a picture besides a bare string: `{"image_url": URL}` (images), `{"type": "input_image", "image_url": URL}`
 # (responses), `{"type": "image_url", "image_url": {"url": URL}}` (chat), `{"url": URL}` and `{"b64_json": TEXT}`.

@@ -95,7 +95,7 @@ class Responses:
 
     def closing_error(self, error: ApiError, request_id: str, origin: str | None = None) -> list[bytes]:
         """Return a whole error response with `Connection: close`."""
-        content = error_content(error)
+        content = error_content(error.body())
         head = self.head(
             error.status,
             request_id,
@@ -108,9 +108,9 @@ class Responses:
         return [head, content]
 
 
-def error_content(error: ApiError) -> bytes:
-    """Return the content of an error response: OpenAI's error object as JSON."""
-    return json.dumps(error.body(), ensure_ascii=False).encode("utf-8", "replace")
+def error_content(document: Mapping[str, object]) -> bytes:
+    """Return the content of an error response, a document such as OpenAI's error object, as JSON."""
+    return json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def reason_phrase(error: ApiError) -> bytes:
@@ -126,15 +126,20 @@ def reason_phrase(error: ApiError) -> bytes:
     return b" ".join(words)[:REASON_BYTES].rstrip()
 
 
-def error_fields(error: ApiError) -> dict[str, str]:
-    """Return the fields of an error response that control what clients do next, such as Retry-After."""
+def error_fields(error: ApiError, challenge: str = "Bearer") -> dict[str, str]:
+    """Return the fields of an error response that control what clients do next, such as Retry-After.
+
+    Args:
+        error: the error.
+        challenge: value of WWW-Authenticate for 401.
+    """
     fields = dict(error.headers)
     if error.retry_after_s is not None:
         fields["Retry-After"] = str(error.retry_after_s)
     if error.should_retry is not None:
         fields["x-should-retry"] = "true" if error.should_retry else "false"
     if error.status == 401:
-        fields.setdefault("WWW-Authenticate", "Bearer")  # RFC 9110 section 15.5.2: at least one challenge
+        fields.setdefault("WWW-Authenticate", challenge)  # RFC 9110 section 15.5.2: at least one challenge
     return fields
 
 
