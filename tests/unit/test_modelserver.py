@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ovserve.cli import import_ovms, serve
+from ovserve.cli.modelserver import read_command_line
 from ovserve.errors import SettingsError
 from ovserve.models.profile import builtin_directory
 from ovserve.settings.modelserver.graph import read_graph, write_graph
+from ovserve.settings.modelserver.repository import Repository
 from ovserve.settings.modelserver.textproto import Message, Scalar, parse, quoted
 from ovserve.settings.options import Resolution, Settings
 from ovserve.settings.sources import load_settings
@@ -285,3 +290,98 @@ def test_wrong_config_json_names_the_file(tmp_path: Path, content: str, words: s
 def test_contradicting_options_are_an_error(flags: dict[str, str], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         settings(**flags)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_import_writes_toml_that_says_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"models_path": MODEL, "max_num_inference_steps": 60, "plugin_config": '{"A": "\u007f\\"é"}'}
+    config = write_repository(
+        tmp_path,
+        {
+            "plain": graph_text({"models_path": MODEL}),
+            "owner/few": graph_text(options),
+            "fixed": graph_text({"models_path": MODEL, "resolution": "512x256", "guidance_scale": 7.1}),
+        },
+    )
+    assert import_ovms.run([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "# without effect: " in text
+    (tmp_path / "c.toml").write_text(text)
+    assert load_settings({}, {}, tmp_path / "c.toml").models == load_settings({}, {}, config).models
+    assert import_ovms.run([str(config)]) == 0
+    assert capsys.readouterr().out == text
+    assert import_ovms.run([str(tmp_path / "plain")]) == 0
+    assert 'name = "plain"' in capsys.readouterr().out
+    assert import_ovms.run([str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_adapters_of_a_graph_become_tables() -> None:
+    adapters = [{"alias": "x", "path": "/x.safetensors", "alpha": 0.5}]
+    composites = [{"alias": "c", "components": {"x": 0.25}}]
+    repository = Repository([("here", {"name": "m", "lora": adapters, "composite": composites})])
+    document = tomllib.loads("\n".join(import_ovms.toml_of(repository)))
+    assert document == {"model": [{"name": "m", "lora": adapters, "composite": composites}]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mode", "passed"),
+    [
+        (["--rest_port", "8000", "--port=9000", "--rest_workers", "8"], "serve", ["--rest_port=8000"]),
+        (["--config_path", "c.json", "--log_level", "TRACE"], "serve", ["--config=c.json", "--log_level=debug"]),
+        (["--metrics_enable", "--metrics_list", "a"], "serve", []),
+        (["--port", "1", "stray"], "serve", ["--port=1", "stray"]),
+        (["--source_model", "a/b", "--pull", "--weight-format", "int4"], "pull", ["--source_model=a/b"]),
+        (
+            ["--configure", "--model_path", "/m", "--num_streams", "2"],
+            "configure",
+            ["--model_path=/m", "--num_streams=2"],
+        ),
+        (["--task", "image_generation", "--source_model=a/b", "--overwrite_models"], "serve", ["--source_model=a/b"]),
+    ],
+)
+def test_command_line_of_the_reference_server(arguments: list[str], mode: str, passed: list[str]) -> None:
+    found = read_command_line(arguments)
+    assert (found.mode, found.arguments) == (mode, passed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task", "text_generation"], "only image_generation"),
+        (["--pull"], "--pull needs --source_model"),
+        (["--configure"], "--configure needs --model_path"),
+        (["--configure", "--model_path", "/m", "--model_name", "m"], "excludes --pull and --model_name"),
+        (["--config_path", "c", "--model_name", "m"], "--model_name cannot be combined with --config_path"),
+        (["--rest_workers", "1"], "expected 2 to 10000"),
+        (["--grpc_workers"], "expected a value"),
+        (["--weight_format", "int8"], "--weight_format needs --source_model"),
+    ],
+)
+def test_wrong_command_line_of_the_reference_server(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as failure:
+        read_command_line(arguments)
+    assert failure.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_configure_writes_a_graph_beside_the_model(tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / "m")
+    arguments = [
+        "--configure",
+        "--model_path",
+        str(tmp_path / "m"),
+        "--resolution",
+        "512x256",
+        "--guidance_scale",
+        "7.5",
+    ]
+    assert serve.run([*arguments, "--cache_dir", "/cache", "--num_streams", "2"]) == 0
+    found = settings(model_path=str(tmp_path / "m")).models[0]
+    assert (found.resolution, found.guidance_scale) == ((Resolution(512, 256),), 7.5)
+    assert str(found.cache_dir) == "/cache"
+    assert json.loads(found.plugin_config) == {"NUM_STREAMS": "2"}
