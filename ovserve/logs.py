@@ -20,6 +20,7 @@ class _Text(logging.Formatter):
     """Format a record as `2026-01-02T03:04:05.678Z INFO fleet.supervisor: message key=value`."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the line, and a traceback below it if the record has one."""
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         stamp = f"{moment}.{int(record.msecs):03d}Z"
         extra = "".join(f" {key}={_quoted(value)}" for key, value in getattr(record, "fields", {}).items())
@@ -35,6 +36,7 @@ class _Json(logging.Formatter):
     """Format a record as one JSON object: time, level, logger, message, then the fields."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the object on one line."""
         entry: dict[str, Any] = {
             "time": round(record.created, 3),
             "level": record.levelname.lower(),

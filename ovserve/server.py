@@ -161,8 +161,12 @@ class Server:
         return 0
 
     def _await_ready(self) -> bool:
-        """Wait until a model has passed its warm-up; return False if a signal came first."""
-        while not self._supervisor.wait_ready(Deadline.after(0)):
+        """Wait until a model can serve, and those that `ready_models` selects; return False if a signal came first.
+
+        Raises:
+            ModelsFailed: all models have failed.
+        """
+        while not self._supervisor.wait_ready(Deadline.after(0)) or self._api.awaited_models():
             # In this order: a reload that takes over clears the failure before it is settled.
             is_settled = self._supervisor.wait_reloaded(Deadline.after(0))
             statuses = self._supervisor.status().values()

@@ -68,8 +68,9 @@ def catalog(*models: ModelSettings, default: str = "") -> Catalog:
         for model in models or [ModelSettings(name="m")]
     ]
     served = [ServedModel(read_profile(model), model) for model in named]
-    aliases = {alias: model.name for model in named for alias in model.all_aliases}
-    return Catalog({model.name: model for model in served}, default, aliases)
+    aliases = {alias: model.name for model in named for alias in model.further_names}
+    adapters = frozenset(name for model in named for name in model.adapter_names)
+    return Catalog({model.name: model for model in served}, default, aliases, adapters)
 
 
 IMAGE = FakeUpload("image", encoded())

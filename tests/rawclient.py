@@ -44,12 +44,17 @@ def pieces_of(data: bytes, size: int) -> list[bytes]:
 class RawClient:
     """One connection. The `with` statement closes it."""
 
-    def __init__(self, port: int, *, timeout_s: float = TIMEOUT_S, receive_buffer: int | None = None) -> None:
+    def __init__(
+        self, port: int, *, timeout_s: float = TIMEOUT_S, receive_buffer: int | None = None, address: str = "127.0.0.1"
+    ) -> None:
+        """Connect from a loopback address."""
         self._socket = socket.socket()
         if receive_buffer:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self._socket.settimeout(timeout_s)
         try:
+            if address != "127.0.0.1":
+                self._socket.bind((address, 0))
             self._socket.connect(("127.0.0.1", port))
         except OSError:
             self._socket.close()

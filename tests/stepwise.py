@@ -87,6 +87,7 @@ class Watched(Components):
                 text_encoders=tuple(watched("text_encoder", request) for request in each.text_encoders),
                 vae_encoder=watched("vae_encoder", each.vae_encoder),
                 vae_decoder=watched("vae_decoder", each.vae_decoder),
+                adapted=each.adapted,
             )
             for each in self.requests
         ]

@@ -249,14 +249,15 @@ def _json(document: Any) -> JsonReply:
 
 
 @contextmanager
-def serving(**settings: Any) -> Iterator[tuple[Listener, ToyApi]]:
+def serving(*, spool_bytes: int = 256 * 1024 * 1024, **settings: Any) -> Iterator[tuple[Listener, ToyApi]]:
     """Run a listener on a free loopback port; yield it and its API. Both are closed at the end of the block.
 
-    Host is not checked unless `allowed_hosts` is given: the requests of these tests name hosts of their own.
+    `spool_bytes` is the size of its spool. Host is not checked unless `allowed_hosts` is given: the requests of these
+    tests name hosts of their own.
     """
     settings.setdefault("allowed_hosts", "*")
     with tempfile.TemporaryDirectory() as folder:
-        api, spool = ToyApi(), Spool(Path(folder), 256 * 1024 * 1024)
+        api, spool = ToyApi(), Spool(Path(folder), spool_bytes)
         listener = Listener(Settings(port=0, **settings), api, spool)
         listener.start()
         try:

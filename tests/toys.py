@@ -4,7 +4,8 @@ prompt              behaviour of the worker
 ------------------  ----------------------------------------------------------------------------------------------------
 echo TEXT           returns for each picture the bytes `echo TEXT|seed`; with an image, the bytes of the first image
 crc                 returns 1024 bytes for each picture; the last four are the CRC-32 of the first image
-bytes N             returns for each picture, and each requested preview, `bytes_of(seed, N)`
+bytes N [S]         returns for each picture, and each requested preview, `bytes_of(seed, N)`, after S seconds; does not
+                    read the images
 sleep S             as echo, after S seconds; stops when cancelled
 steps N S           as echo, after N steps of S seconds with a Progress message for each; stops when cancelled
 previews N          as echo, after N Partial pictures
@@ -163,15 +164,15 @@ class _ToyJob:
         for picture in range(self.request.n):
             if picture and pause_s:
                 self.sleep(pause_s)
-            if self.request.images:
-                with self.blobs.open(self.request.images[0]) as view:
-                    data = bytes(1020) + crc32(view).to_bytes(4, "big") if self.request.prompt == "crc" else bytes(view)
-            else:
-                data = f"{self.request.prompt}|{self.request.seed + picture}".encode()
             if self.request.prompt.startswith("bytes "):
                 data = bytes_of(self.request.seed + picture, int(self.request.prompt.split()[1]))
                 for index in range(self.request.partial_images):
                     self.deliver(picture, data, partial=index)
+            elif self.request.images:
+                with self.blobs.open(self.request.images[0]) as view:
+                    data = bytes(1020) + crc32(view).to_bytes(4, "big") if self.request.prompt == "crc" else bytes(view)
+            else:
+                data = f"{self.request.prompt}|{self.request.seed + picture}".encode()
             self.deliver(picture, data)
         self.end.send(Done(self.id, 1.0, 2.0, 3.0))
         self.pass_point("done")
@@ -254,6 +255,8 @@ class _ToyWorker:
             for step in range(int(steps)):
                 job.sleep(float(seconds))
                 job.end.send(Progress(job.id, 0, step + 1, int(steps)))
+        elif command == "bytes":
+            job.sleep(float(rest.partition(" ")[2] or 0))
         elif command == "previews":
             for index in range(int(rest)):
                 job.deliver(0, f"preview {index}".encode(), partial=index)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from ovserve.accounts import Holding
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError
 from ovserve.wire.blobs import Blob
@@ -104,6 +105,10 @@ class Exchange(Protocol):
     def is_verified(self) -> bool:
         """Whether the key is one of the server's keys."""
 
+    @property
+    def holding(self) -> Holding | None:
+        """What the segments of the request count for; None: for no client."""
+
     def header(self, name: str) -> str | None:
         """Return the value of a header field by its lower-case name; lines with the same name are joined by `, `."""
 
@@ -112,6 +117,15 @@ class Exchange(Protocol):
 
     def read_form(self) -> Form:
         """Read the body. Raises ApiError (4xx, spool_full) and ClientGone. The form ends with the exchange."""
+
+    def release_form(self) -> None:
+        """Release the uploads before the exchange ends: no worker needs them any more."""
+
+    def offer_form(self, on_release: Callable[[], None]) -> None:
+        """Let the uploads be released as soon as another client needs the space, instead of ending the exchange.
+
+        `on_release` is called in another thread before they are released.
+        """
 
     def wait(self, descriptor: int, deadline: Deadline) -> bool:
         """Wait until `descriptor` is readable; return False at the deadline. Raises ClientGone if the client closes."""

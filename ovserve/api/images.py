@@ -114,6 +114,7 @@ class Images:
             client=client_of(exchange),
             request=parameters.request,
             deadline=Deadline.after(self._timeout_s(exchange, parameters)),
+            holding=exchange.holding,
             keep_alive_s=parameters.keep_alive_s,
         )
         try:
@@ -224,11 +225,14 @@ class Images:
             pending, last_comment = early, b""
             silent_until = Deadline.after(KEEP_ALIVE_S)
             while True:
-                settled = job.is_settled  # read first, so that take_events returns all that was posted before
-                for event in pending + job.take_events():
+                events, settled = job.take_with_state()
+                for event in pending + events:
+                    _release_uploads(exchange, job)
                     if (sent := _server_event(event, job, parameters)) is not None:
                         yield sent
                         silent_until = Deadline.after(KEEP_ALIVE_S)
+                    if isinstance(event, Partial | Result):
+                        job.release_picture(event)  # it has been written, before the next event is produced
                 pending = []
                 if settled:
                     check_done(job)
@@ -270,6 +274,20 @@ class Images:
         waited_s = time.monotonic() - job.timings.admitted_at
         state = f"{status.state}, {status.waits_for}" if status.waits_for else status.state
         return f"model {job.model} is {state}:{percent} {waited_s:.0f} s waited".encode()
+
+
+def _release_uploads(exchange: Exchange, job: Job) -> None:
+    """Release the uploads of a job that no worker needs any more, so that a slow reader does not keep them.
+
+    From its preparation to its last picture, a job needs them only if its worker dies: they give way to other clients.
+    """
+    if not job.has_uploads:
+        return
+    if job.is_settled or job.has_all_pictures:
+        job.give_up_uploads()
+        exchange.release_form()
+    elif job.prepared is not None:
+        exchange.offer_form(job.give_up_uploads)
 
 
 def client_of(exchange: Exchange) -> Client:

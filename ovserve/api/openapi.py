@@ -52,6 +52,8 @@ def _schema(field: Field, *, is_json: bool) -> dict[str, Any]:
             schema = {"type": "object", "properties": {"image_url": {"type": "string", "description": "A data: URL."}}}
         case "file" | "files":
             schema = {"type": "string", "format": "binary"}
+        case "object" if is_json:
+            schema = {"type": "object", "additionalProperties": {"type": "number"}}
         case _:
             schema = {"type": "string"}
     default = f" Default: {field.shown_default}." if field.shown_default else ""

@@ -199,12 +199,14 @@ def queue_comment(place: QueuePlace) -> bytes:
 def model_object(model: ServedModel, name: str, created: int, status: Mapping[str, Any]) -> dict[str, Any]:
     """Return OpenAI's Model object with additional fields: profile, defaults, device and status.
 
-    `name` is the model's name or one of its aliases; for an alias, `alias_of` has the model's name.
+    `name` is the model's name or one of its further names. For an alias, `alias_of` has the model's name; for a LoRA
+    adapter or composite, `parent` has it, and `adapters` the adapters with their weights. The model's own object lists
+    the names of its adapters and composites.
     """
-    profile = model.profile
+    profile, adapters = model.profile, model.limits.adapters_of(name)
     return {
         "id": name,
-        **({"alias_of": model.name} if name != model.name else {}),
+        **_names_of(model, name, adapters),
         "object": "model",
         "created": created,
         "owned_by": "ovserve",
@@ -252,6 +254,15 @@ def pending_object(model: PendingModel, name: str, created: int) -> dict[str, An
         "state": "failed" if state.has_failed else "pulling",
         "pulling": pull,
     }
+
+
+def _names_of(model: ServedModel, name: str, adapters: Mapping[str, float]) -> dict[str, Any]:
+    """Return what the Model object under one name says of the model's other names."""
+    if adapters:
+        return {"parent": model.name, "adapters": adapters}
+    names = list(model.limits.adapter_names)
+    own = {"adapters": names} if names else {}
+    return own if name == model.name else {"alias_of": model.name, **own}
 
 
 def models_object(catalog: Catalog, statuses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

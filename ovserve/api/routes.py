@@ -23,6 +23,7 @@ from ovserve.api.images import Images, base_url_hint
 from ovserve.api.openapi import openapi_document
 from ovserve.api.pages import EDITOR_PAGE, STATUS_PAGE, page_file
 from ovserve.api.parameters.fields import EDIT, GENERATION, VARIATION
+from ovserve.api.readiness import awaited_models, is_ready
 from ovserve.api.reloads import ReloadStatus
 from ovserve.api.replies import json_reply, model_object, models_object, pending_object
 from ovserve.api.sdapi.details import detail_document
@@ -178,6 +179,10 @@ class ImagesApi:
         """Replace settings and catalog, for all requests from now on."""
         self.settings = self.images.settings = settings
         self.catalog = self.images.catalog = catalog
+
+    def awaited_models(self) -> list[str]:
+        """Return the models that the start of the server still waits for, by the option `ready_models`."""
+        return awaited_models(self.settings, self.catalog, _model_statuses(self))
 
     def match(self, method: str, path: str) -> Match:
         """Find the row that serves a request."""
@@ -406,21 +411,10 @@ def _live(_: ImagesApi, __: Exchange, ___: Mapping[str, str]) -> Reply:
     return json_reply({"live": True})
 
 
-def _is_ready(api: ImagesApi, statuses: Mapping[str, ModelStatus]) -> bool:
-    """Return whether the models that `ready_models` selects are ready."""
-    which, default = api.settings.ready_models, api.catalog.default_name
-    if which == "all" and api.catalog.pending:
-        return False
-    if which == "default" and default:
-        return default in statuses and statuses[default].ready
-    ready = [status.ready for status in statuses.values()]
-    return all(ready) if which == "all" else any(ready)
-
-
 def _ready(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     statuses = _model_statuses(api)
     draining = api.is_stopping or api.dispatcher.is_draining
-    ready = not draining and _is_ready(api, statuses)
+    ready = not draining and is_ready(api.settings, api.catalog, statuses)
     document = {
         "ready": ready,
         "draining": draining,
@@ -469,7 +463,7 @@ def _status(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
         api.dispatcher.worker_statuses(),
         api.last_errors,
         started_at=api.started_at,
-        is_ready=not draining and _is_ready(api, statuses),
+        is_ready=not draining and is_ready(api.settings, api.catalog, statuses),
         is_draining=draining,
     )
     return json_reply(document)

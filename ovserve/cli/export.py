@@ -14,6 +14,7 @@ from ovserve.cli.commands import ExitCode
 from ovserve.cli.modelserver import read_command_line
 from ovserve.cli.pull import parse_requests, pull_all, reporter_for
 from ovserve.errors import SettingsError, StartupError
+from ovserve.settings.loras import parse_source_loras
 from ovserve.settings.modelserver.graph import GRAPH_FILE, write_graph
 from ovserve.settings.options import ModelSettings, Settings
 
@@ -42,6 +43,19 @@ def graph_options(model: ModelSettings) -> dict[str, Any]:
         value = getattr(model, name)
         if value != getattr(_DEFAULTS, name):
             options[name] = str(value) if name == "default_resolution" else value
+    own = {adapter.alias: adapter.alpha for adapter in model.lora}
+    if model.lora:
+        options["lora_adapters"] = [
+            {"alias": adapter.alias, "path": str(adapter.path), "alpha": adapter.alpha} for adapter in model.lora
+        ]
+    if model.composite:
+        options["composite_lora_adapters"] = [
+            {
+                "alias": each.alias,
+                "components": {name: own[name] if alpha is None else alpha for name, alpha in each.components},
+            }
+            for each in model.composite
+        ]
     if options.get("resolution") and options.get("default_resolution") == options["resolution"][0]:
         del options["default_resolution"]
     return options
@@ -66,15 +80,25 @@ def export(mode: str, arguments: Sequence[str], parse: Callable[[Sequence[str], 
         parse: returns the settings of a command line. Raises SettingsError.
     """
     try:
-        settings = parse(arguments, os.environ)
-        model = settings.models[0]
         if mode == "configure":
+            model = parse(arguments, os.environ).models[0]
             return _write(Path(str(model.path)), model)
-        more = [f"--model_repository_path={settings.model_repository_path}"] if settings.model_repository_path else []
-        line = [model.source_model, f"--revision={model.revision}", *more, *read_command_line(arguments).pull_arguments]
-        requests, _ = parse_requests(line, os.environ)
+        line = read_command_line(arguments)
+        # Adapters of the hub are looked up when the settings are read, so they are pulled before.
+        loras = [each.partition("=")[2] for each in line.arguments if each.startswith("--source_loras=")]
+        rest = [each for each in line.arguments if not each.startswith("--source_loras=")]
+        settings = parse(rest, os.environ)
+        model = settings.models[0]
+        wanted = [model.source_model, f"--revision={model.revision}", *line.pull_arguments]
+        if settings.model_repository_path:
+            wanted.append(f"--model_repository_path={settings.model_repository_path}")
+        for text in loras:
+            sources, _ = parse_source_loras(text)
+            wanted += [f"--lora={each.place}@{each.file}" if each.file else f"--lora={each.place}"
+                       for each in sources if each.kind == "repository"]  # fmt: skip
+        requests, _ = parse_requests(wanted, os.environ)
         code = pull_all(requests, reporter_for(is_json=False), os.environ)
-        return code or _write(requests[0].directory, model)
+        return code or _write(requests[0].directory, parse(line.arguments, os.environ).models[0])
     except (StartupError, OSError) as error:
         print(f"ovserve: {error}", file=sys.stderr)
         return ExitCode.USAGE

@@ -20,8 +20,8 @@ from ovserve.hub.environment import endpoint_of, is_offline, token_of
 from ovserve.hub.listing import check_path, check_repository, check_revision
 from ovserve.hub.progress import BarReporter, JsonReporter, QuietReporter, Reporter
 from ovserve.hub.pull import Puller, PullRequest
-from ovserve.hub.stored import default_root
 from ovserve.hub.transfer import Stopped
+from ovserve.settings.repositories import default_root
 
 __all__ = ["parse_requests", "pull_all", "reporter_for", "run"]
 

@@ -131,7 +131,7 @@ class Dispatcher:
             self._check_admission(job)
         request = job.request.to_json()
         self._spool.check_size(job.spool_bytes + len(request))
-        segment = self._spool.put(request)
+        segment = self._spool.put(request, job.holding)
         if not job.add_segment(segment):
             return  # the exchange has ended: no handler waits for the settlement
         ticket = Ticket(job, segment.id)
@@ -505,6 +505,13 @@ class Dispatcher:
             log.error("second worker died with a job; job failed", extra=fields(job=job.id, worker=link.name, why=why))
             error = WorkerCrashed("Two workers died while they ran this request; it is not retried.")
             self._settle(job, State.FAILED, error)
+            return
+        if was_read and not job.has_uploads:
+            message = "A worker died while it ran this request, and its images are no longer there for another one."
+            if job.has_all_pictures:
+                self._settle(job, State.DONE)
+            else:
+                self._settle(job, State.FAILED, WorkerCrashed(message))
             return
         if was_read:
             log.warning("worker died with a job; job requeued", extra=fields(job=job.id, worker=link.name, why=why))

@@ -21,6 +21,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ovserve.accounts import Holding
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError, SpoolFull
 from ovserve.wire.blobs import Segment
@@ -126,6 +127,8 @@ class Job:
         attempts: how many times the job was dispatched to a worker.
         results: by picture number, added as they are reported.
         wakeup: eventfd that becomes readable when the job settles, and on each event of a request with `progress`.
+        holding: what its segments count for; None: for no client.
+        has_uploads: whether its uploads are still in the spool, as a second attempt needs them.
     """
 
     id: str
@@ -141,6 +144,8 @@ class Job:
     results: dict[int, Result] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
     wakeup: int = field(default_factory=_new_wakeup)
+    holding: Holding | None = None
+    has_uploads: bool = True
     _events: deque[JobEvent] = field(default_factory=deque)
     _segments: list[Segment] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -150,6 +155,11 @@ class Job:
     def is_settled(self) -> bool:
         """Whether the job has reached its final state."""
         return self.state in _SETTLED
+
+    @property
+    def has_all_pictures(self) -> bool:
+        """Whether a worker has made every picture; only the end of the job is outstanding."""
+        return self.prepared is not None and len(self.results) >= self.request.n
 
     def move(self, state: State) -> bool:
         """Change to a state that is not final. Return False when the current state does not allow it.
@@ -195,12 +205,27 @@ class Job:
     def take_events(self) -> list[JobEvent]:
         """Return the events since the last call and clear `wakeup`. Runs in: handler thread."""
         with self._lock:
-            if not self._closed:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self.wakeup)
-            taken = list(self._events)
-            self._events.clear()
-            return taken
+            return self._take_locked()
+
+    def _take_locked(self) -> list[JobEvent]:
+        if not self._closed:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self.wakeup)
+        taken = list(self._events)
+        self._events.clear()
+        return taken
+
+    def take_with_state(self) -> tuple[list[JobEvent], bool]:
+        """Return the events since the last call, and whether the job is settled: then there will be no more.
+
+        Both are of one moment, so that a settlement after it makes `wakeup` readable again. Runs in: handler thread.
+        """
+        with self._lock:
+            return self._take_locked(), self.state in _SETTLED
+
+    def give_up_uploads(self) -> None:
+        """Note that the uploads are released: the job cannot be tried again. Thread-safe: yes."""
+        self.has_uploads = False
 
     def add_segment(self, segment: Segment) -> bool:
         """Make the job the owner of a segment. When the exchange has ended, release the segment and return False."""
@@ -218,6 +243,12 @@ class Job:
         uploads = [*request.images, request.mask] if request.mask else request.images
         with self._lock:
             return sum(blob.size for blob in uploads) + sum(segment.reserved for segment in self._segments)
+
+    def release_picture(self, picture: Result | Partial) -> None:
+        """Release the segment of a picture that has been sent. Runs in: handler thread."""
+        with self._lock:
+            self._segments = [segment for segment in self._segments if segment is not picture.segment]
+        picture.segment.release()
 
     def drop_results(self, segments: Collection[Segment]) -> None:
         """Drop the results of a dead worker: the next attempt produces every picture again.

@@ -19,7 +19,7 @@ from ovserve.dispatch.model_queue import AttachedWorker, ModelQueue
 from ovserve.dispatch.queues import Ticket
 from ovserve.errors import ApiError, DeadlineExceeded, InternalError, LinkGarbage, SpoolFull, from_wire
 from ovserve.logs import fields
-from ovserve.wire.blobs import BlobStore, Segment
+from ovserve.wire.blobs import ROOM_WAIT_S, BlobStore, Segment
 from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Message, Need, Picture, Prepared, Progress, Ready
 
 __all__ = ["ReportApplier", "Settle"]
@@ -109,8 +109,8 @@ class ReportApplier:
             self._grant(worker, ticket, message, None)
             return
 
-        def create() -> Segment | ApiError | None:
-            return self._create_segment(worker.model, job, message.size)
+        def create(wait_s: float) -> Segment | ApiError | None:
+            return self._create_segment(worker.model, job, message.size, wait_s)
 
         def grant(created: Segment | ApiError | None) -> None:
             ticket.allocating -= 1
@@ -122,9 +122,11 @@ class ReportApplier:
         ticket.allocating += 1
         # In order: each picture's grants answer its Needs one after the other.
         if message.size < LARGE_BYTES and ticket.allocating == 1:
-            grant(create())
-        else:
-            self._allocator.run(create, grant)
+            created = create(0.0)
+            if not isinstance(created, SpoolFull):
+                grant(created)
+                return
+        self._allocator.run(lambda: create(ROOM_WAIT_S), grant)
 
     def _grant(self, worker: AttachedWorker, ticket: Ticket, message: Need, created: Segment | ApiError | None) -> None:
         """Send the Grant for a Need.
@@ -142,8 +144,10 @@ class ReportApplier:
             ticket.cancelled_at = time.monotonic()  # for the worker an empty grant means the same as a Cancel
         self._send(worker, Grant(job.id, message.picture, storage))
 
-    def _create_segment(self, model: ModelQueue, job: Job, size: int) -> Segment | ApiError | None:
+    def _create_segment(self, model: ModelQueue, job: Job, size: int, wait_s: float) -> Segment | ApiError | None:
         """Create a segment that belongs to the job, or return the error that the job fails with.
+
+        Wait at most `wait_s` for clients that were made to give way.
 
         Return None when the exchange has ended. Runs in: the dispatcher or allocator thread.
         """
@@ -153,7 +157,7 @@ class ReportApplier:
                     f"The result takes {size} bytes; at most {model.largest_picture_bytes} are allowed."
                 )
             self._spool.check_size(job.spool_bytes + size)  # a job's pictures are in the spool together
-            segment = self._spool.create(size, reserve=size)
+            segment = self._spool.create(size, size, job.holding, wait_s)
         except ApiError as error:
             return error
         except OSError as error:  # fails only this job: the same read has reports for others

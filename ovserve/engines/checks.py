@@ -5,6 +5,8 @@ The checks of OpenVINO GenAI's limits are for engine `genai`.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from ovserve.engines.protocol import Work
@@ -13,9 +15,46 @@ from ovserve.models.profile import ModelProfile
 from ovserve.models.steps import is_lcm
 from ovserve.wire.request import ImageRequest
 
-__all__ = ["check_fixed_values", "check_scheduler", "check_step_count", "check_step_spacing", "runs_extra_step"]
+__all__ = [
+    "WORKER_FIELDS",
+    "check_fixed_values",
+    "check_known_fields",
+    "check_scheduler",
+    "check_step_count",
+    "check_step_spacing",
+    "runs_extra_step",
+]
 
 Request = Work | ImageRequest
+
+# Fields that the worker reads before and after the engine, whichever that is.
+WORKER_FIELDS = frozenset((
+    "task", "images", "mask", "mask_mode", "mask_invert", "mask_blur", "mask_fill", "mask_area", "mask_padding",
+    "width", "height", "resize_mode", "n", "seed", "truncate_prompt", "output_format", "output_compression",
+    "background", "metadata", "progress", "preferred_strength", "preferred_scheduler", "quality", "input_pixels",
+))  # fmt: skip
+_DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(ImageRequest)}
+
+
+def check_known_fields(request: Request, known: frozenset[str], engine: str) -> None:
+    """Check that a request has no value in a field that neither the worker nor this engine reads.
+
+    A field that a later version adds for another engine would otherwise be ignored in silence. Works are made of
+    requests that were checked.
+
+    Args:
+        request: the request.
+        known: the fields that the engine reads.
+        engine: its name, for the error.
+
+    Raises:
+        InvalidValue: it has one.
+    """
+    if not isinstance(request, ImageRequest):
+        return
+    for name in _DEFAULTS.keys() - WORKER_FIELDS - known:
+        if getattr(request, name) != _DEFAULTS[name]:
+            raise InvalidValue(f"{name}: engine {engine}, which serves this model, has no such parameter", param=name)
 
 
 def check_scheduler(request: Request, offered: frozenset[str]) -> None:

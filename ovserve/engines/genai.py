@@ -30,7 +30,13 @@ import numpy as np
 import openvino as ov
 import openvino_genai as og
 
-from ovserve.engines.checks import check_fixed_values, check_scheduler, check_step_count, check_step_spacing
+from ovserve.engines.checks import (
+    check_fixed_values,
+    check_known_fields,
+    check_scheduler,
+    check_step_count,
+    check_step_spacing,
+)
 from ovserve.engines.protocol import (
     CLIP_WINDOW,
     Features,
@@ -52,7 +58,7 @@ from ovserve.pixels.images import Pixels
 from ovserve.settings.options import ModelSettings
 from ovserve.wire.request import ImageRequest
 
-__all__ = ["GenaiEngine", "generation_options", "make_scheduler"]
+__all__ = ["GENAI_FIELDS", "GenaiEngine", "generation_options", "make_scheduler"]
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +75,13 @@ _UNSUPPORTED_CONFIGS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "euler": lambda config: bool(config.get("use_karras_sigmas")),
     "euler_ancestral": lambda config: config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"),
 }
+# Fields of a request that the library gets, or that `check` and the worker settle for it: it has no previews, which the
+# worker leaves out, and no shortcuts, which only save time.
+GENAI_FIELDS = frozenset((
+    "prompt", "negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3",
+    "num_inference_steps", "guidance_scale", "strength", "scheduler", "max_sequence_length", "partial_images",
+    "shortcuts",
+))  # fmt: skip
 _NO_GUIDANCE = 1.0
 _MAX_FAILED_SIZES = 64  # bounds the list; a size that drops out of it costs one more rebuild
 
@@ -189,6 +202,7 @@ class GenaiEngine:
         Raises:
             InvalidValue: the request has one of them.
         """
+        check_known_fields(request, GENAI_FIELDS, self.name)
         check_scheduler(request, self.features.schedulers)
         check_step_count(request, self._profile)  # zero steps: SIGFPE
         check_step_spacing(request, self._profile)

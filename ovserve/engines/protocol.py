@@ -226,7 +226,8 @@ def warm_up_size(profile: ModelProfile) -> Resolution:
     repacked at any size.
     """
     weights = profile.directory / profile.traits.denoiser / "openvino_model.bin"
-    if not profile.traits.is_transformer or weights.stat().st_size < LARGE_DENOISER_BYTES:
+    size = weights.stat().st_size if weights.is_file() else 0  # without it, `load` fails with a clear message
+    if not profile.traits.is_transformer or size < LARGE_DENOISER_BYTES:
         return profile.native
     step = profile.side_multiple_px
     longest = max(profile.native.width, profile.native.height, WARM_UP_SIDE_PX)

@@ -23,7 +23,8 @@ FRONT_END_OPTIONS = (
     "default_num_inference_steps", "max_num_inference_steps", "default_guidance_scale", "max_guidance_scale",
     "default_strength", "min_strength", "max_strength", "aliases", "builtin_aliases",
     "resolution", "num_images_per_prompt", "guidance_scale", "graph_options",
-    "extra_images", "truncate_prompt", "default_response_format", "unknown_fields",
+    "extra_images", "truncate_prompt", "default_response_format", "unknown_fields", "composite", "source_loras",
+    "prompt_loras",
 )  # fmt: skip
 _DEFAULTS = ModelSettings()
 
@@ -54,7 +55,10 @@ class DesiredModel:
     @property
     def model_of_workers(self) -> ModelSettings:
         """The model's options with the defaults of those that no worker reads."""
-        return dataclasses.replace(self.model, **{name: getattr(_DEFAULTS, name) for name in FRONT_END_OPTIONS})
+        unread = {name: getattr(_DEFAULTS, name) for name in FRONT_END_OPTIONS}
+        # The weights of adapters travel with each request.
+        adapters = tuple(dataclasses.replace(adapter, alpha=1.0) for adapter in self.model.lora)
+        return dataclasses.replace(self.model, **unread, lora=adapters)
 
     @property
     def worker_key(self) -> tuple[Any, ...]:
@@ -69,7 +73,7 @@ def desired_models(settings: Settings, profiles: Mapping[str, ModelProfile]) -> 
             profiles[model.name],
             model,
             settings,
-            fingerprint(profiles[model.name].directory, model.cache_dir),
+            fingerprint(profiles[model.name].directory, model.cache_dir, [adapter.path for adapter in model.lora]),
         )
         for model in settings.models
     }

@@ -33,6 +33,9 @@ class Body:
         settings: Settings,
         before_wait: Callable[[], None] | None = None,
         is_draining: Callable[[], bool] = lambda: False,
+        *,
+        required_rate: Callable[[], float] = lambda: 0.0,
+        check_ended: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare to read; nothing is received yet.
 
@@ -42,6 +45,9 @@ class Body:
             settings: the limits on size and rate.
             before_wait: called once, before the first wait for the client: the place to send 100 (Continue).
             is_draining: whether the server drains; checked before each wait and every DRAIN_CHECK_S while it lasts.
+            required_rate: the bytes a second that what the client holds requires now; a higher one than
+                `min_body_bytes_per_s` replaces it.
+            check_ended: raises the ApiError with which the request was ended; called like `is_draining`.
 
         Raises:
             ContentTooLarge: Content-Length is above `max_body_bytes`.
@@ -51,6 +57,8 @@ class Body:
         self._rate = settings.min_body_bytes_per_s
         self._before_wait = before_wait
         self._is_draining = is_draining
+        self._required_rate = required_rate
+        self._check_ended = check_ended
         self._started = 0.0
         self._allowance_s = self._grace_s  # time that may still be spent waiting for the client
         self._credited_bytes = 0  # bytes that have already added to the allowance
@@ -162,8 +170,8 @@ class Body:
                 self._before_wait()
         fresh = self.received + uncounted - self._credited_bytes
         self._credited_bytes += fresh
-        if self._rate:
-            self._allowance_s = min(self._grace_s, self._allowance_s + fresh / self._rate)
+        if rate := max(self._rate, self._required_rate()):
+            self._allowance_s = min(self._grace_s, self._allowance_s + fresh / rate)
         else:
             self._allowance_s = self._grace_s
         count = 0
@@ -186,6 +194,10 @@ class Body:
         return count
 
     def _check_draining(self) -> None:
-        """Raise Draining while the server drains: once the upload is complete, its job would be rejected anyway."""
+        """Raise Draining while the server drains: once the upload is complete, its job would be rejected anyway.
+
+        Raises the error of a request that was ended, too.
+        """
+        self._check_ended()
         if self._is_draining():
             raise Draining("The server is shutting down and accepts no new jobs.", retry_after_s=DRAINING_RETRY_S)

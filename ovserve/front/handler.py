@@ -10,15 +10,17 @@ client closes.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
 import socket
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from ovserve.accounts import Holding
 from ovserve.api.exchange import (
     Api,
     Chunk,
@@ -38,6 +40,7 @@ from ovserve.errors import (
     LengthRequired,
     MalformedRequest,
     RequestTimeout,
+    SpoolFull,
     UnsupportedMediaType,
 )
 from ovserve.front.access import Access
@@ -57,7 +60,7 @@ from ovserve.front.http1.response import (
     reason_phrase,
 )
 from ovserve.front.linger import Linger
-from ovserve.front.request import Request, escape_for_log, internal_error, new_request_id
+from ovserve.front.request import Request, escape_for_log, internal_error, network_of, new_request_id
 from ovserve.front.transport import Transport
 from ovserve.logs import LogLimit, fields
 from ovserve.settings.options import Settings
@@ -72,6 +75,7 @@ CLIENT_GONE = 499  # status in the log when the client left before it was answer
 # Some clients send an extra line break after a body. It does not begin a request (RFC 9112 section 2.2), so the
 # connection still counts as idle.
 NO_REQUEST_YET = (b"", b"\r", b"\r\n")
+ENDED_RETRY_S = 2  # Retry-After of a request that gave way to another client
 LAST_CHUNK = b"0\r\n\r\n"
 BATCH_BYTES = 256 * 1024  # responses are produced and sent in pieces of about this size
 # The answer to OPTIONS *, which is about the server as a whole: RFC 9110 section 9.3.7.
@@ -139,6 +143,30 @@ class HttpExchange(Request):
         self.error: ApiError | None = None  # sent to the client, as a response or as the last event of a stream
         self.keeps_connection = head.keep_alive
         self.is_rejected = False  # with an error after which the bytes that follow cannot be parsed reliably
+        self.ended_by: ApiError | None = None  # why the exchange has to end early, to make room for another client
+        self._holding: Holding | None = None
+        self._on_release: Callable[[], None] | None = None  # the form was offered
+
+    @property
+    def holding(self) -> Holding:
+        """What its segments count for. The first use is after the access check, which knows the client."""
+        if self._holding is None:
+            error = SpoolFull(
+                "This request gave way: its client holds more than its share of the spool, and another one waits.",
+                retry_after_s=ENDED_RETRY_S,
+            )
+            end = functools.partial(self._connection.end_exchange, self, error)
+            self._holding = self._connection.spool.account.open(self.client, end)
+        return self._holding
+
+    def required_rate(self) -> float:
+        """Return the bytes a second that the client has to transfer now because of what it holds; 0 for none."""
+        return self._holding.required_rate() if self._holding is not None else 0.0
+
+    def check_ended(self) -> None:
+        """Raise the error with which the exchange has to end early, if it has to."""
+        if self.ended_by is not None:
+            raise self.ended_by
 
     def read_form(self) -> SpooledForm:
         """Return the form, which lives until the exchange ends; the first call reads the body.
@@ -159,7 +187,7 @@ class HttpExchange(Request):
             if self.body is None:
                 raise ValueError("the exchange has ended")
             settings, spool = self._connection.settings, self._connection.spool
-            self._form = read_form(self.body, self.header("content-type"), spool, settings)
+            self._form = read_form(self.body, self.header("content-type"), spool, settings, self.holding)
         return self._form
 
     def wait(self, descriptor: int, deadline: Deadline) -> bool:
@@ -167,7 +195,9 @@ class HttpExchange(Request):
 
         Raises:
             ClientGone: the client closes, or has closed.
+            ApiError: the exchange has to end early.
         """
+        self.check_ended()
         return self._connection.transport.wait(descriptor, deadline)
 
     def can_keep(self) -> bool:
@@ -183,26 +213,55 @@ class HttpExchange(Request):
             and not self.head.expects_continue
         )
 
-    def release(self) -> None:
+    def release_form(self) -> None:
         """Release the spool segments of the form."""
         if self._form is not None:
             self._form.release()
+
+    def offer_form(self, on_release: Callable[[], None]) -> None:
+        """Let the form be released instead of ending the exchange; `on_release` is called before."""
+        self._on_release = on_release
+
+    def give_way(self, error: ApiError) -> bool:
+        """Release the form if it was offered, else note the error to end with; return whether the exchange goes on.
+
+        Runs in: the thread of another client.
+        """
+        on_release, self._on_release = self._on_release, None
+        if on_release is None or self._form is None or self._holding is None:
+            self.ended_by = self.ended_by or error
+            return False
+        self._holding.keep()  # before it gives back: that wakes the client that needs the room
+        on_release()
+        self._form.release()
+        return True
+
+    def close(self) -> None:
+        """End the exchange: it no longer gives way to others."""
+        self.release_form()
+        if self._holding is not None:
+            self._holding.close()
 
 
 class Connection:
     """One accepted connection.
 
-    Thread-safe: only `idle_since`, `in_flight`, `close_idle` and `abort`, which the listener uses from other threads.
+    Thread-safe: only `quiet_since`, `in_flight`, `close_quiet`, `end_early`, `end_exchange` and `abort`, which are used
+    from other threads.
 
     Attributes:
+        place: its place among the connections; counts for the client of the current request.
+        silent_since: monotonic time at which it was accepted; 0 from its first byte on.
         idle_since: monotonic time at which the connection became idle after an answer; 0 before the first answer, and
             from the first byte of the next request on.
         in_flight: whether a request's head has been received and its answer is not written yet.
     """
 
-    def __init__(self, connection: socket.socket, address: str, context: ConnectionContext) -> None:
+    def __init__(self, connection: socket.socket, address: str, context: ConnectionContext, place: Holding) -> None:
         """Take over an accepted socket; the caller closes it after `serve`. Raises OSError if the peer has gone."""
         self._socket = connection
+        self._network = network_of(address)
+        self.place = place
         self._address = address
         self._context = context
         self._responses = context.responses
@@ -211,9 +270,11 @@ class Connection:
         self.transport = Transport(connection, context.settings.write_timeout_s)
         self._parser = HeadParser(context.settings)
         self._is_first = True  # no request has been received yet
-        # Guards `idle_since` and `_is_closing`, so that an idle connection is either closed or serves its next request.
+        # Guards the attributes below, so that a quiet connection is either closed or serves its next request.
         self._idle_lock = threading.Lock()
         self._is_closing = False
+        self._exchange: HttpExchange | None = None  # in flight
+        self.silent_since = time.monotonic()
         self.idle_since = 0.0
         self.in_flight = False
 
@@ -227,24 +288,55 @@ class Connection:
         finally:
             self._clear_idle()
 
-    def close_idle(self, since: float) -> bool:
-        """End the connection if it is still idle. Thread-safe: yes.
+    @property
+    def quiet_since(self) -> float:
+        """Monotonic time since which it waits for the first byte of a request; 0 if it does not."""
+        return self.idle_since or self.silent_since
+
+    def close_quiet(self, since: float) -> bool:
+        """End the connection if it still waits for a request. Thread-safe: yes.
 
         A request that arrives while the connection closes is not read; the client receives a reset and may retry the
         request.
 
         Args:
-            since: the value of `idle_since` that the caller has seen; 0 never closes.
+            since: the value of `quiet_since` that the caller has seen; 0 never closes.
 
         Returns:
             Whether the connection ends.
         """
         with self._idle_lock:
-            if not since or self.idle_since != since or self.transport.has_unread_bytes():
+            if not since or self.quiet_since != since or self.transport.has_unread_bytes():
                 return False
             self._is_closing = True
             self._shutdown(socket.SHUT_RD)
             return True
+
+    def end_early(self, error: ApiError) -> None:
+        """End the connection, and the request in flight with this error, if its answer has not begun.
+
+        Thread-safe: yes.
+        """
+        with self._idle_lock:
+            self._is_closing = True
+            if self._exchange is None:
+                self._shutdown(socket.SHUT_RDWR)
+            else:
+                self._exchange.ended_by = self._exchange.ended_by or error
+                self._end_locked(self._exchange)
+
+    def end_exchange(self, exchange: HttpExchange, error: ApiError) -> None:
+        """End an exchange that gives way, with this error if its answer has not begun. Thread-safe: yes."""
+        with self._idle_lock:
+            if self._exchange is exchange and not exchange.give_way(error):
+                self._end_locked(exchange)
+
+    def _end_locked(self, exchange: HttpExchange) -> None:
+        self.transport.stop()
+        if exchange.status:
+            self._shutdown(socket.SHUT_RDWR)
+        elif exchange.body is None or exchange.body.is_complete:
+            self._shutdown(socket.SHUT_RD)  # wakes a thread that waits for a job; one that receives checks for itself
 
     def abort(self) -> None:
         """Shut the socket down in any state; the connection's thread then gets ClientGone. Thread-safe: yes."""
@@ -272,6 +364,9 @@ class Connection:
         self.in_flight = True
         started = time.perf_counter()
         exchange = HttpExchange(self, head, self._context.proxies.client_address(self._address, head.fields))
+        with self._idle_lock:
+            self._exchange = exchange
+        self.transport.required_rate = exchange.required_rate
         sent = 0
         try:
             sent = self._answer(exchange, match)
@@ -279,7 +374,10 @@ class Connection:
             exchange.keeps_connection = False
             exchange.status = CLIENT_GONE
         finally:
-            exchange.release()
+            exchange.close()
+            with self._idle_lock:
+                self._exchange = None
+            self.place.move(self._network)
             self.in_flight = False
             if log.isEnabledFor(logging.INFO):
                 _log_access(exchange, sent, started)
@@ -325,7 +423,7 @@ class Connection:
 
     def _clear_idle(self) -> None:
         with self._idle_lock:
-            self.idle_since = 0.0
+            self.idle_since = self.silent_since = 0.0
 
     def _answer(self, exchange: HttpExchange, match: RouteMatch) -> int:
         """Answer the request and return the bytes written. Only here do errors of a request become responses."""
@@ -333,12 +431,22 @@ class Connection:
         try:
             if head.is_chunked or head.content_length is not None:
                 go_on = self._send_continue if head.expects_continue else None
-                exchange.body = Body(self.transport, head, self.settings, go_on, lambda: self._context.is_draining)
+                exchange.body = Body(
+                    self.transport,
+                    head,
+                    self.settings,
+                    go_on,
+                    lambda: self._context.is_draining,
+                    required_rate=exchange.required_rate,
+                    check_ended=exchange.check_ended,
+                )
             self._check_access(exchange, match)
+            self.place.move(exchange.client)
             reply = SERVER_OPTIONS if head.path == "*" else self._context.api.answer(exchange, match)
             try:
+                exchange.check_ended()
                 if not isinstance(reply, StreamReply):
-                    exchange.release()  # so that a client that reads slowly does not keep its upload in the spool
+                    exchange.release_form()  # so that a client that reads slowly does not keep its upload in the spool
                 return self._write(exchange, reply)
             finally:
                 reply.close()
@@ -347,7 +455,9 @@ class Connection:
                 log.warning("%s", escape_for_log(error.message), extra=fields(id=exchange.id, code=error.code))
             return self._write_error(exchange, match, error)
         except ClientGone:
-            raise
+            if exchange.ended_by is None or exchange.status:
+                raise
+            return self._write_error(exchange, match, exchange.ended_by)  # the client is still there
         except Exception as error:  # noqa: BLE001 - on a bug, the client gets an answer and the thread continues
             return self._write_error(exchange, match, _log_bug(exchange, error))
 
@@ -394,6 +504,8 @@ class Connection:
         if exchange.status:
             raise ClientGone("an error occurred after the response had begun")
         exchange.error = error
+        if error is exchange.ended_by:
+            exchange.keeps_connection = False
         if error.closes_connection:
             exchange.is_rejected, exchange.keeps_connection = True, False
         content = [error_content(match.error_document(error))]

@@ -1,6 +1,7 @@
 """Listening socket: accepts connections, starts a thread for each up to a limit, and stops gracefully.
 
-At the limit, a new connection evicts the one that has been idle longest.
+At the limit, a new connection makes one give way: a quiet one, which waits for a request, else one of a client above
+its share (`ovserve.accounts`).
 
 Threads: one accepts, one (`overflow`) answers connections beyond the limit, one (`linger`) keeps refused connections
 open until their clients have read the answer, and one serves each connection. Accepting never waits for the others, nor
@@ -22,6 +23,7 @@ import time
 from http.server import ThreadingHTTPServer
 from typing import Any
 
+from ovserve.accounts import Account, Holding
 from ovserve.api.exchange import Api
 from ovserve.errors import StartupError, may_pass
 from ovserve.front.access import Access, RefusedOrigins
@@ -31,7 +33,8 @@ from ovserve.front.http1.origins import OriginRule, is_loopback_host
 from ovserve.front.http1.response import Responses
 from ovserve.front.keys import Keys, read_admin_keys, read_keys
 from ovserve.front.linger import Linger
-from ovserve.front.overflow import Overflow
+from ovserve.front.overflow import Overflow, too_many_connections
+from ovserve.front.request import network_of
 from ovserve.logs import LogLimit, fields
 from ovserve.settings.access import ListenAddress, parse_listen
 from ovserve.settings.options import Settings
@@ -41,7 +44,8 @@ __all__ = ["Listener"]
 
 ABORT_TIMEOUT_S = 5.0  # for the threads of aborted connections to end; all their waits end with the connection
 LINGER_STOP_S = 1.0  # at least, for clients that are still sending when the listener stops
-MIN_IDLE_S = 1.0  # before a connection may be evicted: a client that has just been answered may send its next request
+# Before a quiet connection may be evicted: a client that has just connected, or been answered, may send a request.
+MIN_QUIET_S = 1.0
 # A peer whose machine has vanished is detected after two minutes, whatever its thread waits for.
 KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # seconds, seconds, probes
 EXHAUSTED_PAUSE_S = 0.05  # before the next attempt to accept when no spare descriptor could be opened
@@ -117,6 +121,7 @@ class Listener(ThreadingHTTPServer):
         self.socket.setblocking(False)
         self.linger = Linger(settings)
         self._overflow = Overflow(self)
+        self._places = Account(settings.max_connections)
         self._connections: dict[Connection, threading.Thread] = {}
         self._evicted: set[Connection] = set()  # subset of `_connections`: their threads are about to end
         self._changed = threading.Condition()  # guards both; notified when a connection is removed
@@ -268,12 +273,14 @@ class Listener(ThreadingHTTPServer):
     def process_request(self, request: socket.socket, client_address: tuple[str, int]) -> None:  # type: ignore[override]
         """Start a thread for the connection, or hand it to the overflow thread. Runs in: the accept thread."""
         address = client_address[0] if client_address else UNIX_PEER
-        if not (self._is_below_limit() or self._evict_idlest()):
+        place = self._places.open(network_of(address))
+        if not self._take(place):
             self._overflow.offer(request, address)
             return
         try:
-            connection = Connection(request, address, self)
+            connection = self._open(request, address, place)
         except OSError:
+            place.give(1)
             request.close()  # the peer has gone already
             return
         thread = threading.Thread(target=self._serve, args=(connection, request), name="connection", daemon=True)
@@ -285,27 +292,59 @@ class Listener(ThreadingHTTPServer):
             self._remove(connection)
             self._overflow.offer(request, address)
 
-    def _is_below_limit(self) -> bool:
-        return len(self._connections) - len(self._evicted) < self.settings.max_connections
+    def _open(self, request: socket.socket, address: str, place: Holding) -> Connection:
+        """Return a connection that holds a place. Raises OSError if the peer has gone."""
+        connection = Connection(request, address, self, place)
+        place.on_end(lambda: self._end(connection))
+        return connection
 
-    def _evict_idlest(self) -> bool:
-        """Close the connection that has been idle longest (RFC 9112 section 9.5).
+    def _take(self, place: Holding) -> bool:
+        """Take a place for a new connection; return False if there is none, and no other connection gives way."""
+        if place.take(1, may_end=False):
+            return True
+        if len(self._evicted) >= self.settings.overflow_connections:
+            return False  # until their threads have ended, evicted connections exceed the limit
+        if self._evict_quiet(place.client):
+            return place.take(1, may_end=False)
+        return place.take(1)
+
+    def _evict_quiet(self, client: str) -> bool:
+        """Close a connection that waits for a request (RFC 9112 section 9.5), so that this client gets its place.
+
+        Connections of clients above their shares come first, then those that have waited longest. A client that has its
+        share already gets only places of such clients, and its own.
 
         Returns:
-            False when none has been idle for MIN_IDLE_S, or too many evicted connections have not ended yet.
+            False when none has waited for MIN_QUIET_S.
         """
+        share = self._places.share_of(client)
+        is_within = self._places.held_by(client) < share
         with self._changed:
-            if len(self._evicted) >= self.settings.overflow_connections:
-                return False  # until their threads have ended, evicted connections exceed the limit
-            # Read each `idle_since` once: its thread may reset it at any time.
-            candidates = {connection.idle_since: connection for connection in self._connections.keys() - self._evicted}
-            for since in sorted(filter(None, candidates)):
-                if time.monotonic() - since < MIN_IDLE_S:
-                    return False
-                if candidates[since].close_idle(since):
-                    self._evicted.add(candidates[since])
-                    return True
+            candidates = []
+            for connection in self._connections.keys() - self._evicted:
+                since = connection.quiet_since  # read once: its thread may reset it at any time
+                if since and time.monotonic() - since >= MIN_QUIET_S:
+                    owner = connection.place.client
+                    is_above = self._places.held_by(owner) > share
+                    if is_above or is_within or owner == client:
+                        candidates.append((not is_above, since, connection))
+        for _, since, connection in sorted(candidates, key=lambda each: each[:2]):
+            if connection.close_quiet(since):
+                self._evict(connection)
+                return True
         return False
+
+    def _evict(self, connection: Connection) -> None:
+        """Give back the place of a connection whose thread is about to end."""
+        with self._changed:
+            if connection in self._connections and connection not in self._evicted:
+                self._evicted.add(connection)
+                connection.place.give(1)
+
+    def _end(self, connection: Connection) -> None:
+        """End a connection of a client above its share."""
+        connection.end_early(too_many_connections())
+        self._evict(connection)
 
     def _serve(self, connection: Connection, request: socket.socket) -> None:
         """Serve a connection until it ends. Runs in: the connection's thread."""
@@ -319,8 +358,10 @@ class Listener(ThreadingHTTPServer):
 
     def _remove(self, connection: Connection) -> None:
         with self._changed:
-            self._connections.pop(connection, None)
+            if self._connections.pop(connection, None) is not None and connection not in self._evicted:
+                connection.place.give(1)
             self._evicted.discard(connection)
+            connection.place.close()
             self._changed.notify_all()
 
     # --- ending -------------------------------------------------------------------------------------------------------
@@ -343,7 +384,8 @@ class Listener(ThreadingHTTPServer):
         with self._changed:
             threads = list(self._connections.values())
             for connection in self._connections:
-                connection.close_idle(connection.idle_since)
+                if since := connection.idle_since:  # not a silent one: its first request is about to arrive
+                    connection.close_quiet(since)
             self._changed.wait_for(lambda: not self._connections, grace_s)
             if aborted := sum(connection.in_flight for connection in self._connections):
                 log.warning(

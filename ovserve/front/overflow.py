@@ -3,7 +3,8 @@
     accept thread ──offer──▶ HEAD ──▶ ANSWER ──▶ linger (ovserve.front.linger)
 
 Each connection has `overflow_timeout_s` for both states. At most `overflow_connections` are open; beyond that the
-oldest is closed, so that clients that connect and send nothing cannot keep a health check out.
+oldest of the address that has most is closed, so that clients that connect and send nothing cannot keep a health check
+out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import select
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -25,7 +26,7 @@ from ovserve.errors import ApiError, ClientGone, TooManyConnections
 from ovserve.front.handler import ConnectionContext
 from ovserve.front.http1.head import HeadParser
 from ovserve.front.http1.response import JSON_TYPE
-from ovserve.front.request import Request, escape_for_log, internal_error, new_request_id
+from ovserve.front.request import Request, escape_for_log, internal_error, network_of, new_request_id
 from ovserve.logs import fields
 
 __all__ = ["Overflow", "too_many_connections"]
@@ -62,6 +63,7 @@ class _OverflowConnection:
     def __init__(self, connection: socket.socket, address: str, context: ConnectionContext) -> None:
         self.socket = connection
         self.address = address
+        self.network = network_of(address)
         self.deadline = time.monotonic() + context.settings.overflow_timeout_s
         self.parser = HeadParser(context.settings)
         self.data = b""
@@ -148,12 +150,18 @@ class Overflow:
             except IndexError:
                 return  # none is left; the accept thread also removes connections
             if len(self._connections) >= self._limit:
-                self._close(next(iter(self._connections.values())))
+                self._close(self._oldest_of_most())
             accepted.setblocking(False)
             connection = _OverflowConnection(accepted, address, self._context)
             self._connections[accepted.fileno()] = connection
             self._poll.register(accepted, select.EPOLLIN)
             self._advance(connection)
+
+    def _oldest_of_most(self) -> _OverflowConnection:
+        """Return the oldest connection of the client that has most: its flood does not keep others out."""
+        counts = Counter(connection.network for connection in self._connections.values())
+        most = max(counts.values())
+        return next(each for each in self._connections.values() if counts[each.network] == most)
 
     def _advance(self, connection: _OverflowConnection) -> None:
         """Do what the connection's state allows without blocking."""

@@ -7,15 +7,16 @@ import binascii
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from ipaddress import IPv6Address, IPv6Network
 from urllib.parse import parse_qsl
 
+from ovserve.accounts import Holding
 from ovserve.errors import InternalError
 from ovserve.front.http1.head import Head
 
-__all__ = ["Request", "escape_for_log", "internal_error", "new_request_id"]
+__all__ = ["Request", "escape_for_log", "internal_error", "network_of", "new_request_id"]
 
 LOG_TEXT_CHARS = 200  # of an error message in the log
 FINGERPRINT_CHARS = 16
@@ -59,15 +60,24 @@ class Request:
 
     @cached_property
     def network(self) -> str:
-        """The part of the address that its owner cannot choose: an IPv4 address, or the /64 of an IPv6 address.
+        """The part of the address that its owner cannot choose."""
+        return network_of(self.address)
 
-        A host chooses the lower 64 bits of its IPv6 address itself (RFC 4291 section 2.5.1). If they counted, one host
-        could appear as a different client on each connection.
-        """
-        if ":" not in self.address:
-            return self.address
-        address = IPv6Address(self.address)
-        return str(address.ipv4_mapped or IPv6Network((int(address), 64), strict=False))
+    @property
+    def client(self) -> str:
+        """Whose shares the request counts for: its API key if it is verified, else the network."""
+        return self.key if self.is_verified else self.network
+
+    @property
+    def holding(self) -> Holding | None:
+        """None: a request without a body holds nothing in the spool."""
+        return None
+
+    def release_form(self) -> None:
+        """Do nothing: there is no form."""
+
+    def offer_form(self, on_release: Callable[[], None]) -> None:
+        """Do nothing: there is no form."""
 
     @cached_property
     def api_key(self) -> str:
@@ -98,6 +108,18 @@ class Request:
     def header(self, name: str) -> str | None:
         """Return a request field by its lower-case name."""
         return self.head.fields.get(name)
+
+
+def network_of(address: str) -> str:
+    """Return the part of an address that its owner cannot choose: an IPv4 address, or the /64 of an IPv6 address.
+
+    A host chooses the lower 64 bits of its IPv6 address itself (RFC 4291 section 2.5.1). If they counted, one host
+    could appear as a different client on each connection.
+    """
+    if ":" not in address:
+        return address
+    parsed = IPv6Address(address)
+    return str(parsed.ipv4_mapped or IPv6Network((int(parsed), 64), strict=False))
 
 
 def _password(credentials: str) -> str:

@@ -20,6 +20,7 @@ __all__ = ["Transport"]
 
 RECEIVE_BYTES = 16 * 1024  # for a head and what arrives with it; later content is received directly into its target
 MIN_READ_BYTES_PER_S = 1024  # by the client, beyond the write timeout; a slower one would occupy a thread
+RATE_WINDOW_S = 5.0  # over which the rate of a slow reader is measured while another client waits for what it holds
 IOV_LIMIT = 512  # buffers for one sendmsg; Linux accepts 1024
 # The kernel's timeout for one wait; a longer wait is made of several. While it stays the same, each wait saves a
 # setsockopt call.
@@ -29,7 +30,13 @@ _HANGUP_EVENTS = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
 class Transport:
-    """One connection's socket, and the bytes received from it that are not taken yet ("pending"). Thread-safe: no."""
+    """One connection's socket, and the bytes received from it that are not taken yet ("pending").
+
+    Thread-safe: no, except `stop`.
+
+    Attributes:
+        required_rate: returns the bytes a second that the peer has to read now because of what it holds; 0 for none.
+    """
 
     def __init__(self, connection: socket.socket, write_timeout_s: float) -> None:
         """Take over a connected, blocking socket.
@@ -46,7 +53,10 @@ class Transport:
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._write_timeout_s = write_timeout_s
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(write_timeout_s))
+        self._is_stopped = False
+        self.required_rate: Callable[[], float] = lambda: 0.0
+        # A longer wait is made of several, so that it ends when the required rate or `stop` demands it.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(min(write_timeout_s, MAX_KERNEL_WAIT_S)))
 
     @property
     def has_pending(self) -> bool:
@@ -202,24 +212,29 @@ class Transport:
         Raises:
             ClientGone: as for `send`.
         """
-        started, accepted, total = time.monotonic(), 0, 0
+        pace = _Pace(self._write_timeout_s)
+        total = 0
         while rest:
-            if time.monotonic() - started > self._write_timeout_s + accepted / MIN_READ_BYTES_PER_S:
+            reason = "ended, because another client waits" if self._is_stopped else pace.check(self.required_rate())
+            if reason:
                 self._reset_on_close()
-                raise ClientGone(f"the client reads fewer than {MIN_READ_BYTES_PER_S} bytes a second")
-            accepted += sum(map(len, rest))
+                raise ClientGone(reason)
+            before = sum(map(len, rest))
             try:
                 rest = self._send_some(rest)
             except BlockingIOError:
-                self._reset_on_close()
-                raise ClientGone("the client has stopped reading") from None
+                continue
             except OSError as error:
                 raise ClientGone(error.strerror or "connection lost") from None
-            accepted -= sum(map(len, rest))
+            pace.note(before - sum(map(len, rest)))
             if not rest:
                 rest = next(batches, ())
                 total += sum(map(len, rest))
         return total
+
+    def stop(self) -> None:
+        """Make a write that waits raise ClientGone within MAX_KERNEL_WAIT_S. Thread-safe: yes."""
+        self._is_stopped = True
 
     def _reset_on_close(self) -> None:
         """Make the close reset the connection; otherwise the kernel would keep the unsent bytes for minutes."""
@@ -280,6 +295,40 @@ class Transport:
             raise TimeoutError
         self._timeout_s = min(timeout_s, MAX_KERNEL_WAIT_S)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(self._timeout_s))
+
+
+class _Pace:
+    """How fast the peer accepts the bytes of one write, and when that is too slow."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._started = self._progressed = self._window_began = time.monotonic()
+        self._accepted = self._in_window = 0
+
+    def note(self, count: int) -> None:
+        """Count accepted bytes."""
+        self._accepted += count
+        self._in_window += count
+        self._progressed = time.monotonic()
+
+    def check(self, required_rate: float) -> str:
+        """Return why the peer is too slow, or "".
+
+        Args:
+            required_rate: bytes a second that it has to accept now; 0 for none.
+        """
+        now = time.monotonic()
+        if now - self._progressed >= self._timeout_s:
+            return "the client has stopped reading"
+        if now - self._started > self._timeout_s + self._accepted / MIN_READ_BYTES_PER_S:
+            return f"the client reads fewer than {MIN_READ_BYTES_PER_S} bytes a second"
+        seconds = now - self._window_began
+        if required_rate and seconds < RATE_WINDOW_S:
+            return ""
+        if required_rate and self._in_window < required_rate * seconds:
+            return f"the client reads fewer than {required_rate:.0f} bytes a second, while another client waits"
+        self._window_began, self._in_window = now, 0
+        return ""
 
 
 def _timeval(seconds: float) -> bytes:

@@ -21,10 +21,10 @@ from typing import Any
 import ovserve
 from ovserve.hub.environment import is_offline
 from ovserve.hub.pull import find_pulled
-from ovserve.hub.stored import default_root
 from ovserve.logs import fields
 from ovserve.models.pending import PendingModel, PullState
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.settings.repositories import default_root
 
 __all__ = ["Pulls"]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from ovserve.errors import HubError
 from ovserve.hub.transfer import Stopped
 
-__all__ = ["RECORD", "Place", "PullRecord", "default_root", "is_complete", "locked", "put_in_place", "read_record"]
+__all__ = ["RECORD", "Place", "PullRecord", "is_complete", "locked", "put_in_place", "read_record"]
 
 RECORD = ".ovserve-pull.json"
 KEPT_FILES = ("graph.pbtxt",)  # written beside a pulled model, and not part of its repository
@@ -84,12 +84,6 @@ class Place:
     def old(self) -> Path:
         """What was replaced, until it is deleted."""
         return self._beside("old")
-
-
-def default_root() -> Path:
-    """Return the directory of pulled models if none is named: `ovserve/models` in the user's data directory."""
-    base = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
-    return Path(base) / "ovserve" / "models"
 
 
 def read_record(directory: Path) -> PullRecord | None:

@@ -50,7 +50,9 @@ class Catalog:
 
     models: Mapping[str, ServedModel]
     default: str  # empty: a request must name a model, unless there is only one
-    aliases: Mapping[str, str] = field(default_factory=dict)  # further names, `*` included, to the models' names
+    # Further names (aliases, `*`, adapters, composites) to the models' names.
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    adapters: frozenset[str] = frozenset()  # those of them that are adapters or composites
     created: int = field(default_factory=lambda: int(time.time()))
     pending: Mapping[str, PendingModel] = field(default_factory=dict)  # models that are being pulled, by name and alias
 
@@ -121,5 +123,6 @@ def _quoted(names: Iterable[str]) -> str:
 def read_catalog(settings: Settings) -> Catalog:
     """Read the directory of every configured model. Raises ModelError and SettingsError."""
     models = [ServedModel(read_profile(model), model) for model in settings.models]
-    aliases = {alias: model.name for model in settings.models for alias in model.all_aliases}
-    return Catalog({model.name: model for model in models}, settings.default_model, aliases)
+    aliases = {alias: model.name for model in settings.models for alias in model.further_names}
+    adapters = frozenset(name for model in settings.models for name in model.adapter_names)
+    return Catalog({model.name: model for model in models}, settings.default_model, aliases, adapters)

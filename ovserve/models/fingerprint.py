@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 __all__ = ["fingerprint"]
@@ -12,21 +12,28 @@ __all__ = ["fingerprint"]
 _MAX_FILES = 10_000  # a model has a few dozen; more is not a model's directory alone
 
 
-def fingerprint(directory: Path, cache_dir: Path | None = None) -> str:
+def fingerprint(directory: Path, cache_dir: Path | None = None, further: Sequence[Path] = ()) -> str:
     """Return a hash over the names, sizes and modification times of a model's files; contents are not read.
 
-    Hidden files and directories are left out, and so is `cache_dir` where it lies inside the directory: the server
-    itself writes there. A missing or unreadable directory has an empty fingerprint.
+    `further` are files outside the directory that belong to the model, such as its adapters. Hidden files and
+    directories are left out, and so is `cache_dir` where it lies inside the directory: the server itself writes there.
+    A missing or unreadable directory has an empty fingerprint.
     """
     digest = hashlib.sha256()
     try:
         for count, (name, found) in enumerate(_files(directory, cache_dir)):
             if count == _MAX_FILES:
                 break
-            digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape"))
+            digest.update(_described(name, found))
+        for path in further:
+            digest.update(_described(str(path), os.stat(path)))
     except OSError:
         return ""
     return digest.hexdigest()
+
+
+def _described(name: str, found: os.stat_result) -> bytes:
+    return f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape")
 
 
 def _files(directory: Path, cache_dir: Path | None) -> Iterator[tuple[str, os.stat_result]]:

@@ -245,7 +245,7 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
 
     Raises:
         ModelError: the built-in model is unknown, or the directory is missing, is not an image pipeline, or lacks a
-            component; the message names it.
+            component; the message names it. Or the file of an adapter is missing.
         SettingsError: a default is outside the operator's limits.
     """
     given = _model_directory(settings.path)
@@ -257,6 +257,9 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
     except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a JSON value of an unexpected type
         raise ModelError(f"{given}: a configuration file has a wrong value: {error}") from None
     _check_defaults(profile, settings)
+    for adapter in settings.lora:
+        if not adapter.path.is_file():
+            raise ModelError(f"adapter {adapter.alias}: {adapter.path}: no such file", is_transient=True)
     return profile
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ovserve.settings.loras import CompositeSettings, LoraSettings
+
 __all__ = [
     "BUILTIN_ALIASES",
     "BUILTIN_NAME",
@@ -121,6 +123,28 @@ class ModelSettings:
     builtin_aliases: bool = _option(
         False,
         f"Add names that clients send on their own: {', '.join(f'`{name}`' for name in BUILTIN_ALIASES)}.",
+    )
+    lora: tuple[LoraSettings, ...] = ()
+    composite: tuple[CompositeSettings, ...] = ()
+    source_loras: str = _option(
+        "",
+        "LoRA adapters, separated by commas: `ALIAS=FILE.safetensors[:ALPHA]`, and composites of them: "
+        "`ALIAS=@ALIAS[:ALPHA]+@ALIAS[:ALPHA]`. In the file, `[[model.lora]]` and `[[model.composite]]` tables say the "
+        "same.",
+    )
+    prompt_loras: bool = _option(
+        False,
+        "Read `<lora:ALIAS:ALPHA>` in prompts: the text is removed, and the adapter or composite is applied.",
+        reason="such a text could be meant for another program, or come from a page's template",
+    )
+    lora_denoiser: str = _option(
+        "auto",
+        "Compiled denoisers and text encoders of a model with adapters: `separate`: a second one for pictures without "
+        "adapters; `shared`: one for all pictures, with half of the memory, but pictures without adapters may differ "
+        "in the last bits from those of a server without adapters; `auto`: one where the bits are the same, which is "
+        "measured at warm-up, else two.",
+        choices=("auto", "separate", "shared"),
+        reason="adding an adapter must not change the pictures of requests that do not use it",
     )
     device: str = _option(
         "CPU", "OpenVINO device, or three separated by spaces: text encoder, denoiser, VAE.", aliases=("target_device",)
@@ -293,6 +317,29 @@ class ModelSettings:
         return (self.num_images_per_prompt or 1) if self.resolution else None
 
     @property
+    def further_names(self) -> tuple[str, ...]:
+        """Every value of the request field `model` that this model serves, besides its name."""
+        return (*self.all_aliases, *self.adapter_names)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The aliases of the adapters, then those of the composites."""
+        return (*(adapter.alias for adapter in self.lora), *(composite.alias for composite in self.composite))
+
+    def adapters_of(self, name: str) -> dict[str, float]:
+        """Return the adapters that a name for the request field `model` stands for, with their weights, by alias.
+
+        Empty for the name of the model itself. The weight is a composite's, else the adapter's own.
+        """
+        own = {adapter.alias: adapter.alpha for adapter in self.lora}
+        if name in own:
+            return {name: own[name]}
+        for composite in self.composite:
+            if composite.alias == name:
+                return {alias: own[alias] if alpha is None else alpha for alias, alpha in composite.components}
+        return {}
+
+    @property
     def builtin_name(self) -> str:
         """Which built-in model `path` means, e.g. `shapes`; empty for a directory."""
         text = str(self.path or DEFAULT_BUILTIN)
@@ -386,7 +433,8 @@ class Settings:
     # Limits on what clients can make grow.
     max_connections: int = _option(
         512,
-        "Maximum number of connections. At the limit the longest idle one is closed; if none is idle, new ones get "
+        "Maximum number of connections. At the limit one that waits for a request is closed, or one of a client that "
+        "has more than its share; if there is none, new ones get "
         "503 and health checks still work.",
         low=1,
         high=100_000,

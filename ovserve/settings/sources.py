@@ -19,6 +19,7 @@ from typing import Any
 
 from ovserve.errors import SettingsError
 from ovserve.settings.access import parse_hosts, parse_listen, parse_networks, parse_origins
+from ovserve.settings.loras import MAX_ADAPTERS, LoraSettings, parse_composites, parse_loras, parse_source_loras
 from ovserve.settings.modelserver.graph import GRAPH_FILE, check_rules, read_graph
 from ovserve.settings.modelserver.repository import Repository, is_json, read_config, read_repository
 from ovserve.settings.options import (
@@ -31,6 +32,7 @@ from ovserve.settings.options import (
     Settings,
     options_of,
 )
+from ovserve.settings.repositories import adapter_file, default_root
 
 __all__ = ["ENVIRONMENT_PREFIX", "load_settings", "service_variables"]
 
@@ -52,6 +54,8 @@ _ACCESS_OPTIONS: Mapping[str, Callable[[str | None], object]] = {
     "trusted_proxies": parse_networks,
     "admin_listen": parse_listen,
 }
+_INNER_TABLES: Mapping[str, Callable[[object, str], Any]] = {"lora": parse_loras, "composite": parse_composites}
+_NAME_GRAMMAR = "expected at most 128 letters, digits and ._/:@-, beginning with a letter or digit"
 _SHOWN_CHARS = 100  # of a wrong value, quoted in a message
 
 
@@ -151,6 +155,9 @@ class _Source:
         return dataclasses.replace(self, values={key: value for key, value in self.values.items() if key in names})
 
 
+_Given = tuple[_Source, dict[str, Any]]  # the options of one table, and its inner tables
+
+
 def _table(title: str, values: Mapping[str, Any]) -> _Source:
     """Return a table of the file as a source."""
     return _Source(title, values, _from_toml, lambda name: f"{title}: {name}")
@@ -233,12 +240,12 @@ def _model_name(model: ModelSettings) -> ModelSettings:
 
 def _check_model(model: ModelSettings) -> None:
     """Check the options of one model against each other. Raises SettingsError."""
-    grammar = "expected at most 128 letters, digits and ._/:@-, beginning with a letter or digit"
     if not _MODEL_NAME.fullmatch(model.name):
-        raise SettingsError(f"model name {model.name!r}: {grammar}")
+        raise SettingsError(f"model name {model.name!r}: {_NAME_GRAMMAR}")
     for alias in model.aliases:
         if alias != CATCH_ALL and not _MODEL_NAME.fullmatch(alias):
-            raise SettingsError(f"model {model.name}: alias {alias[:_SHOWN_CHARS]!r}: {grammar}; or *")
+            raise SettingsError(f"model {model.name}: alias {alias[:_SHOWN_CHARS]!r}: {_NAME_GRAMMAR}; or *")
+    _check_adapters(model)
     if model.keep_alive_s is not None and -1 < model.keep_alive_s < 0:
         raise SettingsError(
             f"model {model.name}: keep_alive_s is {model.keep_alive_s:g}; expected 0 or more, or -1 for ever"
@@ -303,15 +310,63 @@ def _check_plugin_config(model: ModelSettings, config: object) -> None:
             raise SettingsError(f"model {model.name}: plugin_config has {key}, and {option} is given too; remove one")
 
 
+def _with_source_loras(model: ModelSettings, root: Path) -> ModelSettings:
+    """Return the settings with the adapters that the option `source_loras` names. Raises SettingsError.
+
+    Args:
+        model: the settings.
+        root: the directory of pulled repositories.
+    """
+    if not model.source_loras:
+        return model
+    sources, composites = parse_source_loras(model.source_loras)
+    found = []
+    for source in sources:
+        if source.kind == "url":
+            message = (
+                f"source_loras: {source.alias}: {source.place} is not on this machine; download it, and give its path"
+            )
+            raise SettingsError(message)
+        is_file = source.kind == "file"
+        try:
+            path = Path(source.place) if is_file else adapter_file(root, source.place, source.file)
+        except SettingsError as error:
+            raise SettingsError(f"source_loras: {source.alias}: {error}") from None
+        alpha = 1.0 if source.alpha is None else source.alpha
+        found.append(LoraSettings(alias=source.alias, path=path, alpha=alpha))
+    return dataclasses.replace(model, lora=(*model.lora, *found), composite=(*model.composite, *composites))
+
+
+def _check_adapters(model: ModelSettings) -> None:
+    """Check the names and files of adapters, and the components of composites. Raises SettingsError."""
+    title = f"model {model.name}"
+    if len(model.lora) > MAX_ADAPTERS:
+        raise SettingsError(f"{title}: {len(model.lora)} LoRA adapters; at most {MAX_ADAPTERS} are allowed")
+    for name in model.adapter_names:
+        if not _MODEL_NAME.fullmatch(name):
+            raise SettingsError(f"{title}: alias {name[:_SHOWN_CHARS]!r}: {_NAME_GRAMMAR}")
+    known = {adapter.alias for adapter in model.lora}
+    for composite in model.composite:
+        names = [name for name, _ in composite.components]
+        if not names or len(set(names)) < len(names):
+            raise SettingsError(f"{title}: composite {composite.alias}: name one or more adapters, each once")
+        for name in names:
+            if name not in known:
+                raise SettingsError(
+                    f"{title}: composite {composite.alias}: {name[:_SHOWN_CHARS]!r} is not one of its adapters: "
+                    f"{', '.join(sorted(known)) or 'it has none'}"
+                )
+
+
 def _check_unique_names(models: Sequence[ModelSettings]) -> set[str]:
-    """Return every name and alias. Raises SettingsError for one that is given twice."""
+    """Return every name and alias, adapters and composites included. Raises SettingsError for one given twice."""
     owners: dict[str, str] = {}
     for model in models:
         if model.name in owners:
             raise SettingsError(f"two models have the name {model.name!r}")
         owners[model.name] = model.name
     for model in models:
-        for alias in model.all_aliases:
+        for alias in model.further_names:
             if alias in owners:
                 owner = owners[alias]
                 what = "the name of a model" if owner == alias else f"also an alias of model {owner}"
@@ -335,8 +390,12 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise SettingsError(f"--config {path}: nested too deeply") from None
 
 
-def _tables(document: dict[str, Any], title: str) -> list[_Source]:
-    """Remove the [[model]] tables from the document; return them as sources. Raises SettingsError."""
+def _tables(document: dict[str, Any], title: str) -> list[_Given]:
+    """Remove the [[model]] tables from the document; return each as a source, and its inner tables by option name.
+
+    Raises:
+        SettingsError: something is not a table, or has an unknown option.
+    """
     tables = document.pop("model", [])
     if isinstance(tables, Repository):
         return _repository_tables(tables)
@@ -345,17 +404,26 @@ def _tables(document: dict[str, Any], title: str) -> list[_Source]:
     found = []
     for number, table in enumerate(tables, 1):
         name = table.get("name", table.get("model_name"))
-        source = _table(f"{title}: [[model]] {number}{f' ({_shown(name)})' if name else ''}", table)
-        _check_names(source, ModelSettings)
-        found.append(source)
+        found.append(_split_table(f"{title}: [[model]] {number}{f' ({_shown(name)})' if name else ''}", table))
     return found
 
 
-def _repository_tables(repository: Repository) -> list[_Source]:
-    return [_table(where, values) for where, values in repository.tables]
+def _split_table(where: str, table: Mapping[str, Any]) -> _Given:
+    """Return the table of a model as a source, and its inner tables by option name. Raises SettingsError."""
+    values = dict(table)
+    inner = {option: parse(values.pop(option), where) for option, parse in _INNER_TABLES.items() if option in values}
+    source = _table(where, values)
+    _check_names(source, ModelSettings)
+    return source, inner
 
 
-def _with_graph(sources: list[_Source], ignored: list[str]) -> list[_Source]:
+def _repository_tables(repository: Repository) -> list[_Given]:
+    return [_split_table(where, values) for where, values in repository.tables]
+
+
+def _with_graph(
+    sources: list[_Source], inner: Mapping[str, Any], ignored: list[str]
+) -> tuple[list[_Source], Mapping[str, Any]]:
     """Add the options of a graph.pbtxt in the model's directory; adds to `ignored` what has no meaning.
 
     Raises:
@@ -364,21 +432,21 @@ def _with_graph(sources: list[_Source], ignored: list[str]) -> list[_Source]:
     given = _gather(ModelSettings, sources)
     path, reads = given.get("path"), given.get("graph_options", "read") == "read"
     if path is None or not reads or str(path).startswith(BUILTIN_PREFIX) or not (path / GRAPH_FILE).is_file():
-        return sources
+        return sources, inner
+    title = str(path / GRAPH_FILE)
     graph = read_graph(path / GRAPH_FILE)
-    ignored += [f"{path / GRAPH_FILE}: {each}" for each in graph.ignored]
-    source = _table(str(path / GRAPH_FILE), graph.values)
-    for name, value in _gather(ModelSettings, [source]).items():
-        if name in given and given[name] != value and name != "path":
-            where = next(each.title for each in sources if name in _gather(ModelSettings, [each]))
-            raise SettingsError(
-                f"{path / GRAPH_FILE}: {name} is {_plain(value)}, but {where} gives {_plain(given[name])}; remove one "
-                "of them, or set graph_options to ignore"
-            )
-    inner = {"path": graph.values["path"]}  # in place of the graph's directory
+    ignored += [f"{title}: {each}" for each in graph.ignored]
+    source, adapters = _split_table(title, graph.values)
+    for name, value in {**_gather(ModelSettings, [source]), **adapters}.items():
+        other = inner.get(name) if name in adapters else given.get(name, value)
+        if other and other != value and name != "path":
+            where = next((each.title for each in sources if name in _gather(ModelSettings, [each])), sources[0].title)
+            shown = f" {_plain(value)}, but {where} gives {_plain(other)}" if name not in adapters else " in both files"
+            raise SettingsError(f"{title}: {name} is{shown}; remove one of them, or set graph_options to ignore")
+    changes = {"path": graph.values["path"]}  # in place of the graph's directory
     if "name" not in given:
-        inner["name"] = Path(os.path.realpath(path)).name or "model"
-    return [_table(str(path / GRAPH_FILE), inner), *sources, source]
+        changes["name"] = Path(os.path.realpath(path)).name or "model"
+    return [_table(title, changes), *sources, source], {**inner, **adapters}
 
 
 def _plain(value: object) -> str:
@@ -439,10 +507,21 @@ def _from_environment(environment: Mapping[str, str]) -> _Source:
     return dataclasses.replace(source, values={key: value for key, value in own.items() if value})
 
 
-def _read_model(sources: list[_Source], ignored: list[str]) -> ModelSettings:
-    """Return one model from its sources; adds to `ignored` what has no meaning. Raises SettingsError."""
-    given = _gather(ModelSettings, _with_graph(sources, ignored))
-    model = _check_static(_model_name(ModelSettings(**given)), given)
+def _read_model(
+    sources: list[_Source], inner: Mapping[str, Any], root: Path | None, ignored: list[str]
+) -> ModelSettings:
+    """Return one model from its sources and inner tables. Raises SettingsError.
+
+    Args:
+        sources: those of its options.
+        inner: adapters and composites.
+        root: the directory of pulled repositories; None: the default.
+        ignored: what has no meaning is added.
+    """
+    found, inner = _with_graph(sources, inner, ignored)
+    given = _gather(ModelSettings, found)
+    model = _check_static(_model_name(ModelSettings(**given, **inner)), given)
+    model = _with_source_loras(model, root or default_root())
     _check_model(model)
     return model
 
@@ -473,7 +552,8 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
     if root is not None and not tables and not any(source.values for source in of_model) and not config:
         repository = read_repository(root)
         tables, ignored = _repository_tables(repository), [*ignored, *repository.ignored]
-    models = [_read_model(each, ignored) for each in [[table] for table in tables] or [of_model]]
+    described: list[tuple[list[_Source], Mapping[str, Any]]] = [([table], inner) for table, inner in tables]
+    models = [_read_model(each, inner, root, ignored) for each, inner in described or [(of_model, {})]]
     names = _check_unique_names(models)
     settings = Settings(**values, models=tuple(models), ignored=tuple(dict.fromkeys(ignored)))
     if settings.default_model and settings.default_model not in names:

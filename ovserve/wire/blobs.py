@@ -15,7 +15,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Blob", "BlobStore", "Segment", "WorkerBlobs"]
+from ovserve.accounts import Account, Holding
+
+__all__ = ["ROOM_WAIT_S", "Blob", "BlobStore", "Segment", "WorkerBlobs"]
+
+# For clients above their shares that were made to give way: their threads free what they hold within milliseconds.
+ROOM_WAIT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,14 @@ class Segment(Protocol):
 
 
 class BlobStore(Protocol):
-    """The front end's side: creates and accounts storage. Thread-safe: yes."""
+    """The front end's side: creates and accounts storage. Thread-safe: yes.
+
+    The bytes of a segment count for the holding that it is created with; without one, they never give way to others.
+    """
+
+    @property
+    def account(self) -> Account:
+        """The bytes that each client holds."""
 
     @property
     def used_bytes(self) -> int:
@@ -87,19 +99,27 @@ class BlobStore(Protocol):
     def check_size(self, size: int) -> None:
         """Check that one request's bytes could fit into the empty store. Raises ContentTooLarge."""
 
-    def create(self, max_bytes: int, reserve: int = 0) -> Segment:
-        """Create a segment that may grow to `max_bytes`, with `reserve` bytes safe to touch. Raises SpoolFull."""
+    def create(self, max_bytes: int, reserve: int = 0, holding: Holding | None = None, wait_s: float = 0.0) -> Segment:
+        """Create a segment that may grow to `max_bytes`, with `reserve` bytes safe to touch. Raises SpoolFull.
 
-    def create_for_upload(self, max_bytes: int, expected_bytes: int | None = None) -> Segment:
+        Waits at most `wait_s` for clients that were made to give way.
+        """
+
+    def create_for_upload(
+        self, max_bytes: int, expected_bytes: int | None = None, holding: Holding | None = None
+    ) -> Segment:
         """Create a segment for bytes that the front end writes. Raises SpoolFull.
+
+        It, and `reserve` of the segment, may wait ROOM_WAIT_S for clients that were made to give way.
 
         Args:
             max_bytes: it may grow to this size.
             expected_bytes: how many bytes are known to come; None: `max_bytes`.
+            holding: what its bytes count for.
         """
 
-    def put(self, data: bytes) -> Segment:
-        """Create a segment with exactly these bytes. Raises SpoolFull."""
+    def put(self, data: bytes, holding: Holding | None = None) -> Segment:
+        """Create a segment with exactly these bytes. Raises SpoolFull. May wait ROOM_WAIT_S, as for an upload."""
 
 
 class WorkerBlobs(Protocol):

@@ -60,6 +60,7 @@ class ImageRequest:
     preferred_scheduler: str = ""  # of a `quality` preset; used if `scheduler` is empty and the engine has it
     quality: str = ""  # name of the preset, for the file's metadata
     shortcuts: str = ""  # engine shortcuts of a `quality` preset; empty: exact computation
+    adapters: tuple[tuple[str, float], ...] = ()  # alias and weight of each LoRA adapter
     input_pixels: int = 0  # of the images and the mask, by their headers
 
     @property
@@ -89,6 +90,8 @@ class ImageRequest:
                 values["images"] = tuple(Blob(**blob) for blob in values["images"])
             if "mask" in values:
                 values["mask"] = Blob(**values["mask"])
+            if "adapters" in values:
+                values["adapters"] = tuple((str(alias), float(weight)) for alias, weight in values["adapters"])
             return cls(**values)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise LinkGarbage(f"not an image request: {error}") from None

@@ -219,6 +219,8 @@ class PreparedRequest:
             ("Size", str(self.frame)),
             ("Model", self.model),
         ]
+        if request.adapters:
+            pairs.append(("Lora weights", json.dumps(", ".join(f"{name}: {w:g}" for name, w in request.adapters))))
         if self.mode != "text2image":
             pairs.append(("Denoising strength", f"{self.strength:g}"))
         pairs.append(("Version", f"ovserve {__version__}"))

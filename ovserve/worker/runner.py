@@ -48,7 +48,7 @@ from ovserve.worker.loop import DeviceLoop
 from ovserve.worker.prepare import prepare
 from ovserve.worker.reports import SHORT_TEXT_CHARS, ReportSender, end_process
 
-__all__ = ["BROKEN", "LOAD_FAILED", "JobRunner"]
+__all__ = ["BROKEN", "LOAD_FAILED", "JobRunner", "prepare_limits"]
 
 LOAD_FAILED = 3  # exit code: the model cannot be loaded; the reason was sent as a Failed without a job
 BROKEN = 4  # exit code: a thread of the worker has failed, or the link carried an invalid message
@@ -56,8 +56,8 @@ BROKEN = 4  # exit code: a thread of the worker has failed, or the link carried 
 _PREPARE_THREADS = ("prepare", "prepare-light")
 _SPARE_JOBS = 2  # beyond those in the engine: one prepared and one being finished, so that the device never waits
 
-# A decoding process that has not replied within this share of hang_limit_s is killed: image and mask together, and an
-# attempt to start the process, must not reach the limit, at which the worker itself is killed.
+# A decoding process that has not replied within this share of the prepare threads' limit is killed: image and mask
+# together, and an attempt to start the process, must not reach the limit, at which the worker itself is killed.
 _DECODE_SHARE = 0.3
 
 CreateEngine = Callable[[ModelProfile, ModelSettings], tuple[Engine, str]]
@@ -96,7 +96,7 @@ class JobRunner:
         # Engines count tokens in one thread at a time; that takes milliseconds.
         self._counting = threading.Lock()
         self._reports = ReportSender(link)
-        wall_s = settings.hang_limit_s * _DECODE_SHARE
+        self._prepare_limit_s, wall_s = prepare_limits(settings)
         limits = DecodeLimits(settings.decode_cpu_limit_s, settings.decode_memory_limit_bytes, wall_s)
         # One for each prepare thread: the decoding process of a heavy file does not keep others waiting.
         self._decoders = {name: Decoder(limits) for name in _PREPARE_THREADS}
@@ -367,11 +367,22 @@ class JobRunner:
         Called by the device loop.
         """
         now = time.monotonic()
-        for name, since in (*self._preparing_since.items(), ("finish", self._finisher.busy_since)):
-            if since is not None and now - since > self._settings.hang_limit_s:
+        busy = [(name, since, self._prepare_limit_s) for name, since in self._preparing_since.items()]
+        for name, since, limit_s in (*busy, ("finish", self._finisher.busy_since, self._settings.hang_limit_s)):
+            if since is not None and now - since > limit_s:
                 log.error("thread is stuck: no more heartbeats", extra=fields(thread=name, seconds=round(now - since)))
                 return
         self._reports.send(Heartbeat(phase, allow_s))
+
+
+def prepare_limits(settings: WorkerSettings) -> tuple[float, float]:
+    """Return how long a prepare thread may work on one job, and the decoding process on one file, in seconds.
+
+    A low hang limit, which is meant for the device, does not cut the CPU time that
+    `decode_cpu_limit_s` allows a file.
+    """
+    limit_s = max(settings.hang_limit_s, settings.decode_cpu_limit_s / _DECODE_SHARE)
+    return limit_s, max(limit_s * _DECODE_SHARE, settings.decode_cpu_limit_s)
 
 
 def _reason_of(error: Exception) -> str:

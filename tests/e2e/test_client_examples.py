@@ -47,6 +47,13 @@ class Example:
 
 
 EXAMPLES = {
+    "shell-edit": Example(
+        pictures={
+            "edited.png": (256, GREEN_CIRCLE),
+            "masked.png": (256, YELLOW_STAR),
+            "heart.png": (256, RED_HEART),
+        }
+    ),
     "curl-edit": Example(pictures={"edited.png": (256, GREEN_CIRCLE)}),
     "curl-mask": Example(pictures={"masked.png": (256, YELLOW_STAR)}),
     "curl-generation": Example(pictures={"generated.png": (256, RED_HEART)}),

@@ -26,10 +26,12 @@ from ovserve.front.keys import read_keys
 from ovserve.models.classes import class_named
 from ovserve.models.profile import builtin_directory
 from ovserve.server import Server
+from ovserve.settings.loras import parse_source_loras
 from ovserve.settings.modelserver.graph import write_graph
 from ovserve.settings.options import ModelSettings
 from ovserve.settings.sources import load_settings
 from tests.live import BUILTIN_PATH, LiveServer
+from tests.loras import write_adapter
 from tests.modelserver import graph_text
 
 ROOT = Path(__file__).parents[2]
@@ -42,17 +44,21 @@ LIMITS: dict[str, dict[str, Any]] = {
     "ut": {"default_num_inference_steps": 2, "max_num_inference_steps": 10, "max_guidance_scale": 200},
     "limit4": {"max_num_images_per_prompt": 4, "default_num_inference_steps": 2},
     "defres": {"default_resolution": "512x256", "default_num_inference_steps": 2},
-    "maxres512": {"max_resolution": "512x512"},
+    "maxres512": {"max_resolution": "512x512", "default_num_inference_steps": 2},
     "static_multi": {"resolution": "512x256 1024x512 2048x1024", "default_num_inference_steps": 2},
     "static_n4": {"resolution": "512x256", "num_images_per_prompt": 4, "default_num_inference_steps": 2},
     "static_g71": {"resolution": "512x256", "guidance_scale": 7.1, "default_num_inference_steps": 2},
 }
+ADAPTERS = ("xray", "anime", "vector")  # of the last model, which is also the vectors' server with adapters
+COMPOSITE = "[[model.composite]]\nalias = 'blend'\ncomponents = {xray = 0.5, anime = 0.5}"
 SAME_AS = {
     "mockbackend": "default",
     "ut_mockbackend": "ut",
     "metrics": "default",
     "apikey": "default",
     "apikey_metrics": "default",
+    "lora": "maxres512",
+    "lora_static": "maxres512",
 }
 GUARDED = ("apikey", "apikey_metrics")  # servers that require an API key
 
@@ -66,7 +72,7 @@ class Difference:
     rule: str
 
 
-LATER_LORA = "LoRA is not supported yet."
+DYNAMIC = "The weights of adapters can always be changed by a request; there is no static mode."
 BEFORE = "Options that contradict each other are refused at the start, before anything is downloaded."
 UNAUTHORIZED = "A missing or wrong API key gets 401."
 OPERATORS = "A reload needs an admin key or the admin listener; SIGHUP works as well."
@@ -80,11 +86,9 @@ REPEATED = "A repeated field is accepted if its values are equal, and gets 400 i
 SAME_VALUE = "Two fields for one value are accepted if they agree, and get 400 if they differ."
 DEFAULT_MODEL = "If `model` is absent or empty, the default model is used, or the only one."
 DIFFERENCES = (
-    Difference("lora.*", None, LATER_LORA),
-    Difference("edit.err.unknown.lora_bracket", None, LATER_LORA),
-    Difference("route.composite_alias", None, LATER_LORA),
-    Difference("cli.lora.*", None, "Unit tests of the settings check this."),
-    Difference("export.hf_lora_without_file", None, LATER_LORA),
+    Difference("lora.err.static*", 200, DYNAMIC),
+    Difference("lora.ok.base_unknown_alias", 400, "The name of an adapter that the model does not have gets 400."),
+    Difference("edit.err.unknown.lora_bracket", 200, "An object may also be sent as `x[key]`."),
     Difference("cli.all", "error", BEFORE),
     Difference("cli.max_below_default_resolution", "error", BEFORE),
     Difference("auth.[2345]", 401, UNAUTHORIZED),
@@ -233,6 +237,10 @@ def server_with_all_limits(folder: Path) -> Iterator[LiveServer]:
         pinned = {"streams": 2, "threads": 1, "max_batch": 8}
         lines = [f"{key} = {json.dumps(value)}" for key, value in {**limits, **pinned, "path": BUILTIN_PATH}.items()]
         tables.append("\n".join(["[[model]]", f'name = "{name}"', *lines]))
+    for number, alias in enumerate(ADAPTERS):
+        path = write_adapter(folder / f"{alias}.safetensors", number)
+        tables.append(f"[[model.lora]]\nalias = '{alias}'\npath = '{path}'")
+    tables.append(COMPOSITE)
     (folder / "c.toml").write_text("\n".join(tables))
     with (
         LiveServer("--config", str(folder / "c.toml"), spool=folder) as server,
@@ -339,6 +347,9 @@ def expected_outcome(vector: dict[str, Any]) -> Any:
 
 def read_configuration(vector: dict[str, Any], folder: Path) -> ModelSettings:
     """Read the configuration of a vector; return its model. Raises StartupError, or SystemExit for a wrong flag."""
+    if "--source_loras" in vector.get("args", ()):
+        parse_source_loras(vector["args"][vector["args"].index("--source_loras") + 1])
+        return ModelSettings()
     if vector["group"] == "cli":
         settings = parse_arguments(vector["args"], {})
         if settings.api_key_file:
@@ -354,7 +365,9 @@ def read_configuration(vector: dict[str, Any], folder: Path) -> ModelSettings:
         (folder / "graph.pbtxt").write_text(BROKEN[broken] if broken else graph_text(options))
         return load_settings({"model_path": str(folder)}, {}).models[0]
     if vector["group"] == "graph_export":
-        values = {name: str(value) for name, value in vector["settings"].items()}
+        values = {name: str(value) for name, value in vector["settings"].items() if name != "loras"}
+        if "loras" in vector["settings"]:
+            values["source_loras"] = ",".join(vector["settings"]["loras"])
         model = load_settings({**values, "model_path": str(folder)}, {}).models[0]
         assert json.loads(graph_options(model)["plugin_config"]) == vector["expect"]["plugin_config"]
         (folder / "graph.pbtxt").write_text(write_graph(graph_options(model), "1"))

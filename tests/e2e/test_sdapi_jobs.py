@@ -256,6 +256,14 @@ def test_deadline_is_504(clients: tuple[httpx.Client, httpx.Client]) -> None:
     assert (reply.status_code, reply.json()["error"]) == (504, "deadline_exceeded")
 
 
+def test_handler_of_a_short_job_never_misses_its_end(keyed: FaultServer) -> None:
+    headers = {"authorization": "Bearer sk-one"}
+    with httpx.Client(base_url=keyed.url, headers=headers, timeout=10) as client:  # below the pause of a stream
+        for path, body in (("/sdapi/v1/txt2img", {}), ("/v1/images/generations", {"stream": True})):
+            for _ in range(150):
+                assert client.post(path, json={"prompt": "echo", **body}).status_code == 200
+
+
 def test_options_change_nothing(clients: tuple[httpx.Client, httpx.Client]) -> None:
     one, _ = clients
     options = one.get("/options").json()

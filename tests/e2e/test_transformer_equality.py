@@ -1,7 +1,7 @@
 """Engine `stepwise` makes the bytes of OpenVINO GenAI with transformers, alone and in mixed batches.
 
 Where the library departs from diffusers, it is compared as far as it can be brought to the same: a scheduler without
-the key that it misreads (FLUX.1), or the engine with the library's chat template and guidance (Z-Image).
+the key that it misreads (FLUX.1), or the engine with the library's chat template (Z-Image).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import openvino as ov
 import openvino_genai as og
 import pytest
 
-from ovserve.engines.families.guidance import RowGuidance
 from ovserve.engines.families.z_image import ZImage
 from ovserve.engines.protocol import Pixels, Work
 from ovserve.engines.stepwise.engine import Call, StepwiseEngine
@@ -160,9 +159,8 @@ def check(model: str, precision: str, tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _library_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give Z-Image the library's template and guidance."""
+    """Give Z-Image the library's template."""
     monkeypatch.setattr(ZImage, "chat", {"enable_thinking": False})
-    monkeypatch.setattr("ovserve.engines.families.z_image.OffsetGuidance", RowGuidance)
 
 
 @pytest.mark.parametrize("model", CASES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import socket
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from ovserve.cli.commands import ExitCode
 from tests.faultserver import PATIENCE_S, FaultServer
+from tests.live import BUILTIN_PATH
 
 
 @pytest.fixture
@@ -55,6 +57,50 @@ def test_service_notifies_ready_watchdog_reloading_and_stopping(
         server.signal(signal.SIGTERM)
         assert next_notification(manager)["STOPPING"] == "1"
         assert server.wait() == 0
+
+
+def write_config(path: Path, ready_models: str, **loads: dict[str, object]) -> str:
+    """Write a configuration with one model for each keyword, the first of them the default; return its path."""
+    lines = [f'ready_models = "{ready_models}"', f'default_model = "{next(iter(loads))}"']
+    for name, options in loads.items():
+        lines += [
+            "[[model]]",
+            f'name = "{name}"',
+            f'path = "{BUILTIN_PATH}"',
+            f"plugin_config = '{json.dumps(options)}'",
+        ]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("which", "others"),
+    [("default", {"quick": {}, "hanging": {"load": "hang"}}), ("all", {"quick": {}, "slower": {"load_s": 2.5}})],
+)
+def test_ready_waits_for_the_models_that_readiness_waits_for(
+    tmp_path: Path, manager: socket.socket, which: str, others: dict[str, dict[str, object]]
+) -> None:
+    config = write_config(tmp_path / "config.toml", which, slow={"load_s": 2.0}, **others)
+    with FaultServer(tmp_path / "spool", "--config", config, wait_ready=False) as server:
+        assert next_notification(manager)["READY"] == "1"
+        server.await_ready()  # the line on standard output comes before READY
+        assert server.fetch("/v2/health/ready")[0] == 200
+
+
+def test_ready_waits_for_one_model_with_any(tmp_path: Path, manager: socket.socket) -> None:
+    config = write_config(tmp_path / "config.toml", "any", hanging={"load": "hang"}, quick={})
+    with FaultServer(tmp_path / "spool", "--config", config, wait_ready=False):
+        assert next_notification(manager)["READY"] == "1"
+
+
+def test_ready_does_not_wait_for_a_model_that_has_failed_if_another_serves(
+    tmp_path: Path, manager: socket.socket
+) -> None:
+    config = write_config(tmp_path / "config.toml", "all", broken={"load": "fail no such device"}, quick={})
+    with FaultServer(tmp_path / "spool", "--config", config, wait_ready=False) as server:
+        assert next_notification(manager)["READY"] == "1"
+        server.await_ready()
+        assert server.fetch("/v2/health/ready")[0] == 503
 
 
 def test_service_that_cannot_load_its_model_never_notifies_ready(tmp_path: Path, manager: socket.socket) -> None:

@@ -6,12 +6,13 @@ import itertools
 import os
 import random
 import socket
+import threading
 import time
 from typing import Any
 
 import pytest
 
-from ovserve.errors import ApiError, ClientGone, ContentTooLarge, MalformedRequest, RequestTimeout
+from ovserve.errors import ApiError, ClientGone, ContentTooLarge, MalformedRequest, RequestTimeout, SpoolFull
 from ovserve.front.body import Body
 from ovserve.front.http1.head import Head, HeadParser
 from ovserve.front.transport import Transport
@@ -125,6 +126,34 @@ def test_client_that_closes_in_mid_body_raises_client_gone(head: Head, data: byt
         with pytest.raises(ClientGone):
             read(body, 100)
         assert not body.is_complete
+
+
+@pytest.mark.parametrize(("rate", "is_fast_enough"), [(0.0, True), (1000.0, False)])
+def test_required_rate_above_the_minimum_replaces_it(rate: float, is_fast_enough: bool) -> None:
+    pieces = (time.sleep(0.02) or b"x" for _ in range(20))  # 50 bytes a second
+    with connected_pair() as (ours, theirs), sending(ours, pieces):
+        limits = Settings(body_grace_s=0.1, min_body_bytes_per_s=20)
+        body = Body(Transport(theirs, 5), length(20), limits, required_rate=lambda: rate)
+        if is_fast_enough:
+            assert read(body, 100) == b"x" * 20
+        else:
+            with pytest.raises(RequestTimeout):
+                read(body, 100)
+
+
+def test_request_that_was_ended_stops_receiving() -> None:
+    def check() -> None:
+        if ended.is_set():
+            raise SpoolFull("ended", retry_after_s=2)
+
+    ended = threading.Event()
+    with connected_pair() as (ours, theirs):
+        ours.sendall(b"x" * 5)
+        body = Body(Transport(theirs, 5), length(10), Settings(), check_ended=check)
+        assert body.readinto(memoryview(bytearray(5))) == 5
+        ended.set()
+        with pytest.raises(SpoolFull):
+            body.readinto(memoryview(bytearray(5)))
 
 
 def test_malformed_chunks_are_rejected() -> None:

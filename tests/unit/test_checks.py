@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ovserve.engines.checks import runs_extra_step
-from ovserve.engines.genai import GenaiEngine
+from ovserve.engines.checks import WORKER_FIELDS, check_known_fields, runs_extra_step
+from ovserve.engines.genai import GENAI_FIELDS, GenaiEngine
 from ovserve.engines.protocol import Engine
 from ovserve.engines.stepwise.engine import StepwiseEngine
 from ovserve.errors import InternalError, InvalidValue
@@ -66,6 +66,22 @@ def test_stepwise_rejects_invalid_shortcuts_and_genai_ignores_them() -> None:
     stepwise(PROFILE).check(request(shortcuts="guidance_every=2"))
     with pytest.raises(InternalError, match="shortcuts is 'guidance_every=0': guidance_every is 0"):
         stepwise(PROFILE).check(request(shortcuts="guidance_every=0"))
+
+
+def test_field_that_the_engine_does_not_read_is_rejected() -> None:
+    values = {"prompt_2": "a red cat", "width": 64}
+    check_known_fields(
+        request(**values), frozenset({"prompt", "prompt_2", "num_inference_steps", "guidance_scale"}), "x"
+    )
+    with pytest.raises(InvalidValue, match="prompt_2: engine x, which serves this model, has no such parameter"):
+        check_known_fields(request(**values), frozenset({"prompt", "num_inference_steps", "guidance_scale"}), "x")
+
+
+def test_every_field_of_a_request_but_those_for_other_engines_is_served_by_genai() -> None:
+    others: set[str] = set()  # fields that only other engines read
+    for entry in dataclasses.fields(ImageRequest):
+        if entry.name not in others | WORKER_FIELDS:
+            check_known_fields(request(**{entry.name: object()}), GENAI_FIELDS, "genai")
 
 
 @pytest.mark.parametrize("make", ENGINES)

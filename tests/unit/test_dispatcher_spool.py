@@ -112,10 +112,10 @@ def test_allocation_of_a_large_result_does_not_block_other_workers(
     worker, other = harness.add_worker(), harness.add_worker(model="other")
     may_allocate, create = threading.Event(), harness.spool.create
 
-    def slow_create(max_bytes: int, reserve: int = 0) -> Any:
+    def slow_create(max_bytes: int, reserve: int = 0, *account: Any) -> Any:
         if reserve >= LARGE_BYTES:
             assert may_allocate.wait(PATIENCE_S)
-        return create(max_bytes, reserve=reserve)
+        return create(max_bytes, reserve, *account)
 
     monkeypatch.setattr(harness.spool, "create", slow_create)
     job = harness.admit()
@@ -134,8 +134,8 @@ def test_segment_allocated_after_its_worker_died_is_released(
     worker = harness.add_worker()
     may_allocate, created, create = threading.Event(), threading.Event(), harness.spool.create
 
-    def slow_create(max_bytes: int, reserve: int = 0) -> Any:
-        segment = create(max_bytes, reserve=reserve)
+    def slow_create(max_bytes: int, reserve: int = 0, *account: Any) -> Any:
+        segment = create(max_bytes, reserve, *account)
         if reserve >= LARGE_BYTES:
             created.set()
             assert may_allocate.wait(PATIENCE_S)
@@ -159,11 +159,11 @@ def test_a_need_is_answered_though_its_job_ended_during_the_allocation(
     worker = harness.add_worker()
     may_allocate, created, create = threading.Event(), threading.Event(), harness.spool.create
 
-    def slow_create(max_bytes: int, reserve: int = 0) -> Any:
+    def slow_create(max_bytes: int, reserve: int = 0, *account: Any) -> Any:
         if reserve >= LARGE_BYTES:
             created.set()
             assert may_allocate.wait(PATIENCE_S)
-        return create(max_bytes, reserve=reserve)
+        return create(max_bytes, reserve, *account)
 
     monkeypatch.setattr(harness.spool, "create", slow_create)
     job = harness.admit()

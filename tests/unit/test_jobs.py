@@ -204,3 +204,25 @@ def test_drop_results_frees_the_space_unless_a_handler_may_read_it(spool: Spool,
     assert job.spool_bytes == request.reserved + progress * result.reserved
     job.close()
     assert spool.used_bytes == 0
+
+
+def test_state_and_events_are_of_one_moment(job: Job) -> None:
+    job.post(PREPARED)
+    assert job.take_with_state() == ([PREPARED], False)
+    assert not is_awake(job)
+    job.post(Progress("id", 0, 1, 4))
+    job.settle(State.CANCELLED)
+    assert is_awake(job)  # a settlement after the last call wakes its handler
+    assert job.take_with_state() == ([Progress("id", 0, 1, 4)], True)
+    assert job.take_with_state() == ([], True)
+
+
+def test_no_settlement_is_missed_between_events_and_state() -> None:
+    for _ in range(300):
+        job = make_job()
+        settling = threading.Thread(target=job.settle, args=(State.CANCELLED,))
+        settling.start()
+        while not job.take_with_state()[1]:
+            assert select.select([job.wakeup], [], [], 10)[0], "the handler sleeps, but the job is settled"
+        settling.join()
+        job.close()

@@ -92,6 +92,7 @@ def test_bare_base64_of_every_format_is_a_picture_of_any_size(spool: Spool, form
     [
         ({"images": [{"image_url": URL}, {"image_url": URL}]}, [], ["images[0]", "images[1]"]),
         ({"images": [URL]}, [], ["images[0]"]),
+        ({"init_images": [URL, URL]}, [], ["init_images[0]", "init_images[1]"]),  # AUTOMATIC1111's API
         ({"images": {"image_url": URL}}, [], ["images"]),
         ({"image": URL, "mask": {"image_url": URL}}, [], ["image", "mask"]),
         ({"image": [URL, URL], "mask": URL}, [], ["image[0]", "image[1]", "mask"]),

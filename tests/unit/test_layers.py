@@ -15,13 +15,14 @@ from ovserve.models.families import FAMILIES
 
 PACKAGE = Path(ovserve.__file__).parent
 # Every module may import these.
-FOUNDATIONS = {"errors", "deadline", "folders", "logs", "machine", "metrics", "systemd", "settings"}
+FOUNDATIONS = {"accounts", "errors", "deadline", "folders", "logs", "machine", "metrics", "systemd", "settings"}
 
 # What each top-level module or package may import from ovserve, besides FOUNDATIONS and itself.
 MAY: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"server", "models", "hub", "engines.devices"},
+    "cli": {"server", "models", "hub", "client", "engines.devices"},
+    "client": set(),
     "hub": {"models"},
     "server": {"hub", "front", "api", "dispatch", "fleet", "wire", "models", "worker.main"},
     "front": {"api", "wire"},
@@ -34,6 +35,7 @@ MAY: dict[str, set[str]] = {
     "wire": {"models"},
     "models": set(),
     "web": set(),
+    "accounts": set(),
     "errors": set(),
     "folders": {"errors"},
     "deadline": set(),
@@ -51,18 +53,25 @@ INSIDE: dict[str, set[str]] = {
     "front.forms": {"front.http1"},
     "wire.local": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},
     "wire.memory": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},
+    "engines.lora": set(),
     "engines.schedulers": set(),
     "engines.families": {"engines.protocol", "engines.schedulers"},
-    "engines.stepwise": {"engines.protocol", "engines.checks", "engines.schedulers", "engines.families"},
+    "engines.stepwise": {
+        "engines.protocol",
+        "engines.checks",
+        "engines.schedulers",
+        "engines.families",
+        "engines.lora",
+    },
 }
 # The only places that may import these packages.
 ONLY: dict[str, tuple[str, ...]] = {
     "numpy": ("worker", "engines", "pixels"),
-    "PIL": ("worker", "engines", "pixels"),
+    "PIL": ("worker", "engines", "pixels", "client.masks"),
     "openvino": ("engines.genai", "engines.stepwise", "engines.devices"),
     "openvino_genai": ("engines.genai", "engines.stepwise"),
     "multiprocessing": ("wire", "fleet", "server", "cli"),
-    "http": ("front", "hub"),
+    "http": ("front", "hub", "client"),
     "socketserver": ("front",),
 }
 # The only places that may contain the name of a model family.

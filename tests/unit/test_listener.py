@@ -233,7 +233,7 @@ def served_again(listener: Listener) -> None:
 
 
 def test_new_connection_evicts_the_one_idle_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener_module, "MIN_IDLE_S", 0.0)
+    monkeypatch.setattr(listener_module, "MIN_QUIET_S", 0.0)
     with serving(max_connections=3) as (listener, api), RawClient(listener.port) as busy:
         busy.send(WAIT)
         with RawClient(listener.port) as first, RawClient(listener.port) as second:
@@ -261,7 +261,7 @@ def only_connection(listener: Listener) -> Connection:
     return connection
 
 
-def test_close_idle_with_an_outdated_idle_since_does_nothing() -> None:
+def test_close_quiet_with_an_outdated_idle_since_does_nothing() -> None:
     with serving() as (listener, api), RawClient(listener.port) as client:
         client.send(HEALTH).read_response()
         connection = only_connection(listener)
@@ -270,12 +270,12 @@ def test_close_idle_with_an_outdated_idle_since_does_nothing() -> None:
         client.send(WAIT)
         while api.seen.get(timeout=10) != "/wait":
             pass
-        assert not connection.close_idle(since)  # like a listener that has read `idle_since` just before the request
+        assert not connection.close_quiet(since)  # like a listener that has read `idle_since` just before the request
         api.release()
         assert client.read_response().status == 200
 
 
-def test_close_idle_keeps_a_connection_with_unread_request_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_quiet_keeps_a_connection_with_unread_request_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     clearing, resume = threading.Event(), threading.Event()
     clear_idle = Connection._clear_idle
 
@@ -292,7 +292,7 @@ def test_close_idle_keeps_a_connection_with_unread_request_bytes(monkeypatch: py
         eventually(lambda: connection.idle_since > 0)
         client.send(WAIT)
         assert clearing.wait(10)
-        assert not connection.close_idle(connection.idle_since)
+        assert not connection.close_quiet(connection.idle_since)
         resume.set()
         api.release()
         assert client.read_response().status == 200

@@ -45,6 +45,7 @@ class FakeExchange:
     address = network = "127.0.0.1"
     is_verified = False
     key = ""
+    holding = None
     query: Mapping[str, str] = {}
 
     def __init__(self, method: str, path: str, **headers: str) -> None:
@@ -59,6 +60,12 @@ class FakeExchange:
 
     def note(self, name: str, value: str) -> None:
         self.notes[name] = value
+
+    def release_form(self) -> None:
+        pass
+
+    def offer_form(self, on_release: object) -> None:
+        pass
 
     def wait(self, descriptor: int, deadline: object) -> bool:
         raise AssertionError("no handler in these tests waits")

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from ovserve.settings.options import Settings
+from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.link import MAX_CAPACITY
 from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared
+from ovserve.worker.runner import prepare_limits
 from tests import flatengine
 from tests.workerbench import WorkerBench
 
@@ -72,3 +74,13 @@ def test_edits_are_prepared_only_while_the_pixels_of_others_are_below_the_limit(
         worker.end(third)
         last = worker.start(**values)
         worker.until(lambda: bool(worker.of(last, Prepared)))
+
+
+@pytest.mark.parametrize("cpu_s", [0.1, 10, 3600])
+@pytest.mark.parametrize("hang_s", [1, 20, 33, 60, 86400])
+def test_decoding_may_use_its_cpu_time_however_low_the_hang_limit_is(hang_s: float, cpu_s: float) -> None:
+    settings = Settings(hang_limit_s=hang_s, decode_cpu_limit_s=cpu_s)
+    job_s, file_s = prepare_limits(WorkerSettings.of(settings))
+    assert file_s >= cpu_s
+    assert job_s >= hang_s
+    assert job_s >= 3 * file_s  # image, mask, and an attempt to start the process

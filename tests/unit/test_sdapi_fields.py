@@ -14,6 +14,7 @@ from ovserve.api.sdapi.details import as_detail_error, detail_document
 from ovserve.api.sdapi.fields import FIELDS, IGNORED, IMG2IMG, INERT, REFUSED, TXT2IMG, USED, fields_of
 from ovserve.api.sdapi.translate import Translation, checkpoint_name, translate
 from ovserve.errors import ApiError, NotFound, UnsupportedParameter
+from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings, Settings
 from tests.forms import FakeForm, FakeUpload, catalog, encoded
 
@@ -201,6 +202,12 @@ def test_seed_may_be_random(seed: Any) -> None:
 def test_negative_prompt_without_guidance_is_ignored() -> None:
     found, translation = sent(negative_prompt="blue", cfg_scale=1)
     assert (found.request.negative_prompt, translation.ignored) == ("", ("negative_prompt",))
+
+
+def test_strength_of_a_model_without_one_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelProfile, "takes_strength", False)
+    found, translation = sent(IMG2IMG, denoising_strength=0.75)
+    assert (found.request.strength, translation.ignored) == (None, ("denoising_strength",))
 
 
 def test_prompt_may_be_empty_and_null() -> None:

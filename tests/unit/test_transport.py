@@ -135,6 +135,27 @@ def test_client_that_stops_reading_raises_client_gone() -> None:
         Transport(theirs, 0.1).send([b"x" * 1_000_000] * 20)
 
 
+def test_reader_below_the_required_rate_raises_client_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport_module, "RATE_WINDOW_S", 0.2)
+    monkeypatch.setattr(transport_module, "MAX_KERNEL_WAIT_S", 0.05)
+    with connected_pair() as (_, theirs):
+        transport = Transport(theirs, 60)
+        transport.required_rate = lambda: 1.0
+        with pytest.raises(ClientGone, match="fewer than 1 bytes a second, while another client waits"):
+            transport.send([b"x" * 1_000_000] * 20)
+
+
+def test_stop_ends_a_write_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport_module, "MAX_KERNEL_WAIT_S", 0.05)
+    with connected_pair() as (_, theirs):
+        transport = Transport(theirs, 60)
+        stopping = threading.Timer(0.1, transport.stop)
+        stopping.start()
+        with pytest.raises(ClientGone, match="another client waits"):
+            transport.send([b"x" * 1_000_000] * 20)
+        stopping.join()
+
+
 def test_wait_ends_with_the_descriptor_or_the_deadline() -> None:
     descriptor = os.eventfd(0, os.EFD_NONBLOCK)
     try:

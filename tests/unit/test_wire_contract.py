@@ -189,6 +189,25 @@ def test_upload_travels_as_a_blob(stores: Stores) -> None:
     segment.release()
 
 
+def test_client_within_its_share_gets_the_space_of_one_above_it(stores: Stores) -> None:
+    store, _ = stores
+    segments = []
+    for number in range(4):
+        holding = store.account.open("hostile", lambda number=number: segments[number].release())  # type: ignore[misc]
+        segments.append(store.create_for_upload(1 << 20, holding=holding))
+        segments[-1].reserve(1 << 20)
+    own = store.account.open("innocent")
+    request, result = store.put(b"x" * 1000, own), store.create(1 << 20, 1 << 20, own)
+    assert store.account.held_by("innocent") == 1000 + (1 << 20)
+    assert store.account.held_by("hostile") == 2 << 20
+    refused = store.create_for_upload(2 << 20, holding=store.account.open("hostile"))
+    with pytest.raises(SpoolFull):
+        refused.reserve(2 << 20)
+    for segment in (*segments, request, result, refused):
+        segment.release()
+    assert store.used_bytes == store.account.used == 0
+
+
 def test_result_is_filled_by_the_worker(stores: Stores) -> None:
     store, worker = stores
     segment = store.create(10, reserve=10)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ovserve.models.families import LCM_SCHEDULER
 from ovserve.models.profile import ModelProfile
+from ovserve.settings.loras import MAX_ALPHA
 from ovserve.settings.options import ModelSettings, Resolution, Settings
 from ovserve.wire.request import ImageRequest
 
@@ -203,6 +204,11 @@ _TABLE = (
           default_text="the model's", choices=SCHEDULERS, spellings=SAMPLERS),
     Field("max_sequence_length", "integer", "Maximum number of tokens for the T5 text encoder.",
           low=1, high=512, needs="a T5 text encoder", has=_has_t5),
+    Field("lora_alphas", "object",
+          "Weights of LoRA adapters by alias: an object, its JSON text, or `lora_alphas[ALIAS]`. With the name of an "
+          "adapter or composite as `model` they replace its weights; with the model's own name they add adapters.",
+          default_text="the weights of the adapter or composite that `model` names", low=-MAX_ALPHA, high=MAX_ALPHA,
+          needs="LoRA adapters", record="adapters"),
     Field("resize_mode", "choice", "How an image of another aspect ratio is fitted: cropped, padded or stretched.",
           _WITH_IMAGE, default="crop", choices=("crop", "pad", "stretch")),
     Field("mask_mode", "choice",
@@ -238,7 +244,6 @@ _TABLE = (
           default_text="the option `keep_alive_s`", low=0, high=86400 * 365,
           limit=lambda _, server: (None, server.keep_alive_max_s), limited_by="this server"),
     Field("metadata", "boolean", "Write prompt, seed and settings into the file.", default=True),
-    _unsupported("lora_alphas", "object", "weights of LoRA adapters"),
     _unsupported("markup", "file", "an overlay with instructions"),
     _unsupported("frame_count", "integer", "frames of an animation"),
     _unsupported("frame_duration_ms", "integer", "duration of the frames of an animation"),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ovserve.api.exchange import Form
+from ovserve.api.parameters.adapters import check_is_loaded, check_same_adapters, choose_adapters
 from ovserve.api.parameters.fields import FIELDS
 from ovserve.api.parameters.gather import Gathered, gather, refuse_unknown
 from ovserve.api.parameters.resolve import Resolved, resolve, resolve_steps
@@ -101,9 +102,13 @@ def parse_parameters(
         check_required(given, endpoint)
     reject_text_images(gathered, form.is_json)
     check_limits(given, model, settings)
+    requested = given.values.get("model") or path_model or catalog.default or model.name
+    check_is_loaded(catalog, requested, model)
+    adapters = choose_adapters(given, requested, model)
     given.values["model"] = given.values.get("model") or path_model or model.name
     resolved = resolve(given.values, model, settings)
     check_fixed(resolved.values, given, model)
+    resolved.values["lora_alphas"] = adapters
     check_exclusions(resolved.values, given, model)
     pictures = check_pictures(gathered, endpoint, model, settings)
     steps = resolve_steps(endpoint, given, resolved, model, has_mask=pictures.mask is not None)
@@ -153,6 +158,8 @@ def _find_model(catalog: Catalog, values: Mapping[str, Any], path_model: str | N
         raise InvalidValue(
             f"model is {named[:200]!r}, but the path names {path_model[:200]!r}; send one of them.", param="model"
         )
+    if path_model and named:
+        check_same_adapters(catalog, named, path_model)
     return catalog.find(path_model or named)
 
 

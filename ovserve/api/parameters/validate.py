@@ -9,7 +9,7 @@ from typing import Any
 
 from ovserve.api.parameters.fields import EXCLUSIONS, FIELDS, SPELLINGS
 from ovserve.api.parameters.gather import PATHS, Gathered
-from ovserve.api.parameters.values import check_range, expected, parse_value, shown
+from ovserve.api.parameters.values import check_range, expected, parse_value, parse_weights, shown
 from ovserve.errors import InvalidType, InvalidValue, MissingParameter, UnsupportedParameter
 from ovserve.models.catalog import ServedModel
 from ovserve.settings.options import Resolution, Settings
@@ -53,6 +53,9 @@ def parse_values(gathered: Gathered, is_json: bool) -> Given:
         if known.kind in ("file", "files"):
             continue
         first = known.same_as or name
+        if known.kind == "object":
+            given.values[name], given.spellings[name] = parse_weights(known, entries, is_json), entries[0][0]
+            continue
         for spelled, raw in entries:
             if spelled != name and SPELLINGS.get(spelled) != name:
                 raise InvalidType(

@@ -6,19 +6,22 @@ zeros; JSON values must have the right type. Every error message begins with the
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ovserve.api.parameters.fields import Field
 from ovserve.errors import InvalidType, InvalidValue
 from ovserve.settings.options import Resolution
 
-__all__ = ["check_range", "expected", "parse_value", "shown"]
+__all__ = ["check_range", "expected", "parse_value", "parse_weights", "shown"]
 
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,39})")
 _NUMBER = re.compile(r"-?(?:[0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,4})?")
 _TIMES = re.compile("[X*\u00d7]")  # written for the x of a size
+_KEY = re.compile(r"[^\[\]]+\[([^\[\]]+)\]")  # of an object: `x[KEY]`
 _MAX_DIGITS = 40  # of an integer, in a form and in JSON
 _MAX_SHOWN_CHARS = 100  # of a value in a message
 _EXPECTED = {
@@ -180,6 +183,64 @@ def parse_value(known: Field, spelled: str, value: Any, is_json: bool) -> Any:
     if known.limit is None:  # else `check_limits` checks both, so that a message gives the limit that applied
         check_range(spelled, parsed, known.low, known.high, "the API")
     return parsed
+
+
+def parse_weights(known: Field, entries: Sequence[tuple[str, Any]], is_json: bool) -> dict[str, float]:
+    """Parse all entries of a field that is an object of numbers: `x` as an object or its JSON text, and `x[KEY]`.
+
+    Args:
+        known: the field.
+        entries: names as the client wrote them, and values as received.
+        is_json: whether the values are from JSON.
+
+    Raises:
+        InvalidType: a value has another type.
+        InvalidValue: a text is not JSON, a number is out of range, or a key has two different numbers.
+    """
+    found: dict[str, float] = {}
+    for spelled, raw in entries:
+        match = _KEY.fullmatch(spelled)
+        if match is None and spelled != known.name:
+            raise InvalidType(f"{spelled} is no key of {known.name}; send {known.name}[KEY].", param=spelled)
+        if match is not None:
+            pairs = {match[1]: _number(known, spelled, raw, is_json)}
+        else:
+            members = _object(known, spelled, raw)
+            pairs = {key: _member(known, spelled, key, value) for key, value in members.items()}
+        for key, number in pairs.items():
+            if known.low is not None and known.high is not None and not known.low <= number <= known.high:
+                raise InvalidValue(
+                    f"{spelled} has {number:g} for {shown(key)}; the API allows {known.low:g} to {known.high:g}.",
+                    param=spelled,
+                )
+            if found.setdefault(key, number) != number:
+                raise InvalidValue(
+                    f"{spelled} has {number:g} for {shown(key)}, but it was sent before as {found[key]:g}; send it "
+                    "once.",
+                    param=spelled,
+                )
+    return found
+
+
+def _object(known: Field, spelled: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            raise InvalidValue(
+                f"{spelled} is {shown(value)}, which is not valid JSON; expected an object of numbers.", param=spelled
+            ) from None
+    else:
+        parsed = value
+    if not isinstance(parsed, dict):
+        raise _wrong_type(known, spelled, parsed)
+    return parsed
+
+
+def _member(known: Field, spelled: str, key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidType(f"{spelled}: {shown(key)} is {shown(value)}; expected a number.", param=spelled)
+    return _number(known, spelled, value, True)
 
 
 def check_range(spelled: str, value: float, low: float | None, high: float | None, limited_by: str) -> None:

@@ -23,6 +23,7 @@ from ovserve.api.sdapi.live import LiveJob, LiveJobs
 from ovserve.api.sdapi.replies import models_document, options_document, pictures_reply, progress_reply
 from ovserve.api.sdapi.samplers import samplers_document, schedulers_document
 from ovserve.api.sdapi.translate import checkpoint_name, translate
+from ovserve.dispatch.jobs import State
 from ovserve.errors import ApiError, InvalidType, InvalidValue, ModelNotFound, Unprocessable, UnsupportedMediaType
 
 __all__ = ["SDAPI", "SDAPI_PREFIX", "Endpoint", "SdApi"]
@@ -73,9 +74,10 @@ class SdApi:
                 self._await(exchange, live)
             finally:
                 self._live.remove(live)
-            if not live.is_interrupted:
+            is_interrupted = live.is_interrupted and job.state is State.CANCELLED
+            if not is_interrupted:  # else the pictures that are finished are the reply
                 check_done(job)
-            reply = pictures_reply(job, parameters, translation, is_interrupted=live.is_interrupted)
+            reply = pictures_reply(job, parameters, translation, is_interrupted=is_interrupted)
             images.end_job(job)
         except BaseException:
             images.end_job(job)
@@ -88,8 +90,8 @@ class SdApi:
         job = live.job
         backstop = job_backstop(job)
         while True:
-            is_settled = job.is_settled  # read first, so that all that was posted before is noted
-            self._live.note(live, job.take_events())
+            events, is_settled = job.take_with_state()
+            self._live.note(live, events)
             if is_settled:
                 return
             if not exchange.wait(job.wakeup, backstop):

@@ -27,6 +27,7 @@ from ovserve.api.sdapi.fields import (
 from ovserve.api.sdapi.samplers import resolve_scheduler
 from ovserve.errors import InvalidType, InvalidValue, NotFound, UnsupportedParameter
 from ovserve.models.catalog import Catalog
+from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import Settings
 from ovserve.wire.blobs import Blob
 
@@ -223,6 +224,10 @@ class _Translator:
     def _put(self, name: str, value: Any) -> None:
         self._fields.append((name, value))
 
+    def _find_profile(self) -> ModelProfile:
+        """Return the profile of the request's model. Raises ModelNotFound and MissingParameter."""
+        return self._catalog.find(next((value for name, value in self._fields if name == "model"), None)).profile
+
     def _put_settings(self) -> None:
         override = self._sent.get("override_settings", {})
         if not isinstance(override, dict):
@@ -245,9 +250,9 @@ class _Translator:
         negative = self._text("negative_prompt")
         if not negative:
             return
-        model = self._catalog.find(next((value for name, value in self._fields if name == "model"), None))
-        scale = self._number("cfg_scale", model.profile.preset("high").guidance_scale)
-        if model.profile.takes_negative_prompt and scale > 1:
+        profile = self._find_profile()
+        scale = self._number("cfg_scale", profile.preset("high").guidance_scale)
+        if profile.takes_negative_prompt and scale > 1:
             self._put("negative_prompt", negative)
         else:
             self._ignored.append("negative_prompt")
@@ -264,7 +269,12 @@ class _Translator:
         if "cfg_scale" in self._sent:
             self._put("cfg_scale", self._number("cfg_scale", 0))
         if self._endpoint == IMG2IMG and "denoising_strength" in self._sent:
-            self._put("denoising_strength", self._number("denoising_strength", 0))
+            strength = self._number("denoising_strength", 0)
+            # Clients always send it, and cannot leave it out for a model that takes the image as a reference.
+            if self._find_profile().takes_strength:
+                self._put("denoising_strength", strength)
+            else:
+                self._ignored.append("denoising_strength")
 
     def _put_mask(self) -> None:
         """Put the fields of the image and the mask."""

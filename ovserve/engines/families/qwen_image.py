@@ -25,12 +25,6 @@ from ovserve.models.profile import ModelProfile
 __all__ = ["QwenImage"]
 
 WINDOW = 512
-TEMPLATE_TOKENS = 34  # of the prefix, whose embeddings are dropped
-PREFIX = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
-)
-SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 class NormGuidance(RowGuidance):
@@ -83,6 +77,8 @@ class QwenImage(PackedTransformer):
     def __init__(self, profile: ModelProfile) -> None:
         super().__init__(profile)
         self.guidance = NormGuidance()
+        prefix, _, suffix = profile.traits.prompt_template.partition("{}")
+        self._dropped = profile.traits.dropped_tokens
         self.texts = (
             TextEncoder(
                 "text_encoder",
@@ -91,9 +87,9 @@ class QwenImage(PackedTransformer):
                 ("last_hidden_state",),
                 is_masked=True,
                 is_padded=False,
-                prefix=PREFIX,
-                suffix=SUFFIX,
-                skipped=TEMPLATE_TOKENS,
+                prefix=prefix,
+                suffix=suffix,
+                skipped=self._dropped,
             ),
         )
         vae = component_config(profile.directory / "vae_decoder")
@@ -109,7 +105,7 @@ class QwenImage(PackedTransformer):
         """Return the embeddings of the prompts, padded to the window, and their masks; the negative one first."""
         rows = self.guidance.rows(work)
         prompts = [work.negative_prompt, work.prompt] if rows == 2 else [work.prompt]
-        found = [hidden[TEMPLATE_TOKENS:] for hidden, _ in embed(0, prompts)]
+        found = [hidden[self._dropped :] for hidden, _ in embed(0, prompts)]
         hidden = np.zeros((rows, WINDOW, found[0].shape[1]), np.float32)
         mask = np.zeros((rows, WINDOW), np.int64)
         for row, tokens in enumerate(found):

@@ -1,7 +1,7 @@
 """Z-Image: captions of any length beside the picture in one sequence; the transformer predicts the negated velocity.
 
-Where OpenVINO GenAI 2026.4 differs from diffusers, this follows diffusers, with which the models were made: guidance is
-p + g (p - n), one larger than elsewhere, and the chat template allows thinking.
+OpenVINO GenAI 2026.4 closes the thinking part of the chat template, which diffusers, with which the models were made,
+leaves open. This follows diffusers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovserve.engines.families.guidance import RowGuidance
 from ovserve.engines.families.packing import PATCH, grid
 from ovserve.engines.families.protocol import Conditions, DenoiserRow, Encode, Feed, Source
 from ovserve.engines.families.texts import TextEncoder
@@ -33,21 +32,6 @@ def _up(tokens: int) -> int:
     return -(-tokens // MULTIPLE) * MULTIPLE
 
 
-class OffsetGuidance(RowGuidance):
-    """Guidance as diffusers computes it for this family: p + g (p - n), for g above 1."""
-
-    def combine(self, predictions: Sequence[Array], work: Work) -> tuple[Array, Array]:
-        """Return the guided prediction and the difference p - n."""
-        without, given = predictions
-        difference: Array = given - without
-        return self.reuse(given, difference, work), difference
-
-    def reuse(self, given: Array, difference: Array, work: Work) -> Array:
-        """Return the same with the difference of an earlier step."""
-        guided: Array = given + f32(work.guidance_scale) * difference
-        return guided
-
-
 class ZImage(TransformerFamily):
     """The protocol `Family`. A row's inputs depend on its own picture alone: captions are padded for each picture."""
 
@@ -60,7 +44,6 @@ class ZImage(TransformerFamily):
 
     def __init__(self, profile: ModelProfile) -> None:
         super().__init__(profile)
-        self.guidance = OffsetGuidance()
         self.texts = (
             TextEncoder("text_encoder", "tokenizer", WINDOW, ("last_hidden_state",), is_masked=True, chat=self.chat),
         )

@@ -30,6 +30,7 @@ from ovserve.engines.families.lookup import family_for
 from ovserve.engines.families.protocol import Family, Feeds, Types
 from ovserve.engines.families.vae import VaeConfig, read_vae_config
 from ovserve.engines.schedulers.noise import Array
+from ovserve.engines.stepwise.lora import Loras
 from ovserve.errors import ModelError
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings
@@ -58,6 +59,16 @@ class Requests:
     text_encoders: tuple[Any, ...]
     vae_encoder: Any
     vae_decoder: Any
+    adapted: dict[str, Any] = field(default_factory=dict)  # with LoRA adapters, by component
+
+    def replace(self, encoder: int | None, request: Any) -> None:
+        """Replace the request of a text encoder by its index, or that of the denoiser for None."""
+        if encoder is None:
+            self.denoiser = request
+        else:
+            encoders = list(self.text_encoders)
+            encoders[encoder] = request
+            self.text_encoders = tuple(encoders)
 
 
 @dataclass
@@ -69,6 +80,7 @@ class Components:
         types: the inputs of the denoiser and their dtypes.
         timestep_per_row: whether rows of one call may be at different timesteps.
         feeds: inputs for measuring the denoiser.
+        loras: the model's LoRA adapters.
     """
 
     profile: ModelProfile
@@ -80,13 +92,14 @@ class Components:
     requests: list[Requests] = field(default_factory=list)
     family: Family = field(init=False)
     feeds: Feeds = field(init=False)
+    loras: Loras = field(init=False)
     _denoisers: dict[Layout, list[Any]] = field(default_factory=dict)
 
     def read(self) -> None:
         """Read every model and check that the engine can drive it.
 
         Raises:
-            ModelError: a file cannot be read, or a model has unsupported inputs or outputs.
+            ModelError: a file cannot be read, a model has unsupported inputs or outputs, or an adapter does not fit.
         """
         self._devices = _devices(self.settings)
         self.family = family_for(self.profile)
@@ -97,12 +110,20 @@ class Components:
         self._read_vae()
         self._read_denoiser()
         self._make_feeds()
+        self.loras = Loras(self.settings.lora)
+        adaptable = [name for name in self._models if not name.startswith("vae")]
+        self.loras.adapt({name: self._models[name] for name in adaptable}, self.family.denoiser)
         self._models["vae_decoder"] = self._with_uint8_output(self._models["vae_decoder"])
 
     def _names(self) -> list[str]:
         encoders = [text.component for text in self.family.texts]
         vae = ["vae_encoder", "vae_decoder"] if (self.profile.directory / "vae_encoder").is_dir() else ["vae_decoder"]
         return [*encoders, self.family.denoiser, *vae]
+
+    @property
+    def encoder_names(self) -> list[str]:
+        """Components of the text encoders, in the order of `Requests.text_encoders`."""
+        return [text.component for text in self.family.texts]
 
     def _read(self, name: str) -> Any:
         path = self.profile.directory / name / "openvino_model.xml"
@@ -204,7 +225,8 @@ class Components:
     def compile_denoiser(self, layout: Layout) -> list[Any]:
         """Compile only the denoiser, for measuring; return an infer request for each slot. `compile` reuses them."""
         compiled = self._compile(self.family.denoiser, layout)
-        copies = [self._compile_copy(compiled, layout) for _ in range(1, layout.streams)]
+        name = self.family.denoiser
+        copies = [self._compile_copy(compiled, layout, name) for _ in range(1, layout.streams)]
         self._denoisers[layout] = [each.create_infer_request() for each in (compiled, *copies)]
         return self._denoisers[layout]
 
@@ -239,26 +261,46 @@ class Components:
                 )
             )
 
+    def compile_adapted(self, name: str, layout: Layout, beat: Callable[[str], None]) -> list[Any]:
+        """Compile the adapted model of a component; return an infer request for each slot.
+
+        Raises:
+            ModelError: a device cannot compile it.
+        """
+        compiled = self._compile(name, layout, self.loras.models[name])
+        beat("load")
+        found = [compiled.create_infer_request()]
+        for _ in range(1, layout.streams):
+            copied = self._compile_copy(compiled, layout, name, self.loras.models[name])
+            found.append(copied.create_infer_request())
+            beat("load")
+        return found
+
     def release_sources(self) -> None:
         """Free the uncompiled models; `compile` cannot be called again."""
         self._models.clear()
+        self.loras.models.clear()
 
-    def _compile(self, name: str, layout: Layout) -> Any:
-        device = self._devices[0 if name.startswith("text") else 1 if name == self.family.denoiser else 2]
+    def _compile(self, name: str, layout: Layout, model: Any = None) -> Any:
+        """Compile a component; `model` instead of its own one, if given."""
+        device = self._device_of(name)
         try:
-            return self.core.compile_model(self._models[name], device, self._properties(name, device, layout))
+            return self.core.compile_model(model or self._models[name], device, self._properties(name, device, layout))
         except RuntimeError as error:
             raise ModelError(f"{name} cannot be compiled for {device}: {_reason(error)}") from None
 
-    def _compile_copy(self, compiled: Any, layout: Layout) -> Any:
-        """Compile the denoiser again. Importing an export of the first is four times as fast, with the same bits."""
-        device = self._devices[1]
+    def _compile_copy(self, compiled: Any, layout: Layout, name: str, model: Any = None) -> Any:
+        """Compile a component again. Importing an export of the first is four times as fast, with the same bits."""
+        device = self._device_of(name)
         if not device.startswith("CPU") or self.settings.cache_dir or self.denoiser_bytes > EXPORT_LIMIT_BYTES:
-            return self._compile(self.family.denoiser, layout)
+            return self._compile(name, layout, model)
         exported = io.BytesIO()
         compiled.export_model(exported)
         exported.seek(0)
-        return self.core.import_model(exported, device, self._properties(self.family.denoiser, device, layout))
+        return self.core.import_model(exported, device, self._properties(name, device, layout))
+
+    def _device_of(self, name: str) -> str:
+        return self._devices[0 if name.startswith("text") else 1 if name == self.family.denoiser else 2]
 
     def _properties(self, name: str, device: str, layout: Layout) -> dict[str, Any]:
         properties: dict[str, Any] = json.loads(self.settings.plugin_config) if self.settings.plugin_config else {}

@@ -40,7 +40,7 @@ class Encoding:
         """Make the `Start` of a picture."""
         source = Source(
             vae=self._vae,
-            embed=lambda index, texts: self._prompts.embed(index, texts, requests.text_encoders),
+            embed=lambda index, texts: self._prompts.embed(index, texts, requests, work),
             moments=lambda image, mask: self._moments(image, mask, requests),
             draw=_stream(work.seed),
         )

@@ -36,6 +36,8 @@ from ovserve.engines.schedulers.plans import Plan
 from ovserve.engines.stepwise.batching import Batcher, Call, Row
 from ovserve.engines.stepwise.compiled import Components, Requests, run_decoder, run_encoder
 from ovserve.engines.stepwise.encoding import Encoding
+from ovserve.engines.stepwise.lora import with_weights
+from ovserve.engines.stepwise.lora_compile import add_adapted
 from ovserve.engines.stepwise.picture import Picture
 from ovserve.engines.stepwise.previews import Previews, choose_shrink
 from ovserve.engines.stepwise.prompts import PromptEncoder
@@ -134,10 +136,15 @@ class StepwiseEngine:
         own, self._schedulers = self._family.schedulers(document, profile.scheduling.name)
         self._schedulers[""] = self._schedulers[own]
         self.features = replace(self.features, schedulers=frozenset(self._schedulers) - {""})
-        self._prompts = PromptEncoder(profile, self._family)
+        self._prompts = PromptEncoder(profile, self._family, self._components.loras)
         self._tuning = tune(self._components, beat)
         self._components.compile(self._tuning.layout, beat)
+        add_adapted(self._components, self._tuning.layout, beat)
         self._components.release_sources()
+        self._loras = self._components.loras
+        if not self._loras.rows_are_independent:
+            log.warning("a row with adapters has other bits in a call with another row; such pictures share no call")
+            self._tuning = replace(self._tuning, splits=False)
         self._encoding = Encoding(self._components, self._prompts)
         self._slots: Slots[Call] = Slots(self._components.requests)
         self._closing.callback(self._slots.close)
@@ -189,6 +196,7 @@ class StepwiseEngine:
         """
         check_scheduler(request, self.features.schedulers)
         check_step_count(request, self._profile)
+        self._loras.check(request)
         try:
             parse_shortcuts(request.shortcuts)
         except ValueError as error:
@@ -305,7 +313,16 @@ class StepwiseEngine:
         except Exception as error:  # noqa: BLE001 - as in a slot: each picture is then tried alone
             self._fail(call, error)
         else:
-            self._start(call, lambda requests: self._family.run(requests.denoiser, feed))
+            self._start(call, self._denoising(call.rows, feed))
+
+    def _denoising(self, rows: Sequence[Row], feed: Feed) -> Callable[[Requests], Array]:
+        """Return what a slot runs for a call: the denoiser, or the one with adapters if a row has weights."""
+        name = self._family.denoiser
+        weights = [self._loras.weights(row.picture.work, name) for row in rows]
+        if not any(weights):
+            return lambda requests: self._family.run(requests.denoiser, feed)
+        adapted = with_weights(feed, self._loras.rows(weights))
+        return lambda requests: self._family.run(requests.adapted[name], adapted)
 
     def _feed(self, rows: Sequence[Row], samples: Mapping[Picture, Array]) -> Feed:
         denoised = []
@@ -318,7 +335,8 @@ class StepwiseEngine:
 
     def _sharing_key(self, picture: Picture) -> Hashable:
         per_row = self._components.timestep_per_row
-        return self._family.sharing_key(picture.latents, picture.ready, picture.timestep, timestep_per_row=per_row)
+        key = self._family.sharing_key(picture.latents, picture.ready, picture.timestep, timestep_per_row=per_row)
+        return key, self._loras.sharing_key(picture.work, self._family.denoiser)
 
     def _start(self, call: Call, run: Callable[[Requests], object]) -> None:
         self._calls.append(call)

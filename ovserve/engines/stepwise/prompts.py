@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 
 from ovserve.engines.families.protocol import Family
 from ovserve.engines.families.texts import TextEncoder
-from ovserve.engines.protocol import truncate_to_window
+from ovserve.engines.protocol import Work, truncate_to_window
+from ovserve.engines.schedulers.noise import Array
 from ovserve.engines.stepwise.cache import ArrayCache
+from ovserve.engines.stepwise.compiled import Requests
+from ovserve.engines.stepwise.lora import Loras, Weights, with_weights
 from ovserve.models.profile import ModelProfile
 
 __all__ = ["PromptEncoder"]
@@ -74,10 +77,10 @@ class _Encoder:
             ids[row, : tokens.size], mask[row, : tokens.size] = tokens, 1
         return {"input_ids": ids, "attention_mask": mask} if self.text.is_masked else {0: ids}
 
-    def run(self, request: Any, prompts: Sequence[str]) -> list[Embedding]:
-        """Return the embedding of each prompt, without the batch axis."""
+    def run(self, request: Any, prompts: Sequence[str], lora: Array | None) -> list[Embedding]:
+        """Return the embedding of each prompt, without the batch axis; `lora`: the weights of adapters."""
         feed = self.feed(prompts)
-        request.infer(feed)
+        request.infer(feed if lora is None else with_weights(feed, lora))
         found = [
             np.array((request.get_tensor(port) if isinstance(port, str) else request.get_output_tensor(port)).data)
             for port in self.text.outputs
@@ -90,7 +93,8 @@ class _Encoder:
 class PromptEncoder:
     """The tokenizers of a model, and a cache of embeddings by prompt."""
 
-    def __init__(self, profile: ModelProfile, family: Family) -> None:
+    def __init__(self, profile: ModelProfile, family: Family, loras: Loras) -> None:
+        self._loras = loras
         self._encoders = [_Encoder(profile.directory, text) for text in family.texts]
         self._main = self._encoders[family.main_text]
         self._cache = ArrayCache(CACHE_BYTES)
@@ -109,25 +113,34 @@ class PromptEncoder:
         encoder = self._encoders[0] if clip else self._main
         return truncate_to_window(prompt, encoder.count, encoder.text.window)
 
-    def embed(self, index: int, prompts: Sequence[str], requests: Sequence[Any]) -> list[Embedding]:
-        """Return each prompt's embedding by one encoder: the outputs that the family names, without the batch axis."""
-        missing = [p for p in dict.fromkeys(prompts) if self._cache.find((index, p)) is None]
+    def embed(self, index: int, prompts: Sequence[str], requests: Requests, work: Work) -> list[Embedding]:
+        """Return each prompt's embedding by one encoder: the outputs that the family names, without the batch axis.
+
+        The weights of the adapters that change the encoder are part of the cache's key.
+        """
+        weights = self._loras.weights(work, self._encoders[index].text.component)
+        return self._embed(index, prompts, requests, weights)
+
+    def _embed(self, index: int, prompts: Sequence[str], requests: Requests, weights: Weights) -> list[Embedding]:
+        missing = [p for p in dict.fromkeys(prompts) if self._cache.find((index, weights, p)) is None]
         fresh: dict[str, Embedding] = {}
         encoder = self._encoders[index]
+        request = requests.adapted[encoder.text.component] if weights else requests.text_encoders[index]
         # Prompts of encoders with a mask go in alone, as in the library: their attention may depend on the batch.
         groups = [[prompt] for prompt in missing] if encoder.text.is_masked else [missing] * bool(missing)
         for group in groups:
-            for prompt, embedding in zip(group, encoder.run(requests[index], group), strict=True):
+            rows = self._loras.rows([weights] * len(group)) if weights else None
+            for prompt, embedding in zip(group, encoder.run(request, group, rows), strict=True):
                 fresh[prompt] = embedding
                 self._raise_limit(embedding)
-                self._cache.put((index, prompt), embedding)
-        return [fresh[p] if p in fresh else self._cached(index, p, requests) for p in prompts]
+                self._cache.put((index, weights, prompt), embedding)
+        return [fresh[p] if p in fresh else self._cached(index, p, requests, weights) for p in prompts]
 
     def _raise_limit(self, embedding: Embedding) -> None:
         wanted = CACHE_PROMPTS * sum(array.nbytes for array in embedding)
         self._cache.raise_limit(min(wanted, MAX_CACHE_BYTES))
 
-    def _cached(self, index: int, prompt: str, requests: Sequence[Any]) -> Embedding:
-        cached = self._cache.find((index, prompt))
+    def _cached(self, index: int, prompt: str, requests: Requests, weights: Weights) -> Embedding:
+        cached = self._cache.find((index, weights, prompt))
         # None: evicted a moment ago.
-        return cached if cached is not None else self.embed(index, [prompt], requests)[0]
+        return cached if cached is not None else self._embed(index, [prompt], requests, weights)[0]

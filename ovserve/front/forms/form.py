@@ -8,6 +8,7 @@ from __future__ import annotations
 import binascii
 import re
 
+from ovserve.accounts import Holding
 from ovserve.errors import BadRequest, InvalidType, InvalidValue, PartTooLarge, UnsupportedMediaType
 from ovserve.front.forms.jsonform import decode_in_place, read_json
 from ovserve.front.forms.multipart import MultipartParser, PartBegin, PartEnd
@@ -36,8 +37,12 @@ _ENCODED_FACTOR = 4  # bytes of an encoded text field for one byte of its limit
 _SUPPORTED = "multipart/form-data or application/json"
 
 
-def read_form(body: Body, content_type: str | None, spool: BlobStore, settings: Settings) -> SpooledForm:
+def read_form(
+    body: Body, content_type: str | None, spool: BlobStore, settings: Settings, holding: Holding | None = None
+) -> SpooledForm:
     """Receive and parse one body. The caller must release the form when the exchange ends.
+
+    `holding` is what its bytes count for.
 
     Raises:
         UnsupportedMediaType: the body is neither multipart/form-data nor JSON in UTF-8.
@@ -47,7 +52,7 @@ def read_form(body: Body, content_type: str | None, spool: BlobStore, settings: 
     """
     main, parameters = _parse_content_type(content_type)
     if main == "multipart/form-data":
-        form = SpooledForm(is_json=False)
+        form = SpooledForm(is_json=False, holding=holding)
         parser = MultipartParser(
             parameters.get("boundary", ""),
             max_parts=settings.max_parts,
@@ -58,7 +63,7 @@ def read_form(body: Body, content_type: str | None, spool: BlobStore, settings: 
             raise UnsupportedMediaType(
                 f"Content-Type: charset {parameters['charset']} is not supported; JSON is UTF-8 (RFC 8259)"
             )
-        form, parser = SpooledForm(is_json=True), None
+        form, parser = SpooledForm(is_json=True, holding=holding), None
     elif main == "application/x-www-form-urlencoded":
         raise BadRequest(
             f"Content-Type {main} cannot contain a picture; send {_SUPPORTED} (with curl: -F name=value for each "

@@ -7,10 +7,12 @@ No byte of an upload is copied after it was received. It grows with the received
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ovserve.accounts import Holding
 from ovserve.errors import ContentTooLarge
 from ovserve.wire.blobs import Blob, BlobStore, Segment
 
@@ -58,11 +60,12 @@ class SpooledUpload:
 class SpooledForm:
     """Fields and uploads of one body, in its order. Owns their segments; implements `api.exchange.Form`.
 
-    Thread-safe: no; used by one handler thread.
+    Thread-safe: no; used by one handler thread. Only `release` may be called by another one, which then uses no view.
     """
 
-    def __init__(self, *, is_json: bool) -> None:
+    def __init__(self, *, is_json: bool, holding: Holding | None = None) -> None:
         self._is_json = is_json
+        self.holding = holding  # what its segments count for
         self._segments: list[Segment] = []
         self.fields: list[tuple[str, Any]] = []
         self.uploads: list[SpooledUpload] = []
@@ -79,8 +82,9 @@ class SpooledForm:
 
     def release(self) -> None:
         """Release the segments. Idempotent."""
-        while self._segments:
-            self._segments.pop().release()
+        with contextlib.suppress(IndexError):  # two threads may release it
+            while True:
+                self._segments.pop().release()
 
 
 def receive(body: Body, form: SpooledForm, spool: BlobStore, limit: int) -> Iterator[tuple[Segment, int, int]]:
@@ -104,7 +108,8 @@ def receive(body: Body, form: SpooledForm, spool: BlobStore, limit: int) -> Iter
     if not filled:
         return
     # Without an announced length, only the bytes received so far are certain.
-    segment = form.own(spool.create_for_upload(ceiling, filled if body.expected is None else ceiling))
+    expected = filled if body.expected is None else ceiling
+    segment = form.own(spool.create_for_upload(ceiling, expected, form.holding))
     segment.reserve(min(ceiling, GROWTH_BYTES[0]))
     segment.view[:filled] = first[:filled]
     yield segment, 0, filled

@@ -13,13 +13,13 @@ import mmap
 import os
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from ovserve.accounts import Account, Holding
 from ovserve.errors import ContentTooLarge, SettingsError, SpoolFull, may_pass
 from ovserve.logs import fields
-from ovserve.wire.blobs import Blob
+from ovserve.wire.blobs import ROOM_WAIT_S, Blob
 from ovserve.wire.local.blobs import SpoolBlobs
 from ovserve.wire.local.file_pool import FilePool, PooledFile
 from ovserve.wire.local.folder import FULL_RETRY_S, NO_DESCRIPTOR_ERRNOS, NO_SPACE_ERRNOS, Folder
@@ -49,13 +49,26 @@ class SpoolSegment:
     Args:
         spool: where it is created and accounted for.
         max_bytes: it may grow to this size.
+        holding: what its bytes count for.
+        wait_s: how long `reserve` waits for clients that were made to give way.
         mapping_bytes: if above 0, the file is mapped in this size and goes to the pool on release.
         file: an open file from the pool to use; None: create one.
     """
 
-    def __init__(self, spool: Spool, max_bytes: int, mapping_bytes: int = 0, file: PooledFile | None = None) -> None:
+    def __init__(
+        self,
+        spool: Spool,
+        max_bytes: int,
+        holding: Holding,
+        wait_s: float = 0.0,
+        *,
+        mapping_bytes: int = 0,
+        file: PooledFile | None = None,
+    ) -> None:
         self._spool = spool
         self._max_bytes = max_bytes
+        self._holding = holding
+        self._wait_s = wait_s
         self._mapping_bytes = mapping_bytes
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
@@ -114,16 +127,26 @@ class SpoolSegment:
         if size > self._max_bytes:
             raise ValueError(f"reserve of {size} bytes; this segment may have at most {self._max_bytes}")
         self._spool.check_size(size)
-        self._spool.charge(size - self.reserved)
+        more = size - self.reserved
+        self._spool.charge(more, self._holding, self._wait_s)
         try:
-            if not _allocate(self._descriptor, self.reserved, size):
-                self._spool.empty_pool()
-                if not _allocate(self._descriptor, self.reserved, size):
-                    self._move_to_fallback(size)
+            if not self._has_allocated(size):
+                self._move_to_fallback(size)
         except BaseException:
-            self._spool.uncharge(size - self.reserved)
+            self._holding.give(more)
             raise
         self.reserved = size
+
+    def _has_allocated(self, size: int) -> bool:
+        """Allocate the file up to `size`; return False if the file system has no room, whatever is given up for it."""
+        if _allocate(self._descriptor, self.reserved, size):
+            return True
+        self._spool.empty_pool()
+        if _allocate(self._descriptor, self.reserved, size):
+            return True
+        if self._spool.fallback is not None or not self._holding.reclaim(size - self.reserved, self._wait_s):
+            return False
+        return _allocate(self._descriptor, self.reserved, size)
 
     def read(self, offset: int, size: int) -> bytes:
         """Return at most `size` bytes from `offset` without mapping the segment. Raises ValueError after `release`."""
@@ -147,7 +170,7 @@ class SpoolSegment:
             return
         if not self._put_into_pool():
             self._close_file()
-        self._spool.uncharge(self.reserved)
+        self._holding.give(self.reserved)
         self.reserved = 0
 
     def _put_into_pool(self) -> bool:
@@ -255,8 +278,8 @@ class Spool:
 
     def __init__(self, directory: Path, limit_bytes: int, fallback: Path | None = None, warm_bytes: int = 0) -> None:
         self._limit_bytes = limit_bytes
-        self._used_bytes = 0
-        self._lock = threading.Lock()
+        self.account = Account(limit_bytes)
+        self._unowned = self.account.open("")  # of segments that are created without a holding
         self._folder = _make_folder("spool_dir", directory, self.empty_pool)
         self.directory = self._folder.path
         self.fallback: Folder | None = None
@@ -272,7 +295,7 @@ class Spool:
     @property
     def used_bytes(self) -> int:
         """Bytes of all live segments."""
-        return self._used_bytes
+        return self.account.used
 
     @property
     def unusable_reason(self) -> str:
@@ -283,7 +306,7 @@ class Spool:
         """
         if reason := self._folder.unusable_reason:
             return reason
-        free = self._free_file_system_bytes() + self._used_bytes
+        free = self._free_file_system_bytes() + self.used_bytes
         if free < min(_MIN_FREE_BYTES, self.capacity_bytes // _MIN_FREE_SHARE):
             return f"the file system of the spool is full: {free} bytes are left for requests"
         return ""
@@ -291,7 +314,7 @@ class Spool:
     @property
     def free_bytes(self) -> int:
         """How many bytes of requests fit now, by the limit and by the space on the file systems."""
-        return max(0, min(self._limit_bytes - self._used_bytes, self._free_file_system_bytes()))
+        return max(0, min(self._limit_bytes - self.used_bytes, self._free_file_system_bytes()))
 
     def _free_file_system_bytes(self) -> int:
         """Return the free space on the file systems, pooled files included: they are removed when space is needed."""
@@ -322,9 +345,14 @@ class Spool:
         """Create a file in the spool directory; return its path and descriptor. Raises SpoolFull and SpoolUnusable."""
         return self._folder.create()
 
-    def create(self, max_bytes: int, reserve: int = 0) -> SpoolSegment:
-        """Create a segment that may grow to `max_bytes`, with `reserve` bytes allocated. Raises SpoolFull."""
-        segment = SpoolSegment(self, max(1, max_bytes))
+    def create(
+        self, max_bytes: int, reserve: int = 0, holding: Holding | None = None, wait_s: float = 0.0
+    ) -> SpoolSegment:
+        """Create a segment that may grow to `max_bytes`, with `reserve` bytes allocated. Raises SpoolFull.
+
+        Waits at most `wait_s` for clients that were made to give way.
+        """
+        segment = SpoolSegment(self, max(1, max_bytes), holding or self._unowned, wait_s)
         try:
             segment.reserve(reserve)
         except BaseException:
@@ -332,7 +360,9 @@ class Spool:
             raise
         return segment
 
-    def create_for_upload(self, max_bytes: int, expected_bytes: int | None = None) -> SpoolSegment:
+    def create_for_upload(
+        self, max_bytes: int, expected_bytes: int | None = None, holding: Holding | None = None
+    ) -> SpoolSegment:
         """Create a segment for an upload, in a file from the pool if one fits. Raises SpoolFull.
 
         Only for bytes that the front end writes: a pooled file still has the bytes of an earlier upload.
@@ -340,25 +370,24 @@ class Spool:
         Args:
             max_bytes: it may grow to this size.
             expected_bytes: how many bytes are known to come; None: `max_bytes`.
+            holding: what its bytes count for.
         """
-        max_bytes = max(1, max_bytes)
+        max_bytes, holding = max(1, max_bytes), holding or self._unowned
         file = self.file_pool.acquire(max_bytes, max_bytes if expected_bytes is None else expected_bytes)
         if file is not None:
-            try:
-                self.charge(file.allocated_bytes)
-            except SpoolFull:
-                file.close()  # the bytes that really come may still fit
-            else:
-                return SpoolSegment(self, max_bytes, file.mapping_bytes, file)
-        return SpoolSegment(self, max_bytes, self.file_pool.mapping_bytes_for(max_bytes))
+            if holding.take(file.allocated_bytes, may_end=False):
+                return SpoolSegment(self, max_bytes, holding, ROOM_WAIT_S, mapping_bytes=file.mapping_bytes, file=file)
+            file.close()  # the bytes that really come may still fit
+        mapping_bytes = self.file_pool.mapping_bytes_for(max_bytes)
+        return SpoolSegment(self, max_bytes, holding, ROOM_WAIT_S, mapping_bytes=mapping_bytes)
 
     def empty_pool(self) -> None:
         """Close all pooled files."""
         self.file_pool.evict(self.file_pool.size_bytes)
 
-    def put(self, data: bytes) -> SpoolSegment:
-        """Create a segment with exactly these bytes. Raises SpoolFull."""
-        segment = self.create(len(data), reserve=len(data))
+    def put(self, data: bytes, holding: Holding | None = None) -> SpoolSegment:
+        """Create a segment with exactly these bytes. Raises SpoolFull. May wait ROOM_WAIT_S for room."""
+        segment = self.create(len(data), len(data), holding, ROOM_WAIT_S)
         try:
             segment.write(data)
         except BaseException:
@@ -371,27 +400,20 @@ class Spool:
         folders = [self.directory] if self.fallback is None else [self.directory, self.fallback.path]
         return SpoolBlobs(tuple(map(str, folders)))
 
-    def charge(self, size: int) -> None:
+    def charge(self, size: int, holding: Holding, wait_s: float = 0.0) -> None:
         """Count `size` more bytes as used; pooled files are evicted to stay within the limit.
 
         Raises:
-            SpoolFull: live segments alone would exceed the limit.
+            SpoolFull: live segments alone would exceed the limit, and no other client gave way in time.
         """
-        excess = self._used_bytes + self.file_pool.size_bytes + size - self._limit_bytes
+        excess = self.used_bytes + self.file_pool.size_bytes + size - self._limit_bytes
         if excess > 0:
             self.file_pool.evict(excess)
-        with self._lock:
-            if self._used_bytes + size > self._limit_bytes:
-                raise SpoolFull(
-                    f"uploads and results in flight have reached the spool limit of {self._limit_bytes} bytes",
-                    retry_after_s=FULL_RETRY_S,
-                )
-            self._used_bytes += size
-
-    def uncharge(self, size: int) -> None:
-        """Count `size` fewer bytes as used."""
-        with self._lock:
-            self._used_bytes -= size
+        if not holding.take(size, wait_s):
+            raise SpoolFull(
+                f"uploads and results in flight have reached the spool limit of {self._limit_bytes} bytes",
+                retry_after_s=FULL_RETRY_S,
+            )
 
     def close(self) -> None:
         """Remove the folders and all their files. Idempotent."""

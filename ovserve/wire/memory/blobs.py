@@ -7,8 +7,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ovserve.accounts import Account, Holding
 from ovserve.errors import BlobGone, ContentTooLarge, SpoolFull
-from ovserve.wire.blobs import Blob
+from ovserve.wire.blobs import ROOM_WAIT_S, Blob
 
 __all__ = ["MemoryBlobs", "MemorySegment"]
 
@@ -18,8 +19,10 @@ _FULL_RETRY_S = 2  # segments live for as long as one exchange
 class MemorySegment:
     """`wire.blobs.Segment` over a byte array."""
 
-    def __init__(self, blobs: MemoryBlobs, name: str, max_bytes: int) -> None:
+    def __init__(self, blobs: MemoryBlobs, name: str, max_bytes: int, holding: Holding, wait_s: float) -> None:
         self._blobs = blobs
+        self._holding = holding
+        self._wait_s = wait_s
         self.id = name
         self.data = bytearray(max_bytes)
         self.reserved = 0
@@ -37,7 +40,9 @@ class MemorySegment:
         if size > len(self.data):
             raise ValueError(f"reserve of {size} bytes; this segment may have at most {len(self.data)}")
         self._blobs.check_size(size)
-        self._blobs.charge(max(0, size - self.reserved))
+        if not self._holding.take(max(0, size - self.reserved), self._wait_s):
+            limit = self._blobs.capacity_bytes
+            raise SpoolFull(f"the limit of {limit} bytes is reached", retry_after_s=_FULL_RETRY_S)
         self.reserved = max(self.reserved, size)
 
     def read(self, offset: int, size: int) -> bytes:
@@ -58,6 +63,7 @@ class MemorySegment:
         if not self._is_released:
             self._is_released = True
             self._blobs.remove(self)
+            self._holding.give(self.reserved)
 
 
 class MemoryBlobs:
@@ -70,27 +76,29 @@ class MemoryBlobs:
     def __init__(self, limit_bytes: int = 1 << 30) -> None:
         self.capacity_bytes = limit_bytes
         self.unusable_reason = ""
-        self.used_bytes = 0
+        self.account = Account(limit_bytes)
+        self._unowned = self.account.open("")
         self._lock = threading.Lock()
         self._names = itertools.count()
         self._segments: dict[str, MemorySegment] = {}
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all live segments."""
+        return self.account.used
 
     def check_size(self, size: int) -> None:
         """Check that one request's bytes could fit into the empty store. Raises ContentTooLarge."""
         if size > self.capacity_bytes:
             raise ContentTooLarge(f"the request takes {size} bytes; this store holds {self.capacity_bytes}")
 
-    def charge(self, size: int) -> None:
-        """Count `size` more bytes as used. Raises SpoolFull."""
-        with self._lock:
-            if self.used_bytes + size > self.capacity_bytes:
-                raise SpoolFull(f"the limit of {self.capacity_bytes} bytes is reached", retry_after_s=_FULL_RETRY_S)
-            self.used_bytes += size
-
-    def create(self, max_bytes: int, reserve: int = 0) -> MemorySegment:
+    def create(
+        self, max_bytes: int, reserve: int = 0, holding: Holding | None = None, wait_s: float = 0.0
+    ) -> MemorySegment:
         """Create a segment that may grow to `max_bytes`. Raises SpoolFull."""
         with self._lock:
-            segment = MemorySegment(self, str(next(self._names)), max(1, max_bytes))
+            name = str(next(self._names))
+            segment = MemorySegment(self, name, max(1, max_bytes), holding or self._unowned, wait_s)
             self._segments[segment.id] = segment
         try:
             segment.reserve(reserve)
@@ -99,13 +107,18 @@ class MemoryBlobs:
             raise
         return segment
 
-    def create_for_upload(self, max_bytes: int, expected_bytes: int | None = None) -> MemorySegment:  # noqa: ARG002
+    def create_for_upload(
+        self,
+        max_bytes: int,
+        expected_bytes: int | None = None,  # noqa: ARG002 - argument of the protocol
+        holding: Holding | None = None,
+    ) -> MemorySegment:
         """Create a segment for an upload. Raises SpoolFull."""
-        return self.create(max_bytes)
+        return self.create(max_bytes, 0, holding, ROOM_WAIT_S)
 
-    def put(self, data: bytes) -> MemorySegment:
+    def put(self, data: bytes, holding: Holding | None = None) -> MemorySegment:
         """Create a segment with exactly these bytes. Raises SpoolFull."""
-        segment = self.create(len(data), reserve=len(data))
+        segment = self.create(len(data), len(data), holding, ROOM_WAIT_S)
         segment.write(data)
         return segment
 
@@ -113,7 +126,6 @@ class MemoryBlobs:
         """Forget a released segment."""
         with self._lock:
             self._segments.pop(segment.id, None)
-            self.used_bytes -= segment.reserved
 
     @contextmanager
     def open(self, blob: Blob) -> Iterator[memoryview]:
