@@ -36,9 +36,11 @@ from ovserve.hub.background import Pulls
 from ovserve.logs import configure_logs, fields
 from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog, ServedModel, read_catalog
+from ovserve.models.fingerprint import fingerprint
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.access import parse_listen
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.watch import Watch, state_of
 from ovserve.wire.local.file_pool import MAX_POOLED_FILES
 from ovserve.wire.local.launcher import LocalLauncher
 from ovserve.wire.local.spool import Spool, default_directory
@@ -70,13 +72,18 @@ class Server:
     """One front end and all its parts. Call `run` once, from the main thread."""
 
     def __init__(
-        self, settings: Settings, reread: Callable[[], Settings], variables: Mapping[str, str] | None = None
+        self,
+        settings: Settings,
+        reread: Callable[[], Settings],
+        config: Path | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         """Check the configuration as far as possible without a worker, and bind the port.
 
         Args:
             settings: the settings.
             reread: reads the settings again, for a reload.
+            config: the configuration file, to be watched.
             variables: the environment for pulls from a hub, with its token; None: that of this process.
 
         Raises:
@@ -86,6 +93,8 @@ class Server:
         settings, pending = self._pulls.resolve(settings)
         self._settings = settings
         self._reread = reread
+        self._config = config
+        self._watch = Watch(self._watched_state, self._try_reload, settings.watch_interval_s)
         self._reloading = threading.Lock()
         self._serving = threading.Lock()  # guards the API's settings and catalog, which two threads replace
         self._is_announced = False
@@ -147,6 +156,8 @@ class Server:
         for listener in self._listeners:
             listener.start()
         self._pulls.start()
+        if self._settings.watch:
+            self._watch.start()
         try:
             if not self._await_ready():
                 return 0
@@ -296,6 +307,15 @@ class Server:
         if self._is_announced and not self._api.is_stopping:
             systemd.notify_ready(self._status_line())
 
+    def _watched_state(self) -> str:
+        """Return a text that changes when a file that a reload reads has changed. Runs in: the watch thread."""
+        settings = self._api.settings
+        named = [self._config, settings.api_key_file, settings.admin_key_file]
+        models = [
+            fingerprint(model.profile.directory, model.limits.cache_dir) for model in self._api.catalog.models.values()
+        ]
+        return "\n".join([state_of([path for path in named if path is not None]), *models])
+
     def _drain(self) -> None:
         """Reject new jobs and wait for those in flight, up to the grace period. A second signal ends the process.
 
@@ -329,6 +349,7 @@ class Server:
 
     def _stop(self) -> None:
         """Stop all parts. Jobs over the grace period get an error response before their connections are closed."""
+        self._watch.stop()
         self._dispatcher.drain()
         self._pulls.stop()
         self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S if not self._active_exchanges() else 0))

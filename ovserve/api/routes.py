@@ -177,8 +177,8 @@ class ImagesApi:
 
     def configure(self, settings: Settings, catalog: Catalog) -> None:
         """Replace settings and catalog, for all requests from now on."""
-        self.settings = self.images.settings = settings
-        self.catalog = self.images.catalog = catalog
+        self.settings, self.catalog = settings, catalog
+        self.images.configure(settings, catalog)
 
     def awaited_models(self) -> list[str]:
         """Return the models that the start of the server still waits for, by the option `ready_models`."""

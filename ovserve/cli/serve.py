@@ -69,10 +69,16 @@ def parse_arguments(
     """
     line = read_command_line(arguments)
     flags = _parser(command, description).parse(line.arguments)
-    config = flags.pop("config", None) or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG") or None
-    values = {name: str(value) for name, value in flags.items()}
-    settings = load_settings(values, environment, Path(str(config)) if config else None)
+    config = _config_of(flags, environment)
+    values = {name: str(value) for name, value in flags.items() if name != "config"}
+    settings = load_settings(values, environment, config)
     return dataclasses.replace(settings, ignored=(*line.ignored, *settings.ignored))
+
+
+def _config_of(flags: Mapping[str, object], environment: Mapping[str, str]) -> Path | None:
+    """Return the configuration file that the flags or the environment name."""
+    named = flags.get("config") or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG")
+    return Path(str(named)) if named else None
 
 
 def _take_environment() -> dict[str, str]:
@@ -114,7 +120,9 @@ def run(arguments: Sequence[str]) -> int:
                 extra=fields(ignored=", ".join(foreign)),
             )
         try:
-            server = Server(settings, lambda: parse_arguments(arguments, environment), environment)
+            line = read_command_line(arguments).arguments
+            config = _config_of(_parser("serve", _DESCRIPTION).parse(line), environment)
+            server = Server(settings, lambda: parse_arguments(arguments, environment), config, environment)
         except (OSError, MemoryError) as error:
             log.debug("cannot start", exc_info=True)
             return _end(report_error(f"cannot start: {str(error) or type(error).__name__}", ExitCode.TRANSIENT))

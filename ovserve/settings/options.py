@@ -378,6 +378,17 @@ class Settings:
         reason="a load balancer must not send requests to a server that answers them with 503",
         choices=("default", "any", "all"),
     )
+    watch: bool = _option(
+        False,
+        "Reload when the configuration file, a file with keys or a file of a model's directory changes.",
+    )
+    watch_interval_s: float = _option(
+        1.0,
+        "Time between two looks at the watched files; a change counts when two looks in a row see the same.",
+        low=0.05,
+        high=3600,
+        unit="seconds",
+    )
     log_level: str = _option("info", "Lowest level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "Format of log lines.", choices=("text", "json"))
     # Access.
