@@ -141,6 +141,7 @@ class StepwiseEngine:
         self._tuning = tune(self._components, beat)
         self._components.compile(self._tuning.layout, beat)
         add_adapted(self._components, self._tuning.layout, beat)
+        spare = self._components.preview_decoder(self._tuning.layout)
         self._components.release_sources()
         self._loras = self._components.loras
         if not self._loras.rows_are_independent:
@@ -156,7 +157,6 @@ class StepwiseEngine:
         self._call_s = self._tuning.step_s
         warm_up(self._components, self._tuning, beat)
         self._make_warm_up_picture(beat)
-        spare = self._components.requests[-1].vae_decoder.get_compiled_model().create_infer_request()
         self._previews = Previews(spare, choose_shrink(self._measure_decoding(spare), self._tuning.step_s))
         self._closing.callback(self._previews.close)
 
