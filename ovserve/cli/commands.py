@@ -79,6 +79,11 @@ COMMANDS = {
             (ExitCode.OK, ExitCode.USAGE, ExitCode.TRANSIENT),
         ),
         Command(
+            "bench",
+            "Measure a running server: pictures per second and the time of a request.",
+            (ExitCode.OK, ExitCode.USAGE, ExitCode.NO_SERVER, ExitCode.REFUSED),
+        ),
+        Command(
             "doctor",
             "Check this machine and say what to do about each problem.",
             (ExitCode.OK, ExitCode.USAGE, ExitCode.MODELS_FAILED),
