@@ -128,7 +128,8 @@ def test_only_model_that_cannot_be_pulled_is_a_start_error(hub: FakeHub, tmp_pat
     assert "is gated: accept its licence" in done.stderr.splitlines()[-1]
 
 
-def test_reference_servers_repository_is_served_by_pointing_at_it(tmp_path: Path) -> None:
+def three_graphs(tmp_path: Path) -> Path:
+    """Write a repository with three graphs, of which one has adapters; return its config.json."""
     path = str(builtin_directory())
     adapters = (
         'lora_adapters { alias: "xray" path: "xray.safetensors" alpha: 0.5 } '
@@ -146,6 +147,24 @@ def test_reference_servers_repository_is_served_by_pointing_at_it(tmp_path: Path
     )
     for number, name in enumerate(("xray", "anime")):
         write_adapter(tmp_path / "models" / "plain" / f"{name}.safetensors", number)
+    return config
+
+
+def test_reference_servers_repository_is_accepted_by_pointing_at_it(tmp_path: Path) -> None:
+    config = three_graphs(tmp_path)
+    for arguments in (["--config_path", str(config)], ["--model_repository_path", str(config.parent)]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ovserve", "check", *arguments, "--rest_workers", "4"],
+            capture_output=True, text=True, timeout=LIMIT_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert all(f"model {name}: stable-diffusion" in done.stdout for name in ("plain", "few", "fixed"))
+        assert "without effect: --rest_workers: max_connections limits connections" in done.stdout
+
+
+@pytest.mark.heavy  # three models measure their threads and streams, which a graph cannot fix
+def test_reference_servers_repository_is_served_by_pointing_at_it(tmp_path: Path) -> None:
+    config = three_graphs(tmp_path)
     arguments = ["--config_path", str(config), "--rest_port", "0", "--port", "9", "--rest_workers", "4"]
     with LiveServer(*arguments, spool=tmp_path) as server:
         names = {model["id"] for model in server.fetch("/v3/models")[1]["data"]}
