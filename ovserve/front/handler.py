@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -61,12 +62,13 @@ from ovserve.front.http1.response import (
 )
 from ovserve.front.linger import Linger
 from ovserve.front.request import Request, escape_for_log, internal_error, network_of, new_request_id
+from ovserve.front.tls import Certificates
 from ovserve.front.transport import Transport
 from ovserve.logs import LogLimit, fields
 from ovserve.settings.options import Settings
 from ovserve.wire.blobs import BlobStore
 
-__all__ = ["Connection", "ConnectionContext"]
+__all__ = ["Connection", "ConnectionContext", "log_failed_handshake"]
 
 MAX_DISCARD_BYTES = (
     64 * 1024
@@ -115,6 +117,10 @@ class ConnectionContext(Protocol):
         """The reverse proxies whose forwarded fields count."""
 
     @property
+    def certificates(self) -> Certificates | None:
+        """The certificate for connections with TLS; None: connections without TLS."""
+
+    @property
     def linger(self) -> Linger:
         """Takes over connections whose client may still send after the answer."""
 
@@ -135,7 +141,7 @@ class HttpExchange(Request):
     """One exchange of a connection; implements `api.exchange.Exchange`."""
 
     def __init__(self, connection: Connection, head: Head, address: str) -> None:
-        super().__init__(head, address)
+        super().__init__(head, address, is_secure=connection.is_secure)
         self._connection = connection
         self._form: SpooledForm | None = None
         self.body: Body | None = None
@@ -267,7 +273,10 @@ class Connection:
         self._responses = context.responses
         self.settings = context.settings
         self.spool = context.spool
-        self.transport = Transport(connection, context.settings.write_timeout_s)
+        certificates = context.certificates
+        self.is_secure = certificates is not None
+        stream = certificates.wrap(connection) if certificates else connection
+        self.transport = Transport(stream, context.settings.write_timeout_s)
         self._parser = HeadParser(context.settings)
         self._is_first = True  # no request has been received yet
         # Guards the attributes below, so that a quiet connection is either closed or serves its next request.
@@ -281,12 +290,27 @@ class Connection:
     def serve(self) -> None:
         """Serve exchanges until the connection ends. Handles every error that a client can cause."""
         try:
-            while self._serve_one():
-                pass
+            if not self.is_secure or self._shake_hands():
+                while self._serve_one():
+                    pass
+                self.transport.end()
         except ClientGone as gone:
             log.debug("connection lost", extra=fields(address=self._address, why=str(gone)))
         finally:
             self._clear_idle()
+
+    def _shake_hands(self) -> bool:
+        """Complete the handshake of TLS; return whether it succeeded. Raises ClientGone."""
+        try:
+            self.transport.handshake(self.settings.tls_handshake_timeout_s)
+        except (TimeoutError, ssl.SSLError) as error:
+            if isinstance(error, ssl.SSLError) and error.reason == "HTTP_REQUEST":
+                self.transport = Transport(self._socket, self.settings.write_timeout_s)
+                self._reject(MalformedRequest("this port serves HTTPS; the request arrived without TLS"))
+            else:
+                log_failed_handshake(self._context.rejections, self._address, error)
+            return False
+        return True
 
     @property
     def quiet_since(self) -> float:
@@ -485,6 +509,7 @@ class Connection:
 
     def _linger(self) -> None:
         """Give the socket away: closing it now could reset the connection before the client has read the answer."""
+        self.transport.end()
         self._context.linger.add(self._socket)
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -595,6 +620,12 @@ class Connection:
             log, logging.INFO, "rejected %d", error.status, bytes=sent, id=request_id, address=self._address, why=why
         )
         self._linger()
+
+
+def log_failed_handshake(limit: LogLimit, address: str, error: OSError) -> None:
+    """Log why a TLS handshake failed: the peer is no HTTPS client, does not trust the certificate, or is too slow."""
+    why = getattr(error, "reason", None) or str(error)
+    limit.log(log, logging.INFO, "TLS handshake failed", address=address, why=escape_for_log(str(why)))
 
 
 def _batches(chunks: Iterable[Chunk]) -> Iterator[list[bytes | memoryview]]:
