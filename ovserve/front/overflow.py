@@ -24,11 +24,11 @@ from typing import NoReturn
 from ovserve.api.exchange import Chunk, Form, JsonReply, RouteMatch, StreamReply, windows_of
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError, ClientGone, TooManyConnections
-from ovserve.front.handler import ConnectionContext, log_failed_handshake
+from ovserve.front.context import ConnectionContext
 from ovserve.front.http1.head import HeadParser
 from ovserve.front.http1.response import JSON_TYPE
 from ovserve.front.request import Request, escape_for_log, internal_error, network_of, new_request_id
-from ovserve.front.tls import TlsSocket
+from ovserve.front.tls import TlsSocket, log_failed_handshake
 from ovserve.logs import fields
 
 __all__ = ["Overflow", "too_many_connections"]

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from ovserve.errors import SettingsError, may_pass
-from ovserve.logs import fields
+from ovserve.front.request import escape_for_log
+from ovserve.logs import LogLimit, fields
 from ovserve.settings.options import Settings
 
-__all__ = ["Certificates", "TlsSocket", "read_certificates"]
+__all__ = ["Certificates", "TlsSocket", "log_failed_handshake", "read_certificates"]
 
 RECEIVE_BYTES = 64 * 1024  # of ciphertext with one system call: four records of the largest size
 ENCRYPTED_BYTES = 64 * 1024  # of plaintext encrypted at once; so much ciphertext waits for a slow reader
@@ -340,6 +341,12 @@ def read_certificates(settings: Settings) -> Certificates | None:
         return None
     key = settings.tls_key or settings.tls_certificate
     return Certificates(settings.tls_certificate, key, settings.tls_client_ca)
+
+
+def log_failed_handshake(limit: LogLimit, address: str, error: OSError) -> None:
+    """Log why a TLS handshake failed: the peer is no HTTPS client, does not trust the certificate, or is too slow."""
+    why = getattr(error, "reason", None) or str(error)
+    limit.log(log, logging.INFO, "TLS handshake failed", address=address, why=escape_for_log(str(why)))
 
 
 def _load(certificate: Path, key: Path, client_ca: Path | None) -> ssl.SSLContext:

@@ -61,6 +61,11 @@ class Transport:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(min(write_timeout_s, MAX_KERNEL_WAIT_S)))
 
     @property
+    def is_secure(self) -> bool:
+        """Whether the connection has TLS."""
+        return isinstance(self._socket, TlsSocket)
+
+    @property
     def has_pending(self) -> bool:
         """Whether received bytes are pending."""
         return self._position < len(self._data)

@@ -24,7 +24,7 @@ MAY: dict[str, set[str]] = {
     "cli": {"server", "models", "hub", "client", "engines.devices"},
     "client": set(),
     "hub": {"models"},
-    "server": {"hub", "front", "api", "dispatch", "fleet", "wire", "models", "worker.main"},
+    "server": {"hub", "front", "api", "dispatch", "fleet", "wire", "models", "worker.main", "watch"},
     "front": {"api", "wire"},
     "api": {"dispatch", "wire", "models"},
     "fleet": {"dispatch", "wire", "models"},
@@ -43,6 +43,7 @@ MAY: dict[str, set[str]] = {
     "machine": set(),
     "metrics": {"errors"},
     "systemd": {"errors"},
+    "watch": set(),
     "settings": {"errors"},
 }
 # What an inner package may import from the package that contains it, besides itself.
