@@ -115,6 +115,15 @@ class ModelSettings:
         False,
         f"Add names that clients send on their own: {', '.join(f'`{name}`' for name in BUILTIN_ALIASES)}.",
     )
+    vae: Path | None = _option(
+        None,
+        "Directory with the `vae_decoder` and `vae_encoder` to use, such as those of a tiny autoencoder; none: the "
+        "model's.",
+    )
+    preview_vae: Path | None = _option(
+        None,
+        "Directory with the `vae_decoder` for previews, such as a tiny autoencoder; none: that of the pictures.",
+    )
     lora: tuple[LoraSettings, ...] = ()
     composite: tuple[CompositeSettings, ...] = ()
     source_loras: str = _option(

@@ -96,6 +96,7 @@ def run(name: str, url: str, folder: Path) -> None:
     language, text = blocks()[name]
     assert ADDRESS in text
     text = text.replace(ADDRESS, url)
+    text = text.replace(".venv/bin/ovserve", f"{sys.executable} -m ovserve")  # the checkout's own, wherever it is
     (folder / "tests").symlink_to(ROOT / "tests")
     command = {"sh": ["bash", "-euo", "pipefail", "-c", text], "python": [str(EXAMPLES[name].python), "-c", text]}
     if language == "js":

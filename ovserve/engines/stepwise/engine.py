@@ -30,13 +30,13 @@ import numpy as np
 
 from ovserve.engines.checks import check_scheduler, check_step_count
 from ovserve.engines.families.protocol import DenoiserRow, Feed, PlanMaker, Start
-from ovserve.engines.protocol import Features, Outcome, Pixels, Work, warm_up_work
+from ovserve.engines.protocol import Features, Outcome, Pixels, Work, warm_up_size, warm_up_work
 from ovserve.engines.schedulers.noise import Array, read_scheduler_config
 from ovserve.engines.schedulers.plans import Plan
 from ovserve.engines.stepwise.batching import Batcher, Call, Row
 from ovserve.engines.stepwise.compiled import Components, Requests, run_decoder, run_encoder
 from ovserve.engines.stepwise.encoding import Encoding
-from ovserve.engines.stepwise.lora import with_weights
+from ovserve.engines.stepwise.lora import Loras, with_weights
 from ovserve.engines.stepwise.lora_compile import add_adapted
 from ovserve.engines.stepwise.picture import Picture
 from ovserve.engines.stepwise.previews import Previews, choose_shrink
@@ -83,6 +83,7 @@ class StepwiseEngine:
         self._trace = trace
         self._components = components or Components(profile, settings)
         self._schedulers: dict[str, PlanMaker] = {}
+        self._loras = Loras(settings.lora)
         self._encodes: deque[Picture] = deque()
         self._ready: deque[Picture] = deque()
         self._decodes: deque[Picture] = deque()
@@ -140,6 +141,7 @@ class StepwiseEngine:
         self._tuning = tune(self._components, beat)
         self._components.compile(self._tuning.layout, beat)
         add_adapted(self._components, self._tuning.layout, beat)
+        spare = self._components.preview_decoder(self._tuning.layout)
         self._components.release_sources()
         self._loras = self._components.loras
         if not self._loras.rows_are_independent:
@@ -155,7 +157,6 @@ class StepwiseEngine:
         self._call_s = self._tuning.step_s
         warm_up(self._components, self._tuning, beat)
         self._make_warm_up_picture(beat)
-        spare = self._components.requests[-1].vae_decoder.get_compiled_model().create_infer_request()
         self._previews = Previews(spare, choose_shrink(self._measure_decoding(spare), self._tuning.step_s))
         self._closing.callback(self._previews.close)
 
@@ -166,7 +167,8 @@ class StepwiseEngine:
             ApiError: the picture failed.
         """
         # Where steps are long, one step must do; a second would test nothing more.
-        work = warm_up_work(self._profile, num_inference_steps=1 if self._tuning.step_s > LARGE_CALL_S else 2)
+        steps = 1 if self._tuning.step_s > LARGE_CALL_S else 2
+        work = warm_up_work(self._profile, num_inference_steps=steps, size=warm_up_size(self._profile))
         self.admit(work)
         outcomes: list[Outcome] = []
         while not outcomes:
