@@ -147,7 +147,11 @@ class ModelSettings:
         reason="adding an adapter must not change the pictures of requests that do not use it",
     )
     device: str = _option(
-        "CPU", "OpenVINO device, or three separated by spaces: text encoder, denoiser, VAE.", aliases=("target_device",)
+        "CPU",
+        "OpenVINO device (`CPU`, `GPU.1`, `AUTO`, `HETERO:GPU,CPU`), or three separated by spaces: text encoder, "
+        "denoiser, VAE. `auto`: the first GPU, or the CPU where there is none. `ovserve devices` lists them.",
+        aliases=("target_device",),
+        reason="it is always there",
     )
     engine: str = _option("auto", "Denoising engine.", choices=("auto", "genai", "stepwise"))
     replicas: Replicas = _option(
