@@ -45,7 +45,8 @@ class Command:
     """One subcommand.
 
     Attributes:
-        name: the word after `ovserve`, and the module in this package that holds `run(arguments) -> int`.
+        name: the word after `ovserve`, and, with underscores, the module in this package that holds `run(arguments) ->
+            int`.
         text: what it does, one sentence for `--help` and the reference page.
         exit_codes: those that it can end with.
     """
@@ -79,6 +80,11 @@ COMMANDS = {
             (ExitCode.OK, ExitCode.USAGE, ExitCode.TRANSIENT),
         ),
         Command(
+            "bench",
+            "Measure a running server: pictures per second and the time of a request.",
+            (ExitCode.OK, ExitCode.USAGE, ExitCode.NO_SERVER, ExitCode.REFUSED),
+        ),
+        Command(
             "doctor",
             "Check this machine and say what to do about each problem.",
             (ExitCode.OK, ExitCode.USAGE, ExitCode.MODELS_FAILED),
@@ -87,6 +93,11 @@ COMMANDS = {
             "devices",
             "Show the devices that OpenVINO sees, with their memory.",
             (ExitCode.OK, ExitCode.USAGE, ExitCode.MODELS_FAILED),
+        ),
+        Command(
+            "import-ovms",
+            "Print the TOML that says the same as a repository of OpenVINO Model Server.",
+            (ExitCode.OK, ExitCode.USAGE),
         ),
         Command(
             "pull",

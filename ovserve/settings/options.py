@@ -106,6 +106,18 @@ class ModelSettings:
         "`builtin:shapes`.",
         aliases=("model_path",),
     )
+    source_model: str = _option(
+        "",
+        "Repository of a model hub, OWNER/NAME, that is downloaded as `ovserve pull` does, if it is not complete in "
+        "model_repository_path; in place of `path`. Until then, requests for the model get 503.",
+    )
+    revision: str = _option("main", "Branch, tag or commit of source_model.")
+    graph_options: str = _option(
+        "read",
+        "A `graph.pbtxt` of OpenVINO Model Server in the model's directory: `read`: its options apply; `ignore`.",
+        choices=("read", "ignore"),
+        reason="a directory that was made for that server keeps its limits and adapters",
+    )
     aliases: tuple[str, ...] = _option(
         (),
         "Further names for the request field `model`, separated by commas; `*` stands for every name that no model "
@@ -207,7 +219,11 @@ class ModelSettings:
         0, "CPU threads for one inference request; 0: measured and chosen at warm-up.", low=0, high=1024, unit="threads"
     )
     streams: int = _option(
-        0, "Concurrent inference requests on a CPU; 0: measured and chosen at warm-up.", low=0, high=256
+        0,
+        "Concurrent inference requests on a CPU; 0: measured and chosen at warm-up.",
+        low=0,
+        high=256,
+        aliases=("num_streams",),
     )
     max_batch: int = _option(
         0,
@@ -218,6 +234,18 @@ class ModelSettings:
     )
     default_resolution: Resolution | None = _option(None, "Result size when the request gives none.", unit="WxH")
     max_resolution: Resolution = _option(Resolution(4096, 4096), "Maximum width and height of a result.", unit="WxH")
+    resolution: tuple[Resolution, ...] = _option(
+        (),
+        "The only sizes that a request may name, as WxH, separated by blanks; the first is the default. With it, `n` "
+        "must be num_images_per_prompt (1), and `guidance_scale` the option of that name, or the model's own.",
+        unit="WxH",
+    )
+    num_images_per_prompt: int | None = _option(
+        None, "The only number of pictures of a request. Needs exactly one resolution.", low=1, high=64, unit="pictures"
+    )
+    guidance_scale: float | None = _option(
+        None, "The only guidance scale of a request. Needs exactly one resolution.", low=0, high=1000
+    )
     max_num_images_per_prompt: int = _option(
         10, "Maximum number of pictures for one request.", low=1, high=64, unit="pictures", reason="OpenAI's limit"
     )
@@ -313,6 +341,11 @@ class ModelSettings:
         return not self.is_lazy if self.pinned is None else self.pinned
 
     @property
+    def fixed_num_images(self) -> int | None:
+        """The only number of pictures that a request may ask for; None: up to the maximum."""
+        return (self.num_images_per_prompt or 1) if self.resolution else None
+
+    @property
     def further_names(self) -> tuple[str, ...]:
         """Every value of the request field `model` that this model serves, besides its name."""
         return (*self.all_aliases, *self.adapter_names)
@@ -360,6 +393,12 @@ class Settings:
     )
     port: int = _option(8000, "Port to listen on; 0: any free port.", low=0, high=65535, aliases=("rest_port",))
     models: tuple[ModelSettings, ...] = ()
+    ignored: tuple[str, ...] = ()  # what a reference server's files and flags say that has no meaning here
+    model_repository_path: Path | None = _option(
+        None,
+        "Directory of pulled models; without other models, those in it are served: its config.json, else each "
+        "directory with a graph.pbtxt or a model_index.json. None: `ovserve/models` in the user's data directory.",
+    )
     default_model: str = _option("", "Model for requests that name none; empty: the only model, if there is one.")
     ready_models: str = _option(
         "default",
