@@ -158,6 +158,15 @@ class ModelSettings:
         choices=("auto", "separate", "shared"),
         reason="adding an adapter must not change the pictures of requests that do not use it",
     )
+    vae_tile_px: int = _option(
+        1024,
+        "Side of the tiles in which engine `stepwise` decodes and encodes pictures of more than twice a tile's area; "
+        "0: never in tiles.",
+        low=0,
+        high=8192,
+        unit="pixels",
+        reason="the memory of a VAE grows with the area, and that of its attention with the square of the area",
+    )
     device: str = _option(
         "CPU",
         "OpenVINO device (`CPU`, `GPU.1`, `AUTO`, `HETERO:GPU,CPU`), or three separated by spaces: text encoder, "
