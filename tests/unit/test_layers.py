@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -91,6 +92,7 @@ def modules() -> dict[str, ast.Module]:
 MODULES = modules()
 
 
+@functools.cache
 def imports(tree: ast.Module) -> set[str]:
     """Return the full names that a module imports, inside functions too."""
     found: set[str] = set()
@@ -103,6 +105,7 @@ def imports(tree: ast.Module) -> set[str]:
     return found
 
 
+@functools.cache
 def own(tree: ast.Module) -> set[str]:
     """Return the modules of ovserve that a module imports, without the leading `ovserve.`."""
     found = set()
