@@ -40,6 +40,9 @@ LAZY_KEEP_ALIVE_S = 300.0  # of a lazy model whose option `keep_alive_s` is not 
 CATCH_ALL = "*"  # the alias for every name that no model has
 
 
+Replicas = int  # of the option `replicas`: 0 is written `auto`
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """The description of one option; its name, type and default are those of the dataclass field.
@@ -155,14 +158,28 @@ class ModelSettings:
         choices=("auto", "separate", "shared"),
         reason="adding an adapter must not change the pictures of requests that do not use it",
     )
+    vae_tile_px: int = _option(
+        1024,
+        "Side of the tiles in which engine `stepwise` decodes and encodes pictures of more than twice a tile's area; "
+        "0: never in tiles.",
+        low=0,
+        high=8192,
+        unit="pixels",
+        reason="the memory of a VAE grows with the area, and that of its attention with the square of the area",
+    )
     device: str = _option(
-        "CPU", "OpenVINO device, or three separated by spaces: text encoder, denoiser, VAE.", aliases=("target_device",)
+        "CPU",
+        "OpenVINO device (`CPU`, `GPU.1`, `AUTO`, `HETERO:GPU,CPU`), or three separated by spaces: text encoder, "
+        "denoiser, VAE. `auto`: the first GPU, or the CPU where there is none. `ovserve devices` lists them.",
+        aliases=("target_device",),
+        reason="it is always there",
     )
     engine: str = _option("auto", "Denoising engine.", choices=("auto", "genai", "stepwise"))
-    replicas: int = _option(
+    replicas: Replicas = _option(
         1,
-        "Worker processes for this model.",
-        low=1,
+        "Worker processes for this model; `auto`: between min_replicas and max_replicas, one more while jobs wait and "
+        "memory allows, one less when fewer would do.",
+        low=0,
         high=64,
         reason="each replica holds its own copy of the repacked weights",
     )
@@ -190,6 +207,8 @@ class ModelSettings:
         low=-100,
         high=100,
     )
+    min_replicas: int = _option(1, "Minimum number of workers with `replicas` = `auto`.", low=1, high=64)
+    max_replicas: int = _option(2, "Maximum number of workers with `replicas` = `auto`.", low=1, high=64)
     queue_limit: int = _option(
         64,
         "Maximum number of waiting jobs for this model; further requests get 429.",
@@ -302,6 +321,16 @@ class ModelSettings:
         unit="jobs",
         reason="a worker's memory stays flat; this is for a driver or a library whose memory does not",
     )
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers that a loaded model has at least."""
+        return self.replicas or self.min_replicas
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that a loaded model has at most."""
+        return self.replicas or self.max_replicas
 
     @property
     def is_lazy(self) -> bool:

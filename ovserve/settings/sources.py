@@ -73,11 +73,18 @@ def _parse_text(kind: str, text: str) -> Any:
         "tuple[str, ...]": lambda t: tuple(name for part in t.split(",") if (name := part.strip())),
         "int": lambda t: int(t, 10),
         "float": float,
+        "Replicas": lambda t: 0 if t == "auto" else _at_least_one(int(t, 10)),
         "Path": Path,
         "Resolution": Resolution.parse,
         "tuple[Resolution, ...]": _parse_resolutions,
     }
     return parsers[base](text)
+
+
+def _at_least_one(value: int) -> int:
+    if value < 1:
+        raise ValueError("must be at least 1, or auto")
+    return value
 
 
 def _parse_resolutions(text: str) -> tuple[Resolution, ...]:
@@ -100,6 +107,10 @@ def _from_toml(kind: str, value: object) -> Any:
         if not isinstance(value, str):
             raise ValueError("expected a string")
         return _parse_text(kind, value)
+    if base == "Replicas":
+        if value == "auto":
+            return 0
+        return _at_least_one(_from_toml("int", value))
     if base == "bool":
         if not isinstance(value, bool):
             raise ValueError("expected true or false")
@@ -250,6 +261,10 @@ def _check_model(model: ModelSettings) -> None:
     if model.keep_alive_s is not None and -1 < model.keep_alive_s < 0:
         raise SettingsError(
             f"model {model.name}: keep_alive_s is {model.keep_alive_s:g}; expected 0 or more, or -1 for ever"
+        )
+    if model.min_replicas > model.max_replicas:
+        raise SettingsError(
+            f"model {model.name}: min_replicas {model.min_replicas} is above max_replicas {model.max_replicas}"
         )
     if model.min_strength > model.max_strength:
         raise SettingsError(

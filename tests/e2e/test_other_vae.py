@@ -14,7 +14,7 @@ from ovserve.engines.protocol import Engine, Pixels, Preview
 from ovserve.engines.stepwise.engine import StepwiseEngine
 from ovserve.errors import ModelError
 from ovserve.models.profile import read_profile
-from ovserve.settings.options import ModelSettings
+from ovserve.settings.options import ModelSettings, Resolution
 from tests.pictures import directory_of, settings_of, work_of
 from tests.tinyvae import write_tiny_vae
 
@@ -87,3 +87,18 @@ def test_vae_without_an_encoder_leaves_generations(tmp_path: Path) -> None:
     vae = write_tiny_vae(tmp_path / "vae", levels=RED)
     (vae / "vae_encoder").rename(tmp_path / "elsewhere")
     assert read_profile(ModelSettings(name="m", path=MODEL, vae=vae)).tasks == {"text2image"}
+
+
+def test_large_picture_is_decoded_in_tiles() -> None:
+    wide = {"size": Resolution(320, 256), "num_inference_steps": 2}
+    (whole, tiled) = (loaded("stepwise", vae_tile_px=side) for side in (0, 128))
+    try:
+        for mode in ("text2image", "image2image"):
+            difference = np.abs(drawn(tiled, mode, **wide).astype(int) - drawn(whole, mode, **wide))
+            assert difference.any()
+            assert difference.mean() < 20  # of noise, which has no neighbourhood: the pictures of this model
+        small = {"size": Resolution(128, 128), "num_inference_steps": 2}
+        assert np.array_equal(drawn(tiled, "text2image", **small), drawn(whole, "text2image", **small))
+    finally:
+        whole.close()
+        tiled.close()

@@ -32,6 +32,7 @@ from ovserve.engines.families.protocol import Family, Feeds, Types
 from ovserve.engines.families.vae import VaeConfig, read_vae_config
 from ovserve.engines.schedulers.noise import Array
 from ovserve.engines.stepwise.lora import Loras
+from ovserve.engines.stepwise.tiling import Tiling
 from ovserve.errors import ModelError
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings
@@ -182,6 +183,11 @@ class Components:
     def denoiser_device(self) -> str:
         """Device of the denoiser."""
         return self._devices[1]
+
+    @property
+    def tiling(self) -> Tiling:
+        """The tiles in which the VAE decodes and encodes large pictures."""
+        return Tiling.of(self.settings.vae_tile_px, self.vae.scale)
 
     @property
     def denoiser_bytes(self) -> int:

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ from ovserve.engines.stepwise.previews import Previews, choose_shrink
 from ovserve.engines.stepwise.prompts import PromptEncoder
 from ovserve.engines.stepwise.shortcuts import parse_shortcuts
 from ovserve.engines.stepwise.slots import Finished, Slots
+from ovserve.engines.stepwise.tiling import decode_tiles
 from ovserve.engines.stepwise.tuning import LARGE_CALL_S, tune, warm_up
 from ovserve.errors import ApiError, BadRequest, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
@@ -286,7 +288,12 @@ class StepwiseEngine:
             self._start(_call_of_one("encode", picture), lambda requests: self._encoding.start(work, plan, requests))
         else:
             latents = self._family.decoder_input(decoded)
-            self._start(_call_of_one("decode", picture), lambda requests: run_decoder(requests.vae_decoder, latents))
+            tiling = self._components.tiling
+
+            def decode(requests: Requests) -> Pixels:
+                return decode_tiles(partial(run_decoder, requests.vae_decoder), latents, tiling)
+
+            self._start(_call_of_one("decode", picture), decode)
 
     def _start_denoising(self) -> bool:
         """Start the next denoising calls; return False if the next picture has to wait until all slots are free."""
