@@ -401,6 +401,31 @@ class Settings:
         reason="nothing is reachable from the network by default",
     )
     port: int = _option(8000, "Port to listen on; 0: any free port.", low=0, high=65535, aliases=("rest_port",))
+    listen: tuple[str, ...] = _option(
+        (),
+        "Addresses to listen on in place of `host` and `port`, separated by commas: `127.0.0.1:8000`, `[::1]:8000`, "
+        "`unix:/run/ovserve/http.sock`. With `tls_certificate`, IP addresses serve TLS; one written as "
+        "`http://127.0.0.1:8000` does not. Sockets from systemd (`LISTEN_FDS`) replace all of them.",
+    )
+    socket_mode: str = _option(
+        "600",
+        "Mode of the files of Unix sockets in `listen`, in octal digits: who may open one needs write permission.",
+        reason="only the server's user, until the operator decides for others",
+    )
+    tls_certificate: Path | None = _option(
+        None,
+        "PEM file with the server's certificate and those of the authorities between it and the root; it is read again "
+        "when it changes. None: no TLS.",
+    )
+    tls_key: Path | None = _option(
+        None, "PEM file with the certificate's private key, unencrypted; none: it is in the certificate's file."
+    )
+    tls_client_ca: Path | None = _option(
+        None,
+        "PEM file with the authorities of client certificates; clients without such a certificate are refused. None: "
+        "clients need no certificate.",
+    )
+    tls_handshake_timeout_s: float = _option(10.0, "Time limit for a TLS handshake.", low=0.1, high=300, unit="seconds")
     models: tuple[ModelSettings, ...] = ()
     ignored: tuple[str, ...] = ()  # what a reference server's files and flags say that has no meaning here
     model_repository_path: Path | None = _option(

@@ -56,6 +56,7 @@ _ACCESS_OPTIONS: Mapping[str, Callable[[str | None], object]] = {
 }
 _INNER_TABLES: Mapping[str, Callable[[object, str], Any]] = {"lora": parse_loras, "composite": parse_composites}
 _NAME_GRAMMAR = "expected at most 128 letters, digits and ._/:@-, beginning with a letter or digit"
+MAX_LISTENERS = 16  # in `listen`; each has three threads
 _SHOWN_CHARS = 100  # of a wrong value, quoted in a message
 
 
@@ -522,6 +523,27 @@ def _from_environment(environment: Mapping[str, str]) -> _Source:
     return dataclasses.replace(source, values={key: value for key, value in own.items() if value})
 
 
+def _check_listening(settings: Settings) -> None:
+    """Check where the server listens, and the options of TLS against each other. Raises SettingsError."""
+    for text in settings.listen:
+        try:
+            parse_listen(text)
+        except ValueError as error:
+            raise SettingsError(f"listen: {text[:_SHOWN_CHARS]!r}: {error}") from None
+    if len(set(settings.listen)) < len(settings.listen):
+        raise SettingsError("listen: an address is given twice")
+    if len(settings.listen) > MAX_LISTENERS:
+        raise SettingsError(f"listen: {len(settings.listen)} addresses; at most {MAX_LISTENERS} are allowed")
+    if not re.fullmatch("[0-7]{3,4}", settings.socket_mode) or int(settings.socket_mode, 8) & ~0o777:
+        raise SettingsError(f"socket_mode={_shown(settings.socket_mode)}: expected three octal digits, such as 660")
+    for text in (*settings.listen, settings.admin_listen or ""):
+        if text.startswith("https://") and settings.tls_certificate is None:
+            raise SettingsError(f"listen: {text} needs the option tls_certificate")
+    for name in ("tls_key", "tls_client_ca"):
+        if getattr(settings, name) is not None and settings.tls_certificate is None:
+            raise SettingsError(f"{name} has no effect without tls_certificate")
+
+
 def _read_model(
     sources: list[_Source], inner: Mapping[str, Any], root: Path | None, ignored: list[str]
 ) -> ModelSettings:
@@ -579,6 +601,7 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
             parse(getattr(settings, name))
         except ValueError as error:
             raise SettingsError(f"{name}: {error}") from None
+    _check_listening(settings)
     if settings.default_timeout_s > settings.max_timeout_s:
         raise SettingsError(
             f"default_timeout_s {settings.default_timeout_s:g} is above max_timeout_s {settings.max_timeout_s:g}"
