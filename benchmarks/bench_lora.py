@@ -1,4 +1,4 @@
-"""Measure what LoRA adapters cost: CPU time of a row of the UNet and time to compile it, by number and rank of adapters.
+"""Measure what LoRA adapters cost: CPU time of a row of the UNet, and time to compile it, by their number and rank.
 
     python -m benchmarks.bench_lora --save
 
