@@ -46,6 +46,7 @@ SETS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("bench_server", "--save"),
         ("bench_ipc", "--save"),
         ("bench_recovery", "--save"),
+        ("bench_shares", "--save"),
     ),
 }
 

@@ -127,6 +127,7 @@ class Account:
         self.used = 0
         self._changed = threading.Condition()
         self._holdings: dict[str, dict[Holding, None]] = {}  # by client: those that hold something, the newest last
+        self._totals: dict[str, int] = {}  # what each of these clients holds
         self._waiting: dict[str, float] = {}  # clients that found no room, with the time at which they no longer count
 
     def open(self, client: str, end: Callable[[], None] | None = None) -> Holding:
@@ -141,7 +142,7 @@ class Account:
     def held_by(self, client: str) -> int:
         """Return what one client holds."""
         with self._changed:
-            return self._held_by(client)
+            return self._totals.get(client, 0)
 
     def share_of(self, client: str) -> int:
         """Return a client's share now."""
@@ -205,17 +206,17 @@ class Account:
     def _add(self, holding: Holding, amount: int) -> None:
         holding.amount += amount
         self.used += amount
-        own = self._holdings.setdefault(holding.client, {})
+        client = holding.client
+        own = self._holdings.setdefault(client, {})
+        self._totals[client] = self._totals.get(client, 0) + amount
+        if amount > 0:
+            self._waiting.pop(client, None)
         if holding.amount:
             own.setdefault(holding)
-            self._waiting.pop(holding.client, None) if amount > 0 else None
         else:
             own.pop(holding, None)
         if not own:
-            del self._holdings[holding.client]
-
-    def _held_by(self, client: str) -> int:
-        return sum(each.amount for each in self._holdings.get(client, ()))
+            del self._holdings[client], self._totals[client]
 
     def _share(self, client: str, limit: int) -> int:
         now = self.now()
@@ -232,7 +233,7 @@ class Account:
         None if the client would exceed its share, or no other client can give way.
         """
         share = self._share(holding.client, limit)
-        if self._held_by(holding.client) + amount > share:
+        if self._totals.get(holding.client, 0) + amount > share:
             return None
         self._note_waiting(holding.client)
         ending = self._ending()

@@ -15,7 +15,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -32,12 +32,15 @@ from ovserve.fleet.supervisor import Supervisor
 from ovserve.folders import user_cache
 from ovserve.front.keys import read_admin_keys, read_keys
 from ovserve.front.listener import Listener
+from ovserve.hub.background import Pulls
 from ovserve.logs import configure_logs, fields
 from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog, ServedModel, read_catalog
+from ovserve.models.fingerprint import fingerprint
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.access import parse_listen
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.watch import Watch, state_of
 from ovserve.wire.local.file_pool import MAX_POOLED_FILES
 from ovserve.wire.local.launcher import LocalLauncher
 from ovserve.wire.local.spool import Spool, default_directory
@@ -68,18 +71,30 @@ log = logging.getLogger(__name__)
 class Server:
     """One front end and all its parts. Call `run` once, from the main thread."""
 
-    def __init__(self, settings: Settings, reread: Callable[[], Settings]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        reread: Callable[[], Settings],
+        config: Path | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         """Check the configuration as far as possible without a worker, and bind the port.
 
         Args:
             settings: the settings.
             reread: reads the settings again, for a reload.
+            config: the configuration file, to be watched.
+            variables: the environment for pulls from a hub, with its token; None: that of this process.
 
         Raises:
             StartupError: a model directory is wrong, the port is taken, the spool directory cannot be used.
         """
+        self._pulls = Pulls(os.environ if variables is None else variables, self._try_reload)
+        settings, pending = self._pulls.resolve(settings)
         self._settings = settings
         self._reread = reread
+        self._config = config
+        self._watch = Watch(self._watched_state, self._try_reload, settings.watch_interval_s)
         self._reloading = threading.Lock()
         self._serving = threading.Lock()  # guards the API's settings and catalog, which two threads replace
         self._is_announced = False
@@ -94,7 +109,7 @@ class Server:
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         _raise_descriptor_limit(settings)
-        catalog = _read_models(settings)
+        catalog = dataclasses.replace(_read_models(settings), pending=pending)
         self._spool = Spool(
             settings.spool_dir or default_directory(),
             settings.spool_bytes,
@@ -140,6 +155,9 @@ class Server:
         self._api.store.start()
         for listener in self._listeners:
             listener.start()
+        self._pulls.start()
+        if self._settings.watch:
+            self._watch.start()
         try:
             if not self._await_ready():
                 return 0
@@ -165,6 +183,9 @@ class Server:
             statuses = self._supervisor.status().values()
             if is_settled and statuses and all(status.failed for status in statuses):
                 raise ModelsFailed("; ".join(f"model {status.name}: {status.reason}" for status in statuses))
+            pending = self._api.catalog.pending.values()
+            if not statuses and pending and all(model.state.has_failed for model in pending):
+                raise ModelsFailed("; ".join(f"model {model.name}: {model.reason}" for model in pending))
             number = _next_signal(POLL_S)
             if number == signal.SIGHUP:
                 self._reload_on_signal()
@@ -229,8 +250,9 @@ class Server:
             number = self._newest_reload.number + 1
             self._newest_reload = ReloadStatus(number, is_reading=True)
             try:
-                settings = self._reread()
+                settings, pending = self._pulls.resolve(self._reread())
                 catalog, keys, admin_keys = _read_models(settings), read_keys(settings), read_admin_keys(settings)
+                catalog = dataclasses.replace(catalog, pending=pending)
                 running = self._api.settings
                 if (settings.log_level, settings.log_format) != (running.log_level, running.log_format):
                     configure_logs(settings.log_level, settings.log_format)
@@ -285,6 +307,15 @@ class Server:
         if self._is_announced and not self._api.is_stopping:
             systemd.notify_ready(self._status_line())
 
+    def _watched_state(self) -> str:
+        """Return a text that changes when a file that a reload reads has changed. Runs in: the watch thread."""
+        settings = self._api.settings
+        named = [self._config, settings.api_key_file, settings.admin_key_file]
+        models = [
+            fingerprint(model.profile.directory, model.limits.cache_dir) for model in self._api.catalog.models.values()
+        ]
+        return "\n".join([state_of([path for path in named if path is not None]), *models])
+
     def _drain(self) -> None:
         """Reject new jobs and wait for those in flight, up to the grace period. A second signal ends the process.
 
@@ -318,7 +349,9 @@ class Server:
 
     def _stop(self) -> None:
         """Stop all parts. Jobs over the grace period get an error response before their connections are closed."""
+        self._watch.stop()
         self._dispatcher.drain()
+        self._pulls.stop()
         self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S if not self._active_exchanges() else 0))
         self._dispatcher.close()
         for listener in self._listeners:
@@ -332,7 +365,7 @@ class Server:
 
 # Options that a reload changes; all others are fixed at start.
 RELOADED = frozenset((
-    "models", "default_model", "ready_models", "max_images", "max_image_pixels", "max_image_side_px",
+    "models", "ignored", "default_model", "ready_models", "max_images", "max_image_pixels", "max_image_side_px",
     "max_prepared_bytes", "default_timeout_s", "sdapi_previews",
     "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
     "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "min_resident_s",
@@ -411,7 +444,8 @@ def check_settings(settings: Settings) -> tuple[Catalog, int]:
     """
     Store(settings)
     read_admin_keys(settings)
-    return _read_models(settings), len(read_keys(settings))
+    settings, pending = Pulls({}, lambda: None).resolve(settings)
+    return dataclasses.replace(_read_models(settings), pending=pending), len(read_keys(settings))
 
 
 def _read_models(settings: Settings) -> Catalog:

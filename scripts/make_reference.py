@@ -18,6 +18,8 @@ from ovserve.api.sdapi.fields import IMG2IMG, TXT2IMG
 from ovserve.cli.commands import COMMANDS
 from ovserve.errors import ApiError
 from ovserve.metrics import WATCHED, Metrics
+from ovserve.models.classes import CLASSES, ENGINES
+from ovserve.models.families import CLASSIFIER_FREE, FAMILIES
 from ovserve.settings.options import ModelSettings, Settings, options_of
 from ovserve.settings.sources import ENVIRONMENT_PREFIX
 
@@ -118,6 +120,30 @@ def _metrics() -> Iterator[str]:
         yield f"| `{name}` | {', '.join(watched.labels)} | {_cell(watched.text)} |"
 
 
+def _classes() -> Iterator[str]:
+    yield "| class | family | genai | stepwise | references | strength | negative prompt | window |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, row in CLASSES.items():
+        traits = FAMILIES[row.family]
+        serving = [found for engine in ENGINES if (found := row.serving(engine)) is not None]
+        if not serving:
+            continue
+        tasks = [", ".join(sorted(found.tasks)) if (found := row.serving(engine)) else "" for engine in ENGINES]
+        references = " / ".join(str(found.references) for found in serving) if traits.edits_by_reference else ""
+        negative = traits.guidance == CLASSIFIER_FREE and any(found.negative_prompt for found in serving)
+        window = traits.t5.tokens if traits.t5 else traits.window
+        cells = [
+            f"`{name}`",
+            row.family,
+            *tasks,
+            references,
+            "" if traits.edits_by_reference else "yes",
+            "yes" if negative else "",
+            str(window or "the encoder's"),
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
 def _commands() -> Iterator[str]:
     yield "| command | what it does | exit codes |"
     yield "|---|---|---|"
@@ -161,6 +187,14 @@ def make_reference() -> str:
         "LoRA adapters are inner tables, as many as there are adapters: `[[model.lora]]` with `alias` (the file's name",
         "without its ending, if left out), `path` (a `.safetensors` file) and `alpha` (1; from -100 to 100), and",
         "`[[model.composite]]` with `alias` and `components`, a table of weights by adapter or a list of adapters.",
+        "",
+        "## Pipeline classes",
+        "",
+        "The class is `_class_name` in `model_index.json`; others are refused. A model has these tasks as far as its",
+        "directory has the components; a UNet with nine channels only inpaints. `references`: the most images",
+        "of one edit that are references, by engine. The window is in tokens, those of a chat template included.",
+        "",
+        *_classes(),
         "",
         "## Request fields",
         "",

@@ -45,7 +45,7 @@ class Faults:
         redirect_to: base URL that large files are redirected to.
         gated: token that is needed; "": none.
         no_ranges: ignore Range.
-        hold: an event that the content of a large file waits for after its first bytes.
+        hold: an event that the content of a large file waits for after its first half.
         commit: name of the current commit.
         listed: replaces the listing.
     """
@@ -91,7 +91,11 @@ class FakeHub:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(http.server.ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None:
+                pass  # a client that ends its pull
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -201,11 +205,11 @@ class FakeHub:
         request.end_headers()
         try:
             if faults.hold and is_large:
-                request.wfile.write(body[:100])
+                request.wfile.write(body[: len(body) // 2])
                 request.wfile.flush()
                 self.holding.set()
                 faults.hold.wait(60)
-                body = body[100:]
+                body = body[len(body) // 2 :]
             if faults.drop_after and len(body) > faults.drop_after and self._takes("drops"):
                 request.wfile.write(body[: faults.drop_after])
                 request.wfile.flush()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import numpy as np
 
-from ovserve.engines.protocol import Features, Outcome, Preview, Work
+from ovserve.engines.protocol import Features, Outcome, Pixels, Preview, Work
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings
 from ovserve.settings.worker import WorkerSettings
@@ -61,6 +63,38 @@ class FlatEngine:
 
     def close(self) -> None:
         self._works.clear()
+
+
+class CountingEngine(FlatEngine):
+    """Paints each picture in the grey that is the number of earlier works whose pixels still exist, without the GC."""
+
+    capacity = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: list[weakref.ref[Pixels]] = []
+
+    def load(self, beat: Callable[[str], None]) -> None:
+        super().load(beat)
+        gc.collect()
+        gc.disable()
+
+    def admit(self, work: Work) -> None:
+        super().admit(work)
+        assert work.initial_image is not None
+        self._seen.append(weakref.ref(work.initial_image))
+
+    def turn(self) -> Sequence[Outcome]:
+        count = sum(seen() is not None for seen in self._seen[:-1])
+        return [Outcome(done.work, np.full_like(done.pixels, count)) for done in super().turn()]
+
+
+def counting_main(
+    link: WorkerLink, blobs: WorkerBlobs, profile: ModelProfile, model: ModelSettings, settings: WorkerSettings
+) -> NoReturn:
+    """Run a worker with the counting engine; the spawn target."""
+    create_engine = lambda _profile, _model: (CountingEngine(), "test")  # noqa: E731
+    JobRunner(link, blobs, profile, model, settings, create_engine=create_engine).run()
 
 
 def main(

@@ -19,6 +19,7 @@ __all__ = ["BUILTIN_NAME", "BUILTIN_PATH", "LiveServer", "children_of", "is_aliv
 BUILTIN_PATH = "builtin:shapes"  # the built-in model as the option `path`
 BUILTIN_NAME = "ovserve-builtin"  # the built-in model as the request field `model`
 PINNED = ["--streams", "2", "--threads", "1", "--max_batch", "8"]
+_MODELS = {"--config", "--config_path", "--model_repository_path"}  # flags that name the models
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 
@@ -53,10 +54,10 @@ class LiveServer:
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        defaults = ["--port", "0"] if "--port" not in arguments else []
-        if "--config" not in arguments and "--engine" not in arguments:
+        defaults = ["--port", "0"] if not {"--port", "--rest_port"} & set(arguments) else []
+        if not _MODELS & set(arguments) and "--engine" not in arguments:
             defaults += PINNED  # without it, each start measures threads and streams for seconds
-        if model is not None and not {"--config", "--model_path"} & set(arguments):
+        if model is not None and not {*_MODELS, "--model_path"} & set(arguments):
             defaults += ["--model_path", model]
         variables = {key: value for key, value in os.environ.items() if not key.startswith("OVSERVE_")}
         if spool:

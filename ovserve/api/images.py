@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 import time
 from collections.abc import Generator
 
@@ -29,6 +30,7 @@ from ovserve.errors import (
     InternalError,
     InvalidValue,
     ModelNotFound,
+    NotReady,
     StoreFull,
     StoreUnusable,
 )
@@ -45,6 +47,7 @@ STREAM_HEAD_WAIT_S = (
 LOADING_HEAD_WAIT_S = 2.0  # the same while the model is loading: the client then sees the progress
 WAITING_POLL_S = 1.0  # how often a stream looks what its waiting job waits for
 KEEP_ALIVE_S = 15.0  # idle time on a stream before a comment line is sent; clients time out after 300
+CATALOG_WAIT_S = 1.0  # a reload replaces the catalog some milliseconds after it has removed a model
 DRAINING_RETRY_S = 5  # Retry-After while draining; another or the restarted instance answers by then
 BASE_PATH = "/v1"  # of the base URL that messages suggest
 OVERRUN_S = 30.0  # the handler gives up if a job is still unsettled this long after its deadline
@@ -64,6 +67,7 @@ class Images:
     ) -> None:
         self.settings = settings  # a reload replaces settings and catalog as a whole
         self.catalog = catalog
+        self._changed = threading.Condition()
         self._dispatcher = dispatcher
         self._store = store
         self._metrics = metrics
@@ -76,6 +80,52 @@ class Images:
                 f"The path names {path_model[:200]!r}, which is not a model; {base_url_hint(exchange)}.", param="model"
             )
         form = self.read_form(exchange)  # may take minutes, so catalog and settings are read afterwards
+        job, parameters = self._admit_form(exchange, form, endpoint, path_model)
+        try:
+            if parameters.stream:
+                return self._reply_stream(exchange, job, parameters)
+            return self._reply_json(exchange, job, parameters)
+        except BaseException:
+            self.end_job(job)
+            job.close()
+            raise
+
+    def _admit_form(
+        self, exchange: Exchange, form: Form, endpoint: str, path_model: str | None
+    ) -> tuple[Job, Parameters]:
+        """Validate a request and admit its job. Raises ApiError.
+
+        A reload may remove the model in between, and give its name to another one: then the request is validated again,
+        as if it had come a moment later.
+        """
+        catalog = self.catalog
+        parameters = self._parse(exchange, form, endpoint, path_model)
+        try:
+            return self.admit(exchange, parameters), parameters
+        except (ModelNotFound, NotReady):
+            if not self._is_removed(parameters.model.name) or not self._await_catalog(other_than=catalog):
+                raise
+        parameters = self._parse(exchange, form, endpoint, path_model)
+        return self.admit(exchange, parameters), parameters
+
+    def configure(self, settings: Settings, catalog: Catalog) -> None:
+        """Replace settings and catalog, for all requests from now on."""
+        with self._changed:
+            self.settings, self.catalog = settings, catalog
+            self._changed.notify_all()
+
+    def _is_removed(self, name: str) -> bool:
+        try:
+            return self._dispatcher.status(name).reason == "unloading"
+        except ModelNotFound:
+            return True
+
+    def _await_catalog(self, *, other_than: Catalog) -> bool:
+        """Wait for the catalog of a reload that has begun; return whether there is another one."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.catalog is not other_than, CATALOG_WAIT_S)
+
+    def _parse(self, exchange: Exchange, form: Form, endpoint: str, path_model: str | None) -> Parameters:
         parameters = parse_parameters(form, endpoint, path_model, self.catalog, self.settings)
         if parameters.response_format == "url" and not self._base_url(exchange):
             raise InvalidValue(
@@ -85,15 +135,7 @@ class Images:
             )
         if parameters.response_format == "url":
             self._check_store()
-        job = self.admit(exchange, parameters)
-        try:
-            if parameters.stream:
-                return self._reply_stream(exchange, job, parameters)
-            return self._reply_json(exchange, job, parameters)
-        except BaseException:
-            self.end_job(job)
-            job.close()
-            raise
+        return parameters
 
     def read_form(self, exchange: Exchange) -> Form:
         """Read the body of a request for pictures, unless the server drains. Raises ApiError and ClientGone."""

@@ -28,7 +28,9 @@ def awaited_models(settings: Settings, catalog: Catalog, statuses: Mapping[str, 
     started = [name for name in names if name in statuses and (statuses[name].ready or statuses[name].workers)]
     if is_one_enough and started:
         return []
-    return [name for name in names if name not in started and not (name in statuses and statuses[name].failed)]
+    failed = {name for name, status in statuses.items() if status.failed}
+    failed |= {model.name for model in catalog.pending.values() if model.state.has_failed}
+    return [name for name in names if name not in started and name not in failed]
 
 
 def _selected(settings: Settings, catalog: Catalog, statuses: Mapping[str, ModelStatus]) -> tuple[list[str], bool]:
@@ -36,4 +38,5 @@ def _selected(settings: Settings, catalog: Catalog, statuses: Mapping[str, Model
     which = settings.ready_models
     if which == "default" and catalog.default_name:
         return [catalog.default_name], False
-    return list(statuses), which != "all"
+    pending = {model.name for model in catalog.pending.values()}  # they are being pulled
+    return [*statuses, *sorted(pending)], which != "all"

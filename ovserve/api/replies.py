@@ -16,6 +16,7 @@ from ovserve.api.windows import Base64Windows
 from ovserve.dispatch.jobs import Job, Partial, Result
 from ovserve.dispatch.statuses import QueuePlace
 from ovserve.models.catalog import Catalog, ServedModel
+from ovserve.models.pending import PendingModel
 from ovserve.wire.messages import Prepared, Progress
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "model_object",
     "models_object",
     "partial_event",
+    "pending_object",
     "progress_comment",
     "queue_comment",
     "timing_headers",
@@ -237,6 +239,23 @@ def model_object(model: ServedModel, name: str, created: int, status: Mapping[st
     }
 
 
+def pending_object(model: PendingModel, name: str, created: int) -> dict[str, Any]:
+    """Return OpenAI's Model object for a model that is being pulled: its repository, and how much of it is there."""
+    state = model.state
+    pull = {"percent": state.percent, "left_s": state.left_s, "repository": model.repository}
+    return {
+        "id": name,
+        **({"alias_of": model.name} if name != model.name else {}),
+        "object": "model",
+        "created": created,
+        "owned_by": "ovserve",
+        "ready": False,
+        "reason": model.reason,
+        "state": "failed" if state.has_failed else "pulling",
+        "pulling": pull,
+    }
+
+
 def _names_of(model: ServedModel, name: str, adapters: Mapping[str, float]) -> dict[str, Any]:
     """Return what the Model object under one name says of the model's other names."""
     if adapters:
@@ -252,4 +271,5 @@ def models_object(catalog: Catalog, statuses: Mapping[str, Mapping[str, Any]]) -
         model_object(model, name, catalog.created, statuses.get(model.name, {}))
         for name, model in catalog.listed().items()
     ]
+    entries += [pending_object(model, name, catalog.created) for name, model in catalog.pending.items()]
     return {"object": "list", "data": entries}

@@ -25,7 +25,7 @@ from ovserve.api.pages import EDITOR_PAGE, STATUS_PAGE, page_file
 from ovserve.api.parameters.fields import EDIT, GENERATION, VARIATION
 from ovserve.api.readiness import awaited_models, is_ready
 from ovserve.api.reloads import ReloadStatus
-from ovserve.api.replies import json_reply, model_object, models_object
+from ovserve.api.replies import json_reply, model_object, models_object, pending_object
 from ovserve.api.sdapi.details import detail_document
 from ovserve.api.sdapi.endpoints import SDAPI, SDAPI_PREFIX, Endpoint, SdApi
 from ovserve.api.status import LastErrors, status_document
@@ -177,8 +177,8 @@ class ImagesApi:
 
     def configure(self, settings: Settings, catalog: Catalog) -> None:
         """Replace settings and catalog, for all requests from now on."""
-        self.settings = self.images.settings = settings
-        self.catalog = self.images.catalog = catalog
+        self.settings, self.catalog = settings, catalog
+        self.images.configure(settings, catalog)
 
     def awaited_models(self) -> list[str]:
         """Return the models that the start of the server still waits for, by the option `ready_models`."""
@@ -388,6 +388,8 @@ def _models(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
 
 
 def _model(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Reply:
+    if pending := api.catalog.pending.get(params["id"]):
+        return json_reply(pending_object(pending, params["id"], api.catalog.created))
     model = api.catalog.find(params["id"])
     status = _status_fields(api, api.dispatcher.status(model.name))
     return json_reply(model_object(model, params["id"], api.catalog.created, status))
@@ -416,7 +418,10 @@ def _ready(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     document = {
         "ready": ready,
         "draining": draining,
-        "models": {name: {"ready": status.ready, "reason": status.reason} for name, status in statuses.items()},
+        "models": {
+            **{name: {"ready": status.ready, "reason": status.reason} for name, status in statuses.items()},
+            **{model.name: {"ready": False, "reason": model.reason} for model in api.catalog.pending.values()},
+        },
     }
     return json_reply(document, 200 if ready else 503, {} if ready else {"retry-after": "2"})
 
@@ -430,6 +435,11 @@ def _model_ready(api: ImagesApi, _: Exchange, params: Mapping[str, str]) -> Repl
 def _config(api: ImagesApi, _: Exchange, __: Mapping[str, str]) -> Reply:
     """Return each model's state in the form of the model server's configuration API, and what the newest reload did."""
     document: dict[str, dict[str, object]] = {}
+    for pending in api.catalog.pending.values():
+        has_failed = pending.state.has_failed
+        error = {"error_code": "UNKNOWN" if has_failed else "OK", "error_message": pending.reason}
+        version = {"version": "1", "state": "END" if has_failed else "LOADING", "status": error}
+        document[pending.name] = {"model_version_status": [version]}
     reload = api.reload_status()
     for name, status in _model_statuses(api).items():
         state = "AVAILABLE" if status.ready else "END" if status.failed else "LOADING"

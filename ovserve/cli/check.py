@@ -34,6 +34,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _lines(settings: Settings, catalog: Catalog, keys: int) -> Iterator[str]:
     yield f"configuration is valid: host {settings.host}, port {settings.port}, {keys} API keys"
+    for ignored in settings.ignored:
+        yield f"without effect: {ignored}"
+    for pending in dict.fromkeys(catalog.pending.values()):
+        yield f"model {pending.name}: to be pulled from {pending.repository} at {pending.revision}"
     for name, model in catalog.models.items():
         profile, limits = model.profile, model.limits
         default = " (default)" if name == settings.default_model else ""

@@ -15,14 +15,20 @@ class ExitCode(enum.IntEnum):
     OK = 0, "The command did its work. A server was stopped by a signal and finished its jobs."
     ABORTED = 1, "A second signal ended the server at once, and jobs in flight were lost; or a bug."
     USAGE = 2, "Wrong command line or wrong configuration. Another start would end in the same way."
+    NO_SERVER = 3, "No server answers at the URL, or the connection ended before the picture came."
+    REFUSED = 4, "The server answered with an error, which is printed."
     MODELS_FAILED = (
         69,  # EX_UNAVAILABLE
-        "The server ended at its start because no model could be loaded: device or driver missing, too little memory.",
+        "No model can be loaded: device or driver missing, too little memory. The server ends at its start.",
     )
     TRANSIENT = (
         75,  # EX_TEMPFAIL of sysexits(3); systemd shows small numbers by the names of LSB scripts
         "The server cannot start because of a fault that may pass: port in use, model directory missing, disk full.",
     )
+    CANCELLED = (
+        130,
+        "The user stopped the command with Ctrl-C; the server stops the job at the next step.",
+    )  # 128 + SIGINT
 
     text: str
 
@@ -39,7 +45,8 @@ class Command:
     """One subcommand.
 
     Attributes:
-        name: the word after `ovserve`, and the module in this package that holds `run(arguments) -> int`.
+        name: the word after `ovserve`, and, with underscores, the module in this package that holds `run(arguments) ->
+            int`.
         text: what it does, one sentence for `--help` and the reference page.
         exit_codes: those that it can end with.
     """
@@ -50,10 +57,18 @@ class Command:
 
 
 DEFAULT_COMMAND = "serve"
+_PICTURE_CODES = (ExitCode.OK, ExitCode.USAGE, ExitCode.NO_SERVER, ExitCode.REFUSED, ExitCode.CANCELLED)
 COMMANDS = {
     command.name: command
     for command in (
-        Command("serve", "Start the server. The default.", tuple(ExitCode)),
+        Command(
+            "serve",
+            "Start the server. The default.",
+            (ExitCode.OK, ExitCode.ABORTED, ExitCode.USAGE, ExitCode.MODELS_FAILED, ExitCode.TRANSIENT),
+        ),
+        Command("edit", "Change pictures after a prompt, with a running server.", _PICTURE_CODES),
+        Command("generate", "Make a picture from a prompt, with a running server.", _PICTURE_CODES),
+        Command("vary", "Make variations of pictures, with a running server.", _PICTURE_CODES),
         Command(
             "check",
             "Read the configuration and the models' directories, start nothing, and print what `serve` would serve.",
@@ -65,9 +80,24 @@ COMMANDS = {
             (ExitCode.OK, ExitCode.USAGE, ExitCode.TRANSIENT),
         ),
         Command(
+            "bench",
+            "Measure a running server: pictures per second and the time of a request.",
+            (ExitCode.OK, ExitCode.USAGE, ExitCode.NO_SERVER, ExitCode.REFUSED),
+        ),
+        Command(
+            "doctor",
+            "Check this machine and say what to do about each problem.",
+            (ExitCode.OK, ExitCode.USAGE, ExitCode.MODELS_FAILED),
+        ),
+        Command(
             "devices",
             "Show the devices that OpenVINO sees, with their memory.",
             (ExitCode.OK, ExitCode.USAGE, ExitCode.MODELS_FAILED),
+        ),
+        Command(
+            "import-ovms",
+            "Print the TOML that says the same as a repository of OpenVINO Model Server.",
+            (ExitCode.OK, ExitCode.USAGE),
         ),
         Command(
             "pull",

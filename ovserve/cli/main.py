@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, rest = arguments[0], arguments[1:]
         if name not in COMMANDS:
             usage_error(f"unknown command {name[:100]!r}{nearest(name, list(COMMANDS))}")
-    run = importlib.import_module(f"ovserve.cli.{name}").run
+    run = importlib.import_module(f"ovserve.cli.{name.replace('-', '_')}").run
     try:
         return int(run(rest))
     finally:

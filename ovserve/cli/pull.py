@@ -20,16 +20,17 @@ from ovserve.hub.environment import endpoint_of, is_offline, token_of
 from ovserve.hub.listing import check_path, check_repository, check_revision
 from ovserve.hub.progress import BarReporter, JsonReporter, QuietReporter, Reporter
 from ovserve.hub.pull import Puller, PullRequest
-from ovserve.hub.stored import default_root
 from ovserve.hub.transfer import Stopped
+from ovserve.settings.repositories import default_root
 
-__all__ = ["parse_requests", "pull_all", "run"]
+__all__ = ["parse_requests", "pull_all", "reporter_for", "run"]
 
 _DESCRIPTION = """Download a model from a hub into the directory of pulled models, to be served with --source_model or
 --model_path. Only the files that the server reads are downloaded. A pull that was interrupted continues where it ended.
 A repository that is no OpenVINO export is converted with optimum-cli, in an environment that uv makes when it is first
 needed. Variables: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, https_proxy, no_proxy."""
 MAX_CONNECTIONS = 16
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ROOT_VARIABLES = ("OVSERVE_MODEL_REPOSITORY_PATH", "OVMS_MODEL_REPOSITORY_PATH")
 
 
@@ -57,6 +58,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--no_memory_check", action="store_true", help="pull a model that does not fit into this machine's memory too"
     )
+    parser.add_argument("--no_conversion", action="store_true", help="refuse a model that must be converted")
     parser.add_argument(
         "--extra_quantization_params", default="", metavar="TEXT", help="further arguments for optimum-cli"
     )
@@ -89,6 +91,7 @@ def parse_requests(arguments: Sequence[str], environment: Mapping[str, str]) -> 
             connections=connections,
             is_offline=bool(values["offline"]) or is_offline(environment),
             replaces=bool(values["overwrite_models"]),
+            converts=not values["no_conversion"],
             checks_memory=not values["no_memory_check"],
             arguments=extra,
         )
@@ -113,8 +116,14 @@ def _checked(what: str, value: str, check: object) -> str:
 def run(arguments: Sequence[str]) -> int:
     """Pull what the arguments name; return the exit code."""
     requests, is_json = parse_requests(arguments, os.environ)
-    reporter: Reporter = JsonReporter() if is_json else BarReporter() if sys.stderr.isatty() else QuietReporter()
-    return pull_all(requests, reporter, os.environ)
+    return pull_all(requests, reporter_for(is_json=is_json), os.environ)
+
+
+def reporter_for(*, is_json: bool) -> Reporter:
+    """Return what shows the progress: JSON lines, a bar on a terminal, or a line for each event."""
+    if is_json:
+        return JsonReporter()
+    return BarReporter() if sys.stderr.isatty() else QuietReporter()
 
 
 def pull_all(requests: Sequence[PullRequest], reporter: Reporter, environment: Mapping[str, str]) -> ExitCode:
@@ -132,6 +141,9 @@ def pull_all(requests: Sequence[PullRequest], reporter: Reporter, environment: M
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, end)
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        )  # a server blocks them
         for request in requests:
             found = Puller(client, request, reporter, stop).run()
             if not isinstance(reporter, JsonReporter):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -14,7 +15,10 @@ from pathlib import Path
 from ovserve import __version__
 from ovserve.cli.arguments import ArgumentParser
 from ovserve.cli.commands import ExitCode
+from ovserve.cli.export import export
+from ovserve.cli.modelserver import read_command_line
 from ovserve.errors import ModelsFailed, StartupError
+from ovserve.hub.environment import SECRETS
 from ovserve.logs import configure_logs, fields
 from ovserve.server import Server
 from ovserve.settings.options import ModelSettings, Settings, options_of
@@ -63,10 +67,18 @@ def parse_arguments(
     Raises:
         SettingsError: an option, a variable or the file is wrong.
     """
-    flags = _parser(command, description).parse(arguments)
-    config = flags.pop("config", None) or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG") or None
-    values = {name: str(value) for name, value in flags.items()}
-    return load_settings(values, environment, Path(str(config)) if config else None)
+    line = read_command_line(arguments)
+    flags = _parser(command, description).parse(line.arguments)
+    config = _config_of(flags, environment)
+    values = {name: str(value) for name, value in flags.items() if name != "config"}
+    settings = load_settings(values, environment, config)
+    return dataclasses.replace(settings, ignored=(*line.ignored, *settings.ignored))
+
+
+def _config_of(flags: Mapping[str, object], environment: Mapping[str, str]) -> Path | None:
+    """Return the configuration file that the flags or the environment name."""
+    named = flags.get("config") or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG")
+    return Path(str(named)) if named else None
 
 
 def _take_environment() -> dict[str, str]:
@@ -80,6 +92,8 @@ def _take_environment() -> dict[str, str]:
     for variable in environment:  # in every spelling that names the option
         if variable.startswith(ENVIRONMENT_PREFIX) and variable.removeprefix(ENVIRONMENT_PREFIX).lower() in secrets:
             os.environ.pop(variable, None)
+    for variable in SECRETS:  # of the hub; only its own process gets them
+        os.environ.pop(variable, None)
     is_value = False
     for index, argument in enumerate(sys.argv):
         name, equals, _ = argument.removeprefix("--").replace("-", "_").partition("=")
@@ -92,23 +106,35 @@ def _take_environment() -> dict[str, str]:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the server until a signal stops it; return the exit code."""
+    mode = read_command_line(arguments).mode
+    if mode != "serve":
+        return export(mode, arguments, parse_arguments)
     try:
         environment = _take_environment()
         settings = parse_arguments(arguments, environment)
         configure_logs(settings.log_level, settings.log_format)
+        log_ignored(settings)
         if foreign := service_variables(environment):
             log.info(
                 "ignored environment variables that Kubernetes sets for a Service",
                 extra=fields(ignored=", ".join(foreign)),
             )
         try:
-            server = Server(settings, lambda: parse_arguments(arguments, environment))
+            line = read_command_line(arguments).arguments
+            config = _config_of(_parser("serve", _DESCRIPTION).parse(line), environment)
+            server = Server(settings, lambda: parse_arguments(arguments, environment), config, environment)
         except (OSError, MemoryError) as error:
             log.debug("cannot start", exc_info=True)
             return _end(report_error(f"cannot start: {str(error) or type(error).__name__}", ExitCode.TRANSIENT))
         return _end(server.run())
     except StartupError as error:
         return _end(report_error(str(error), _exit_code(error)))
+
+
+def log_ignored(settings: Settings) -> None:
+    """Log once what a reference server's files and flags say that has no meaning here."""
+    if settings.ignored:
+        log.warning("without effect: %s", "; ".join(settings.ignored))
 
 
 def report_error(message: str, code: ExitCode) -> ExitCode:

@@ -210,7 +210,13 @@ class Dispatcher:
     # --- server and supervisor threads --------------------------------------------------------------------------------
 
     def add_model(
-        self, name: str, queue_limit: int, settings: Settings | None = None, *, is_on_demand: bool = False
+        self,
+        name: str,
+        queue_limit: int,
+        settings: Settings | None = None,
+        *,
+        is_on_demand: bool = False,
+        queues_first_load: bool = False,
     ) -> None:
         """Add a model, or change its limits.
 
@@ -220,6 +226,7 @@ class Dispatcher:
             settings: new settings after a reload; they replace those of the constructor.
             is_on_demand: whether the model's workers are started when a job arrives. A model that has been unloaded
                 is on demand in any case.
+            queues_first_load: whether a new model queues jobs before it was ready for the first time.
         """
         self._settings = settings or self._settings
         largest = largest_picture_bytes(self._settings, name)
@@ -228,6 +235,7 @@ class Dispatcher:
             if model is None:
                 wanted = 0 if is_on_demand else 1
                 model = ModelQueue(name, FairQueue(queue_limit), largest, wanted=wanted, is_on_demand=is_on_demand)
+                model.queues_first_load = queues_first_load
                 self._models[name] = model
             else:
                 # Jobs admitted under the old limits may still produce pictures of the old size.

@@ -215,6 +215,7 @@ class ModelQueue:
         refusal: why it could not be loaded when that was last tried; empty if it could.
         keep_alive_s: `keep_alive` of the newest request; None if it has none.
         is_on_demand: whether it admits jobs while it has no workers, which are then started.
+        queues_first_load: whether jobs wait also while it loads for the first time, because a reload has added it.
         job_s: mean seconds that a job spends in a worker; 0 before the first.
         last_used_at: monotonic time at which its newest job was admitted or has ended; 0 before the first.
     """
@@ -232,6 +233,7 @@ class ModelQueue:
     refusal: str = ""
     keep_alive_s: float | None = None
     is_on_demand: bool = False
+    queues_first_load: bool = False
     job_s: float = 0.0
     last_used_at: float = 0.0
 
@@ -275,7 +277,7 @@ class ModelQueue:
             raise NotReady(f"Model {self.name!r} is being unloaded.", retry_after_s=NOT_READY_RETRY_S)
         if self.failure:
             raise self.failed_error(failed_retry_s)
-        if not self.was_ready and not self.is_on_demand:
+        if not (self.was_ready or self.is_on_demand or self.queues_first_load):
             raise NotReady(f"Model {self.name!r} is loading.", retry_after_s=NOT_READY_RETRY_S)
         if not self.has_space_for(client):
             raise QueueFull(

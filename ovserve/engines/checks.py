@@ -32,6 +32,7 @@ WORKER_FIELDS = frozenset((
     "task", "images", "mask", "mask_mode", "mask_invert", "mask_blur", "mask_fill", "mask_area", "mask_padding",
     "width", "height", "resize_mode", "n", "seed", "truncate_prompt", "output_format", "output_compression",
     "background", "metadata", "progress", "preferred_strength", "preferred_scheduler", "quality", "input_pixels",
+    "input_fidelity",
 ))  # fmt: skip
 _DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(ImageRequest)}
 

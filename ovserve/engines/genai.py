@@ -17,11 +17,12 @@ Runs in: worker, device thread; counting tokens also in the prepare thread.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,6 @@ class GenaiEngine:
             raise ModelError(f"model {self._profile.name}: {_first_line(error)}") from error
 
     def _build(self, beat: Callable[[str], None]) -> None:
-        directory = str(self._profile.directory)
         first = next(task for task in ("inpainting", "image2image", "text2image") if task in self._profile.tasks)
         kinds = {
             "inpainting": og.InpaintingPipeline,
@@ -145,10 +145,11 @@ class GenaiEngine:
             "image2image": og.Image2ImagePipeline,
         }
         # Construct uncompiled, then compile(): the constructor holds the GIL, compile() does not.
-        main = kinds[first](directory)
-        beat("load")
-        devices = self._settings.device.split()
-        main.compile(*devices, **self._properties(devices))
+        with _one_directory(self._profile) as directory:
+            main = kinds[first](str(directory))
+            beat("load")
+            devices = self._settings.device.split()
+            main.compile(*devices, **self._properties(devices))
         beat("load")
         self._pipelines[first] = main
         for task in sorted(self._profile.tasks - {first}):
@@ -327,6 +328,22 @@ class GenaiEngine:
             raise InvalidValue(
                 f"size: this model failed at {work.width}x{work.height} before; use another size", param="size"
             )
+
+
+@contextlib.contextmanager
+def _one_directory(profile: ModelProfile) -> Iterator[Path]:
+    """Yield a directory with all components of a model: the library reads a model from one."""
+    if profile.vae is None:
+        yield profile.directory
+        return
+    with tempfile.TemporaryDirectory(prefix="ovserve-model-") as folder:
+        for part in profile.directory.iterdir():
+            if part.name not in ("vae_decoder", "vae_encoder"):
+                Path(folder, part.name).symlink_to(part)
+        for name in ("vae_decoder", "vae_encoder"):
+            if profile.component(name).is_dir():
+                Path(folder, name).symlink_to(profile.component(name).absolute())
+        yield Path(folder)
 
 
 def make_scheduler(profile: ModelProfile, name: str = "") -> Any:

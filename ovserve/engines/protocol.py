@@ -202,10 +202,11 @@ def warm_up_work(profile: ModelProfile, *, num_inference_steps: int, size: Resol
         size: of the picture; None: the native size.
     """
     size, with_mask = size or profile.native, "inpainting" in profile.tasks
+    with_image = with_mask or "text2image" not in profile.tasks
     return Work(
         job="",
         picture=0,
-        mode="inpainting" if with_mask else "text2image",
+        mode="inpainting" if with_mask else "image2image" if with_image else "text2image",
         prompt="a picture",
         negative_prompt="",
         width=size.width,
@@ -214,7 +215,7 @@ def warm_up_work(profile: ModelProfile, *, num_inference_steps: int, size: Resol
         guidance_scale=profile.traits.engine_guidance(profile.defaults.guidance_scale),
         strength=1.0,
         seed=0,
-        initial_image=np.full((size.height, size.width, 3), 127, np.uint8) if with_mask else None,
+        initial_image=np.full((size.height, size.width, 3), 127, np.uint8) if with_image else None,
         mask_image=np.full((size.height, size.width), 255, np.uint8) if with_mask else None,
     )
 

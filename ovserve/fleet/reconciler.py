@@ -3,7 +3,8 @@
     desired record                      fleets of the model
     none                                serving fleet finishes its jobs, then retires; the model is removed
     same worker key as the serving one  the serving fleet adopts it in place; no process changes
-    another worker key                  an incoming fleet starts beside the serving one and takes over when ready
+    another worker key                  an incoming fleet starts beside the serving one and takes over when ready; if
+                                        there is no memory for both, the serving one ends first and requests wait
     another one, whose workers fail     the serving fleet stays; not tried again until the next `set_desired`
 
 A worker that has finished `max_jobs_per_worker` jobs is worn: its fleet gets one more slot, and when the worker in that
@@ -57,6 +58,7 @@ class ModelFleets:
         retiring: fleets whose slots are all retired and whose workers finish their jobs.
         rejected: a record whose workers have failed.
         rejection: why they have failed.
+        is_in_place: the incoming fleet starts when the workers of the serving one have exited.
         is_removed: the model is no longer desired, and admits no jobs.
     """
 
@@ -65,6 +67,7 @@ class ModelFleets:
     retiring: list[Fleet] = field(default_factory=list)
     rejected: DesiredModel | None = None
     rejection: str = ""
+    is_in_place: bool = False
     is_removed: bool = False
 
     def __iter__(self) -> Iterator[Fleet]:
@@ -84,7 +87,7 @@ class Reconciler:
 
     Attributes:
         models: the fleets by model name, removed models included until their workers have exited.
-        has_room: whether there is memory for one more worker of a record.
+        has_room: whether there is memory for this many more workers of a record.
         outcomes: what has become of each desired record since the last `set_desired`. Replaced as a whole, so that
             other threads may read it.
     """
@@ -98,7 +101,7 @@ class Reconciler:
         self._dispatcher = dispatcher
         self._retire = retire
         self._on_serving = on_serving
-        self.has_room: Callable[[DesiredModel], bool] = lambda _: True
+        self.has_room: Callable[[DesiredModel, int], bool] = lambda _record, _count: True
         self._desired: dict[str, DesiredModel] = {}
         self.models: dict[str, ModelFleets] = {}
         self.outcomes: Mapping[str, Outcome] = {}
@@ -255,7 +258,7 @@ class Reconciler:
             if not is_same:
                 self._on_serving(record)
         count = record.workers
-        if fleet.needs_successor(count) and (len(fleet.active_slots) > count or self.has_room(record)):
+        if fleet.needs_successor(count) and (len(fleet.active_slots) > count or self.has_room(record, 1)):
             count += 1
         for slot in fleet.surplus_slots(count):
             if slot.is_worn and slot.link is not None:
@@ -271,14 +274,22 @@ class Reconciler:
         if record is entry.rejected:
             self._keep_serving(entry, record.workers)
             return
+        count = record.workers
         if entry.incoming is None:
             entry.incoming = Fleet(record)
-        old, new, count = entry.serving, entry.incoming, record.workers
+            entry.is_in_place = bool(entry.serving.slots) and not self.has_room(record, count)
+            if entry.is_in_place:
+                log.info("no memory for new workers beside the old ones", extra=fields(model=record.name))
+        old, new = entry.serving, entry.incoming
         if new.desired is not record:
             new.adopt(record)
         for slot in new.surplus_slots(count):
             self._retire(slot)
-        new.fill_slots(count)
+        if entry.is_in_place:
+            for slot in old.slots:
+                self._retire(slot)
+        if not (entry.is_in_place and old.slots):
+            new.fill_slots(count)
         ready = len(new.ready_slots)
         # New workers of which some are ready are better than old ones of which none is.
         is_needed = ready and not old.ready_slots
@@ -288,9 +299,11 @@ class Reconciler:
             self._abort_incoming(entry)
             return
         keep = 0 if ready >= count else max(0, old.model.replicas - ready)
+        if entry.is_in_place and not ready and count:
+            return  # the old workers have been retired, and the new ones load
         for slot in old.surplus_slots(keep):
             self._retire(slot)
-        if not keep:
+        if not keep or entry.is_in_place:
             self._take_over(entry)
 
     def _take_over(self, entry: ModelFleets) -> None:

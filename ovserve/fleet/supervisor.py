@@ -178,7 +178,9 @@ class Supervisor:
         desired = desired_models(settings, profiles)
         for name, record in desired.items():
             if name not in self._reconciler.models:  # at once: requests that follow the new catalog may name it
-                self._dispatcher.add_model(name, record.model.queue_limit, settings, is_on_demand=record.model.is_lazy)
+                self._dispatcher.add_model(
+                    name, record.model.queue_limit, settings, is_on_demand=record.model.is_lazy, queues_first_load=True
+                )
         self._queue_call(lambda: self._set_desired(settings, desired))
         # A request that was checked against the new catalog must not reach workers that are about to be retired.
         with self._changed:
@@ -270,7 +272,7 @@ class Supervisor:
             self._dispatcher.reject_queued(name, reason)
         self._dispatcher.set_waiting(decision.waiting)
         spare = math.inf if decision.spare_bytes is None else decision.spare_bytes
-        self._reconciler.has_room = lambda record: self._estimates.worker_bytes(record) <= spare
+        self._reconciler.has_room = lambda record, count: count * self._estimates.worker_bytes(record) <= spare
         self._unloads.update(name for name, count in before.items() if count and decision.workers.get(name) == 0)
         self._reconciler.reconcile()
 
@@ -424,7 +426,9 @@ class Supervisor:
                     fleet.desired.profile, fleet.model, WorkerSettings.of(fleet.settings), slot.index, incarnation
                 )
             )
-        except LaunchError as error:  # back off, whatever is missing
+        except Exception as error:  # whatever a launcher is missing, the other slots go on
+            if not isinstance(error, LaunchError):
+                log.exception("launcher failed", extra=fields(model=fleet.name))
             slot.deaths += 1
             slot.restart_at = time.monotonic() + slot.backoff_s()
             log.warning("worker cannot be started", extra=fields(model=fleet.name, index=slot.index, why=str(error)))

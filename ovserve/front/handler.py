@@ -10,19 +10,16 @@ client closes.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
 from ovserve.accounts import Holding
 from ovserve.api.exchange import (
-    Api,
     Chunk,
     FileReply,
     JsonReply,
@@ -32,50 +29,29 @@ from ovserve.api.exchange import (
     StreamReply,
     windows_of,
 )
-from ovserve.deadline import Deadline
-from ovserve.errors import (
-    ApiError,
-    ClientGone,
-    InternalError,
-    LengthRequired,
-    MalformedRequest,
-    RequestTimeout,
-    SpoolFull,
-    UnsupportedMediaType,
-)
-from ovserve.front.access import Access
+from ovserve.errors import ApiError, ClientGone, MalformedRequest, RequestTimeout
 from ovserve.front.body import Body
-from ovserve.front.forms.form import read_form
-from ovserve.front.forms.spooled import SpooledForm
+from ovserve.front.context import ConnectionContext
+from ovserve.front.exchange import CLIENT_GONE, HttpExchange, log_access, log_bug
 from ovserve.front.http1.events import encode_event
-from ovserve.front.http1.forwarded import TrustedProxies
 from ovserve.front.http1.head import METHODS, Head, HeadParser
 from ovserve.front.http1.response import (
     CONTINUE,
     JSON_TYPE,
     NO_CONTENT,
-    Responses,
     error_content,
     error_fields,
     reason_phrase,
 )
-from ovserve.front.linger import Linger
-from ovserve.front.request import Request, escape_for_log, internal_error, network_of, new_request_id
+from ovserve.front.request import escape_for_log, network_of, new_request_id
 from ovserve.front.transport import Transport
-from ovserve.logs import LogLimit, fields
-from ovserve.settings.options import Settings
-from ovserve.wire.blobs import BlobStore
+from ovserve.logs import fields
 
-__all__ = ["Connection", "ConnectionContext"]
+__all__ = ["Connection"]
 
-MAX_DISCARD_BYTES = (
-    64 * 1024
-)  # read and drop up to this much of an unread body to keep the connection; beyond it, close
-CLIENT_GONE = 499  # status in the log when the client left before it was answered
 # Some clients send an extra line break after a body. It does not begin a request (RFC 9112 section 2.2), so the
 # connection still counts as idle.
 NO_REQUEST_YET = (b"", b"\r", b"\r\n")
-ENDED_RETRY_S = 2  # Retry-After of a request that gave way to another client
 LAST_CHUNK = b"0\r\n\r\n"
 BATCH_BYTES = 256 * 1024  # responses are produced and sent in pieces of about this size
 # The answer to OPTIONS *, which is about the server as a whole: RFC 9110 section 9.3.7.
@@ -85,162 +61,6 @@ EVENTS_TYPE = "text/event-stream"
 STREAM_FIELDS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 log = logging.getLogger(__name__)
-
-
-class ConnectionContext(Protocol):
-    """What the connections of one listener share; the listener implements it."""
-
-    @property
-    def settings(self) -> Settings:
-        """The limits."""
-
-    @property
-    def api(self) -> Api[Any]:
-        """Answers requests."""
-
-    @property
-    def spool(self) -> BlobStore:
-        """Stores uploads."""
-
-    @property
-    def responses(self) -> Responses:
-        """Encodes response heads."""
-
-    @property
-    def access(self) -> Access:
-        """Decides which requests are served."""
-
-    @property
-    def proxies(self) -> TrustedProxies:
-        """The reverse proxies whose forwarded fields count."""
-
-    @property
-    def linger(self) -> Linger:
-        """Takes over connections whose client may still send after the answer."""
-
-    @property
-    def rejections(self) -> LogLimit:
-        """Limits the log lines of rejected connections."""
-
-    @property
-    def closes_connections(self) -> bool:
-        """Whether responses close their connections, because the server will drain soon."""
-
-    @property
-    def is_draining(self) -> bool:
-        """Whether each connection ends after its current exchange."""
-
-
-class HttpExchange(Request):
-    """One exchange of a connection; implements `api.exchange.Exchange`."""
-
-    def __init__(self, connection: Connection, head: Head, address: str) -> None:
-        super().__init__(head, address)
-        self._connection = connection
-        self._form: SpooledForm | None = None
-        self.body: Body | None = None
-        self.status = 0  # of the response whose head has been written
-        self.error: ApiError | None = None  # sent to the client, as a response or as the last event of a stream
-        self.keeps_connection = head.keep_alive
-        self.is_rejected = False  # with an error after which the bytes that follow cannot be parsed reliably
-        self.ended_by: ApiError | None = None  # why the exchange has to end early, to make room for another client
-        self._holding: Holding | None = None
-        self._on_release: Callable[[], None] | None = None  # the form was offered
-
-    @property
-    def holding(self) -> Holding:
-        """What its segments count for. The first use is after the access check, which knows the client."""
-        if self._holding is None:
-            error = SpoolFull(
-                "This request gave way: its client holds more than its share of the spool, and another one waits.",
-                retry_after_s=ENDED_RETRY_S,
-            )
-            end = functools.partial(self._connection.end_exchange, self, error)
-            self._holding = self._connection.spool.account.open(self.client, end)
-        return self._holding
-
-    def required_rate(self) -> float:
-        """Return the bytes a second that the client has to transfer now because of what it holds; 0 for none."""
-        return self._holding.required_rate() if self._holding is not None else 0.0
-
-    def check_ended(self) -> None:
-        """Raise the error with which the exchange has to end early, if it has to."""
-        if self.ended_by is not None:
-            raise self.ended_by
-
-    def read_form(self) -> SpooledForm:
-        """Return the form, which lives until the exchange ends; the first call reads the body.
-
-        Raises:
-            ApiError: the body is malformed, over a limit, too slow, or of an unsupported type.
-            ClientGone: the connection ended before the body did.
-        """
-        if self._form is None:
-            coding = self.header("content-encoding")
-            if coding and coding.lower() != "identity":
-                raise UnsupportedMediaType(
-                    f"Content-Encoding {coding[:40]!r} is not supported; send the body without a content coding",
-                    headers={"Accept-Encoding": "identity"},
-                )
-            if self.head.content_length is None and not self.head.is_chunked:
-                raise LengthRequired("the request has neither content-length nor transfer-encoding; send one of them")
-            if self.body is None:
-                raise ValueError("the exchange has ended")
-            settings, spool = self._connection.settings, self._connection.spool
-            self._form = read_form(self.body, self.header("content-type"), spool, settings, self.holding)
-        return self._form
-
-    def wait(self, descriptor: int, deadline: Deadline) -> bool:
-        """Wait until `descriptor` is readable, and return False at the deadline.
-
-        Raises:
-            ClientGone: the client closes, or has closed.
-            ApiError: the exchange has to end early.
-        """
-        self.check_ended()
-        return self._connection.transport.wait(descriptor, deadline)
-
-    def can_keep(self) -> bool:
-        """Return whether the connection persists: the client allows it, and the unread body is short enough."""
-        body = self.body
-        if not self.keeps_connection or body is None or body.is_complete:
-            return self.keeps_connection
-        # A client that waits for 100 may or may not send the body (RFC 9110 section 10.1.1); a chunked body has no
-        # known length.
-        return (
-            body.expected is not None
-            and body.expected - body.received <= MAX_DISCARD_BYTES
-            and not self.head.expects_continue
-        )
-
-    def release_form(self) -> None:
-        """Release the spool segments of the form."""
-        if self._form is not None:
-            self._form.release()
-
-    def offer_form(self, on_release: Callable[[], None]) -> None:
-        """Let the form be released instead of ending the exchange; `on_release` is called before."""
-        self._on_release = on_release
-
-    def give_way(self, error: ApiError) -> bool:
-        """Release the form if it was offered, else note the error to end with; return whether the exchange goes on.
-
-        Runs in: the thread of another client.
-        """
-        on_release, self._on_release = self._on_release, None
-        if on_release is None or self._form is None or self._holding is None:
-            self.ended_by = self.ended_by or error
-            return False
-        self._holding.keep()  # before it gives back: that wakes the client that needs the room
-        on_release()
-        self._form.release()
-        return True
-
-    def close(self) -> None:
-        """End the exchange: it no longer gives way to others."""
-        self.release_form()
-        if self._holding is not None:
-            self._holding.close()
 
 
 class Connection:
@@ -266,7 +86,6 @@ class Connection:
         self._context = context
         self._responses = context.responses
         self.settings = context.settings
-        self.spool = context.spool
         self.transport = Transport(connection, context.settings.write_timeout_s)
         self._parser = HeadParser(context.settings)
         self._is_first = True  # no request has been received yet
@@ -363,7 +182,14 @@ class Connection:
         match: RouteMatch = self._context.api.match(head.method, head.path)
         self.in_flight = True
         started = time.perf_counter()
-        exchange = HttpExchange(self, head, self._context.proxies.client_address(self._address, head.fields))
+        exchange = HttpExchange(
+            head,
+            self._context.proxies.client_address(self._address, head.fields),
+            transport=self.transport,
+            spool=self._context.spool,
+            settings=self.settings,
+            end=self.end_exchange,
+        )
         with self._idle_lock:
             self._exchange = exchange
         self.transport.required_rate = exchange.required_rate
@@ -380,7 +206,7 @@ class Connection:
             self.place.move(self._network)
             self.in_flight = False
             if log.isEnabledFor(logging.INFO):
-                _log_access(exchange, sent, started)
+                log_access(exchange, sent, started)
         return self._finish_exchange(exchange)
 
     def _read_head(self) -> Head | None:
@@ -459,7 +285,7 @@ class Connection:
                 raise
             return self._write_error(exchange, match, exchange.ended_by)  # the client is still there
         except Exception as error:  # noqa: BLE001 - on a bug, the client gets an answer and the thread continues
-            return self._write_error(exchange, match, _log_bug(exchange, error))
+            return self._write_error(exchange, match, log_bug(exchange, error))
 
     def _check_access(self, exchange: HttpExchange, match: RouteMatch) -> None:
         try:
@@ -627,7 +453,7 @@ def _encode_events(
         exchange.error = error
         yield _error_event(error)
     except Exception as error:  # noqa: BLE001 - on a bug, the stream ends with an error event and the thread continues
-        yield _error_event(_log_bug(exchange, error))
+        yield _error_event(log_bug(exchange, error))
 
 
 def _error_event(error: ApiError) -> Sequence[Chunk]:
@@ -635,31 +461,3 @@ def _error_event(error: ApiError) -> Sequence[Chunk]:
     return encode_event(
         "error", [json.dumps({"type": "error", **error.body()}, ensure_ascii=False).encode("utf-8", "replace")]
     )
-
-
-def _log_bug(exchange: HttpExchange, error: Exception) -> InternalError:
-    """Log an unexpected exception with its traceback, and return the error for the client."""
-    log.error("unexpected error", extra=fields(id=exchange.id), exc_info=error)
-    return internal_error(exchange.id)
-
-
-def _log_access(exchange: HttpExchange, sent: int, started: float) -> None:
-    """Log one line for a request. The path stays percent-encoded, which makes it safe to log."""
-    log_fields: dict[str, object] = {
-        "bytes": sent,
-        "ms": round((time.perf_counter() - started) * 1000, 1),
-        "id": exchange.id,
-        "address": exchange.address,
-        **exchange.notes,
-    }
-    if exchange.key:
-        log_fields["key"] = exchange.key
-    if exchange.client_request_id:
-        log_fields["client_id"] = exchange.client_request_id
-    if exchange.error is not None:
-        log_fields["code"] = exchange.error.code
-        if exchange.error.param:
-            log_fields["param"] = escape_for_log(exchange.error.param)
-        log_fields["why"] = escape_for_log(exchange.error.message)
-    path = exchange.head.target.partition("?")[0]
-    log.info("%s %s %d", exchange.method, path, exchange.status, extra=fields(**log_fields))

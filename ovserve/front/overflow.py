@@ -23,7 +23,7 @@ from typing import NoReturn
 from ovserve.api.exchange import Chunk, Form, JsonReply, RouteMatch, StreamReply, windows_of
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError, ClientGone, TooManyConnections
-from ovserve.front.handler import ConnectionContext
+from ovserve.front.context import ConnectionContext
 from ovserve.front.http1.head import HeadParser
 from ovserve.front.http1.response import JSON_TYPE
 from ovserve.front.request import Request, escape_for_log, internal_error, network_of, new_request_id

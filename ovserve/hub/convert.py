@@ -36,13 +36,16 @@ _TERMINATE_S = 5.0
 _SHOWN_LINES = 4  # of the log, in the message of a failed conversion
 _SHOWN_CHARS = 700
 _MADE = ".made"  # file that marks an environment as complete
+_TASK = "text-to-image"  # of every class: the class decides what is exported, but a directory needs a task
 # The default group of 128 weights does not divide the layers of SD 1.5; layers that 64 does not divide either stay
 # at int8.
 _INT4 = ("--group-size", "64", "--group-size-fallback", "ignore")
 # What a conversion inherits: no token, and nothing that points to a model hub.
 _KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "XDG_CACHE_HOME", "http_proxy", "https_proxy", "no_proxy",
          "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "OMP_NUM_THREADS")  # fmt: skip
-_FORBIDDEN = ("--trust-remote-code", "--model", "-m", "--output", "--cache_dir", "--weight-format")
+_FORBIDDEN = (
+    "--trust-remote-code", "--model", "--task", "--library", "-m", "--output", "--cache_dir", "--weight-format",
+)  # fmt: skip
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -106,6 +109,7 @@ class Converter:
         self._make_environment(log)
         command = [
             str(self._directory / "bin" / "optimum-cli"), "export", "openvino",
+            "--library", "diffusers", "--task", _TASK,
             "--model", str(source), "--weight-format", weight_format,
             *(_INT4 if weight_format == "int4" and "--group-size" not in arguments else ()), *arguments, str(target),
         ]  # fmt: skip

@@ -57,6 +57,7 @@ class PullRequest:
         connections: files that are received at once.
         is_offline: use only what is on disk.
         replaces: replace a directory that was not made by a pull.
+        converts: convert a pipeline that is no OpenVINO export; otherwise refuse it.
         checks_memory: refuse a model that does not fit into this machine's memory.
         arguments: further arguments for optimum-cli.
     """
@@ -69,8 +70,14 @@ class PullRequest:
     connections: int = 4
     is_offline: bool = False
     replaces: bool = False
+    converts: bool = True
     checks_memory: bool = True
     arguments: tuple[str, ...] = ()
+
+    @property
+    def directory(self) -> Path:
+        """Where the complete files are put."""
+        return Place(self.root, self.repository).directory
 
 
 def find_pulled(root: Path, repository: str, revision: str, weight_format: str = "") -> Path | None:
@@ -141,6 +148,11 @@ class Puller:
         files = select_source(listing) if converts else select_model(listing)
         self._check_class(listing)
         self._check_memory(files, weight_format)
+        if converts and not request.converts:
+            raise HubError(
+                f"{request.repository} is no OpenVINO export, and a server converts none; convert it before with "
+                f"`ovserve pull {request.repository} --model-repository-path {request.root}`"
+            )
         if converts:
             self._converter.check()
         elif request.weight_format:

@@ -23,9 +23,10 @@ from pathlib import Path
 from ovserve.errors import HubError
 from ovserve.hub.transfer import Stopped
 
-__all__ = ["RECORD", "Place", "PullRecord", "default_root", "is_complete", "locked", "put_in_place", "read_record"]
+__all__ = ["RECORD", "Place", "PullRecord", "is_complete", "locked", "put_in_place", "read_record"]
 
 RECORD = ".ovserve-pull.json"
+KEPT_FILES = ("graph.pbtxt",)  # written beside a pulled model, and not part of its repository
 LOCK_POLL_S = 0.2
 LOCK_STALL_S = 900.0  # without any change of a pull's files: a conversion may write nothing for minutes
 _MAX_RECORD_BYTES = 16 * 1024 * 1024
@@ -85,12 +86,6 @@ class Place:
         return self._beside("old")
 
 
-def default_root() -> Path:
-    """Return the directory of pulled models if none is named: `ovserve/models` in the user's data directory."""
-    base = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
-    return Path(base) / "ovserve" / "models"
-
-
 def read_record(directory: Path) -> PullRecord | None:
     """Return the record of a directory; None if it was not made by a pull, or the record cannot be read."""
     try:
@@ -125,6 +120,9 @@ def put_in_place(source: Path, place: Place, record: PullRecord) -> None:
     temporary = source / f"{RECORD}.new"
     temporary.write_text(json.dumps(asdict(record), indent=1) + "\n", "utf-8")
     os.replace(temporary, source / RECORD)
+    for name in KEPT_FILES:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy2(place.directory / name, source / name)
     shutil.rmtree(place.old, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         os.rename(place.directory, place.old)

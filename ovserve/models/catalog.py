@@ -9,11 +9,14 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from ovserve.errors import MissingParameter, ModelNotFound
+from ovserve.errors import MissingParameter, ModelNotFound, NotReady
+from ovserve.models.pending import PendingModel
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import CATCH_ALL, ModelSettings, Settings
 
 __all__ = ["Catalog", "ServedModel", "read_catalog"]
+
+PENDING_RETRY_S = 30.0  # for a request for a model that is being pulled
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,12 @@ class ServedModel:
     def name(self) -> str:
         """The value of the request field `model`."""
         return self.profile.name
+
+    @property
+    def fixed_guidance_scale(self) -> float:
+        """The only guidance scale of a request, where the option `resolution` is set."""
+        fixed = self.limits.guidance_scale
+        return self.profile.defaults.guidance_scale if fixed is None else fixed
 
     @property
     def cuts_prompt(self) -> bool:
@@ -45,12 +54,16 @@ class Catalog:
     aliases: Mapping[str, str] = field(default_factory=dict)
     adapters: frozenset[str] = frozenset()  # those of them that are adapters or composites
     created: int = field(default_factory=lambda: int(time.time()))
+    pending: Mapping[str, PendingModel] = field(default_factory=dict)  # models that are being pulled, by name and alias
 
     @property
     def default_name(self) -> str:
         """Name of the model for requests that name none; empty: they must name one."""
         if self.default:
-            return self.name_of(self.default)
+            return self.default if self.default in self.pending else self.name_of(self.default)
+        if self.pending:  # as if they were there already
+            names = {*self.models, *(model.name for model in self.pending.values())}
+            return next(iter(names)) if len(names) == 1 else ""
         return next(iter(self.models)) if len(self.models) == 1 else ""
 
     def find(self, name: str | None) -> ServedModel:
@@ -59,16 +72,20 @@ class Catalog:
         Raises:
             ModelNotFound: no model has this name.
             MissingParameter: `name` is None, there are several models and no default.
+            NotReady: the model is being pulled.
         """
         if name is None:
             name = self.default_name
         if not name:
             message = f"model is missing; choose one of: {_quoted(self.models)}."
             raise MissingParameter(message, param="model")
+        if name in self.pending:
+            message = f"The model {name!r} is not ready: {self.pending[name].reason}."
+            raise NotReady(message, retry_after_s=PENDING_RETRY_S)
         found = self.models.get(self.name_of(name))
         if found is None:
             message = (
-                f"The model {name[:200]!r} does not exist; available: {_quoted(self.listed())}. "
+                f"The model {name[:200]!r} does not exist; available: {_quoted([*self.listed(), *self.pending])}. "
                 "The server's option aliases adds further names."
             )
             raise ModelNotFound(message, param="model")

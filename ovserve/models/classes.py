@@ -68,7 +68,9 @@ CLASSES: Mapping[str, PipelineClass] = {
     "StableDiffusionPipeline": PipelineClass("stable-diffusion", _EVERY, _EVERY),
     "StableDiffusionInpaintPipeline": PipelineClass("stable-diffusion", _EVERY, _EVERY),
     "StableDiffusionImg2ImgPipeline": PipelineClass("stable-diffusion", None, _EVERY),
-    "StableDiffusionInstructPix2PixPipeline": PipelineClass("instruct-pix2pix"),
+    "StableDiffusionInstructPix2PixPipeline": PipelineClass(
+        "instruct-pix2pix", None, Serving(frozenset({IMAGE2IMAGE}), references=1)
+    ),
     "LatentConsistencyModelPipeline": PipelineClass("lcm", _EVERY, _EVERY),
     "LatentConsistencyModelImg2ImgPipeline": PipelineClass("lcm", None, _EVERY),
     "StableDiffusionXLPipeline": PipelineClass("sdxl", _EVERY, _EVERY),
@@ -100,8 +102,13 @@ def describe_images(references: int) -> str:
 
 
 def class_named(name: str, directory: Path) -> PipelineClass:
-    """Return the row of a pipeline class. Raises ModelError for a class that no engine serves."""
+    """Return the row of a pipeline class. Raises ModelError for a class that no engine serves, and for a refiner."""
     found = CLASSES.get(name)
+    if name == "StableDiffusionXLImg2ImgPipeline" and not (directory / "text_encoder").is_dir():
+        raise ModelError(
+            f"{directory}: this is an SDXL refiner, which has no first text encoder and only finishes pictures of a "
+            "base model; it is not served. Set model_path to the base model"
+        )
     if found is None or not found.engines:
         served = ", ".join(served for served, row in CLASSES.items() if row.engines)
         raise ModelError(f"{directory}: model_index.json has _class_name {name!r}; served are {served}")

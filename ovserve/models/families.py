@@ -80,6 +80,7 @@ class FamilyTraits:
             2022, arXiv:2207.12598, which engines and other families use; 0 is off in both.
         empty_negative_prompt: what stands for a negative prompt that was not given, where there is guidance.
         edits_by_reference: an edit starts from noise and sees the image as a condition, so it has no strength.
+        has_image_guidance: a second guidance scale says how closely the result follows the image.
         rounds_steps_up: an edit runs its steps times its strength rounded up. Flow matching cuts the number of steps
             that are left out to an integer; the other families cut the number that runs.
         fixes_guidance: OpenVINO GenAI fixes with a model's first picture whether there is guidance.
@@ -102,6 +103,7 @@ class FamilyTraits:
     guidance_offset: float = 0.0
     empty_negative_prompt: str = ""
     edits_by_reference: bool = False
+    has_image_guidance: bool = False
     rounds_steps_up: bool = False
     fixes_guidance: bool = False
     generates_by_edit: bool = False
@@ -147,6 +149,7 @@ FAMILIES: Mapping[str, FamilyTraits] = {
         defaults=Defaults(100, 7.5, 1.0, 1.0, 1.0),
         takes_schedulers=True,
         edits_by_reference=True,
+        has_image_guidance=True,
     ),
     "sdxl": FamilyTraits(
         denoiser="unet",

@@ -69,6 +69,7 @@ class ModelProfile:
         presets: the presets that the model declares: `quality` name to the fields it sets.
         cuts_prompt: a prompt that is too long is cut, unless the request or the operator says otherwise.
         drops_unknown_words: where a prompt may be cut, words without a token of their own are left out of it.
+        vae: the directory whose `vae_decoder` and `vae_encoder` replace the model's, or None.
         denoiser_multiple_px: both working sides are multiples of this too. A worker finds it in the denoiser's graph
             when it loads the model (`with_denoiser_multiple`); before, 1.
     """
@@ -96,6 +97,7 @@ class ModelProfile:
     cuts_prompt: bool = False
     drops_unknown_words: bool = False
     denoiser_multiple_px: int = 1
+    vae: Path | None = None
 
     @property
     def working_multiple_px(self) -> int:
@@ -105,6 +107,10 @@ class ModelProfile:
     def preset(self, quality: str) -> Preset:
         """Return the values of a `quality` preset (low, medium or high) for this model."""
         return resolve_preset(quality, self.presets, self.defaults, is_distilled=self.is_distilled)
+
+    def component(self, name: str) -> Path:
+        """Return the directory of a component, such as `unet` or `vae_decoder`."""
+        return (self.vae if self.vae is not None and name.startswith("vae") else self.directory) / name
 
     @property
     def traits(self) -> FamilyTraits:
@@ -274,7 +280,7 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
     engine, _ = plan_engine(class_name, settings.engine, settings.device, directory)
     traits = FAMILIES[family]
     denoiser = _component_config(directory, traits.denoiser, "the denoiser's configuration")
-    vae = _component_config(directory, "vae_decoder", "the VAE's configuration")
+    vae = _vae_config(directory, settings)
     text = _component_config(directory, "text_encoder", "the text encoder's configuration")
     _check_component(directory, "tokenizer", "openvino_tokenizer")
     scheduler = _read_json(directory / "scheduler" / "scheduler_config.json", "the scheduler configuration")
@@ -291,7 +297,7 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
         directory=directory,
         pipeline_class=class_name,
         family=family,
-        component_tasks=_component_tasks(directory, inpainting_unet=inpainting_unet),
+        component_tasks=_component_tasks(settings.vae or directory, inpainting_unet=inpainting_unet),
         tasks=frozenset(),
         inpainting_unet=inpainting_unet,
         side_multiple_px=sizes.multiple,
@@ -309,8 +315,34 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
         presets=limited_presets(declared.get("presets", {}), settings),
         cuts_prompt=declared.get("prompts", {}).get("too_long") == "cut",
         drops_unknown_words=declared.get("prompts", {}).get("unknown_words") == "drop",
+        vae=settings.vae,
     )
     return served_by(profile, engine)
+
+
+def _vae_config(directory: Path, settings: ModelSettings) -> dict[str, Any]:
+    """Return the configuration of the VAE that decodes pictures; check it and that of previews against the model's.
+
+    Raises:
+        ModelError: a component is missing, or a VAE is for latents of another shape.
+    """
+    what = "the VAE's configuration"
+    own = _component_config(directory, "vae_decoder", what)
+    used = own
+    for option, other in (("preview_vae", settings.preview_vae), ("vae", settings.vae)):
+        if other is None:
+            continue
+        used = _component_config(other, "vae_decoder", what)
+        for name, shape_of in (("channels of latents", _latent_channels), ("pixels for each of them", _vae_scale)):
+            if shape_of(used) != shape_of(own):
+                raise ModelError(
+                    f"{option} {other} has {shape_of(used)} {name}; the model's own VAE has {shape_of(own)}"
+                )
+    return used if settings.vae is not None else own
+
+
+def _latent_channels(vae: dict[str, Any]) -> int:
+    return int(_number_or_default(vae, "latent_channels", _number_or_default(vae, "z_dim", 4)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,18 @@ class ModelSettings:
         "`builtin:shapes`.",
         aliases=("model_path",),
     )
+    source_model: str = _option(
+        "",
+        "Repository of a model hub, OWNER/NAME, that is downloaded as `ovserve pull` does, if it is not complete in "
+        "model_repository_path; in place of `path`. Until then, requests for the model get 503.",
+    )
+    revision: str = _option("main", "Branch, tag or commit of source_model.")
+    graph_options: str = _option(
+        "read",
+        "A `graph.pbtxt` of OpenVINO Model Server in the model's directory: `read`: its options apply; `ignore`.",
+        choices=("read", "ignore"),
+        reason="a directory that was made for that server keeps its limits and adapters",
+    )
     aliases: tuple[str, ...] = _option(
         (),
         "Further names for the request field `model`, separated by commas; `*` stands for every name that no model "
@@ -111,6 +123,15 @@ class ModelSettings:
     builtin_aliases: bool = _option(
         False,
         f"Add names that clients send on their own: {', '.join(f'`{name}`' for name in BUILTIN_ALIASES)}.",
+    )
+    vae: Path | None = _option(
+        None,
+        "Directory with the `vae_decoder` and `vae_encoder` to use, such as those of a tiny autoencoder; none: the "
+        "model's.",
+    )
+    preview_vae: Path | None = _option(
+        None,
+        "Directory with the `vae_decoder` for previews, such as a tiny autoencoder; none: that of the pictures.",
     )
     lora: tuple[LoraSettings, ...] = ()
     composite: tuple[CompositeSettings, ...] = ()
@@ -133,6 +154,15 @@ class ModelSettings:
         "the same, which is measured at warm-up, else two.",
         choices=("auto", "separate", "shared"),
         reason="adding an adapter must not change the pictures of requests that do not use it",
+    )
+    vae_tile_px: int = _option(
+        1024,
+        "Side of the tiles in which engine `stepwise` decodes and encodes pictures of more than twice a tile's area; "
+        "0: never in tiles.",
+        low=0,
+        high=8192,
+        unit="pixels",
+        reason="the memory of a VAE grows with the area, and that of its attention with the square of the area",
     )
     device: str = _option(
         "CPU", "OpenVINO device, or three separated by spaces: text encoder, denoiser, VAE.", aliases=("target_device",)
@@ -188,7 +218,11 @@ class ModelSettings:
         0, "CPU threads for one inference request; 0: measured and chosen at warm-up.", low=0, high=1024, unit="threads"
     )
     streams: int = _option(
-        0, "Concurrent inference requests on a CPU; 0: measured and chosen at warm-up.", low=0, high=256
+        0,
+        "Concurrent inference requests on a CPU; 0: measured and chosen at warm-up.",
+        low=0,
+        high=256,
+        aliases=("num_streams",),
     )
     max_batch: int = _option(
         0,
@@ -199,6 +233,18 @@ class ModelSettings:
     )
     default_resolution: Resolution | None = _option(None, "Result size when the request gives none.", unit="WxH")
     max_resolution: Resolution = _option(Resolution(4096, 4096), "Maximum width and height of a result.", unit="WxH")
+    resolution: tuple[Resolution, ...] = _option(
+        (),
+        "The only sizes that a request may name, as WxH, separated by blanks; the first is the default. With it, `n` "
+        "must be num_images_per_prompt (1), and `guidance_scale` the option of that name, or the model's own.",
+        unit="WxH",
+    )
+    num_images_per_prompt: int | None = _option(
+        None, "The only number of pictures of a request. Needs exactly one resolution.", low=1, high=64, unit="pictures"
+    )
+    guidance_scale: float | None = _option(
+        None, "The only guidance scale of a request. Needs exactly one resolution.", low=0, high=1000
+    )
     max_num_images_per_prompt: int = _option(
         10, "Maximum number of pictures for one request.", low=1, high=64, unit="pictures", reason="OpenAI's limit"
     )
@@ -284,6 +330,11 @@ class ModelSettings:
         return not self.is_lazy if self.pinned is None else self.pinned
 
     @property
+    def fixed_num_images(self) -> int | None:
+        """The only number of pictures that a request may ask for; None: up to the maximum."""
+        return (self.num_images_per_prompt or 1) if self.resolution else None
+
+    @property
     def further_names(self) -> tuple[str, ...]:
         """Every value of the request field `model` that this model serves, besides its name."""
         return (*self.all_aliases, *self.adapter_names)
@@ -331,6 +382,12 @@ class Settings:
     )
     port: int = _option(8000, "Port to listen on; 0: any free port.", low=0, high=65535, aliases=("rest_port",))
     models: tuple[ModelSettings, ...] = ()
+    ignored: tuple[str, ...] = ()  # what a reference server's files and flags say that has no meaning here
+    model_repository_path: Path | None = _option(
+        None,
+        "Directory of pulled models; without other models, those in it are served: its config.json, else each "
+        "directory with a graph.pbtxt or a model_index.json. None: `ovserve/models` in the user's data directory.",
+    )
     default_model: str = _option("", "Model for requests that name none; empty: the only model, if there is one.")
     ready_models: str = _option(
         "default",
@@ -338,6 +395,17 @@ class Settings:
         "there is no such model; `any`: one of the models; `all`: every model.",
         reason="a load balancer must not send requests to a server that answers them with 503",
         choices=("default", "any", "all"),
+    )
+    watch: bool = _option(
+        False,
+        "Reload when the configuration file, a file with keys or a file of a model's directory changes.",
+    )
+    watch_interval_s: float = _option(
+        1.0,
+        "Time between two looks at the watched files; a change counts when two looks in a row see the same.",
+        low=0.05,
+        high=3600,
+        unit="seconds",
     )
     log_level: str = _option("info", "Lowest level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "Format of log lines.", choices=("text", "json"))

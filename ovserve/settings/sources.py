@@ -20,6 +20,8 @@ from typing import Any
 from ovserve.errors import SettingsError
 from ovserve.settings.access import parse_hosts, parse_listen, parse_networks, parse_origins
 from ovserve.settings.loras import MAX_ADAPTERS, LoraSettings, parse_composites, parse_loras, parse_source_loras
+from ovserve.settings.modelserver.graph import GRAPH_FILE, check_rules, read_graph
+from ovserve.settings.modelserver.repository import Repository, is_json, read_config, read_repository
 from ovserve.settings.options import (
     BUILTIN_NAME,
     BUILTIN_PREFIX,
@@ -30,12 +32,15 @@ from ovserve.settings.options import (
     Settings,
     options_of,
 )
+from ovserve.settings.repositories import adapter_file, default_root
 
 __all__ = ["ENVIRONMENT_PREFIX", "load_settings", "service_variables"]
 
 ENVIRONMENT_PREFIX = "OVSERVE_"
 _FLAG = re.compile(r"[a-z][a-z0-9_]*")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,127}")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
 # Variables that Kubernetes sets in every pod for a Service called `ovserve` or `ovserve-SOMETHING` (its documentation:
 # Service, Discovering services, Environment variables).
 _SERVICE = re.compile(
@@ -69,8 +74,16 @@ def _parse_text(kind: str, text: str) -> Any:
         "float": float,
         "Path": Path,
         "Resolution": Resolution.parse,
+        "tuple[Resolution, ...]": _parse_resolutions,
     }
     return parsers[base](text)
+
+
+def _parse_resolutions(text: str) -> tuple[Resolution, ...]:
+    found = tuple(Resolution.parse(each) for each in text.replace(",", " ").split())
+    if len(set(found)) < len(found):
+        raise ValueError("a size is listed twice")
+    return found
 
 
 def _parse_bool(text: str) -> bool:
@@ -90,7 +103,7 @@ def _from_toml(kind: str, value: object) -> Any:
         if not isinstance(value, bool):
             raise ValueError("expected true or false")
         return value
-    if base == "tuple[str, ...]":
+    if base in ("tuple[str, ...]", "tuple[Resolution, ...]"):
         items = value if isinstance(value, list) else [value]
         names = [name for name in items if isinstance(name, str)]
         if len(names) < len(items):
@@ -140,6 +153,9 @@ class _Source:
     def only(self, names: set[str]) -> _Source:
         """Return the source with only these names."""
         return dataclasses.replace(self, values={key: value for key, value in self.values.items() if key in names})
+
+
+_Given = tuple[_Source, dict[str, Any]]  # the options of one table, and its inner tables
 
 
 def _table(title: str, values: Mapping[str, Any]) -> _Source:
@@ -211,6 +227,8 @@ def _model_name(model: ModelSettings) -> ModelSettings:
     """Return the settings with a name: the given one, else that of the built-in model or of the directory."""
     if model.name:
         return model
+    if model.source_model:
+        return dataclasses.replace(model, name=model.source_model)
     if model.path is None or str(model.path).startswith(BUILTIN_PREFIX):
         return dataclasses.replace(model, name=BUILTIN_NAME)
     try:
@@ -254,9 +272,21 @@ def _check_model(model: ModelSettings) -> None:
             f"{model.max_guidance_scale:g}"
         )
     size = model.default_resolution
-    if size and (size.width > model.max_resolution.width or size.height > model.max_resolution.height):
+    if (
+        size
+        and not model.resolution
+        and (size.width > model.max_resolution.width or size.height > model.max_resolution.height)
+    ):
         raise SettingsError(
             f"model {model.name}: default_resolution {size} is above max_resolution {model.max_resolution}"
+        )
+    if model.source_model and model.path is not None:
+        raise SettingsError(f"model {model.name}: path and source_model exclude each other; remove one")
+    if model.source_model and (not _REPOSITORY.fullmatch(model.source_model) or ".." in model.source_model):
+        raise SettingsError(f"model {model.name}: source_model {_shown(model.source_model)!r}: expected OWNER/NAME")
+    if not _REVISION.fullmatch(model.revision) or ".." in model.revision:
+        raise SettingsError(
+            f"model {model.name}: revision {_shown(model.revision)!r}: expected a branch, tag or commit"
         )
     if len(model.device.split()) not in (1, 3):
         raise SettingsError(
@@ -264,28 +294,46 @@ def _check_model(model: ModelSettings) -> None:
         )
     if model.plugin_config:
         try:
-            if not isinstance(json.loads(model.plugin_config), dict):
-                raise SettingsError(f"model {model.name}: plugin_config: expected a JSON object")
+            _check_plugin_config(model, json.loads(model.plugin_config))
         except ValueError as error:
             raise SettingsError(f"model {model.name}: plugin_config: {error}") from None
         except RecursionError:
             raise SettingsError(f"model {model.name}: plugin_config: nested too deeply") from None
 
 
-def _with_source_loras(model: ModelSettings) -> ModelSettings:
-    """Return the settings with the adapters that the option `source_loras` names. Raises SettingsError."""
+def _check_plugin_config(model: ModelSettings, config: object) -> None:
+    """Raise SettingsError unless it is an object without properties that an option of the model sets too."""
+    if not isinstance(config, dict):
+        raise SettingsError(f"model {model.name}: plugin_config: expected a JSON object")
+    for key, option in (("CACHE_DIR", "cache_dir"), ("NUM_STREAMS", "streams")):
+        if key in config and getattr(model, option):
+            raise SettingsError(f"model {model.name}: plugin_config has {key}, and {option} is given too; remove one")
+
+
+def _with_source_loras(model: ModelSettings, root: Path) -> ModelSettings:
+    """Return the settings with the adapters that the option `source_loras` names. Raises SettingsError.
+
+    Args:
+        model: the settings.
+        root: the directory of pulled repositories.
+    """
     if not model.source_loras:
         return model
     sources, composites = parse_source_loras(model.source_loras)
+    found = []
     for source in sources:
-        if source.kind != "file":
-            raise SettingsError(
-                f"source_loras: {source.alias}: {source.place} is not a file of this machine; pull it first"
+        if source.kind == "url":
+            message = (
+                f"source_loras: {source.alias}: {source.place} is not on this machine; download it, and give its path"
             )
-    found = [
-        LoraSettings(alias=source.alias, path=Path(source.place), alpha=1.0 if source.alpha is None else source.alpha)
-        for source in sources
-    ]
+            raise SettingsError(message)
+        is_file = source.kind == "file"
+        try:
+            path = Path(source.place) if is_file else adapter_file(root, source.place, source.file)
+        except SettingsError as error:
+            raise SettingsError(f"source_loras: {source.alias}: {error}") from None
+        alpha = 1.0 if source.alpha is None else source.alpha
+        found.append(LoraSettings(alias=source.alias, path=path, alpha=alpha))
     return dataclasses.replace(model, lora=(*model.lora, *found), composite=(*model.composite, *composites))
 
 
@@ -328,8 +376,12 @@ def _check_unique_names(models: Sequence[ModelSettings]) -> set[str]:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    """Return the options of a TOML file, or the models of a reference server's config.json. Raises SettingsError."""
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors write a byte order mark
+        content = path.read_bytes()
+        if is_json(content):
+            return {"model": read_config(path)}
+        return tomllib.loads(content.decode("utf-8-sig"))  # some editors write a byte order mark
     except OSError as error:
         raise SettingsError(f"--config {path}: {error.strerror}") from None
     except ValueError as error:  # not TOML, not UTF-8, or a number with thousands of digits
@@ -338,27 +390,91 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise SettingsError(f"--config {path}: nested too deeply") from None
 
 
-def _tables(document: dict[str, Any], title: str) -> list[tuple[_Source, dict[str, Any]]]:
+def _tables(document: dict[str, Any], title: str) -> list[_Given]:
     """Remove the [[model]] tables from the document; return each as a source, and its inner tables by option name.
 
     Raises:
         SettingsError: something is not a table, or has an unknown option.
     """
     tables = document.pop("model", [])
+    if isinstance(tables, Repository):
+        return _repository_tables(tables)
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise SettingsError(f"{title}: write each model as a [[model]] table")
     found = []
     for number, table in enumerate(tables, 1):
         name = table.get("name", table.get("model_name"))
-        where = f"{title}: [[model]] {number}{f' ({_shown(name)})' if name else ''}"
-        inner: dict[str, Any] = {}
-        for option, parse in _INNER_TABLES.items():
-            if option in table:
-                inner[option] = parse(table.pop(option), where)
-        source = _table(where, table)
-        _check_names(source, ModelSettings)
-        found.append((source, inner))
+        found.append(_split_table(f"{title}: [[model]] {number}{f' ({_shown(name)})' if name else ''}", table))
     return found
+
+
+def _split_table(where: str, table: Mapping[str, Any]) -> _Given:
+    """Return the table of a model as a source, and its inner tables by option name. Raises SettingsError."""
+    values = dict(table)
+    inner = {option: parse(values.pop(option), where) for option, parse in _INNER_TABLES.items() if option in values}
+    source = _table(where, values)
+    _check_names(source, ModelSettings)
+    return source, inner
+
+
+def _repository_tables(repository: Repository) -> list[_Given]:
+    return [_split_table(where, values) for where, values in repository.tables]
+
+
+def _with_graph(
+    sources: list[_Source], inner: Mapping[str, Any], ignored: list[str]
+) -> tuple[list[_Source], Mapping[str, Any]]:
+    """Add the options of a graph.pbtxt in the model's directory; adds to `ignored` what has no meaning.
+
+    Raises:
+        SettingsError: the graph is wrong, or it and another source give different values.
+    """
+    given = _gather(ModelSettings, sources)
+    path, reads = given.get("path"), given.get("graph_options", "read") == "read"
+    if path is None or not reads or str(path).startswith(BUILTIN_PREFIX) or not (path / GRAPH_FILE).is_file():
+        return sources, inner
+    title = str(path / GRAPH_FILE)
+    graph = read_graph(path / GRAPH_FILE)
+    ignored += [f"{title}: {each}" for each in graph.ignored]
+    source, adapters = _split_table(title, graph.values)
+    for name, value in {**_gather(ModelSettings, [source]), **adapters}.items():
+        other = inner.get(name) if name in adapters else given.get(name, value)
+        if other and other != value and name != "path":
+            where = next((each.title for each in sources if name in _gather(ModelSettings, [each])), sources[0].title)
+            shown = f" {_plain(value)}, but {where} gives {_plain(other)}" if name not in adapters else " in both files"
+            raise SettingsError(f"{title}: {name} is{shown}; remove one of them, or set graph_options to ignore")
+    changes = {"path": graph.values["path"]}  # in place of the graph's directory
+    if "name" not in given:
+        changes["name"] = Path(os.path.realpath(path)).name or "model"
+    return [_table(title, changes), *sources, source], {**inner, **adapters}
+
+
+def _plain(value: object) -> str:
+    """Return an option's value for a message."""
+    return _shown(" ".join(map(str, value)) if isinstance(value, tuple) else value)
+
+
+def _check_static(model: ModelSettings, given: Mapping[str, Any]) -> ModelSettings:
+    """Check `resolution` and what depends on it; return the model with its default size. Raises SettingsError."""
+    options: dict[str, Any] = {
+        "resolution": [str(size) for size in model.resolution],
+        "num_images_per_prompt": model.num_images_per_prompt,
+        "guidance_scale": model.guidance_scale,
+    }
+    options |= {name: str(given[name]) for name in ("max_resolution", "default_resolution") if given.get(name)}
+    if "max_num_images_per_prompt" in given:
+        options["max_num_images_per_prompt"] = model.max_num_images_per_prompt
+    try:
+        check_rules(options)
+    except ValueError as error:
+        raise SettingsError(f"model {model.name}: {error}") from None
+    if not model.resolution:
+        return model
+    return dataclasses.replace(
+        model,
+        default_resolution=model.default_resolution or model.resolution[0],
+        max_resolution=Resolution(max(s.width for s in model.resolution), max(s.height for s in model.resolution)),
+    )
 
 
 def service_variables(environment: Mapping[str, str]) -> list[str]:
@@ -384,9 +500,30 @@ def _from_environment(environment: Mapping[str, str]) -> _Source:
     }
     if stray := [key for key in own if not _FLAG.fullmatch(key)]:
         raise SettingsError(f"environment: unknown option {ENVIRONMENT_PREFIX}{stray[0].upper()}")
+    if root := environment.get("OVMS_MODEL_REPOSITORY_PATH"):
+        own.setdefault("model_repository_path", root)
     source = _Source("environment", own, _parse_text, lambda name: f"{ENVIRONMENT_PREFIX}{name.upper()}")
     _check_names(source, Settings, ModelSettings)
     return dataclasses.replace(source, values={key: value for key, value in own.items() if value})
+
+
+def _read_model(
+    sources: list[_Source], inner: Mapping[str, Any], root: Path | None, ignored: list[str]
+) -> ModelSettings:
+    """Return one model from its sources and inner tables. Raises SettingsError.
+
+    Args:
+        sources: those of its options.
+        inner: adapters and composites.
+        root: the directory of pulled repositories; None: the default.
+        ignored: what has no meaning is added.
+    """
+    found, inner = _with_graph(sources, inner, ignored)
+    given = _gather(ModelSettings, found)
+    model = _check_static(_model_name(ModelSettings(**given, **inner)), given)
+    model = _with_source_loras(model, root or default_root())
+    _check_model(model)
+    return model
 
 
 def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], config: Path | None = None) -> Settings:
@@ -404,22 +541,21 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
     of_server = [source.only(_names(Settings)) for source in sources]
     of_model = [source.only(_names(ModelSettings)) for source in sources]
     document = _read_file(config) if config else {}
+    ignored = list(document["model"].ignored) if isinstance(document.get("model"), Repository) else []
     tables = _tables(document, str(config))
     file = _table(str(config), document)
     _check_names(file, Settings)
     if tables and (loose := [source.spell(name) for source in of_model for name in source.values]):
         raise SettingsError(f"{loose[0]} cannot be combined with [[model]] tables; put it into the table of its model")
-    given: list[tuple[list[_Source], dict[str, Any]]] = [([table], inner) for table, inner in tables] or [
-        (of_model, {})
-    ]
-    models = [
-        _with_source_loras(_model_name(ModelSettings(**_gather(ModelSettings, each), **inner))) for each, inner in given
-    ]
-    for model in models:
-        _check_model(model)
-    names = _check_unique_names(models)
     values = _gather(Settings, [*of_server, file])
-    settings = Settings(**values, models=tuple(models))
+    root = values.get("model_repository_path")
+    if root is not None and not tables and not any(source.values for source in of_model) and not config:
+        repository = read_repository(root)
+        tables, ignored = _repository_tables(repository), [*ignored, *repository.ignored]
+    described: list[tuple[list[_Source], Mapping[str, Any]]] = [([table], inner) for table, inner in tables]
+    models = [_read_model(each, inner, root, ignored) for each, inner in described or [(of_model, {})]]
+    names = _check_unique_names(models)
+    settings = Settings(**values, models=tuple(models), ignored=tuple(dict.fromkeys(ignored)))
     if settings.default_model and settings.default_model not in names:
         listed = ", ".join(sorted(names))
         raise SettingsError(f"default_model {settings.default_model!r} is not one of the models: {listed}")

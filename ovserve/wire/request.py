@@ -42,10 +42,12 @@ class ImageRequest:
     width: int = 0
     height: int = 0
     resize_mode: str = "crop"  # crop, pad, stretch
+    input_fidelity: str = "low"  # low, high
     n: int = 1
     seed: int = 0
     num_inference_steps: int = 1
     guidance_scale: float = 1.0
+    image_guidance_scale: float = 1.5  # for models that have a second scale, of the image
     strength: float | None = None  # None: the model's default, which depends on whether there is a mask
     scheduler: str = ""  # empty: the model's default
     max_sequence_length: int = 0  # 0: the model's default

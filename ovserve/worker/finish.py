@@ -18,7 +18,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from ovserve.engines.protocol import Outcome, Preview, Work
+from ovserve.engines.protocol import Outcome, Preview
 from ovserve.errors import ApiError, BlobGone, InternalError, LinkClosed, SpoolFull
 from ovserve.logs import fields
 from ovserve.wire.blobs import WorkerBlobs
@@ -48,7 +48,8 @@ class _TimedOutcome:
 class _QueuedPreview:
     """A preview waiting to be encoded."""
 
-    work: Work
+    job: str
+    picture: int
     preview: Preview
 
 
@@ -83,10 +84,10 @@ class Finisher:
         self._items.put(_TimedOutcome(outcome, seconds, time.monotonic()))
         return True
 
-    def preview(self, work: Work, preview: Preview) -> None:
+    def preview(self, job_id: str, picture: int, preview: Preview) -> None:
         """Queue a preview, or drop it when PREVIEW_LIMIT of them wait. Returns at once."""
         if self._preview_slots.acquire(blocking=False):
-            self._items.put(_QueuedPreview(work, preview))
+            self._items.put(_QueuedPreview(job_id, picture, preview))
 
     def grant(self, grant: Grant) -> None:
         """Queue the front end's answer to a Need."""
@@ -159,7 +160,7 @@ class Finisher:
     def _finish_preview(self, job: WorkerJob, item: _QueuedPreview) -> None:
         if job.prepared is None or job.stopped.is_set():
             return
-        picture = item.work.picture
+        picture = item.picture
         index = job.partials.get(picture, 0)
         if index < job.prepared.request.partial_images:
             data = job.prepared.encode_preview(item.preview.pixels)
@@ -194,6 +195,4 @@ class Finisher:
 
 
 def _job_id_of(item: _TimedOutcome | _QueuedPreview | Grant) -> str:
-    if isinstance(item, Grant):
-        return item.job
-    return item.work.job if isinstance(item, _QueuedPreview) else item.outcome.work.job
+    return item.outcome.work.job if isinstance(item, _TimedOutcome) else item.job

@@ -23,7 +23,7 @@ from ovserve.pixels.frames import Fitting, Placement, fit_into, size_of
 from ovserve.pixels.holes import fill_holes, join_alpha, mask_from_alpha, settle_alpha
 from ovserve.pixels.images import Limits, Pixels, flatten, has_alpha
 from ovserve.pixels.masks import Seam, check_not_empty, mask_from_image, match_mask, pool
-from ovserve.pixels.references import fit_reference
+from ovserve.pixels.references import HIGH_FIDELITY_PIXELS, REFERENCE_PIXELS, fit_reference
 from ovserve.pixels.regions import Region
 from ovserve.settings.options import ModelSettings, Resolution
 from ovserve.settings.worker import WorkerSettings
@@ -106,7 +106,7 @@ def prepare(
         negative_prompt=_negative_prompt(request, profile, guidance_scale),
         guidance_scale=guidance_scale,
         text_tokens=text_tokens,
-        image_tokens=cells * len(request.images),
+        image_tokens=_image_tokens(references, profile) or cells * len(request.images),
         output_tokens=cells * request.n,
         revised_prompt=prompt if prompt != request.prompt else "",
         background="transparent" if _has_transparent_result(layout, request, unchanged) else "opaque",
@@ -292,14 +292,26 @@ def _first_reference(
     """Return the edited image as a reference, if the model edits by reference.
 
     It is the image on the canvas, so that the result lies over it. Only where a size of another shape was requested
-    without saying how to fit the image, the model gets all of it, in its own shape.
+    without saying how to fit the image, the model gets all of it, in its own shape. With input_fidelity=high and no
+    mask, it gets the image in its own size.
     """
     if not profile.references or source is None or layout.initial_image is None:
         return ()
     across, down = request.width * source.shape[0], request.height * source.shape[1]
     has_other_shape = abs(across - down) > _SHAPE_TOLERANCE * max(across, down)
     is_whole = layout.mask is None and request.resize_mode == "crop" and has_other_shape
-    return (fit_reference(source if is_whole else layout.initial_image, profile.side_multiple_px),)
+    has_detail = layout.mask is None and request.input_fidelity == "high" and request.resize_mode == "crop"
+    shown = source if is_whole or has_detail else layout.initial_image
+    return (fit_reference(shown, profile.side_multiple_px, _reference_limit(request)),)
+
+
+def _image_tokens(references: tuple[Pixels, ...], profile: ModelProfile) -> int:
+    """Return how many tokens the references add to each step."""
+    return sum(int(image.shape[0]) * int(image.shape[1]) for image in references) // int(profile.side_multiple_px) ** 2
+
+
+def _reference_limit(request: ImageRequest) -> int:
+    return HIGH_FIDELITY_PIXELS if request.input_fidelity == "high" else REFERENCE_PIXELS
 
 
 def _further_references(
@@ -310,7 +322,7 @@ def _further_references(
     for number, blob in enumerate(request.images[1:], 1):
         with blobs.open(blob) as data:
             pixels = decode(data, f"image[{number}]", limits, needs_profile=False).pixels
-        found.append(fit_reference(pixels, profile.side_multiple_px))
+        found.append(fit_reference(pixels, profile.side_multiple_px, _reference_limit(request)))
     return tuple(found)
 
 

@@ -278,16 +278,21 @@ class JobRunner:
             self._preparing_since[thread] = time.monotonic()
 
     def _attach_callbacks(self, job: WorkerJob, request: ImageRequest, work: Work) -> Work:
-        """Connect a piece of work to its job: progress, previews, deadline and cancellation."""
+        """Connect a piece of work to its job: progress, previews, deadline and cancellation.
+
+        The callbacks do not refer to the work. It refers to them, and to its job's pixels: in a cycle, these would stay
+        in memory until a run of the garbage collector, which counts objects and not bytes.
+        """
+        picture = work.picture
 
         def on_step(step: int, steps: int) -> None:
             if job.deadline.is_expired():
                 self._expire(job)
             elif request.progress and not job.stopped.is_set():
-                self._reports.send(Progress(job.id, work.picture, step, steps))
+                self._reports.send(Progress(job.id, picture, step, steps))
 
         def on_preview(preview: Preview) -> None:
-            self._finisher.preview(work, preview)
+            self._finisher.preview(job.id, picture, preview)
 
         work.cancelled = job.stopped
         work.on_step = on_step

@@ -47,6 +47,13 @@ class Example:
 
 
 EXAMPLES = {
+    "shell-edit": Example(
+        pictures={
+            "edited.png": (256, GREEN_CIRCLE),
+            "masked.png": (256, YELLOW_STAR),
+            "heart.png": (256, RED_HEART),
+        }
+    ),
     "curl-edit": Example(pictures={"edited.png": (256, GREEN_CIRCLE)}),
     "curl-mask": Example(pictures={"masked.png": (256, YELLOW_STAR)}),
     "curl-generation": Example(pictures={"generated.png": (256, RED_HEART)}),
@@ -89,6 +96,7 @@ def run(name: str, url: str, folder: Path) -> None:
     language, text = blocks()[name]
     assert ADDRESS in text
     text = text.replace(ADDRESS, url)
+    text = text.replace(".venv/bin/ovserve", f"{sys.executable} -m ovserve")  # the checkout's own, wherever it is
     (folder / "tests").symlink_to(ROOT / "tests")
     command = {"sh": ["bash", "-euo", "pipefail", "-c", text], "python": [str(EXAMPLES[name].python), "-c", text]}
     if language == "js":

@@ -19,8 +19,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ovserve.cli.export import graph_options
+from ovserve.cli.serve import parse_arguments
+from ovserve.errors import StartupError
+from ovserve.front.keys import read_keys
+from ovserve.models.classes import class_named
+from ovserve.models.profile import builtin_directory
+from ovserve.server import Server
+from ovserve.settings.loras import parse_source_loras
+from ovserve.settings.modelserver.graph import write_graph
+from ovserve.settings.options import ModelSettings
+from ovserve.settings.sources import load_settings
 from tests.live import BUILTIN_PATH, LiveServer
 from tests.loras import write_adapter
+from tests.modelserver import graph_text
 
 ROOT = Path(__file__).parents[2]
 VECTORS = json.loads((ROOT / "tests" / "data" / "model-server.json").read_text("utf-8"))
@@ -33,6 +45,9 @@ LIMITS: dict[str, dict[str, Any]] = {
     "limit4": {"max_num_images_per_prompt": 4, "default_num_inference_steps": 2},
     "defres": {"default_resolution": "512x256", "default_num_inference_steps": 2},
     "maxres512": {"max_resolution": "512x512", "default_num_inference_steps": 2},
+    "static_multi": {"resolution": "512x256 1024x512 2048x1024", "default_num_inference_steps": 2},
+    "static_n4": {"resolution": "512x256", "num_images_per_prompt": 4, "default_num_inference_steps": 2},
+    "static_g71": {"resolution": "512x256", "guidance_scale": 7.1, "default_num_inference_steps": 2},
 }
 ADAPTERS = ("xray", "anime", "vector")  # of the last model, which is also the vectors' server with adapters
 COMPOSITE = "[[model.composite]]\nalias = 'blend'\ncomponents = {xray = 0.5, anime = 0.5}"
@@ -53,14 +68,12 @@ class Difference:
     """Vectors (by pattern) for which ovserve differs, with its status code and its rule."""
 
     pattern: str
-    status: int | None  # None: not run, because ovserve does not have the tested feature
+    status: int | str | None  # None: not run, because ovserve does not have the tested feature; ok, error: at the start
     rule: str
 
 
 DYNAMIC = "The weights of adapters can always be changed by a request; there is no static mode."
-LATER_HUB = (
-    "The model hub, conversion and the reference server's configuration files are not supported yet, or not planned."
-)
+BEFORE = "Options that contradict each other are refused at the start, before anything is downloaded."
 UNAUTHORIZED = "A missing or wrong API key gets 401."
 OPERATORS = "A reload needs an admin key or the admin listener; SIGHUP works as well."
 EVERY_PATH = (
@@ -76,10 +89,8 @@ DIFFERENCES = (
     Difference("lora.err.static*", 200, DYNAMIC),
     Difference("lora.ok.base_unknown_alias", 400, "The name of an adapter that the model does not have gets 400."),
     Difference("edit.err.unknown.lora_bracket", 200, "An object may also be sent as `x[key]`."),
-    Difference("cli*", None, LATER_HUB),
-    Difference("graph*", None, LATER_HUB),
-    Difference("export*", None, LATER_HUB),
-    Difference("task_detect*", None, LATER_HUB),
+    Difference("cli.all", "error", BEFORE),
+    Difference("cli.max_below_default_resolution", "error", BEFORE),
     Difference("auth.[2345]", 401, UNAUTHORIZED),
     Difference("auth.before_parsing", 401, UNAUTHORIZED),
     Difference("auth.open.reload", 403, OPERATORS),
@@ -87,11 +98,6 @@ DIFFERENCES = (
     Difference("auth.empty_key_file", None, "The server does not start with a key file that contains no key."),
     Difference("auth.key_file_right_trim", None, "Blanks around a key in the file are ignored; unit tests check this."),
     Difference("resp.*", None, "Unit and end-to-end tests check how a reply contains the pictures."),
-    Difference(
-        "*.static.*",
-        None,
-        "One fixed compiled shape for a model (NPU) is not supported yet; any size within the limits is served.",
-    ),
     Difference(
         "*.na.*", None, "The tasks of a model are read from its directory, not configured; unit tests check this."
     ),
@@ -322,11 +328,93 @@ def test_vector_gives_the_expected_reply(request: pytest.FixtureRequest, vector:
             assert document["size"] == f"{expected['width']}x{expected['height']}"
 
 
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+CONFIGURATION = ("cli", "graph_options", "graph_export", "task_detect")  # groups of vectors without a request
+BROKEN = {
+    "node without node_options": 'node: { name: "x" calculator: "ImageGenCalculator" }',
+    "node without name": graph_text({"models_path": "."}).replace('name: "ImageGenExecutor"', ""),
+}
+
+
+def expected_outcome(vector: dict[str, Any]) -> Any:
+    """Return a vector's status, or `ok` or `error` for one about the configuration."""
+    expect = vector["expect"]
+    if vector["group"] not in CONFIGURATION:
+        return expect["status"]
+    return "error" if "error" in expect or expect.get("load") == "error" else "ok"
+
+
+def read_configuration(vector: dict[str, Any], folder: Path) -> ModelSettings:
+    """Read the configuration of a vector; return its model. Raises StartupError, or SystemExit for a wrong flag."""
+    if "--source_loras" in vector.get("args", ()):
+        parse_source_loras(vector["args"][vector["args"].index("--source_loras") + 1])
+        return ModelSettings()
+    if vector["group"] == "cli":
+        settings = parse_arguments(vector["args"], {})
+        if settings.api_key_file:
+            read_keys(settings)
+        if settings.host != "127.0.0.1":
+            server = Server(settings, lambda: settings)
+            raise AssertionError(f"{server} listens")
+        return settings.models[0]
+    if vector["group"] == "graph_options":
+        options = dict(vector["options"])
+        broken = options.pop("broken", None)
+        options["models_path"] = str(builtin_directory())
+        (folder / "graph.pbtxt").write_text(BROKEN[broken] if broken else graph_text(options))
+        return load_settings({"model_path": str(folder)}, {}).models[0]
+    if vector["group"] == "graph_export":
+        values = {name: str(value) for name, value in vector["settings"].items() if name != "loras"}
+        if "loras" in vector["settings"]:
+            values["source_loras"] = ",".join(vector["settings"]["loras"])
+        model = load_settings({**values, "model_path": str(folder)}, {}).models[0]
+        assert json.loads(graph_options(model)["plugin_config"]) == vector["expect"]["plugin_config"]
+        (folder / "graph.pbtxt").write_text(write_graph(graph_options(model), "1"))
+        return load_settings({"model_path": str(folder)}, {}).models[0]
+    name = vector["model_index"]["_class_name"]
+    assert class_named(name, folder).engines
+    return ModelSettings()
+
+
+@pytest.mark.parametrize(
+    "vector",
+    [
+        v
+        for v in VECTORS["vectors"]
+        if v["group"] in CONFIGURATION and ((d := difference(v)) is None or d.status is not None)
+    ],
+    ids=lambda vector: vector["id"],
+)
+def test_configuration_vector_gives_the_expected_outcome(
+    vector: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    differs, expect = difference(vector), vector["expect"]
+    wanted = differs.status if differs else expected_outcome(vector)
+    if wanted == "error":
+        with pytest.raises((StartupError, SystemExit)) as failure:
+            read_configuration(vector, tmp_path)
+        message = str(failure.value) + capsys.readouterr().err
+        option = next((name for name in vector.get("options", {}) if name not in ("models_path", "broken")), "")
+        if vector["group"] == "graph_options":
+            assert str(tmp_path / "graph.pbtxt") in message
+        assert option in message or len(vector["options"]) > 2
+        return
+    model = read_configuration(vector, tmp_path)
+    for name in ("max_resolution", "default_resolution"):
+        if isinstance(expect.get(name), list):
+            assert str(getattr(model, name)) == "x".join(map(str, expect[name]))
+    if "static_resolutions" in expect:
+        assert [[size.width, size.height] for size in model.resolution] == expect["static_resolutions"]
+    if "device" in expect:
+        assert model.device.split() == expect["device"]
+
+
 def test_vectors_contain_at_least_sixty_bad_inputs(capsys: pytest.CaptureFixture[str]) -> None:
     rules: dict[str, list[str]] = {}
     for vector in RUN:
         differs = difference(vector)
-        status = differs.status if differs else vector["expect"]["status"]
+        status: Any = differs.status if differs else vector["expect"]["status"]
         if isinstance(status, int) and 400 <= status < 500:
             rules.setdefault(vector["id"].rsplit(".", 1)[0], []).append(vector["id"])
     with capsys.disabled():
@@ -348,20 +436,21 @@ def page() -> str:
     for vector in VECTORS["vectors"]:
         name, found = f"`{vector['id']}`", difference(vector)
         if found is None:
-            assert vector.get("method"), vector["id"]
+            assert vector.get("method") or vector["group"] in CONFIGURATION, vector["id"]
             passes.append(name)
         elif found.status is None:
             skipped.setdefault(found.rule, []).append(name)
         else:
-            wanted = vector["expect"]["status"]
+            wanted = expected_outcome(vector)
             shown = " or ".join(map(str, wanted)) if isinstance(wanted, list) else wanted
             differs.append(f"| {name} | {shown} | {found.status} | {found.rule} |")
     lines = [
         "# Conformance with OpenVINO Model Server",
         "",
         "This page compares ovserve with the image endpoint of OpenVINO Model Server. Each test vector describes one",
-        "request and the server's reply. `tests/e2e/test_conformance.py` sends the vectors to a live ovserve server",
-        "with the built-in model. It also writes this page: run",
+        "request and the server's reply, or a configuration: flags, a graph, a model's directory.",
+        "`tests/e2e/test_conformance.py` sends the requests to a live ovserve server with the built-in model. It reads",
+        "the configurations as a start does. It also writes this page: run",
         "`WRITE_PAGES=1 scripts/test tests/e2e/test_conformance.py`.",
         "",
         f"{len(passes)} vectors give the same result. {len(differs)} differ on purpose.",

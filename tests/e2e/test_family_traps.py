@@ -124,6 +124,9 @@ og.Text2ImagePipeline(pipeline).generate("a", **options)
 # --- construction -----------------------------------------------------------------------------------------------------
 
 
+HEAVY = pytest.mark.heavy  # of cases that show the same for one more model
+
+
 @pytest.mark.parametrize("name", ["klein", "zimage", "qwen"])
 def test_model_without_inpainting_is_built_from_its_image_to_image_pipeline(engines: Engines, name: str) -> None:
     with pytest.raises(RuntimeError, match="Unsupported inpainting pipeline"):
@@ -146,7 +149,7 @@ def test_fill_model_is_served_for_inpainting_alone(engines: Engines, kind: Any) 
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("name", ["klein", "qwen"])
+@pytest.mark.parametrize("name", ["qwen", pytest.param("klein", marks=HEAVY)])
 def test_derived_pipeline_without_a_scheduler_ends_the_process(engines: Engines, name: str) -> None:
     child = subprocess.run(
         [sys.executable, "-c", CHILD, str(tiny_model(name))], capture_output=True, timeout=120, check=False
@@ -185,6 +188,7 @@ def test_reference_changes_the_picture_of_klein(engines: Engines) -> None:
     assert not np.array_equal(pictures[0], plain)
 
 
+@pytest.mark.heavy
 def test_klein_rejects_a_negative_prompt_and_never_gets_one(engines: Engines) -> None:
     for name in ("klein", "kleinbase"):
         assert not profile_of(name).takes_negative_prompt
@@ -220,7 +224,7 @@ def test_z_images_guidance_scale_is_one_less_in_diffusers() -> None:
     assert [traits.engine_guidance(scale) for scale in (0.0, 0.5, 1.0, 4.0)] == [0.0, 1.5, 2.0, 5.0]
 
 
-@pytest.mark.parametrize(("name", "read"), [("klein", 506), ("zimage", 506), ("qwen", 397)])
+@pytest.mark.parametrize(("name", "read"), [("zimage", 506), pytest.param("klein", 506, marks=HEAVY), ("qwen", 397)])
 def test_library_cuts_a_prompt_in_silence_and_we_count_its_template(engines: Engines, name: str, read: int) -> None:
     """A token of the tiny tokenizers is a byte; `read` is how many of them the library reads after its template."""
     pipeline = library(name, og.Text2ImagePipeline)

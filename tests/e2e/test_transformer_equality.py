@@ -69,6 +69,7 @@ CASES = {
     # numpy and the library add up the squares of a norm in a different order.
     "qwen": Case(modes=MODES[1:], negative_prompt="the red sky", levels=1),
 }
+VARIANTS = ("fluxdev", "kleinbase", "sd35")  # of families that others of CASES stand for
 SCHEDULES = ((3, 1.0), (5, 0.6), (4, 0.8))  # steps and strength, which differ within one batch
 
 
@@ -163,7 +164,9 @@ def _library_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ZImage, "chat", {"enable_thinking": False})
 
 
-@pytest.mark.parametrize("model", CASES)
+@pytest.mark.parametrize(
+    "model", [pytest.param(model, marks=pytest.mark.heavy if model in VARIANTS else ()) for model in CASES]
+)
 def test_mixed_batch_has_the_librarys_bytes(model: str, tmp_path: Path) -> None:
     check(model, "f32", tmp_path)
 
@@ -174,6 +177,7 @@ def test_mixed_batch_in_bfloat16_has_the_librarys_bytes(model: str, tmp_path: Pa
     check(model, "bf16", tmp_path)
 
 
+@pytest.mark.heavy
 def test_pictures_of_one_masked_edit_equal_those_of_single_calls(tmp_path: Path) -> None:
     # The library rejects n > 1 for these models; picture k equals a single picture with seed + k.
     path, case = directory("flux"), CASES["flux"]

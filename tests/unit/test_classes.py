@@ -87,6 +87,14 @@ def test_only_exact_names_are_served(name: str) -> None:
                 class_named(candidate, Path("/m"))
 
 
+def test_refiner_is_refused_with_what_to_serve_instead(tmp_path: Path) -> None:
+    (tmp_path / "text_encoder_2").mkdir()
+    with pytest.raises(ModelError, match=r"SDXL refiner.*Set model_path to the base model"):
+        class_named("StableDiffusionXLImg2ImgPipeline", tmp_path)
+    (tmp_path / "text_encoder").mkdir()
+    assert class_named("StableDiffusionXLImg2ImgPipeline", tmp_path).family == "sdxl"
+
+
 def test_engine_that_does_not_serve_the_class_is_refused_with_one_that_does(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="engine genai does not serve class StableDiffusionImg2ImgPipeline"):
         profile_of(tmp_path / "m", "StableDiffusionImg2ImgPipeline", {"engine": "genai"})

@@ -45,7 +45,7 @@ def test_options_named_in_pages_exist(page: Path) -> None:
     }
     known |= {"config", "version", "help"}
     for command in (ROOT / "ovserve" / "cli").glob("*.py"):  # flags of the other commands
-        known |= set(re.findall(r'"--([a-z_]+)"', command.read_text("utf-8")))
+        known |= set(re.findall(r'"(?:--)?([a-z_]+)"', command.read_text("utf-8")))
     for name in re.findall(r"`--([a-z_-]+)", page.read_text("utf-8")):
         assert name.replace("-", "_") in known, f"{page.name}: --{name}"
     for name in re.findall(r"OVSERVE_([A-Z_]+)", page.read_text("utf-8")):

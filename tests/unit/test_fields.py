@@ -12,7 +12,13 @@ from ovserve.wire.request import ImageRequest
 from tests.forms import edit
 
 RECORD = {attribute.name: attribute for attribute in dataclasses.fields(ImageRequest)}
-COMPUTED = {"task", "preferred_strength", "preferred_scheduler", "shortcuts"}  # no field of a request fills them
+COMPUTED = {
+    "input_pixels",
+    "task",
+    "preferred_strength",
+    "preferred_scheduler",
+    "shortcuts",
+}  # no field of a request fills them
 
 
 def test_every_attribute_of_the_record_is_filled_once() -> None:
@@ -34,7 +40,7 @@ def test_defaults_of_table_and_record_are_equal(field: Field) -> None:
 
 def test_request_with_only_defaults_keeps_those_of_the_record() -> None:
     request = edit(truncate_prompt="refuse").request
-    by_model = {"task", "prompt", "images", "num_inference_steps", "guidance_scale", "seed", "quality"}
+    by_model = {"task", "prompt", "images", "num_inference_steps", "guidance_scale", "seed", "quality", "input_pixels"}
     for name, attribute in RECORD.items():
         assert name in by_model or getattr(request, name) == attribute.default, name
 

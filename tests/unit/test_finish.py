@@ -146,7 +146,7 @@ def test_late_item_of_an_ended_job_frees_its_encoded_pictures(bench: Bench, late
     if late == "grant":
         bench.finisher.grant(Grant("cancelled", 0, ""))
     else:
-        bench.finisher.preview(prepared.work("cancelled", 1), Preview(1, PIXELS))
+        bench.finisher.preview("cancelled", 1, Preview(1, PIXELS))
     bench.run()
     assert prepared.in_memory == 0
 

@@ -100,7 +100,7 @@ def test_flag_gives_adapters_and_composites(tmp_path: Path) -> None:
 
 
 def test_flag_with_a_repository_says_to_pull_it() -> None:
-    with pytest.raises(SettingsError, match="a: owner/repository is not a file of this machine"):
+    with pytest.raises(SettingsError, match="a: owner/repository is not pulled; `ovserve pull --lora owner/repository"):
         load_settings({"source_loras": "a=owner/repository"}, {})
 
 

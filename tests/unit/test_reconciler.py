@@ -363,7 +363,11 @@ def test_model_is_unloaded_to_make_room_within_the_budget() -> None:
             assert len(system.workers()) <= 4  # expected to take 350 MiB each at first
             for process in system.launcher.started:
                 process.resident = GIB * 9 // 10
-            system.until(lambda: sum(each.used_bytes for each in system.supervisor.memory().values()) <= 2 * GIB)
+            system.until(
+                lambda name=name: (  # type: ignore[misc]
+                    state(system, name) == "unloaded" or system.supervisor.memory()[name].used_bytes > GIB // 2
+                )
+            )
         assert system.supervisor.unloads() != {"a": 0, "b": 0, "c": 0}
         system.until(lambda: len(system.workers()) <= 2)
     finally:
@@ -385,6 +389,45 @@ def test_model_that_cannot_fit_beside_pinned_ones_is_refused() -> None:
         job.close()
     finally:
         system.close()
+
+
+def test_new_version_loads_in_place_when_there_is_no_memory_for_both() -> None:
+    system = MemorySystem(B, wait=False, memory_budget_bytes=2 * GIB)
+    try:
+        system.until(lambda: system.ready("b") == 1)
+        system.launcher.started[0].resident = GIB * 3 // 2
+        system.until(lambda: system.supervisor.memory()["b"].used_bytes > GIB)
+        changed = dataclasses.replace(B, device="GPU")
+        settings = system._settings(changed, memory_budget_bytes=2 * GIB)
+        system.supervisor.reload(settings, system._profiles(settings))
+        assert system.serve("b") is State.DONE  # it waits for the new worker, or the old one ends it
+        assert system.supervisor.wait_reloaded(Deadline.after(PATIENCE_S))
+        assert [process.name for process in system.launcher.started] == ["b/0#0", "b/0#1"]
+        assert system.launcher.started[0].exit_reason() != "still running"
+        assert system.workers().keys() == {"b/0#1"}
+        assert system.serving == [changed]
+    finally:
+        system.close()
+
+
+def test_version_that_cannot_load_in_place_brings_the_old_one_back() -> None:
+    system = MemorySystem(B, wait=False, memory_budget_bytes=2 * GIB)
+    try:
+        system.until(lambda: system.ready("b") == 1)
+        system.launcher.started[0].resident = GIB * 3 // 2
+        system.until(lambda: system.supervisor.memory()["b"].used_bytes > GIB)
+        system.reload(dataclasses.replace(B, plugin_config="fail"), memory_budget_bytes=2 * GIB)
+        system.until(lambda: system.ready("b") == 1)
+        assert outcomes(system)["b"] == ("failed", "cannot load")
+        assert system.serve("b") is State.DONE
+    finally:
+        system.close()
+
+
+def test_job_for_a_model_that_a_reload_adds_waits_for_it(system: MemorySystem) -> None:
+    settings = system._settings(A, B, ModelSettings(name="c"))
+    system.supervisor.reload(settings, system._profiles(settings))
+    assert system.serve("c") is State.DONE
 
 
 def test_launcher_that_cannot_start_a_worker_is_asked_again_after_a_delay(system: MemorySystem) -> None:
@@ -418,15 +461,14 @@ def test_worn_worker_is_replaced_without_a_moment_without_a_ready_one() -> None:
     try:
         for _ in range(3):
             assert system.serve("b") is State.DONE
-        while system.workers().keys() != {"b/1#0"}:
+        while "b/0#0" in system.workers():
             fewest = min(fewest, system.ready("b"))
             assert system.serve("b") is State.DONE  # more than three jobs for one worker, but none waits for the other
         assert fewest == 1
-        assert len(system.launcher.started) == 2
         assert system.supervisor.restarts() == {"b": 0}
         for _ in range(3):
             assert system.serve("b") is State.DONE
-        system.until(lambda: system.workers().keys() == {"b/0#1"})
+        system.until(lambda: len(system.launcher.started) >= 3)
     finally:
         system.close()
 
@@ -450,7 +492,7 @@ def test_worn_worker_serves_on_while_its_successor_cannot_start(monkeypatch: pyt
 
     def fail(*_: Any) -> Any:
         next(attempts)
-        raise OSError("no process ids left")
+        raise LaunchError("no process ids left")
 
     try:
         monkeypatch.setattr(system.launcher, "start", fail)

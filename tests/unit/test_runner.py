@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ovserve.settings.options import Settings
 from ovserve.settings.worker import WorkerSettings
@@ -84,3 +86,13 @@ def test_decoding_may_use_its_cpu_time_however_low_the_hang_limit_is(hang_s: flo
     assert file_s >= cpu_s
     assert job_s >= hang_s
     assert job_s >= 3 * file_s  # image, mask, and an attempt to start the process
+
+
+def test_work_that_has_ended_is_freed_without_the_garbage_collector(tmp_path: Path) -> None:
+    with WorkerBench(tmp_path, main=flatengine.counting_main) as worker:
+        worker.ready()
+        image, mask = worker.image(np.full((64, 64, 3), 90, np.uint8)), worker.image(np.full((64, 64), 255, np.uint8))
+        for _ in range(6):
+            (picture,) = worker.make(images=(image,), mask=mask, num_inference_steps=4, partial_images=2)
+            alive = int(np.asarray(Image.open(io.BytesIO(picture)).convert("L")).max())
+            assert alive <= 1  # the one before may still be a local variable of a thread

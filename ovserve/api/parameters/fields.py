@@ -161,7 +161,8 @@ _TABLE = (
           "Preset of steps and engine shortcuts; `high` is the model's best. Fields in the request override it.",
           default="auto", choices=("auto", "low", "medium", "high", "standard", "hd", "xhigh", "max")),
     Field("input_fidelity", "choice",
-          "Preset of `strength`, used if that is left out and the whole image is edited; `high` keeps more of it.",
+          "Preset of `strength`, used if that is left out and the whole image is edited; `high` keeps more of it. "
+          "Models that edit by reference see each image at up to 1 megapixel, with `high` at up to 2.",
           frozenset((EDIT,)), default="low", choices=("low", "high")),
     Field("stream", "boolean", "Send the reply as server-sent events.", frozenset((EDIT, GENERATION)), default=False,
           record="progress"),
@@ -190,6 +191,12 @@ _TABLE = (
           limit=lambda model, _: (None, model.max_num_inference_steps)),
     Field("guidance_scale", "number", "How closely the result follows the prompt; 1 or less turns guidance off.",
           default_text="the model's", low=0, high=FLOAT32_MAX,
+          limit=lambda model, _: (None, model.max_guidance_scale)),
+    Field("image_guidance_scale", "number",
+          "How closely the result follows the image, for models that have a second guidance scale; below 1 turns "
+          "guidance off.", frozenset((EDIT,)), default=1.5, low=0, high=FLOAT32_MAX,
+          needs="a guidance scale for the image",
+          has=lambda profile: profile.traits.has_image_guidance,
           limit=lambda model, _: (None, model.max_guidance_scale)),
     Field("strength", "number",
           "How much noise is added to the image before denoising: near 0 keeps the image, 1 ignores it. 0 runs no step "
@@ -261,6 +268,8 @@ _SYNONYMS = (
     ("cfg", "guidance_scale"),
     ("guidance", "guidance_scale"),
     ("true_cfg_scale", "guidance_scale"),
+    ("image_cfg_scale", "image_guidance_scale"),
+    ("image_cfg", "image_guidance_scale"),
     ("sampler", "scheduler"),
     ("sample_method", "scheduler"),
     ("sampling_method", "scheduler"),

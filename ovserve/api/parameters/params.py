@@ -22,6 +22,7 @@ from ovserve.api.parameters.validate import (
     Given,
     check_exclusions,
     check_features,
+    check_fixed,
     check_limits,
     check_required,
     parse_values,
@@ -106,6 +107,7 @@ def parse_parameters(
     adapters = choose_adapters(given, requested, model)
     given.values["model"] = given.values.get("model") or path_model or model.name
     resolved = resolve(given.values, model, settings)
+    check_fixed(resolved.values, given, model)
     resolved.values["lora_alphas"] = adapters
     check_exclusions(resolved.values, given, model)
     pictures = check_pictures(gathered, endpoint, model, settings)

@@ -63,6 +63,7 @@ def resolve(given: Mapping[str, Any], model: ServedModel, settings: Settings) ->
         "response_format": _default_response_format(given, model),
         "num_inference_steps": preset.num_inference_steps,
         "guidance_scale": preset.guidance_scale,
+        **_fixed_values(model),
         **given,
         "quality": quality,
         "seed": given["seed"] % SEEDS if given.get("seed", -1) >= 0 else secrets.randbelow(SEEDS),
@@ -70,6 +71,12 @@ def resolve(given: Mapping[str, Any], model: ServedModel, settings: Settings) ->
         "height": size.height if size else None,
     }
     return Resolved(values, _preferred_strength(values, model), preset.scheduler, preset.shortcuts)
+
+
+def _fixed_values(model: ServedModel) -> dict[str, Any]:
+    """Return the values that a model with the option `resolution` fixes."""
+    count = model.limits.fixed_num_images
+    return {} if count is None else {"n": count, "guidance_scale": model.fixed_guidance_scale}
 
 
 def _default_response_format(given: Mapping[str, Any], model: ServedModel) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,9 @@ from ovserve.errors import InvalidType, InvalidValue, MissingParameter, Unsuppor
 from ovserve.models.catalog import ServedModel
 from ovserve.settings.options import Resolution, Settings
 
-__all__ = ["Given", "check_exclusions", "check_features", "check_limits", "check_required", "parse_values"]
+__all__ = [
+    "Given", "check_exclusions", "check_features", "check_fixed", "check_limits", "check_required", "parse_values",
+]  # fmt: skip
 
 _REQUIRED = tuple(known for known in FIELDS.values() if known.required and known.kind not in ("file", "files"))
 _LIMITED = tuple((known, known.limit) for known in FIELDS.values() if known.limit is not None)
@@ -108,6 +111,44 @@ def check_limits(given: Given, model: ServedModel, settings: Settings) -> None:
         else:
             check_range(spelled, value, low, high, known.limited_by)
             check_range(spelled, value, known.low, known.high, "the API")
+
+
+def check_fixed(values: Mapping[str, Any], given: Given, model: ServedModel) -> None:
+    """Check size, number and guidance of a request for a model with the option `resolution`.
+
+    Args:
+        values: the value of every field.
+        given: the values of the request.
+        model: the model.
+
+    Raises:
+        InvalidValue: a value is not the one that the options fix.
+    """
+    allowed, count = model.limits.resolution, model.limits.fixed_num_images
+    if not allowed:
+        return
+    size = Resolution(values["width"], values["height"])
+    if size not in allowed:
+        spelled = next((given.spelled(name) for name in ("size", "width", "height") if name in given.values), "size")
+        listed = ", ".join(map(str, allowed))
+        raise InvalidValue(f"{spelled}: {size} is not one of the sizes of resolution: {listed}.", param=spelled)
+    if values["n"] != count:
+        spelled = given.spelled("n")
+        raise InvalidValue(
+            f"{spelled} is {values['n']}; num_images_per_prompt of this model is {count}.", param=spelled
+        )
+    fixed = model.fixed_guidance_scale
+    if _single(values["guidance_scale"]) != _single(fixed):
+        spelled = given.spelled("guidance_scale")
+        raise InvalidValue(
+            f"{spelled} is {values['guidance_scale']:g}; the only guidance scale of this model is {fixed:g}.",
+            param=spelled,
+        )
+
+
+def _single(value: float) -> float:
+    """Return a number as float32, in which a model takes it."""
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def check_exclusions(values: Mapping[str, Any], given: Given, model: ServedModel) -> None:

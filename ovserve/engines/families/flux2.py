@@ -65,7 +65,7 @@ class Flux2Klein(ReferenceTransformer):
         chat = {"enable_thinking": False}
         self.texts = (TextEncoder("text_encoder", "tokenizer", WINDOW, layers, is_masked=True, chat=chat),)
         vae = component_config(profile.directory / "vae_decoder")
-        self._vae = read_vae_config(profile.directory, samples=True)
+        self._vae = read_vae_config(profile.component("vae_decoder"), samples=True)
         try:
             self._mean = np.array(vae["bn_running_mean_data"], f32)
             variance = np.array(vae["bn_running_var_data"], f32)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from ovserve.engines.families.flux import Flux, FluxFill, FluxKontext
 from ovserve.engines.families.flux2 import Flux2Klein
+from ovserve.engines.families.instruct_pix2pix import InstructPix2Pix
 from ovserve.engines.families.protocol import Family
 from ovserve.engines.families.qwen_image import QwenImage
 from ovserve.engines.families.sd3 import StableDiffusion3
@@ -20,6 +21,7 @@ __all__ = ["DRIVEN_FAMILIES", "check_driven", "family_for"]
 _FAMILIES: Mapping[str, Callable[[ModelProfile], Family]] = {
     "stable-diffusion": StableDiffusion,
     "lcm": StableDiffusion,  # its UNet says that guidance is an input; see `lcm`
+    "instruct-pix2pix": InstructPix2Pix,
     "sdxl": Sdxl,
     "sd3": StableDiffusion3,
     "flux": Flux,

@@ -34,12 +34,12 @@ class VaeConfig:
 
 
 def read_vae_config(directory: Path, *, samples: bool) -> VaeConfig:
-    """Read vae_decoder/config.json.
+    """Read config.json in the directory of a VAE decoder.
 
     Raises:
         ModelError: it cannot be read.
     """
-    config = component_config(directory / "vae_decoder")
+    config = component_config(directory)
     levels = config.get("block_out_channels") or config.get("dim_mult") or [64]
     return VaeConfig(
         latent_channels=int(number(config, "latent_channels", number(config, "z_dim", 4))),

@@ -18,6 +18,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from ovserve.engines.families.protocol import Family, Feeds, Types
 from ovserve.engines.families.vae import VaeConfig, read_vae_config
 from ovserve.engines.schedulers.noise import Array
 from ovserve.engines.stepwise.lora import Loras
+from ovserve.engines.stepwise.tiling import Tiling
 from ovserve.errors import ModelError
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings
@@ -113,11 +115,11 @@ class Components:
         self.loras = Loras(self.settings.lora)
         adaptable = [name for name in self._models if not name.startswith("vae")]
         self.loras.adapt({name: self._models[name] for name in adaptable}, self.family.denoiser)
-        self._models["vae_decoder"] = self._with_uint8_output(self._models["vae_decoder"])
+        self._models["vae_decoder"] = _with_uint8_output(self._models["vae_decoder"], self.vae)
 
     def _names(self) -> list[str]:
         encoders = [text.component for text in self.family.texts]
-        vae = ["vae_encoder", "vae_decoder"] if (self.profile.directory / "vae_encoder").is_dir() else ["vae_decoder"]
+        vae = ["vae_encoder", "vae_decoder"] if self.profile.component("vae_encoder").is_dir() else ["vae_decoder"]
         return [*encoders, self.family.denoiser, *vae]
 
     @property
@@ -126,7 +128,10 @@ class Components:
         return [text.component for text in self.family.texts]
 
     def _read(self, name: str) -> Any:
-        path = self.profile.directory / name / "openvino_model.xml"
+        return self._read_graph(self.profile.component(name))
+
+    def _read_graph(self, directory: Path) -> Any:
+        path = directory / "openvino_model.xml"
         try:
             return self.core.read_model(path)
         except RuntimeError as error:
@@ -137,7 +142,7 @@ class Components:
         names = encoder.output(0).get_names() if encoder else {"latent_parameters"}
         if not names & {"latent_sample", "latent_parameters"}:
             raise ModelError(f"vae_encoder: output is {sorted(names)}; expected latent_sample or latent_parameters")
-        self.vae = read_vae_config(self.profile.directory, samples="latent_sample" not in names)
+        self.vae = read_vae_config(self.profile.component("vae_decoder"), samples="latent_sample" not in names)
         self.family.check_channels(self.vae.latent_channels)
 
     def _read_denoiser(self) -> None:
@@ -172,32 +177,17 @@ class Components:
             return False
         return True
 
-    def _with_uint8_output(self, decoder: Any) -> Any:
-        """Return the decoder with the library's pre- and postprocessing: scaled latents in, uint8 (N, H, W, 3) out."""
-        process = PrePostProcessor(decoder)
-        if self.vae.scaling_factor != 1:
-            process.input().preprocess().scale(float(self.vae.scaling_factor))
-        if self.vae.shift_factor != 0:
-            process.input().preprocess().mean(-float(self.vae.shift_factor))
-
-        def to_levels(port: Any) -> Any:
-            half = ops.constant(np.array([0.5], np.float32))
-            full = ops.constant(np.array([255.0], np.float32))
-            unit = ops.clamp(ops.add(ops.multiply(port, half), half), 0.0, 1.0)
-            return ops.multiply(unit, full).output(0)
-
-        process.output().postprocess().custom(to_levels)
-        process.output().postprocess().convert_element_type(ov.Type.u8)
-        process.output().model().set_layout(ov.Layout("NCHW"))
-        process.output().tensor().set_layout(ov.Layout("NHWC"))
-        return process.build()
-
     # --- for measuring ---
 
     @property
     def denoiser_device(self) -> str:
         """Device of the denoiser."""
         return self._devices[1]
+
+    @property
+    def tiling(self) -> Tiling:
+        """The tiles in which the VAE decodes and encodes large pictures."""
+        return Tiling.of(self.settings.vae_tile_px, self.vae.scale)
 
     @property
     def denoiser_bytes(self) -> int:
@@ -261,6 +251,20 @@ class Components:
                 )
             )
 
+    def preview_decoder(self, layout: Layout) -> Any:
+        """Return a new infer request of the decoder for previews: that of `preview_vae`, else that of pictures.
+
+        Raises:
+            ModelError: the decoder cannot be read or compiled.
+        """
+        if self.settings.preview_vae is None:
+            return self.requests[-1].vae_decoder.get_compiled_model().create_infer_request()
+        directory = self.settings.preview_vae / "vae_decoder"
+        decoder = self._read_graph(directory)
+        _drop_time_axis(decoder)
+        decoder = _with_uint8_output(decoder, read_vae_config(directory, samples=False))
+        return self._compile("vae_decoder", layout, decoder).create_infer_request()
+
     def compile_adapted(self, name: str, layout: Layout, beat: Callable[[str], None]) -> list[Any]:
         """Compile the adapted model of a component; return an infer request for each slot.
 
@@ -317,6 +321,27 @@ class Components:
             # As in the library: the VAE overflows float16 unless the export has a scale for its activations.
             properties.setdefault("INFERENCE_PRECISION_HINT", "f32")
         return properties
+
+
+def _with_uint8_output(decoder: Any, vae: VaeConfig) -> Any:
+    """Return the decoder with the library's pre- and postprocessing: scaled latents in, uint8 (N, H, W, 3) out."""
+    process = PrePostProcessor(decoder)
+    if vae.scaling_factor != 1:
+        process.input().preprocess().scale(float(vae.scaling_factor))
+    if vae.shift_factor != 0:
+        process.input().preprocess().mean(-float(vae.shift_factor))
+
+    def to_levels(port: Any) -> Any:
+        half = ops.constant(np.array([0.5], np.float32))
+        full = ops.constant(np.array([255.0], np.float32))
+        unit = ops.clamp(ops.add(ops.multiply(port, half), half), 0.0, 1.0)
+        return ops.multiply(unit, full).output(0)
+
+    process.output().postprocess().custom(to_levels)
+    process.output().postprocess().convert_element_type(ov.Type.u8)
+    process.output().model().set_layout(ov.Layout("NCHW"))
+    process.output().tensor().set_layout(ov.Layout("NHWC"))
+    return process.build()
 
 
 def _drop_time_axis(vae: Any) -> None:

@@ -6,6 +6,7 @@ Encoded images are cached by content. Runs in: a slot's thread, with that slot's
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import openvino as ov
@@ -19,6 +20,7 @@ from ovserve.engines.schedulers.plans import Plan
 from ovserve.engines.stepwise.cache import ArrayCache, digest
 from ovserve.engines.stepwise.compiled import Components, Requests, normalised_levels, run_encoder
 from ovserve.engines.stepwise.prompts import PromptEncoder
+from ovserve.engines.stepwise.tiling import encode_tiles
 
 __all__ = ["Encoding"]
 
@@ -33,6 +35,7 @@ class Encoding:
         self._vae = components.vae
         self._family = components.family
         self._prompts = prompts
+        self._tiling = components.tiling
         self._levels = normalised_levels(components.core)
         self._cache = ArrayCache(CACHE_BYTES)
 
@@ -58,7 +61,8 @@ class Encoding:
         planes = np.ascontiguousarray(self._levels[image].transpose(2, 0, 1)[None])
         if mask is not None:
             planes[:, :, mask >= 128] = 0.0
-        moments: Moments = (run_encoder(requests.vae_encoder, planes),)
+        encoded = encode_tiles(partial(run_encoder, requests.vae_encoder), planes, self._tiling)
+        moments: Moments = (encoded,)
         if self._vae.samples:
             mean, log_variance = np.split(moments[0], 2, axis=1)
             deviation = np.exp(0.5 * np.clip(log_variance, f32(-30), f32(20)).astype(np.float64)).astype(f32)

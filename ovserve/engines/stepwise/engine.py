@@ -24,25 +24,27 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ovserve.engines.checks import check_scheduler, check_step_count
 from ovserve.engines.families.protocol import DenoiserRow, Feed, PlanMaker, Start
-from ovserve.engines.protocol import Features, Outcome, Pixels, Work, warm_up_work
+from ovserve.engines.protocol import Features, Outcome, Pixels, Work, warm_up_size, warm_up_work
 from ovserve.engines.schedulers.noise import Array, read_scheduler_config
 from ovserve.engines.schedulers.plans import Plan
 from ovserve.engines.stepwise.batching import Batcher, Call, Row
 from ovserve.engines.stepwise.compiled import Components, Requests, run_decoder, run_encoder
 from ovserve.engines.stepwise.encoding import Encoding
-from ovserve.engines.stepwise.lora import with_weights
+from ovserve.engines.stepwise.lora import Loras, with_weights
 from ovserve.engines.stepwise.lora_compile import add_adapted
 from ovserve.engines.stepwise.picture import Picture
 from ovserve.engines.stepwise.previews import Previews, choose_shrink
 from ovserve.engines.stepwise.prompts import PromptEncoder
 from ovserve.engines.stepwise.shortcuts import parse_shortcuts
 from ovserve.engines.stepwise.slots import Finished, Slots
+from ovserve.engines.stepwise.tiling import decode_tiles
 from ovserve.engines.stepwise.tuning import LARGE_CALL_S, tune, warm_up
 from ovserve.errors import ApiError, BadRequest, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
@@ -83,6 +85,7 @@ class StepwiseEngine:
         self._trace = trace
         self._components = components or Components(profile, settings)
         self._schedulers: dict[str, PlanMaker] = {}
+        self._loras = Loras(settings.lora)
         self._encodes: deque[Picture] = deque()
         self._ready: deque[Picture] = deque()
         self._decodes: deque[Picture] = deque()
@@ -140,6 +143,7 @@ class StepwiseEngine:
         self._tuning = tune(self._components, beat)
         self._components.compile(self._tuning.layout, beat)
         add_adapted(self._components, self._tuning.layout, beat)
+        spare = self._components.preview_decoder(self._tuning.layout)
         self._components.release_sources()
         self._loras = self._components.loras
         if not self._loras.rows_are_independent:
@@ -155,7 +159,6 @@ class StepwiseEngine:
         self._call_s = self._tuning.step_s
         warm_up(self._components, self._tuning, beat)
         self._make_warm_up_picture(beat)
-        spare = self._components.requests[-1].vae_decoder.get_compiled_model().create_infer_request()
         self._previews = Previews(spare, choose_shrink(self._measure_decoding(spare), self._tuning.step_s))
         self._closing.callback(self._previews.close)
 
@@ -166,7 +169,8 @@ class StepwiseEngine:
             ApiError: the picture failed.
         """
         # Where steps are long, one step must do; a second would test nothing more.
-        work = warm_up_work(self._profile, num_inference_steps=1 if self._tuning.step_s > LARGE_CALL_S else 2)
+        steps = 1 if self._tuning.step_s > LARGE_CALL_S else 2
+        work = warm_up_work(self._profile, num_inference_steps=steps, size=warm_up_size(self._profile))
         self.admit(work)
         outcomes: list[Outcome] = []
         while not outcomes:
@@ -284,7 +288,12 @@ class StepwiseEngine:
             self._start(_call_of_one("encode", picture), lambda requests: self._encoding.start(work, plan, requests))
         else:
             latents = self._family.decoder_input(decoded)
-            self._start(_call_of_one("decode", picture), lambda requests: run_decoder(requests.vae_decoder, latents))
+            tiling = self._components.tiling
+
+            def decode(requests: Requests) -> Pixels:
+                return decode_tiles(partial(run_decoder, requests.vae_decoder), latents, tiling)
+
+            self._start(_call_of_one("decode", picture), decode)
 
     def _start_denoising(self) -> bool:
         """Start the next denoising calls; return False if the next picture has to wait until all slots are free."""

@@ -1,0 +1,1 @@
+"""A client of the server, for the commands that make pictures from the shell."""

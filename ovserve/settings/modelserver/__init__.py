@@ -1,0 +1,1 @@
+"""The configuration files of OpenVINO Model Server, read as settings: graph.pbtxt, config.json, and graphs written."""
