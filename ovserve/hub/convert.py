@@ -106,7 +106,7 @@ class Converter:
             HubError: the environment cannot be made, or the conversion failed; the message has the end of its log.
             Stopped: `stop` was set.
         """
-        self._make_environment(log)
+        self.environment(log)
         command = [
             str(self._directory / "bin" / "optimum-cli"), "export", "openvino",
             "--library", "diffusers", "--task", _TASK,
@@ -131,11 +131,20 @@ class Converter:
             "pull an OpenVINO export of the model"
         )
 
-    def _make_environment(self, log: Path) -> None:
+    def environment(self, log: Path) -> Path:
+        """Return the directory of the environment; make it if it is not there.
+
+        Args:
+            log: file for the output of uv.
+
+        Raises:
+            HubError: it cannot be made.
+            Stopped: `stop` was set.
+        """
         self._directory.parent.mkdir(parents=True, exist_ok=True)
         with self._lock():
             if (self._directory / _MADE).exists():
-                return
+                return self._directory
             uv = self._find_uv()
             self._reporter.event(
                 "environment",
@@ -157,6 +166,7 @@ class Converter:
             ):
                 self._run(command, variables, log, INSTALL_LIMIT_S, "making the environment")
             (self._directory / _MADE).touch()
+            return self._directory
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:

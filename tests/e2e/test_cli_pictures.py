@@ -190,13 +190,13 @@ def test_ctrl_c_cancels_the_job_and_leaves_nothing(server: LiveServer, folder: P
         select.select([], [], [], 0.05)
 
 
-def processes_with(mark: str) -> list[int]:
+def processes_with(marker: str) -> list[int]:
     """Return the processes whose environment has this text."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if mark.encode() in (entry / "environ").read_bytes():
+                if marker.encode() in (entry / "environ").read_bytes():
                     found.append(int(entry.name))
             except OSError:
                 continue
@@ -204,10 +204,10 @@ def processes_with(mark: str) -> list[int]:
 
 
 def test_builtin_starts_a_server_for_the_call_and_stops_it(folder: Path) -> None:
-    mark = f"mark-{folder}"
-    code, out, err = run("generate", "-p", PROMPT, "--builtin", "--seed", "3", cwd=folder, url="", CLI_TEST_MARK=mark)
+    marker = f"mark-{folder}"
+    code, out, err = run("generate", "-p", PROMPT, "--builtin", "--seed", "3", cwd=folder, url="", CLI_TEST_MARK=marker)
     assert (code, out.decode()) == (0, "generated.png  seed 3\n"), err
-    assert processes_with(mark) == []
+    assert processes_with(marker) == []
 
 
 def test_key_comes_from_the_environment(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -19,6 +19,7 @@ import pytest
 from ovserve.models.profile import builtin_directory
 from tests.fakehub import FakeHub
 from tests.live import LiveServer, is_alive
+from tests.loras import write_adapter
 from tests.modelserver import graph_text, write_repository
 
 DATA = Path(__file__).parents[1] / "data"
@@ -46,8 +47,8 @@ def start(hub: FakeHub, tmp_path: Path, *arguments: str, **options: Any) -> Live
     return LiveServer("--config", str(config), *arguments, spool=tmp_path / "spool", environment=environment, **options)
 
 
-def edit(server: LiveServer, model: str) -> httpx.Response:
-    fields = {"model": model, "prompt": "a green circle on a blue background", "num_inference_steps": "2"}
+def edit(server: LiveServer, model: str, **more: str) -> httpx.Response:
+    fields = {"model": model, "prompt": "a green circle on a blue background", "num_inference_steps": "2", **more}
     with (DATA / "red_circle.png").open("rb") as image:
         return httpx.post(f"{server.url}/v1/images/edits", data=fields, files={"image": image}, timeout=60)
 
@@ -127,28 +128,56 @@ def test_only_model_that_cannot_be_pulled_is_a_start_error(hub: FakeHub, tmp_pat
     assert "is gated: accept its licence" in done.stderr.splitlines()[-1]
 
 
-def test_reference_servers_repository_is_served_by_pointing_at_it(tmp_path: Path) -> None:
+def three_graphs(tmp_path: Path) -> Path:
+    """Write a repository with three graphs, of which one has adapters; return its config.json."""
     path = str(builtin_directory())
+    adapters = (
+        'lora_adapters { alias: "xray" path: "xray.safetensors" alpha: 0.5 } '
+        'lora_adapters { alias: "anime" path: "anime.safetensors" } '
+        'composite_lora_adapters { alias: "blend" components { adapter_alias: "xray" } '
+        'components { adapter_alias: "anime" alpha: 0.25 } }'
+    )
     config = write_repository(
         tmp_path / "models",
         {
-            "plain": graph_text({"models_path": path, "default_num_inference_steps": 2}),
+            "plain": graph_text({"models_path": path, "default_num_inference_steps": 2}, extra=adapters),
             "few": graph_text({"models_path": path, "max_num_inference_steps": 60, "max_num_images_per_prompt": 1}),
             "fixed": graph_text({"models_path": path, "resolution": "256x256 128x256"}),
         },
     )
+    for number, name in enumerate(("xray", "anime")):
+        write_adapter(tmp_path / "models" / "plain" / f"{name}.safetensors", number)
+    return config
+
+
+def test_reference_servers_repository_is_accepted_by_pointing_at_it(tmp_path: Path) -> None:
+    config = three_graphs(tmp_path)
+    for arguments in (["--config_path", str(config)], ["--model_repository_path", str(config.parent)]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ovserve", "check", *arguments, "--rest_workers", "4"],
+            capture_output=True, text=True, timeout=LIMIT_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert all(f"model {name}: stable-diffusion" in done.stdout for name in ("plain", "few", "fixed"))
+        assert "without effect: --rest_workers: max_connections limits connections" in done.stdout
+
+
+@pytest.mark.heavy  # three models measure their threads and streams, which a graph cannot fix
+def test_reference_servers_repository_is_served_by_pointing_at_it(tmp_path: Path) -> None:
+    config = three_graphs(tmp_path)
     arguments = ["--config_path", str(config), "--rest_port", "0", "--port", "9", "--rest_workers", "4"]
     with LiveServer(*arguments, spool=tmp_path) as server:
-        assert {model["id"] for model in server.fetch("/v3/models")[1]["data"]} == {"plain", "few", "fixed"}
+        names = {model["id"] for model in server.fetch("/v3/models")[1]["data"]}
+        assert names == {"plain", "few", "fixed", "xray", "anime", "blend"}
         ignored = [line for line in server.log if "without effect" in line]
         assert len(ignored) == 1
         assert "--rest_workers" in ignored[0]
         assert "OVMS_GRAPH_QUEUE_MAX_SIZE" in ignored[0]
-        ready = httpx.Client(base_url=server.url)
-        with ready:
-            while ready.get("/v2/models/plain/ready").status_code != 200:
+        with httpx.Client(base_url=server.url) as client:
+            while client.get("/v2/models/plain/ready").status_code != 200:
                 time.sleep(0.05)
-        assert edit(server, "plain").status_code == 200
+        pictures = [edit(server, name, seed="7").json()["data"][0]["b64_json"] for name in ("plain", "xray", "blend")]
+        assert len(set(pictures)) == 3
 
 
 def test_pull_mode_writes_a_graph_that_a_start_reads(hub: FakeHub, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -69,7 +70,7 @@ INSIDE: dict[str, set[str]] = {
 ONLY: dict[str, tuple[str, ...]] = {
     "numpy": ("worker", "engines", "pixels"),
     "PIL": ("worker", "engines", "pixels", "client.masks"),
-    "openvino": ("engines.genai", "engines.stepwise", "engines.devices"),
+    "openvino": ("engines.genai", "engines.stepwise", "engines.devices", "worker.main"),
     "openvino_genai": ("engines.genai", "engines.stepwise"),
     "multiprocessing": ("wire", "fleet", "server", "cli"),
     "http": ("front", "hub", "client"),
@@ -91,6 +92,7 @@ def modules() -> dict[str, ast.Module]:
 MODULES = modules()
 
 
+@functools.cache
 def imports(tree: ast.Module) -> set[str]:
     """Return the full names that a module imports, inside functions too."""
     found: set[str] = set()
@@ -103,6 +105,7 @@ def imports(tree: ast.Module) -> set[str]:
     return found
 
 
+@functools.cache
 def own(tree: ast.Module) -> set[str]:
     """Return the modules of ovserve that a module imports, without the leading `ovserve.`."""
     found = set()
