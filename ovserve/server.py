@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -31,7 +32,8 @@ from ovserve.fleet.estimates import Estimates
 from ovserve.fleet.supervisor import Supervisor
 from ovserve.folders import user_cache
 from ovserve.front.keys import read_admin_keys, read_keys
-from ovserve.front.listener import Listener
+from ovserve.front.listener import Listener, ListenerGroup
+from ovserve.front.tls import read_certificates
 from ovserve.hub.background import Pulls
 from ovserve.logs import configure_logs, fields
 from ovserve.metrics import Metrics
@@ -60,6 +62,7 @@ STOP_TIMEOUT_S = 10.0  # for workers to exit once nothing is in flight
 # Enough for any thread count; some libraries iterate over all possible descriptors.
 MAX_DESCRIPTORS = 65536
 OWN_DESCRIPTORS = 128 + 2 * MAX_POOLED_FILES  # of the front end, its links, and the warm files
+ADMIN_PREFIX = "admin "  # of an inherited socket's address: systemd's name of the socket
 ADMIN_CONNECTIONS = 32  # of the admin listener: an operator's tools and a few monitors
 # Socket, the upload's segment and its mapping, the request's segment, the job's eventfd. Each picture and preview adds
 # one.
@@ -89,10 +92,11 @@ class Server:
         Raises:
             StartupError: a model directory is wrong, the port is taken, the spool directory cannot be used.
         """
+        self._inherited = _inherit()
         self._pulls = Pulls(os.environ if variables is None else variables, self._try_reload)
-        settings, pending = self._pulls.resolve(settings)
+        settings, pending = self._pulls.resolve(_with_inherited(settings, self._inherited))
         self._settings = settings
-        self._reread = reread
+        self._reread: Callable[[], Settings] = lambda: _with_inherited(reread(), self._inherited)
         self._config = config
         self._watch = Watch(self._watched_state, self._try_reload, settings.watch_interval_s)
         self._reloading = threading.Lock()
@@ -140,14 +144,31 @@ class Server:
             )
             self._supervisor.on_outcome = self._note_outcome
             _watch(self._api.metrics, self._spool, self._supervisor)
-            self._listener = Listener(settings, self._api, self._spool)
-            self._listeners = [self._listener]
-            if admin := parse_listen(settings.admin_listen):
-                operators = dataclasses.replace(settings, max_connections=ADMIN_CONNECTIONS)
-                self._listeners.append(Listener(operators, self._api, self._spool, admin))
+            self._listeners = self._listen(settings)
         except BaseException:
             self._spool.close()
             raise
+
+    def _listen(self, settings: Settings) -> list[Listener]:
+        """Return the listeners; the admin listener is the last. Raises StartupError."""
+        group = ListenerGroup(settings)
+        listeners: list[Listener] = []
+        try:
+            for text in settings.listen or [""]:
+                address = parse_listen(text) if text else None
+                inherited = self._inherited.get(text)
+                listeners.append(
+                    Listener(settings, self._api, self._spool, address=address, group=group, inherited=inherited)
+                )
+            if admin := parse_listen(settings.admin_listen):
+                operators = dataclasses.replace(settings, max_connections=ADMIN_CONNECTIONS)
+                inherited = self._inherited.get(f"{ADMIN_PREFIX}{settings.admin_listen}")
+                listeners.append(Listener(operators, self._api, self._spool, admin, inherited=inherited))
+        except BaseException:
+            for listener in listeners:
+                listener.stop(0)
+            raise
+        return listeners
 
     def run(self) -> int:
         """Serve until a signal; return the exit code. Raises StartupError when no model can be served."""
@@ -161,8 +182,9 @@ class Server:
         try:
             if not self._await_ready():
                 return 0
-            host = f"[{self._listener.host}]" if ":" in self._listener.host else self._listener.host
-            _print_line(f"ready http://{host}:{self._listener.port}")
+            for listener in self._listeners:
+                if not listener.is_admin:
+                    _print_line(f"ready {listener.url}")
             self._is_announced = True
             self._announce()
             self._await_end()
@@ -252,6 +274,7 @@ class Server:
             try:
                 settings, pending = self._pulls.resolve(self._reread())
                 catalog, keys, admin_keys = _read_models(settings), read_keys(settings), read_admin_keys(settings)
+                certificates = read_certificates(settings)
                 catalog = dataclasses.replace(catalog, pending=pending)
                 running = self._api.settings
                 if (settings.log_level, settings.log_format) != (running.log_level, running.log_format):
@@ -259,13 +282,12 @@ class Server:
                 self._supervisor.reload(settings, _profiles(catalog))
                 with self._serving:
                     self._api.configure(settings, self._api.catalog.announcing(catalog))
-                if self._listener.access.keys and not keys:
+                if self._listeners[0].access.keys and not keys:
                     log.warning("no API key is configured any more: requests without a key are served")
                 for listener in self._listeners:
                     # Where it listens, and so what the rules protect, is fixed at start.
-                    listener.configure(
-                        dataclasses.replace(settings, admin_listen=self._settings.admin_listen), keys, admin_keys
-                    )
+                    fixed_places = {name: getattr(self._settings, name) for name in ("listen", "admin_listen")}
+                    listener.configure(dataclasses.replace(settings, **fixed_places), keys, admin_keys, certificates)
                 log.info("reloaded", extra=fields(models=", ".join(catalog.models), api_keys=len(keys)))
                 if fixed := _fixed(self._settings, settings):
                     log.warning("changed options that take effect at the next start: %s", ", ".join(fixed))
@@ -371,7 +393,8 @@ RELOADED = frozenset((
     "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "min_resident_s",
     "memory_budget_bytes", "cache_bytes", "keep_alive_max_s",
     "api_key", "api_key_file",
-    "admin_key", "admin_key_file", "allowed_hosts", "log_level", "log_format", "decode_cpu_limit_s",
+    "admin_key", "admin_key_file", "tls_certificate", "tls_key", "tls_client_ca",
+    "allowed_hosts", "log_level", "log_format", "decode_cpu_limit_s",
     "decode_memory_limit_bytes",
 ))  # fmt: skip
 
@@ -380,6 +403,38 @@ def _fixed(old: Settings, new: Settings) -> list[str]:
     """Return the names of changed options that a reload does not apply."""
     names = (entry.name for entry in dataclasses.fields(Settings) if entry.name not in RELOADED)
     return [name for name in names if getattr(old, name) != getattr(new, name)]
+
+
+def _inherit() -> dict[str, socket.socket]:
+    """Return the sockets of socket activation by address, as in `listen`; the one named `admin` begins with `admin `.
+
+    Raises:
+        StartupError: one of them cannot be used.
+    """
+    try:
+        found = systemd.inherited_sockets()
+    except OSError as error:
+        raise StartupError(f"socket activation: {error.strerror}") from None
+    sockets = {}
+    for name, taken in found:
+        address = taken.getsockname()
+        if taken.family == socket.AF_UNIX:
+            text = f"unix:{address}"
+        else:
+            text = f"[{address[0]}]:{address[1]}" if taken.family == socket.AF_INET6 else f"{address[0]}:{address[1]}"
+        sockets[ADMIN_PREFIX + text if name == "admin" else text] = taken
+    return sockets
+
+
+def _with_inherited(settings: Settings, sockets: Mapping[str, socket.socket]) -> Settings:
+    """Return the settings with the addresses of inherited sockets in place of those configured."""
+    main = tuple(text for text in sockets if not text.startswith(ADMIN_PREFIX))
+    admin = [text for text in sockets if text.startswith(ADMIN_PREFIX)]
+    if main:
+        settings = dataclasses.replace(settings, listen=main)
+    if admin:
+        settings = dataclasses.replace(settings, admin_listen=admin[0].removeprefix(ADMIN_PREFIX))
+    return settings
 
 
 def _raise_descriptor_limit(settings: Settings) -> None:
@@ -444,6 +499,7 @@ def check_settings(settings: Settings) -> tuple[Catalog, int]:
     """
     Store(settings)
     read_admin_keys(settings)
+    read_certificates(settings)
     settings, pending = Pulls({}, lambda: None).resolve(settings)
     return dataclasses.replace(_read_models(settings), pending=pending), len(read_keys(settings))
 

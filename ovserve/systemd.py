@@ -1,22 +1,56 @@
 """Notify systemd of readiness, reload, stop and watchdog: the sd_notify protocol, without a dependency.
 
+Also takes over the sockets of socket activation.
+
 sd_notify(3): newline-separated assignments in one datagram to the address in NOTIFY_SOCKET, a path or, with a leading
 `@`, a name in the abstract namespace. Outside systemd every function does nothing. Thread-safe: yes.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
 import time
 
-__all__ = ["Watchdog", "notify", "notify_ready", "notify_reloading", "notify_status", "notify_stopping"]
+__all__ = [
+    "Watchdog",
+    "inherited_sockets",
+    "notify",
+    "notify_ready",
+    "notify_reloading",
+    "notify_status",
+    "notify_stopping",
+]
 
 
 STATE_TIMEOUT_S = 5.0  # to deliver a change of state: without READY=1 systemd ends a working service
 
+FIRST_INHERITED = 3  # descriptor of the first socket that systemd passes
+
 log = logging.getLogger(__name__)
+
+
+def inherited_sockets() -> list[tuple[str, socket.socket]]:
+    """Return the listening sockets that the service manager has opened, each with its name; none outside one.
+
+    sd_listen_fds(3): LISTEN_FDS descriptors from 3 on, for the process LISTEN_PID, named by LISTEN_FDNAMES. The
+    variables are removed: a second call, and child processes, find nothing.
+    """
+    count = os.environ.pop("LISTEN_FDS", "")
+    pid = os.environ.pop("LISTEN_PID", "")
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    if not count.isdecimal() or pid != str(os.getpid()):
+        return []
+    found = []
+    for index in range(int(count)):
+        taken = socket.socket(fileno=FIRST_INHERITED + index)
+        os.set_inheritable(taken.fileno(), False)
+        if taken.type != socket.SOCK_STREAM or not taken.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise OSError(errno.EINVAL, f"descriptor {taken.fileno()} from LISTEN_FDS is not a listening socket")
+        found.append((names[index] if index < len(names) else "", taken))
+    return found
 
 
 def notify(*assignments: str, timeout_s: float = 0.0) -> bool:

@@ -94,6 +94,10 @@ class Exchange(Protocol):
         """Address of the peer."""
 
     @property
+    def is_secure(self) -> bool:
+        """Whether the request has arrived over TLS."""
+
+    @property
     def network(self) -> str:
         """Part of the address that the client cannot choose: an IPv4 address, or the /64 of an IPv6 address."""
 

@@ -222,7 +222,8 @@ class Images:
     def _base_url(self, exchange: Exchange) -> str:
         """Return the prefix of picture URLs; empty without public_url and Host field."""
         host = exchange.header("host")
-        return self.settings.public_url.rstrip("/") or (f"http://{host}" if host else "")
+        scheme = "https" if exchange.is_secure else "http"
+        return self.settings.public_url.rstrip("/") or (f"{scheme}://{host}" if host else "")
 
     def _check_store(self) -> None:
         """Check before any work that a picture can be stored. Raises StoreFull and StoreUnusable."""

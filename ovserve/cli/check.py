@@ -12,7 +12,7 @@ from ovserve.errors import StartupError
 from ovserve.models.catalog import Catalog
 from ovserve.models.weights import estimated_bytes, weights_bytes
 from ovserve.server import check_settings
-from ovserve.settings.options import Settings
+from ovserve.settings.options import ModelSettings, Settings
 
 __all__ = ["run"]
 
@@ -42,7 +42,7 @@ def _lines(settings: Settings, catalog: Catalog, keys: int) -> Iterator[str]:
         profile, limits = model.profile, model.limits
         default = " (default)" if name == settings.default_model else ""
         yield f"model {name}{default}: {profile.family} from {profile.directory}"
-        yield f"  device {limits.device}, engine {limits.engine}, replicas {limits.replicas}"
+        yield f"  device {limits.device}, engine {limits.engine}, replicas {_replicas(limits)}"
         kept = "for ever" if math.isinf(limits.kept_s) else f"for {limits.kept_s:g} s without a job"
         pinned = ", pinned" if limits.is_pinned else ""
         yield f"  load {limits.load}, stays {kept}{pinned}, priority {limits.priority}"
@@ -50,3 +50,7 @@ def _lines(settings: Settings, catalog: Catalog, keys: int) -> Iterator[str]:
         yield f"  weights {weights >> 20} MiB, estimated memory of one worker {expected >> 20} MiB"
     if settings.memory_budget_bytes:
         yield f"memory budget {settings.memory_budget_bytes >> 20} MiB"
+
+
+def _replicas(model: ModelSettings) -> str:
+    return str(model.replicas) if model.replicas else f"auto, {model.min_replicas} to {model.max_replicas}"

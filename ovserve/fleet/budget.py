@@ -43,7 +43,7 @@ def check_budget(settings: Settings, profiles: Mapping[str, ModelProfile]) -> li
 
 def _warnings(settings: Settings, profiles: Mapping[str, ModelProfile], budget: int) -> Iterator[str]:
     for model in settings.models:
-        expected = estimated_bytes(profiles[model.name].directory) * model.replicas
+        expected = estimated_bytes(profiles[model.name].directory) * model.fewest_workers
         if expected > budget:
             yield (
                 f"model {model.name} may take {_mib(expected)} by the size of its files, more than memory_budget_bytes "

@@ -17,7 +17,7 @@ __all__ = ["FRONT_END_OPTIONS", "DesiredModel", "desired_models"]
 # Options of a model that no worker reads: a change of one of them takes effect without new workers. The profile, which
 # is compared as well, has what the others make of a model's defaults.
 FRONT_END_OPTIONS = (
-    "replicas", "load", "keep_alive_s", "pinned", "priority",
+    "replicas", "min_replicas", "max_replicas", "load", "keep_alive_s", "pinned", "priority",
     "queue_limit", "memory_limit_bytes", "max_jobs_per_worker",
     "default_resolution", "max_num_images_per_prompt",
     "default_num_inference_steps", "max_num_inference_steps", "default_guidance_scale", "max_guidance_scale",

@@ -206,7 +206,7 @@ class Fleet:
     @property
     def is_start_blocked(self) -> bool:
         """Whether no more processes are started, because more than `replicas` of them have survived SIGKILL."""
-        return self.written_off > self.model.replicas
+        return self.written_off > self.model.most_workers
 
     def fill_slots(self, count: int) -> None:
         """Create slots until `count` are active, each due for a start."""

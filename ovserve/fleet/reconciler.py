@@ -298,7 +298,7 @@ class Reconciler:
             entry.rejected, entry.rejection = record, failure
             self._abort_incoming(entry)
             return
-        keep = 0 if ready >= count else max(0, old.model.replicas - ready)
+        keep = 0 if ready >= count else max(0, max(old.model.fewest_workers, old.desired.workers) - ready)
         if entry.is_in_place and not ready and count:
             return  # the old workers have been retired, and the new ones load
         for slot in old.surplus_slots(keep):
@@ -341,7 +341,7 @@ class Reconciler:
     def _keep_serving(self, entry: ModelFleets, workers: int) -> None:
         """Give the serving fleet its own number of workers, or none while the model is not resident."""
         serving = entry.serving
-        count = serving.model.replicas if workers else 0
+        count = max(serving.model.fewest_workers, min(workers, serving.model.most_workers)) if workers else 0
         for slot in serving.surplus_slots(count):
             self._retire(slot)
         serving.fill_slots(count)

@@ -18,6 +18,8 @@ Rules:
 - To make room, idle models are unloaded, the least recently used first, then busy ones, those that have been resident
   longest first: their running jobs end and their queued jobs wait for their next turn. A model that has been ready for
   less than `min_resident_s` stays, and so does a pinned one.
+- With automatic replicas, a model gets one more worker while jobs wait, if that evicts no other, and one less when
+  fewer would do.
 - If the measured memory exceeds the budget, idle models are unloaded at once, then the model that is loading: it is
   then expected to take more than it took, and waits for that much.
 """
@@ -29,8 +31,10 @@ from dataclasses import dataclass, field
 
 from ovserve.settings.options import ModelSettings
 
-__all__ = ["PRIORITY_S", "Decision", "Limits", "ModelView", "Residency"]
+__all__ = ["GROW_S", "PRIORITY_S", "SHRINK_S", "Decision", "Limits", "ModelView", "Residency"]
 
+GROW_S = 3.0  # jobs have waited for so long before a model with automatic replicas gets one more worker
+SHRINK_S = 60.0  # one worker less would have been enough for so long before it gets one less
 PRIORITY_S = 10.0  # seconds of waiting that one level of `priority` is worth
 _GROWTH = 1.25  # a model whose load was stopped at the budget is expected to take this multiple of what it took
 _MIB = 1 << 20
@@ -46,6 +50,7 @@ class ModelView:
         last_used_at: when its newest job was admitted or has ended; 0 if it had none.
         processes: its workers that exist, in every configuration, also those that load or drain.
         ready: workers that take jobs.
+        capacity: jobs that these can run at once.
         is_failed: its workers have failed; the supervisor tries again on its own.
         used_bytes: measured memory of all its processes.
         worker_bytes: memory that one worker is expected to take.
@@ -58,6 +63,7 @@ class ModelView:
     last_used_at: float = 0.0
     processes: int = 0
     ready: int = 0
+    capacity: int = 0
     is_failed: bool = False
     used_bytes: int = 0
     worker_bytes: int = 0
@@ -117,6 +123,8 @@ class _Entry:
         ready_since: when its first worker became ready; None while there is none.
         waiting_since: when its oldest wait for a worker began; None while nothing waits.
         keep_alive_s: time after its last job for which it stays, where an operator has set it; else None.
+        pressed_since: since when jobs have waited although all its workers are ready; None: none waits.
+        slack_since: since when one worker less would have run all its jobs; None: it would not.
         least_bytes: it took so much for one worker when its load was stopped at the budget.
     """
 
@@ -127,6 +135,8 @@ class _Entry:
     ready_since: float | None = None
     waiting_since: float | None = None
     keep_alive_s: float | None = None
+    pressed_since: float | None = None
+    slack_since: float | None = None
     least_bytes: int = 0
 
 
@@ -150,7 +160,7 @@ class Residency:
             if not options.is_lazy and not was_eager:
                 entry.is_due, entry.may_evict = True, options.is_pinned
             if entry.workers:
-                entry.workers = options.replicas
+                entry.workers = min(max(entry.workers, options.fewest_workers), options.most_workers)
             entries[options.name] = entry
         self._entries = entries
 
@@ -188,6 +198,8 @@ class Residency:
             entry = self._entries[view.name]
             if not entry.workers and (view.is_wanted or entry.is_due):
                 self._grant(entry)
+            else:
+                self._scale(now, view, may_grow=True)
         return Decision(self._workers())
 
     # --- one model ----------------------------------------------------------------------------------------------------
@@ -215,8 +227,24 @@ class Residency:
         if now - max(view.last_used_at, entry.ready_since) >= keep_alive_s:
             entry.workers, entry.keep_alive_s = 0, None
 
+    def _scale(self, now: float, view: ModelView, *, may_grow: bool) -> None:
+        """Give a model with automatic replicas one worker more or less, if that has been due for long enough."""
+        entry = self._entries[view.name]
+        if entry.workers < 1 or view.ready < entry.workers or view.is_failed:
+            entry.pressed_since = entry.slack_since = None  # while a worker loads, nothing is known of it
+            return
+        each = view.capacity / view.ready
+        entry.pressed_since = (entry.pressed_since or now) if view.queued else None
+        has_slack = view.queued + view.running <= each * (entry.workers - 1)
+        entry.slack_since = (entry.slack_since or now) if has_slack else None
+        if entry.workers < entry.options.most_workers and may_grow and _has_lasted(entry.pressed_since, GROW_S, now):
+            entry.workers, entry.pressed_since = entry.workers + 1, None
+        elif entry.workers > entry.options.fewest_workers and _has_lasted(entry.slack_since, SHRINK_S, now):
+            entry.workers, entry.slack_since = entry.workers - 1, None
+
     def _grant(self, entry: _Entry) -> None:
-        entry.workers, entry.is_due = entry.options.replicas, False
+        entry.workers, entry.is_due = entry.options.fewest_workers, False
+        entry.pressed_since = entry.slack_since = None
 
     def _workers(self) -> dict[str, int]:
         return {name: entry.workers for name, entry in self._entries.items()}
@@ -228,7 +256,7 @@ class Residency:
 
     def _needed(self, view: ModelView) -> int:
         """Return what a model is expected to take with all its workers."""
-        return self._worker_bytes(view) * view.options.replicas
+        return self._worker_bytes(view) * view.options.fewest_workers
 
     def _charge(self, view: ModelView) -> int:
         """Return what a model counts with: what it takes now, or is expected to take, whichever is more."""
@@ -265,6 +293,10 @@ class Residency:
             waiting[view.name] = f"waits until {loading[0]} is loaded" if loading else "waits for memory"
             if not loading:
                 self._make_room(now, view, views, limits)
+        for view in views:
+            spare = limits.budget_bytes - self._total(views, limits)
+            is_quiet = not waiting and not any(map(self._is_loading, views))
+            self._scale(now, view, may_grow=is_quiet and self._worker_bytes(view) <= spare)
         return Decision(self._workers(), refused, waiting, limits.budget_bytes - self._total(views, limits))
 
     def _candidates(self, now: float, views: Sequence[ModelView]) -> list[ModelView]:
@@ -372,10 +404,14 @@ class Residency:
             excess -= view.used_bytes
 
 
+def _has_lasted(since: float | None, seconds: float, now: float) -> bool:
+    return since is not None and now - since >= seconds
+
+
 def _mib(count: int) -> str:
     return f"{-(-count // _MIB)} MiB"
 
 
 def _of_workers(view: ModelView) -> str:
-    replicas = view.options.replicas
-    return f" with {replicas} workers" if replicas > 1 else ""
+    count = view.options.fewest_workers
+    return f" with {count} workers" if count > 1 else ""

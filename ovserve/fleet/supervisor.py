@@ -299,6 +299,7 @@ class Supervisor:
                     last_used_at=status.last_used_at,
                     processes=sum(slot.process is not None for slot in slots),
                     ready=sum(slot.is_ready for slot in slots),
+                    capacity=status.capacity,
                     is_failed=bool(entry.serving.failure),
                     used_bytes=sum(slot.used_bytes for slot in slots),
                     worker_bytes=self._estimates.worker_bytes(record),

@@ -9,6 +9,7 @@ from ovserve.front.access import Access
 from ovserve.front.http1.forwarded import TrustedProxies
 from ovserve.front.http1.response import Responses
 from ovserve.front.linger import Linger
+from ovserve.front.tls import Certificates
 from ovserve.logs import LogLimit
 from ovserve.settings.options import Settings
 from ovserve.wire.blobs import BlobStore
@@ -42,6 +43,10 @@ class ConnectionContext(Protocol):
     @property
     def proxies(self) -> TrustedProxies:
         """The reverse proxies whose forwarded fields count."""
+
+    @property
+    def certificates(self) -> Certificates | None:
+        """The certificate for connections with TLS; None: connections without TLS."""
 
     @property
     def linger(self) -> Linger:

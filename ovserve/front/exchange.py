@@ -52,7 +52,7 @@ class HttpExchange(Request):
         settings: Settings,
         end: Callable[[HttpExchange, ApiError], None],
     ) -> None:
-        super().__init__(head, address)
+        super().__init__(head, address, is_secure=transport.is_secure)
         self._transport = transport
         self._spool = spool
         self._settings = settings

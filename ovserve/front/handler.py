@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ from ovserve.front.http1.response import (
     reason_phrase,
 )
 from ovserve.front.request import escape_for_log, network_of, new_request_id
+from ovserve.front.tls import log_failed_handshake
 from ovserve.front.transport import Transport
 from ovserve.logs import fields
 
@@ -86,7 +88,9 @@ class Connection:
         self._context = context
         self._responses = context.responses
         self.settings = context.settings
-        self.transport = Transport(connection, context.settings.write_timeout_s)
+        certificates = context.certificates
+        stream = certificates.wrap(connection) if certificates else connection
+        self.transport = Transport(stream, context.settings.write_timeout_s)
         self._parser = HeadParser(context.settings)
         self._is_first = True  # no request has been received yet
         # Guards the attributes below, so that a quiet connection is either closed or serves its next request.
@@ -100,12 +104,27 @@ class Connection:
     def serve(self) -> None:
         """Serve exchanges until the connection ends. Handles every error that a client can cause."""
         try:
-            while self._serve_one():
-                pass
+            if not self.transport.is_secure or self._shake_hands():
+                while self._serve_one():
+                    pass
+                self.transport.end()
         except ClientGone as gone:
             log.debug("connection lost", extra=fields(address=self._address, why=str(gone)))
         finally:
             self._clear_idle()
+
+    def _shake_hands(self) -> bool:
+        """Complete the handshake of TLS; return whether it succeeded. Raises ClientGone."""
+        try:
+            self.transport.handshake(self.settings.tls_handshake_timeout_s)
+        except (TimeoutError, ssl.SSLError) as error:
+            if isinstance(error, ssl.SSLError) and error.reason == "HTTP_REQUEST":
+                self.transport = Transport(self._socket, self.settings.write_timeout_s)
+                self._reject(MalformedRequest("this port serves HTTPS; the request arrived without TLS"))
+            else:
+                log_failed_handshake(self._context.rejections, self._address, error)
+            return False
+        return True
 
     @property
     def quiet_since(self) -> float:
@@ -311,6 +330,7 @@ class Connection:
 
     def _linger(self) -> None:
         """Give the socket away: closing it now could reset the connection before the client has read the answer."""
+        self.transport.end()
         self._context.linger.add(self._socket)
 
     # --- writing ------------------------------------------------------------------------------------------------------

@@ -35,12 +35,13 @@ from ovserve.front.keys import Keys, read_admin_keys, read_keys
 from ovserve.front.linger import Linger
 from ovserve.front.overflow import Overflow, too_many_connections
 from ovserve.front.request import network_of
+from ovserve.front.tls import Certificates, read_certificates
 from ovserve.logs import LogLimit, fields
 from ovserve.settings.access import ListenAddress, parse_listen
 from ovserve.settings.options import Settings
 from ovserve.wire.blobs import BlobStore
 
-__all__ = ["Listener"]
+__all__ = ["Listener", "ListenerGroup"]
 
 ABORT_TIMEOUT_S = 5.0  # for the threads of aborted connections to end; all their waits end with the connection
 LINGER_STOP_S = 1.0  # at least, for clients that are still sending when the listener stops
@@ -49,6 +50,7 @@ MIN_QUIET_S = 1.0
 # A peer whose machine has vanished is detected after two minutes, whatever its thread waits for.
 KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # seconds, seconds, probes
 EXHAUSTED_PAUSE_S = 0.05  # before the next attempt to accept when no spare descriptor could be opened
+PRIVATE_MODE = 0o600  # of the admin listener's Unix socket: who may open it needs no key
 UNIX_PEER = "unix"  # in place of an address
 _PROBE_S = 1.0  # for a process that listens on the Unix socket to accept a connection
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -62,9 +64,12 @@ class Listener(ThreadingHTTPServer):
     Attributes:
         settings, api, spool, responses, proxies: shared by its connections (`ConnectionContext`).
         access: the rules and keys; `configure` replaces the object.
+        certificates: the certificate for TLS; None: connections without TLS.
         linger: takes over connections whose client may still send after the answer.
         rejections: limits the log lines of connections that send no valid request, or find none free.
+        where: where it listens, as configured.
         host, port: where it listens; the actual port when the configured one is 0. Of a Unix socket: its path, and 0.
+        is_admin: whether this is the admin listener.
         closes_connections: responses close their connections; new ones are still accepted.
         is_draining: connections end after their current exchange, and uploads in progress are rejected.
     """
@@ -72,18 +77,31 @@ class Listener(ThreadingHTTPServer):
     daemon_threads = True  # the interpreter waits for no thread at exit; `stop` does, with a limit
     block_on_close = False
 
-    def __init__(self, settings: Settings, api: Api[Any], spool: BlobStore, admin: ListenAddress | None = None) -> None:
-        """Bind the port and listen.
+    def __init__(
+        self,
+        settings: Settings,
+        api: Api[Any],
+        spool: BlobStore,
+        admin: ListenAddress | None = None,
+        *,
+        address: ListenAddress | None = None,
+        group: ListenerGroup | None = None,
+        inherited: socket.socket | None = None,
+    ) -> None:
+        """Bind the address and listen.
 
         Args:
-            settings: the limits, and the address if `admin` is None.
+            settings: the limits; and the address (`host`, `port`) if no other is given.
             api: answers requests.
             spool: stores uploads.
-            admin: the address of the admin listener; None: this is the main one.
+            admin: the address of the admin listener; None: this is not one.
+            address: the address of another listener than the admin listener.
+            group: the listeners that share the limit of connections; None: this one has its own.
+            inherited: a socket that listens on the address already, from the service manager.
 
         Raises:
             StartupError: the address cannot be bound.
-            SettingsError: the keys cannot be read.
+            SettingsError: the keys or the certificate cannot be read.
         """
         self.settings = settings
         self.api = api
@@ -96,32 +114,39 @@ class Listener(ThreadingHTTPServer):
         self.closes_connections = False
         self.is_draining = False
         self.request_queue_size = settings.backlog
+        self.is_admin = admin is not None
         # An IPv6 address may be written as in a URL.
-        self.host: str = admin.path or admin.host if admin else settings.host.removeprefix("[").removesuffix("]")
-        self._is_admin = admin is not None
-        self._is_socket = bool(admin and admin.path)
+        main = ListenAddress(settings.host.removeprefix("[").removesuffix("]"), settings.port)
+        self.where = admin or address or main
+        self.host: str = self.where.path or self.where.host
+        self._is_socket = bool(self.where.path)
         self._socket_file: os.stat_result | None = None  # the file of a Unix socket, while it is bound
         self.address_family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        address: Any = (self.host, admin.port if admin else settings.port)
+        target: Any = (self.host, self.where.port)
         if self._is_socket:
-            self.address_family, address = socket.AF_UNIX, self.host
+            self.address_family, target = socket.AF_UNIX, self.host
         try:
-            super().__init__(address, socketserver.BaseRequestHandler)
+            super().__init__(target, socketserver.BaseRequestHandler, bind_and_activate=inherited is None)
+            if inherited is not None:
+                self.socket.close()
+                self.socket = inherited
         except (OSError, TypeError) as error:  # TypeError: a host that cannot be encoded as a name (IDNA)
             why = getattr(error, "strerror", None) or str(error)
-            shown = self.host if self._is_socket else f"{address[0]} port {address[1]}"
+            shown = self.host if self._is_socket else f"{target[0]} port {target[1]}"
             is_transient = isinstance(error, OSError) and may_pass(error)
             raise StartupError(f"cannot listen on {shown}: {why}", is_transient=is_transient) from None
         self.port: int = 0 if self._is_socket else self.socket.getsockname()[1]
         try:
-            self.configure(settings, read_keys(settings), read_admin_keys(settings))
+            self.configure(settings, read_keys(settings), read_admin_keys(settings), read_certificates(settings))
         except BaseException:
             self.server_close()
             raise
         self.socket.setblocking(False)
         self.linger = Linger(settings)
         self._overflow = Overflow(self)
-        self._places = Account(settings.max_connections)
+        self._group = group or ListenerGroup(settings)
+        self._group.listeners.append(self)
+        self._places = self._group.places
         self._connections: dict[Connection, threading.Thread] = {}
         self._evicted: set[Connection] = set()  # subset of `_connections`: their threads are about to end
         self._changed = threading.Condition()  # guards both; notified when a connection is removed
@@ -135,7 +160,8 @@ class Listener(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind without the standard library's lookup of the host's full name, which can wait for a name server."""
         if self._is_socket:
-            _bind_private(self.socket, self.host)
+            mode = PRIVATE_MODE if self.is_admin else int(self.settings.socket_mode, 8)
+            _bind_socket(self.socket, self.host, mode)
             self._socket_file = os.lstat(self.host)
             return
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted sockets inherit these
@@ -153,11 +179,26 @@ class Listener(ThreadingHTTPServer):
                     os.unlink(self.host)
             self._socket_file = None
 
-    def configure(self, settings: Settings, keys: Keys, admin_keys: Keys) -> None:
-        """Replace the keys and the rules that depend on them, for all requests from now on. Thread-safe: yes."""
+    def configure(
+        self, settings: Settings, keys: Keys, admin_keys: Keys, certificates: Certificates | None = None
+    ) -> None:
+        """Replace the keys, the rules that depend on them and the certificate, for all requests from now on.
+
+        Thread-safe: yes.
+
+        Args:
+            settings: where else the server listens, and the rules.
+            keys: the API keys.
+            admin_keys: the admin keys.
+            certificates: the certificate; a listener whose address has another scheme than https serves without it.
+        """
         own = "" if self._is_socket else self.socket.getsockname()[0]
-        other = None if self._is_admin else parse_listen(settings.admin_listen)
-        is_local = is_loopback_host(own) and (other is None or bool(other.path) or is_loopback_host(other.host))
+        others = [] if self.is_admin else [*map(parse_listen, settings.listen), parse_listen(settings.admin_listen)]
+        is_local = is_loopback_host(own) and all(
+            bool(other.path) or is_loopback_host(other.host) for other in others if other is not None
+        )
+        is_plain = self._is_socket or self.where.scheme == "http"
+        self.certificates = None if is_plain else certificates
         self.access = Access(
             settings,
             keys,
@@ -165,7 +206,7 @@ class Listener(ThreadingHTTPServer):
             origins=self._origins,
             refused=self._refused_origins,
             is_local=is_local,
-            is_admin=self._is_admin,
+            is_admin=self.is_admin,
             is_socket=self._is_socket,
         )
 
@@ -175,9 +216,19 @@ class Listener(ThreadingHTTPServer):
         self._overflow.start()
         self._thread.start()
         log.info(
-            "listening for operators" if self._is_admin else "listening",
-            extra=fields(address=self.host, port=self.port, api_keys=len(self.access.keys)),
+            "listening for operators" if self.is_admin else "listening",
+            extra=fields(
+                address=self.host, port=self.port, tls=self.certificates is not None, api_keys=len(self.access.keys)
+            ),
         )
+
+    @property
+    def url(self) -> str:
+        """Where it listens: the base of its URLs, or `unix:` and the path of the socket."""
+        if self._is_socket:
+            return f"unix:{self.host}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.certificates else 'http'}://{host}:{self.port}"
 
     @property
     def active_exchanges(self) -> int:
@@ -272,7 +323,7 @@ class Listener(ThreadingHTTPServer):
 
     def process_request(self, request: socket.socket, client_address: tuple[str, int]) -> None:  # type: ignore[override]
         """Start a thread for the connection, or hand it to the overflow thread. Runs in: the accept thread."""
-        address = client_address[0] if client_address else UNIX_PEER
+        address = UNIX_PEER if self._is_socket else client_address[0]
         place = self._places.open(network_of(address))
         if not self._take(place):
             self._overflow.offer(request, address)
@@ -302,7 +353,7 @@ class Listener(ThreadingHTTPServer):
         """Take a place for a new connection; return False if there is none, and no other connection gives way."""
         if place.take(1, may_end=False):
             return True
-        if len(self._evicted) >= self.settings.overflow_connections:
+        if sum(len(listener._evicted) for listener in self._group.listeners) >= self.settings.overflow_connections:
             return False  # until their threads have ended, evicted connections exceed the limit
         if self._evict_quiet(place.client):
             return place.take(1, may_end=False)
@@ -319,20 +370,24 @@ class Listener(ThreadingHTTPServer):
         """
         share = self._places.share_of(client)
         is_within = self._places.held_by(client) < share
-        with self._changed:
-            candidates = []
-            for connection in self._connections.keys() - self._evicted:
-                since = connection.quiet_since  # read once: its thread may reset it at any time
-                if since and time.monotonic() - since >= MIN_QUIET_S:
-                    owner = connection.place.client
-                    is_above = self._places.held_by(owner) > share
-                    if is_above or is_within or owner == client:
-                        candidates.append((not is_above, since, connection))
-        for _, since, connection in sorted(candidates, key=lambda each: each[:2]):
+        candidates = []
+        for listener, connection in self._group.connections():
+            since = connection.quiet_since  # read once: its thread may reset it at any time
+            if since and time.monotonic() - since >= MIN_QUIET_S:
+                owner = connection.place.client
+                is_above = self._places.held_by(owner) > share
+                if is_above or is_within or owner == client:
+                    candidates.append((not is_above, since, listener, connection))
+        for _, since, listener, connection in sorted(candidates, key=lambda each: each[:2]):
             if connection.close_quiet(since):
-                self._evict(connection)
+                listener._evict(connection)
                 return True
         return False
+
+    def _candidates(self) -> list[Connection]:
+        """Return the connections that have not been evicted."""
+        with self._changed:
+            return list(self._connections.keys() - self._evicted)
 
     def _evict(self, connection: Connection) -> None:
         """Give back the place of a connection whose thread is about to end."""
@@ -404,8 +459,25 @@ class Listener(ThreadingHTTPServer):
             os.close(self._spare_fd)
 
 
-def _bind_private(listening: socket.socket, path: str) -> None:
-    """Bind a Unix socket that only this user can open; a socket file that no process listens on is replaced.
+class ListenerGroup:
+    """The listeners that share the limit of connections: a client at one may get a place of a client at another.
+
+    Attributes:
+        places: what each client holds of the places.
+        listeners: the listeners; complete before the first one starts.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.places = Account(settings.max_connections)
+        self.listeners: list[Listener] = []
+
+    def connections(self) -> list[tuple[Listener, Connection]]:
+        """Return the connections that have not been evicted, each with its listener."""
+        return [(listener, each) for listener in self.listeners for each in listener._candidates()]
+
+
+def _bind_socket(listening: socket.socket, path: str, mode: int) -> None:
+    """Bind a Unix socket whose file has this mode; a socket file that no process listens on is replaced.
 
     Raises:
         OSError: the path is in use, or something else than a socket.
@@ -423,7 +495,7 @@ def _bind_private(listening: socket.socket, path: str) -> None:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
             else:
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    old = os.umask(0o177)
+    old = os.umask(0o777 & ~mode)
     try:
         listening.bind(path)
     finally:

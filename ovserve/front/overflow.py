@@ -1,8 +1,8 @@
 """Connections beyond the limit: answers health checks and metrics, and others with 503, on a thread that never blocks.
 
-    accept thread ──offer──▶ HEAD ──▶ ANSWER ──▶ linger (ovserve.front.linger)
+    accept thread ──offer──▶ [TLS handshake ──▶] HEAD ──▶ ANSWER ──▶ linger (ovserve.front.linger)
 
-Each connection has `overflow_timeout_s` for both states. At most `overflow_connections` are open; beyond that the
+Each connection has `overflow_timeout_s` for all states. At most `overflow_connections` are open; beyond that the
 oldest of the address that has most is closed, so that clients that connect and send nothing cannot keep a health check
 out.
 """
@@ -14,6 +14,7 @@ import logging
 import os
 import select
 import socket
+import ssl
 import threading
 import time
 from collections import Counter, deque
@@ -27,6 +28,7 @@ from ovserve.front.context import ConnectionContext
 from ovserve.front.http1.head import HeadParser
 from ovserve.front.http1.response import JSON_TYPE
 from ovserve.front.request import Request, escape_for_log, internal_error, network_of, new_request_id
+from ovserve.front.tls import TlsSocket, log_failed_handshake
 from ovserve.logs import fields
 
 __all__ = ["Overflow", "too_many_connections"]
@@ -58,10 +60,13 @@ class _ExemptExchange(Request):
 
 
 class _OverflowConnection:
-    """One connection and its state: `answer` is None in HEAD."""
+    """One connection and its state: a TLS handshake while `is_open` is false, then HEAD while `answer` is None."""
 
     def __init__(self, connection: socket.socket, address: str, context: ConnectionContext) -> None:
         self.socket = connection
+        certificates = context.certificates
+        self.stream = certificates.wrap(connection) if certificates else connection
+        self.is_open = certificates is None
         self.address = address
         self.network = network_of(address)
         self.deadline = time.monotonic() + context.settings.overflow_timeout_s
@@ -166,18 +171,24 @@ class Overflow:
     def _advance(self, connection: _OverflowConnection) -> None:
         """Do what the connection's state allows without blocking."""
         try:
-            if connection.answer is None:
+            if not connection.is_open and isinstance(connection.stream, TlsSocket):
+                connection.is_open = connection.stream.advance_handshake()
+                if not connection.is_open:
+                    return
+            while connection.answer is None:  # until nothing is left: poll does not see what TLS has received already
                 self._read_head(connection)
-            if connection.answer is not None:
-                self._write(connection)
+            self._write(connection)
         except BlockingIOError:
             return
+        except ssl.SSLError as error:
+            log_failed_handshake(self._context.rejections, connection.address, error)
+            self._close(connection)
         except (OSError, ClientGone):
             self._close(connection)
 
     def _read_head(self, connection: _OverflowConnection) -> None:
-        """Receive more of the head, and set the answer when the head is complete. Raises BlockingIOError until then."""
-        data = connection.socket.recv(RECEIVE_BYTES)
+        """Receive more of the head, and set the answer when it is complete. Raises BlockingIOError without more."""
+        data = connection.stream.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
         if not data:
             raise ClientGone("the client closed the connection before its head was complete")
         connection.data += data
@@ -188,7 +199,7 @@ class Overflow:
                 self._context.api.count_refused(error)
                 raise
             if request is None:
-                raise BlockingIOError
+                return
             buffers: Sequence[bytes | memoryview] = self._answer(*request)
         except ApiError as error:
             buffers = self._context.responses.closing_error(error, new_request_id(), connection.origin)
@@ -248,12 +259,15 @@ class Overflow:
         """Send what the socket accepts; after the last byte, let the connection linger."""
         rest = connection.answer or memoryview(b"")
         with contextlib.suppress(BlockingIOError):
-            rest = rest[connection.socket.send(rest) :]
+            while rest and (sent := connection.stream.send(rest, socket.MSG_DONTWAIT)):
+                rest = rest[sent:]
         connection.answer = rest
         if rest:
             self._poll.modify(connection.socket, select.EPOLLOUT)
             return
         self._forget(connection)
+        if isinstance(connection.stream, TlsSocket):
+            connection.stream.close_notify()
         self._context.linger.add(connection.socket)
 
     def _close(self, connection: _OverflowConnection) -> None:

@@ -36,12 +36,14 @@ class Request:
         method: request method of the head.
         path: path of the request target, percent-decoded once.
         address: IP address of the peer.
+        is_secure: whether it has arrived over TLS.
         is_verified: whether the request has a configured API key; set by `Keys.check`.
         notes: fields that the API adds to the log line of the request.
     """
 
-    def __init__(self, head: Head, address: str) -> None:
+    def __init__(self, head: Head, address: str, *, is_secure: bool = False) -> None:
         self.head = head
+        self.is_secure = is_secure
         self.id = new_request_id()
         self.method = head.method
         self.path = head.path

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import select
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 from ovserve.deadline import Deadline
 from ovserve.errors import ClientGone
+from ovserve.front.tls import TlsSocket
 
 __all__ = ["Transport"]
 
@@ -38,11 +40,11 @@ class Transport:
         required_rate: returns the bytes a second that the peer has to read now because of what it holds; 0 for none.
     """
 
-    def __init__(self, connection: socket.socket, write_timeout_s: float) -> None:
+    def __init__(self, connection: socket.socket | TlsSocket, write_timeout_s: float) -> None:
         """Take over a connected, blocking socket.
 
         Args:
-            connection: the socket; the caller closes it.
+            connection: the socket, with or without TLS; the caller closes it.
             write_timeout_s: how long the peer may accept no bytes of an answer.
         """
         self._socket = connection
@@ -57,6 +59,11 @@ class Transport:
         self.required_rate: Callable[[], float] = lambda: 0.0
         # A longer wait is made of several, so that it ends when the required rate or `stop` demands it.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(min(write_timeout_s, MAX_KERNEL_WAIT_S)))
+
+    @property
+    def is_secure(self) -> bool:
+        """Whether the connection has TLS."""
+        return isinstance(self._socket, TlsSocket)
 
     @property
     def has_pending(self) -> bool:
@@ -120,6 +127,8 @@ class Transport:
 
     def has_unread_bytes(self) -> bool:
         """Return whether the socket holds bytes that have not been received. Thread-safe: yes."""
+        if isinstance(self._socket, TlsSocket):
+            return self._socket.has_unread_bytes()
         try:
             return bool(self._peek(socket.MSG_DONTWAIT))
         except OSError:
@@ -239,6 +248,27 @@ class Transport:
     def _reset_on_close(self) -> None:
         """Make the close reset the connection; otherwise the kernel would keep the unsent bytes for minutes."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+
+    def handshake(self, timeout_s: float) -> None:
+        """Complete the handshake of TLS, if the connection has TLS.
+
+        Raises:
+            TimeoutError: it took longer.
+            ClientGone: the connection was lost.
+            ssl.SSLError: the handshake failed.
+        """
+        if isinstance(self._socket, TlsSocket):
+            try:
+                self._socket.handshake(timeout_s)
+            except (TimeoutError, ssl.SSLError):
+                raise
+            except OSError as error:
+                raise ClientGone(error.strerror or "connection lost") from None
+
+    def end(self) -> None:
+        """Mark the end of what was sent, for a connection with TLS. Idempotent; never waits."""
+        if isinstance(self._socket, TlsSocket):
+            self._socket.close_notify()
 
     def wait(self, descriptor: int, deadline: Deadline) -> bool:
         """Wait until `descriptor` is readable; return False at the deadline.

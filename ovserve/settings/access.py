@@ -18,11 +18,15 @@ _LISTEN = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:]*)):([0-9]{1,5})")
 
 
 class ListenAddress(NamedTuple):
-    """Where to listen: a Unix socket if `path` is not empty, else an IP address and a port."""
+    """Where to listen: a Unix socket if `path` is not empty, else an IP address and a port.
+
+    `scheme` is `http` (without TLS even if there is a certificate), `https` (only with one), or empty.
+    """
 
     host: str
     port: int
     path: str = ""
+    scheme: str = ""
 
 
 def _members(text: str | None) -> list[str]:
@@ -72,19 +76,24 @@ def parse_networks(text: str | None) -> tuple[IPv4Network | IPv6Network, ...]:
 
 
 def parse_listen(text: str | None) -> ListenAddress | None:
-    """Parse `ADDRESS:PORT`, `[ADDRESS]:PORT` or the absolute path of a Unix socket; None stays. Raises ValueError."""
+    """Parse where to listen; None stays. Raises ValueError.
+
+    The forms are `ADDRESS:PORT`, `[ADDRESS]:PORT`, both also after `http://` or `https://`, and the absolute path of a
+    Unix socket, also after `unix:`.
+    """
     if text is None:
         return None
     path = text.removeprefix("unix:")
     if path.startswith("/"):
         return ListenAddress("", 0, path)
-    match = _LISTEN.fullmatch(text)
-    if match is None or int(match[3]) > 65535:
+    scheme, _, rest = text.rpartition("://")
+    match = _LISTEN.fullmatch(rest)
+    if match is None or int(match[3]) > 65535 or scheme not in ("", "http", "https"):
         raise ValueError("expected an address with a port, such as 127.0.0.1:8001, or the path of a Unix socket")
     host = match[1] or match[2]
     if host == "localhost":
         host = "127.0.0.1"
     try:
-        return ListenAddress(str(ip_address(host)), int(match[3]))
+        return ListenAddress(str(ip_address(host)), int(match[3]), scheme=scheme)
     except ValueError:
         raise ValueError(f"{host!r} is not an IP address; the name of a host may mean several addresses") from None

@@ -40,6 +40,9 @@ LAZY_KEEP_ALIVE_S = 300.0  # of a lazy model whose option `keep_alive_s` is not 
 CATCH_ALL = "*"  # the alias for every name that no model has
 
 
+Replicas = int  # of the option `replicas`: 0 is written `auto`
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """The description of one option; its name, type and default are those of the dataclass field.
@@ -150,8 +153,8 @@ class ModelSettings:
         "auto",
         "Compiled denoisers and text encoders of a model with adapters: `separate`: a second one for pictures without "
         "adapters; `shared`: one for all pictures, with half of the memory, but pictures without adapters may differ "
-        "in the last bits from those of a server without adapters; `auto`: one where the bits are the same, which is "
-        "measured at warm-up, else two.",
+        "in the last bits from those of a server without adapters; `auto`: one for a large model where the bits are "
+        "the same, which is measured at warm-up, else two.",
         choices=("auto", "separate", "shared"),
         reason="adding an adapter must not change the pictures of requests that do not use it",
     )
@@ -165,13 +168,18 @@ class ModelSettings:
         reason="the memory of a VAE grows with the area, and that of its attention with the square of the area",
     )
     device: str = _option(
-        "CPU", "OpenVINO device, or three separated by spaces: text encoder, denoiser, VAE.", aliases=("target_device",)
+        "CPU",
+        "OpenVINO device (`CPU`, `GPU.1`, `AUTO`, `HETERO:GPU,CPU`), or three separated by spaces: text encoder, "
+        "denoiser, VAE. `auto`: the first GPU, or the CPU where there is none. `ovserve devices` lists them.",
+        aliases=("target_device",),
+        reason="it is always there",
     )
     engine: str = _option("auto", "Denoising engine.", choices=("auto", "genai", "stepwise"))
-    replicas: int = _option(
+    replicas: Replicas = _option(
         1,
-        "Worker processes for this model.",
-        low=1,
+        "Worker processes for this model; `auto`: between min_replicas and max_replicas, one more while jobs wait and "
+        "memory allows, one less when fewer would do.",
+        low=0,
         high=64,
         reason="each replica holds its own copy of the repacked weights",
     )
@@ -199,6 +207,8 @@ class ModelSettings:
         low=-100,
         high=100,
     )
+    min_replicas: int = _option(1, "Minimum number of workers with `replicas` = `auto`.", low=1, high=64)
+    max_replicas: int = _option(2, "Maximum number of workers with `replicas` = `auto`.", low=1, high=64)
     queue_limit: int = _option(
         64,
         "Maximum number of waiting jobs for this model; further requests get 429.",
@@ -313,6 +323,16 @@ class ModelSettings:
     )
 
     @property
+    def fewest_workers(self) -> int:
+        """Workers that a loaded model has at least."""
+        return self.replicas or self.min_replicas
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that a loaded model has at most."""
+        return self.replicas or self.max_replicas
+
+    @property
     def is_lazy(self) -> bool:
         """Whether the model is loaded when it is first requested, and not at the start."""
         return self.load == "lazy"
@@ -381,6 +401,31 @@ class Settings:
         reason="nothing is reachable from the network by default",
     )
     port: int = _option(8000, "Port to listen on; 0: any free port.", low=0, high=65535, aliases=("rest_port",))
+    listen: tuple[str, ...] = _option(
+        (),
+        "Addresses to listen on in place of `host` and `port`, separated by commas: `127.0.0.1:8000`, `[::1]:8000`, "
+        "`unix:/run/ovserve/http.sock`. With `tls_certificate`, IP addresses serve TLS; one written as "
+        "`http://127.0.0.1:8000` does not. Sockets from systemd (`LISTEN_FDS`) replace all of them.",
+    )
+    socket_mode: str = _option(
+        "600",
+        "Mode of the files of Unix sockets in `listen`, in octal digits: who may open one needs write permission.",
+        reason="only the server's user, until the operator decides for others",
+    )
+    tls_certificate: Path | None = _option(
+        None,
+        "PEM file with the server's certificate and those of the authorities between it and the root; it is read again "
+        "when it changes. None: no TLS.",
+    )
+    tls_key: Path | None = _option(
+        None, "PEM file with the certificate's private key, unencrypted; none: it is in the certificate's file."
+    )
+    tls_client_ca: Path | None = _option(
+        None,
+        "PEM file with the authorities of client certificates; clients without such a certificate are refused. None: "
+        "clients need no certificate.",
+    )
+    tls_handshake_timeout_s: float = _option(10.0, "Time limit for a TLS handshake.", low=0.1, high=300, unit="seconds")
     models: tuple[ModelSettings, ...] = ()
     ignored: tuple[str, ...] = ()  # what a reference server's files and flags say that has no meaning here
     model_repository_path: Path | None = _option(

@@ -56,6 +56,7 @@ _ACCESS_OPTIONS: Mapping[str, Callable[[str | None], object]] = {
 }
 _INNER_TABLES: Mapping[str, Callable[[object, str], Any]] = {"lora": parse_loras, "composite": parse_composites}
 _NAME_GRAMMAR = "expected at most 128 letters, digits and ._/:@-, beginning with a letter or digit"
+MAX_LISTENERS = 16  # in `listen`; each has three threads
 _SHOWN_CHARS = 100  # of a wrong value, quoted in a message
 
 
@@ -72,11 +73,18 @@ def _parse_text(kind: str, text: str) -> Any:
         "tuple[str, ...]": lambda t: tuple(name for part in t.split(",") if (name := part.strip())),
         "int": lambda t: int(t, 10),
         "float": float,
+        "Replicas": lambda t: 0 if t == "auto" else _at_least_one(int(t, 10)),
         "Path": Path,
         "Resolution": Resolution.parse,
         "tuple[Resolution, ...]": _parse_resolutions,
     }
     return parsers[base](text)
+
+
+def _at_least_one(value: int) -> int:
+    if value < 1:
+        raise ValueError("must be at least 1, or auto")
+    return value
 
 
 def _parse_resolutions(text: str) -> tuple[Resolution, ...]:
@@ -99,6 +107,10 @@ def _from_toml(kind: str, value: object) -> Any:
         if not isinstance(value, str):
             raise ValueError("expected a string")
         return _parse_text(kind, value)
+    if base == "Replicas":
+        if value == "auto":
+            return 0
+        return _at_least_one(_from_toml("int", value))
     if base == "bool":
         if not isinstance(value, bool):
             raise ValueError("expected true or false")
@@ -249,6 +261,10 @@ def _check_model(model: ModelSettings) -> None:
     if model.keep_alive_s is not None and -1 < model.keep_alive_s < 0:
         raise SettingsError(
             f"model {model.name}: keep_alive_s is {model.keep_alive_s:g}; expected 0 or more, or -1 for ever"
+        )
+    if model.min_replicas > model.max_replicas:
+        raise SettingsError(
+            f"model {model.name}: min_replicas {model.min_replicas} is above max_replicas {model.max_replicas}"
         )
     if model.min_strength > model.max_strength:
         raise SettingsError(
@@ -507,6 +523,27 @@ def _from_environment(environment: Mapping[str, str]) -> _Source:
     return dataclasses.replace(source, values={key: value for key, value in own.items() if value})
 
 
+def _check_listening(settings: Settings) -> None:
+    """Check where the server listens, and the options of TLS against each other. Raises SettingsError."""
+    for text in settings.listen:
+        try:
+            parse_listen(text)
+        except ValueError as error:
+            raise SettingsError(f"listen: {text[:_SHOWN_CHARS]!r}: {error}") from None
+    if len(set(settings.listen)) < len(settings.listen):
+        raise SettingsError("listen: an address is given twice")
+    if len(settings.listen) > MAX_LISTENERS:
+        raise SettingsError(f"listen: {len(settings.listen)} addresses; at most {MAX_LISTENERS} are allowed")
+    if not re.fullmatch("[0-7]{3,4}", settings.socket_mode) or int(settings.socket_mode, 8) & ~0o777:
+        raise SettingsError(f"socket_mode={_shown(settings.socket_mode)}: expected three octal digits, such as 660")
+    for text in (*settings.listen, settings.admin_listen or ""):
+        if text.startswith("https://") and settings.tls_certificate is None:
+            raise SettingsError(f"listen: {text} needs the option tls_certificate")
+    for name in ("tls_key", "tls_client_ca"):
+        if getattr(settings, name) is not None and settings.tls_certificate is None:
+            raise SettingsError(f"{name} has no effect without tls_certificate")
+
+
 def _read_model(
     sources: list[_Source], inner: Mapping[str, Any], root: Path | None, ignored: list[str]
 ) -> ModelSettings:
@@ -564,6 +601,7 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
             parse(getattr(settings, name))
         except ValueError as error:
             raise SettingsError(f"{name}: {error}") from None
+    _check_listening(settings)
     if settings.default_timeout_s > settings.max_timeout_s:
         raise SettingsError(
             f"default_timeout_s {settings.default_timeout_s:g} is above max_timeout_s {settings.max_timeout_s:g}"

@@ -6,6 +6,7 @@ threads are imported inside functions, so that they exist in workers only.
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import os
 import sys
@@ -66,6 +67,15 @@ def disable_telemetry() -> None:
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # imports of it then raise ImportError
 
 
+def _devices_of(settings: ModelSettings) -> str:
+    """Return the option `device` with `auto` replaced by what this machine has. Raises ModelError."""
+    import openvino as ov  # noqa: PLC0415
+
+    from ovserve.engines.devices import choose_device  # noqa: PLC0415
+
+    return choose_device(settings.device, ov.Core().available_devices)
+
+
 def create_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[Engine, str]:
     """Return the engine for a model, not yet loaded, and the reason for the choice.
 
@@ -74,6 +84,8 @@ def create_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[Engin
     """
     from ovserve.engines.choice import choose_engine  # noqa: PLC0415
 
+    if settings.device != "CPU":
+        settings = dataclasses.replace(settings, device=_devices_of(settings))
     name, why = choose_engine(profile, settings)
     if name == "stepwise":
         from ovserve.engines.stepwise.engine import StepwiseEngine  # noqa: PLC0415

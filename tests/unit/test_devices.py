@@ -11,7 +11,8 @@ import pytest
 from ovserve.cli import devices
 from ovserve.cli.commands import ExitCode
 from ovserve.engines import devices as engine_devices
-from ovserve.engines.devices import device_report
+from ovserve.engines.devices import choose_device, device_report
+from ovserve.errors import ModelError
 
 
 class FakeCore:
@@ -57,3 +58,28 @@ def test_processor_of_this_machine_is_listed() -> None:
     report = device_report()
     assert report["CPU"]["name"]
     assert "FP32" in report["CPU"]["capabilities"]
+
+
+@pytest.mark.parametrize(
+    ("given", "available", "chosen"),
+    [
+        ("auto", ["CPU"], "CPU"),
+        ("auto", ["CPU", "GPU.1", "GPU.0", "NPU"], "GPU.0"),
+        ("auto", ["CPU", "NPU"], "CPU"),
+        ("auto CPU auto", ["CPU", "GPU"], "GPU CPU GPU"),
+        ("GPU", ["CPU", "GPU.0", "GPU.1"], "GPU"),
+        ("GPU.1", ["CPU", "GPU.0", "GPU.1"], "GPU.1"),
+        ("GPU.0", ["CPU", "GPU"], "GPU.0"),
+        ("AUTO", ["CPU"], "AUTO"),
+        ("HETERO:GPU,CPU", ["CPU"], "HETERO:GPU,CPU"),
+        ("NPU", ["CPU", "NPU"], "NPU"),
+    ],
+)
+def test_auto_is_the_first_gpu_or_the_cpu(given: str, available: list[str], chosen: str) -> None:
+    assert choose_device(given, available) == chosen
+
+
+@pytest.mark.parametrize("given", ["GPU", "GPU.1", "NPU", "CPU GPU CPU"])
+def test_device_that_does_not_exist_is_named_with_those_that_do(given: str) -> None:
+    with pytest.raises(ModelError, match=r"does not exist; OpenVINO sees CPU$"):
+        choose_device(given, ["CPU"])

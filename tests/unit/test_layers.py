@@ -70,7 +70,7 @@ INSIDE: dict[str, set[str]] = {
 ONLY: dict[str, tuple[str, ...]] = {
     "numpy": ("worker", "engines", "pixels"),
     "PIL": ("worker", "engines", "pixels", "client.masks"),
-    "openvino": ("engines.genai", "engines.stepwise", "engines.devices"),
+    "openvino": ("engines.genai", "engines.stepwise", "engines.devices", "worker.main"),
     "openvino_genai": ("engines.genai", "engines.stepwise"),
     "multiprocessing": ("wire", "fleet", "server", "cli"),
     "http": ("front", "hub", "client"),

@@ -363,4 +363,4 @@ def test_a_unix_socket_whose_process_does_not_accept_is_in_use(tmp_path: Path) -
         stopped.listen(0)
         queued.connect(path)
         with socket.socket(socket.AF_UNIX) as second, pytest.raises(OSError, match="in use"):
-            listener_module._bind_private(second, path)
+            listener_module._bind_socket(second, path, 0o600)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovserve.fleet.residency import Decision, Limits, ModelView, Residency
+from ovserve.fleet.residency import GROW_S, SHRINK_S, Decision, Limits, ModelView, Residency
 from ovserve.settings.options import ModelSettings
 
 GIB = 1 << 30
@@ -47,8 +47,11 @@ class World:
                 running=self.running[name],
                 last_used_at=self.used_at[name],
                 processes=int(name in self.begun),
-                ready=int(self.is_ready(name)),
-                used_bytes=self.used.get(name, self.expected[name]) if name in self.begun else 0,
+                ready=self.decision.workers.get(name, 0) * self.is_ready(name),
+                capacity=2 * self.decision.workers.get(name, 0) * self.is_ready(name),
+                used_bytes=self.used.get(name, self.expected[name] * max(1, self.decision.workers.get(name, 0)))
+                if name in self.begun
+                else 0,
                 worker_bytes=self.expected[name],
                 keep_alive_s=self.keep_alive_s[name],
             )
@@ -181,6 +184,43 @@ def test_reload_loads_a_model_that_becomes_eager_and_touches_no_other() -> None:
     world.step()
     assert world.resident == {"a", "b"}
     assert world.loads == ["b", "a"]
+
+
+def test_automatic_replicas_follow_the_queue() -> None:
+    world = World(model("a", replicas=0, max_replicas=3))
+    world.ask("a", 10)
+    world.run(2)
+    assert world.decision.workers["a"] == 1
+    world.run(GROW_S + 1)
+    assert world.decision.workers["a"] == 2
+    world.run(10 * GROW_S)
+    assert world.decision.workers["a"] == 3
+    world.finish("a")
+    world.running["a"] = 3  # two workers are enough
+    world.run(SHRINK_S + 1)
+    assert world.decision.workers["a"] == 2
+    world.run(2 * SHRINK_S)
+    assert world.decision.workers["a"] == 2
+    world.running["a"] = 0
+    world.run(SHRINK_S + 1)
+    assert world.decision.workers["a"] == 1
+
+
+def test_fixed_replicas_do_not_follow_the_queue() -> None:
+    world = World(model("a", replicas=2))
+    world.ask("a", 10)
+    world.run(10 * GROW_S)
+    assert world.decision.workers["a"] == 2
+
+
+def test_automatic_replicas_stay_within_the_budget_and_evict_no_model() -> None:
+    world = World(model("a", replicas=0, max_replicas=8), model("b", keep_alive_s=-1.0), budget=4)
+    world.ask("b")
+    world.run(2)
+    world.finish("b")
+    world.ask("a", 100)
+    world.run(20 * GROW_S)
+    assert world.decision.workers == {"a": 3, "b": 1}
 
 
 # --- with a budget ------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class FakeExchange:
     is_verified = False
     key = ""
     holding = None
+    is_secure = False
     query: Mapping[str, str] = {}
 
     def __init__(self, method: str, path: str, **headers: str) -> None:

@@ -378,3 +378,18 @@ def test_default_model_may_be_an_alias(tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
     config.write_text("default_model = 'x'\n[[model]]\nname='a'\naliases=['x']\n[[model]]\nname='b'\n")
     assert load_settings({}, {}, config).default_model == "x"
+
+
+def test_replicas_are_a_number_or_automatic(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text('[[model]]\nreplicas = "auto"\nmax_replicas = 5\n')
+    [model] = load_settings({}, {}, config).models
+    assert (model.replicas, model.fewest_workers, model.most_workers) == (0, 1, 5)
+    [model] = load_settings({"replicas": "3"}, {}).models
+    assert (model.fewest_workers, model.most_workers) == (3, 3)
+    [model] = load_settings({"replicas": "auto"}, {}).models
+    assert model.most_workers == 2
+    with pytest.raises(SettingsError, match="replicas=many: not a number"):
+        load_settings({"replicas": "many"}, {})
+    with pytest.raises(SettingsError, match="min_replicas 4 is above max_replicas 2"):
+        load_settings({"replicas": "auto", "min_replicas": "4"}, {})
