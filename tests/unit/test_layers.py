@@ -16,7 +16,18 @@ from ovserve.models.families import FAMILIES
 
 PACKAGE = Path(ovserve.__file__).parent
 # Every module may import these.
-FOUNDATIONS = {"accounts", "errors", "deadline", "folders", "logs", "machine", "metrics", "systemd", "settings"}
+FOUNDATIONS = {
+    "accounts",
+    "errors",
+    "deadline",
+    "folders",
+    "grants",
+    "logs",
+    "machine",
+    "metrics",
+    "systemd",
+    "settings",
+}
 
 # What each top-level module or package may import from ovserve, besides FOUNDATIONS and itself.
 MAY: dict[str, set[str]] = {
@@ -37,6 +48,7 @@ MAY: dict[str, set[str]] = {
     "models": set(),
     "web": set(),
     "accounts": set(),
+    "grants": set(),
     "errors": set(),
     "folders": {"errors"},
     "deadline": set(),
