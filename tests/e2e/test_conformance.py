@@ -9,6 +9,8 @@ import fnmatch
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,6 @@ from ovserve.errors import StartupError
 from ovserve.front.keys import read_keys
 from ovserve.models.classes import class_named
 from ovserve.models.profile import builtin_directory
-from ovserve.server import Server
 from ovserve.settings.loras import parse_source_loras
 from ovserve.settings.modelserver.graph import write_graph
 from ovserve.settings.options import ModelSettings
@@ -354,9 +355,11 @@ def read_configuration(vector: dict[str, Any], folder: Path) -> ModelSettings:
         settings = parse_arguments(vector["args"], {})
         if settings.api_key_file:
             read_keys(settings)
-        if settings.host != "127.0.0.1":
-            server = Server(settings, lambda: settings)
-            raise AssertionError(f"{server} listens")
+        if settings.host != "127.0.0.1":  # the address is looked up when the server listens
+            command = [sys.executable, "-m", "ovserve", "--port", "0", *vector["args"]]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            if done.returncode:
+                raise StartupError(done.stderr)
         return settings.models[0]
     if vector["group"] == "graph_options":
         options = dict(vector["options"])
