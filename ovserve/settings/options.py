@@ -466,6 +466,12 @@ class Settings:
         "key is needed.",
     )
 
+    named_keys_file: Path | None = _option(
+        None,
+        "File of named API keys with limits, `[[key]]` tables as `ovserve key add` writes them; they are valid beside "
+        "those of `api_key` and `api_key_file`.",
+    )
+
     admin_key: str = _option(
         "",
         "Key for the admin routes, such as reload, from any address. Prefer the environment or a file.",

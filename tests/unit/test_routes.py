@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from ovserve.api.api import ImagesApi
 from ovserve.api.exchange import FileReply, JsonReply, Reply, ServerEvent, StreamReply, windows_of
 from ovserve.api.reloads import ModelReload, ReloadStatus
-from ovserve.api.routes import ROUTES, ImagesApi, Match, Route, match_route
+from ovserve.api.routes import ROUTES, Match, Route, match_route
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.errors import (
     ApiError,
@@ -55,6 +56,9 @@ class FakeExchange:
 
     def header(self, name: str) -> str | None:
         return self.headers.get(name.replace("-", "_"))
+
+    def take_pictures(self, model: str, count: int) -> None:
+        self.notes["taken"] = f"{count} of {model}"
 
     def read_form(self) -> FakeForm:
         return FakeForm([("prompt", "a star")])
