@@ -67,6 +67,7 @@ __all__ = [
     "PromptTooLong",
     "QueueFull",
     "RangeNotSatisfiable",
+    "RateLimited",
     "RequestTimeout",
     "ServerError",
     "SettingsError",
@@ -427,6 +428,15 @@ class QueueFull(ApiError):
     status = 429
     type = "requests"
     code = "queue_full"
+    should_retry = True
+
+
+class RateLimited(ApiError):
+    """429: the API key has reached one of its limits; Retry-After is when it has room again."""
+
+    status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
     should_retry = True
 
 

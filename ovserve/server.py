@@ -332,7 +332,7 @@ class Server:
     def _watched_state(self) -> str:
         """Return a text that changes when a file that a reload reads has changed. Runs in: the watch thread."""
         settings = self._api.settings
-        named = [self._config, settings.api_key_file, settings.admin_key_file]
+        named = [self._config, settings.api_key_file, settings.named_keys_file, settings.admin_key_file]
         models = [
             fingerprint(model.profile.directory, model.limits.cache_dir) for model in self._api.catalog.models.values()
         ]
@@ -392,7 +392,7 @@ RELOADED = frozenset((
     "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
     "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "min_resident_s",
     "memory_budget_bytes", "cache_bytes", "keep_alive_max_s",
-    "api_key", "api_key_file",
+    "api_key", "api_key_file", "named_keys_file",
     "admin_key", "admin_key_file", "tls_certificate", "tls_key", "tls_client_ca",
     "allowed_hosts", "log_level", "log_format", "decode_cpu_limit_s",
     "decode_memory_limit_bytes",

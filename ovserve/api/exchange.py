@@ -109,6 +109,9 @@ class Exchange(Protocol):
     def is_verified(self) -> bool:
         """Whether the key is one of the server's keys."""
 
+    def take_pictures(self, model: str, count: int) -> None:
+        """Count pictures for the request's key. Raises Forbidden and RateLimited when the key may not have them."""
+
     @property
     def holding(self) -> Holding | None:
         """What the segments of the request count for; None: for no client."""

@@ -150,6 +150,7 @@ class Images:
         exchange.note("model", parameters.model.name)
         if parameters.ignored:
             exchange.note("ignored", ignored_headers(parameters).get("x-ovserve-ignored", ""))
+        exchange.take_pictures(parameters.model.name, parameters.request.n)
         job = Job(
             id=exchange.id,
             model=parameters.model.name,

@@ -85,6 +85,11 @@ COMMANDS = {
             (ExitCode.OK, ExitCode.USAGE, ExitCode.NO_SERVER, ExitCode.REFUSED),
         ),
         Command(
+            "key",
+            "Add a named API key with limits to a file, and print the key once.",
+            (ExitCode.OK, ExitCode.USAGE),
+        ),
+        Command(
             "doctor",
             "Check this machine and say what to do about each problem.",
             (ExitCode.OK, ExitCode.USAGE, ExitCode.MODELS_FAILED),

@@ -122,6 +122,12 @@ class GenaiEngine:
         """
         self._beat = beat
         beat("load")
+        if self._settings.lora:
+            # Measured: of several adapters with weights only the last had an effect, modules such as time_emb_proj and
+            # kohya's spelling aside were ignored in silence, and convolutions above 1 x 1 could not be loaded.
+            raise ModelError(
+                f"model {self._profile.name}: engine genai does not apply LoRA adapters reliably; use stepwise"
+            )
         try:
             self._tokenizer.load()
             self._clip_tokenizer.load()

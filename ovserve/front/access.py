@@ -137,4 +137,6 @@ class Access:
         )
 
     def _has_admin_key(self, request: Request) -> bool:
-        return bool(request.api_key) and self.admin_keys.matches(request.api_key)
+        return bool(request.api_key) and (
+            self.admin_keys.matches(request.api_key) or self.keys.is_admin(request.api_key)
+        )

@@ -65,6 +65,7 @@ class HttpExchange(Request):
         self.is_rejected = False  # with an error after which the bytes that follow cannot be parsed reliably
         self.ended_by: ApiError | None = None  # why the exchange has to end early, to make room for another client
         self._holding: Holding | None = None
+        self._is_counted = False  # for its named key
         self._on_release: Callable[[], None] | None = None  # the form was offered
 
     @property
@@ -81,6 +82,16 @@ class HttpExchange(Request):
     def required_rate(self) -> float:
         """Return the bytes a second that the client has to transfer now because of what it holds; 0 for none."""
         return self._holding.required_rate() if self._holding is not None else 0.0
+
+    def begin_for_key(self) -> None:
+        """Count the request for its named key, until `close`. Raises RateLimited."""
+        if self.grant is not None:
+            self.grant.begin()
+            self._is_counted = True
+
+    def key_fields(self) -> dict[str, str]:
+        """Return the fields of the response that say what is left of the key's limits."""
+        return self.grant.fields() if self.grant is not None else {}
 
     def check_ended(self) -> None:
         """Raise the error with which the exchange has to end early, if it has to."""
@@ -155,8 +166,11 @@ class HttpExchange(Request):
         return True
 
     def close(self) -> None:
-        """End the exchange: it no longer gives way to others."""
+        """End the exchange: it no longer gives way to others, nor counts for its key."""
         self.release_form()
+        if self._is_counted and self.grant is not None:
+            self._is_counted = False
+            self.grant.end()
         if self._holding is not None:
             self._holding.close()
 
@@ -178,6 +192,8 @@ def log_access(exchange: HttpExchange, sent: int, started: float) -> None:
     }
     if exchange.key:
         log_fields["key"] = exchange.key
+    if exchange.grant is not None:
+        log_fields["key_name"] = exchange.grant.name
     if exchange.client_request_id:
         log_fields["client_id"] = exchange.client_request_id
     if exchange.error is not None:

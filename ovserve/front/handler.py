@@ -309,6 +309,7 @@ class Connection:
     def _check_access(self, exchange: HttpExchange, match: RouteMatch) -> None:
         try:
             self._context.access.check(exchange, match)
+            exchange.begin_for_key()
         except ApiError as error:
             self._context.api.count_refused(error)
             raise
@@ -382,7 +383,7 @@ class Connection:
             media_type=media_type,
             framing=b"" if status in NO_CONTENT else b"Content-Length: %d\r\n" % length,
             connection=self._connection_field(exchange),
-            headers=headers,
+            headers={**exchange.key_fields(), **headers},
             origin=exchange.header("origin"),
         )
         has_content = exchange.method != "HEAD" and status not in NO_CONTENT
@@ -404,7 +405,7 @@ class Connection:
             media_type=EVENTS_TYPE,
             framing=b"Transfer-Encoding: chunked\r\n" if is_chunked else b"",
             connection=self._connection_field(exchange),
-            headers={**STREAM_FIELDS, **reply.headers},
+            headers={**STREAM_FIELDS, **exchange.key_fields(), **reply.headers},
             origin=exchange.header("origin"),
         )
         exchange.status = 200

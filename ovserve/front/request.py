@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl
 from ovserve.accounts import Holding
 from ovserve.errors import InternalError
 from ovserve.front.http1.head import Head
+from ovserve.grants import Grant
 
 __all__ = ["Request", "escape_for_log", "internal_error", "network_of", "new_request_id"]
 
@@ -38,6 +39,7 @@ class Request:
         address: IP address of the peer.
         is_secure: whether it has arrived over TLS.
         is_verified: whether the request has a configured API key; set by `Keys.check`.
+        grant: what its named key may do; None without one. Set by `Keys.check`.
         notes: fields that the API adds to the log line of the request.
     """
 
@@ -49,6 +51,7 @@ class Request:
         self.path = head.path
         self.address = address
         self.is_verified = False
+        self.grant: Grant | None = None
         self.notes: dict[str, str] = {}
 
     @cached_property
@@ -69,6 +72,11 @@ class Request:
     def client(self) -> str:
         """Whose shares the request counts for: its API key if it is verified, else the network."""
         return self.key if self.is_verified else self.network
+
+    def take_pictures(self, model: str, count: int) -> None:
+        """Count pictures for the named key. Raises Forbidden and RateLimited."""
+        if self.grant is not None:
+            self.grant.take_pictures(model, count)
 
     @property
     def holding(self) -> Holding | None:

@@ -138,4 +138,6 @@ def plan_engine(name: str, engine: str, device: str, directory: Path) -> tuple[s
         return "genai", f"stepwise does not serve class {name}"
     if "genai" in engines and "NPU" in device:
         return "genai", "an NPU requires static shapes"
+    if "genai" not in engines:
+        return "stepwise", f"genai does not serve class {name}"
     return "stepwise", "same bits as genai for this family, and pictures share its calls"

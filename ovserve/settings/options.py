@@ -153,8 +153,8 @@ class ModelSettings:
         "auto",
         "Compiled denoisers and text encoders of a model with adapters: `separate`: a second one for pictures without "
         "adapters; `shared`: one for all pictures, with half of the memory, but pictures without adapters may differ "
-        "in the last bits from those of a server without adapters; `auto`: one where the bits are the same, which is "
-        "measured at warm-up, else two.",
+        "in the last bits from those of a server without adapters; `auto`: one for a large model where the bits are "
+        "the same, which is measured at warm-up, else two.",
         choices=("auto", "separate", "shared"),
         reason="adding an adapter must not change the pictures of requests that do not use it",
     )
@@ -464,6 +464,12 @@ class Settings:
         None,
         "File of API keys that requests must have, one on each line, with `#` for comments; none, and no api_key: no "
         "key is needed.",
+    )
+
+    named_keys_file: Path | None = _option(
+        None,
+        "File of named API keys with limits, `[[key]]` tables as `ovserve key add` writes them; they are valid beside "
+        "those of `api_key` and `api_key_file`.",
     )
 
     admin_key: str = _option(

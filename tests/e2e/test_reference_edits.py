@@ -152,3 +152,31 @@ def test_references_in_a_json_body_are_those_of_a_form(server: LiveServer) -> No
     reply = httpx.post(f"{server.url}/v1/images/edits", json=body, timeout=300)
     assert reply.status_code == 200, reply.text
     assert picture(reply.json()) == picture(edit.send(server.url))
+
+
+def test_previews_of_a_masked_edit_keep_the_callers_pixels(server: LiveServer) -> None:
+    edit = Edit(2, 5, masked_from=48, seed=31)
+    images = [(f"{k}.png", png(each), "image/png") for k, each in enumerate((edit.source, image_of(64, 64, 32)))]
+    mask = ("mask.png", png(white_below(64, 96, 48)), "image/png")
+    previews, final = [], b""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300) as client:
+        stream = client.images.edit(
+            model="klein",
+            image=images,
+            mask=mask,
+            prompt="number 31",
+            stream=True,
+            partial_images=2,
+            extra_body={"seed": 31, "num_inference_steps": 5},
+        )
+        for event in stream:
+            data = base64.b64decode(event.b64_json)
+            if event.type == "image_edit.partial_image":
+                previews.append(pixels_of(data))
+            else:
+                final = data
+    assert final == picture(edit.send(server.url))
+    assert len(previews) == 2
+    for preview in previews:
+        np.testing.assert_array_equal(preview[:48], edit.source[:48])
+        assert (preview[48:] != pixels_of(final)[48:]).mean() > 0.05

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ovserve import errors
-from ovserve.errors import ApiError, InternalError, QueueFull, ServerError, clamp_retry_after, from_wire
+from ovserve.errors import ApiError, InternalError, QueueFull, RateLimited, ServerError, clamp_retry_after, from_wire
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ApiError)]
 
@@ -30,7 +30,7 @@ def test_every_error_has_the_keys_of_openais_object(kind: type[ApiError]) -> Non
 def test_client_mistake_has_no_status_that_clients_retry(kind: type[ApiError]) -> None:
     assert kind.status not in (409, *range(500, 600))
     if kind.status in (408, 429):
-        assert kind is QueueFull or kind.code == "request_timeout"
+        assert kind in (QueueFull, RateLimited) or kind.code == "request_timeout"
 
 
 def test_unknown_class_from_the_wire_is_an_internal_error() -> None:

@@ -16,13 +16,24 @@ from ovserve.models.families import FAMILIES
 
 PACKAGE = Path(ovserve.__file__).parent
 # Every module may import these.
-FOUNDATIONS = {"accounts", "errors", "deadline", "folders", "logs", "machine", "metrics", "systemd", "settings"}
+FOUNDATIONS = {
+    "accounts",
+    "errors",
+    "deadline",
+    "folders",
+    "grants",
+    "logs",
+    "machine",
+    "metrics",
+    "systemd",
+    "settings",
+}
 
 # What each top-level module or package may import from ovserve, besides FOUNDATIONS and itself.
 MAY: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"server", "models", "hub", "client", "engines.devices"},
+    "cli": {"server", "models", "hub", "client", "engines.devices", "front.keys"},
     "client": set(),
     "hub": {"models"},
     "server": {"hub", "front", "api", "dispatch", "fleet", "wire", "models", "worker.main", "watch"},
@@ -37,6 +48,7 @@ MAY: dict[str, set[str]] = {
     "models": set(),
     "web": set(),
     "accounts": set(),
+    "grants": {"errors"},
     "errors": set(),
     "folders": {"errors"},
     "deadline": set(),

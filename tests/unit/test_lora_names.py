@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovserve.engines.lora.adapters import Adapter, read_adapter
-from ovserve.engines.lora.names import parse_key, targets
+from ovserve.engines.lora.modules import targets
+from ovserve.engines.lora.names import parse_key
 from ovserve.errors import ModelError
 from tests.loras import safetensors
 
@@ -82,16 +83,27 @@ def test_any_key_is_parsed_or_refused(key: str) -> None:
     ],
 )  # fmt: skip
 def test_names_of_the_original_implementation_are_translated(original: str, name: str) -> None:
-    assert [target.module for target in targets(original, {name})] == [name]
-    assert [target.module for target in targets(original, {name, original})] == [original]
-    assert targets(original, {"another"}) == ()
+    assert getattr(targets(original, {name}), "modules", ()) == (name,)
+    assert getattr(targets(original, {name, original}), "modules", ()) == (original,)
+    assert targets(original, {"another"}) is None
+
+
+CONVERTED = json.loads((Path(__file__).parents[1] / "data" / "lora_names.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("module", CONVERTED)
+def test_names_of_the_original_flux_are_translated_as_diffusers_does(module: str) -> None:
+    known = {name for entries in CONVERTED.values() for name, _, _ in entries}
+    found = targets(module, known)
+    assert found is not None
+    assert list(found.modules) == [name for name, _, _ in CONVERTED[module]]
 
 
 @given(
     st.from_regex(r"(input|output)_blocks_\d{1,2}_\d_[a-z_0-9]{0,12}|middle_block_\d_[a-z_0-9]{0,12}", fullmatch=True)
 )
 def test_any_name_has_a_translation_or_none(name: str) -> None:
-    assert targets(name, ()) == ()
+    assert targets(name, ()) is None
 
 
 def write(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> Adapter:

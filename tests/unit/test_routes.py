@@ -56,6 +56,9 @@ class FakeExchange:
     def header(self, name: str) -> str | None:
         return self.headers.get(name.replace("-", "_"))
 
+    def take_pictures(self, model: str, count: int) -> None:
+        self.notes["taken"] = f"{count} of {model}"
+
     def read_form(self) -> FakeForm:
         return FakeForm([("prompt", "a star")])
 

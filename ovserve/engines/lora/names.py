@@ -7,17 +7,15 @@
     lora_te2_text_model_final_layer_norm.alpha                         text_encoder_2  text_model_final_layer_norm
 
 kohya joins the parts of a module's name with `_`, so dots count as `_` in all spellings. Some trainers name the modules
-of a UNet as the original implementation does (`input_blocks_4_1_...`); `targets` translates that when no module of the
-model has the name.
+of a model as the original implementation does (`input_blocks_4_1_...`); `modules.py` translates that.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-__all__ = ["DENOISER", "KeyParts", "Target", "component_directories", "parse_key", "targets"]
+__all__ = ["DENOISER", "KeyParts", "parse_key"]
 
 DENOISER = "denoiser"
 
@@ -70,20 +68,6 @@ class KeyParts:
     role: str
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A module of the model that a module of the file changes.
-
-    Attributes:
-        module: its name.
-        part, parts: it gets part `part` of `parts` equal parts of the rows of `up`; all of them by default.
-    """
-
-    module: str
-    part: int = 0
-    parts: int = 1
-
-
 def parse_key(key: str) -> KeyParts | None:
     """Return the parts of a tensor's name; None for a tensor that is no matrix of a LoRA."""
     role, stem = _split_role(key)
@@ -109,89 +93,3 @@ def _split_role(key: str) -> tuple[str, str]:
             if key.endswith(ending):
                 return role, key.removesuffix(ending)
     return "", ""
-
-
-def component_directories(component: str, denoiser: str) -> str:
-    """Return the directory of a component; `denoiser` is the directory of the model's denoiser."""
-    return denoiser if component == DENOISER else component
-
-
-def targets(module: str, known: Collection[str]) -> tuple[Target, ...]:
-    """Return the modules of a model that a module of a file changes; empty if the model has none of this name.
-
-    Args:
-        module: the name in the file, with `_` for dots.
-        known: the names of the model's modules, with `_` for dots.
-    """
-    for candidate in _candidates(module):
-        if all(target.module in known for target in candidate):
-            return candidate
-    return ()
-
-
-def _candidates(module: str) -> Iterator[tuple[Target, ...]]:
-    """Yield translations of a name, the likeliest first."""
-    yield (Target(module),)
-    plain = module.removeprefix("text_model_")  # some versions of transformers have a model around it, others none
-    if plain != module:
-        yield (Target(plain),)
-    else:
-        yield (Target(f"text_model_{module}"),)
-    original = _from_original_unet(module)
-    if original:
-        yield (Target(original),)
-
-
-# --- names of the original Stable Diffusion UNet ---
-
-_BLOCK = re.compile(r"^(?P<kind>input_blocks|output_blocks)_(?P<block>\d{1,2})_(?P<part>\d)(?:_(?P<rest>.+))?$")
-_MIDDLE = re.compile(r"^middle_block_(?P<part>[012])_(?P<rest>.+)$")
-_RESNET = {
-    "in_layers_0": "norm1",
-    "in_layers_2": "conv1",
-    "emb_layers_1": "time_emb_proj",
-    "out_layers_0": "norm2",
-    "out_layers_3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-_OUTER = {
-    "time_embed_0": "time_embedding_linear_1",
-    "time_embed_2": "time_embedding_linear_2",
-    "label_emb_0_0": "add_embedding_linear_1",
-    "label_emb_0_2": "add_embedding_linear_2",
-    "input_blocks_0_0": "conv_in",
-    "out_2": "conv_out",
-}
-_BLOCKS_IN_LEVEL = 3  # two layers and a resampler going down; three layers going up
-
-
-def _from_original_unet(module: str) -> str:
-    """Return the name in diffusers of a module named as in the original implementation; empty for another name.
-
-    Rombach et al. 2022, repository CompVis/stable-diffusion, ldm/modules/diffusionmodules/openaimodel.py.
-    """
-    if module in _OUTER:
-        return _OUTER[module]
-    match = _MIDDLE.match(module)
-    if match:
-        place, rest = int(match["part"]), match["rest"]
-        if place == 1:
-            return f"mid_block_attentions_0_{rest}"
-        return f"mid_block_resnets_{place // 2}_{_RESNET[rest]}" if rest in _RESNET else ""
-    match = _BLOCK.match(module)
-    if not match:
-        return ""
-    block, part, rest = int(match["block"]), int(match["part"]), match["rest"] or ""
-    if match["kind"] == "input_blocks":
-        level, layer = divmod(block - 1, _BLOCKS_IN_LEVEL)
-        side = f"down_blocks_{level}"
-        if rest == "op":
-            return f"{side}_downsamplers_0_conv"
-    else:
-        level, layer = divmod(block, _BLOCKS_IN_LEVEL)
-        side = f"up_blocks_{level}"
-        if rest == "conv":
-            return f"{side}_upsamplers_0_conv"
-    if part == 0:
-        return f"{side}_resnets_{layer}_{_RESNET[rest]}" if rest in _RESNET else ""
-    return f"{side}_attentions_{layer}_{rest}" if part == 1 and rest else ""

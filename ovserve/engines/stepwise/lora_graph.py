@@ -21,11 +21,11 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from ovserve.engines.lora.adapters import Adapter, Pair, quoted_keys
-from ovserve.engines.lora.names import targets
+from ovserve.engines.lora.modules import Target, targets
 from ovserve.engines.schedulers.noise import Array, f32
 from ovserve.errors import ModelError
 
-__all__ = ["SCALE_INPUT", "adapt_model"]
+__all__ = ["SCALE_INPUT", "Module", "adapt_model", "find_modules"]
 
 SCALE_INPUT = "lora_scale"  # float32 (rows, adapters)
 
@@ -37,12 +37,18 @@ _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(slots=True)
-class _Module:
-    """A module of the graph: its operations, more than one if it is called several times, and its adapters."""
+class Module:
+    """A module of the graph.
+
+    Attributes:
+        path: its name in the graph.
+        operations: more than one if it is called several times.
+        pairs: what adapters add to it, with the number of each adapter.
+    """
 
     path: str
     operations: list[Any]
-    pairs: list[tuple[int, Pair]] = field(default_factory=list)  # with the number of the adapter
+    pairs: list[tuple[int, Pair]] = field(default_factory=list)
 
 
 def adapt_model(model: Any, component: str, adapters: Sequence[Adapter]) -> Any | None:
@@ -54,39 +60,52 @@ def adapt_model(model: Any, component: str, adapters: Sequence[Adapter]) -> Any 
     if not any(adapter.pairs.get(component) for adapter in adapters):
         return None
     adapted = model.clone()
-    modules = _modules(adapted)
-    known = _names(modules)
-    for number, adapter in enumerate(adapters):
-        _assign(adapter, number, component, known)
+    modules = find_modules(adapted, component, adapters)
     scale = ops.parameter(ov.PartialShape([-1, len(adapters)]), f32, name=SCALE_INPUT)
     scale.output(0).get_tensor().set_names({SCALE_INPUT})
-    editor = _Editor(scale, len(adapters), [adapter.path.name for adapter in adapters])
+    editor = _Editor(scale, len(adapters))
     for module in modules:
-        if module.pairs:
-            for operation in module.operations:
-                editor.add(operation, module)
+        for operation in module.operations:
+            editor.add(operation, module)
     adapted.add_parameters([scale])
     adapted.validate_nodes_and_infer_types()
     return adapted
 
 
-def _modules(model: Any) -> list[_Module]:
-    found: dict[str, _Module] = {}
+def find_modules(model: Any, component: str, adapters: Sequence[Adapter]) -> list[Module]:
+    """Return the modules of a model that adapters change, with their pairs.
+
+    Raises:
+        ModelError: an adapter has a module that the model does not have, or of another size; the message names them.
+    """
+    modules = _modules(model)
+    known = _names(modules)
+    for number, adapter in enumerate(adapters):
+        _assign(adapter, number, component, known)
+    found = [module for module in modules if module.pairs]
+    for module in found:
+        for operation in module.operations:
+            _check_sizes(operation, module, adapters)
+    return found
+
+
+def _modules(model: Any) -> list[Module]:
+    found: dict[str, Module] = {}
     for operation in model.get_ordered_ops():
         if operation.get_type_name() in ("MatMul", "Convolution"):
             match = _MODULE.match(operation.get_friendly_name())
             if match:
                 path = match["path"]
-                found.setdefault(path, _Module(path, [])).operations.append(operation)
+                found.setdefault(path, Module(path, [])).operations.append(operation)
     return list(found.values())
 
 
-def _names(modules: Sequence[_Module]) -> dict[str, _Module]:
+def _names(modules: Sequence[Module]) -> dict[str, Module]:
     """Return the modules by name, with `_` for dots; also without what the paths of all modules begin with.
 
     An export may have wrapped the model in other modules, whose names then come first.
     """
-    known: dict[str, _Module] = {}
+    known: dict[str, Module] = {}
     split = [module.path.split(".") for module in modules]
     shared = 0
     while split and all(len(parts) > shared + 1 and parts[shared] == split[0][shared] for parts in split):
@@ -97,17 +116,16 @@ def _names(modules: Sequence[_Module]) -> dict[str, _Module]:
     return known
 
 
-def _assign(adapter: Adapter, number: int, component: str, known: Mapping[str, _Module]) -> None:
+def _assign(adapter: Adapter, number: int, component: str, known: Mapping[str, Module]) -> None:
     """Add an adapter's pairs to the modules that they change. Raises ModelError if one has no module."""
     pairs = adapter.pairs.get(component, {})
     missing = []
     for name, pair in pairs.items():
-        found = targets(name, known)
-        if not found:
+        target = targets(name, known)
+        if target is None:
             missing.append(pair.key)
-        for target in found:
-            rows = np.split(pair.up, target.parts)[target.part] if target.parts > 1 else pair.up
-            known[target.module].pairs.append((number, Pair(pair.key, pair.down, rows, pair.scale)))
+        else:
+            _add_pair(adapter, number, pair, target, known)
     if missing:
         raise ModelError(
             f"{adapter.path}: {len(missing)} of its {len(pairs)} modules are not in this model's {component}; "
@@ -115,21 +133,50 @@ def _assign(adapter: Adapter, number: int, component: str, known: Mapping[str, _
         )
 
 
+def _add_pair(adapter: Adapter, number: int, pair: Pair, target: Target, known: Mapping[str, Module]) -> None:
+    """Add a pair to the modules of its target, each with its rows of `up`. Raises ModelError if they do not fit."""
+    modules = [known[name] for name in target.modules]
+    sizes = [_weight_shape(module.operations[0])[0] for module in modules]
+    up = pair.up
+    if len(modules) > 1 and sum(sizes) != len(up):
+        raise ModelError(f"{adapter.path}: {pair.key} has {len(up)} rows, but {', '.join(target.modules)} have {sizes}")
+    if target.is_swapped:
+        up = np.concatenate(np.split(up, 2)[::-1]) if len(up) % 2 == 0 else up
+    parts = np.split(up, np.cumsum(sizes)[:-1]) if len(modules) > 1 else [up]
+    for module, rows in zip(modules, parts, strict=True):
+        if any(other == number for other, _ in module.pairs):
+            raise ModelError(f"{adapter.path}: {pair.key} and another module of the file both change {module.path}")
+        module.pairs.append((number, Pair(pair.key, pair.down, rows, pair.scale)))
+
+
+def _check_sizes(operation: Any, module: Module, adapters: Sequence[Adapter]) -> None:
+    """Check that the matrices fit an operation. Raises ModelError."""
+    is_convolution = operation.get_type_name() == "Convolution"
+    shape = _weight_shape(operation)
+    outputs, inputs, *kernel = shape
+    for number, pair in module.pairs:
+        own = list(pair.down.shape[2:])
+        is_fitting = pair.up.shape[0] == outputs and pair.down.shape[1] == inputs
+        is_fitting &= own == kernel or (is_convolution and not own and all(side == 1 for side in kernel))
+        if not is_fitting:
+            raise ModelError(
+                f"{adapters[number].path}: {pair.key} has the sizes {pair.down.shape} and {pair.up.shape}, but "
+                f"{module.path} of this model has {shape}; is it made for another model?"
+            )
+
+
 class _Editor:
     """Adds branches to one graph."""
 
-    def __init__(self, scale: Any, adapters: int, names: Sequence[str]) -> None:
+    def __init__(self, scale: Any, adapters: int) -> None:
         self._scale = scale
         self._adapters = adapters
-        self._names = names
         self._selected: dict[tuple[tuple[int, int, float], ...], Any] = {}
 
-    def add(self, operation: Any, module: _Module) -> None:
-        """Add the branch of one operation. Raises ModelError if an adapter does not fit it."""
+    def add(self, operation: Any, module: Module) -> None:
+        """Add the branch of one operation."""
         is_convolution = operation.get_type_name() == "Convolution"
-        shape = _weight_shape(operation, is_convolution)
-        for number, pair in module.pairs:
-            self._check(number, pair, module, shape, is_convolution)
+        shape = _weight_shape(operation)
         source, rank = operation.input_value(0), len(operation.get_output_partial_shape(0))
         down = np.concatenate([_with_kernel(pair.down, shape) for _, pair in module.pairs])
         up = np.concatenate([pair.up for _, pair in module.pairs], axis=1)
@@ -159,17 +206,6 @@ class _Editor:
         for reader in readers:
             reader.replace_source_output(total.output(0))
 
-    def _check(self, number: int, pair: Pair, module: _Module, shape: tuple[int, ...], is_convolution: bool) -> None:
-        outputs, inputs, *kernel = shape
-        is_fitting = pair.up.shape[0] == outputs and pair.down.shape[1] == inputs
-        own = list(pair.down.shape[2:])
-        is_fitting &= own == kernel or (is_convolution and not own and all(side == 1 for side in kernel))
-        if not is_fitting:
-            raise ModelError(
-                f"{self._names[number]}: {pair.key} has the sizes {pair.down.shape} and {pair.up.shape}, but "
-                f"{module.path} of this model has {shape}; is it made for another model?"
-            )
-
     def _selected_scales(self, pairs: Sequence[tuple[int, Pair]]) -> Any:
         """Return the factor of each row of `down` for each row of the call: (rows, R)."""
         key = tuple((number, pair.rank, pair.scale) for number, pair in pairs)
@@ -183,10 +219,10 @@ class _Editor:
         return self._selected[key]
 
 
-def _weight_shape(operation: Any, is_convolution: bool) -> tuple[int, ...]:
+def _weight_shape(operation: Any) -> tuple[int, ...]:
     """Return (out, in) of a linear layer, or (out, in, height, width) of a convolution."""
     shape = tuple(int(size) for size in operation.input_value(1).get_shape())
-    if is_convolution or operation.get_attributes()["transpose_b"]:
+    if operation.get_type_name() == "Convolution" or operation.get_attributes()["transpose_b"]:
         return shape
     return shape[::-1]
 
