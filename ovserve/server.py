@@ -21,8 +21,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 from ovserve import systemd
+from ovserve.api.api import ImagesApi
 from ovserve.api.reloads import ModelReload, ReloadStatus
-from ovserve.api.routes import ImagesApi
 from ovserve.api.store import Store
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher

@@ -79,6 +79,11 @@ class ModelView:
         """Whether it has unfinished jobs."""
         return self.queued + self.running > 0
 
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether jobs wait for a worker. Those that run on a worker that is being unloaded do not."""
+        return self.queued > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -196,7 +201,7 @@ class Residency:
             return self._decide_within(now, views, limits)
         for view in views:
             entry = self._entries[view.name]
-            if not entry.workers and (view.is_wanted or entry.is_due):
+            if not entry.workers and (view.is_asked_for or entry.is_due):
                 self._grant(entry)
             else:
                 self._scale(now, view, may_grow=True)
@@ -211,7 +216,7 @@ class Residency:
             entry.waiting_since = None
         else:
             entry.ready_since = None
-            if not view.is_wanted:
+            if not view.is_asked_for:
                 entry.waiting_since = None
             elif entry.waiting_since is None:
                 entry.waiting_since = now
@@ -287,7 +292,7 @@ class Residency:
             if not loading and self._needed(view) <= free:
                 self._grant(entry)
                 continue
-            if not view.is_wanted and not entry.may_evict and self._needed(view) > free:
+            if not view.is_asked_for and not entry.may_evict and self._needed(view) > free:
                 entry.is_due = False  # an eager model that is not pinned, and for which there is no room at the start
                 continue
             waiting[view.name] = f"waits until {loading[0]} is loaded" if loading else "waits for memory"
@@ -305,14 +310,14 @@ class Residency:
         def order(view: ModelView) -> tuple[bool, float]:
             entry = self._entries[view.name]
             waited_s = now - (now if entry.waiting_since is None else entry.waiting_since)
-            return not view.is_wanted, -(waited_s + PRIORITY_S * view.options.priority)
+            return not view.is_asked_for, -(waited_s + PRIORITY_S * view.options.priority)
 
         due = [
             view
             for view in views
             if not self._entries[view.name].workers
             and not view.is_failed
-            and (view.is_wanted or self._entries[view.name].is_due)
+            and (view.is_asked_for or self._entries[view.name].is_due)
         ]
         return sorted(due, key=order)
 

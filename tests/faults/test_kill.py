@@ -67,7 +67,8 @@ def test_worker_that_violates_the_protocol_is_killed_and_its_job_done(
     reply = live.generate(client, f"once {tmp_path / 'marker'} {violation}", seed=1)
     assert picture_of(reply) == f"once {tmp_path / 'marker'} {violation}|1".encode()
     live.until(lambda: len(before & set(live.workers())) == 1)
-    assert live.logged("worker killed", "protocol violation")
+    # Its link is closed too: on a busy machine it may exit before it is killed.
+    assert live.logged("worker violated the protocol")
 
 
 def test_worker_that_reports_done_twice_is_replaced_and_its_job_done(live: FaultServer, client: httpx.Client) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from ovserve.cli import models
 from tests.faultserver import FaultServer, picture_of
 from tests.live import BUILTIN_PATH
 
@@ -120,6 +121,80 @@ def test_stream_goes_on_when_its_model_is_removed(tmp_path: Path) -> None:
         assert any("step 20/20" in line for line in rest)
         assert any("event: image_generation.completed" in line for line in rest)
         server.until(lambda: not server.workers())
+
+
+def admin(client: httpx.Client, path: str, **query: Any) -> httpx.Response:
+    return client.post(path, params=query, headers={"authorization": "Bearer sk-admin"})
+
+
+def test_operator_loads_and_unloads_a_model_whose_name_has_a_slash(tmp_path: Path) -> None:
+    with serve(tmp_path, table("org/m", keep_alive_s=0)) as server, server.client() as client:
+        assert client.post("/v1/models/org/m/load").status_code == 403
+        reply = admin(client, "/v1/models/org/m/load", keep_alive=-1, wait_s=30)
+        assert (reply.status_code, reply.json()["state"]) == (200, "ready")
+        [pid] = server.workers()
+        assert server.generate(client, "echo a", model="org/m").status_code == 200
+        assert server.workers() == [pid]
+        reply = admin(client, "/v3/models/org%2Fm/unload", wait_s=30)
+        assert (reply.status_code, reply.json()["state"]) == (200, "unloaded")
+        server.until(lambda: not server.workers())
+        assert admin(client, "/v1/models/none/load").status_code == 404
+        assert admin(client, "/v1/models/org/m/load", keep_alive="x").status_code == 400
+
+
+def test_unload_lets_a_running_stream_end(tmp_path: Path) -> None:
+    with serve(tmp_path, table("m", keep_alive_s=-1)) as server, server.client() as client:
+        body = {"prompt": "steps 20 0.1", "model": "m", "stream": True}
+        with client.stream("POST", "/v3/images/generations", json=body) as stream:
+            lines = stream.iter_lines()
+            assert any("step 1/20" in line for line in lines)
+            reply = admin(client, "/v1/models/m/unload", wait_s=0.1)
+            assert (reply.status_code, reply.json()["state"]) == (202, "unloading")
+            rest = list(lines)
+        assert any("event: image_generation.completed" in line for line in rest)
+        server.until(lambda: state(client, "m")["state"] == "unloaded")
+
+
+def test_failed_model_is_tried_again_when_an_operator_loads_it(tmp_path: Path) -> None:
+    marker = tmp_path / "repaired"
+    model = table("m", toy={"load": f"until {marker} fail no device"})
+    with serve(tmp_path, model) as server, server.client() as client:
+        reply = admin(client, "/v1/models/m/load", wait_s=30)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_failed")
+        assert "no device" in reply.json()["error"]["message"]
+        marker.touch()
+        assert admin(client, "/v1/models/m/load", wait_s=30).status_code == 200
+
+
+def test_keep_alive_of_a_request_shortens_and_lengthens_the_stay(tmp_path: Path) -> None:
+    model = table("m", keep_alive_s=0.2)
+    with serve(tmp_path, model, server="keep_alive_max_s = 60") as server, server.client() as client:
+        assert server.generate(client, "echo a", model="m", keep_alive=60).status_code == 200
+        server.until(lambda: state(client, "m")["running"] == 0)
+        assert state(client, "m")["state"] == "ready"
+        assert server.generate(client, "echo a", model="m", keep_alive=0).status_code == 200
+        server.until(lambda: state(client, "m")["state"] == "unloaded")
+        for value in (61, -1):
+            reply = server.generate(client, "echo a", model="m", keep_alive=value)
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "keep_alive")
+
+
+def test_command_models_shows_loads_and_unloads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve(tmp_path, table("m", keep_alive_s=-1)) as server:
+        monkeypatch.setenv("OVSERVE_ADMIN_KEY", "sk-admin")
+        assert models.run(["--url", server.url]) == 0
+        assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["m", "unloaded", "CPU"]
+        assert models.run(["--url", server.url, "--load", "m"]) == 0
+        assert "ready" in capsys.readouterr().out
+        assert models.run(["--url", server.url, "--unload", "m", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["data"][0]["state"] == "unloaded"
+        assert models.run(["--url", server.url, "--load", "none"]) == 75
+        assert "404: The model 'none' does not exist" in capsys.readouterr().err
+        monkeypatch.setenv("OVSERVE_ADMIN_KEY", "")
+        assert models.run(["--url", server.url, "--load", "m"]) == 75
+        assert "403: " in capsys.readouterr().err
 
 
 def test_requests_for_more_models_than_fit_are_all_answered_within_the_budget(tmp_path: Path) -> None:

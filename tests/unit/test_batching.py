@@ -73,6 +73,16 @@ def test_solo_picture_shares_no_call() -> None:
     assert [pictures_of(take(batch)[0]) for _ in range(2)] == [[first, third], [solo]]
 
 
+def test_single_row_stays_alone_where_it_has_other_bits_beside_another_row() -> None:
+    # Large transformers in bfloat16: a call of one row and a call of two take other kernels.
+    first, alone, third = picture(), picture(rows=1), picture()
+    batch = batcher(first, alone, third, splits=False)
+    assert [pictures_of(take(batch)[0]) for _ in range(2)] == [[first, third], [alone]]
+    ones = [picture(rows=1), picture(rows=1)]
+    assert pictures_of(take(batcher(*ones, splits=False))[0]) == ones[:1]
+    assert pictures_of(take(batcher(*ones, splits=True))[0]) == ones
+
+
 def test_only_pictures_with_equal_keys_share_a_call() -> None:
     first, other, third = picture(), picture(index=1), picture()
     batch = batcher(first, other, third, sharing_key=lambda picture: picture.timestep)

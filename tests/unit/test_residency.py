@@ -122,6 +122,19 @@ def test_eager_model_stays_for_ever_unless_it_has_a_keep_alive_time() -> None:
     assert world.resident == {"a"}
 
 
+def test_unloaded_model_whose_last_job_still_runs_is_not_loaded_again() -> None:
+    world = World(model("a", keep_alive_s=-1.0))
+    world.ask("a")
+    world.run(2)
+    world.queued["a"], world.running["a"] = 0, 1
+    world.policy.unload("a")
+    world.run(2)
+    assert world.resident == set()
+    world.ask("a")
+    world.step()
+    assert world.resident == {"a"}
+
+
 def test_model_with_jobs_is_never_idle() -> None:
     world = World(model("a", keep_alive_s=0.0))
     world.ask("a")

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from ovserve.api.api import ImagesApi
 from ovserve.api.exchange import FileReply, JsonReply, Reply, ServerEvent, StreamReply, windows_of
 from ovserve.api.reloads import ModelReload, ReloadStatus
-from ovserve.api.routes import ROUTES, ImagesApi, Match, Route, match_route
+from ovserve.api.routes import ROUTES, Match, Route, match_route
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.errors import (
     ApiError,

@@ -136,14 +136,18 @@ class Batcher:
         most = self._max_rows(head)
         share = min(most, math.ceil((other_rows + head.rows) / self._slots))
         for picture in list(self._ready):
-            if rows >= share or head.is_solo:
+            if rows >= share or not self._may_share(head):
                 break
-            is_like_head = not picture.is_solo and self._sharing_key(picture) == key
+            is_like_head = self._may_share(picture) and self._sharing_key(picture) == key
             if is_like_head and rows + picture.rows <= most:
                 self._ready.remove(picture)
                 group.append(picture)
                 rows += picture.rows
         return group
+
+    def _may_share(self, picture: Picture) -> bool:
+        """Return whether a picture may share a call: not where a single row has other bits beside another row."""
+        return not picture.is_solo and (self._tuning.splits or picture.rows > 1)
 
     def _max_rows(self, picture: Picture) -> int:
         """Return the most rows of a call for this picture's size: fewer than measured if it is larger than native."""
