@@ -184,7 +184,9 @@ class Reconciler:
             if entry is not None and entry.rejected is record:
                 entry.rejected = changed  # the same configuration: it is not tried again
             self._dispatcher.set_wanted(name, count, expected_load_s.get(name, 0.0))
-            log.info("model is loaded" if count else "model is unloaded", extra=fields(model=name, workers=count))
+            # Loading is logged when the worker is ready; at a start, the configuration may still be refused.
+            level = logging.DEBUG if count else logging.INFO
+            log.log(level, "loading model" if count else "unloading model", extra=fields(model=name, workers=count))
 
     def reconcile(self) -> None:
         """Take the next steps towards the desired state."""

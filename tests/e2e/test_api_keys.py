@@ -71,7 +71,7 @@ def test_rejected_requests_are_counted_and_401_is_in_the_document(keyed: FaultSe
         client.headers["api-key"] = "sk-one"
         assert 'ovserve_http_responses_total{route="invalid_api_key",status="401"} 1.0' in client.get("/metrics").text
         document = client.get("/openapi.json").json()
-    assert set(document["components"]["securitySchemes"]) == {"bearer", "apiKey"}
+    assert set(document["components"]["securitySchemes"]) == {"bearer", "apiKey", "basic"}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             is_open = match_route(method.upper(), path).is_open
