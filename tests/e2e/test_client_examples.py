@@ -54,6 +54,7 @@ EXAMPLES = {
             "heart.png": (256, RED_HEART),
         }
     ),
+    "a1111": Example(pictures={"starred.png": (256, YELLOW_STAR)}),
     "curl-edit": Example(pictures={"edited.png": (256, GREEN_CIRCLE)}),
     "curl-mask": Example(pictures={"masked.png": (256, YELLOW_STAR)}),
     "curl-generation": Example(pictures={"generated.png": (256, RED_HEART)}),
