@@ -39,8 +39,9 @@ _token = re.compile(TOKEN)
 # The characters that browsers escape, in either case. None of the replacements can form a new escape.
 _PERCENT_ESCAPES = {"%22": '"', "%0D": "\r", "%0d": "\r", "%0A": "\n", "%0a": "\n"}
 _FILENAMES = ("filename", "filename*")
-_filename_begin = re.compile(r"[ \t]*+;[ \t]*+(filename\*?)=", re.IGNORECASE)
-_name_begin = re.compile(r"[ \t]*+;[ \t]*+name[ \t]*+=", re.IGNORECASE)
+# No blanks before the semicolon: a search that begins at each of many blanks takes quadratic time.
+_filename_begin = re.compile(r";[ \t]*+(filename\*?)=", re.IGNORECASE)
+_name_begin = re.compile(r";[ \t]*+name[ \t]*+=", re.IGNORECASE)
 _extended_value = re.compile(r"(?i:(utf-8|iso-8859-1))'[^']*'((?:[!#$&+\-.^_`|~0-9A-Za-z]|%[0-9A-Fa-f]{2})*)")
 
 
