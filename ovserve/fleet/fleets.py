@@ -75,6 +75,11 @@ class Slot:
         limit = self.fleet.model.max_jobs_per_worker
         return bool(limit) and self.is_ready and self.link is not None and self.link.state.jobs_done >= limit
 
+    @property
+    def worn_jobs(self) -> int:
+        """Jobs that a worn worker has finished; 0 if it is not worn."""
+        return self.link.state.jobs_done if self.is_worn and self.link is not None else 0
+
     def assign(self, process: WorkerProcess, link: Link, now: float) -> None:
         """Record a new incarnation."""
         self.process, self.link = process, link
@@ -225,8 +230,12 @@ class Fleet:
         return len(self.ready_slots) <= count and len(self.active_slots) == len(self.slots)
 
     def surplus_slots(self, count: int) -> list[Slot]:
-        """Return the active slots beyond `count`: first those not ready, then worn ones, then the highest indices."""
-        active = sorted(self.active_slots, key=lambda slot: (slot.is_ready, not slot.is_worn, -slot.index))
+        """Return the active slots beyond `count`.
+
+        First those that are not ready, then worn ones, the one with the most jobs done first, so that each is replaced
+        in turn; then the highest indices.
+        """
+        active = sorted(self.active_slots, key=lambda slot: (slot.is_ready, -slot.worn_jobs, -slot.index))
         return active[: max(0, len(active) - count)]
 
     def may_start(self, slot: Slot) -> bool:

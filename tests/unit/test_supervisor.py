@@ -291,8 +291,9 @@ def test_reload_replaces_every_worker_without_losing_a_job(tmp_path: Path) -> No
 def test_fresh_workers_take_over_after_their_number_of_jobs_without_losing_one(tmp_path: Path) -> None:
     model = dataclasses.replace(toy_model(replicas=2), max_jobs_per_worker=4)
     with ToySystem(tmp_path, model) as system:
-        first = set(system.pids())
+        first, deadline = set(system.pids()), Deadline.after(PATIENCE_S)
         while first & set(system.pids()):
+            assert not deadline.is_expired(), "a worker of the start is never replaced"
             answers = system.ask_all(["sleep 0.05"] * 6)  # long enough that every worker gets one
             assert [(answer.state, answer.attempts) for answer in answers] == [(State.DONE, 1)] * 6
         assert system.supervisor.restarts() == {"toy": 0}
