@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import httpx
@@ -10,6 +11,7 @@ import pytest
 from tests.live import LiveServer, resident_bytes
 
 PROMPTS = 200  # then they repeat: the worker keeps 23 kB for each prompt until its cache of embeddings (64 MiB) is full
+FREED_TIMEOUT_S = 20.0
 SLACK_BYTES = 12 * 1024 * 1024  # for the allocator's variation; a leaked 128x128 picture for each edit would be 9 MB
 
 
@@ -38,6 +40,9 @@ def test_memory_stays_flat_over_many_edits(warm_up: int, edits: int, tmp_path: P
                 f"{sizes[-1] / 1e6:.1f} MB after {edits}, {grown / 1e6:+.1f} MB"
             )
             assert grown <= SLACK_BYTES, f"{name} grew by {grown} bytes"
+        deadline = time.monotonic() + FREED_TIMEOUT_S
+        while "\novserve_spool_bytes 0.0\n" not in client.get("/metrics").text:  # freed after the client has its reply
+            assert time.monotonic() < deadline, "the spool is not freed"
         left = [
             path.name for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(("lock", "warm-"))
         ]
