@@ -53,6 +53,7 @@ def model_statuses(api: Service) -> dict[str, ModelStatus]:
 
 
 def unloading_status(name: str) -> ModelStatus:
+    """Return the status of a model that the dispatcher no longer knows."""
     return ModelStatus(
         name,
         ready=False,

@@ -151,7 +151,7 @@ def pull_all(requests: Sequence[PullRequest], reporter: Reporter, environment: M
     except Stopped:
         reporter.event("error", "interrupted; the same command continues the pull", is_transient=True)
         return ExitCode.TRANSIENT
-    except BrokenPipeError:  # nobody reads the events any more
+    except BrokenPipeError:  # the reader of the events has closed the pipe
         return ExitCode.TRANSIENT
     except (StartupError, OSError) as error:
         is_transient = error.is_transient if isinstance(error, StartupError) else True

@@ -119,7 +119,7 @@ def test_reclaim_makes_room_below_the_limit() -> None:
     own = account.open("b")
     assert own.reclaim(5, 0.0)
     assert len(ended) == 1
-    assert not own.reclaim(5, 0.0)  # nobody else holds anything
+    assert not own.reclaim(5, 0.0)  # no other client holds anything
 
 
 def test_moved_holding_counts_for_its_new_client() -> None:
@@ -138,7 +138,7 @@ def test_rate_is_required_of_a_large_old_holding_while_another_client_waits() ->
     assert large.take(9 * FREE_BYTES)
     assert small.take(FREE_BYTES)
     clock.now += GRACE_S
-    assert large.required_rate() == 0.0  # nobody waits
+    assert large.required_rate() == 0.0  # no client waits
     assert not account.open("b").take(FREE_BYTES)
     assert account.is_wanted_by_others("a")
     assert not account.is_wanted_by_others("b")

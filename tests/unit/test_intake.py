@@ -189,4 +189,4 @@ def test_client_above_its_share_is_passed_over_while_another_waits() -> None:
     queue.put(job("b1", client="b"))
     assert take(queue).id == "b0"
     assert take(queue).id == "b1"  # although the turn is the other client's
-    assert take(queue).id == "a2"  # nobody else waits
+    assert take(queue).id == "a2"  # no other client waits
