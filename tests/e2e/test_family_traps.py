@@ -261,17 +261,31 @@ class Silence(og.Generator):
         """Do nothing."""
 
 
+SLOW_STEP_SIDE = 1400  # elements; a product of two such matrices takes about 50 ms on one core
+
+
 @pytest.fixture(scope="module")
 def steady(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A FLUX.1 pipeline whose transformer predicts 1 everywhere: latents are then the noise level minus 1."""
+    """A FLUX.1 pipeline whose transformer predicts 1 everywhere: latents are then the noise level minus 1.
+
+    A product of large matrices makes each step last long enough for the library's thread to report the latents: the
+    library drops the reports that are still queued when it ends.
+    """
     directory = copy_model(
         tiny_model("fluxdev"), tmp_path_factory.mktemp("steady") / "m", {"transformer/config.json": {}}
     )
     path = directory / "transformer" / "openvino_model.xml"
     model = ov.Core().read_model(path)
     hidden = next(port for port in model.inputs if port.any_name == "hidden_states").node
-    one = ops.constant(np.float32(1))
-    steady = ops.add(ops.multiply(hidden, ops.constant(np.float32(0))), one)
+    zero, one = ops.constant(np.float32(0)), ops.constant(np.float32(1))
+    mean = ops.reduce_mean(hidden, ops.constant(np.array([0, 1, 2], np.int32)), keep_dims=False)
+    square = ops.broadcast(mean, ops.constant(np.array([SLOW_STEP_SIDE] * 2, np.int64)))
+    slow = ops.reduce_mean(
+        ops.matmul(square, square, transpose_a=False, transpose_b=True),
+        ops.constant(np.array([0, 1], np.int32)),
+        keep_dims=False,
+    )
+    steady = ops.add(ops.multiply(ops.add(hidden, slow), zero), one)
     steady.output(0).get_tensor().set_names({model.output(0).any_name})
     parameters = [port.node for port in model.inputs]
     for file in (path, path.with_suffix(".bin")):
@@ -296,7 +310,11 @@ def noise_levels(pipeline: Any, side_px: int, steps: int) -> dict[int, float]:
     return found
 
 
-@pytest.mark.parametrize("run", json.loads(SIGMAS.read_text("utf-8"))["runs"], ids=str)
+@pytest.mark.parametrize(
+    "run",
+    json.loads(SIGMAS.read_text("utf-8"))["runs"],
+    ids=lambda run: f"{run['side_px']}-{run['num_inference_steps']}",
+)
 def test_noise_levels_of_flux_are_those_of_diffusers(steady: Any, run: dict[str, Any]) -> None:
     expected = run["sigmas"]
     steady.set_scheduler(make_scheduler(profile_of("fluxdev")))

@@ -139,7 +139,7 @@ def test_model_with_more_than_replicas_processes_that_survive_sigkill_fails_unti
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SpawnProcess, "kill", lambda _: None)
-    limits = {"terminate_timeout_s": 0.2, "hang_limit_s": 0.5, "idle_hang_limit_s": 0.5, "failed_retry_s": 1.0}
+    limits = {"terminate_timeout_s": 0.2, "hang_limit_s": 2.0, "idle_hang_limit_s": 2.0, "failed_retry_s": 1.0}
     with ToySystem(tmp_path, **limits) as system:
         survivors = []
         for incarnation in range(2):
