@@ -315,7 +315,7 @@ class Dispatcher:
                 self._settle_locked(ticket.job, State.FAILED, model.failed_error(self._settings.failed_retry_s))
 
     def clear_failure(self, name: str) -> None:
-        """Undo `fail_model`."""
+        """Undo `fail_model`, before the model is tried again. A worker that becomes ready undoes it too."""
         with self._lock:
             if model := self._models.get(name):
                 model.failure = ""
@@ -629,6 +629,7 @@ class Dispatcher:
 
     def _note_ready(self, worker: AttachedWorker) -> None:
         with self._lock:
-            worker.model.was_ready |= not worker.link.state.is_retired  # a retired worker gets no jobs
+            if not worker.link.state.is_retired:  # a retired worker gets no jobs
+                worker.model.was_ready, worker.model.failure = True, ""
         if self.on_change:
             self.on_change()

@@ -466,7 +466,6 @@ class Supervisor:
         if link is None or link.state.ready is None:
             return
         fleet.note_ready(slot, link, now)
-        self._dispatcher.clear_failure(fleet.name)
         took_s = round(now - slot.started_at, 2)
         slot.measure_at = 0.0
         slot.measure(now)

@@ -145,6 +145,16 @@ def test_failed_model_fails_queued_jobs_and_rejects_new_ones_with_the_reason(har
     assert harness.add_worker().serve() == job.id
 
 
+def test_model_that_failed_admits_jobs_as_soon_as_a_worker_is_ready(harness: DispatcherHarness) -> None:
+    harness.add_worker().die()
+    harness.dispatcher.fail_model("toy", "no such device")
+    worker = harness.add_worker()
+    assert harness.dispatcher.status("toy").workers
+    harness.wait_until(lambda: not harness.dispatcher.status("toy").failed)
+    job = harness.admit()
+    assert worker.serve() == job.id
+
+
 def test_removed_model_finishes_its_queue_and_is_deleted(harness: DispatcherHarness) -> None:
     worker = harness.add_worker()
     jobs = [harness.admit(), harness.admit()]

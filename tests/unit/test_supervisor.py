@@ -154,7 +154,7 @@ def test_model_with_more_than_replicas_processes_that_survive_sigkill_fails_unti
         threading.Event().wait(2.0)  # longer than failed_retry_s
         assert system.pids() == []
         os.kill(survivors[0], signal.SIGKILL)
-        system.until(lambda: system.ready() == 1)
+        system.until(lambda: system.supervisor.status()["toy"].ready)
         assert system.ask("echo").state is State.DONE
         os.kill(survivors[1], signal.SIGKILL)
         system.until(lambda: not {*survivors} & {*children_of(os.getpid())})
