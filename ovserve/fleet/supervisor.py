@@ -112,7 +112,6 @@ class Supervisor:
         self._changed = threading.Condition()
         self._stop_by: Deadline | None = None
         self._ignore_silence_before = 0.0
-        self._memory_limit_bytes = launcher.memory_bytes() * 3 // 4
         self.turned_at = time.monotonic()  # when the loop last woke
         self._watchdog = systemd.Watchdog()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -345,6 +344,7 @@ class Supervisor:
         while True:
             try:
                 if not self._turn():
+                    self._launcher.close()
                     return
             except Exception:
                 # A bug. All workers would die with this thread (PR_SET_PDEATHSIG): continue, but not in a tight loop.
@@ -458,7 +458,7 @@ class Supervisor:
         resident = process.resident_bytes()
         if now >= slot.kill_at:
             self._kill(slot, slot.kill_reason or "did not exit within its grace period")
-        elif reason := slot.exceeded_limit(link, silence_s, resident, self._memory_limit_bytes):
+        elif reason := slot.exceeded_limit(link, silence_s, resident, process.machine_bytes() * 3 // 4):
             self._kill(slot, reason)
 
     def _note_ready(self, slot: Slot, now: float) -> None:

@@ -32,6 +32,7 @@ from ovserve.settings.options import (
     Settings,
     options_of,
 )
+from ovserve.settings.placement import parse_placement
 from ovserve.settings.repositories import adapter_file, default_root
 
 __all__ = ["ENVIRONMENT_PREFIX", "load_settings", "service_variables"]
@@ -257,6 +258,10 @@ def _check_model(model: ModelSettings) -> None:
     for alias in model.aliases:
         if alias != CATCH_ALL and not _MODEL_NAME.fullmatch(alias):
             raise SettingsError(f"model {model.name}: alias {alias[:_SHOWN_CHARS]!r}: {_NAME_GRAMMAR}; or *")
+    try:
+        parse_placement(model.placement)
+    except ValueError as error:
+        raise SettingsError(f"model {model.name!r}: placement: {error}") from None
     _check_adapters(model)
     if model.keep_alive_s is not None and -1 < model.keep_alive_s < 0:
         raise SettingsError(
@@ -544,6 +549,14 @@ def _check_listening(settings: Settings) -> None:
             raise SettingsError(f"{name} has no effect without tls_certificate")
 
 
+def _with_pools(settings: Settings) -> Settings:
+    """Return the settings with the default pool for models that name none, unless it is this machine."""
+    if settings.default_pool == "local":
+        return settings
+    models = (dataclasses.replace(model, pool=model.pool or settings.default_pool) for model in settings.models)
+    return dataclasses.replace(settings, models=tuple(models))
+
+
 def _read_model(
     sources: list[_Source], inner: Mapping[str, Any], root: Path | None, ignored: list[str]
 ) -> ModelSettings:
@@ -602,6 +615,7 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
         except ValueError as error:
             raise SettingsError(f"{name}: {error}") from None
     _check_listening(settings)
+    settings = _with_pools(settings)
     if settings.default_timeout_s > settings.max_timeout_s:
         raise SettingsError(
             f"default_timeout_s {settings.default_timeout_s:g} is above max_timeout_s {settings.max_timeout_s:g}"
