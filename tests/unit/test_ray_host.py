@@ -35,7 +35,7 @@ class Running:
         model = ModelSettings(name="toy", plugin_config=json.dumps(plugin_config))
         spec = WorkerSpec(toys.toy_profile(), model, WorkerSettings.of(Settings()), 0, 0)
         self.host = WorkerHost()
-        self.messages: list[Message] = []
+        self._messages: list[Message] = []
         self.pictures: dict[str, bytes] = {}
         self.log = b""
         self.status: dict[str, Any] = {}
@@ -53,23 +53,29 @@ class Running:
 
     def until(self, kind: type | None) -> Message | None:
         """Read records until a message of this kind, or until the last record."""
-        for record in self._records:
-            content = record[1:]
-            if record[:1] == records.LINES:
-                got = [decode(line) for line in content.splitlines()]
-                self.messages += got
-                if kind and (found := [each for each in got if isinstance(each, kind)]):
-                    return found[0]  # type: ignore[no-any-return]
-            elif record[:1] == records.FILL:
-                self.pictures[content[:24].decode()] = content[24:]
-            elif record[:1] == records.STATUS:
-                self.status = records.decode_json(content)
-            elif record[:1] == records.LOG:
-                self.log += content
-            else:
-                self.reason = records.decode_json(content)["reason"]
-        assert kind is None, f"ended before a {kind}: {self.reason}"
-        return None
+        while True:
+            while self._messages:
+                if kind and isinstance(found := self._messages.pop(0), kind):
+                    return found
+                if not kind:
+                    self._messages.clear()
+            record = next(self._records, None)
+            if record is None:
+                assert kind is None, f"ended before a {kind}: {self.reason}"
+                return None
+            self._note(record[:1], record[1:])
+
+    def _note(self, kind: bytes, content: bytes) -> None:
+        if kind == records.LINES:
+            self._messages += [decode(line) for line in content.splitlines()]
+        elif kind == records.FILL:
+            self.pictures[content[: records.STORAGE_CHARS].decode()] = content[records.STORAGE_CHARS :]
+        elif kind == records.STATUS:
+            self.status = records.decode_json(content)
+        elif kind == records.LOG:
+            self.log += content
+        else:
+            self.reason = records.decode_json(content)["reason"]
 
     def run(self, prompt: str, **known: Any) -> None:
         """Send a job `j`."""
@@ -146,7 +152,7 @@ def test_full_node_refuses_an_upload_and_serves_the_next(running: Running, monke
         running.run("echo x")
     failed = running.until(Failed)
     assert isinstance(failed, Failed)
-    assert failed.error["code"] == "spool_full"
+    assert failed.error["error"] == "SpoolFull"
     running.run("echo y")
     assert running.until(Need)
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
+from ovserve.deadline import Deadline
 from ovserve.errors import LinkClosed, LinkGarbage, SpoolFull
 from ovserve.machine import machine_memory_bytes
 from ovserve.wire.codec import decode, encode
@@ -34,6 +35,7 @@ __all__ = ["Launch", "Part", "WorkerHost"]
 
 _MEASURE_S = 1.0  # between two reports of the worker's memory
 _END_S = 5.0  # for a killed process to exit
+_REAP_S = 0.01
 _LAST_READS = 4  # a pipe holds 64 KiB, one read takes as much
 _LOG_BYTES = 65536  # of one read
 _FULL_RETRY_S = 2
@@ -113,9 +115,8 @@ class WorkerHost:
                 self._link = link
             yield from self._watch(process, link, log_read)
         finally:
-            if process is not None and process.is_alive():
-                process.kill()
-                wait([process.readiness], _END_S)
+            if process is not None:
+                _reap(process)
             with self._lock:
                 if self._link is not None:
                     self._link.close()
@@ -227,6 +228,16 @@ class WorkerHost:
         )
         self._refusals.append(encode(Failed(job, failure.to_wire())))
         os.eventfd_write(self._wakeup, 1)
+
+
+def _reap(process: WorkerProcess) -> None:
+    """Kill a process if it still runs, wait until it has exited, and free its handle."""
+    end = Deadline.after(_END_S)
+    while process.is_alive() and not end.is_expired():
+        process.kill()
+        time.sleep(_REAP_S)  # its readiness comes a moment before its exit
+    if not process.is_alive():
+        process.close()
 
 
 @contextlib.contextmanager

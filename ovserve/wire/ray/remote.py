@@ -101,6 +101,10 @@ class RemoteWorker:
         """Whether the front end was told how it ended."""
         return not self._reports.is_alive()
 
+    def join(self, timeout_s: float) -> None:
+        """Wait until its threads have ended."""
+        self._reports.join(timeout_s)
+
     def kill(self) -> None:
         """End the actor; `reports` then ends within _KILLED_S. Idempotent."""
         self._killed.set()
