@@ -123,8 +123,8 @@ class GenaiEngine:
         self._beat = beat
         beat("load")
         if self._settings.lora:
-            # Measured: of several adapters with weights only the last had an effect, modules such as time_emb_proj and
-            # kohya's spelling aside were ignored in silence, and convolutions above 1 x 1 could not be loaded.
+            # Some modules and spellings are ignored in silence, and others end the load: tests/e2e/test_lora_traps.py.
+            # `stepwise` serves each class that this engine serves, with every file that fits.
             raise ModelError(
                 f"model {self._profile.name}: engine genai does not apply LoRA adapters reliably; use stepwise"
             )
