@@ -29,6 +29,7 @@ from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.errors import ModelsFailed, SettingsError, StartupError
 from ovserve.fleet.budget import check_budget
 from ovserve.fleet.estimates import Estimates
+from ovserve.fleet.fleets import DEATH_CAUSES
 from ovserve.fleet.supervisor import Supervisor
 from ovserve.folders import user_cache
 from ovserve.front.keys import read_admin_keys, read_keys
@@ -42,6 +43,7 @@ from ovserve.models.fingerprint import fingerprint
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.access import parse_listen
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.usage import UsageLog
 from ovserve.watch import Watch, state_of
 from ovserve.wire.local.file_pool import MAX_POOLED_FILES
 from ovserve.wire.local.launcher import LocalLauncher
@@ -129,7 +131,10 @@ class Server:
                     max_body_bytes=settings.max_body_bytes,
                 ),
             )
+        self._usage: UsageLog | None = None
         try:
+            if settings.usage_log is not None:
+                self._usage = UsageLog(settings.usage_log, settings.usage_log_bytes, settings.usage_log_files)
             self._dispatcher = Dispatcher(self._spool, settings)
             self._supervisor = Supervisor(
                 settings,
@@ -140,13 +145,21 @@ class Server:
                 estimates=Estimates(_measurements_file()),
             )
             self._api = ImagesApi(
-                settings, catalog, self._dispatcher, self.reload, self.reload_status, fleet=self._supervisor
+                settings,
+                catalog,
+                self._dispatcher,
+                self.reload,
+                self.reload_status,
+                fleet=self._supervisor,
+                usage=self._usage,
             )
             self._supervisor.on_outcome = self._note_outcome
             _watch(self._api.metrics, self._spool, self._supervisor)
             self._listeners = self._listen(settings)
         except BaseException:
             self._spool.close()
+            if self._usage is not None:
+                self._usage.close()
             raise
 
     def _listen(self, settings: Settings) -> list[Listener]:
@@ -380,6 +393,8 @@ class Server:
             listener.stop(LAST_RESPONSES_S)  # also for requests that arrived after the last check
         self._api.store.close()
         self._spool.close()
+        if self._usage is not None:
+            self._usage.close()
         left = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
         if left:
             log.debug("threads still running: %s", ", ".join(left))
@@ -485,6 +500,17 @@ def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
     )
     metrics.watch("ovserve_memory_bytes", lambda: [([], supervisor.memory_bytes())])
     metrics.watch("ovserve_memory_budget_bytes", lambda: [([], supervisor.budget_bytes())])
+    metrics.watch(
+        "ovserve_worker_deaths_total",
+        lambda: [
+            ([name, cause], supervisor.deaths().get((name, cause), 0))
+            for name in supervisor.restarts()
+            for cause in DEATH_CAUSES
+        ],
+    )
+    metrics.watch(
+        "ovserve_process_memory_bytes", lambda: [([name], used) for name, used in supervisor.process_memory().items()]
+    )
     metrics.watch("ovserve_worker_restarts_total", lambda: [([name], n) for name, n in supervisor.restarts().items()])
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from ovserve.accounts import Holding
+from ovserve.api.record import End, Record
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError
 from ovserve.wire.blobs import Blob
@@ -88,6 +89,14 @@ class Exchange(Protocol):
     @property
     def query(self) -> Mapping[str, str]:
         """Fields of the query, the first of each name."""
+
+    @property
+    def record(self) -> Record:
+        """What the API notes of the request, for its end."""
+
+    @property
+    def key_name(self) -> str:
+        """Name of the request's named key; empty without one."""
 
     @property
     def address(self) -> str:
@@ -268,3 +277,6 @@ class Api(Protocol[MatchT]):
 
     def count_refused(self, error: ApiError) -> None:
         """Count a request that was rejected with this error and did not reach `answer`."""
+
+    def note_end(self, exchange: Exchange, match: MatchT, end: End) -> None:
+        """Count a request whose response has been written, or could not be written. Called once for each exchange."""

@@ -181,6 +181,11 @@ class Dispatcher:
         with self._lock:
             return [model.status(unavailable_reason) for model in self._models.values()]
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return for each model what its workers have counted; see `ModelQueue.counts`."""
+        with self._lock:
+            return {name: dict(model.counts) for name, model in self._models.items()}
+
     def worker_statuses(self) -> list[WorkerStatus]:
         """Return the status of every attached worker at one moment, by model and slot."""
         with self._lock:
@@ -523,6 +528,7 @@ class Dispatcher:
             return
         if was_read:
             log.warning("worker died with a job; job requeued", extra=fields(job=job.id, worker=link.name, why=why))
+            worker.model.counts["retried"] += 1
         job.drop_results(granted)
         with self._lock:
             if worker.model.failure:

@@ -57,6 +57,7 @@ from ovserve.models.profile import ModelProfile, served_by
 from ovserve.models.steps import denoising_steps
 from ovserve.pixels.images import Pixels
 from ovserve.settings.options import ModelSettings
+from ovserve.wire.messages import Counts
 from ovserve.wire.request import ImageRequest
 
 __all__ = ["GENAI_FIELDS", "GenaiEngine", "generation_options", "make_scheduler"]
@@ -272,6 +273,10 @@ class GenaiEngine:
             self._warm_up(self._beat)
             if (work.width, work.height) != (self._warm_up_size.width, self._warm_up_size.height):
                 self._failed_sizes = [*self._failed_sizes[1 - _MAX_FAILED_SIZES :], (work.width, work.height)]
+
+    def counts(self) -> Counts:
+        """Return nothing counted: the library makes the calls and has the caches."""
+        return Counts()
 
     def phase(self) -> str:
         """Return idle, or encode: a turn begins with the text encoder; its steps send their own heartbeats."""

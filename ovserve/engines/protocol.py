@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ovserve.errors import ApiError
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import Resolution
+from ovserve.wire.messages import Counts
 from ovserve.wire.request import ImageRequest
 
 __all__ = [
@@ -144,6 +145,9 @@ class Engine(Protocol):
     capacity: int  # pictures in flight at once; known after `load`
     features: Features
     tuned: dict[str, int]  # options that `load` chose by measuring; the next incarnation must use the same
+
+    def counts(self) -> Counts:
+        """Return what it has counted since its creation. Thread-safe."""
 
     def load(self, beat: Callable[[str], None]) -> None:
         """Read and compile the model, then make one real picture.

@@ -200,7 +200,6 @@ class Connection:
         self._is_first = False
         match: RouteMatch = self._context.api.match(head.method, head.path)
         self.in_flight = True
-        started = time.perf_counter()
         exchange = HttpExchange(
             head,
             self._context.proxies.client_address(self._address, head.fields),
@@ -224,8 +223,10 @@ class Connection:
                 self._exchange = None
             self.place.move(self._network)
             self.in_flight = False
+            end = exchange.end(sent)
+            self._context.api.note_end(exchange, match, end)
             if log.isEnabledFor(logging.INFO):
-                log_access(exchange, sent, started)
+                log_access(exchange, end)
         return self._finish_exchange(exchange)
 
     def _read_head(self) -> Head | None:
@@ -389,7 +390,7 @@ class Connection:
         has_content = exchange.method != "HEAD" and status not in NO_CONTENT
         batches = _batches([head, *chunks] if has_content else [head])
         first = next(batches)  # before anything is sent, so that a failure can still become an error response
-        exchange.status = status
+        exchange.begin_response(status)
         return self.transport.send_batches(itertools.chain([first], batches))
 
     def _write_stream(self, exchange: HttpExchange, reply: StreamReply) -> int:
@@ -408,7 +409,7 @@ class Connection:
             headers={**STREAM_FIELDS, **exchange.key_fields(), **reply.headers},
             origin=exchange.header("origin"),
         )
-        exchange.status = 200
+        exchange.begin_response(200)
         if exchange.method == "HEAD":
             return self.transport.send([head])
         sent = self.transport.send([head])

@@ -454,6 +454,27 @@ class Settings:
     )
     log_level: str = _option("info", "Lowest level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "Format of log lines.", choices=("text", "json"))
+    usage_log: Path | None = _option(
+        None,
+        "File to which one line of JSON is appended for each request for pictures: key, model, pictures, pixels, "
+        "steps, outcome, times; never prompts. It needs a local disk. None: no usage log.",
+    )
+    usage_log_bytes: int = _option(
+        100 * MIB,
+        "Size of the usage log above which it is renamed to a name with the time, and a new one is begun.",
+        low=4096,
+        high=1024 * 1024 * MIB,
+        unit="bytes",
+        reason="some hundred thousand requests",
+    )
+    usage_log_files: int = _option(
+        0,
+        "Maximum number of renamed usage logs; above it the oldest are deleted. 0: all stay.",
+        low=0,
+        high=1_000_000,
+        unit="files",
+        reason="a bill may still need them",
+    )
     # Access.
     api_key: str = _option(
         "",

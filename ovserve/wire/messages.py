@@ -1,7 +1,7 @@
 """The messages between the front end and a worker: small, flat, frozen records.
 
     to the worker:    Run Cancel Grant Stop
-    from the worker:  Ready Heartbeat Prepared Progress Need Picture Done Failed
+    from the worker:  Ready Heartbeat Counts Prepared Progress Need Picture Done Failed
 
 Longer text and all pictures travel as blobs. `wire.codec` encodes each message as one line.
 """
@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 __all__ = [
+    "COUNTS",
     "Cancel",
+    "Counts",
     "Done",
     "Failed",
     "Grant",
@@ -117,6 +119,24 @@ class Heartbeat:
     kind: ClassVar[str] = "heartbeat"
 
 
+# What a worker counts: denoising calls and their rows, and lookups in its caches of encoded prompts and images.
+COUNTS = ("calls", "rows", "prompt_hits", "prompt_misses", "image_hits", "image_misses")
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """From the worker: what it has counted since its start, each of COUNTS. Sent at most once a second."""
+
+    calls: int = 0
+    rows: int = 0
+    prompt_hits: int = 0
+    prompt_misses: int = 0
+    image_hits: int = 0
+    image_misses: int = 0
+
+    kind: ClassVar[str] = "counts"
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """From the worker: the images are decoded and the prompt fits. Errors after this are the server's."""
@@ -197,4 +217,6 @@ class Failed:
     kind: ClassVar[str] = "failed"
 
 
-Message = Run | Cancel | Grant | Stop | Ready | Heartbeat | Prepared | Progress | Need | Picture | Done | Failed
+Message = (
+    Run | Cancel | Grant | Stop | Ready | Heartbeat | Counts | Prepared | Progress | Need | Picture | Done | Failed
+)

@@ -38,7 +38,7 @@ from ovserve.settings.options import ModelSettings
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import WorkerBlobs
 from ovserve.wire.link import MAX_CAPACITY, WorkerLink
-from ovserve.wire.messages import Cancel, Done, Grant, Heartbeat, Message, Progress, Ready, Run, Stop
+from ovserve.wire.messages import Cancel, Counts, Done, Grant, Heartbeat, Message, Progress, Ready, Run, Stop
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.compiled_cache import CompiledCache, open_cache
 from ovserve.worker.finish import Finisher
@@ -54,6 +54,7 @@ LOAD_FAILED = 3  # exit code: the model cannot be loaded; the reason was sent as
 BROKEN = 4  # exit code: a thread of the worker has failed, or the link carried an invalid message
 # Jobs whose preparation takes long leave the second thread to the others: they run beside them, and not before them.
 _PREPARE_THREADS = ("prepare", "prepare-light")
+COUNTS_INTERVAL_S = 1.0  # between two reports of counts while the device is busy
 _SPARE_JOBS = 2  # beyond those in the engine: one prepared and one being finished, so that the device never waits
 
 # A decoding process that has not replied within this share of the prepare threads' limit is killed: image and mask
@@ -96,6 +97,8 @@ class JobRunner:
         # Engines count tokens in one thread at a time; that takes milliseconds.
         self._counting = threading.Lock()
         self._reports = ReportSender(link)
+        self._counts, self._counted_at = Counts(), 0.0  # the newest that were sent
+        self._counts_lock = threading.Lock()  # held while they are sent: their order is part of their meaning
         self._prepare_limit_s, wall_s = prepare_limits(settings)
         limits = DecodeLimits(settings.decode_cpu_limit_s, settings.decode_memory_limit_bytes, wall_s)
         # One for each prepare thread: the decoding process of a heavy file does not keep others waiting.
@@ -378,6 +381,17 @@ class JobRunner:
                 log.error("thread is stuck: no more heartbeats", extra=fields(thread=name, seconds=round(now - since)))
                 return
         self._reports.send(Heartbeat(phase, allow_s))
+        self._send_counts(now, is_due=phase == "idle")
+
+    def _send_counts(self, now: float, *, is_due: bool) -> None:
+        """Send what the engine has counted, if that has changed and is due: when it is idle, else once a second."""
+        if self._engine is None or not (is_due or now - self._counted_at >= COUNTS_INTERVAL_S):
+            return
+        with self._counts_lock:
+            counts = self._engine.counts()
+            if counts != self._counts:
+                self._counts, self._counted_at = counts, now
+                self._reports.send(counts)
 
 
 def prepare_limits(settings: WorkerSettings) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from ovserve.errors import LinkGarbage
 from ovserve.wire.codec import MESSAGE_BYTES, decode, encode
 from ovserve.wire.messages import (
     Cancel,
+    Counts,
     Done,
     Failed,
     Grant,
@@ -39,6 +40,7 @@ messages = st.one_of(
     st.builds(Stop),
     st.builds(Ready, whole, short, short, st.dictionaries(short, whole, max_size=3)),
     st.builds(Heartbeat, short, seconds),
+    st.builds(Counts, *[st.integers(0, 10**15)] * 6),
     st.builds(Prepared, short, short, whole, whole, whole, whole, whole, whole, short),
     st.builds(Progress, short, whole, whole, whole),
     st.builds(Need, short, whole, whole, whole),

@@ -12,7 +12,7 @@ import pytest
 from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import Client, Job, State
 from ovserve.errors import BlobGone, Draining, NotReady
-from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Need, Picture, Prepared, Ready, Run, Stop
+from ovserve.wire.messages import Counts, Done, Failed, Grant, Heartbeat, Need, Picture, Prepared, Ready, Run, Stop
 from ovserve.wire.request import ImageRequest
 from tests.dispatcherharness import PATIENCE_S, DispatcherHarness, FakeWorker
 
@@ -166,3 +166,37 @@ def test_many_threads_admit_and_cancel_without_losing_a_job(harness: DispatcherH
     assert harness.dispatcher.in_flight() == 0
     stop.set()
     server.join(PATIENCE_S)
+
+
+def test_counts_of_all_workers_are_added_up_over_their_lives(harness: DispatcherHarness) -> None:
+    def counted(name: str) -> int:
+        return harness.dispatcher.counts()["toy"].get(name, 0)
+
+    first, second = harness.add_worker(), harness.add_worker()
+    first.send(Counts(calls=2, rows=5), Counts(calls=3, rows=9, prompt_hits=1))
+    second.send(Counts(calls=10, rows=10))
+    harness.wait_until(lambda: counted("calls") == 13)
+    assert (counted("rows"), counted("prompt_hits"), counted("image_hits")) == (19, 1, 0)
+    first.die()
+    third = harness.add_worker()
+    third.send(Counts(calls=1, rows=1))
+    harness.wait_until(lambda: counted("calls") == 14)
+
+
+def test_worker_whose_count_decreases_is_detached(harness: DispatcherHarness) -> None:
+    worker = harness.add_worker()
+    worker.send(Counts(calls=2), Counts(calls=1, rows=3))
+    worker.expect_closed()
+    assert "a count has decreased" in worker.link.state.lost
+    assert harness.dispatcher.counts()["toy"]["calls"] == 2
+
+
+def test_job_whose_worker_dies_counts_as_retried(harness: DispatcherHarness) -> None:
+    first = harness.add_worker()
+    job = harness.admit()
+    first.expect(Run)
+    first.die()
+    second = harness.add_worker()
+    assert second.serve() == job.id
+    assert harness.wait_settled(job) is State.DONE
+    assert harness.dispatcher.counts()["toy"]["retried"] == 1

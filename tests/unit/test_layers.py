@@ -27,6 +27,7 @@ FOUNDATIONS = {
     "metrics",
     "systemd",
     "settings",
+    "usage",
 }
 
 # What each top-level module or package may import from ovserve, besides FOUNDATIONS and itself.
@@ -56,6 +57,7 @@ MAY: dict[str, set[str]] = {
     "machine": set(),
     "metrics": {"errors"},
     "systemd": {"errors"},
+    "usage": {"errors", "logs"},
     "watch": set(),
     "settings": {"errors"},
 }

@@ -17,6 +17,7 @@ import pytest
 
 from ovserve.api.api import ImagesApi
 from ovserve.api.exchange import FileReply, JsonReply, Reply, ServerEvent, StreamReply, windows_of
+from ovserve.api.record import Record
 from ovserve.api.reloads import ModelReload, ReloadStatus
 from ovserve.api.routes import ROUTES, Match, Route, match_route
 from ovserve.dispatch.dispatcher import Dispatcher
@@ -45,6 +46,7 @@ class FakeExchange:
     id = "r1"
     address = network = "127.0.0.1"
     is_verified = False
+    key_name = ""
     key = ""
     holding = None
     is_secure = False
@@ -53,6 +55,7 @@ class FakeExchange:
     def __init__(self, method: str, path: str, **headers: str) -> None:
         self.method, self.path, self.headers = method, path, headers
         self.notes: dict[str, str] = {}
+        self.record = Record()
 
     def header(self, name: str) -> str | None:
         return self.headers.get(name.replace("-", "_"))

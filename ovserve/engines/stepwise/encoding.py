@@ -49,6 +49,11 @@ class Encoding:
         )
         return self._family.start(work, plan, source)
 
+    @property
+    def lookups(self) -> tuple[int, int]:
+        """How many images were found in the cache, and how many were not."""
+        return self._cache.hits, self._cache.misses
+
     def _moments(self, image: Pixels, mask: Pixels | None, requests: Requests) -> Moments:
         """Return mean and standard deviation of an image's latents, or the latents if the encoder returns these.
 

@@ -50,6 +50,7 @@ from ovserve.errors import ApiError, BadRequest, InternalError, InvalidValue, Mo
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile, served_by
 from ovserve.settings.options import ModelSettings
+from ovserve.wire.messages import Counts
 from ovserve.wire.request import ImageRequest
 
 __all__ = ["Call", "Row", "StepwiseEngine"]
@@ -94,6 +95,7 @@ class StepwiseEngine:
         self._codec_s = 0.0  # duration of encode and decode calls since the last denoising call started
         self._encode_s = 0.0  # duration of the last encode call
         self._call_s = 0.0  # duration of the last denoising call
+        self._counts = Counts()
         self._closing = ExitStack()  # resources that `load` has started, also if it failed halfway
 
     @property
@@ -238,6 +240,17 @@ class StepwiseEngine:
             work.num_inference_steps, 1.0 if work.mode == "text2image" else work.strength, cells
         )
 
+    def counts(self) -> Counts:
+        """Return its calls and rows, and the lookups in its caches. Thread-safe, once it is loaded."""
+        prompts, images = self._prompts.lookups, self._encoding.lookups
+        return replace(
+            self._counts,
+            prompt_hits=prompts[0],
+            prompt_misses=prompts[1],
+            image_hits=images[0],
+            image_misses=images[1],
+        )
+
     def phase(self) -> str:
         """Return what the next turn waits for: idle, encode, denoise or decode."""
         kinds = {call.kind for call in self._calls}
@@ -358,6 +371,7 @@ class StepwiseEngine:
         self._calls.remove(call)
         if call.kind == "denoise":
             self._call_s = seconds
+            self._counts = replace(self._counts, calls=self._counts.calls + 1, rows=self._counts.rows + len(call.rows))
         else:
             self._codec_s += seconds
         if call.kind == "encode":
