@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -118,8 +118,14 @@ class Exchange(Protocol):
     def is_verified(self) -> bool:
         """Whether the key is one of the server's keys."""
 
-    def take_pictures(self, model: str, count: int) -> None:
-        """Count pictures for the request's key. Raises Forbidden and RateLimited when the key may not have them."""
+    def take_pictures(self, model: str, count: int, aliases: Collection[str] = ()) -> None:
+        """Count pictures for the request's key. Raises Forbidden and RateLimited when the key may not have them.
+
+        Args:
+            model: the model's name.
+            count: how many pictures.
+            aliases: other names of the model, by which the key may be limited to it.
+        """
 
     @property
     def holding(self) -> Holding | None:

@@ -151,7 +151,7 @@ class Images:
         exchange.record.model = parameters.model.name
         if parameters.ignored:
             exchange.note("ignored", ignored_headers(parameters).get("x-ovserve-ignored", ""))
-        exchange.take_pictures(parameters.model.name, parameters.request.n)
+        exchange.take_pictures(parameters.model.name, parameters.request.n, parameters.model.limits.exact_aliases)
         job = Job(
             id=exchange.id,
             model=parameters.model.name,
@@ -160,6 +160,7 @@ class Images:
             deadline=Deadline.after(self._timeout_s(exchange, parameters)),
             holding=exchange.holding,
             keep_alive_s=parameters.keep_alive_s,
+            key_name=exchange.key_name,
         )
         try:
             self._dispatcher.admit(job)

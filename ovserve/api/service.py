@@ -35,6 +35,7 @@ class Service:
 
     Attributes:
         is_stopping: the server has begun to shut down: it is not ready, but still serves requests until it drains.
+        has_started: the models that `ready_models` selects have been ready once, or have failed.
         started_at: monotonic instant of the server's start.
         last_errors: the newest errors with a status of 500 or more.
     """
@@ -55,7 +56,7 @@ class Service:
         self.reload_status = reload_status
         self.fleet = fleet or NoFleet()
         self.usage = usage
-        self.is_stopping = False
+        self.is_stopping = self.has_started = False
         self.started_at = time.monotonic()
         self.last_errors = LastErrors()
         self.catalog = catalog

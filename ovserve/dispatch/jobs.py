@@ -123,6 +123,7 @@ class Job:
     Attributes:
         id: unguessable; also the request id in the logs.
         client: the party that fair queueing counts the job for.
+        key_name: name of the client's named key, to show it; empty without one.
         keep_alive_s: how long its model stays after its last job; None: as the model's options say.
         attempts: how many times the job was dispatched to a worker.
         results: by picture number, added as they are reported.
@@ -137,6 +138,7 @@ class Job:
     request: ImageRequest
     deadline: Deadline
     keep_alive_s: float | None = None
+    key_name: str = ""
     state: State = State.QUEUED
     attempts: int = 0
     error: ApiError | None = None

@@ -246,7 +246,7 @@ class GenaiEngine:
         except MemoryError:
             return (Outcome(work, error=InternalError("not enough memory for this picture")),)
         except Exception as error:  # the binding raises more than RuntimeError: TypeError, ValueError, ...
-            log.exception("generation failed")
+            log.exception("generation failed", extra=fields(job=work.job))
             self._recover(work)
             return (Outcome(work, error=InternalError(f"the engine failed: {_first_line(error)}")),)
         return (Outcome(work, pixels=pixels),)
@@ -266,7 +266,8 @@ class GenaiEngine:
             self._warm_up(self._beat)
         except (RuntimeError, ModelError):
             log.warning(
-                "pipelines did not recover from a failure; rebuilding them", extra=fields(model=self._profile.name)
+                "pipelines did not recover from a failure; rebuilding them",
+                extra=fields(model=self._profile.name, job=work.job),
             )
             self._pipelines.clear()
             self._build(self._beat)
@@ -422,7 +423,7 @@ def _callback(work: Work) -> Callable[..., bool]:
                 work.on_step(int(reported[0]) + 1, int(reported[1]))
             return work.cancelled.is_set()
         except BaseException:
-            log.exception("step callback failed")
+            log.exception("step callback failed", extra=fields(job=work.job))
             return False
 
     return after_step

@@ -240,6 +240,15 @@ class Supervisor:
         """Return for each model how often it was unloaded while it stayed in the configuration."""
         return {name: self._unloads[name] for name in self._dispatcher.models()}
 
+    def log_stacks(self) -> None:
+        """Make the workers write the stacks of their threads into the log. Does not wait."""
+
+        def ask() -> None:
+            for process in self._live_processes():
+                process.log_stacks()
+
+        self._queue_call(ask)
+
     def wait_reloaded(self, deadline: Deadline) -> bool:
         """Wait until all reloads are complete and the old workers have exited; return False at the deadline."""
 

@@ -7,7 +7,7 @@ import binascii
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from ipaddress import IPv6Address, IPv6Network
 from urllib.parse import parse_qsl
@@ -81,10 +81,10 @@ class Request:
         """Name of the request's named key; empty without one."""
         return self.grant.name if self.grant is not None else ""
 
-    def take_pictures(self, model: str, count: int) -> None:
+    def take_pictures(self, model: str, count: int, aliases: Collection[str] = ()) -> None:
         """Count pictures for the named key. Raises Forbidden and RateLimited."""
         if self.grant is not None:
-            self.grant.take_pictures(model, count)
+            self.grant.take_pictures(model, count, aliases)
 
     @property
     def holding(self) -> Holding | None:

@@ -384,6 +384,11 @@ class ModelSettings:
         return text.removeprefix(BUILTIN_PREFIX) if text.startswith(BUILTIN_PREFIX) else ""
 
     @property
+    def exact_aliases(self) -> tuple[str, ...]:
+        """The aliases without the one that stands for every other name."""
+        return tuple(alias for alias in self.all_aliases if alias != CATCH_ALL)
+
+    @property
     def all_aliases(self) -> tuple[str, ...]:
         """The aliases, with those of `builtin_aliases`; without the model's own name."""
         added = BUILTIN_ALIASES if self.builtin_aliases else ()

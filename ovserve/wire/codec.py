@@ -19,6 +19,7 @@ from ovserve.wire.messages import (
     Failed,
     Grant,
     Heartbeat,
+    LogLevel,
     Message,
     Need,
     Picture,
@@ -35,7 +36,22 @@ MESSAGE_BYTES = 4096  # PIPE_BUF on Linux: a write up to this size is atomic
 
 _KINDS: dict[str, type[Any]] = {
     m.kind: m
-    for m in (Run, Cancel, Grant, Stop, Ready, Heartbeat, Counts, Prepared, Progress, Need, Picture, Done, Failed)
+    for m in (
+        Run,
+        Cancel,
+        Grant,
+        LogLevel,
+        Stop,
+        Ready,
+        Heartbeat,
+        Counts,
+        Prepared,
+        Progress,
+        Need,
+        Picture,
+        Done,
+        Failed,
+    )
 }
 # Types as JSON decodes them. They are compared exactly: a bool does not pass as an int.
 _TYPES: dict[str, frozenset[type]] = {

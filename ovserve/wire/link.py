@@ -1,7 +1,7 @@
 """A link: the private pair of message queues between the front end and one worker incarnation.
 
     front end                                                    worker
-    Link.send    ── Run Cancel Grant Stop ───────────────────▶  WorkerLink.receive
+    Link.send    ── Run Cancel Grant LogLevel Stop ──────────▶  WorkerLink.receive
     Link.receive ◀── Ready Heartbeat Counts Prepared ─────────  WorkerLink.send
                      Progress Need Picture Done Failed
 

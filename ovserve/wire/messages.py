@@ -1,6 +1,6 @@
 """The messages between the front end and a worker: small, flat, frozen records.
 
-    to the worker:    Run Cancel Grant Stop
+    to the worker:    Run Cancel Grant LogLevel Stop
     from the worker:  Ready Heartbeat Counts Prepared Progress Need Picture Done Failed
 
 Longer text and all pictures travel as blobs. `wire.codec` encodes each message as one line.
@@ -19,6 +19,7 @@ __all__ = [
     "Failed",
     "Grant",
     "Heartbeat",
+    "LogLevel",
     "Message",
     "Need",
     "Picture",
@@ -74,6 +75,15 @@ class Grant:
     storage: str
 
     kind: ClassVar[str] = "grant"
+
+
+@dataclass(frozen=True, slots=True)
+class LogLevel:
+    """To the worker: the lowest level that it logs, as in the option `log_level`."""
+
+    level: str
+
+    kind: ClassVar[str] = "log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,5 +228,18 @@ class Failed:
 
 
 Message = (
-    Run | Cancel | Grant | Stop | Ready | Heartbeat | Counts | Prepared | Progress | Need | Picture | Done | Failed
+    Run
+    | Cancel
+    | Grant
+    | LogLevel
+    | Stop
+    | Ready
+    | Heartbeat
+    | Counts
+    | Prepared
+    | Progress
+    | Need
+    | Picture
+    | Done
+    | Failed
 )

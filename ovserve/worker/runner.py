@@ -29,7 +29,7 @@ from typing import NoReturn
 from ovserve.deadline import Deadline
 from ovserve.engines.protocol import Engine, Outcome, Preview, Work
 from ovserve.errors import ApiError, BlobGone, DeadlineExceeded, InternalError, LinkClosed, LinkGarbage, ModelError
-from ovserve.logs import fields
+from ovserve.logs import LEVELS, fields, set_level
 from ovserve.models.classes import CLASSES
 from ovserve.models.profile import ModelProfile, served_by
 from ovserve.pixels.decoder import DecodedImage, DecodeLimits, Decoder
@@ -38,7 +38,7 @@ from ovserve.settings.options import ModelSettings
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import WorkerBlobs
 from ovserve.wire.link import MAX_CAPACITY, WorkerLink
-from ovserve.wire.messages import Cancel, Counts, Done, Grant, Heartbeat, Message, Progress, Ready, Run, Stop
+from ovserve.wire.messages import Cancel, Counts, Done, Grant, Heartbeat, LogLevel, Message, Progress, Ready, Run, Stop
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.compiled_cache import CompiledCache, open_cache
 from ovserve.worker.finish import Finisher
@@ -136,6 +136,10 @@ class JobRunner:
                 self.fail(found, InternalError("the job was cancelled"))
         elif isinstance(command, Grant):
             self._finisher.grant(command)
+        elif isinstance(command, LogLevel):
+            if command.level not in LEVELS:
+                raise LinkGarbage(f"{command.level!r} is no level of the log")
+            set_level(command.level)
         elif isinstance(command, Stop):
             self._is_stopping = True
             self._stop_if_drained()

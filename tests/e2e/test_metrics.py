@@ -1,11 +1,14 @@
-"""What operators see of requests: metrics, usage log and access lines of one server that has served a few."""
+"""What operators see of a server that has served a few requests: metrics, usage log, log lines, stacks."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,6 +118,26 @@ def test_access_line_has_the_times_of_the_stages(served: Served) -> None:
     for name in ("queue_ms=", "prepare_ms=", "denoise_ms=", "finish_ms=", "pictures=2", "key_name=design"):
         assert name in line
     assert PROMPT not in "\n".join(served.server.log)
+
+
+def test_sigusr1_writes_the_stacks_of_all_threads_of_all_processes(served: Served) -> None:
+    def stacks(process: str) -> list[str]:
+        return [line for line in list(served.server.log) if " WARNING stacks: stack " in line and process in line]
+
+    served.server.signal(signal.SIGUSR1)
+    until = time.monotonic() + 30
+    worker = f'process="worker of {BUILTIN_NAME}" pid={served.server.workers()[0]}'
+    while not (any("thread=device" in line for line in stacks(worker)) and stacks("process=server")):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    front = "\n".join(stacks("process=server"))
+    for thread, where in (
+        ("MainThread", "server.py:"),
+        ("dispatcher", "dispatch/dispatcher.py:"),
+        ("accept", "front/listener.py:"),
+    ):
+        assert re.search(rf"thread={thread} stack=.*{where}\d+ \w", front), front
+    assert served.ask(n=1).status_code in (200, 429)
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")

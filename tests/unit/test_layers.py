@@ -27,6 +27,7 @@ FOUNDATIONS = {
     "metrics",
     "systemd",
     "settings",
+    "stacks",
     "usage",
 }
 
@@ -56,6 +57,7 @@ MAY: dict[str, set[str]] = {
     "logs": set(),
     "machine": set(),
     "metrics": {"errors"},
+    "stacks": {"logs"},
     "systemd": {"errors"},
     "usage": {"errors", "logs"},
     "watch": set(),

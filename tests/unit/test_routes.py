@@ -60,7 +60,7 @@ class FakeExchange:
     def header(self, name: str) -> str | None:
         return self.headers.get(name.replace("-", "_"))
 
-    def take_pictures(self, model: str, count: int) -> None:
+    def take_pictures(self, model: str, count: int, aliases: object = ()) -> None:
         self.notes["taken"] = f"{count} of {model}"
 
     def read_form(self) -> FakeForm:
@@ -535,3 +535,29 @@ def test_status_route_lists_models_and_keeps_errors_of_the_server(api: ImagesApi
     assert document["workers"] == []
     assert document["ready"] is False
     assert [(error["code"], error["message"]) for error in document["errors"]] == [("internal_error", "broken")]
+
+
+def test_startup_check_is_503_until_the_start_is_over_and_200_from_then_on(api: ImagesApi) -> None:
+    reply = answer(api, FakeExchange("GET", "/v2/health/startup"))
+    assert isinstance(reply, JsonReply)
+    assert (reply.status, document_of(reply)) == (503, {"started": False, "waits_for": ["m"]})
+    api.has_started = True
+    reply = answer(api, FakeExchange("GET", "/startupz"))
+    assert isinstance(reply, JsonReply)
+    assert (reply.status, document_of(reply)) == (200, {"started": True, "waits_for": []})
+
+
+def test_readiness_of_chosen_models(api: ImagesApi) -> None:
+    exchange = FakeExchange("GET", "/v2/health/ready")
+    exchange.query = {"model": "m"}
+    reply = answer(api, exchange)
+    assert isinstance(reply, JsonReply)
+    assert reply.status == 503
+    assert document_of(reply)["models"] == {"m": {"ready": False, "reason": "loading"}}
+    exchange.query = {"model": "m, none"}
+    with pytest.raises(ModelNotFound):
+        answer(api, exchange)
+
+
+def document_of(reply: JsonReply) -> Any:
+    return json.loads(b"".join(windows_of(reply.chunks)))

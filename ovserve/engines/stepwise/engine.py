@@ -432,7 +432,9 @@ class StepwiseEngine:
         """Retry each picture of a failed shared call alone; a picture that was alone in the call has failed."""
         shared = len(call.pictures) > 1
         if shared:
-            log.error("shared call failed", exc_info=error, extra=fields(kind=call.kind, rows=len(call.rows)))
+            jobs = ",".join(dict.fromkeys(picture.work.job for picture in call.pictures))
+            found = fields(kind=call.kind, rows=len(call.rows), jobs=jobs)
+            log.error("shared call failed", exc_info=error, extra=found)
         for picture in call.pictures:
             picture.predictions = {}
             if shared:
