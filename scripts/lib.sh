@@ -5,6 +5,10 @@
 PROGRAMS=$PWD/.venv/programs  # programs that this machine lacks, extracted from Debian packages; tests/conftest.py puts bin/ on PATH
 PATH=$PATH:/usr/sbin:$PROGRAMS/bin
 
+# Arguments of pytest that run test files in parallel. Half of the time of the tests is waiting, so there are more processes than cores.
+# Not many more, because some tests watch the clock.
+parallel=(-n "$((($(nproc) * 3 + 1) / 2))" --maxprocesses 6 --dist loadfile)
+
 say() { printf '%s\n' "$*" >&2; }
 
 # find_python: print the interpreter to use: PYTHON where it is set, else the first one that is Python 3.11 or later.
