@@ -417,6 +417,10 @@ class Settings:
         "Mode of the files of Unix sockets in `listen`, in octal digits: who may open one needs write permission.",
         reason="only the server's user, until the operator decides for others",
     )
+    socket_owner: str = _option("", "User (name or number) who owns those files; empty: the server's.")
+    socket_group: str = _option(
+        "", "Group (name or number) of those files; empty: the server's. Others than its own groups need root."
+    )
     tls_certificate: Path | None = _option(
         None,
         "PEM file with the server's certificate and those of the authorities between it and the root; it is read again "
@@ -531,9 +535,16 @@ class Settings:
     )
     trusted_proxies: str | None = _option(
         None,
-        "IP addresses and networks of reverse proxies, separated by commas. Only their X-Forwarded-For and Forwarded "
-        "fields name the client's address, for fairness between clients and the log. None: these fields are ignored.",
+        "IP addresses and networks of reverse proxies, separated by commas; `unix`: the peers of Unix sockets. Only "
+        "their X-Forwarded-For and Forwarded fields, and their PROXY headers, name the client's address, for fairness "
+        "between clients and the log. None: these fields are ignored.",
         reason="any client can send these fields",
+    )
+    proxy_protocol: bool = _option(
+        False,
+        "Connections of trusted_proxies begin with a header of the PROXY protocol, version 1 or 2; others do not. Not "
+        "on the admin listener.",
+        reason="whether there is a header must not be guessed: a client could send one",
     )
 
     # Limits on what clients can make grow.
