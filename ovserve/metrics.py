@@ -13,10 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from ovserve import __version__
 
-__all__ = ["CONTENT_TYPE", "MAX_KEYS", "WATCHED", "Metrics", "Watched"]
+__all__ = ["CONTENT_TYPE", "MAX_KEYS", "WATCHED", "Metrics", "Watched", "exemplar_of"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_KEYS = 1000  # names of keys in labels since the start; a reload may bring others
@@ -189,9 +190,20 @@ class Metrics:
 
         self.registry.register(_Family())
 
-    def page(self) -> bytes:
-        """Return all metrics in the text exposition format."""
-        return generate_latest(self.registry)
+    def page(self, accept: str = "") -> tuple[bytes, str]:
+        """Return all metrics and their media type: OpenMetrics, which has exemplars, if the field Accept names it.
+
+        Else the text format of Prometheus.
+        """
+        if "application/openmetrics-text" in accept:
+            generate: Callable[[CollectorRegistry], bytes] = openmetrics.generate_latest
+            return generate(self.registry), openmetrics.CONTENT_TYPE_LATEST
+        return generate_latest(self.registry), CONTENT_TYPE
+
+
+def exemplar_of(trace_id: str) -> dict[str, str] | None:
+    """Return the exemplar of an observation: the trace of its request, if there is one."""
+    return {"trace_id": trace_id} if trace_id else None
 
 
 def _installed(package: str) -> str:

@@ -24,6 +24,7 @@ from ovserve import systemd
 from ovserve.api.api import ImagesApi
 from ovserve.api.reloads import ModelReload, ReloadStatus
 from ovserve.api.store import Store
+from ovserve.api.traces import start_traces
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.errors import ModelsFailed, SettingsError, StartupError
@@ -132,6 +133,7 @@ class Server:
                 ),
             )
         self._usage: UsageLog | None = None
+        self._traces = start_traces() if settings.traces else None
         try:
             if settings.usage_log is not None:
                 self._usage = UsageLog(settings.usage_log, settings.usage_log_bytes, settings.usage_log_files)
@@ -152,6 +154,7 @@ class Server:
                 self.reload_status,
                 fleet=self._supervisor,
                 usage=self._usage,
+                traces=self._traces,
             )
             self._supervisor.on_outcome = self._note_outcome
             _watch(self._api.metrics, self._spool, self._supervisor)
@@ -405,6 +408,8 @@ class Server:
         self._spool.close()
         if self._usage is not None:
             self._usage.close()
+        if self._traces is not None:
+            self._traces.stop()
         left = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
         if left:
             log.debug("threads still running: %s", ", ".join(left))

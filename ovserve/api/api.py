@@ -21,6 +21,7 @@ from ovserve.errors import (
     MethodNotAllowed,
     NotFound,
 )
+from ovserve.metrics import exemplar_of
 
 __all__ = ["ImagesApi"]
 
@@ -87,6 +88,10 @@ class ImagesApi(Service):
         """Count one response of a route when the block ends, with the status that the block or its exception sets."""
         outcome = _Outcome()
         exchange.record.route = route.path
+        if self.traces is not None and exchange.record.trace is None and not route.is_health:
+            exchange.record.trace = trace = self.traces.begin(exchange, route.path)
+            if trace.trace_id:
+                exchange.note("trace", trace.trace_id)
         try:
             yield outcome
         except ApiError as error:
@@ -110,9 +115,12 @@ class ImagesApi(Service):
         record, metrics, outcome = exchange.record, self.metrics, end.outcome
         route = match.route.path if match.route is not None else "unmatched"
         labels = (route, record.model, outcome)
+        exemplar = exemplar_of(record.trace_id)
         if end.headers_s is not None:
-            metrics.headers.labels(*labels).observe(end.headers_s)
-        metrics.requests.labels(*labels).observe(end.total_s)
+            metrics.headers.labels(*labels).observe(end.headers_s, exemplar)
+        metrics.requests.labels(*labels).observe(end.total_s, exemplar)
+        if self.traces is not None:
+            self.traces.end(exchange, record, end)
         metrics.received_bytes.labels(route).inc(end.received_bytes)
         metrics.sent_bytes.labels(route).inc(end.sent_bytes)
         if not record.model:

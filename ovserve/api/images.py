@@ -34,7 +34,7 @@ from ovserve.errors import (
     StoreFull,
     StoreUnusable,
 )
-from ovserve.metrics import Metrics
+from ovserve.metrics import Metrics, exemplar_of
 from ovserve.models.catalog import Catalog
 from ovserve.settings.options import Settings
 from ovserve.wire.messages import Prepared, Progress
@@ -161,6 +161,7 @@ class Images:
             holding=exchange.holding,
             keep_alive_s=parameters.keep_alive_s,
             key_name=exchange.key_name,
+            is_traced=bool(exchange.record.trace_id),
         )
         try:
             self._dispatcher.admit(job)
@@ -200,11 +201,11 @@ class Images:
         metrics.jobs.labels(job.model, record.state).inc()
         metrics.pictures.labels(job.model).inc(record.pictures)
         metrics.pixels.labels(job.model).inc(record.pixels)
-        is_done = job.state is State.DONE
+        is_done, exemplar = job.state is State.DONE, exemplar_of(record.trace_id)
         for stage, seconds in record.stages.items() if is_done else (("queue", record.queue_s),):
-            metrics.stages.labels(job.model, stage, record.route, record.state).observe(seconds)
+            metrics.stages.labels(job.model, stage, record.route, record.state).observe(seconds, exemplar)
         if is_done and record.steps:
-            metrics.steps.labels(job.model).observe(record.denoise_s / record.steps)
+            metrics.steps.labels(job.model).observe(record.denoise_s / record.steps, exemplar)
 
     # --- JSON reply -------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,6 @@ from ovserve.errors import (
     ReloadFailed,
     StartupError,
 )
-from ovserve.metrics import CONTENT_TYPE
 
 __all__ = [
     "config",
@@ -176,6 +175,6 @@ def server(_: Service, __: Exchange, ___: Mapping[str, str]) -> JsonReply:
     return json_reply({"name": "ovserve", "version": __version__})
 
 
-def metrics(api: Service, _: Exchange, __: Mapping[str, str]) -> Reply:
-    """Return the metrics in the Prometheus format."""
-    return FileReply(api.metrics.page(), CONTENT_TYPE)
+def metrics(api: Service, exchange: Exchange, __: Mapping[str, str]) -> Reply:
+    """Return the metrics in the Prometheus format, or as OpenMetrics."""
+    return FileReply(*api.metrics.page(exchange.header("accept") or ""))

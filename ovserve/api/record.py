@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from ovserve.dispatch.jobs import Job, State
+from ovserve.wire.messages import Span
 
 __all__ = ["CLIENT_GONE", "OUTCOMES", "End", "Record", "outcome_of"]
 
 CLIENT_GONE = 499  # status of a request whose client left before it was answered
 OUTCOMES = ("ok", "client_error", "rate_limited", "server_error", "gone")
+
+
+class Trace(Protocol):
+    """The trace of one request, as far as its record needs it."""
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the sampler has chosen it."""
+
+    @property
+    def trace_id(self) -> str:
+        """Its id in hexadecimal digits; empty if it is not recorded."""
 
 
 @dataclass(slots=True)
@@ -24,6 +39,9 @@ class Record:
         width, height: of each picture, in pixels.
         steps: denoising steps of each picture.
         attempts: how many workers have run the job.
+        admitted_at: monotonic instant at which the job was admitted; 0 without one.
+        trace: the request's trace; None if requests are not traced.
+        spans: of a traced job, the times of its stages in the worker.
     """
 
     route: str = ""
@@ -38,6 +56,14 @@ class Record:
     prepare_s: float = 0.0
     denoise_s: float = 0.0
     finish_s: float = 0.0
+    admitted_at: float = 0.0
+    trace: Trace | None = None
+    spans: Sequence[Span] = ()
+
+    @property
+    def trace_id(self) -> str:
+        """The id of the request's trace; empty if it is not recorded."""
+        return self.trace.trace_id if self.trace is not None else ""
 
     @property
     def pixels(self) -> int:
@@ -58,7 +84,7 @@ class Record:
         """Note the end of the request's job, before its results are closed."""
         timings = job.timings
         self.state, self.attempts = job.state.value, job.attempts
-        self.pictures = len(job.results)
+        self.pictures, self.admitted_at, self.spans = len(job.results), timings.admitted_at, job.spans
         if job.prepared is not None:
             self.width, self.height, self.steps = job.prepared.width, job.prepared.height, job.prepared.steps
         # A job that never left the queue has waited until it was settled.
@@ -77,6 +103,7 @@ class End:
         status: of the response; of the error that has ended a stream; 499: the client had gone.
         received_bytes: content of the request.
         sent_bytes: of the response, its head included.
+        body_s: seconds from the request's head to the begin and the end of reading the form; None: it was not read.
         headers_s: seconds from the request's head to the head of the response; None: none was sent.
         total_s: seconds from the request's head to the end of the response.
     """
@@ -84,6 +111,7 @@ class End:
     status: int
     received_bytes: int
     sent_bytes: int
+    body_s: tuple[float, float] | None
     headers_s: float | None
     total_s: float
 

@@ -11,6 +11,7 @@ from ovserve.api.reloads import ReloadStatus
 from ovserve.api.sdapi.endpoints import SdApi
 from ovserve.api.status import LastErrors
 from ovserve.api.store import Store
+from ovserve.api.traces import Traces
 from ovserve.dispatch.dispatcher import Dispatcher, ModelStatus
 from ovserve.dispatch.model_queue import MODEL_STATES
 from ovserve.metrics import Metrics
@@ -32,6 +33,7 @@ class Service:
         reload_status: returns the state of the newest reload.
         fleet: loads and unloads models.
         usage: gets one line for each request for pictures; None: there is no usage log.
+        traces: makes the spans of requests; None: requests are not traced.
 
     Attributes:
         is_stopping: the server has begun to shut down: it is not ready, but still serves requests until it drains.
@@ -50,12 +52,14 @@ class Service:
         *,
         fleet: FleetControl | None = None,
         usage: UsageLog | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self.settings = settings
         self.reload = reload
         self.reload_status = reload_status
         self.fleet = fleet or NoFleet()
         self.usage = usage
+        self.traces = traces
         self.is_stopping = self.has_started = False
         self.started_at = time.monotonic()
         self.last_errors = LastErrors()

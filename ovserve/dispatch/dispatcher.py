@@ -591,6 +591,7 @@ class Dispatcher:
                 alone=ticket.must_run_alone,
                 client=ticket.address,
                 heavy=ticket.is_heavy,
+                traced=job.is_traced,
             )
             self._send(worker, command)
 

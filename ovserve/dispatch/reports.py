@@ -32,6 +32,7 @@ from ovserve.wire.messages import (
     Prepared,
     Progress,
     Ready,
+    Span,
 )
 
 __all__ = ["ReportApplier", "Settle"]
@@ -88,6 +89,10 @@ class ReportApplier:
             return
         if isinstance(message, Counts):
             worker.note_counts(message)
+            return
+        if isinstance(message, Span):
+            if traced := worker.assigned.get(message.job):  # else the job has ended
+                traced.job.add_span(message)
             return
         if not isinstance(message, Prepared | Progress | Need | Picture | Done | Failed):
             raise LinkGarbage(f"{message.kind!r} is not a message of a worker")

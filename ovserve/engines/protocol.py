@@ -43,6 +43,8 @@ CLIP_WINDOW = 77  # tokens that CLIP's text encoder reads, start and end tokens 
 
 Pixels = NDArray[np.uint8]
 
+OnSpan = Callable[[str, float, float, int], None]
+
 _NO_REQUEST = ImageRequest(task="generation", prompt="")  # of work that no client requested: every value is the default
 
 
@@ -67,6 +69,8 @@ class Work:
         previews: steps (1-based) after which `on_preview` is to get an estimate of the final picture.
         on_step: called after each step with (step, steps); may be called from another thread; must not raise.
         on_preview: called with an estimate, where possible without delaying the next step.
+        on_span: called with (stage, monotonic begin, monotonic end, rows) when a stage of the picture has ended: text,
+            encode, call, decode. None for work that is not traced. May be called from other threads; must not raise.
         cancelled: set when the picture is not needed any more; the engine stops at the next step.
         request: the request of the picture. An engine reads from it each value that preparation passes on unchanged and
             that has no attribute here, so that a new request field needs no new attribute.
@@ -97,6 +101,7 @@ class Work:
     previews: frozenset[int] = frozenset()
     on_step: Callable[[int, int], None] | None = None
     on_preview: Callable[[Preview], None] | None = None
+    on_span: OnSpan | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     request: ImageRequest = _NO_REQUEST
 

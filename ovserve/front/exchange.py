@@ -61,6 +61,7 @@ class HttpExchange(Request):
         self.body: Body | None = None
         self.status = 0  # of the response whose head has been written
         self.begun_at = time.perf_counter()  # with the head of the request
+        self._body_s: tuple[float, float] | None = None  # from then to the begin and the end of reading the form
         self.headers_s: float | None = None  # from then to the head of the response
         self.error: ApiError | None = None  # sent to the client, as a response or as the last event of a stream
         self.keeps_connection = head.keep_alive
@@ -106,6 +107,7 @@ class HttpExchange(Request):
             status=self.error.status if self.error is not None and has_failed_stream else self.status,
             received_bytes=self.body.received if self.body is not None else 0,
             sent_bytes=sent,
+            body_s=self._body_s,
             headers_s=self.headers_s,
             total_s=time.perf_counter() - self.begun_at,
         )
@@ -133,7 +135,12 @@ class HttpExchange(Request):
                 raise LengthRequired("the request has neither content-length nor transfer-encoding; send one of them")
             if self.body is None:
                 raise ValueError("the exchange has ended")
-            self._form = read_form(self.body, self.header("content-type"), self._spool, self._settings, self.holding)
+            started = time.perf_counter()
+            try:
+                kind = self.header("content-type")
+                self._form = read_form(self.body, kind, self._spool, self._settings, self.holding)
+            finally:
+                self._body_s = started - self.begun_at, time.perf_counter() - self.begun_at
         return self._form
 
     def wait(self, descriptor: int, deadline: Deadline) -> bool:

@@ -463,6 +463,11 @@ class Settings:
     )
     log_level: str = _option("info", "Lowest level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "Format of log lines.", choices=("text", "json"))
+    traces: bool = _option(
+        False,
+        "Export the spans of requests for OpenTelemetry, with the standard variables `OTEL_EXPORTER_OTLP_ENDPOINT`, "
+        "`OTEL_TRACES_SAMPLER` and others. Needs the extra `otel`.",
+    )
     usage_log: Path | None = _option(
         None,
         "File to which one line of JSON is appended for each request for pictures: key, model, pictures, pixels, "

@@ -27,6 +27,7 @@ from ovserve.wire.messages import (
     Progress,
     Ready,
     Run,
+    Span,
     Stop,
 )
 
@@ -45,6 +46,7 @@ _KINDS: dict[str, type[Any]] = {
         Ready,
         Heartbeat,
         Counts,
+        Span,
         Prepared,
         Progress,
         Need,

@@ -2,7 +2,7 @@
 
     front end                                                    worker
     Link.send    ── Run Cancel Grant LogLevel Stop ──────────▶  WorkerLink.receive
-    Link.receive ◀── Ready Heartbeat Counts Prepared ─────────  WorkerLink.send
+    Link.receive ◀── Ready Heartbeat Counts Span Prepared ────  WorkerLink.send
                      Progress Need Picture Done Failed
 
 The front end's side never blocks: a worker that is stopped in the middle of a write must not stop the dispatcher. A

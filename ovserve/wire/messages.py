@@ -1,7 +1,7 @@
 """The messages between the front end and a worker: small, flat, frozen records.
 
     to the worker:    Run Cancel Grant LogLevel Stop
-    from the worker:  Ready Heartbeat Counts Prepared Progress Need Picture Done Failed
+    from the worker:  Ready Heartbeat Counts Span Prepared Progress Need Picture Done Failed
 
 Longer text and all pictures travel as blobs. `wire.codec` encodes each message as one line.
 """
@@ -27,6 +27,7 @@ __all__ = [
     "Progress",
     "Ready",
     "Run",
+    "Span",
     "Stop",
 ]  # fmt: skip
 
@@ -41,6 +42,7 @@ class Run:
         alone: run it without batch neighbours, because a worker has already died with it.
         client: an opaque name; the jobs of different clients take turns in the worker.
         heavy: preparing it takes long (`ImageRequest.is_heavy`).
+        traced: report the times of its stages as Spans.
     """
 
     job: str
@@ -49,6 +51,7 @@ class Run:
     alone: bool = False
     client: str = ""
     heavy: bool = False
+    traced: bool = False
 
     kind: ClassVar[str] = "run"
 
@@ -148,6 +151,26 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """From the worker, for a traced job: a stage has ended. Instants of the monotonic clock, in seconds.
+
+    Attributes:
+        name: prepare, text, encode, call (of the denoiser), decode, device (all of a picture's time there), finish.
+        picture: its number; -1: the stage is one of the whole job.
+        rows: of a call.
+    """
+
+    job: str
+    name: str
+    started_at: float
+    ended_at: float
+    picture: int = -1
+    rows: int = 0
+
+    kind: ClassVar[str] = "span"
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """From the worker: the images are decoded and the prompt fits. Errors after this are the server's."""
 
@@ -236,6 +259,7 @@ Message = (
     | Ready
     | Heartbeat
     | Counts
+    | Span
     | Prepared
     | Progress
     | Need

@@ -257,7 +257,9 @@ class JobRunner:
             self._attach_callbacks(job, request, prepared.work(job.id, k, alone=job.run.alone))
             for k in range(request.n)
         ]
-        job.prepare_ms = (time.monotonic() - started) * 1000
+        ended = time.monotonic()
+        job.prepare_ms = (ended - started) * 1000
+        self._reports.span(job, "prepare", started, ended)
         self._reports.prepared(job.id, prepared)
         self._intake.hold(job, prepared.pixel_bytes)
         with self._lock:
@@ -301,6 +303,11 @@ class JobRunner:
         def on_preview(preview: Preview) -> None:
             self._finisher.preview(job.id, picture, preview)
 
+        def on_span(stage: str, started_at: float, ended_at: float, rows: int) -> None:
+            self._reports.span(job, stage, started_at, ended_at, picture=picture, rows=rows)
+
+        if job.run.traced:
+            work.on_span = on_span
         work.cancelled = job.stopped
         work.on_step = on_step
         if work.previews:

@@ -91,6 +91,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "multiprocessing": ("wire", "fleet", "server", "cli"),
     "http": ("front", "hub", "client"),
     "socketserver": ("front",),
+    "opentelemetry": ("api.traces",),
 }
 # The only places that may contain the name of a model family.
 FAMILY_MODULES = ("models.families", "models.classes", "models.variants", "engines.families")

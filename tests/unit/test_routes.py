@@ -322,7 +322,7 @@ def test_reload_whose_workers_fail_is_500_with_the_reason_and_in_the_metrics(api
     with pytest.raises(ReloadFailed, match="model m: no weights") as caught:
         reload_document(api)
     assert (caught.value.status, caught.value.code) == (500, "reload_failed")
-    page = api.metrics.page()
+    page = api.metrics.page()[0]
     assert b"ovserve_reload_failed 1.0" in page
     assert b"ovserve_reloads_total 3.0" in page
 
@@ -440,12 +440,12 @@ def counted(api: ImagesApi, events: Callable[[], Generator[ServerEvent, None, No
     match = Match(route, {}, (route,), is_open=True, is_health=False)
     reply = api.answer(FakeExchange("GET", "/stream"), match)
     assert isinstance(reply, StreamReply)
-    assert b'route="/stream"' not in api.metrics.page()  # it has not ended
+    assert b'route="/stream"' not in api.metrics.page()[0]  # it has not ended
     with contextlib.suppress(ApiError, ClientGone, KeyError):
         for _ in itertools.islice(reply.events, read):
             pass
     reply.close()
-    found = re.findall(rb'ovserve_http_responses_total\{route="/stream",status="(\d+)"\} (\S+)', api.metrics.page())
+    found = re.findall(rb'ovserve_http_responses_total\{route="/stream",status="(\d+)"\} (\S+)', api.metrics.page()[0])
     return {status.decode(): float(number) for status, number in found}
 
 

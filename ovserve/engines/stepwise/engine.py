@@ -378,6 +378,8 @@ class StepwiseEngine:
             self._encode_s = seconds
         if self._trace is not None:
             self._trace(finished)
+        if call.kind != "encode":  # whose parts are reported where they run
+            _report_span(call, finished)
         if finished.error is not None:
             self._fail(call, finished.error)
             if isinstance(finished.error, RuntimeError):
@@ -482,6 +484,14 @@ def _error_of(work: Work, error: Exception, **where: int) -> ApiError:
         return error
     reason = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
     return InternalError(f"the engine failed: {reason}")
+
+
+def _report_span(call: Call, finished: Finished[Call]) -> None:
+    """Report a denoising or decoding call to those of its pictures that are traced."""
+    stage = "call" if call.kind == "denoise" else call.kind
+    for picture in call.pictures:
+        if (report := picture.work.on_span) is not None:
+            report(stage, finished.started_at, finished.ended_at, len(call.rows))
 
 
 def _call_of_one(kind: str, picture: Picture) -> Call:

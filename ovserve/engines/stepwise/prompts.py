@@ -23,7 +23,7 @@ from ovserve.engines.stepwise.compiled import Requests
 from ovserve.engines.stepwise.lora import Loras, Weights, with_weights
 from ovserve.models.profile import ModelProfile
 
-__all__ = ["PromptEncoder"]
+__all__ = ["Embedding", "PromptEncoder"]
 
 
 TOKEN_CACHE_BYTES = 1024 * 1024  # thousands of prompts of ordinary length
