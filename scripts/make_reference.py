@@ -6,6 +6,7 @@ The test suite fails if the page differs from the output of this script.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,7 +98,7 @@ def _errors() -> Iterator[str]:
     for kind in _kinds(ApiError):
         if kind is ApiError:
             continue
-        text = (kind.__doc__ or "").partition(": ")[2]
+        text = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0].partition(": ")[2]
         retry = (
             "yes"
             if kind.should_retry or (kind.should_retry is None and kind.status in (408, 429, 500, 503, 504))

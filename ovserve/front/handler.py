@@ -314,6 +314,8 @@ class Connection:
                     check_ended=exchange.check_ended,
                 )
             self._check_access(exchange, match)
+            if exchange.body is not None:
+                exchange.body.check_size()
             self.place.move(exchange.client)
             reply = SERVER_OPTIONS if head.path == "*" else self._context.api.answer(exchange, match)
             try:

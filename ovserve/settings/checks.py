@@ -141,6 +141,7 @@ def check_unique_names(models: Sequence[ModelSettings]) -> set[str]:
 def check_static(model: ModelSettings, given: Mapping[str, Any]) -> ModelSettings:
     """Check `resolution` and what depends on it; return the model with its default size. Raises SettingsError."""
     options: dict[str, Any] = {
+        "device": model.device,
         "resolution": [str(size) for size in model.resolution],
         "num_images_per_prompt": model.num_images_per_prompt,
         "guidance_scale": model.guidance_scale,

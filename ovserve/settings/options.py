@@ -246,7 +246,8 @@ class ModelSettings:
     resolution: tuple[Resolution, ...] = _option(
         (),
         "The only sizes that a request may name, as WxH, separated by blanks; the first is the default. With it, `n` "
-        "must be num_images_per_prompt (1), and `guidance_scale` the option of that name, or the model's own.",
+        "must be num_images_per_prompt (1), and `guidance_scale` the option of that name, or the model's own. With one "
+        "size and engine `genai`, the model is compiled for it, which an NPU needs.",
         unit="WxH",
     )
     num_images_per_prompt: int | None = _option(

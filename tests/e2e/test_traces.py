@@ -97,7 +97,7 @@ def test_openmetrics_page_has_exemplars_with_the_trace(traced: LiveServer, data:
     families = {family.name: family for family in text_string_to_metric_families(page.text)}
     for name in ("ovserve_stage_seconds", "ovserve_denoise_step_seconds"):
         exemplars = [sample.exemplar for sample in families[name].samples if sample.exemplar]
-        assert {each.labels["trace_id"] for each in exemplars} == {TRACE}
+        assert TRACE in {each.labels["trace_id"] for each in exemplars}
 
 
 def test_log_line_of_a_request_has_its_trace(traced: LiveServer, data: Path) -> None:

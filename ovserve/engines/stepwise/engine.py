@@ -412,14 +412,19 @@ class StepwiseEngine:
                 self._fail_picture(picture, error)
 
     def _advance(self, picture: Picture) -> None:
-        """Make a picture's step and queue it for the next call."""
+        """Make a picture's step, and those after it that need no call; then queue it for the next call."""
+        self._make_step(picture)
+        while picture.is_forecast:
+            self._make_step(picture)
+        (self._decodes if picture.is_done else self._ready).append(picture)
+
+    def _make_step(self, picture: Picture) -> None:
         picture.advance()
         work = picture.work
         if work.on_step is not None:
             work.on_step(picture.index, picture.steps)
         if picture.index in work.previews and picture.clean is not None and not picture.is_done:
             self._previews.enqueue(work, picture.index, self._family.decoder_input(picture.clean))
-        (self._decodes if picture.is_done else self._ready).append(picture)
 
     def _finish_decoded(self, picture: Picture, pixels: Pixels) -> None:
         is_cancelled = picture.work.cancelled.is_set()

@@ -88,6 +88,7 @@ class MemoryLauncher:
         self.started.append(process)
 
         def run() -> None:
+            """Run the worker and record how it ended."""
             try:
                 self._worker_main(end, self._blobs, spec.profile, spec.model, spec.settings)
             except LinkClosed:
