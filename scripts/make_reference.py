@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.metrics import MetricWrapperBase
+
 from ovserve.api.parameters.fields import EXCLUSIONS, FIELDS
 from ovserve.api.routes import ROUTES
 from ovserve.api.sdapi.fields import FIELDS as SDAPI_FIELDS
@@ -112,8 +114,8 @@ def _metrics() -> Iterator[str]:
     metrics: Any = Metrics()
     yield "| metric | labels | description |"
     yield "|---|---|---|"
-    for name, family in sorted(vars(metrics).items()):
-        if name != "registry":
+    for _, family in sorted(vars(metrics).items()):
+        if isinstance(family, MetricWrapperBase):
             described = family.describe()[0]
             suffix = "_total" if described.type == "counter" else ""
             yield f"| `{described.name}{suffix}` | {', '.join(family._labelnames)} | {_cell(described.documentation)} |"

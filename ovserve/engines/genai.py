@@ -58,6 +58,7 @@ from ovserve.models.profile import ModelProfile, served_by
 from ovserve.models.steps import denoising_steps
 from ovserve.pixels.images import Pixels
 from ovserve.settings.options import ModelSettings, Resolution
+from ovserve.wire.messages import Counts
 from ovserve.wire.request import ImageRequest
 
 __all__ = ["GENAI_FIELDS", "GenaiEngine", "generation_options", "make_scheduler"]
@@ -252,7 +253,7 @@ class GenaiEngine:
         except MemoryError:
             return (Outcome(work, error=InternalError("not enough memory for this picture")),)
         except Exception as error:  # the binding raises more than RuntimeError: TypeError, ValueError, ...
-            log.exception("generation failed")
+            log.exception("generation failed", extra=fields(job=work.job))
             self._recover(work)
             return (Outcome(work, error=InternalError(f"the engine failed: {_first_line(error)}")),)
         return (Outcome(work, pixels=pixels),)
@@ -272,13 +273,18 @@ class GenaiEngine:
             self._warm_up(self._beat)
         except (RuntimeError, ModelError):
             log.warning(
-                "pipelines did not recover from a failure; rebuilding them", extra=fields(model=self._profile.name)
+                "pipelines did not recover from a failure; rebuilding them",
+                extra=fields(model=self._profile.name, job=work.job),
             )
             self._pipelines.clear()
             self._build(self._beat)
             self._warm_up(self._beat)
             if (work.width, work.height) != (self._warm_up_size.width, self._warm_up_size.height):
                 self._failed_sizes = [*self._failed_sizes[1 - _MAX_FAILED_SIZES :], (work.width, work.height)]
+
+    def counts(self) -> Counts:
+        """Return nothing counted: the library makes the calls and has the caches."""
+        return Counts()
 
     def phase(self) -> str:
         """Return idle, or encode: a turn begins with the text encoder; its steps send their own heartbeats."""
@@ -426,7 +432,7 @@ def _callback(work: Work) -> Callable[..., bool]:
                 work.on_step(int(reported[0]) + 1, int(reported[1]))
             return work.cancelled.is_set()
         except BaseException:
-            log.exception("step callback failed")
+            log.exception("step callback failed", extra=fields(job=work.job))
             return False
 
     return after_step

@@ -178,6 +178,8 @@ def check_listening(settings: Settings) -> None:
     for text in (*settings.listen, settings.admin_listen or ""):
         if text.startswith("https://") and settings.tls_certificate is None:
             raise SettingsError(f"listen: {text} needs the option tls_certificate")
+    if settings.proxy_protocol and not settings.trusted_proxies:
+        raise SettingsError("proxy_protocol has no effect without trusted_proxies")
     for name in ("tls_key", "tls_client_ca"):
         if getattr(settings, name) is not None and settings.tls_certificate is None:
             raise SettingsError(f"{name} has no effect without tls_certificate")

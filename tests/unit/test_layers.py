@@ -27,6 +27,8 @@ FOUNDATIONS = {
     "metrics",
     "systemd",
     "settings",
+    "stacks",
+    "usage",
 }
 
 # What each top-level module or package may import from ovserve, besides FOUNDATIONS and itself.
@@ -55,7 +57,9 @@ MAY: dict[str, set[str]] = {
     "logs": set(),
     "machine": set(),
     "metrics": {"errors"},
+    "stacks": {"logs"},
     "systemd": {"errors"},
+    "usage": {"errors", "logs"},
     "watch": set(),
     "settings": {"errors"},
 }
@@ -87,6 +91,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "multiprocessing": ("wire", "fleet", "server", "cli"),
     "http": ("front", "hub", "client"),
     "socketserver": ("front",),
+    "opentelemetry": ("api.traces",),
 }
 # The only places that may contain the name of a model family.
 FAMILY_MODULES = ("models.families", "models.classes", "models.variants", "engines.families")

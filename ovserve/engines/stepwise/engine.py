@@ -50,6 +50,7 @@ from ovserve.errors import ApiError, BadRequest, InternalError, InvalidValue, Mo
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile, served_by
 from ovserve.settings.options import ModelSettings
+from ovserve.wire.messages import Counts
 from ovserve.wire.request import ImageRequest
 
 __all__ = ["Call", "Row", "StepwiseEngine"]
@@ -94,6 +95,7 @@ class StepwiseEngine:
         self._codec_s = 0.0  # duration of encode and decode calls since the last denoising call started
         self._encode_s = 0.0  # duration of the last encode call
         self._call_s = 0.0  # duration of the last denoising call
+        self._counts = Counts()
         self._closing = ExitStack()  # resources that `load` has started, also if it failed halfway
 
     @property
@@ -238,6 +240,17 @@ class StepwiseEngine:
             work.num_inference_steps, 1.0 if work.mode == "text2image" else work.strength, cells
         )
 
+    def counts(self) -> Counts:
+        """Return its calls and rows, and the lookups in its caches. Thread-safe, once it is loaded."""
+        prompts, images = self._prompts.lookups, self._encoding.lookups
+        return replace(
+            self._counts,
+            prompt_hits=prompts[0],
+            prompt_misses=prompts[1],
+            image_hits=images[0],
+            image_misses=images[1],
+        )
+
     def phase(self) -> str:
         """Return what the next turn waits for: idle, encode, denoise or decode."""
         kinds = {call.kind for call in self._calls}
@@ -358,12 +371,15 @@ class StepwiseEngine:
         self._calls.remove(call)
         if call.kind == "denoise":
             self._call_s = seconds
+            self._counts = replace(self._counts, calls=self._counts.calls + 1, rows=self._counts.rows + len(call.rows))
         else:
             self._codec_s += seconds
         if call.kind == "encode":
             self._encode_s = seconds
         if self._trace is not None:
             self._trace(finished)
+        if call.kind != "encode":  # whose parts are reported where they run
+            _report_span(call, finished)
         if finished.error is not None:
             self._fail(call, finished.error)
             if isinstance(finished.error, RuntimeError):
@@ -423,7 +439,9 @@ class StepwiseEngine:
         """Retry each picture of a failed shared call alone; a picture that was alone in the call has failed."""
         shared = len(call.pictures) > 1
         if shared:
-            log.error("shared call failed", exc_info=error, extra=fields(kind=call.kind, rows=len(call.rows)))
+            jobs = ",".join(dict.fromkeys(picture.work.job for picture in call.pictures))
+            found = fields(kind=call.kind, rows=len(call.rows), jobs=jobs)
+            log.error("shared call failed", exc_info=error, extra=found)
         for picture in call.pictures:
             picture.predictions = {}
             if shared:
@@ -471,6 +489,14 @@ def _error_of(work: Work, error: Exception, **where: int) -> ApiError:
         return error
     reason = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
     return InternalError(f"the engine failed: {reason}")
+
+
+def _report_span(call: Call, finished: Finished[Call]) -> None:
+    """Report a denoising or decoding call to those of its pictures that are traced."""
+    stage = "call" if call.kind == "denoise" else call.kind
+    for picture in call.pictures:
+        if (report := picture.work.on_span) is not None:
+            report(stage, finished.started_at, finished.ended_at, len(call.rows))
 
 
 def _call_of_one(kind: str, picture: Picture) -> Call:

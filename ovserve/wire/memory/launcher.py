@@ -38,6 +38,9 @@ class MemoryProcess:
         """Return why it has exited."""
         return self._reason or "still running"
 
+    def log_stacks(self) -> None:
+        """Do nothing: its stack is among those of this process."""
+
     def kill(self) -> None:
         """End it at once. Idempotent."""
         self.exit("killed")
