@@ -34,6 +34,7 @@ from ovserve.settings.values import SHOWN_CHARS, check_bounds, parse_text, parse
 __all__ = ["ENVIRONMENT_PREFIX", "load_settings", "service_variables"]
 
 ENVIRONMENT_PREFIX = "OVSERVE_"
+CLIENT_VARIABLES = frozenset({"OVSERVE_URL", "OVSERVE_PICTURES"})  # of the commands that use a server; no options
 _FLAG = re.compile(r"[a-z][a-z0-9_]*")
 # Variables that Kubernetes sets in every pod for a Service called `ovserve` or `ovserve-SOMETHING` (its documentation:
 # Service, Discovering services, Environment variables).
@@ -264,7 +265,7 @@ def _from_environment(environment: Mapping[str, str]) -> _Source:
     An empty variable counts as unset: service files make one from `OVSERVE_HOST=${HOST}` when HOST is not set, and an
         empty host would mean every interface.
     """
-    foreign = {f"{ENVIRONMENT_PREFIX}CONFIG", *service_variables(environment)}
+    foreign = {f"{ENVIRONMENT_PREFIX}CONFIG", *CLIENT_VARIABLES, *service_variables(environment)}
     own = {
         key.removeprefix(ENVIRONMENT_PREFIX).lower(): value
         for key, value in environment.items()

@@ -84,8 +84,8 @@ INSIDE: dict[str, set[str]] = {
 }
 # The only places that may import these packages.
 ONLY: dict[str, tuple[str, ...]] = {
-    "numpy": ("worker", "engines", "pixels"),
-    "PIL": ("worker", "engines", "pixels", "client.masks"),
+    "numpy": ("worker", "engines", "pixels", "client.sixel"),
+    "PIL": ("worker", "engines", "pixels", "client.masks", "client.sixel"),
     "openvino": ("engines.genai", "engines.stepwise", "engines.devices", "worker.main"),
     "openvino_genai": ("engines.genai", "engines.stepwise"),
     "multiprocessing": ("wire", "fleet", "server", "cli"),
