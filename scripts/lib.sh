@@ -7,6 +7,7 @@ PATH=$PATH:/usr/sbin:$PROGRAMS/bin
 
 # Arguments of pytest that run test files in parallel. Half of the time of the tests is waiting, so there are more processes than cores.
 # Not many more, because some tests watch the clock.
+# shellcheck disable=SC2034  # the scripts use it
 parallel=(-n "$((($(nproc) * 3 + 1) / 2))" --maxprocesses 6 --dist loadfile)
 
 say() { printf '%s\n' "$*" >&2; }
