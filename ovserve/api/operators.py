@@ -127,6 +127,8 @@ def status(api: Service, _: Exchange, __: Mapping[str, str]) -> Reply:
         statuses,
         api.dispatcher.worker_statuses(),
         api.last_errors,
+        counts=api.dispatcher.counts(),
+        memory_bytes={name: memory.used_bytes for name, memory in api.fleet.memory().items()},
         started_at=api.started_at,
         is_ready=not draining and is_ready(api.settings, api.catalog, statuses),
         is_draining=draining,

@@ -132,8 +132,9 @@ class Heartbeat:
     kind: ClassVar[str] = "heartbeat"
 
 
-# What a worker counts: denoising calls and their rows, and lookups in its caches of encoded prompts and images.
-COUNTS = ("calls", "rows", "prompt_hits", "prompt_misses", "image_hits", "image_misses")
+# What a worker counts: denoising calls, their rows and microseconds, and lookups in its caches of encoded prompts and
+# images.
+COUNTS = ("calls", "rows", "call_us", "prompt_hits", "prompt_misses", "image_hits", "image_misses")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,7 @@ class Counts:
 
     calls: int = 0
     rows: int = 0
+    call_us: int = 0
     prompt_hits: int = 0
     prompt_misses: int = 0
     image_hits: int = 0

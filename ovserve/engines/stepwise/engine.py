@@ -371,7 +371,7 @@ class StepwiseEngine:
         self._calls.remove(call)
         if call.kind == "denoise":
             self._call_s = seconds
-            self._counts = replace(self._counts, calls=self._counts.calls + 1, rows=self._counts.rows + len(call.rows))
+            self._count_call(len(call.rows), seconds)
         else:
             self._codec_s += seconds
         if call.kind == "encode":
@@ -390,6 +390,12 @@ class StepwiseEngine:
             self._finish_decoded(call.pictures[0], finished.result)
         else:
             self._apply_predictions(call, finished.result)
+
+    def _count_call(self, rows: int, seconds: float) -> None:
+        counts = self._counts
+        self._counts = replace(
+            counts, calls=counts.calls + 1, rows=counts.rows + rows, call_us=counts.call_us + int(seconds * 1e6)
+        )
 
     def _begin_steps(self, picture: Picture, start: Start) -> None:
         try:
