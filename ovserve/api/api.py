@@ -88,7 +88,7 @@ class ImagesApi(Service):
         """Count one response of a route when the block ends, with the status that the block or its exception sets."""
         outcome = _Outcome()
         exchange.record.route = route.path
-        if self.traces is not None and exchange.record.trace is None and not route.is_health:
+        if self.traces is not None and exchange.record.trace is None and not (route.is_health or route.is_exempt):
             exchange.record.trace = trace = self.traces.begin(exchange, route.path)
             if trace.trace_id:
                 exchange.note("trace", trace.trace_id)

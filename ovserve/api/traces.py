@@ -1,4 +1,4 @@
-"""Traces for OpenTelemetry: one span for a request for pictures, and below it one for each of its stages.
+"""Traces for OpenTelemetry: one span for each request, and below it one for each stage of a request for pictures.
 
     request ┬ receive   the content of the request
             ├ queue     until a worker takes the job

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import grp
 import logging
 import os
-import pwd
 import select
 import socket
 import socketserver
-import stat
 import threading
 import time
 from dataclasses import replace
@@ -39,6 +36,7 @@ from ovserve.front.linger import Linger
 from ovserve.front.overflow import Overflow, too_many_connections
 from ovserve.front.request import network_of
 from ovserve.front.tls import Certificates, read_certificates
+from ovserve.front.unixsocket import bind_unix, owner_of
 from ovserve.logs import LogLimit, fields
 from ovserve.settings.access import UNIX_PEER, ListenAddress, parse_listen
 from ovserve.settings.options import Settings
@@ -54,7 +52,6 @@ MIN_QUIET_S = 1.0
 KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # seconds, seconds, probes
 EXHAUSTED_PAUSE_S = 0.05  # before the next attempt to accept when no spare descriptor could be opened
 PRIVATE_MODE = 0o600  # of the admin listener's Unix socket: who may open it needs no key
-_PROBE_S = 1.0  # for a process that listens on the Unix socket to accept a connection
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 log = logging.getLogger(__name__)
@@ -165,8 +162,8 @@ class Listener(ThreadingHTTPServer):
         if self._is_socket:
             mode, owner = PRIVATE_MODE, (-1, -1)
             if not self.is_admin:
-                mode, owner = int(self.settings.socket_mode, 8), _owner(self.settings)
-            _bind_socket(self.socket, self.host, mode, owner)
+                mode, owner = int(self.settings.socket_mode, 8), owner_of(self.settings)
+            bind_unix(self.socket, self.host, mode, owner)
             self._socket_file = os.lstat(self.host)
             return
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted sockets inherit these
@@ -479,47 +476,3 @@ class ListenerGroup:
     def connections(self) -> list[tuple[Listener, Connection]]:
         """Return the connections that have not been evicted, each with its listener."""
         return [(listener, each) for listener in self.listeners for each in listener._candidates()]
-
-
-def _owner(settings: Settings) -> tuple[int, int]:
-    """Return the numbers of `socket_owner` and `socket_group`, -1 where one is empty. Raises OSError."""
-    owner, group = settings.socket_owner, settings.socket_group
-    try:
-        uid = int(owner) if owner.isdecimal() else pwd.getpwnam(owner).pw_uid if owner else -1
-        gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid if group else -1
-    except KeyError as error:
-        raise OSError(errno.EINVAL, f"{error.args[0]} (socket_owner, socket_group)") from None
-    return uid, gid
-
-
-def _bind_socket(listening: socket.socket, path: str, mode: int, owner: tuple[int, int]) -> None:
-    """Bind a Unix socket whose file has this mode and owner; a socket file that no process listens on is replaced.
-
-    Raises:
-        OSError: the path is in use, or something else than a socket; or the file cannot be given to the owner.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise OSError(errno.EEXIST, "exists and is not a socket")
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(_PROBE_S)  # a stopped process with a full backlog would keep the start waiting
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-            except (TimeoutError, BlockingIOError):
-                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
-            else:
-                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    old = os.umask(0o777 & ~mode)
-    try:
-        listening.bind(path)
-    finally:
-        os.umask(old)
-    if owner == (-1, -1):
-        return
-    try:
-        os.chown(path, *owner)
-    except OSError:
-        os.unlink(path)
-        raise

@@ -105,6 +105,11 @@ def test_log_line_of_a_request_has_its_trace(traced: LiveServer, data: Path) -> 
     assert any(f"trace={TRACE}" in line and "POST" in line for line in list(traced.log))
 
 
+def test_nothing_is_imported_without_traces() -> None:
+    code = "import sys, ovserve.server; sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
 def test_missing_packages_and_other_protocols_are_named() -> None:
     code = "import sys; sys.modules['opentelemetry.sdk'] = None; from ovserve.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "serve", "--traces", "true", "--port", "0"]

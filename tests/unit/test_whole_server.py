@@ -18,6 +18,8 @@ from ovserve.cli.commands import ExitCode
 from ovserve.cli.main import main
 from tests.serverprocess import server_process
 
+pytestmark = pytest.mark.engine
+
 PROMPT = "a green circle on a blue background"
 QUICK = ["--steps", "3", "--seed", "3", "--no_show"]
 ADMIN = "adm-test"

@@ -74,8 +74,13 @@ class Picture:
 
     @property
     def is_forecast(self) -> bool:
-        """Whether the next step needs no denoiser call: its prediction follows from earlier ones."""
-        return len(self.computed) > 1 and not self.shortcuts.needs_denoiser(self.index, self.steps)
+        """Whether the next step needs no denoiser call: its prediction follows from earlier ones.
+
+        Never where the scheduler adds noise at each step: the predictions then lie on no line.
+        """
+        if len(self.computed) < 2 or self.is_done or self.plan.draws_noise(self.index):
+            return False
+        return not self.shortcuts.needs_denoiser(self.index, self.steps)
 
     @property
     def rows(self) -> int:
