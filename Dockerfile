@@ -1,8 +1,10 @@
 # ovserve with its built-in model. docs/install.md tells how to build and run it.
 FROM debian:12-slim
 
+# Further Debian packages, such as the drivers of a GPU: docker build --build-arg PACKAGES=intel-opencl-icd
+ARG PACKAGES=""
 RUN apt-get update \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 python3-venv \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 python3-venv $PACKAGES \
     && rm -rf /var/lib/apt/lists/*
 
 # The user has no rights in the image but for its own folder: pictures that are answered as addresses, and compiled models.

@@ -59,6 +59,10 @@ class Variant:
 
 
 VARIANTS = (
+    Variant(shortcuts="denoise_every=2"),
+    Variant(shortcuts="denoise_every=3"),
+    Variant(0.5, "dpmpp_2m", "denoise_every=2"),
+    Variant(0.75, "dpmpp_2m", "denoise_every=2"),
     Variant(shortcuts="guidance_every=2"),
     Variant(shortcuts="guidance_every=3"),
     Variant(shortcuts="guidance_until=0.7"),
@@ -81,6 +85,10 @@ VARIANTS = (
 )
 # The presets medium and low, and variants close to them; for large models, where all variants would take an hour.
 FEW_VARIANTS = (
+    Variant(shortcuts="denoise_every=2"),
+    Variant(shortcuts="denoise_every=3"),
+    Variant(0.5, "dpmpp_2m", "denoise_every=2"),
+    Variant(0.75, "dpmpp_2m", "denoise_every=2"),
     Variant(0.75, "dpmpp_2m", "guidance_every=2"),
     Variant(0.5, "dpmpp_2m"),
     Variant(0.42, "dpmpp_2m", "guidance_until=0.6"),

@@ -90,6 +90,9 @@ def serve_ovserve() -> None:
         def match(self, method: str, path: str) -> OpenRoute:
             return OpenRoute()
 
+        def note_end(self, exchange: Any, match: Any, end: Any) -> None:
+            pass
+
         def count_refused(self, error: ApiError) -> None:
             pass
 

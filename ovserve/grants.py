@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from ovserve.errors import Forbidden, RateLimited
@@ -29,7 +29,7 @@ class KeyLimits:
         requests_per_minute: requests that need a key.
         pictures_per_minute: pictures asked for.
         concurrent: requests at the same time.
-        models: names of the models that it may use.
+        models: names or aliases of the models that it may use.
     """
 
     requests_per_minute: int = 0
@@ -110,15 +110,20 @@ class Grant:
         with self._lock:
             self._running -= 1
 
-    def take_pictures(self, model: str, count: int) -> None:
+    def take_pictures(self, model: str, count: int, aliases: Collection[str] = ()) -> None:
         """Count pictures of a model.
+
+        Args:
+            model: the model's name.
+            count: how many.
+            aliases: other names of the model, which the limit may use.
 
         Raises:
             Forbidden: the key may not use the model, or so many pictures at once.
             RateLimited: it has no more pictures now.
         """
         limits = self.limits
-        if limits.models and model not in limits.models:
+        if limits.models and not {model, *aliases} & set(limits.models):
             raise Forbidden(
                 f"Key {self.name!r} may not use the model {model!r}; it may use {', '.join(limits.models)}."
             )

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any
 
-__all__ = ["LogLimit", "configure_logs", "fields"]
+__all__ = ["LEVELS", "LogLimit", "configure_logs", "current_level", "fields", "set_level"]
 
 _NEEDS_QUOTES = re.compile(r'[\s="]')
 LEVELS = ("debug", "info", "warning", "error")
@@ -72,6 +72,16 @@ def configure_logs(level: str, form: str) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False
+
+
+def set_level(level: str) -> None:
+    """Change the lowest level that is logged, one of LEVELS."""
+    logging.getLogger("ovserve").setLevel(level.upper())
+
+
+def current_level() -> str:
+    """Return the lowest level that is logged."""
+    return logging.getLevelName(logging.getLogger("ovserve").level).lower()
 
 
 def fields(**values: object) -> dict[str, dict[str, object]]:

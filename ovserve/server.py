@@ -1,7 +1,7 @@
 """The server: create the parts, listen, start, announce readiness, reload, drain, stop.
 
 The main thread only waits for signals. SIGTERM, SIGINT and SIGQUIT drain; a second one ends the process at once. SIGHUP
-reloads. SIGUSR1 and SIGUSR2 are logged and have no effect.
+reloads. SIGUSR1 writes the stacks of all threads of all processes into the log. SIGUSR2 is logged and has no effect.
 Signals are blocked in every thread and received with sigtimedwait, so that no handler interrupts a critical section.
 Spawned processes inherit the mask, so Ctrl-C does not reach them.
 """
@@ -24,24 +24,28 @@ from ovserve import systemd
 from ovserve.api.api import ImagesApi
 from ovserve.api.reloads import ModelReload, ReloadStatus
 from ovserve.api.store import Store
+from ovserve.api.traces import start_traces
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.errors import ModelsFailed, SettingsError, StartupError
 from ovserve.fleet.budget import check_budget
 from ovserve.fleet.estimates import Estimates
+from ovserve.fleet.fleets import DEATH_CAUSES
 from ovserve.fleet.supervisor import Supervisor
 from ovserve.folders import user_cache
 from ovserve.front.keys import read_admin_keys, read_keys
 from ovserve.front.listener import Listener, ListenerGroup
 from ovserve.front.tls import read_certificates
 from ovserve.hub.background import Pulls
-from ovserve.logs import configure_logs, fields
+from ovserve.logs import configure_logs, current_level, fields, set_level
 from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog, ServedModel, read_catalog
 from ovserve.models.fingerprint import fingerprint
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.access import parse_listen
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.stacks import log_stacks
+from ovserve.usage import UsageLog
 from ovserve.watch import Watch, state_of
 from ovserve.wire.local.file_pool import MAX_POOLED_FILES
 from ovserve.wire.local.launcher import LocalLauncher
@@ -53,9 +57,8 @@ from ovserve.worker import main as worker
 __all__ = ["Server", "check_settings"]
 
 ENDING_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGQUIT))
-# For log rotation in other servers. Their default action would end the process.
-IGNORED_SIGNALS = frozenset((signal.SIGUSR1, signal.SIGUSR2))
-SIGNALS = ENDING_SIGNALS | IGNORED_SIGNALS | {signal.SIGHUP}
+IGNORED_SIGNALS = frozenset((signal.SIGUSR2,))  # for log rotation in other servers; its default action ends the process
+SIGNALS = ENDING_SIGNALS | IGNORED_SIGNALS | {signal.SIGHUP, signal.SIGUSR1}
 IDLE_POLL_S = 3600.0  # of the main thread while the server runs; it waits for nothing else than a signal
 POLL_S = 0.1  # interval at which the main thread checks progress between signals
 REFUSING_POLL_S = 0.01  # once no job is left; under load the moments without an active exchange are short
@@ -131,7 +134,11 @@ class Server:
                     max_body_bytes=settings.max_body_bytes,
                 ),
             )
+        self._usage: UsageLog | None = None
+        self._traces = start_traces() if settings.traces else None
         try:
+            if settings.usage_log is not None:
+                self._usage = UsageLog(settings.usage_log, settings.usage_log_bytes, settings.usage_log_files)
             self._dispatcher = Dispatcher(self._spool, settings)
             self._supervisor = Supervisor(
                 settings,
@@ -142,13 +149,22 @@ class Server:
                 estimates=Estimates(_measurements_file()),
             )
             self._api = ImagesApi(
-                settings, catalog, self._dispatcher, self.reload, self.reload_status, fleet=self._supervisor
+                settings,
+                catalog,
+                self._dispatcher,
+                self.reload,
+                self.reload_status,
+                fleet=self._supervisor,
+                usage=self._usage,
+                traces=self._traces,
             )
             self._supervisor.on_outcome = self._note_outcome
             _watch(self._api.metrics, self._spool, self._supervisor)
             self._listeners = self._listen(settings)
         except BaseException:
             self._spool.close()
+            if self._usage is not None:
+                self._usage.close()
             raise
 
     def _listen(self, settings: Settings) -> list[Listener]:
@@ -187,7 +203,7 @@ class Server:
             for listener in self._listeners:
                 if not listener.is_admin:
                     _print_line(f"ready {listener.url}")
-            self._is_announced = True
+            self._is_announced = self._api.has_started = True
             self._announce()
             self._await_end()
             self._drain()
@@ -210,7 +226,7 @@ class Server:
             pending = self._api.catalog.pending.values()
             if not statuses and pending and all(model.state.has_failed for model in pending):
                 raise ModelsFailed("; ".join(f"model {model.name}: {model.reason}" for model in pending))
-            number = _next_signal(POLL_S)
+            number = self._next_signal(POLL_S)
             if number == signal.SIGHUP:
                 self._reload_on_signal()
             elif number in ENDING_SIGNALS:
@@ -219,7 +235,7 @@ class Server:
 
     def _await_end(self) -> None:
         while True:
-            number = _next_signal(IDLE_POLL_S)
+            number = self._next_signal(IDLE_POLL_S)
             if number is not None and number in ENDING_SIGNALS:
                 settings = self._settings
                 log.info(
@@ -231,6 +247,14 @@ class Server:
                 return
             if number == signal.SIGHUP:
                 self._reload_on_signal()
+
+    def _next_signal(self, timeout_s: float) -> signal.Signals | None:
+        """Return the next signal, or None at the timeout. One that only writes to the log is returned too."""
+        number = _next_signal(timeout_s)
+        if number == signal.SIGUSR1:
+            log_stacks("server")
+            self._supervisor.log_stacks()
+        return number
 
     def _reload_on_signal(self) -> None:
         """Begin a reload in a thread, so that a reload in progress does not hold up SIGTERM.
@@ -278,9 +302,11 @@ class Server:
                 catalog, keys, admin_keys = _read_models(settings), read_keys(settings), read_admin_keys(settings)
                 certificates = read_certificates(settings)
                 catalog = dataclasses.replace(catalog, pending=pending)
-                running = self._api.settings
-                if (settings.log_level, settings.log_format) != (running.log_level, running.log_format):
+                if settings.log_format != self._api.settings.log_format:
                     configure_logs(settings.log_level, settings.log_format)
+                elif settings.log_level != current_level():  # also if an operator has changed it since
+                    set_level(settings.log_level)
+                self._dispatcher.set_log_level(settings.log_level)
                 self._supervisor.reload(settings, _profiles(catalog))
                 with self._serving:
                     self._api.configure(settings, self._api.catalog.announcing(catalog))
@@ -362,7 +388,7 @@ class Server:
 
     def _abort_on_signal(self, timeout_s: float) -> None:
         """Wait for a signal; a second one that ends the server ends the process at once."""
-        if _next_signal(timeout_s) in ENDING_SIGNALS:
+        if self._next_signal(timeout_s) in ENDING_SIGNALS:
             log.warning("second signal: aborting", extra=fields(in_flight=self._active_exchanges()))
             self._supervisor.stop(Deadline.after(0))
             self._spool.close()
@@ -382,6 +408,10 @@ class Server:
             listener.stop(LAST_RESPONSES_S)  # also for requests that arrived after the last check
         self._api.store.close()
         self._spool.close()
+        if self._usage is not None:
+            self._usage.close()
+        if self._traces is not None:
+            self._traces.stop()
         left = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
         if left:
             log.debug("threads still running: %s", ", ".join(left))
@@ -499,6 +529,17 @@ def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
     )
     metrics.watch("ovserve_memory_bytes", lambda: [([], supervisor.memory_bytes())])
     metrics.watch("ovserve_memory_budget_bytes", lambda: [([], supervisor.budget_bytes())])
+    metrics.watch(
+        "ovserve_worker_deaths_total",
+        lambda: [
+            ([name, cause], supervisor.deaths().get((name, cause), 0))
+            for name in supervisor.restarts()
+            for cause in DEATH_CAUSES
+        ],
+    )
+    metrics.watch(
+        "ovserve_process_memory_bytes", lambda: [([name], used) for name, used in supervisor.process_memory().items()]
+    )
     metrics.watch("ovserve_worker_restarts_total", lambda: [([name], n) for name, n in supervisor.restarts().items()])
 
 

@@ -5,6 +5,11 @@
 PROGRAMS=$PWD/.venv/programs  # programs that this machine lacks, extracted from Debian packages; tests/conftest.py puts bin/ on PATH
 PATH=$PATH:/usr/sbin:$PROGRAMS/bin
 
+# Arguments of pytest that run test files in parallel. Half of the time of the tests is waiting, so there are more processes than cores.
+# Not many more, because some tests watch the clock.
+# shellcheck disable=SC2034  # the scripts use it
+parallel=(-n "$((($(nproc) * 3 + 1) / 2))" --maxprocesses 6 --dist loadfile)
+
 say() { printf '%s\n' "$*" >&2; }
 
 # find_python: print the interpreter to use: PYTHON where it is set, else the first one that is Python 3.11 or later.
@@ -143,11 +148,19 @@ set_up_clients() {
     cat tests/e2e/node/package.json tests/e2e/node/package-lock.json scripts/lib.sh | cksum > "$environment/clients-stamp"
 }
 
-# set_up_programs PROGRAM...: put the programs that this machine lacks into .venv/programs. The package of each has its name.
+# package_of PROGRAM: print the Debian package that contains it.
+package_of() {
+    case $1 in
+        promtool) echo prometheus ;;
+        *) echo "$1" ;;
+    esac
+}
+
+# set_up_programs PROGRAM...: put the programs that this machine lacks into .venv/programs.
 # Debian's packages of nginx, haproxy and caddy enable and start a service when they are installed, so they are only downloaded and
 # extracted, with the libraries that are missing too. A wrapper in .venv/programs/bin starts each program. Needs apt-get, not root.
 set_up_programs() {
-    local name missing=() libraries
+    local name missing=() packages libraries
     for name; do
         command -v "$name" >/dev/null || missing+=("$name")
     done
@@ -155,7 +168,8 @@ set_up_programs() {
         return
     fi
     say "Extracting into .venv/programs (nothing is installed in the system): ${missing[*]} ..."
-    download_packages "$PROGRAMS/work" "${missing[@]}"
+    mapfile -t packages < <(for name in "${missing[@]}"; do package_of "$name"; done)
+    download_packages "$PROGRAMS/work" "${packages[@]}"
     mkdir -p "$PROGRAMS/root" "$PROGRAMS/bin"
     for name in "$PROGRAMS"/work/*.deb; do
         dpkg -x "$name" "$PROGRAMS/root"

@@ -6,10 +6,13 @@ The test suite fails if the page differs from the output of this script.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from prometheus_client.metrics import MetricWrapperBase
 
 from ovserve.api.parameters.fields import EXCLUSIONS, FIELDS
 from ovserve.api.routes import ROUTES
@@ -95,7 +98,7 @@ def _errors() -> Iterator[str]:
     for kind in _kinds(ApiError):
         if kind is ApiError:
             continue
-        text = (kind.__doc__ or "").partition(": ")[2]
+        text = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0].partition(": ")[2]
         retry = (
             "yes"
             if kind.should_retry or (kind.should_retry is None and kind.status in (408, 429, 500, 503, 504))
@@ -111,8 +114,8 @@ def _metrics() -> Iterator[str]:
     metrics: Any = Metrics()
     yield "| metric | labels | description |"
     yield "|---|---|---|"
-    for name, family in sorted(vars(metrics).items()):
-        if name != "registry":
+    for _, family in sorted(vars(metrics).items()):
+        if isinstance(family, MetricWrapperBase):
             described = family.describe()[0]
             suffix = "_total" if described.type == "counter" else ""
             yield f"| `{described.name}{suffix}` | {', '.join(family._labelnames)} | {_cell(described.documentation)} |"

@@ -16,6 +16,7 @@ from ovserve.settings.options import ModelSettings
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import WorkerBlobs
 from ovserve.wire.link import WorkerLink
+from ovserve.wire.messages import Counts
 from ovserve.worker.runner import JobRunner
 
 BROKEN = "the first preview is broken"  # the prompt that gives a preview that cannot be encoded
@@ -57,6 +58,9 @@ class FlatEngine:
             if work.on_preview:
                 work.on_preview(Preview(step, np.zeros(3, np.uint8) if is_broken else pixels))
         return [Outcome(work, pixels)]
+
+    def counts(self) -> Counts:
+        return Counts()
 
     def phase(self) -> str:
         return "denoise" if self._works else "idle"

@@ -1,5 +1,7 @@
 """Small random models of today's families: archives in `fixtures/packed`, unpacked once for each test process.
 
+`scripts/fixtures/make_packed.py` makes the archives.
+
 Weights are float16. Parts that two models share are in one archive only. A variant is a model whose files differ in a
 few values.
 """

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply, ServerEvent, StreamReply
+from ovserve.api.record import End
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError, ClientGone, InvalidValue, MethodNotAllowed, NotFound, QueueFull, WorkerCrashed
 from ovserve.front.listener import Listener
@@ -72,6 +73,7 @@ class ToyApi:
         gone: paths of requests whose clients disconnected while the handler waited.
         closed: one entry for each closed event stream, and for each closed reply of `/windows` and `/windowed-file`.
         refused: codes of the errors with which requests were rejected before `answer`.
+        ends: how the exchanges have ended.
         windows: sizes of the windows that have been produced for `/windows`.
     """
 
@@ -82,6 +84,7 @@ class ToyApi:
         self.closed: queue.Queue[str] = queue.Queue()
         self.windows: list[int] = []
         self.refused: queue.Queue[str] = queue.Queue()
+        self.ends: queue.Queue[End] = queue.Queue()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE | os.EFD_NONBLOCK)
 
     def release(self, count: int = 1) -> None:
@@ -109,6 +112,10 @@ class ToyApi:
     def count_refused(self, error: ApiError) -> None:
         """Record the error's code."""
         self.refused.put(str(error.code))
+
+    def note_end(self, exchange: Exchange, match: ToyMatch, end: End) -> None:
+        """Record how the exchange has ended."""
+        self.ends.put(end)
 
     def answer(self, exchange: Exchange, match: ToyMatch) -> Reply:
         """Run the handler that the path names."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from ovserve.api.exchange import Exchange, FileReply, Reply, ServerEvent, Stream
 from ovserve.api.handlers import model_statuses
 from ovserve.api.images import base_url_hint
 from ovserve.api.readiness import awaited_models
+from ovserve.api.record import CLIENT_GONE, End, Record
 from ovserve.api.routes import Match, Route, match_route
 from ovserve.api.service import Service
 from ovserve.errors import (
@@ -19,10 +21,9 @@ from ovserve.errors import (
     MethodNotAllowed,
     NotFound,
 )
+from ovserve.metrics import exemplar_of
 
-__all__ = ["CLIENT_GONE", "ImagesApi"]
-
-CLIENT_GONE = 499  # status in the metrics when the client left before it was answered
+__all__ = ["ImagesApi"]
 
 
 @dataclass(slots=True)
@@ -86,6 +87,11 @@ class ImagesApi(Service):
     def _counting(self, route: Route, exchange: Exchange) -> Iterator[_Outcome]:
         """Count one response of a route when the block ends, with the status that the block or its exception sets."""
         outcome = _Outcome()
+        exchange.record.route = route.path
+        if self.traces is not None and exchange.record.trace is None and not (route.is_health or route.is_exempt):
+            exchange.record.trace = trace = self.traces.begin(exchange, route.path)
+            if trace.trace_id:
+                exchange.note("trace", trace.trace_id)
         try:
             yield outcome
         except ApiError as error:
@@ -103,6 +109,53 @@ class ImagesApi(Service):
     def count_refused(self, error: ApiError) -> None:
         """Count a rejected request under the error's code, so that invented paths do not become labels."""
         self.metrics.responses.labels(error.code or "refused", str(error.status)).inc()
+
+    def note_end(self, exchange: Exchange, match: Match, end: End) -> None:
+        """Observe the times and sizes of an exchange that has ended, and write its line to the usage log."""
+        record, metrics, outcome = exchange.record, self.metrics, end.outcome
+        route = match.route.path if match.route is not None else "unmatched"
+        labels = (route, record.model, outcome)
+        exemplar = exemplar_of(record.trace_id)
+        if end.headers_s is not None:
+            metrics.headers.labels(*labels).observe(end.headers_s, exemplar)
+        metrics.requests.labels(*labels).observe(end.total_s, exemplar)
+        if self.traces is not None:
+            self.traces.end(exchange, record, end)
+        metrics.received_bytes.labels(route).inc(end.received_bytes)
+        metrics.sent_bytes.labels(route).inc(end.sent_bytes)
+        if not record.model:
+            return
+        key = metrics.key_label(exchange.key_name, is_verified=exchange.is_verified)
+        metrics.key_requests.labels(key, outcome).inc()
+        metrics.key_pictures.labels(key).inc(record.pictures)
+        metrics.key_pixels.labels(key).inc(record.pixels)
+        if self.usage is not None:
+            self.usage.write(_usage_entry(exchange, record, end))
+
+
+def _usage_entry(exchange: Exchange, record: Record, end: End) -> dict[str, object]:
+    """Return the fields of a line of the usage log."""
+    return {
+        "time": round(time.time(), 3),
+        "id": exchange.id,
+        "key": exchange.key_name,
+        "key_hash": exchange.key if exchange.is_verified else "",
+        "route": record.route,
+        "model": record.model,
+        "status": end.status,
+        "outcome": end.outcome,
+        "job": record.state,
+        "pictures": record.pictures,
+        "width": record.width,
+        "height": record.height,
+        "pixels": record.pixels,
+        "steps": record.steps,
+        "attempts": record.attempts,
+        "received_bytes": end.received_bytes,
+        "sent_bytes": end.sent_bytes,
+        **{f"{stage}_ms": round(seconds * 1000, 1) for stage, seconds in record.stages.items()},
+        "total_ms": round(end.total_s * 1000, 1),
+    }
 
 
 def _preflight(exchange: Exchange, allow: str) -> dict[str, str]:

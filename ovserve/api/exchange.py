@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from ovserve.accounts import Holding
+from ovserve.api.record import End, Record
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError
 from ovserve.wire.blobs import Blob
@@ -90,6 +91,14 @@ class Exchange(Protocol):
         """Fields of the query, the first of each name."""
 
     @property
+    def record(self) -> Record:
+        """What the API notes of the request, for its end."""
+
+    @property
+    def key_name(self) -> str:
+        """Name of the request's named key; empty without one."""
+
+    @property
     def address(self) -> str:
         """Address of the peer."""
 
@@ -109,8 +118,14 @@ class Exchange(Protocol):
     def is_verified(self) -> bool:
         """Whether the key is one of the server's keys."""
 
-    def take_pictures(self, model: str, count: int) -> None:
-        """Count pictures for the request's key. Raises Forbidden and RateLimited when the key may not have them."""
+    def take_pictures(self, model: str, count: int, aliases: Collection[str] = ()) -> None:
+        """Count pictures for the request's key. Raises Forbidden and RateLimited when the key may not have them.
+
+        Args:
+            model: the model's name.
+            count: how many pictures.
+            aliases: other names of the model, by which the key may be limited to it.
+        """
 
     @property
     def holding(self) -> Holding | None:
@@ -268,3 +283,6 @@ class Api(Protocol[MatchT]):
 
     def count_refused(self, error: ApiError) -> None:
         """Count a request that was rejected with this error and did not reach `answer`."""
+
+    def note_end(self, exchange: Exchange, match: MatchT, end: End) -> None:
+        """Count a request whose response has been written, or could not be written. Called once for each exchange."""

@@ -17,7 +17,18 @@ from ovserve.errors import (
     RangeNotSatisfiable,
 )
 
-__all__ = ["edits", "file", "generations", "model", "model_statuses", "models", "page", "sdapi", "variations"]
+__all__ = [
+    "edits",
+    "file",
+    "generations",
+    "model",
+    "model_statuses",
+    "models",
+    "page",
+    "sdapi",
+    "unloading_status",
+    "variations",
+]
 
 Handler = Callable[["Service", Exchange, Mapping[str, str]], Reply]
 

@@ -34,7 +34,7 @@ from ovserve.errors import (
     StoreFull,
     StoreUnusable,
 )
-from ovserve.metrics import Metrics
+from ovserve.metrics import Metrics, exemplar_of
 from ovserve.models.catalog import Catalog
 from ovserve.settings.options import Settings
 from ovserve.wire.messages import Prepared, Progress
@@ -86,7 +86,7 @@ class Images:
                 return self._reply_stream(exchange, job, parameters)
             return self._reply_json(exchange, job, parameters)
         except BaseException:
-            self.end_job(job)
+            self.end_job(exchange, job)
             job.close()
             raise
 
@@ -148,9 +148,10 @@ class Images:
     def admit(self, exchange: Exchange, parameters: Parameters) -> Job:
         """Admit the job of a validated request. The caller calls `end_job` and closes the job. Raises ApiError."""
         exchange.note("model", parameters.model.name)
+        exchange.record.model = parameters.model.name
         if parameters.ignored:
             exchange.note("ignored", ignored_headers(parameters).get("x-ovserve-ignored", ""))
-        exchange.take_pictures(parameters.model.name, parameters.request.n)
+        exchange.take_pictures(parameters.model.name, parameters.request.n, parameters.model.limits.exact_aliases)
         job = Job(
             id=exchange.id,
             model=parameters.model.name,
@@ -159,6 +160,8 @@ class Images:
             deadline=Deadline.after(self._timeout_s(exchange, parameters)),
             holding=exchange.holding,
             keep_alive_s=parameters.keep_alive_s,
+            key_name=exchange.key_name,
+            is_traced=bool(exchange.record.trace_id),
         )
         try:
             self._dispatcher.admit(job)
@@ -187,22 +190,22 @@ class Images:
         check_range("x-timeout-s", timeout_s, None, self.settings.max_timeout_s, "this server")
         return timeout_s
 
-    def end_job(self, job: Job) -> None:
-        """Cancel a job if it is not settled, and count it. Its segments stay until it is closed."""
+    def end_job(self, exchange: Exchange, job: Job) -> None:
+        """Cancel a job if it is not settled, and count it, once. Its segments stay until it is closed."""
+        record, metrics = exchange.record, self._metrics
+        if record.state:
+            return
         if not job.is_settled:
             self._dispatcher.cancel(job)
-        self._metrics.jobs.labels(job.model, job.state.value).inc()
-        if job.state is State.DONE:
-            timings = job.timings
-            self._metrics.pictures.labels(job.model).inc(len(job.results))
-            stages = {
-                "queue": timings.dispatched_at - timings.admitted_at,
-                "prepare": timings.prepare_ms / 1000,
-                "denoise": timings.denoise_ms / 1000,
-                "finish": timings.finish_ms / 1000,
-            }
-            for stage, seconds in stages.items():
-                self._metrics.stages.labels(job.model, stage).observe(max(0.0, seconds))
+        record.note_job(job)
+        metrics.jobs.labels(job.model, record.state).inc()
+        metrics.pictures.labels(job.model).inc(record.pictures)
+        metrics.pixels.labels(job.model).inc(record.pixels)
+        is_done, exemplar = job.state is State.DONE, exemplar_of(record.trace_id)
+        for stage, seconds in record.stages.items() if is_done else (("queue", record.queue_s),):
+            metrics.stages.labels(job.model, stage, record.route, record.state).observe(seconds, exemplar)
+        if is_done and record.steps:
+            metrics.steps.labels(job.model).observe(record.denoise_s / record.steps, exemplar)
 
     # --- JSON reply -------------------------------------------------------------------------------------------------
 
@@ -215,7 +218,9 @@ class Images:
         prepared = check_done(job)
         urls = self._store_pictures(exchange, job, parameters) if parameters.response_format == "url" else None
         reply = images_reply(job, prepared, parameters, urls)
-        self.end_job(job)  # now and not with `reply.close`: a client that has its reply finds its job in the metrics
+        self.end_job(
+            exchange, job
+        )  # now and not with `reply.close`: a client that has its reply finds its job in the metrics
         if urls is not None:
             job.close()  # so that a client that reads slowly does not keep the pictures in the spool
         return reply
@@ -294,7 +299,7 @@ class Images:
                         yield ServerEvent("", [b"waiting"])
                         silent_until = Deadline.after(KEEP_ALIVE_S)
         finally:
-            self.end_job(job)
+            self.end_job(exchange, job)
             job.close()
 
     def _waiting_comment(self, job: Job) -> bytes:

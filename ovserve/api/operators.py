@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from ovserve import __version__
 from ovserve.api.control import load_reply, seconds_of, unload_reply, wait_until
 from ovserve.api.exchange import Exchange, FileReply, JsonReply, Reply
-from ovserve.api.handlers import model_statuses
-from ovserve.api.readiness import is_ready
+from ovserve.api.handlers import model_statuses, unloading_status
+from ovserve.api.readiness import awaited_models, is_ready
 from ovserve.api.reloads import ReloadStatus
 from ovserve.api.replies import json_reply
 from ovserve.api.service import Service
@@ -19,7 +19,6 @@ from ovserve.errors import (
     ReloadFailed,
     StartupError,
 )
-from ovserve.metrics import CONTENT_TYPE
 
 __all__ = [
     "config",
@@ -31,6 +30,7 @@ __all__ = [
     "reload",
     "reload_status",
     "server",
+    "startup",
     "status",
     "unload",
 ]
@@ -59,17 +59,31 @@ def live(_: Service, __: Exchange, ___: Mapping[str, str]) -> Reply:
     return json_reply({"live": True})
 
 
-def ready(api: Service, _: Exchange, __: Mapping[str, str]) -> Reply:
-    """Answer a readiness check: 200 or 503 with the state of each model."""
+def startup(api: Service, _: Exchange, __: Mapping[str, str]) -> Reply:
+    """Answer a startup check: 200 once the start is over; it stays so."""
+    if api.has_started or api.is_stopping:
+        return json_reply({"started": True, "waits_for": []})
+    waits_for = awaited_models(api.settings, api.catalog, model_statuses(api))
+    return json_reply({"started": False, "waits_for": waits_for}, 503, {"retry-after": "2"})
+
+
+def ready(api: Service, exchange: Exchange, __: Mapping[str, str]) -> Reply:
+    """Answer a readiness check: 200 or 503 with the state of each model; of chosen models with `model`."""
     statuses = model_statuses(api)
     draining = api.is_stopping or api.dispatcher.is_draining
-    ready = not draining and is_ready(api.settings, api.catalog, statuses)
+    if chosen := exchange.query.get("model"):
+        names = [api.catalog.find(name.strip()).name for name in chosen.split(",")]
+        statuses = {name: statuses.get(name) or unloading_status(name) for name in names}
+        ready = not draining and all(status.ready for status in statuses.values())
+    else:
+        ready = not draining and is_ready(api.settings, api.catalog, statuses)
+    pending = () if chosen else api.catalog.pending.values()
     document = {
         "ready": ready,
         "draining": draining,
         "models": {
             **{name: {"ready": status.ready, "reason": status.reason} for name, status in statuses.items()},
-            **{model.name: {"ready": False, "reason": model.reason} for model in api.catalog.pending.values()},
+            **{model.name: {"ready": False, "reason": model.reason} for model in pending},
         },
     }
     return json_reply(document, 200 if ready else 503, {} if ready else {"retry-after": "2"})
@@ -113,6 +127,8 @@ def status(api: Service, _: Exchange, __: Mapping[str, str]) -> Reply:
         statuses,
         api.dispatcher.worker_statuses(),
         api.last_errors,
+        counts=api.dispatcher.counts(),
+        memory_bytes={name: memory.used_bytes for name, memory in api.fleet.memory().items()},
         started_at=api.started_at,
         is_ready=not draining and is_ready(api.settings, api.catalog, statuses),
         is_draining=draining,
@@ -161,6 +177,6 @@ def server(_: Service, __: Exchange, ___: Mapping[str, str]) -> JsonReply:
     return json_reply({"name": "ovserve", "version": __version__})
 
 
-def metrics(api: Service, _: Exchange, __: Mapping[str, str]) -> Reply:
-    """Return the metrics in the Prometheus format."""
-    return FileReply(api.metrics.page(), CONTENT_TYPE)
+def metrics(api: Service, exchange: Exchange, __: Mapping[str, str]) -> Reply:
+    """Return the metrics in the Prometheus format, or as OpenMetrics."""
+    return FileReply(*api.metrics.page(exchange.header("accept") or ""))

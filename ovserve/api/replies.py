@@ -161,7 +161,8 @@ def partial_event(partial: Partial, prepared: Prepared, parameters: Parameters) 
         "created_at": int(time.time()),
         **_picture_fields(parameters, prepared),
         "partial_image_index": partial.index,
-        "seed": parameters.request.seed_of(partial.picture),  # identifies the picture if n > 1
+        "picture_index": partial.picture,
+        "seed": parameters.request.seed_of(partial.picture),
     }
     return _picture_event(kind, partial, fields)
 
@@ -172,6 +173,7 @@ def completed_event(result: Result, prepared: Prepared, parameters: Parameters) 
     fields: dict[str, Any] = {
         "created_at": int(time.time()),
         **_picture_fields(parameters, prepared),
+        "picture_index": result.picture,  # pictures can be finished in another order
         "seed": result.seed,
         "usage": _usage_of_picture(prepared, parameters, result.picture),
         **_client_fields(parameters),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from ovserve.api.debugging import change_log_level, jobs, log_level
 from ovserve.api.exchange import Exchange, FileReply, Reply
 from ovserve.api.handlers import Handler, edits, file, generations, model, models, page, sdapi, variations
 from ovserve.api.openapi import openapi_document
@@ -29,6 +30,7 @@ from ovserve.api.operators import (
     reload,
     reload_status,
     server,
+    startup,
     status,
     unload,
 )
@@ -197,8 +199,13 @@ ROUTES = (
             (("/v2/health/live", "/livez", "/ping"), "200 while the process responds.", live),
             (
                 ("/v2/health/ready", "/health", "/healthz", "/readyz"),
-                "200 when the models of `ready_models` are ready, else 503 with the reasons.",
+                "200 when the models of `ready_models`, or of `model` (query), are ready, else 503 with the reasons.",
                 ready,
+            ),
+            (
+                ("/v2/health/startup", "/startupz"),
+                "200 once the models of `ready_models` have been ready or have failed; 503 while the server starts.",
+                startup,
             ),
         )
         for path in paths
@@ -234,6 +241,32 @@ ROUTES = (
         "Reload the configuration. Needs an admin key or the admin listener. Waits for the new workers, at most "
         "`wait_s` seconds (query; 10): 200 when they serve, 202 when they still load, 500 when they failed.",
         reload,
+        prefixed=False,
+        is_admin=True,
+    ),
+    Route(
+        "GET",
+        "/v1/debug/jobs",
+        "Jobs that run and wait: since when, for which client and key, on which worker. Needs an admin key or the "
+        "admin listener.",
+        jobs,
+        prefixed=False,
+        is_admin=True,
+    ),
+    Route(
+        "GET",
+        "/v1/debug/log",
+        "Lowest level that is logged. Needs an admin key or the admin listener.",
+        log_level,
+        prefixed=False,
+        is_admin=True,
+    ),
+    Route(
+        "POST",
+        "/v1/debug/log",
+        "Change that level to `level` (query: `debug`, `info`, `warning` or `error`) in all processes, until the next "
+        "reload. Needs an admin key or the admin listener.",
+        change_log_level,
         prefixed=False,
         is_admin=True,
     ),

@@ -53,6 +53,8 @@ def status_document(
     workers: Sequence[WorkerStatus],
     errors: LastErrors,
     *,
+    counts: Mapping[str, Mapping[str, int]],
+    memory_bytes: Mapping[str, int],
     started_at: float,
     is_ready: bool,
     is_draining: bool,
@@ -63,6 +65,8 @@ def status_document(
         models: the status of each model by name.
         workers: the status of each worker.
         errors: the newest errors.
+        counts: what the workers of each model have counted (`wire.messages.COUNTS`).
+        memory_bytes: what the workers of each model take, as far as it was measured.
         started_at: monotonic instant at which the server started.
         is_ready: what the readiness check says.
         is_draining: whether the server is shutting down.
@@ -72,9 +76,21 @@ def status_document(
         "uptime_s": round(time.monotonic() - started_at, 1),
         "ready": is_ready,
         "draining": is_draining,
-        "models": [_rounded(status) for status in models.values()],
+        "models": [
+            {**_rounded(status), **_work(counts.get(name, {})), "memory_bytes": memory_bytes.get(name, 0)}
+            for name, status in models.items()
+        ],
         "workers": [_rounded(worker) for worker in workers],
         "errors": errors.newest(),
+    }
+
+
+def _work(counts: Mapping[str, int]) -> dict[str, float]:
+    """Return the denoising calls of a model since the server's start: their number, rows, and seconds together."""
+    return {
+        "calls": counts.get("calls", 0),
+        "rows": counts.get("rows", 0),
+        "call_s": round(counts.get("call_us", 0) / 1e6, 3),
     }
 
 

@@ -112,6 +112,7 @@ def measure(
     result, seeds, lock = Measurement(), iter(range(requests)), threading.Lock()
 
     def work() -> None:
+        """Send requests, one after the other, until none is left."""
         while True:
             with lock:
                 seed = next(seeds, None)

@@ -105,6 +105,11 @@ COMMANDS = {
             (ExitCode.OK, ExitCode.USAGE),
         ),
         Command(
+            "completion",
+            "Print a script that completes commands and options in bash, zsh or fish.",
+            (ExitCode.OK, ExitCode.USAGE),
+        ),
+        Command(
             "pull",
             "Download a model or an adapter from a hub, and convert the model if necessary.",
             (ExitCode.OK, ExitCode.USAGE, ExitCode.TRANSIENT),

@@ -13,6 +13,7 @@ from urllib.parse import quote, urlsplit
 from ovserve.cli.arguments import ArgumentParser, usage_error
 from ovserve.cli.commands import ExitCode
 from ovserve.cli.serve import report_error
+from ovserve.client.requests import DEFAULT_URL
 
 __all__ = ["run"]
 
@@ -31,15 +32,13 @@ class _Refused(Exception):
 def run(arguments: Sequence[str]) -> int:
     """Print the table, after the change that was asked for; return the exit code."""
     parser = ArgumentParser("models", _DESCRIPTION)
-    parser.add_argument(
-        "--url", default="http://127.0.0.1:8000", metavar="URL", help="the server. Default: %(default)s"
-    )
+    parser.add_argument("--url", default="", metavar="URL", help=f"the server. Default: $OVSERVE_URL, {DEFAULT_URL}")
     parser.add_argument("--load", default="", metavar="NAME", help="load this model")
     parser.add_argument("--unload", default="", metavar="NAME", help="unload this model")
     parser.add_argument("--wait_s", type=float, default=600.0, metavar="S", help="for a load. Default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print the server's document")
     values = parser.parse(arguments)
-    url = str(values["url"]).rstrip("/")
+    url = str(values["url"] or os.environ.get("OVSERVE_URL") or DEFAULT_URL).rstrip("/")
     if urlsplit(url).scheme not in ("http", "https"):
         usage_error(f"--url={url[:100]}: expected http://HOST:PORT")
     try:

@@ -82,6 +82,7 @@ def parse_requests(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     named = values["model_repository_path"] or next((environment[n] for n in ROOT_VARIABLES if environment.get(n)), "")
 
     def request(name: str, revision: str, adapter: str | None) -> PullRequest:
+        """Return the request for one repository: a model's, or an adapter's."""
         return PullRequest(
             repository=_checked("repository", name, check_repository),
             root=Path(str(named)).absolute() if named else default_root(),

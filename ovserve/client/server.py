@@ -140,7 +140,9 @@ class ImageServer:
         path = f"{self._prefix}/v1/images/{endpoint}"
         with _Exchange(self._connect(), "POST", path, headers, body) as reply:
             try:
-                return list(_streamed(reply, on_progress)) if streams else _listed(json.loads(reply.read()))
+                if not streams:
+                    return _listed(json.loads(reply.read()))
+                return sorted(_streamed(reply, on_progress), key=_index)  # each comes when it is finished
             except (OSError, http.client.HTTPException, ValueError) as error:
                 raise NoServer(f"the connection to {self.url} ended: {error or type(error).__name__}") from None
 
@@ -239,6 +241,11 @@ def _streamed(response: http.client.HTTPResponse, on_progress: Callable[[Progres
                 yield _picture(document)
     if not count:
         raise ValueError("no picture came")
+
+
+def _index(picture: Picture) -> int:
+    index = picture.fields.get("picture_index", 0)
+    return index if isinstance(index, int) else 0
 
 
 def _listed(document: Mapping[str, Any]) -> list[Picture]:

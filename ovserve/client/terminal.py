@@ -15,6 +15,9 @@ __all__ = ["ProgressLine", "picture_protocol", "shown_picture"]
 _BAR_CHARS = 24
 _CHUNK_CHARS = 4096  # of one escape sequence of the kitty protocol
 _ROWS = 18  # height of a shown picture
+PROTOCOLS = ("kitty", "iterm", "sixel")
+_SIXEL_TERMS = ("foot", "mlterm", "contour", "yaft")
+_KONSOLE_VERSION = "220400"  # the first with sixels
 
 
 class ProgressLine:
@@ -74,20 +77,35 @@ class ProgressLine:
 
 
 def picture_protocol(environment: Mapping[str, str]) -> str:
-    """Return how this terminal shows pictures: `kitty`, `iterm`, or "" if it is not known to."""
+    """Return how this terminal shows pictures: `kitty`, `iterm`, `sixel`, or "" if it is not known to.
+
+    OVSERVE_PICTURES overrides what the other variables say, for a terminal that has no name of its own, such as xterm.
+    """
+    chosen = environment.get("OVSERVE_PICTURES", "")
+    if chosen:
+        return chosen if chosen in PROTOCOLS else ""
     if environment.get("TMUX") or environment.get("STY"):
         return ""  # multiplexers drop these sequences
     program, term = environment.get("TERM_PROGRAM", ""), environment.get("TERM", "")
     if environment.get("KITTY_WINDOW_ID") or term in ("xterm-kitty", "xterm-ghostty") or program == "ghostty":
         return "kitty"
-    return "iterm" if program in ("iTerm.app", "WezTerm", "vscode") else ""
+    if program in ("iTerm.app", "WezTerm", "vscode"):
+        return "iterm"
+    shows_sixels = term.startswith(_SIXEL_TERMS) or environment.get("KONSOLE_VERSION", "") >= _KONSOLE_VERSION
+    return "sixel" if shows_sixels else ""
 
 
 def shown_picture(content: bytes, protocol: str, name: str = "") -> Iterator[str]:
     """Yield the escape sequences that show an encoded picture.
 
-    Sources: the kitty graphics protocol (PNG only, `f=100`), and iTerm2's inline images protocol (any format).
+    Sources: the kitty graphics protocol (PNG only, `f=100`), and iTerm2's inline images protocol (any format); sixels
+    are in `sixel`.
     """
+    if protocol == "sixel":
+        from ovserve.client.sixel import sixels  # noqa: PLC0415 - loads Pillow
+
+        yield from sixels(content)
+        return
     text = base64.b64encode(content).decode()
     if protocol == "kitty" and content.startswith(b"\x89PNG"):
         chunks = [text[start : start + _CHUNK_CHARS] for start in range(0, len(text), _CHUNK_CHARS)]

@@ -44,7 +44,7 @@ from ovserve.dispatch.model_queue import (
 from ovserve.dispatch.penalties import Penalties
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.dispatch.reports import ReportApplier
-from ovserve.dispatch.statuses import QueuePlace, WorkerStatus
+from ovserve.dispatch.statuses import JobStatus, QueuePlace, WorkerStatus
 from ovserve.errors import (
     ApiError,
     DeadlineExceeded,
@@ -59,13 +59,14 @@ from ovserve.logs import fields
 from ovserve.settings.options import Settings
 from ovserve.wire.blobs import BlobStore
 from ovserve.wire.link import Link
-from ovserve.wire.messages import Cancel, Message, Run, Stop
+from ovserve.wire.messages import Cancel, LogLevel, Message, Run, Stop
 
 __all__ = ["Dispatcher", "ModelStatus"]
 
 # Longest wait of one loop iteration, so that `polled_at` of a live loop is recent; also the interval of the checks for
 # stuck workers.
 _POLL_INTERVAL_S = 1.0
+MAX_SHOWN_JOBS = 1000
 _END_TIMEOUT_S = 10.0  # for the thread to settle the remaining jobs; it takes milliseconds
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class Dispatcher:
         self._poll.register(self._calls, select.POLLIN)
         self._workers: dict[int, AttachedWorker] = {}  # by the descriptor of their links
         self._stuck_checked_at = 0.0
+        self._log_level = settings.log_level  # of all workers
         self._is_closing = False
         self._allocator = Allocator(self._calls.put)
         self._reports = ReportApplier(spool, self._send, self._settle, self._note_ready, self._allocator)
@@ -181,11 +183,30 @@ class Dispatcher:
         with self._lock:
             return [model.status(unavailable_reason) for model in self._models.values()]
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return for each model what its workers have counted; see `ModelQueue.counts`."""
+        with self._lock:
+            return {name: dict(model.counts) for name, model in self._models.items()}
+
     def worker_statuses(self) -> list[WorkerStatus]:
         """Return the status of every attached worker at one moment, by model and slot."""
         with self._lock:
             workers = [worker.status() for model in self._models.values() for worker in model.workers]
         return sorted(workers, key=lambda worker: worker.name)
+
+    def job_statuses(self) -> tuple[list[JobStatus], int]:
+        """Return jobs in flight, those that run first, and how many were left out: only MAX_SHOWN_JOBS are returned."""
+        with self._lock:
+            workers = [worker for model in self._models.values() for worker in model.workers]
+            # A copy of each: the dispatcher thread removes ended jobs without the lock.
+            names = {ticket.job: worker.link.name for worker in workers for ticket in list(worker.assigned.values())}
+            jobs = sorted(self._in_flight, key=lambda job: (job not in names, job.timings.admitted_at))
+            shown = [_status_of(job, names.get(job, "")) for job in jobs[:MAX_SHOWN_JOBS]]
+        return shown, len(jobs) - len(shown)
+
+    def set_log_level(self, level: str) -> None:
+        """Change the level of the log in all workers, and in those that are attached later."""
+        self._calls.put(lambda: self._set_log_level(level))
 
     def place_of(self, job: Job) -> QueuePlace | None:
         """Return where a job is in its model's queue, or None if it is not queued."""
@@ -288,8 +309,8 @@ class Dispatcher:
             link: the link; only the dispatcher thread uses it from now on.
             settings: the settings that the worker was started with, if they differ from the newest.
         """
-        hang_limit_s = (settings or self._settings).hang_limit_s
-        self._calls.put(lambda: self._attach(link, hang_limit_s))
+        known = settings or self._settings
+        self._calls.put(lambda: self._attach(link, known))
 
     def retire(self, link: Link) -> None:
         """Dispatch no more jobs to a worker, effective on return, and command it to exit after its assigned jobs."""
@@ -424,18 +445,27 @@ class Dispatcher:
 
     # --- attached workers ---------------------------------------------------------------------------------------------
 
-    def _attach(self, link: Link, hang_limit_s: float) -> None:
+    def _attach(self, link: Link, settings: Settings) -> None:
         with self._lock:
             if model := self._models.get(link.model):
-                self._workers[link.readiness] = worker = AttachedWorker(link, model, hang_limit_s)
+                self._workers[link.readiness] = worker = AttachedWorker(link, model, settings.hang_limit_s)
                 model.workers.append(worker)
         if model is not None:
             self._poll.register(link.readiness, select.POLLIN)
+            if self._log_level != settings.log_level:
+                self._send(worker, LogLevel(self._log_level))
             return
         link.update(lost="model removed")
         link.close()
         if self.on_change:
             self.on_change()
+
+    def _set_log_level(self, level: str) -> None:
+        if level == self._log_level:
+            return
+        self._log_level = level
+        for worker in self._workers.values():
+            self._send(worker, LogLevel(level))
 
     def _find_worker(self, link: Link) -> AttachedWorker | None:
         return None if link.state.lost else self._workers.get(link.readiness)
@@ -523,6 +553,7 @@ class Dispatcher:
             return
         if was_read:
             log.warning("worker died with a job; job requeued", extra=fields(job=job.id, worker=link.name, why=why))
+            worker.model.counts["retried"] += 1
         job.drop_results(granted)
         with self._lock:
             if worker.model.failure:
@@ -560,6 +591,7 @@ class Dispatcher:
                 alone=ticket.must_run_alone,
                 client=ticket.address,
                 heavy=ticket.is_heavy,
+                traced=job.is_traced,
             )
             self._send(worker, command)
 
@@ -633,3 +665,21 @@ class Dispatcher:
                 worker.model.was_ready, worker.model.failure = True, ""
         if self.on_change:
             self.on_change()
+
+
+def _status_of(job: Job, worker: str) -> JobStatus:
+    return JobStatus(
+        id=job.id,
+        model=job.model,
+        state=job.state.value,
+        client=job.client.address,
+        key_name=job.key_name,
+        worker=worker,
+        attempts=job.attempts,
+        pictures=job.request.n,
+        pictures_done=len(job.results),
+        is_prepared=job.prepared is not None,
+        admitted_at=job.timings.admitted_at,
+        dispatched_at=job.timings.dispatched_at,
+        deadline_at=job.deadline.at,
+    )

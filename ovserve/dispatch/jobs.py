@@ -25,12 +25,13 @@ from ovserve.accounts import Holding
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError, SpoolFull
 from ovserve.wire.blobs import Segment
-from ovserve.wire.messages import Prepared, Progress
+from ovserve.wire.messages import Prepared, Progress, Span
 from ovserve.wire.request import ImageRequest
 
 __all__ = ["Job", "JobEvent", "Partial", "Result", "State"]
 
 
+MAX_SPANS = 4096  # of one job: ten pictures of a hundred steps, and as many for a second attempt
 _FULL_RETRY_S = 2  # descriptors are released as exchanges end
 
 
@@ -123,6 +124,8 @@ class Job:
     Attributes:
         id: unguessable; also the request id in the logs.
         client: the party that fair queueing counts the job for.
+        key_name: name of the client's named key, to show it; empty without one.
+        is_traced: whether workers report the times of its stages, into `spans`.
         keep_alive_s: how long its model stays after its last job; None: as the model's options say.
         attempts: how many times the job was dispatched to a worker.
         results: by picture number, added as they are reported.
@@ -137,6 +140,8 @@ class Job:
     request: ImageRequest
     deadline: Deadline
     keep_alive_s: float | None = None
+    key_name: str = ""
+    is_traced: bool = False
     state: State = State.QUEUED
     attempts: int = 0
     error: ApiError | None = None
@@ -146,6 +151,7 @@ class Job:
     wakeup: int = field(default_factory=_new_wakeup)
     holding: Holding | None = None
     has_uploads: bool = True
+    spans: list[Span] = field(default_factory=list)
     _events: deque[JobEvent] = field(default_factory=deque)
     _segments: list[Segment] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -201,6 +207,11 @@ class Job:
             self._events.append(event)
             if self.request.progress:
                 self._wake()
+
+    def add_span(self, span: Span) -> None:
+        """Keep the times of a stage, if the job is traced and has not too many."""
+        if self.is_traced and len(self.spans) < MAX_SPANS:
+            self.spans.append(span)
 
     def take_events(self) -> list[JobEvent]:
         """Return the events since the last call and clear `wakeup`. Runs in: handler thread."""

@@ -7,6 +7,7 @@ thread changes the jobs assigned to a worker.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,10 +15,10 @@ from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import Client, Job
 from ovserve.dispatch.queues import FairQueue, Ticket
 from ovserve.dispatch.statuses import QueuePlace, WorkerStatus
-from ovserve.errors import ModelFailed, NotReady, QueueFull
+from ovserve.errors import LinkGarbage, ModelFailed, NotReady, QueueFull
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.link import Link
-from ovserve.wire.messages import Done, Failed, Need, Picture, Prepared, Progress
+from ovserve.wire.messages import COUNTS, Counts, Done, Failed, Need, Picture, Prepared, Progress
 
 __all__ = [
     "MAX_RETRY_S",
@@ -105,6 +106,7 @@ class AttachedWorker:
         ended: ids of the last ended jobs, newest last, each with whether it failed.
         logged_phase: the last phase written to the log.
         attached_at: monotonic time at which it was attached.
+        counts: what it has counted, by its newest report.
     """
 
     link: Link
@@ -114,6 +116,7 @@ class AttachedWorker:
     ended: dict[str, bool] = field(default_factory=dict)
     logged_phase: str = ""
     attached_at: float = field(default_factory=time.monotonic)
+    counts: Counts = field(default_factory=Counts)
 
     @property
     def capacity(self) -> int:
@@ -164,6 +167,18 @@ class AttachedWorker:
             capacity=self.capacity,
             jobs_done=state.jobs_done,
         )
+
+    def note_counts(self, counts: Counts) -> None:
+        """Add what it has counted since its last report to the model's counts.
+
+        Raises:
+            LinkGarbage: a count has decreased.
+        """
+        added = {name: getattr(counts, name) - getattr(self.counts, name) for name in COUNTS}
+        if min(added.values()) < 0:
+            raise LinkGarbage(f"a count has decreased: {added}")
+        self.counts = counts
+        self.model.counts.update(added)
 
     def end_job(self, job: str, *, has_failed: bool) -> None:
         """Remove a job whose end the worker has reported."""
@@ -218,6 +233,8 @@ class ModelQueue:
         queues_first_load: whether jobs wait also while it loads for the first time, because a reload has added it.
         job_s: mean seconds that a job spends in a worker; 0 before the first.
         last_used_at: monotonic time at which its newest job was admitted or has ended; 0 before the first.
+        counts: what its workers have counted since the server's start, by name of COUNTS, and the jobs that were
+            `retried` because a worker died.
     """
 
     name: str
@@ -236,6 +253,7 @@ class ModelQueue:
     queues_first_load: bool = False
     job_s: float = 0.0
     last_used_at: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
 
     def take_next(self, is_delayed: Callable[[str], bool] = _is_never) -> tuple[AttachedWorker, Ticket] | None:
         """Remove the next job from the queue and return it with the least loaded worker for it.

@@ -124,6 +124,7 @@ class _Address:
         self._requeued.move_to_end(ticket.job, last=ticket.must_run_alone)
 
     def remove(self, job: Job) -> Ticket | None:
+        """Remove a job and return its ticket, or None if it does not wait here."""
         if (ticket := self._requeued.pop(job, None)) is not None:
             return ticket
         waiting = self._keys.get(job.client.key)

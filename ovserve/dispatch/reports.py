@@ -20,7 +20,20 @@ from ovserve.dispatch.queues import Ticket
 from ovserve.errors import ApiError, DeadlineExceeded, InternalError, LinkGarbage, SpoolFull, from_wire
 from ovserve.logs import fields
 from ovserve.wire.blobs import ROOM_WAIT_S, BlobStore, Segment
-from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Message, Need, Picture, Prepared, Progress, Ready
+from ovserve.wire.messages import (
+    Counts,
+    Done,
+    Failed,
+    Grant,
+    Heartbeat,
+    Message,
+    Need,
+    Picture,
+    Prepared,
+    Progress,
+    Ready,
+    Span,
+)
 
 __all__ = ["ReportApplier", "Settle"]
 
@@ -73,6 +86,13 @@ class ReportApplier:
             return
         if isinstance(message, Ready):
             self._on_ready(worker)
+            return
+        if isinstance(message, Counts):
+            worker.note_counts(message)
+            return
+        if isinstance(message, Span):
+            if traced := worker.assigned.get(message.job):  # else the job has ended
+                traced.job.add_span(message)
             return
         if not isinstance(message, Prepared | Progress | Need | Picture | Done | Failed):
             raise LinkGarbage(f"{message.kind!r} is not a message of a worker")

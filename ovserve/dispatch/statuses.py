@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["QueuePlace", "WorkerStatus"]
+__all__ = ["JobStatus", "QueuePlace", "WorkerStatus"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,41 @@ class WorkerStatus:
     jobs: int
     capacity: int
     jobs_done: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """One job in flight at one moment. The instants are monotonic.
+
+    Attributes:
+        id: the request id.
+        model: the model's name.
+        state: `queued` or `running`.
+        client: whose turn it takes: an address, or the fingerprint of a key.
+        key_name: name of its key; empty without a named one.
+        worker: the worker that it is assigned to; empty while it is queued.
+        attempts: how many workers it was given to.
+        pictures: how many were asked for.
+        pictures_done: how many of them are finished.
+        is_prepared: a worker has prepared it.
+        admitted_at: when it was admitted.
+        dispatched_at: when it was given to a worker; 0 before.
+        deadline_at: its deadline.
+    """
+
+    id: str
+    model: str
+    state: str
+    client: str
+    key_name: str
+    worker: str
+    attempts: int
+    pictures: int
+    pictures_done: int
+    is_prepared: bool
+    admitted_at: float
+    dispatched_at: float
+    deadline_at: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ovserve.errors import ApiError
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import Resolution
+from ovserve.wire.messages import Counts
 from ovserve.wire.request import ImageRequest
 
 __all__ = [
@@ -41,6 +42,8 @@ LARGE_DENOISER_BYTES = 1 << 30  # a step at 1024 pixels takes seconds from here 
 CLIP_WINDOW = 77  # tokens that CLIP's text encoder reads, start and end tokens included: arXiv:2103.00020, section 2.4
 
 Pixels = NDArray[np.uint8]
+
+OnSpan = Callable[[str, float, float, int], None]
 
 _NO_REQUEST = ImageRequest(task="generation", prompt="")  # of work that no client requested: every value is the default
 
@@ -66,6 +69,8 @@ class Work:
         previews: steps (1-based) after which `on_preview` is to get an estimate of the final picture.
         on_step: called after each step with (step, steps); may be called from another thread; must not raise.
         on_preview: called with an estimate, where possible without delaying the next step.
+        on_span: called with (stage, monotonic begin, monotonic end, rows) when a stage of the picture has ended: text,
+            encode, call, decode. None for work that is not traced. May be called from other threads; must not raise.
         cancelled: set when the picture is not needed any more; the engine stops at the next step.
         request: the request of the picture. An engine reads from it each value that preparation passes on unchanged and
             that has no attribute here, so that a new request field needs no new attribute.
@@ -96,6 +101,7 @@ class Work:
     previews: frozenset[int] = frozenset()
     on_step: Callable[[int, int], None] | None = None
     on_preview: Callable[[Preview], None] | None = None
+    on_span: OnSpan | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     request: ImageRequest = _NO_REQUEST
 
@@ -144,6 +150,9 @@ class Engine(Protocol):
     capacity: int  # pictures in flight at once; known after `load`
     features: Features
     tuned: dict[str, int]  # options that `load` chose by measuring; the next incarnation must use the same
+
+    def counts(self) -> Counts:
+        """Return what it has counted since its creation. Thread-safe."""
 
     def load(self, beat: Callable[[str], None]) -> None:
         """Read and compile the model, then make one real picture.

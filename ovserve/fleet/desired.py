@@ -63,7 +63,9 @@ class DesiredModel:
     @property
     def worker_key(self) -> tuple[Any, ...]:
         """What workers are started with: records with equal keys can keep each other's workers."""
-        return self.profile, self.model_of_workers, WorkerSettings.of(self.settings), self.files
+        # The level of the log is changed in a running worker.
+        settings = dataclasses.replace(WorkerSettings.of(self.settings), log_level="")
+        return self.profile, self.model_of_workers, settings, self.files
 
 
 def desired_models(settings: Settings, profiles: Mapping[str, ModelProfile]) -> dict[str, DesiredModel]:

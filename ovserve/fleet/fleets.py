@@ -17,8 +17,11 @@ from ovserve.settings.options import ModelSettings, Settings
 from ovserve.wire.launcher import WorkerProcess
 from ovserve.wire.link import Link
 
-__all__ = ["Fleet", "Slot", "load_failure"]
+__all__ = ["DEATH_CAUSES", "Fleet", "Slot", "load_failure"]
 
+# Why a worker died: its model could not be loaded; it was killed for its memory, for its silence, or because it did not
+# exit in time; the dispatcher has detached it for what it sent, or did not do; or it ended by itself.
+DEATH_CAUSES = ("load", "memory", "hang", "overdue", "broken", "crash")
 _LOADING = frozenset({"spawn", "load", "warm-up"})
 _JITTER = (0.75, 1.25)  # so that replicas that died together do not restart at the same moment
 _TUNABLE = ("threads", "streams", "max_batch")  # options where 0 means that the worker chooses at warm-up
@@ -38,6 +41,7 @@ class Slot:
         is_retired: the worker gets no more jobs, and is not restarted.
         kill_at: when the worker will be killed.
         kill_reason: why it was killed, or will be.
+        kill_cause: the same as one of DEATH_CAUSES.
         write_off_at: when the worker is written off, if it survives SIGKILL until then.
         used_bytes: memory that the worker took when it was last measured.
         peak_bytes: the most that was measured of this incarnation.
@@ -57,6 +61,7 @@ class Slot:
     is_retired: bool = False
     kill_at: float = float("inf")
     kill_reason: str = ""
+    kill_cause: str = ""
     is_killed: bool = False
     write_off_at: float = float("inf")
     exit_reason: str = ""
@@ -84,7 +89,7 @@ class Slot:
         """Record a new incarnation."""
         self.process, self.link = process, link
         self.started_at, self.ready_at, self.kill_at, self.write_off_at = now, 0.0, float("inf"), float("inf")
-        self.is_killed, self.kill_reason, self.exit_reason = False, "", ""
+        self.is_killed, self.kill_reason, self.kill_cause, self.exit_reason = False, "", "", ""
         self.used_bytes, self.peak_bytes, self.measure_at = 0, 0, 0.0
 
     def clear(self) -> None:
@@ -109,8 +114,10 @@ class Slot:
         allow_s = min(link.state.allow_s, settings.load_timeout_s)  # the worker is not trusted
         return max(settings.idle_hang_limit_s if link.state.phase == "idle" else settings.hang_limit_s, allow_s)
 
-    def exceeded_limit(self, link: Link, silence_s: float, resident_bytes: int, default_limit_bytes: int) -> str:
-        """Return which limit the worker exceeds, as the reason to kill it, or "".
+    def exceeded_limit(
+        self, link: Link, silence_s: float, resident_bytes: int, default_limit_bytes: int
+    ) -> tuple[str, str]:
+        """Return which limit the worker exceeds: the cause of its death, and the reason in words; both may be empty.
 
         Args:
             link: the worker's.
@@ -121,10 +128,21 @@ class Slot:
         limit_s = self.silence_limit_s(link)
         limit_bytes = self.fleet.model.memory_limit_bytes or default_limit_bytes
         if silence_s > limit_s and not link.state.lost:
-            return f"hung: no heartbeat for {silence_s:.1f} s in phase {link.state.phase}, {limit_s:g} s allowed"
+            return (
+                "hang",
+                f"hung: no heartbeat for {silence_s:.1f} s in phase {link.state.phase}, {limit_s:g} s allowed",
+            )
         if resident_bytes > limit_bytes:
-            return f"memory: {resident_bytes >> 20} MiB resident, {limit_bytes >> 20} MiB allowed"
-        return ""
+            return "memory", f"memory: {resident_bytes >> 20} MiB resident, {limit_bytes >> 20} MiB allowed"
+        return "", ""
+
+    def death_cause(self, link: Link) -> str:
+        """Return which of DEATH_CAUSES the death of its worker counts for."""
+        if load_failure(link):
+            return "load"
+        if link.state.is_broken:
+            return "broken"
+        return self.kill_cause or "crash"
 
     def backoff_s(self) -> float:
         """Return the delay before the next start: doubled with each death in a row, with jitter.

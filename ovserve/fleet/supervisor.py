@@ -108,6 +108,7 @@ class Supervisor:
         self._written_off: list[tuple[WorkerProcess, Fleet]] = []  # survived SIGKILL
         self._incarnations: dict[tuple[str, int], int] = {}
         self._restarts: Counter[str] = Counter()
+        self._deaths: Counter[tuple[str, str]] = Counter()  # by model and cause
         self._calls: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._stop_by: Deadline | None = None
@@ -166,6 +167,20 @@ class Supervisor:
         """Return for each model how many workers have died or been killed since the start, without retired ones."""
         return {name: self._restarts[name] for name in self._dispatcher.models()}
 
+    def deaths(self) -> dict[tuple[str, str], int]:
+        """Return how many workers have died or been killed since the start, by model and one of `DEATH_CAUSES`."""
+        names = set(self._dispatcher.models())
+        return {key: count for key, count in dict(self._deaths).items() if key[0] in names}
+
+    def process_memory(self) -> dict[str, int]:
+        """Return the measured memory of the server itself (`server`) and of each worker, by `MODEL/INDEX`."""
+        found = {"server": self._overhead_bytes}
+        for fleet in self._reconciler.fleets():
+            for slot in list(fleet.slots):
+                name = f"{fleet.name}/{slot.index}"
+                found[name] = found.get(name, 0) + slot.used_bytes  # a reload has two fleets for a while
+        return found
+
     def reload(self, settings: Settings, profiles: Mapping[str, ModelProfile]) -> None:
         """Make the workers agree with these settings.
 
@@ -223,6 +238,15 @@ class Supervisor:
     def unloads(self) -> dict[str, int]:
         """Return for each model how often it was unloaded while it stayed in the configuration."""
         return {name: self._unloads[name] for name in self._dispatcher.models()}
+
+    def log_stacks(self) -> None:
+        """Make the workers write the stacks of their threads into the log. Does not wait."""
+
+        def ask() -> None:
+            for process in self._live_processes():
+                process.log_stacks()
+
+        self._queue_call(ask)
 
     def wait_reloaded(self, deadline: Deadline) -> bool:
         """Wait until all reloads are complete and the old workers have exited; return False at the deadline."""
@@ -457,9 +481,11 @@ class Supervisor:
         silence_s = self._dispatcher.polled_at - max(link.state.beat_at, self._ignore_silence_before)
         resident = process.resident_bytes()
         if now >= slot.kill_at:
-            self._kill(slot, slot.kill_reason or "did not exit within its grace period")
-        elif reason := slot.exceeded_limit(link, silence_s, resident, process.machine_bytes() * 3 // 4):
-            self._kill(slot, reason)
+            self._kill(slot, "overdue", slot.kill_reason or "did not exit within its grace period")
+            return
+        cause, reason = slot.exceeded_limit(link, silence_s, resident, process.machine_bytes() * 3 // 4)
+        if cause:
+            self._kill(slot, cause, reason)
 
     def _note_ready(self, slot: Slot, now: float) -> None:
         fleet, link = slot.fleet, slot.link
@@ -477,10 +503,10 @@ class Supervisor:
             extra=fields(worker=link.name, seconds=took_s, engine=found.engine, why=found.why, capacity=found.capacity),
         )
 
-    def _kill(self, slot: Slot, reason: str) -> None:
+    def _kill(self, slot: Slot, cause: str, reason: str) -> None:
         if slot.process is None or slot.link is None or slot.is_killed:
             return
-        slot.is_killed, slot.kill_reason = True, reason
+        slot.is_killed, slot.kill_reason, slot.kill_cause = True, reason, cause
         self._dispatcher.retire(slot.link)  # no jobs from now on: the process may take long to exit
         slot.process.kill()
         slot.write_off_at = time.monotonic() + slot.fleet.settings.terminate_timeout_s
@@ -548,6 +574,7 @@ class Supervisor:
         failed_before = fleet.failure
         fleet.note_death(slot, link, reason, now)
         self._restarts[fleet.name] += 1
+        self._deaths[fleet.name, slot.death_cause(link)] += 1
         delay_s = slot.backoff_s()
         slot.restart_at = now + delay_s
         log.warning(

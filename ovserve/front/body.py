@@ -48,9 +48,6 @@ class Body:
             required_rate: the bytes a second that what the client holds requires now; a higher one than
                 `min_body_bytes_per_s` replaces it.
             check_ended: raises the ApiError with which the request was ended; called like `is_draining`.
-
-        Raises:
-            ContentTooLarge: Content-Length is above `max_body_bytes`.
         """
         self._transport = transport
         self._grace_s = settings.body_grace_s
@@ -66,8 +63,16 @@ class Body:
         self.expected = None if head.is_chunked else head.content_length or 0
         self._remaining = self.expected or 0
         self.received = 0
-        if self._remaining > settings.max_body_bytes:
-            raise ContentTooLarge(f"the body is larger than {settings.max_body_bytes} bytes")
+        self._max_bytes = settings.max_body_bytes
+
+    def check_size(self) -> None:
+        """Check the announced size. Separate from the construction: a client without access gets that error first.
+
+        Raises:
+            ContentTooLarge: Content-Length is above `max_body_bytes`.
+        """
+        if self.expected is not None and self.expected > self._max_bytes:
+            raise ContentTooLarge(f"the body is larger than {self._max_bytes} bytes")
 
     @property
     def is_complete(self) -> bool:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from ovserve.accounts import Holding
+from ovserve.api.record import CLIENT_GONE, End
 from ovserve.deadline import Deadline
 from ovserve.errors import ApiError, InternalError, LengthRequired, SpoolFull, UnsupportedMediaType
 from ovserve.front.body import Body
@@ -24,7 +25,6 @@ __all__ = ["CLIENT_GONE", "HttpExchange", "log_access", "log_bug"]
 
 # Of an unread body, so much is read and dropped to keep the connection; beyond it, the connection is closed.
 MAX_DISCARD_BYTES = 64 * 1024
-CLIENT_GONE = 499  # status in the log when the client left before it was answered
 ENDED_RETRY_S = 2  # Retry-After of a request that gave way to another client
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,9 @@ class HttpExchange(Request):
         self._form: SpooledForm | None = None
         self.body: Body | None = None
         self.status = 0  # of the response whose head has been written
+        self.begun_at = time.perf_counter()  # with the head of the request
+        self._body_s: tuple[float, float] | None = None  # from then to the begin and the end of reading the form
+        self.headers_s: float | None = None  # from then to the head of the response
         self.error: ApiError | None = None  # sent to the client, as a response or as the last event of a stream
         self.keeps_connection = head.keep_alive
         self.is_rejected = False  # with an error after which the bytes that follow cannot be parsed reliably
@@ -93,6 +96,22 @@ class HttpExchange(Request):
         """Return the fields of the response that say what is left of the key's limits."""
         return self.grant.fields() if self.grant is not None else {}
 
+    def begin_response(self, status: int) -> None:
+        """Note that the head of the response is about to be sent."""
+        self.status, self.headers_s = status, time.perf_counter() - self.begun_at
+
+    def end(self, sent: int) -> End:
+        """Return how the exchange has ended, after `sent` bytes of a response."""
+        has_failed_stream = self.status == 200 and self.error is not None
+        return End(
+            status=self.error.status if self.error is not None and has_failed_stream else self.status,
+            received_bytes=self.body.received if self.body is not None else 0,
+            sent_bytes=sent,
+            body_s=self._body_s,
+            headers_s=self.headers_s,
+            total_s=time.perf_counter() - self.begun_at,
+        )
+
     def check_ended(self) -> None:
         """Raise the error with which the exchange has to end early, if it has to."""
         if self.ended_by is not None:
@@ -116,7 +135,12 @@ class HttpExchange(Request):
                 raise LengthRequired("the request has neither content-length nor transfer-encoding; send one of them")
             if self.body is None:
                 raise ValueError("the exchange has ended")
-            self._form = read_form(self.body, self.header("content-type"), self._spool, self._settings, self.holding)
+            started = time.perf_counter()
+            try:
+                kind = self.header("content-type")
+                self._form = read_form(self.body, kind, self._spool, self._settings, self.holding)
+            finally:
+                self._body_s = started - self.begun_at, time.perf_counter() - self.begun_at
         return self._form
 
     def wait(self, descriptor: int, deadline: Deadline) -> bool:
@@ -181,15 +205,18 @@ def log_bug(exchange: HttpExchange, error: Exception) -> InternalError:
     return internal_error(exchange.id)
 
 
-def log_access(exchange: HttpExchange, sent: int, started: float) -> None:
+def log_access(exchange: HttpExchange, end: End) -> None:
     """Log one line for a request. The path stays percent-encoded, which makes it safe to log."""
     log_fields: dict[str, object] = {
-        "bytes": sent,
-        "ms": round((time.perf_counter() - started) * 1000, 1),
+        "bytes": end.sent_bytes,
+        "ms": round(end.total_s * 1000, 1),
         "id": exchange.id,
         "address": exchange.address,
         **exchange.notes,
     }
+    if exchange.record.state:
+        log_fields["pictures"] = exchange.record.pictures
+        log_fields |= {f"{stage}_ms": round(s * 1000, 1) for stage, s in exchange.record.stages.items()}
     if exchange.key:
         log_fields["key"] = exchange.key
     if exchange.grant is not None:

@@ -36,6 +36,7 @@ from ovserve.front.context import ConnectionContext
 from ovserve.front.exchange import CLIENT_GONE, HttpExchange, log_access, log_bug
 from ovserve.front.http1.events import encode_event
 from ovserve.front.http1.head import METHODS, Head, HeadParser
+from ovserve.front.http1.proxyheader import ProxyHeader
 from ovserve.front.http1.response import (
     CONTINUE,
     JSON_TYPE,
@@ -104,7 +105,7 @@ class Connection:
     def serve(self) -> None:
         """Serve exchanges until the connection ends. Handles every error that a client can cause."""
         try:
-            if not self.transport.is_secure or self._shake_hands():
+            if self._read_proxy_header() and (not self.transport.is_secure or self._shake_hands()):
                 while self._serve_one():
                     pass
                 self.transport.end()
@@ -112,6 +113,32 @@ class Connection:
             log.debug("connection lost", extra=fields(address=self._address, why=str(gone)))
         finally:
             self._clear_idle()
+
+    def _read_proxy_header(self) -> bool:
+        """Read the header of the PROXY protocol, if the peer sends one; return whether the connection goes on.
+
+        From then on, the client's address counts in place of the proxy's. Raises ClientGone.
+        """
+        if not self._context.proxies.sends_header(self._address):
+            return True
+        header, plain = ProxyHeader(), Transport(self._socket, self.settings.write_timeout_s)
+        end = time.monotonic() + self.settings.head_timeout_s
+        try:
+            while header.wanted:
+                buffer = memoryview(bytearray(header.wanted))
+                count = plain.fill(buffer, end - time.monotonic())
+                if not count:
+                    return False
+                header.feed(bytes(buffer[:count]))
+        except TimeoutError:
+            return False  # as for a client that sends nothing
+        except MalformedRequest as error:
+            self._reject(error, is_answered=not self.transport.is_secure)
+            return False
+        self._address = header.address or self._address
+        self._network = network_of(self._address)
+        self.place.move(self._network)
+        return True
 
     def _shake_hands(self) -> bool:
         """Complete the handshake of TLS; return whether it succeeded. Raises ClientGone."""
@@ -200,7 +227,6 @@ class Connection:
         self._is_first = False
         match: RouteMatch = self._context.api.match(head.method, head.path)
         self.in_flight = True
-        started = time.perf_counter()
         exchange = HttpExchange(
             head,
             self._context.proxies.client_address(self._address, head.fields),
@@ -224,8 +250,10 @@ class Connection:
                 self._exchange = None
             self.place.move(self._network)
             self.in_flight = False
+            end = exchange.end(sent)
+            self._context.api.note_end(exchange, match, end)
             if log.isEnabledFor(logging.INFO):
-                log_access(exchange, sent, started)
+                log_access(exchange, end)
         return self._finish_exchange(exchange)
 
     def _read_head(self) -> Head | None:
@@ -286,6 +314,8 @@ class Connection:
                     check_ended=exchange.check_ended,
                 )
             self._check_access(exchange, match)
+            if exchange.body is not None:
+                exchange.body.check_size()
             self.place.move(exchange.client)
             reply = SERVER_OPTIONS if head.path == "*" else self._context.api.answer(exchange, match)
             try:
@@ -389,7 +419,7 @@ class Connection:
         has_content = exchange.method != "HEAD" and status not in NO_CONTENT
         batches = _batches([head, *chunks] if has_content else [head])
         first = next(batches)  # before anything is sent, so that a failure can still become an error response
-        exchange.status = status
+        exchange.begin_response(status)
         return self.transport.send_batches(itertools.chain([first], batches))
 
     def _write_stream(self, exchange: HttpExchange, reply: StreamReply) -> int:
@@ -408,7 +438,7 @@ class Connection:
             headers={**STREAM_FIELDS, **exchange.key_fields(), **reply.headers},
             origin=exchange.header("origin"),
         )
-        exchange.status = 200
+        exchange.begin_response(200)
         if exchange.method == "HEAD":
             return self.transport.send([head])
         sent = self.transport.send([head])
@@ -428,20 +458,28 @@ class Connection:
         if not self.transport.has_pending:
             self.transport.send([CONTINUE])
 
-    def _reject(self, error: ApiError) -> None:
-        """Answer a malformed or late head, and linger so that the client receives the answer. Raises ClientGone."""
+    def _reject(self, error: ApiError, *, is_answered: bool = True) -> None:
+        """Answer a malformed or late head, and linger so that the client receives the answer. Raises ClientGone.
+
+        Args:
+            error: what is wrong.
+            is_answered: whether the client can read an answer; before a TLS handshake it cannot.
+        """
         request_id = new_request_id()
         self._context.api.count_refused(error)
         self.in_flight = True
+        sent = 0
         try:
-            sent = self.transport.send(self._responses.closing_error(error, request_id))
+            if is_answered:
+                sent = self.transport.send(self._responses.closing_error(error, request_id))
         finally:
             self.in_flight = False
         why = escape_for_log(error.message)
         self._context.rejections.log(
             log, logging.INFO, "rejected %d", error.status, bytes=sent, id=request_id, address=self._address, why=why
         )
-        self._linger()
+        if is_answered:
+            self._linger()
 
 
 def _batches(chunks: Iterable[Chunk]) -> Iterator[list[bytes | memoryview]]:

@@ -17,9 +17,9 @@ import os
 import select
 import socket
 import socketserver
-import stat
 import threading
 import time
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from typing import Any
 
@@ -36,8 +36,9 @@ from ovserve.front.linger import Linger
 from ovserve.front.overflow import Overflow, too_many_connections
 from ovserve.front.request import network_of
 from ovserve.front.tls import Certificates, read_certificates
+from ovserve.front.unixsocket import bind_unix, owner_of
 from ovserve.logs import LogLimit, fields
-from ovserve.settings.access import ListenAddress, parse_listen
+from ovserve.settings.access import UNIX_PEER, ListenAddress, parse_listen
 from ovserve.settings.options import Settings
 from ovserve.wire.blobs import BlobStore
 
@@ -51,8 +52,6 @@ MIN_QUIET_S = 1.0
 KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # seconds, seconds, probes
 EXHAUSTED_PAUSE_S = 0.05  # before the next attempt to accept when no spare descriptor could be opened
 PRIVATE_MODE = 0o600  # of the admin listener's Unix socket: who may open it needs no key
-UNIX_PEER = "unix"  # in place of an address
-_PROBE_S = 1.0  # for a process that listens on the Unix socket to accept a connection
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 log = logging.getLogger(__name__)
@@ -107,7 +106,8 @@ class Listener(ThreadingHTTPServer):
         self.api = api
         self.spool = spool
         self.responses = Responses(settings)
-        self.proxies = TrustedProxies(settings)
+        # Operators' tools connect to the admin listener directly.
+        self.proxies = TrustedProxies(settings if admin is None else replace(settings, proxy_protocol=False))
         self.rejections = LogLimit("rejected connections")
         self._exhaustion = LogLimit("out of file descriptors")
         self._origins, self._refused_origins = OriginRule(settings), RefusedOrigins()
@@ -160,8 +160,10 @@ class Listener(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind without the standard library's lookup of the host's full name, which can wait for a name server."""
         if self._is_socket:
-            mode = PRIVATE_MODE if self.is_admin else int(self.settings.socket_mode, 8)
-            _bind_socket(self.socket, self.host, mode)
+            mode, owner = PRIVATE_MODE, (-1, -1)
+            if not self.is_admin:
+                mode, owner = int(self.settings.socket_mode, 8), owner_of(self.settings)
+            bind_unix(self.socket, self.host, mode, owner)
             self._socket_file = os.lstat(self.host)
             return
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted sockets inherit these
@@ -474,29 +476,3 @@ class ListenerGroup:
     def connections(self) -> list[tuple[Listener, Connection]]:
         """Return the connections that have not been evicted, each with its listener."""
         return [(listener, each) for listener in self.listeners for each in listener._candidates()]
-
-
-def _bind_socket(listening: socket.socket, path: str, mode: int) -> None:
-    """Bind a Unix socket whose file has this mode; a socket file that no process listens on is replaced.
-
-    Raises:
-        OSError: the path is in use, or something else than a socket.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise OSError(errno.EEXIST, "exists and is not a socket")
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(_PROBE_S)  # a stopped process with a full backlog would keep the start waiting
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-            except (TimeoutError, BlockingIOError):
-                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
-            else:
-                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    old = os.umask(0o777 & ~mode)
-    try:
-        listening.bind(path)
-    finally:
-        os.umask(old)

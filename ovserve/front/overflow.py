@@ -23,9 +23,10 @@ from typing import NoReturn
 
 from ovserve.api.exchange import Chunk, Form, JsonReply, RouteMatch, StreamReply, windows_of
 from ovserve.deadline import Deadline
-from ovserve.errors import ApiError, ClientGone, TooManyConnections
+from ovserve.errors import ApiError, ClientGone, MalformedRequest, TooManyConnections
 from ovserve.front.context import ConnectionContext
 from ovserve.front.http1.head import HeadParser
+from ovserve.front.http1.proxyheader import ProxyHeader
 from ovserve.front.http1.response import JSON_TYPE
 from ovserve.front.request import Request, escape_for_log, internal_error, network_of, new_request_id
 from ovserve.front.tls import TlsSocket, log_failed_handshake
@@ -60,13 +61,18 @@ class _ExemptExchange(Request):
 
 
 class _OverflowConnection:
-    """One connection and its state: a TLS handshake while `is_open` is false, then HEAD while `answer` is None."""
+    """One connection and its state.
+
+    A PROXY header while `proxy_header` is not None, a TLS handshake while `is_open` is false, then HEAD while `answer`
+    is None.
+    """
 
     def __init__(self, connection: socket.socket, address: str, context: ConnectionContext) -> None:
         self.socket = connection
         certificates = context.certificates
         self.stream = certificates.wrap(connection) if certificates else connection
         self.is_open = certificates is None
+        self.proxy_header = ProxyHeader() if context.proxies.sends_header(address) else None
         self.address = address
         self.network = network_of(address)
         self.deadline = time.monotonic() + context.settings.overflow_timeout_s
@@ -171,6 +177,8 @@ class Overflow:
     def _advance(self, connection: _OverflowConnection) -> None:
         """Do what the connection's state allows without blocking."""
         try:
+            if connection.proxy_header is not None:
+                _read_proxy_header(connection, connection.proxy_header)
             if not connection.is_open and isinstance(connection.stream, TlsSocket):
                 connection.is_open = connection.stream.advance_handshake()
                 if not connection.is_open:
@@ -180,6 +188,11 @@ class Overflow:
             self._write(connection)
         except BlockingIOError:
             return
+        except MalformedRequest as error:  # of the PROXY header
+            self._context.api.count_refused(error)
+            why = escape_for_log(error.message)
+            self._context.rejections.log(log, logging.INFO, "rejected 400", address=connection.address, why=why)
+            self._close(connection)
         except ssl.SSLError as error:
             log_failed_handshake(self._context.rejections, connection.address, error)
             self._close(connection)
@@ -278,3 +291,21 @@ class Overflow:
         self._connections.pop(connection.socket.fileno(), None)
         with contextlib.suppress(OSError):
             self._poll.unregister(connection.socket)
+
+
+def _read_proxy_header(connection: _OverflowConnection, header: ProxyHeader) -> None:
+    """Receive the header of the PROXY protocol; from then on, the client's address counts.
+
+    Raises:
+        BlockingIOError: it is not complete.
+        MalformedRequest: it is malformed.
+        ClientGone: the connection has ended before.
+    """
+    while header.wanted:
+        data = connection.socket.recv(header.wanted, socket.MSG_DONTWAIT)
+        if not data:
+            raise ClientGone("the proxy closed the connection in its PROXY header")
+        header.feed(data)
+    connection.proxy_header = None
+    connection.address = header.address or connection.address
+    connection.network = network_of(connection.address)

@@ -7,12 +7,13 @@ import binascii
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from ipaddress import IPv6Address, IPv6Network
 from urllib.parse import parse_qsl
 
 from ovserve.accounts import Holding
+from ovserve.api.record import Record
 from ovserve.errors import InternalError
 from ovserve.front.http1.head import Head
 from ovserve.grants import Grant
@@ -40,6 +41,7 @@ class Request:
         is_secure: whether it has arrived over TLS.
         is_verified: whether the request has a configured API key; set by `Keys.check`.
         grant: what its named key may do; None without one. Set by `Keys.check`.
+        record: what the API notes for the end of the request.
         notes: fields that the API adds to the log line of the request.
     """
 
@@ -52,6 +54,7 @@ class Request:
         self.address = address
         self.is_verified = False
         self.grant: Grant | None = None
+        self.record = Record()
         self.notes: dict[str, str] = {}
 
     @cached_property
@@ -73,10 +76,15 @@ class Request:
         """Whose shares the request counts for: its API key if it is verified, else the network."""
         return self.key if self.is_verified else self.network
 
-    def take_pictures(self, model: str, count: int) -> None:
+    @property
+    def key_name(self) -> str:
+        """Name of the request's named key; empty without one."""
+        return self.grant.name if self.grant is not None else ""
+
+    def take_pictures(self, model: str, count: int, aliases: Collection[str] = ()) -> None:
         """Count pictures for the named key. Raises Forbidden and RateLimited."""
         if self.grant is not None:
-            self.grant.take_pictures(model, count)
+            self.grant.take_pictures(model, count, aliases)
 
     @property
     def holding(self) -> Holding | None:

@@ -67,6 +67,7 @@ class ModelProfile:
         scheduling: the model's own scheduler.
         defaults: values for fields that a request leaves out.
         presets: the presets that the model declares: `quality` name to the fields it sets.
+        engine: the engine of `classes.ENGINES` that serves it.
         cuts_prompt: a prompt that is too long is cut, unless the request or the operator says otherwise.
         drops_unknown_words: where a prompt may be cut, words without a token of their own are left out of it.
         vae: the directory whose `vae_decoder` and `vae_encoder` replace the model's, or None.
@@ -94,6 +95,7 @@ class ModelProfile:
     scheduling: Scheduling
     defaults: Defaults
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    engine: str = ""
     cuts_prompt: bool = False
     drops_unknown_words: bool = False
     denoiser_multiple_px: int = 1
@@ -106,7 +108,13 @@ class ModelProfile:
 
     def preset(self, quality: str) -> Preset:
         """Return the values of a `quality` preset (low, medium or high) for this model."""
-        return resolve_preset(quality, self.presets, self.defaults, is_distilled=self.is_distilled)
+        return resolve_preset(
+            quality,
+            self.presets,
+            self.defaults,
+            is_distilled=self.is_distilled,
+            can_forecast=self.engine == "stepwise",
+        )
 
     def component(self, name: str) -> Path:
         """Return the directory of a component, such as `unet` or `vae_decoder`."""
@@ -157,6 +165,7 @@ def served_by(profile: ModelProfile, engine: str) -> ModelProfile:
         raise ModelError(f"{profile.directory}: component 'vae_encoder' is missing; this class needs it")
     return dataclasses.replace(
         profile,
+        engine=engine,
         tasks=tasks,
         references=serving.references if "image2image" in tasks else 0,
         takes_negative_prompt=serving.negative_prompt and profile.guidance == CLASSIFIER_FREE,

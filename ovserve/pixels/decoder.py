@@ -43,7 +43,7 @@ import numpy as np
 
 from ovserve.errors import ImageError, InternalError
 from ovserve.logs import LogLimit, fields
-from ovserve.pixels.counts import FileFacts, inspect
+from ovserve.pixels.counts.inspect import FileFacts, inspect
 from ovserve.pixels.images import Limits, Pixels, check_size, decode_image, extract_colour_profile
 from ovserve.wire.local.processes import describe_exit, raise_oom_score
 

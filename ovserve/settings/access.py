@@ -6,7 +6,17 @@ import re
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import NamedTuple
 
-__all__ = ["ListenAddress", "parse_hosts", "parse_listen", "parse_networks", "parse_origins"]
+__all__ = [
+    "UNIX_PEER",
+    "ListenAddress",
+    "parse_hosts",
+    "parse_listen",
+    "parse_networks",
+    "parse_origins",
+    "trusts_unix",
+]
+
+UNIX_PEER = "unix"  # the peers of a Unix socket, which have no address
 
 # `app://`, `app://*`: every origin with this scheme. Not for http and https, where an origin means one site.
 _SCHEME = re.compile(r"(?!https?:)([a-z][a-z0-9+.\-]*://)\*?")
@@ -68,11 +78,19 @@ def parse_hosts(text: str | None) -> tuple[str, ...]:
 
 
 def parse_networks(text: str | None) -> tuple[IPv4Network | IPv6Network, ...]:
-    """Parse a comma-separated list of IP addresses and networks (`192.0.2.0/24`). Raises ValueError."""
+    """Parse a comma-separated list of IP addresses and networks (`192.0.2.0/24`). Raises ValueError.
+
+    The member `unix` is left out: `trusts_unix`.
+    """
     try:
-        return tuple(ip_network(member) for member in _members(text))
+        return tuple(ip_network(member) for member in _members(text) if member != UNIX_PEER)
     except ValueError as error:
         raise ValueError(f"expected IP addresses or networks such as 192.0.2.1 or 192.0.2.0/24: {error}") from None
+
+
+def trusts_unix(text: str | None) -> bool:
+    """Return whether a list of networks has the member `unix`."""
+    return UNIX_PEER in _members(text)
 
 
 def parse_listen(text: str | None) -> ListenAddress | None:

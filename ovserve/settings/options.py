@@ -158,6 +158,14 @@ class ModelSettings:
         choices=("auto", "separate", "shared"),
         reason="adding an adapter must not change the pictures of requests that do not use it",
     )
+    text_encoder: str = _option(
+        "auto",
+        "Text encoders of engine `stepwise` between prompts: `keep` them in memory; `release` them after each new "
+        "prompt, and load them again for the next one, from the cache if there is one; `auto`: release them if the "
+        "model is expected to take more memory than is free when it is loaded. Those with adapters are kept.",
+        choices=("auto", "keep", "release"),
+        reason="the text encoder of a large transformer is as large as its denoiser",
+    )
     vae_tile_px: int = _option(
         1024,
         "Side of the tiles in which engine `stepwise` decodes and encodes pictures of more than twice a tile's area; "
@@ -258,7 +266,8 @@ class ModelSettings:
     resolution: tuple[Resolution, ...] = _option(
         (),
         "The only sizes that a request may name, as WxH, separated by blanks; the first is the default. With it, `n` "
-        "must be num_images_per_prompt (1), and `guidance_scale` the option of that name, or the model's own.",
+        "must be num_images_per_prompt (1), and `guidance_scale` the option of that name, or the model's own. With one "
+        "size and engine `genai`, the model is compiled for it, which an NPU needs.",
         unit="WxH",
     )
     num_images_per_prompt: int | None = _option(
@@ -396,6 +405,11 @@ class ModelSettings:
         return text.removeprefix(BUILTIN_PREFIX) if text.startswith(BUILTIN_PREFIX) else ""
 
     @property
+    def exact_aliases(self) -> tuple[str, ...]:
+        """The aliases without the one that stands for every other name."""
+        return tuple(alias for alias in self.all_aliases if alias != CATCH_ALL)
+
+    @property
     def all_aliases(self) -> tuple[str, ...]:
         """The aliases, with those of `builtin_aliases`; without the model's own name."""
         added = BUILTIN_ALIASES if self.builtin_aliases else ()
@@ -423,6 +437,10 @@ class Settings:
         "600",
         "Mode of the files of Unix sockets in `listen`, in octal digits: who may open one needs write permission.",
         reason="only the server's user, until the operator decides for others",
+    )
+    socket_owner: str = _option("", "User (name or number) who owns those files; empty: the server's.")
+    socket_group: str = _option(
+        "", "Group (name or number) of those files; empty: the server's. Others than its own groups need root."
     )
     tls_certificate: Path | None = _option(
         None,
@@ -466,6 +484,32 @@ class Settings:
     )
     log_level: str = _option("info", "Lowest level that is logged.", choices=("debug", "info", "warning", "error"))
     log_format: str = _option("text", "Format of log lines.", choices=("text", "json"))
+    traces: bool = _option(
+        False,
+        "Export the spans of requests for OpenTelemetry, with the standard variables `OTEL_EXPORTER_OTLP_ENDPOINT`, "
+        "`OTEL_TRACES_SAMPLER` and others. Needs the extra `otel`.",
+    )
+    usage_log: Path | None = _option(
+        None,
+        "File to which one line of JSON is appended for each request for pictures: key, model, pictures, pixels, "
+        "steps, outcome, times; never prompts. It needs a local disk. None: no usage log.",
+    )
+    usage_log_bytes: int = _option(
+        100 * MIB,
+        "Size of the usage log above which it is renamed to a name with the time, and a new one is begun.",
+        low=4096,
+        high=1024 * 1024 * MIB,
+        unit="bytes",
+        reason="some hundred thousand requests",
+    )
+    usage_log_files: int = _option(
+        0,
+        "Maximum number of renamed usage logs; above it the oldest are deleted. 0: all stay.",
+        low=0,
+        high=1_000_000,
+        unit="files",
+        reason="a bill may still need them",
+    )
     # Access.
     api_key: str = _option(
         "",
@@ -517,9 +561,16 @@ class Settings:
     )
     trusted_proxies: str | None = _option(
         None,
-        "IP addresses and networks of reverse proxies, separated by commas. Only their X-Forwarded-For and Forwarded "
-        "fields name the client's address, for fairness between clients and the log. None: these fields are ignored.",
+        "IP addresses and networks of reverse proxies, separated by commas; `unix`: the peers of Unix sockets. Only "
+        "their X-Forwarded-For and Forwarded fields, and their PROXY headers, name the client's address, for fairness "
+        "between clients and the log. None: these fields are ignored.",
         reason="any client can send these fields",
+    )
+    proxy_protocol: bool = _option(
+        False,
+        "Connections of trusted_proxies begin with a header of the PROXY protocol, version 1 or 2; others do not. Not "
+        "on the admin listener.",
+        reason="whether there is a header must not be guessed: a client could send one",
     )
 
     # Limits on what clients can make grow.

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import math
 import os
 import re
 import tomllib
@@ -19,29 +17,25 @@ from typing import Any
 
 from ovserve.errors import SettingsError
 from ovserve.settings.access import parse_hosts, parse_listen, parse_networks, parse_origins
-from ovserve.settings.loras import MAX_ADAPTERS, LoraSettings, parse_composites, parse_loras, parse_source_loras
-from ovserve.settings.modelserver.graph import GRAPH_FILE, check_rules, read_graph
+from ovserve.settings.checks import check_listening, check_model, check_static, check_unique_names
+from ovserve.settings.loras import LoraSettings, parse_composites, parse_loras, parse_source_loras
+from ovserve.settings.modelserver.graph import GRAPH_FILE, read_graph
 from ovserve.settings.modelserver.repository import Repository, is_json, read_config, read_repository
 from ovserve.settings.options import (
     BUILTIN_NAME,
     BUILTIN_PREFIX,
-    CATCH_ALL,
     ModelSettings,
-    Option,
-    Resolution,
     Settings,
     options_of,
 )
-from ovserve.settings.placement import parse_placement
 from ovserve.settings.repositories import adapter_file, default_root
+from ovserve.settings.values import SHOWN_CHARS, check_bounds, parse_text, parse_toml, shortened
 
 __all__ = ["ENVIRONMENT_PREFIX", "load_settings", "service_variables"]
 
 ENVIRONMENT_PREFIX = "OVSERVE_"
+CLIENT_VARIABLES = frozenset({"OVSERVE_URL", "OVSERVE_PICTURES"})  # of the commands that use a server; no options
 _FLAG = re.compile(r"[a-z][a-z0-9_]*")
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,127}")
-_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
 # Variables that Kubernetes sets in every pod for a Service called `ovserve` or `ovserve-SOMETHING` (its documentation:
 # Service, Discovering services, Environment variables).
 _SERVICE = re.compile(
@@ -56,95 +50,6 @@ _ACCESS_OPTIONS: Mapping[str, Callable[[str | None], object]] = {
     "admin_listen": parse_listen,
 }
 _INNER_TABLES: Mapping[str, Callable[[object, str], Any]] = {"lora": parse_loras, "composite": parse_composites}
-_NAME_GRAMMAR = "expected at most 128 letters, digits and ._/:@-, beginning with a letter or digit"
-MAX_LISTENERS = 16  # in `listen`; each has three threads
-_SHOWN_CHARS = 100  # of a wrong value, quoted in a message
-
-
-def _parse_text(kind: str, text: str) -> Any:
-    """Parse one value of a flag or a variable by the annotation of its option. Raises ValueError."""
-    if "\0" in text:  # a system call with such a path or name raises
-        raise ValueError("must not contain a NUL character")
-    base = kind.removesuffix(" | None")
-    if base != kind and text in ("", "none"):
-        return None
-    parsers: dict[str, Callable[[str], Any]] = {
-        "str": str,
-        "bool": _parse_bool,
-        "tuple[str, ...]": lambda t: tuple(name for part in t.split(",") if (name := part.strip())),
-        "int": lambda t: int(t, 10),
-        "float": float,
-        "Replicas": lambda t: 0 if t == "auto" else _at_least_one(int(t, 10)),
-        "Path": Path,
-        "Resolution": Resolution.parse,
-        "tuple[Resolution, ...]": _parse_resolutions,
-    }
-    return parsers[base](text)
-
-
-def _at_least_one(value: int) -> int:
-    if value < 1:
-        raise ValueError("must be at least 1, or auto")
-    return value
-
-
-def _parse_resolutions(text: str) -> tuple[Resolution, ...]:
-    found = tuple(Resolution.parse(each) for each in text.replace(",", " ").split())
-    if len(set(found)) < len(found):
-        raise ValueError("a size is listed twice")
-    return found
-
-
-def _parse_bool(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise ValueError("expected true or false")
-    return text == "true"
-
-
-def _from_toml(kind: str, value: object) -> Any:
-    """Check one value of the file by the annotation of its option. Raises ValueError."""
-    base = kind.removesuffix(" | None")
-    if base in ("str", "Path", "Resolution"):
-        if not isinstance(value, str):
-            raise ValueError("expected a string")
-        return _parse_text(kind, value)
-    if base == "Replicas":
-        if value == "auto":
-            return 0
-        return _at_least_one(_from_toml("int", value))
-    if base == "bool":
-        if not isinstance(value, bool):
-            raise ValueError("expected true or false")
-        return value
-    if base in ("tuple[str, ...]", "tuple[Resolution, ...]"):
-        items = value if isinstance(value, list) else [value]
-        names = [name for name in items if isinstance(name, str)]
-        if len(names) < len(items):
-            raise ValueError("expected a list of strings")
-        return _parse_text(kind, ",".join(names))
-    if isinstance(value, bool) or not isinstance(value, int if base == "int" else int | float):
-        raise ValueError("expected a whole number" if base == "int" else "expected a number")
-    try:
-        return int(value) if base == "int" else float(value)
-    except OverflowError:
-        raise ValueError("the number is too large") from None
-
-
-def _check(value: Any, option: Option, default: Any) -> None:
-    """Raise ValueError if the value is outside the bounds of its option."""
-    if value is None:
-        return
-    if value == "" and default:  # options that can be unset have no default, or accept `none`
-        raise ValueError("must not be empty")
-    if option.choices and value not in option.choices:
-        raise ValueError(f"expected one of {', '.join(option.choices)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("expected a finite number")
-    unit = f" {option.unit}" if option.unit else ""
-    if option.low is not None and value < option.low:
-        raise ValueError(f"must be at least {option.low:g}{unit}")
-    if option.high is not None and value > option.high:
-        raise ValueError(f"must be at most {option.high:g}{unit}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +78,7 @@ _Given = tuple[_Source, dict[str, Any]]  # the options of one table, and its inn
 
 def _table(title: str, values: Mapping[str, Any]) -> _Source:
     """Return a table of the file as a source."""
-    return _Source(title, values, _from_toml, lambda name: f"{title}: {name}")
+    return _Source(title, values, parse_toml, lambda name: f"{title}: {name}")
 
 
 def _gather(table: type, sources: Sequence[_Source]) -> dict[str, Any]:
@@ -191,27 +96,15 @@ def _gather(table: type, sources: Sequence[_Source]) -> dict[str, Any]:
             raw = source.values[keys[0]]
             try:
                 value = source.parse(str(entry.type), raw)
-                _check(value, option, entry.default)
+                check_bounds(value, option, entry.default)
             except ValueError as error:
                 not_numeric = "invalid literal" in str(error) or "could not" in str(error)
                 problem = "not a number" if not_numeric else str(error)
-                shown = _shown(raw) if entry.repr else "(hidden)"
+                shown = shortened(raw) if entry.repr else "(hidden)"
                 raise SettingsError(f"{source.spell(keys[0])}={shown}: {problem}") from None
             found[name] = value
             break
     return found
-
-
-def _shown(raw: object) -> str:
-    """Return a wrong value as one short line for a message."""
-    if isinstance(raw, dict | list):
-        # Not written out: deep nesting would overflow the stack.
-        return "{...}" if isinstance(raw, dict) else "[...]"
-    if isinstance(raw, int) and raw.bit_length() > _SHOWN_CHARS:
-        return f"a number of {raw.bit_length()} bits"  # str() refuses very large integers
-    text = str(raw)
-    begin = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:_SHOWN_CHARS])
-    return begin if len(text) <= _SHOWN_CHARS else f"{begin}..."
 
 
 def _names(table: type) -> set[str]:
@@ -223,7 +116,7 @@ def _check_names(source: _Source, *tables: type) -> None:
     known = set().union(*map(_names, tables))
     for name in source.values:
         if name not in known:
-            raise SettingsError(f"{source.title}: unknown option {name[:_SHOWN_CHARS]!r}{_hint(name, known)}")
+            raise SettingsError(f"{source.title}: unknown option {name[:SHOWN_CHARS]!r}{_hint(name, known)}")
 
 
 def _hint(name: str, known: set[str]) -> str:
@@ -232,7 +125,7 @@ def _hint(name: str, known: set[str]) -> str:
         return ": it is an option of a model; put it into a [[model]] table"
     if name in _names(Settings):
         return ": it is an option of the server; put it before the first [[model]] table"
-    near = difflib.get_close_matches(name[:_SHOWN_CHARS], known, n=1)
+    near = difflib.get_close_matches(name[:SHOWN_CHARS], known, n=1)
     return f": did you mean {near[0]!r}?" if near else ""
 
 
@@ -249,86 +142,6 @@ def _model_name(model: ModelSettings) -> ModelSettings:
     except OSError as error:  # a relative path, and the working directory is gone
         raise SettingsError(f"model path {model.path}: {error.strerror}") from None
     return dataclasses.replace(model, name=name)
-
-
-def _check_model(model: ModelSettings) -> None:
-    """Check the options of one model against each other. Raises SettingsError."""
-    if not _MODEL_NAME.fullmatch(model.name):
-        raise SettingsError(f"model name {model.name!r}: {_NAME_GRAMMAR}")
-    for alias in model.aliases:
-        if alias != CATCH_ALL and not _MODEL_NAME.fullmatch(alias):
-            raise SettingsError(f"model {model.name}: alias {alias[:_SHOWN_CHARS]!r}: {_NAME_GRAMMAR}; or *")
-    try:
-        parse_placement(model.placement)
-    except ValueError as error:
-        raise SettingsError(f"model {model.name!r}: placement: {error}") from None
-    _check_adapters(model)
-    if model.keep_alive_s is not None and -1 < model.keep_alive_s < 0:
-        raise SettingsError(
-            f"model {model.name}: keep_alive_s is {model.keep_alive_s:g}; expected 0 or more, or -1 for ever"
-        )
-    if model.min_replicas > model.max_replicas:
-        raise SettingsError(
-            f"model {model.name}: min_replicas {model.min_replicas} is above max_replicas {model.max_replicas}"
-        )
-    if model.min_strength > model.max_strength:
-        raise SettingsError(
-            f"model {model.name}: min_strength {model.min_strength:g} is above max_strength {model.max_strength:g}"
-        )
-    if model.default_strength is not None and not model.min_strength <= model.default_strength <= model.max_strength:
-        raise SettingsError(
-            f"model {model.name}: default_strength {model.default_strength:g} is outside "
-            f"{model.min_strength:g}..{model.max_strength:g}"
-        )
-    steps = model.default_num_inference_steps
-    if steps is not None and steps > model.max_num_inference_steps:
-        raise SettingsError(
-            f"model {model.name}: default_num_inference_steps {steps} is above max_num_inference_steps "
-            f"{model.max_num_inference_steps}"
-        )
-    guidance = model.default_guidance_scale
-    if guidance is not None and guidance > model.max_guidance_scale:
-        raise SettingsError(
-            f"model {model.name}: default_guidance_scale {guidance:g} is above max_guidance_scale "
-            f"{model.max_guidance_scale:g}"
-        )
-    size = model.default_resolution
-    if (
-        size
-        and not model.resolution
-        and (size.width > model.max_resolution.width or size.height > model.max_resolution.height)
-    ):
-        raise SettingsError(
-            f"model {model.name}: default_resolution {size} is above max_resolution {model.max_resolution}"
-        )
-    if model.source_model and model.path is not None:
-        raise SettingsError(f"model {model.name}: path and source_model exclude each other; remove one")
-    if model.source_model and (not _REPOSITORY.fullmatch(model.source_model) or ".." in model.source_model):
-        raise SettingsError(f"model {model.name}: source_model {_shown(model.source_model)!r}: expected OWNER/NAME")
-    if not _REVISION.fullmatch(model.revision) or ".." in model.revision:
-        raise SettingsError(
-            f"model {model.name}: revision {_shown(model.revision)!r}: expected a branch, tag or commit"
-        )
-    if len(model.device.split()) not in (1, 3):
-        raise SettingsError(
-            f"model {model.name}: device: expected one device, or three for text encoder, denoiser and VAE"
-        )
-    if model.plugin_config:
-        try:
-            _check_plugin_config(model, json.loads(model.plugin_config))
-        except ValueError as error:
-            raise SettingsError(f"model {model.name}: plugin_config: {error}") from None
-        except RecursionError:
-            raise SettingsError(f"model {model.name}: plugin_config: nested too deeply") from None
-
-
-def _check_plugin_config(model: ModelSettings, config: object) -> None:
-    """Raise SettingsError unless it is an object without properties that an option of the model sets too."""
-    if not isinstance(config, dict):
-        raise SettingsError(f"model {model.name}: plugin_config: expected a JSON object")
-    for key, option in (("CACHE_DIR", "cache_dir"), ("NUM_STREAMS", "streams")):
-        if key in config and getattr(model, option):
-            raise SettingsError(f"model {model.name}: plugin_config has {key}, and {option} is given too; remove one")
 
 
 def _with_source_loras(model: ModelSettings, root: Path) -> ModelSettings:
@@ -356,44 +169,6 @@ def _with_source_loras(model: ModelSettings, root: Path) -> ModelSettings:
         alpha = 1.0 if source.alpha is None else source.alpha
         found.append(LoraSettings(alias=source.alias, path=path, alpha=alpha))
     return dataclasses.replace(model, lora=(*model.lora, *found), composite=(*model.composite, *composites))
-
-
-def _check_adapters(model: ModelSettings) -> None:
-    """Check the names and files of adapters, and the components of composites. Raises SettingsError."""
-    title = f"model {model.name}"
-    if len(model.lora) > MAX_ADAPTERS:
-        raise SettingsError(f"{title}: {len(model.lora)} LoRA adapters; at most {MAX_ADAPTERS} are allowed")
-    for name in model.adapter_names:
-        if not _MODEL_NAME.fullmatch(name):
-            raise SettingsError(f"{title}: alias {name[:_SHOWN_CHARS]!r}: {_NAME_GRAMMAR}")
-    known = {adapter.alias for adapter in model.lora}
-    for composite in model.composite:
-        names = [name for name, _ in composite.components]
-        if not names or len(set(names)) < len(names):
-            raise SettingsError(f"{title}: composite {composite.alias}: name one or more adapters, each once")
-        for name in names:
-            if name not in known:
-                raise SettingsError(
-                    f"{title}: composite {composite.alias}: {name[:_SHOWN_CHARS]!r} is not one of its adapters: "
-                    f"{', '.join(sorted(known)) or 'it has none'}"
-                )
-
-
-def _check_unique_names(models: Sequence[ModelSettings]) -> set[str]:
-    """Return every name and alias, adapters and composites included. Raises SettingsError for one given twice."""
-    owners: dict[str, str] = {}
-    for model in models:
-        if model.name in owners:
-            raise SettingsError(f"two models have the name {model.name!r}")
-        owners[model.name] = model.name
-    for model in models:
-        for alias in model.further_names:
-            if alias in owners:
-                owner = owners[alias]
-                what = "the name of a model" if owner == alias else f"also an alias of model {owner}"
-                raise SettingsError(f"model {model.name}: alias {alias!r} is {what}; remove one of them")
-            owners[alias] = model.name
-    return owners.keys() - {CATCH_ALL}
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -425,7 +200,7 @@ def _tables(document: dict[str, Any], title: str) -> list[_Given]:
     found = []
     for number, table in enumerate(tables, 1):
         name = table.get("name", table.get("model_name"))
-        found.append(_split_table(f"{title}: [[model]] {number}{f' ({_shown(name)})' if name else ''}", table))
+        found.append(_split_table(f"{title}: [[model]] {number}{f' ({shortened(name)})' if name else ''}", table))
     return found
 
 
@@ -472,30 +247,7 @@ def _with_graph(
 
 def _plain(value: object) -> str:
     """Return an option's value for a message."""
-    return _shown(" ".join(map(str, value)) if isinstance(value, tuple) else value)
-
-
-def _check_static(model: ModelSettings, given: Mapping[str, Any]) -> ModelSettings:
-    """Check `resolution` and what depends on it; return the model with its default size. Raises SettingsError."""
-    options: dict[str, Any] = {
-        "resolution": [str(size) for size in model.resolution],
-        "num_images_per_prompt": model.num_images_per_prompt,
-        "guidance_scale": model.guidance_scale,
-    }
-    options |= {name: str(given[name]) for name in ("max_resolution", "default_resolution") if given.get(name)}
-    if "max_num_images_per_prompt" in given:
-        options["max_num_images_per_prompt"] = model.max_num_images_per_prompt
-    try:
-        check_rules(options)
-    except ValueError as error:
-        raise SettingsError(f"model {model.name}: {error}") from None
-    if not model.resolution:
-        return model
-    return dataclasses.replace(
-        model,
-        default_resolution=model.default_resolution or model.resolution[0],
-        max_resolution=Resolution(max(s.width for s in model.resolution), max(s.height for s in model.resolution)),
-    )
+    return shortened(" ".join(map(str, value)) if isinstance(value, tuple) else value)
 
 
 def service_variables(environment: Mapping[str, str]) -> list[str]:
@@ -513,7 +265,7 @@ def _from_environment(environment: Mapping[str, str]) -> _Source:
     An empty variable counts as unset: service files make one from `OVSERVE_HOST=${HOST}` when HOST is not set, and an
         empty host would mean every interface.
     """
-    foreign = {f"{ENVIRONMENT_PREFIX}CONFIG", *service_variables(environment)}
+    foreign = {f"{ENVIRONMENT_PREFIX}CONFIG", *CLIENT_VARIABLES, *service_variables(environment)}
     own = {
         key.removeprefix(ENVIRONMENT_PREFIX).lower(): value
         for key, value in environment.items()
@@ -523,30 +275,9 @@ def _from_environment(environment: Mapping[str, str]) -> _Source:
         raise SettingsError(f"environment: unknown option {ENVIRONMENT_PREFIX}{stray[0].upper()}")
     if root := environment.get("OVMS_MODEL_REPOSITORY_PATH"):
         own.setdefault("model_repository_path", root)
-    source = _Source("environment", own, _parse_text, lambda name: f"{ENVIRONMENT_PREFIX}{name.upper()}")
+    source = _Source("environment", own, parse_text, lambda name: f"{ENVIRONMENT_PREFIX}{name.upper()}")
     _check_names(source, Settings, ModelSettings)
     return dataclasses.replace(source, values={key: value for key, value in own.items() if value})
-
-
-def _check_listening(settings: Settings) -> None:
-    """Check where the server listens, and the options of TLS against each other. Raises SettingsError."""
-    for text in settings.listen:
-        try:
-            parse_listen(text)
-        except ValueError as error:
-            raise SettingsError(f"listen: {text[:_SHOWN_CHARS]!r}: {error}") from None
-    if len(set(settings.listen)) < len(settings.listen):
-        raise SettingsError("listen: an address is given twice")
-    if len(settings.listen) > MAX_LISTENERS:
-        raise SettingsError(f"listen: {len(settings.listen)} addresses; at most {MAX_LISTENERS} are allowed")
-    if not re.fullmatch("[0-7]{3,4}", settings.socket_mode) or int(settings.socket_mode, 8) & ~0o777:
-        raise SettingsError(f"socket_mode={_shown(settings.socket_mode)}: expected three octal digits, such as 660")
-    for text in (*settings.listen, settings.admin_listen or ""):
-        if text.startswith("https://") and settings.tls_certificate is None:
-            raise SettingsError(f"listen: {text} needs the option tls_certificate")
-    for name in ("tls_key", "tls_client_ca"):
-        if getattr(settings, name) is not None and settings.tls_certificate is None:
-            raise SettingsError(f"{name} has no effect without tls_certificate")
 
 
 def _with_pools(settings: Settings) -> Settings:
@@ -570,9 +301,9 @@ def _read_model(
     """
     found, inner = _with_graph(sources, inner, ignored)
     given = _gather(ModelSettings, found)
-    model = _check_static(_model_name(ModelSettings(**given, **inner)), given)
+    model = check_static(_model_name(ModelSettings(**given, **inner)), given)
     model = _with_source_loras(model, root or default_root())
-    _check_model(model)
+    check_model(model)
     return model
 
 
@@ -586,7 +317,7 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
     Raises:
         SettingsError: an unknown option, a wrong value, or contradictory options.
     """
-    sources = (_Source("flag", flags, _parse_text, "--{}".format), _from_environment(environment))
+    sources = (_Source("flag", flags, parse_text, "--{}".format), _from_environment(environment))
     _check_names(sources[0], Settings, ModelSettings)
     of_server = [source.only(_names(Settings)) for source in sources]
     of_model = [source.only(_names(ModelSettings)) for source in sources]
@@ -604,7 +335,7 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
         tables, ignored = _repository_tables(repository), [*ignored, *repository.ignored]
     described: list[tuple[list[_Source], Mapping[str, Any]]] = [([table], inner) for table, inner in tables]
     models = [_read_model(each, inner, root, ignored) for each, inner in described or [(of_model, {})]]
-    names = _check_unique_names(models)
+    names = check_unique_names(models)
     settings = Settings(**values, models=tuple(models), ignored=tuple(dict.fromkeys(ignored)))
     if settings.default_model and settings.default_model not in names:
         listed = ", ".join(sorted(names))
@@ -614,7 +345,7 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
             parse(getattr(settings, name))
         except ValueError as error:
             raise SettingsError(f"{name}: {error}") from None
-    _check_listening(settings)
+    check_listening(settings)
     settings = _with_pools(settings)
     if settings.default_timeout_s > settings.max_timeout_s:
         raise SettingsError(

@@ -105,5 +105,5 @@ export async function submit({fields, files, key, signal, listeners}) {
     }
   }
   if (!pictures.length) throw new ApiError(0, {message: "The connection ended before a picture came."});
-  return pictures;
+  return pictures.sort((one, other) => one.picture_index - other.picture_index); // each comes when it is finished
 }

@@ -3,8 +3,10 @@
 const EVERY_MS = 2000, POINTS = 120;
 const KEY = "ovserve.admin-key";
 const at = id => document.getElementById(id);
-const series = {queued: [], running: [], rate: []};
-let before = null;  // {at, done} of the last answer
+const series = {queued: [], running: [], rate: [], step: [], rows: [], memory: []};
+const FRACTIONS = new Set(["rate", "rows"]);
+const MIB = 1 << 20;
+let before = null;  // {at, done, work} of the last answer
 
 const key = () => { try { return sessionStorage.getItem(KEY) || ""; } catch { return ""; } };
 
@@ -31,15 +33,30 @@ function plot(name, value, unit) {
   const top = Math.max(1, ...points), first = POINTS - points.length;
   const path = points.map((point, k) => `${k ? "L" : "M"}${first + k} ${38 - 36 * point / top}`).join("");
   at(`plot-${name}`).querySelector("path").setAttribute("d", path);
-  at(`now-${name}`).textContent = `${value.toFixed(name === "rate" ? 1 : 0)} ${unit}; highest in ${duration(points.length * EVERY_MS / 1000)}: ${Math.max(...points).toFixed(0)}`;
+  at(`now-${name}`).textContent = `${value.toFixed(FRACTIONS.has(name) ? 1 : 0)} ${unit}; highest in ${duration(points.length * EVERY_MS / 1000)}: ${Math.max(...points).toFixed(0)}`;
 }
+
+const NO_WORK = {calls: 0, rows: 0, call_s: 0};
+
+// Calls of the denoiser since the last answer.
+function since(model) {
+  const old = before?.work[model.name] ?? NO_WORK;
+  return {calls: model.calls - old.calls, rows: model.rows - old.rows, call_s: model.call_s - old.call_s};
+}
+
+// The same; where there was none, those since the start of the server.
+const shownWork = model => since(model).calls > 0 ? since(model) : model;
+const stepMs = work => work.calls ? work.call_s / work.calls * 1000 : 0;
+const rowsOf = work => work.calls ? work.rows / work.calls : 0;
 
 function show(status) {
   at("server").textContent = `${status.draining ? "Shutting down" : status.ready ? "Ready" : "Not ready"} · version ${status.version} · up ${duration(status.uptime_s)}`;
   at("server").classList.toggle("bad", !status.ready);
   at("models").replaceChildren(...status.models.map(model => row(
-    [model.name, model.ready ? "ready" : model.reason, model.engine, model.queued, model.running, model.capacity, model.job_s.toFixed(2)],
-    new Set([3, 4, 5, 6]))));
+    [model.name, model.ready ? "ready" : model.reason, model.engine, model.queued, model.running, model.capacity, model.job_s.toFixed(2),
+      model.calls ? stepMs(shownWork(model)).toFixed(1) : "–", model.calls ? rowsOf(shownWork(model)).toFixed(1) : "–",
+      model.memory_bytes ? (model.memory_bytes / MIB).toFixed(0) : "–"],
+    new Set([3, 4, 5, 6, 7, 8, 9]))));
   at("workers").replaceChildren(...status.workers.map(worker => row(
     [worker.name, worker.phase, worker.jobs, worker.jobs_done, worker.silent_s.toFixed(1)], new Set([2, 3, 4]))));
   at("errors").replaceChildren(...status.errors.map(error => row(
@@ -48,7 +65,13 @@ function show(status) {
   const sum = name => status.models.reduce((total, model) => total + model[name], 0);
   plot("queued", sum("queued"), "waiting");
   plot("running", sum("running"), "running");
-  const now = {at: performance.now(), done: status.workers.reduce((total, worker) => total + worker.jobs_done, 0)};
+  const together = status.models.map(since).reduce((total, each) =>
+    ({calls: total.calls + each.calls, rows: total.rows + each.rows, call_s: total.call_s + each.call_s}), NO_WORK);
+  plot("step", stepMs(together), "ms");
+  plot("rows", rowsOf(together), "rows");
+  plot("memory", sum("memory_bytes") / MIB, "MiB");
+  const work = Object.fromEntries(status.models.map(model => [model.name, model]));
+  const now = {at: performance.now(), work, done: status.workers.reduce((total, worker) => total + worker.jobs_done, 0)};
   if (before) plot("rate", Math.max(0, now.done - before.done) / (now.at - before.at) * 60000, "a minute");
   before = now;
 }

@@ -14,10 +14,12 @@ from typing import Any
 from ovserve.errors import LinkGarbage
 from ovserve.wire.messages import (
     Cancel,
+    Counts,
     Done,
     Failed,
     Grant,
     Heartbeat,
+    LogLevel,
     Message,
     Need,
     Picture,
@@ -25,6 +27,7 @@ from ovserve.wire.messages import (
     Progress,
     Ready,
     Run,
+    Span,
     Stop,
 )
 
@@ -33,7 +36,24 @@ __all__ = ["MESSAGE_BYTES", "LineBuffer", "decode", "encode"]
 MESSAGE_BYTES = 4096  # PIPE_BUF on Linux: a write up to this size is atomic
 
 _KINDS: dict[str, type[Any]] = {
-    m.kind: m for m in (Run, Cancel, Grant, Stop, Ready, Heartbeat, Prepared, Progress, Need, Picture, Done, Failed)
+    m.kind: m
+    for m in (
+        Run,
+        Cancel,
+        Grant,
+        LogLevel,
+        Stop,
+        Ready,
+        Heartbeat,
+        Counts,
+        Span,
+        Prepared,
+        Progress,
+        Need,
+        Picture,
+        Done,
+        Failed,
+    )
 }
 # Types as JSON decodes them. They are compared exactly: a bool does not pass as an int.
 _TYPES: dict[str, frozenset[type]] = {

@@ -1,9 +1,9 @@
 """A link: the private pair of message queues between the front end and one worker incarnation.
 
     front end                                                    worker
-    Link.send    ── Run Cancel Grant Stop ───────────────────▶  WorkerLink.receive
-    Link.receive ◀── Ready Heartbeat Prepared Progress ───────  WorkerLink.send
-                     Need Picture Done Failed
+    Link.send    ── Run Cancel Grant LogLevel Stop ──────────▶  WorkerLink.receive
+    Link.receive ◀── Ready Heartbeat Counts Span Prepared ────  WorkerLink.send
+                     Progress Need Picture Done Failed
 
 The front end's side never blocks: a worker that is stopped in the middle of a write must not stop the dispatcher. A
 link is discarded with its worker.

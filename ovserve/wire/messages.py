@@ -1,7 +1,7 @@
 """The messages between the front end and a worker: small, flat, frozen records.
 
-    to the worker:    Run Cancel Grant Stop
-    from the worker:  Ready Heartbeat Prepared Progress Need Picture Done Failed
+    to the worker:    Run Cancel Grant LogLevel Stop
+    from the worker:  Ready Heartbeat Counts Span Prepared Progress Need Picture Done Failed
 
 Longer text and all pictures travel as blobs. `wire.codec` encodes each message as one line.
 """
@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 __all__ = [
+    "COUNTS",
     "Cancel",
+    "Counts",
     "Done",
     "Failed",
     "Grant",
     "Heartbeat",
+    "LogLevel",
     "Message",
     "Need",
     "Picture",
@@ -24,6 +27,7 @@ __all__ = [
     "Progress",
     "Ready",
     "Run",
+    "Span",
     "Stop",
 ]  # fmt: skip
 
@@ -38,6 +42,7 @@ class Run:
         alone: run it without batch neighbours, because a worker has already died with it.
         client: an opaque name; the jobs of different clients take turns in the worker.
         heavy: preparing it takes long (`ImageRequest.is_heavy`).
+        traced: report the times of its stages as Spans.
     """
 
     job: str
@@ -46,6 +51,7 @@ class Run:
     alone: bool = False
     client: str = ""
     heavy: bool = False
+    traced: bool = False
 
     kind: ClassVar[str] = "run"
 
@@ -72,6 +78,15 @@ class Grant:
     storage: str
 
     kind: ClassVar[str] = "grant"
+
+
+@dataclass(frozen=True, slots=True)
+class LogLevel:
+    """To the worker: the lowest level that it logs, as in the option `log_level`."""
+
+    level: str
+
+    kind: ClassVar[str] = "log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +130,46 @@ class Heartbeat:
     allow_s: float = 0.0
 
     kind: ClassVar[str] = "heartbeat"
+
+
+# What a worker counts: denoising calls, their rows and microseconds, and lookups in its caches of encoded prompts and
+# images.
+COUNTS = ("calls", "rows", "call_us", "prompt_hits", "prompt_misses", "image_hits", "image_misses")
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """From the worker: what it has counted since its start, each of COUNTS. Sent at most once a second."""
+
+    calls: int = 0
+    rows: int = 0
+    call_us: int = 0
+    prompt_hits: int = 0
+    prompt_misses: int = 0
+    image_hits: int = 0
+    image_misses: int = 0
+
+    kind: ClassVar[str] = "counts"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """From the worker, for a traced job: a stage has ended. Instants of the monotonic clock, in seconds.
+
+    Attributes:
+        name: prepare, text, encode, call (of the denoiser), decode, device (all of a picture's time there), finish.
+        picture: its number; -1: the stage is one of the whole job.
+        rows: of a call.
+    """
+
+    job: str
+    name: str
+    started_at: float
+    ended_at: float
+    picture: int = -1
+    rows: int = 0
+
+    kind: ClassVar[str] = "span"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,4 +252,20 @@ class Failed:
     kind: ClassVar[str] = "failed"
 
 
-Message = Run | Cancel | Grant | Stop | Ready | Heartbeat | Prepared | Progress | Need | Picture | Done | Failed
+Message = (
+    Run
+    | Cancel
+    | Grant
+    | LogLevel
+    | Stop
+    | Ready
+    | Heartbeat
+    | Counts
+    | Span
+    | Prepared
+    | Progress
+    | Need
+    | Picture
+    | Done
+    | Failed
+)

@@ -148,7 +148,10 @@ class Finisher:
         started = time.monotonic()
         picture = outcome.work.picture
         data = job.prepared.encode(job.prepared.assemble(outcome.pixels), picture)
-        job.finish_ms += (time.monotonic() - started) * 1000
+        ended = time.monotonic()
+        job.finish_ms += (ended - started) * 1000
+        self._reports.span(job, "device", item.ended_at - item.seconds, item.ended_at, picture=picture)
+        self._reports.span(job, "finish", started, ended, picture=picture)
         self._request_segment(job, picture, data, -1)
 
     def _try_preview(self, job: WorkerJob, item: _QueuedPreview) -> None:

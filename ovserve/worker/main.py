@@ -17,6 +17,7 @@ from ovserve.logs import configure_logs
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.options import ModelSettings
 from ovserve.settings.worker import WorkerSettings
+from ovserve.stacks import watch_for_stacks
 from ovserve.wire.blobs import WorkerBlobs
 from ovserve.wire.link import WorkerLink
 
@@ -39,6 +40,7 @@ def main(
     os.nice(_NICENESS)
     configure_logs(settings.log_level, settings.log_format)
     disable_telemetry()
+    watch_for_stacks(f"worker of {profile.name}")
     from PIL import Image  # noqa: PLC0415
 
     from ovserve.worker.runner import JobRunner  # noqa: PLC0415

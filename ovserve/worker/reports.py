@@ -12,7 +12,8 @@ from typing import NoReturn
 
 from ovserve.errors import ApiError, LinkClosed
 from ovserve.wire.link import WorkerLink
-from ovserve.wire.messages import Failed, Message, Prepared
+from ovserve.wire.messages import Failed, Message, Prepared, Span
+from ovserve.worker.jobs import WorkerJob
 from ovserve.worker.prepared import PreparedRequest
 
 __all__ = ["SHORT_TEXT_CHARS", "ReportSender", "end_process"]
@@ -44,6 +45,13 @@ class ReportSender:
         except ValueError:  # characters that take six or twelve bytes in JSON
             short = type(error)(error.message[:SHORT_TEXT_CHARS], param=error.param, retry_after_s=error.retry_after_s)
             self.send(Failed(job_id, short.to_wire()))
+
+    def span(
+        self, job: WorkerJob, name: str, started_at: float, ended_at: float, *, picture: int = -1, rows: int = 0
+    ) -> None:
+        """Report that a stage of a job has ended, if the job is traced."""
+        if job.run.traced:
+            self.send(Span(job.id, name, started_at, ended_at, picture, rows))
 
     def prepared(self, job_id: str, prepared: PreparedRequest) -> None:
         """Send Prepared with the resolved parameters of a job; shorten a revised prompt that does not fit."""

@@ -29,7 +29,7 @@ from typing import NoReturn
 from ovserve.deadline import Deadline
 from ovserve.engines.protocol import Engine, Outcome, Preview, Work
 from ovserve.errors import ApiError, BlobGone, DeadlineExceeded, InternalError, LinkClosed, LinkGarbage, ModelError
-from ovserve.logs import fields
+from ovserve.logs import LEVELS, fields, set_level
 from ovserve.models.classes import CLASSES
 from ovserve.models.profile import ModelProfile, served_by
 from ovserve.pixels.decoder import DecodedImage, DecodeLimits, Decoder
@@ -38,7 +38,7 @@ from ovserve.settings.options import ModelSettings
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import WorkerBlobs
 from ovserve.wire.link import MAX_CAPACITY, WorkerLink
-from ovserve.wire.messages import Cancel, Done, Grant, Heartbeat, Message, Progress, Ready, Run, Stop
+from ovserve.wire.messages import Cancel, Counts, Done, Grant, Heartbeat, LogLevel, Message, Progress, Ready, Run, Stop
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.compiled_cache import CompiledCache, open_cache
 from ovserve.worker.finish import Finisher
@@ -54,6 +54,7 @@ LOAD_FAILED = 3  # exit code: the model cannot be loaded; the reason was sent as
 BROKEN = 4  # exit code: a thread of the worker has failed, or the link carried an invalid message
 # Jobs whose preparation takes long leave the second thread to the others: they run beside them, and not before them.
 _PREPARE_THREADS = ("prepare", "prepare-light")
+COUNTS_INTERVAL_S = 1.0  # between two reports of counts while the device is busy
 _SPARE_JOBS = 2  # beyond those in the engine: one prepared and one being finished, so that the device never waits
 
 # A decoding process that has not replied within this share of the prepare threads' limit is killed: image and mask
@@ -96,6 +97,8 @@ class JobRunner:
         # Engines count tokens in one thread at a time; that takes milliseconds.
         self._counting = threading.Lock()
         self._reports = ReportSender(link)
+        self._counts, self._counted_at = Counts(), 0.0  # the newest that were sent
+        self._counts_lock = threading.Lock()  # held while they are sent: their order is part of their meaning
         self._prepare_limit_s, wall_s = prepare_limits(settings)
         limits = DecodeLimits(settings.decode_cpu_limit_s, settings.decode_memory_limit_bytes, wall_s)
         # One for each prepare thread: the decoding process of a heavy file does not keep others waiting.
@@ -133,6 +136,10 @@ class JobRunner:
                 self.fail(found, InternalError("the job was cancelled"))
         elif isinstance(command, Grant):
             self._finisher.grant(command)
+        elif isinstance(command, LogLevel):
+            if command.level not in LEVELS:
+                raise LinkGarbage(f"{command.level!r} is no level of the log")
+            set_level(command.level)
         elif isinstance(command, Stop):
             self._is_stopping = True
             self._stop_if_drained()
@@ -250,7 +257,9 @@ class JobRunner:
             self._attach_callbacks(job, request, prepared.work(job.id, k, alone=job.run.alone))
             for k in range(request.n)
         ]
-        job.prepare_ms = (time.monotonic() - started) * 1000
+        ended = time.monotonic()
+        job.prepare_ms = (ended - started) * 1000
+        self._reports.span(job, "prepare", started, ended)
         self._reports.prepared(job.id, prepared)
         self._intake.hold(job, prepared.pixel_bytes)
         with self._lock:
@@ -294,6 +303,11 @@ class JobRunner:
         def on_preview(preview: Preview) -> None:
             self._finisher.preview(job.id, picture, preview)
 
+        def on_span(stage: str, started_at: float, ended_at: float, rows: int) -> None:
+            self._reports.span(job, stage, started_at, ended_at, picture=picture, rows=rows)
+
+        if job.run.traced:
+            work.on_span = on_span
         work.cancelled = job.stopped
         work.on_step = on_step
         if work.previews:
@@ -378,6 +392,17 @@ class JobRunner:
                 log.error("thread is stuck: no more heartbeats", extra=fields(thread=name, seconds=round(now - since)))
                 return
         self._reports.send(Heartbeat(phase, allow_s))
+        self._send_counts(now, is_due=phase == "idle")
+
+    def _send_counts(self, now: float, *, is_due: bool) -> None:
+        """Send what the engine has counted, if that has changed and is due: when it is idle, else once a second."""
+        if self._engine is None or not (is_due or now - self._counted_at >= COUNTS_INTERVAL_S):
+            return
+        with self._counts_lock:
+            counts = self._engine.counts()
+            if counts != self._counts:
+                self._counts, self._counted_at = counts, now
+                self._reports.send(counts)
 
 
 def prepare_limits(settings: WorkerSettings) -> tuple[float, float]:

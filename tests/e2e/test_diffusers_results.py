@@ -1,11 +1,12 @@
 """Pictures of engine `stepwise` against pictures that diffusers made with the same weights and noise.
 
-`data/diffusers_pictures.npz` was made with diffusers 0.39.0, transformers 5.5.4 and torch 2.13.0 on a CPU, in float32,
-with the pipelines of which the models in `fixtures/packed` are exports, the weights of these, and noise from
-`openvino_genai.CppStdGenerator`. A pixel may differ by one of 255 levels, because the library cuts levels to integers
-and Pillow rounds them. The models' float16 also rounds the exporter's own constants, of which the sines of FLUX.1's
-timesteps and guidance depend most; with the exports in float32 the largest difference was 1. A wrong rule differs by
-far more: FLUX.2's schedule for FLUX.1 by 158 levels, 11.6 in the mean.
+`scripts/fixtures/make_pictures.py` made `data/diffusers_pictures.npz` with diffusers 0.39.0, transformers 5.5.4 and
+torch 2.13.0 on a CPU, in float32, with the pipelines of which the models in `fixtures/packed` are exports, the weights
+of these, and noise from `openvino_genai.CppStdGenerator`. Made again on another machine, one value in 700 differed by
+one level. A pixel may differ by one of 255 levels, because the library cuts levels to integers and Pillow rounds them.
+The models' float16 also rounds the exporter's own constants, of which the sines of FLUX.1's timesteps and guidance
+depend most; with the exports in float32 the largest difference was 1. A wrong rule differs by far more: FLUX.2's
+schedule for FLUX.1 by 158 levels, 11.6 in the mean.
 """
 
 from __future__ import annotations

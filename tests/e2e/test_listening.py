@@ -152,6 +152,7 @@ def test_wrong_places_are_named(tmp_path: Path) -> None:
         (["--listen", "https://127.0.0.1:0"], "needs the option tls_certificate"),
         (["--listen", "127.0.0.1:1,127.0.0.1:1"], "listen: an address is given twice"),
         (["--socket_mode", "999"], "socket_mode=999: expected three octal digits"),
+        (["--proxy_protocol", "true"], "proxy_protocol has no effect without trusted_proxies"),
         (["--tls_key", "x"], "tls_key has no effect without tls_certificate"),
         (["--tls_certificate", str(tmp_path / "none.pem")], "none.pem: No such file"),
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -49,3 +50,36 @@ def test_limits_and_revocation(tmp_path: Path) -> None:
         while ask(design, 1).status_code != 401:
             assert time.monotonic() - started < 20
         assert design not in "\n".join(server.log)
+
+
+def test_keys_are_rotated_under_load_without_a_failed_request(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    kept, first = add(path, "kept", "--concurrent", "8"), add(path, "first")
+    statuses: list[int] = []
+    ending = threading.Event()
+    with LiveServer("--named_keys_file", str(path)) as server:
+
+        def load() -> None:
+            with httpx.Client(base_url=server.url, timeout=60, headers={"Authorization": f"Bearer {kept}"}) as client:
+                while not ending.is_set():
+                    statuses.append(client.get("/v1/models").status_code)
+
+        def status_of(key: str) -> int:
+            return httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+
+        threads = [threading.Thread(target=load) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        assert status_of(first) == 200
+        second = add(path, "second")
+        tables = path.read_text().split("[[key]]")
+        path.write_text("[[key]]".join([tables[0], tables[1], tables[3]]))
+        server.signal(signal.SIGHUP)
+        until = time.monotonic() + 20
+        while status_of(first) != 401 or status_of(second) != 200:
+            assert time.monotonic() < until
+        ending.set()
+        for thread in threads:
+            thread.join()
+    assert statuses
+    assert set(statuses) == {200}

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -335,6 +336,13 @@ def test_status_page_shows_models_workers_and_errors(browser: Browser, server: L
         expect(page.locator("#workers tr")).to_have_count(1)
         expect(page.locator("#no-errors")).to_be_visible()
         expect(page.locator("#plot-queued path")).to_have_attribute("d", re.compile("^M"))
+        image = {"image": SOURCE.read_bytes()}
+        made = httpx.post(f"{server.url}/v1/images/edits", data={"prompt": PROMPT}, files=image, timeout=60)
+        assert made.status_code == 200
+        cells = page.locator("#models tr td")
+        for column, name in ((7, "step time"), (8, "rows in a call"), (9, "memory")):
+            expect(cells.nth(column), name).to_have_text(re.compile(r"^[1-9][0-9.]*$|^0\.[0-9]*[1-9]$"))
+        expect(page.locator("#now-memory")).to_have_text(re.compile("^[1-9][0-9]* MiB"))
         assert serious_violations(page) == []
 
 

@@ -58,13 +58,14 @@ class Edit:
     masked_from: int = 0
     seed: int = 1
 
-    def send(self, url: str) -> dict[str, Any]:
+    def send(self, url: str, **options: str) -> dict[str, Any]:
         images = [image_of(64, 64, self.seed + k) if k else image_of(64, 96, self.seed) for k in range(self.references)]
         files: Files = [("image[]", (f"{k}.png", png(each), "image/png")) for k, each in enumerate(images)]
         if self.masked_from:
             mask = white_below(64, 96, self.masked_from)
             files.append(("mask", ("mask.png", png(mask), "image/png")))
         fields = {"prompt": f"number {self.seed}", "num_inference_steps": str(self.steps), "seed": str(self.seed)}
+        fields |= options
         reply = httpx.post(f"{url}/v1/images/edits", data=fields, files=files, timeout=300)
         assert reply.status_code == 200, reply.text
         return dict(reply.json())
@@ -103,6 +104,25 @@ def test_outside_the_mask_are_the_callers_own_pixels(server: LiveServer, edit: E
     pixels = pixels_of(picture(edit.send(server.url)))
     np.testing.assert_array_equal(pixels[: edit.masked_from], edit.source[: edit.masked_from])
     assert (pixels[edit.masked_from :] != edit.source[edit.masked_from :]).mean() > 0.5
+
+
+def test_pictures_of_one_masked_edit_keep_the_callers_pixels_and_equal_single_edits(server: LiveServer) -> None:
+    edit = Edit(2, 3, masked_from=40, seed=41)
+    reply = edit.send(server.url, n="3")
+    pictures = [pixels_of(picture(reply, index)) for index in range(3)]
+    for index, pixels in enumerate(pictures):
+        np.testing.assert_array_equal(pixels[:40], edit.source[:40])
+        np.testing.assert_array_equal(pixels, pixels_of(picture(edit.send(server.url, seed=str(41 + index)))))
+    assert len({each.tobytes() for each in pictures}) == 3
+
+
+def test_seam_of_a_masked_edit_is_soft(server: LiveServer) -> None:
+    edit = Edit(1, 3, masked_from=40, seed=43)
+    hard, soft = (pixels_of(picture(edit.send(server.url, mask_blur=blur))) for blur in ("0", "12"))
+    np.testing.assert_array_equal(soft[:40], edit.source[:40])
+    np.testing.assert_array_equal(soft[53:], hard[53:])
+    changes = [np.abs(pixels[40].astype(int) - edit.source[40]).mean() for pixels in (soft, hard)]
+    assert changes[0] < changes[1] / 2
 
 
 def test_usage_counts_the_tokens_of_all_references(server: LiveServer) -> None:

@@ -17,6 +17,7 @@ from ovserve.engines.stepwise.slots import Finished
 from ovserve.errors import InternalError, ModelError
 from ovserve.models.profile import read_profile
 from tests.pictures import directory_of, drive, load_stepwise, pixels_of, settings_of, with_scheduler, work_of
+from tests.tinymodels import tiny_model
 
 BUILTIN = directory_of("builtin")
 PROFILE = read_profile(settings_of(BUILTIN))
@@ -69,6 +70,8 @@ def decibels(first: Pixels, second: Pixels) -> float:
         ("guidance_every=2", 18, 30),
         ("guidance_until=0.5", 18, 25),
         ("guidance_every=2,guidance_until=0.7", 17, 28),
+        ("denoise_every=2", 14, 25),
+        ("denoise_every=2,guidance_every=2", 13, 22),
     ],
 )
 def test_shortcuts_use_fewer_rows_and_stay_near_the_exact_picture(
@@ -85,16 +88,51 @@ def test_shortcuts_use_fewer_rows_and_stay_near_the_exact_picture(
     assert not np.array_equal(exact, near)
 
 
-def test_shortcuts_of_one_picture_do_not_change_others_in_the_batch(engine: StepwiseEngine) -> None:
+@pytest.mark.parametrize("shortcuts", ["guidance_every=3", "denoise_every=3"])
+def test_shortcuts_of_one_picture_do_not_change_others_in_the_batch(engine: StepwiseEngine, shortcuts: str) -> None:
     exact = pixels_of(drive(engine, works()))
-    short = pixels_of(drive(engine, works("guidance_every=3")))
-    mixed = [
-        replace(work, cancelled=Event(), shortcuts="guidance_every=3" * (place == 1))
-        for place, work in enumerate(works())
-    ]
+    short = pixels_of(drive(engine, works(shortcuts)))
+    mixed = [replace(work, cancelled=Event(), shortcuts=shortcuts * (place == 1)) for place, work in enumerate(works())]
     found = pixels_of(drive(engine, mixed))
     for place, expected in enumerate((exact, short, exact)):
         np.testing.assert_array_equal(found[place], expected[place])
+
+
+def test_every_step_is_reported_with_its_preview_though_some_are_forecast(engine: StepwiseEngine) -> None:
+    steps: list[int] = []
+    previews: list[int] = []
+    work = replace(
+        works("denoise_every=4")[0],
+        on_step=lambda step, _: steps.append(step),
+        previews=frozenset({3, 4}),
+        on_preview=lambda step, _: previews.append(step),
+    )
+    assert drive(engine, [work])[0].pixels is not None
+    assert steps == list(range(1, 13))
+
+
+@pytest.mark.parametrize("name", ["fluxdev", "qwen"])
+def test_forecast_steps_of_a_transformer_cost_no_call(name: str) -> None:
+    calls: list[Finished[Call]] = []
+    directory = tiny_model(name)
+    profile = read_profile(settings_of(directory))
+    engine = load_stepwise(directory, "f32", calls.append)
+
+    def picture(shortcuts: str, place: int = 0) -> Work:
+        return work_of(profile, "text2image", place, num_inference_steps=9, shortcuts=shortcuts)
+
+    try:
+        calls.clear()
+        [alone] = pixels_of(drive(engine, [picture("denoise_every=3")]))
+        rows = rows_of(calls)
+        calls.clear()
+        [exact] = pixels_of(drive(engine, [picture("")]))
+        assert rows * 9 == rows_of(calls) * 5  # of the steps 0 to 8: 0, 1, 4, 7 and 8
+        together = pixels_of(drive(engine, [picture("denoise_every=3"), picture("", 1)]))
+    finally:
+        engine.close()
+    np.testing.assert_array_equal(together[0], alone)
+    assert not np.array_equal(alone, exact)
 
 
 def test_shortcuts_do_not_change_a_picture_without_guidance(engine: StepwiseEngine) -> None:

@@ -78,7 +78,9 @@ def test_bytes_of_a_stream(server: LiveServer, data: Path) -> None:
         first, second = block.split("\n")
         document = json.loads(second.removeprefix("data: "))
         assert first == f"event: {document['type']}"
-        assert {"b64_json", "created_at", "size", "quality", "background", "output_format"} <= set(document)
+        assert {"b64_json", "created_at", "picture_index", "size", "quality", "background", "output_format"} <= set(
+            document
+        )
         assert ("partial_image_index" in document) is document["type"].endswith("partial_image")
         assert ("usage" in document) is document["type"].endswith("completed")
 

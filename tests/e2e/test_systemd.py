@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.certificates import make_pair
 from tests.systemdroot import SOURCE, Machine, boot, missing_requirement
 
 pytestmark = pytest.mark.heavy
@@ -108,6 +109,44 @@ def test_keys_are_rotated_by_a_reload(machine: Machine) -> None:
     machine.run("systemctl", "reload", "ovserve")
     machine.run("sh", "-c", "until journalctl --unit ovserve --no-pager | grep -q ' reloaded '; do sleep 0.1; done")
     assert [code(machine, "/v1/models", key) for key in ("sk-one", "sk-two")] == ["401", "200"]
+
+
+def test_service_reads_copies_of_named_keys_and_a_certificate_and_writes_the_usage_log(
+    machine: Machine, tmp_path: Path
+) -> None:
+    pair = make_pair(tmp_path, "used")
+    machine.write("/etc/ovserve.toml", f'usage_log = "/var/log/ovserve/usage.jsonl"\n{SETTINGS}')
+    machine.write("/etc/ovserve.pem", pair.certificate.read_text() + pair.key.read_text(), 0o600)
+    key = machine.run("ovserve", "key", "add", "team", "--file", "/etc/ovserve.keys.toml").split()[0]
+    machine.run(INSTALL)
+    machine.run("systemctl", "start", "ovserve")
+    ask = ["curl", "--silent", "--insecure", "--header", f"Authorization: Bearer {key}"]
+    reply = machine.run(*ask, "--json", '{"prompt": "a"}', "https://127.0.0.1:8000/v1/images/generations")
+    assert json.loads(reply)["data"]
+    assert json.loads(machine.run("cat", "/var/log/ovserve/usage.jsonl"))["key"] == "team"
+    status = ["--output", "/dev/null", "--write-out", "%{http_code}", "https://127.0.0.1:8000/v1/models"]
+    assert machine.run(*ask, *status) == "200"
+    machine.run("ovserve", "key", "add", "other", "--file", "/etc/ovserve.keys.toml")
+    kept = (machine.root / "etc/ovserve.keys.toml").read_text().split("[[key]]")[2]
+    machine.write("/etc/ovserve.keys.toml", f"[[key]]{kept}", 0o600)
+    machine.run("systemctl", "reload", "ovserve")
+    machine.run("sh", "-c", "until journalctl --unit ovserve --no-pager | grep -q ' reloaded '; do sleep 0.1; done")
+    assert machine.run(*ask, *status) == "401"
+    for name in ("ovserve.keys.toml", "ovserve.pem"):
+        (machine.root / "etc" / name).unlink()
+    machine.run(INSTALL)  # without the files, their copies go too
+
+
+def test_socket_unit_keeps_connections_during_a_restart(machine: Machine) -> None:
+    machine.run(INSTALL, "--socket")
+    machine.run("systemctl", "start", "ovserve.socket", "ovserve")
+    assert code(machine, "/v2/health/ready") == "200"
+    machine.run("systemctl", "restart", "--no-block", "ovserve")
+    codes = {code(machine, "/v2/health/ready") for _ in range(20)}
+    assert codes <= {"200", "503"}
+    unix = ["curl", "--silent", "--unix-socket", "/run/ovserve.sock", "http://any/v2/health/live"]
+    assert "true" in machine.run(*unix)
+    machine.run("systemctl", "stop", "ovserve.socket", "ovserve")
 
 
 def test_purge_leaves_no_file(machine: Machine) -> None:

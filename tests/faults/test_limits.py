@@ -270,6 +270,12 @@ def test_metrics_report_spool_use_and_worker_restarts(tmp_path: Path) -> None:
             "ovserve_running_jobs": 0,
             "ovserve_ready_workers": 1,
             "ovserve_worker_restarts_total": 0,
+            "ovserve_worker_deaths_total": 0,
+            "ovserve_job_retries_total": 0,
+            "ovserve_device_calls_total": 0,
+            "ovserve_device_rows_total": 0,
+            "ovserve_cache_lookups_total": 0,
+            "ovserve_usage_errors_total": 0,
             "ovserve_spool_bytes": 0,
             "ovserve_spool_warm_bytes": 0,
             "ovserve_spool_free_bytes": 16 << 20,
@@ -286,6 +292,7 @@ def test_metrics_report_spool_use_and_worker_restarts(tmp_path: Path) -> None:
         assert figure("ovserve_spool_warm_bytes") > 0
         server.kill_worker()
         server.until(lambda: figure("ovserve_worker_restarts_total") == 1)
+        assert 'model="ovserve-builtin",cause="crash"} 1.0' in client.get("/metrics").text
 
 
 def test_worker_has_a_higher_oom_score_than_the_front_end(plain: FaultServer) -> None:

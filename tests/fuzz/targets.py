@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from ovserve.front.forms.form import read_form
 from ovserve.front.forms.multipart import MultipartParser
 from ovserve.front.http1.chunks import ChunkDecoder
 from ovserve.front.http1.head import Head, HeadParser
+from ovserve.front.http1.proxyheader import MAX_EXTENSION_BYTES, ProxyHeader
 from ovserve.pixels.decoder import DecodeLimits, Decoder
 from ovserve.pixels.images import Limits
 from ovserve.wire.local.spool import Spool
@@ -259,4 +261,28 @@ def image(data: bytes) -> None:
     assert usage.memory_bytes <= memory_bytes, f"{usage.memory_bytes} bytes for {pixels} pixels"
 
 
-TARGETS = {"image": image, "multipart": multipart, "framing": framing, "json": json_form}
+def proxy(data: bytes) -> None:
+    """Check that a PROXY header gives an address or MalformedRequest, that pieces change nothing, and the bounds."""
+    outcomes = [_read_proxy_header(data, limit) for limit in (1 << 20, 1, 3)]
+    assert outcomes[0] == outcomes[1] == outcomes[2], outcomes
+
+
+def _read_proxy_header(data: bytes, limit: int) -> tuple[str | None, int]:
+    """Return the address (or the error) and how many bytes were taken, in pieces of at most `limit` bytes."""
+    header, taken = ProxyHeader(), 0
+    try:
+        while header.wanted and taken < len(data):
+            piece = data[taken : taken + min(limit, header.wanted)]
+            taken += len(piece)
+            header.feed(piece)
+            assert taken + header.wanted <= 16 + MAX_EXTENSION_BYTES
+    except MalformedRequest as error:
+        return error.message, -1
+    if header.wanted:
+        return "incomplete", -1
+    if header.address is not None:
+        assert str(ip_address(header.address)) == header.address
+    return header.address, taken
+
+
+TARGETS = {"image": image, "multipart": multipart, "framing": framing, "json": json_form, "proxy": proxy}

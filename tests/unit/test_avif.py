@@ -14,7 +14,7 @@ from PIL import Image
 from ovserve.errors import ImageError
 from ovserve.pixels.avif import avif_codes, avif_size, is_avif
 from ovserve.pixels.colour import Codes
-from ovserve.pixels.counts import inspect
+from ovserve.pixels.counts.inspect import inspect
 
 
 def box(kind: bytes, content: bytes, *, form: str = "short") -> bytes:

@@ -106,9 +106,9 @@ def test_before_wait_is_called_once_and_only_before_a_wait() -> None:
 def test_body_limit_applies_to_both_framings() -> None:
     with connected_pair() as (ours, theirs):
         transport = Transport(theirs, 5)
-        assert Body(transport, length(100), Settings(max_body_bytes=100)).expected == 100
+        Body(transport, length(100), Settings(max_body_bytes=100)).check_size()
         with pytest.raises(ContentTooLarge):
-            Body(transport, length(101), Settings(max_body_bytes=100))
+            Body(transport, length(101), Settings(max_body_bytes=100)).check_size()
         ours.sendall(b"60\r\n" + b"x" * 96 + b"\r\n5\r\n")
         body = Body(transport, CHUNKED, Settings(max_body_bytes=100))
         with pytest.raises(ContentTooLarge):

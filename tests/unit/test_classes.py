@@ -153,8 +153,32 @@ def test_defaults_are_those_of_the_variant_that_the_files_name(
     assert profile.preset("high").num_inference_steps == steps
     for quality in ("low", "medium"):
         preset = profile.preset(quality)
-        assert (preset.num_inference_steps == steps) == is_distilled
-        assert bool(preset.scheduler) == (not is_distilled)
+        has_less_to_do = preset.num_inference_steps < steps or "denoise_every" in preset.shortcuts
+        assert has_less_to_do == (not is_distilled)
+        assert bool(preset.scheduler or preset.shortcuts) == (not is_distilled)
+
+
+@pytest.mark.parametrize(
+    ("steps", "engine", "low", "medium"),
+    [
+        (19, "stepwise", (6, "dpmpp_2m", "guidance_until=0.6"), (10, "dpmpp_2m", "")),
+        (20, "stepwise", (6, "dpmpp_2m", "guidance_until=0.6"), (20, "", "denoise_every=2")),
+        (30, "stepwise", (30, "", "denoise_every=4,guidance_until=0.6"), (30, "", "denoise_every=2")),
+        (30, "genai", (9, "dpmpp_2m", "guidance_until=0.6"), (15, "dpmpp_2m", "")),
+    ],
+)
+def test_presets_of_many_steps_forecast_some_where_the_engine_can(
+    tmp_path: Path, steps: int, engine: str, low: tuple[int, str, str], medium: tuple[int, str, str]
+) -> None:
+    directory = write_model(tmp_path / "m", "StableDiffusionPipeline")
+    settings = ModelSettings(name="m", path=directory, engine=engine, default_num_inference_steps=steps)
+    profile = read_profile(settings)
+    for quality, expected in (("low", low), ("medium", medium)):
+        preset = profile.preset(quality)
+        assert (preset.num_inference_steps, preset.scheduler, preset.shortcuts) == expected
+    (directory / "ovserve.json").write_text('{"presets": {"medium": {"guidance_scale": 2.0}}}')
+    declared = read_profile(settings).preset("medium")
+    assert (declared.num_inference_steps, declared.shortcuts) == (round(steps / 2), "")
 
 
 def test_declared_defaults_and_presets_override_those_of_a_distilled_model(tmp_path: Path) -> None:

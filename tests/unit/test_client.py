@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +100,11 @@ def test_progress_line_estimates_the_time_left_and_is_removed() -> None:
         ({"TERM": "xterm-kitty"}, "kitty"),
         ({"TERM_PROGRAM": "iTerm.app"}, "iterm"),
         ({"TERM_PROGRAM": "WezTerm"}, "iterm"),
+        ({"TERM": "foot"}, "sixel"),
+        ({"TERM": "xterm-256color", "KONSOLE_VERSION": "230804"}, "sixel"),
+        ({"TERM": "xterm-256color", "KONSOLE_VERSION": "211203"}, ""),
+        ({"TERM": "xterm-256color", "OVSERVE_PICTURES": "sixel"}, "sixel"),
+        ({"TERM": "xterm-kitty", "OVSERVE_PICTURES": "none"}, ""),
         ({"TERM": "xterm-kitty", "TMUX": "/tmp/x"}, ""),
         ({"TERM": "xterm-256color"}, ""),
         ({}, ""),
@@ -159,3 +167,26 @@ def test_patterns_become_files(tmp_path: Path) -> None:
 def test_only_http_urls_name_a_server(url: str) -> None:
     with pytest.raises(ValueError, match="not a URL"):
         ImageServer(url)
+
+
+class _Stream(BaseHTTPRequestHandler):
+    """Streams the second picture before the first one."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.end_headers()
+        for index in (1, 0):
+            event = {"b64_json": base64.b64encode(bytes([index])).decode(), "picture_index": index}
+            self.wfile.write(f"event: image_edit.completed\ndata: {json.dumps(event)}\n\n".encode())
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing."""
+
+
+def test_streamed_pictures_are_returned_in_the_order_of_their_numbers() -> None:
+    with HTTPServer(("127.0.0.1", 0), _Stream) as stand_in:
+        threading.Thread(target=stand_in.handle_request, daemon=True).start()
+        server = ImageServer(f"http://127.0.0.1:{stand_in.server_port}")
+        pictures = server.run("edits", {"n": "2"}, [], lambda _: None)
+    assert [picture.content for picture in pictures] == [b"\0", b"\1"]

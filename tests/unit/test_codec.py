@@ -15,10 +15,12 @@ from ovserve.errors import LinkGarbage
 from ovserve.wire.codec import MESSAGE_BYTES, decode, encode
 from ovserve.wire.messages import (
     Cancel,
+    Counts,
     Done,
     Failed,
     Grant,
     Heartbeat,
+    LogLevel,
     Message,
     Need,
     Picture,
@@ -26,6 +28,7 @@ from ovserve.wire.messages import (
     Progress,
     Ready,
     Run,
+    Span,
     Stop,
 )
 
@@ -39,6 +42,9 @@ messages = st.one_of(
     st.builds(Stop),
     st.builds(Ready, whole, short, short, st.dictionaries(short, whole, max_size=3)),
     st.builds(Heartbeat, short, seconds),
+    st.builds(LogLevel, short),
+    st.builds(Span, short, short, seconds, seconds, st.integers(-1, 99), st.integers(0, 99)),
+    st.builds(Counts, *[st.integers(0, 10**15)] * 6),
     st.builds(Prepared, short, short, whole, whole, whole, whole, whole, whole, short),
     st.builds(Progress, short, whole, whole, whole),
     st.builds(Need, short, whole, whole, whole),

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from ovserve.errors import ImageError
-from ovserve.pixels import counts
-from ovserve.pixels.counts import FileFacts, inspect
+from ovserve.pixels.counts import bmp, gif, jpeg, png, tiff, walk, webp
+from ovserve.pixels.counts.inspect import FileFacts, inspect
 from ovserve.pixels.images import Limits, decode_image
 from tests import imagefiles as files
 from tests.imagefiles import png_chunk, segment, webp_chunk
@@ -47,20 +47,20 @@ GIF_BLOCK_BYTES = len(files.gif()) - 2 - files.gif().index(b"\x2c\0\0\0\0\x10\0\
 
 # What is repeated, the limit, and a file that repeats it n times.
 CASES: dict[str, tuple[str, int, Callable[[int], bytes]]] = {
-    "jpeg_passes": ("passes over its blocks", counts.MAX_JPEG_PASSES, files.jpeg_scans),
+    "jpeg_passes": ("passes over its blocks", jpeg.MAX_JPEG_PASSES, files.jpeg_scans),
     "jpeg_segments": (
         "segments",
-        counts.MAX_JPEG_SEGMENTS,
+        jpeg.MAX_JPEG_SEGMENTS,
         lambda n: files.jpeg(before=segment(0xFE, b"") * (n - files.jpeg().count(b"\xff") + _stuffed(files.jpeg()))),
     ),
     "jpeg_junk": (
         "bytes between its segments",
-        counts.MAX_JPEG_JUNK_BYTES,
+        jpeg.MAX_JPEG_JUNK_BYTES,
         lambda n: files.jpeg(before=segment(0xFE, b"") + b"\0" * n),
     ),
     "jpeg_exif": (
         "bytes of EXIF data",
-        counts.MAX_EXIF_BYTES,
+        walk.MAX_EXIF_BYTES,
         lambda n: files.jpeg(
             before=segment(0xE1, b"Exif\0\0" + bytes(65_526)) * 4
             + segment(0xE1, b"Exif\0\0" + bytes(n - 4 * 65_534 - 8))
@@ -68,62 +68,62 @@ CASES: dict[str, tuple[str, int, Callable[[int], bytes]]] = {
     ),
     "png_idats": (
         "chunks for",
-        counts.MIN_PNG_DATA_CHUNKS,
+        png.MIN_PNG_DATA_CHUNKS,
         png_of_idats,
     ),
     "png_chunks": (
         "chunks besides IDAT",
-        counts.MAX_PNG_CHUNKS,
+        png.MAX_PNG_CHUNKS,
         lambda n: files.png(before=png_chunk(b"prVt") * 10, after=png_chunk(b"prVt") * (n - 12)),
     ),
-    "png_exif": ("bytes of EXIF data", counts.MAX_EXIF_BYTES, lambda n: files.png(after=png_chunk(b"eXIf", bytes(n)))),
+    "png_exif": ("bytes of EXIF data", walk.MAX_EXIF_BYTES, lambda n: files.png(after=png_chunk(b"eXIf", bytes(n)))),
     "gif_blocks": (
         "blocks before its first frame",
-        counts.MAX_GIF_BLOCKS,
+        gif.MAX_GIF_BLOCKS,
         lambda n: files.gif(before=b"\x21\xfe" + b"\1a" * (n - 1) + b"\0"),
     ),
     "gif_pixel_blocks": (
         "blocks for",
         # The largest number of blocks that their bytes allow: one of ordinary size, the others of 2 bytes.
-        next(n for n in range(8192, 9999) if n + 1 > counts.MAX_GIF_BLOCKS + (2 * n + GIF_BLOCK_BYTES) // 32),
+        next(n for n in range(8192, 9999) if n + 1 > gif.MAX_GIF_BLOCKS + (2 * n + GIF_BLOCK_BYTES) // 32),
         lambda n: files.gif(more=b"\1\0" * (n - 1)),
     ),
-    "webp_chunks": ("chunks", counts.MAX_WEBP_CHUNKS, lambda n: files.webp(*[webp_chunk(b"prVt", b"")] * (n - 2))),
-    "webp_exif": ("bytes of EXIF data", counts.MAX_EXIF_BYTES, lambda n: files.webp(webp_chunk(b"EXIF", bytes(n)))),
+    "webp_chunks": ("chunks", webp.MAX_WEBP_CHUNKS, lambda n: files.webp(*[webp_chunk(b"prVt", b"")] * (n - 2))),
+    "webp_exif": ("bytes of EXIF data", walk.MAX_EXIF_BYTES, lambda n: files.webp(webp_chunk(b"EXIF", bytes(n)))),
     "webp_metadata": (
         "bytes of metadata",
-        counts.MAX_METADATA_BYTES,
+        walk.MAX_METADATA_BYTES,
         lambda n: files.webp(webp_chunk(b"XMP ", bytes(n))),
     ),
     "bmp_rle": (
         "bytes of run-length codes",
-        counts.MIN_BMP_RLE_BYTES + counts.MAX_BMP_RLE_BYTES_PER_PIXEL * 17 * 16,
+        bmp.MIN_BMP_RLE_BYTES + bmp.MAX_BMP_RLE_BYTES_PER_PIXEL * 17 * 16,
         lambda n: files.bmp_rle((b"\x10\5\0\0" * 16 + b"\0\1").ljust(n, b"\0")),
     ),
     "tiff_strips": (
         "strips where its size needs 1",
-        1 + counts.MAX_TIFF_SPARE_STRIPS,
+        1 + tiff.MAX_TIFF_SPARE_STRIPS,
         lambda n: files.tiff({273: (4, [16] * n), 279: (4, [256] * n)}),
     ),
-    "tiff_directories": ("directories", counts.MAX_TIFF_DIRECTORIES, lambda n: files.tiff(directories=n)),
+    "tiff_directories": ("directories", tiff.MAX_TIFF_DIRECTORIES, lambda n: files.tiff(directories=n)),
     "bigtiff_directories": (
         "directories",
-        counts.MAX_TIFF_DIRECTORIES,
+        tiff.MAX_TIFF_DIRECTORIES,
         lambda n: files.tiff(directories=n, is_big=True),
     ),
     "tiff_tags": (
         "tags in its first directory",
-        counts.MAX_TIFF_TAGS,
+        tiff.MAX_TIFF_TAGS,
         lambda n: files.tiff({50_000 + k: (3, [1]) for k in range(n - 9)}),
     ),
     "tiff_values": (
         "numbers in the tags",
-        counts.MAX_TIFF_VALUES,
+        tiff.MAX_TIFF_VALUES,
         lambda n: files.tiff({282: (5, [1] * (2 * (n - 7)))}),
     ),
     "tiff_metadata": (
         "bytes of metadata",
-        counts.MAX_METADATA_BYTES,
+        walk.MAX_METADATA_BYTES,
         lambda n: files.tiff({700: (7, bytes(n))}),
     ),
     "tiff_tile_area": (
@@ -158,14 +158,14 @@ def test_each_count_passes_at_its_limit_and_fails_one_above(name: str) -> None:
 
 
 def test_pixel_bytes_of_a_gif_are_bounded_by_its_pixels() -> None:
-    limit = counts.MIN_GIF_BYTES + counts.MAX_GIF_BYTES_PER_PIXEL * 256
+    limit = gif.MIN_GIF_BYTES + gif.MAX_GIF_BYTES_PER_PIXEL * 256
     assert facts(gif_of_bytes(limit - 1000)).width == 16
     with pytest.raises(ImageError, match="bytes in its first frame"):
         facts(gif_of_bytes(limit + 1000))
 
 
 def test_bytes_of_a_file_are_bounded_by_its_pixels() -> None:
-    limit = counts.MIN_FILE_BYTES + counts.MAX_FILE_BYTES_PER_PIXEL * 256
+    limit = walk.MIN_FILE_BYTES + walk.MAX_FILE_BYTES_PER_PIXEL * 256
     data = files.tiff()
     assert facts(data.ljust(limit, b"\0")).end == limit
     with pytest.raises(
@@ -194,7 +194,7 @@ def test_small_tiles_are_rejected() -> None:
 
 
 def test_numbers_in_a_directory_of_exif_data_are_bounded() -> None:
-    inner = files.tiff({282: (5, [1] * 2 * counts.MAX_TIFF_VALUES)}, size=(1, 1))
+    inner = files.tiff({282: (5, [1] * 2 * tiff.MAX_TIFF_VALUES)}, size=(1, 1))
     (at,) = struct.unpack_from("<I", inner, 4)
     outer = files.tiff({34665: (4, [at])}, size=(1, 1))
     # The inner file's directory at its offset, the outer file's directory behind it.

@@ -12,7 +12,20 @@ import pytest
 from ovserve.deadline import Deadline
 from ovserve.dispatch.jobs import Client, Job, State
 from ovserve.errors import BlobGone, Draining, NotReady
-from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Need, Picture, Prepared, Ready, Run, Stop
+from ovserve.wire.messages import (
+    Counts,
+    Done,
+    Failed,
+    Grant,
+    Heartbeat,
+    LogLevel,
+    Need,
+    Picture,
+    Prepared,
+    Ready,
+    Run,
+    Stop,
+)
 from ovserve.wire.request import ImageRequest
 from tests.dispatcherharness import PATIENCE_S, DispatcherHarness, FakeWorker
 
@@ -166,3 +179,70 @@ def test_many_threads_admit_and_cancel_without_losing_a_job(harness: DispatcherH
     assert harness.dispatcher.in_flight() == 0
     stop.set()
     server.join(PATIENCE_S)
+
+
+def test_counts_of_all_workers_are_added_up_over_their_lives(harness: DispatcherHarness) -> None:
+    def counted(name: str) -> int:
+        return harness.dispatcher.counts()["toy"].get(name, 0)
+
+    first, second = harness.add_worker(), harness.add_worker()
+    first.send(Counts(calls=2, rows=5), Counts(calls=3, rows=9, prompt_hits=1))
+    second.send(Counts(calls=10, rows=10))
+    harness.wait_until(lambda: counted("calls") == 13)
+    assert (counted("rows"), counted("prompt_hits"), counted("image_hits")) == (19, 1, 0)
+    first.die()
+    third = harness.add_worker()
+    third.send(Counts(calls=1, rows=1))
+    harness.wait_until(lambda: counted("calls") == 14)
+
+
+def test_worker_whose_count_decreases_is_detached(harness: DispatcherHarness) -> None:
+    worker = harness.add_worker()
+    worker.send(Counts(calls=2), Counts(calls=1, rows=3))
+    worker.expect_closed()
+    assert "a count has decreased" in worker.link.state.lost
+    assert harness.dispatcher.counts()["toy"]["calls"] == 2
+
+
+def test_job_whose_worker_dies_counts_as_retried(harness: DispatcherHarness) -> None:
+    first = harness.add_worker()
+    job = harness.admit()
+    first.expect(Run)
+    first.die()
+    second = harness.add_worker()
+    assert second.serve() == job.id
+    assert harness.wait_settled(job) is State.DONE
+    assert harness.dispatcher.counts()["toy"]["retried"] == 1
+
+
+def test_level_of_the_log_reaches_all_workers_once_and_later_ones(harness: DispatcherHarness) -> None:
+    first = harness.add_worker()
+    harness.dispatcher.set_log_level("info")  # it has that level already
+    harness.dispatcher.set_log_level("debug")
+    assert first.expect(LogLevel).level == "debug"
+    second = harness.add_worker()
+    assert second.expect(LogLevel).level == "debug"
+    harness.dispatcher.set_log_level("info")
+    assert (first.expect(LogLevel).level, second.expect(LogLevel).level) == ("info", "info")
+    harness.add_worker().expect_nothing()
+
+
+def test_jobs_in_flight_are_listed_those_that_run_first(harness: DispatcherHarness) -> None:
+    worker = harness.add_worker()
+    waiting_for, jobs = harness.admit(n=2), []
+    worker.expect(Run)
+    # One more than the capacity runs, for a client that has none there.
+    jobs = [harness.admit(client="c"), harness.admit(client="c")]
+    jobs[1].key_name = "design"
+    worker.deliver(waiting_for.id, 0)
+    harness.wait_until(lambda: harness.dispatcher.job_statuses()[0][0].pictures_done == 1)
+    found, left_out = harness.dispatcher.job_statuses()
+    assert left_out == 0
+    assert [(each.id, each.state, each.worker) for each in found] == [
+        (waiting_for.id, "running", worker.link.name),
+        (jobs[0].id, "queued", ""),
+        (jobs[1].id, "queued", ""),
+    ]
+    assert (found[0].pictures, found[0].is_prepared, found[0].attempts) == (2, True, 1)
+    assert (found[2].key_name, found[2].client, found[2].dispatched_at) == ("design", "c", 0)
+    assert found[0].admitted_at <= found[0].dispatched_at < found[0].deadline_at

@@ -19,6 +19,8 @@ from ovserve.settings.options import ModelSettings
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.prepare import check_steps
 
+pytestmark = pytest.mark.engine
+
 MODELS = Path(__file__).parent.parent / "fixtures" / "models"
 NOISE: NDArray[np.uint8] = np.random.default_rng(2).integers(0, 256, (64, 64, 3), np.uint8)
 HALF = np.zeros((64, 64), np.uint8)

@@ -12,6 +12,8 @@ from ovserve.models.profile import read_profile
 from ovserve.settings.loras import LoraSettings
 from tests.pictures import directory_of, settings_of
 
+pytestmark = pytest.mark.engine
+
 
 def test_model_with_adapters_is_refused() -> None:
     settings = settings_of(directory_of("sd"), lora=(LoraSettings(alias="a", path=Path(__file__)),))

@@ -176,3 +176,11 @@ def test_answers_of_a_listener(tmp_path: Path, capsys: pytest.CaptureFixture[str
         listener.configure(settings, read_keys(settings), listener.access.admin_keys)
         assert ask(client, admin).status == 401
         assert ask(client, limited).status == 429
+
+
+def test_limit_of_models_may_name_an_alias() -> None:
+    grant = Grant("a", KeyLimits(models=("gpt-image-1", "other")))
+    grant.take_pictures("shapes", 1, ["gpt-image-1", "default"])
+    grant.take_pictures("other", 1)
+    with pytest.raises(Forbidden, match="may not use the model 'shapes'"):
+        grant.take_pictures("shapes", 1, ["default"])

@@ -364,6 +364,15 @@ def test_slow_body_is_408() -> None:
         assert client.read_rest() == b""
 
 
+@pytest.mark.parametrize("length", [b"Content-Length: 101\r\n", b"Content-Length: 99999999999999999\r\n"])
+def test_client_without_a_key_gets_401_for_a_body_that_is_too_large(length: bytes) -> None:
+    with serving(api_key="sk-one", max_body_bytes=100, linger_s=0.1) as (listener, _):
+        for key, status in ((b"", 401), (b"api-key: sk-other\r\n", 401), (b"api-key: sk-one\r\n", 413)):
+            with RawClient(listener.port) as client:
+                response = client.send(request("/echo", key + JSON + length, method="POST")).read_response()
+                assert response.status == status
+
+
 def test_api_key_is_checked_before_the_body_is_read(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ovserve")
     fields = JSON + b"Content-Length: 2000000\r\nExpect: 100-continue\r\n"

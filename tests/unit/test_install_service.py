@@ -97,6 +97,34 @@ def test_keys_are_copied_before_each_reload(machine: Path) -> None:
     assert "Environment=OVSERVE_API_KEY_FILE=/run/ovserve/keys" in lines
 
 
+def test_named_keys_and_a_certificate_are_copied_too(machine: Path) -> None:
+    (machine / "etc").mkdir()
+    for name in ("ovserve.keys.toml", "ovserve.pem"):
+        (machine / "etc" / name).write_text("secret\n")
+    assert install(machine).returncode == 0
+    lines = drop_in(machine, "keys.conf").splitlines()
+    assert "Environment=OVSERVE_NAMED_KEYS_FILE=/run/ovserve/keys.toml" in lines
+    assert "Environment=OVSERVE_TLS_CERTIFICATE=/run/ovserve/tls.pem" in lines
+    assert not any("API_KEY_FILE" in line for line in lines)
+    before = [line.partition("=")[2] for line in lines if line.startswith("ExecStartPre=")]
+    reloads = [line.partition("=")[2] for line in lines if line.startswith("ExecReload=")]
+    assert len(before) == 2
+    assert reloads[:3] == ["", *before]
+    assert " check " in reloads[3]
+
+
+def test_socket_unit_is_installed_when_asked_for(machine: Path) -> None:
+    done = install(machine, "--socket")
+    assert done.returncode == 0, done.stderr
+    installed = machine / "etc/systemd/system/ovserve.socket"
+    assert installed.read_bytes() == (ROOT / "scripts" / "ovserve.socket").read_bytes()
+    assert install(machine).returncode == 0
+    assert installed.exists()  # without the flag, what is installed stays
+    assert install(machine, "--uninstall").returncode == 0
+    assert not installed.exists()
+    assert install(machine, "--sockets").returncode == 2
+
+
 def test_uninstall_leaves_settings_and_keys_and_purge_leaves_nothing(machine: Path) -> None:
     (machine / "etc").mkdir()
     (machine / "etc" / "ovserve.keys").write_text("sk-one\n")

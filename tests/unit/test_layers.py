@@ -27,6 +27,8 @@ FOUNDATIONS = {
     "metrics",
     "systemd",
     "settings",
+    "stacks",
+    "usage",
 }
 
 # What each top-level module or package may import from ovserve, besides FOUNDATIONS and itself.
@@ -55,7 +57,9 @@ MAY: dict[str, set[str]] = {
     "logs": set(),
     "machine": set(),
     "metrics": {"errors"},
+    "stacks": {"logs"},
     "systemd": {"errors"},
+    "usage": {"errors", "logs"},
     "watch": set(),
     "settings": {"errors"},
 }
@@ -89,14 +93,15 @@ INSIDE: dict[str, set[str]] = {
 }
 # The only places that may import these packages.
 ONLY: dict[str, tuple[str, ...]] = {
-    "numpy": ("worker", "engines", "pixels"),
-    "PIL": ("worker", "engines", "pixels", "client.masks"),
+    "numpy": ("worker", "engines", "pixels", "client.sixel"),
+    "PIL": ("worker", "engines", "pixels", "client.masks", "client.sixel"),
     "openvino": ("engines.genai", "engines.stepwise", "engines.devices", "worker.main"),
     "openvino_genai": ("engines.genai", "engines.stepwise"),
     "multiprocessing": ("wire", "fleet", "server", "cli"),
     "http": ("front", "hub", "client"),
     "socketserver": ("front",),
     "ray": ("wire.ray.cluster",),
+    "opentelemetry": ("api.traces",),
 }
 # The only places that may contain the name of a model family.
 FAMILY_MODULES = ("models.families", "models.classes", "models.variants", "engines.families")

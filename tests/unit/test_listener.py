@@ -19,6 +19,7 @@ from ovserve.front import listener as listener_module
 from ovserve.front import overflow as overflow_module
 from ovserve.front.handler import Connection
 from ovserve.front.listener import Listener
+from ovserve.front.unixsocket import bind_unix
 from ovserve.settings.options import Settings
 from ovserve.wire.local.spool import Spool
 from tests.rawclient import RawClient
@@ -363,4 +364,4 @@ def test_a_unix_socket_whose_process_does_not_accept_is_in_use(tmp_path: Path) -
         stopped.listen(0)
         queued.connect(path)
         with socket.socket(socket.AF_UNIX) as second, pytest.raises(OSError, match="in use"):
-            listener_module._bind_socket(second, path, 0o600)
+            bind_unix(second, path, 0o600, (-1, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import socket
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ovserve.errors import StartupError
 from ovserve.front import listener as listener_module
 from ovserve.front.listener import Listener, ListenerGroup
 from ovserve.settings.access import ListenAddress, parse_listen
@@ -97,3 +99,23 @@ def test_sockets_of_the_service_manager_are_taken_over_once() -> None:
             assert "is not a listening socket" in inherited(descriptor=connected.fileno()).stderr
     with open(os.devnull, "rb") as nothing:
         assert "OSError" in inherited(descriptor=nothing.fileno()).stderr
+
+
+def test_unix_socket_gets_an_owner_and_a_group(tmp_path: Path) -> None:
+    own, path = os.getgid(), tmp_path / "http.sock"
+    name = grp.getgrgid(own).gr_name
+    number = "65534" if os.getuid() == 0 else str(os.getuid())  # only root can give a file away
+    settings = Settings(socket_mode="660", socket_owner=number, socket_group=name)
+    api, spool = ToyApi(), Spool(tmp_path, 1_000_000)
+    with ExitStack() as stack:
+        stack.callback(spool.close)
+        stack.callback(api.close)
+        listener = Listener(settings, api, spool, address=ListenAddress("", 0, str(path)))
+        stack.callback(listener.stop, 0)
+        found = path.stat()
+        assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (int(number), own, 0o660)
+        for wrong in ({"socket_group": "no-such-group"}, {"socket_owner": "no-such-user"}):
+            other = tmp_path / "other.sock"
+            with pytest.raises(StartupError, match=r"no-such-.*socket_owner, socket_group"):
+                Listener(Settings(**wrong), api, spool, address=ListenAddress("", 0, str(other)))  # type: ignore[arg-type]
+            assert not other.exists()

@@ -15,6 +15,8 @@ from ovserve.errors import ModelError
 from tests.loras import ORACLE, kohya_tensors, safetensors
 from tests.pictures import directory_of
 
+pytestmark = pytest.mark.engine
+
 CORE = ov.Core()
 PROPERTIES = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
 TOLERANCE = 2e-5  # of outputs up to 1.2; float32, other order of sums

@@ -94,7 +94,12 @@ def test_status_document_has_models_and_workers() -> None:
         "m", ready=True, reason="", failed=False, workers=1, queued=2, running=1, capacity=4, job_s=0.123456
     )
     worker = WorkerStatus("m/0#1", "m", "denoise", 0.2, is_ready=True, jobs=1, capacity=4, jobs_done=7)
-    document = status_document({"m": model}, [worker], LastErrors(), started_at=0, is_ready=True, is_draining=False)
+    known = {"counts": {"m": {"calls": 4, "rows": 9, "call_us": 250_400}}, "memory_bytes": {"m": 1 << 20}}
+    document = status_document(
+        {"m": model}, [worker], LastErrors(), **known, started_at=0, is_ready=True, is_draining=False
+    )
+    shown = document["models"][0]
+    assert (shown["calls"], shown["rows"], shown["call_s"], shown["memory_bytes"]) == (4, 9, 0.25, 1 << 20)
     assert document["models"][0]["job_s"] == 0.123
     assert document["models"][0]["ready"] is True
     assert document["workers"] == [

@@ -17,6 +17,7 @@ import pytest
 
 from ovserve.api.api import ImagesApi
 from ovserve.api.exchange import FileReply, JsonReply, Reply, ServerEvent, StreamReply, windows_of
+from ovserve.api.record import Record
 from ovserve.api.reloads import ModelReload, ReloadStatus
 from ovserve.api.routes import ROUTES, Match, Route, match_route
 from ovserve.dispatch.dispatcher import Dispatcher
@@ -45,6 +46,7 @@ class FakeExchange:
     id = "r1"
     address = network = "127.0.0.1"
     is_verified = False
+    key_name = ""
     key = ""
     holding = None
     is_secure = False
@@ -53,11 +55,12 @@ class FakeExchange:
     def __init__(self, method: str, path: str, **headers: str) -> None:
         self.method, self.path, self.headers = method, path, headers
         self.notes: dict[str, str] = {}
+        self.record = Record()
 
     def header(self, name: str) -> str | None:
         return self.headers.get(name.replace("-", "_"))
 
-    def take_pictures(self, model: str, count: int) -> None:
+    def take_pictures(self, model: str, count: int, aliases: object = ()) -> None:
         self.notes["taken"] = f"{count} of {model}"
 
     def read_form(self) -> FakeForm:
@@ -319,7 +322,7 @@ def test_reload_whose_workers_fail_is_500_with_the_reason_and_in_the_metrics(api
     with pytest.raises(ReloadFailed, match="model m: no weights") as caught:
         reload_document(api)
     assert (caught.value.status, caught.value.code) == (500, "reload_failed")
-    page = api.metrics.page()
+    page = api.metrics.page()[0]
     assert b"ovserve_reload_failed 1.0" in page
     assert b"ovserve_reloads_total 3.0" in page
 
@@ -437,12 +440,12 @@ def counted(api: ImagesApi, events: Callable[[], Generator[ServerEvent, None, No
     match = Match(route, {}, (route,), is_open=True, is_health=False)
     reply = api.answer(FakeExchange("GET", "/stream"), match)
     assert isinstance(reply, StreamReply)
-    assert b'route="/stream"' not in api.metrics.page()  # it has not ended
+    assert b'route="/stream"' not in api.metrics.page()[0]  # it has not ended
     with contextlib.suppress(ApiError, ClientGone, KeyError):
         for _ in itertools.islice(reply.events, read):
             pass
     reply.close()
-    found = re.findall(rb'ovserve_http_responses_total\{route="/stream",status="(\d+)"\} (\S+)', api.metrics.page())
+    found = re.findall(rb'ovserve_http_responses_total\{route="/stream",status="(\d+)"\} (\S+)', api.metrics.page()[0])
     return {status.decode(): float(number) for status, number in found}
 
 
@@ -532,3 +535,29 @@ def test_status_route_lists_models_and_keeps_errors_of_the_server(api: ImagesApi
     assert document["workers"] == []
     assert document["ready"] is False
     assert [(error["code"], error["message"]) for error in document["errors"]] == [("internal_error", "broken")]
+
+
+def test_startup_check_is_503_until_the_start_is_over_and_200_from_then_on(api: ImagesApi) -> None:
+    reply = answer(api, FakeExchange("GET", "/v2/health/startup"))
+    assert isinstance(reply, JsonReply)
+    assert (reply.status, document_of(reply)) == (503, {"started": False, "waits_for": ["m"]})
+    api.has_started = True
+    reply = answer(api, FakeExchange("GET", "/startupz"))
+    assert isinstance(reply, JsonReply)
+    assert (reply.status, document_of(reply)) == (200, {"started": True, "waits_for": []})
+
+
+def test_readiness_of_chosen_models(api: ImagesApi) -> None:
+    exchange = FakeExchange("GET", "/v2/health/ready")
+    exchange.query = {"model": "m"}
+    reply = answer(api, exchange)
+    assert isinstance(reply, JsonReply)
+    assert reply.status == 503
+    assert document_of(reply)["models"] == {"m": {"ready": False, "reason": "loading"}}
+    exchange.query = {"model": "m, none"}
+    with pytest.raises(ModelNotFound):
+        answer(api, exchange)
+
+
+def document_of(reply: JsonReply) -> Any:
+    return json.loads(b"".join(windows_of(reply.chunks)))

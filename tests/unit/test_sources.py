@@ -130,6 +130,10 @@ def test_hosts_networks_and_the_admin_listener_are_parsed() -> None:
     assert parse_listen(None) is None
 
 
+def test_variables_of_the_commands_are_no_options() -> None:
+    load_settings({}, {"OVSERVE_URL": "http://host:8000", "OVSERVE_PICTURES": "sixel"})
+
+
 def test_environment_is_checked_for_unknown_names() -> None:
     with pytest.raises(SettingsError, match="max_bodies"):
         load_settings({}, {"OVSERVE_MAX_BODIES": "1"})

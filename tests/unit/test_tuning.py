@@ -17,6 +17,8 @@ from ovserve.engines.stepwise.tuning import Tuning, tune
 from ovserve.models.profile import read_profile
 from tests.pictures import directory_of, settings_of, with_scheduler
 
+pytestmark = pytest.mark.engine
+
 SD = directory_of("sd")
 
 

@@ -30,6 +30,8 @@ from tests.live import BUILTIN_PATH
 from tests.reader import Figure, draw_scene, read_picture
 from tests.workerbench import WorkerBench, pixels_of, png
 
+pytestmark = pytest.mark.engine
+
 CIRCLE = draw_scene("blue", [Figure("red", "circle", 64, 64, 34)])
 MIDDLE = np.zeros((128, 128), np.uint8)
 MIDDLE[24:104, 24:104] = 255

@@ -16,6 +16,8 @@ from tests import imagefiles as files
 from tests.live import children_of
 from tests.workerbench import WorkerBench, png
 
+pytestmark = pytest.mark.engine
+
 CIRCLE = Image.new("RGB", (64, 64), (200, 10, 10))
 PLAIN = np.full((64, 64, 3), 90, np.uint8)
 MASK = np.full((64, 64), 255, np.uint8)

@@ -78,9 +78,9 @@ class SdApi:
             if not is_interrupted:  # else the pictures that are finished are the reply
                 check_done(job)
             reply = pictures_reply(job, parameters, translation, is_interrupted=is_interrupted)
-            images.end_job(job)
+            images.end_job(exchange, job)
         except BaseException:
-            images.end_job(job)
+            images.end_job(exchange, job)
             job.close()
             raise
         return reply

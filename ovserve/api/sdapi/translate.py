@@ -141,6 +141,7 @@ class _Translator:
         self._fields: list[tuple[str, Any]] = []
 
     def run(self) -> Translation:
+        """Return the translated request. Raises InvalidValue for a field that cannot be served."""
         self._read_names()
         self._check_unused()
         self._read_pictures()

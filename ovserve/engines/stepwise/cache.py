@@ -35,9 +35,13 @@ class ArrayCache:
     Keys count because they may be prompts, which may be longer than their arrays. Thread-safe: yes, one lock.
 
     Invariant: stored arrays are read-only, because all callers share them.
+
+    Attributes:
+        hits, misses: calls of `find`.
     """
 
     def __init__(self, limit_bytes: int) -> None:
+        self.hits = self.misses = 0
         self._limit_bytes = limit_bytes
         self._held_bytes = 0
         self._entries: OrderedDict[Hashable, Arrays] = OrderedDict()
@@ -47,8 +51,11 @@ class ArrayCache:
         """Return the arrays stored under `key`, or None."""
         with self._lock:
             found = self._entries.get(key)
-            if found is not None:
-                self._entries.move_to_end(key)
+            if found is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._entries.move_to_end(key)
             return found
 
     def put(self, key: Hashable, arrays: Arrays) -> None:

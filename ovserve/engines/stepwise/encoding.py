@@ -5,7 +5,9 @@ Encoded images are cached by content. Runs in: a slot's thread, with that slot's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -19,7 +21,7 @@ from ovserve.engines.schedulers.noise import Array, f32
 from ovserve.engines.schedulers.plans import Plan
 from ovserve.engines.stepwise.cache import ArrayCache, digest
 from ovserve.engines.stepwise.compiled import Components, Requests, normalised_levels, run_encoder
-from ovserve.engines.stepwise.prompts import PromptEncoder
+from ovserve.engines.stepwise.prompts import Embedding, PromptEncoder
 from ovserve.engines.stepwise.tiling import encode_tiles
 
 __all__ = ["Encoding"]
@@ -41,13 +43,22 @@ class Encoding:
 
     def start(self, work: Work, plan: Plan, requests: Requests) -> Start:
         """Make the `Start` of a picture."""
-        source = Source(
-            vae=self._vae,
-            embed=lambda index, texts: self._prompts.embed(index, texts, requests, work),
-            moments=lambda image, mask: self._moments(image, mask, requests),
-            draw=_stream(work.seed),
-        )
+
+        def embed(index: int, texts: Sequence[str]) -> list[Embedding]:
+            with _reported(work, "text"):
+                return self._prompts.embed(index, texts, requests, work)
+
+        def moments(image: Pixels, mask: Pixels | None) -> Moments:
+            with _reported(work, "encode"):
+                return self._moments(image, mask, requests)
+
+        source = Source(vae=self._vae, embed=embed, moments=moments, draw=_stream(work.seed))
         return self._family.start(work, plan, source)
+
+    @property
+    def lookups(self) -> tuple[int, int]:
+        """How many images were found in the cache, and how many were not."""
+        return self._cache.hits, self._cache.misses
 
     def _moments(self, image: Pixels, mask: Pixels | None, requests: Requests) -> Moments:
         """Return mean and standard deviation of an image's latents, or the latents if the encoder returns these.
@@ -69,6 +80,15 @@ class Encoding:
             moments = (mean.copy(), deviation)
         self._cache.put(key, moments)
         return moments
+
+
+@contextmanager
+def _reported(work: Work, stage: str) -> Iterator[None]:
+    """Report the time of a block as a stage of a picture, if it is traced."""
+    started_at = time.monotonic()
+    yield
+    if work.on_span is not None:
+        work.on_span(stage, started_at, time.monotonic(), 0)
 
 
 def _stream(seed: int) -> Callable[[tuple[int, ...]], Array]:

@@ -50,6 +50,7 @@ from ovserve.errors import ApiError, BadRequest, InternalError, InvalidValue, Mo
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile, served_by
 from ovserve.settings.options import ModelSettings
+from ovserve.wire.messages import Counts
 from ovserve.wire.request import ImageRequest
 
 __all__ = ["Call", "Row", "StepwiseEngine"]
@@ -94,6 +95,7 @@ class StepwiseEngine:
         self._codec_s = 0.0  # duration of encode and decode calls since the last denoising call started
         self._encode_s = 0.0  # duration of the last encode call
         self._call_s = 0.0  # duration of the last denoising call
+        self._counts = Counts()
         self._closing = ExitStack()  # resources that `load` has started, also if it failed halfway
 
     @property
@@ -238,6 +240,17 @@ class StepwiseEngine:
             work.num_inference_steps, 1.0 if work.mode == "text2image" else work.strength, cells
         )
 
+    def counts(self) -> Counts:
+        """Return its calls and rows, and the lookups in its caches. Thread-safe, once it is loaded."""
+        prompts, images = self._prompts.lookups, self._encoding.lookups
+        return replace(
+            self._counts,
+            prompt_hits=prompts[0],
+            prompt_misses=prompts[1],
+            image_hits=images[0],
+            image_misses=images[1],
+        )
+
     def phase(self) -> str:
         """Return what the next turn waits for: idle, encode, denoise or decode."""
         kinds = {call.kind for call in self._calls}
@@ -358,12 +371,15 @@ class StepwiseEngine:
         self._calls.remove(call)
         if call.kind == "denoise":
             self._call_s = seconds
+            self._count_call(len(call.rows), seconds)
         else:
             self._codec_s += seconds
         if call.kind == "encode":
             self._encode_s = seconds
         if self._trace is not None:
             self._trace(finished)
+        if call.kind != "encode":  # whose parts are reported where they run
+            _report_span(call, finished)
         if finished.error is not None:
             self._fail(call, finished.error)
             if isinstance(finished.error, RuntimeError):
@@ -374,6 +390,12 @@ class StepwiseEngine:
             self._finish_decoded(call.pictures[0], finished.result)
         else:
             self._apply_predictions(call, finished.result)
+
+    def _count_call(self, rows: int, seconds: float) -> None:
+        counts = self._counts
+        self._counts = replace(
+            counts, calls=counts.calls + 1, rows=counts.rows + rows, call_us=counts.call_us + int(seconds * 1e6)
+        )
 
     def _begin_steps(self, picture: Picture, start: Start) -> None:
         try:
@@ -396,14 +418,19 @@ class StepwiseEngine:
                 self._fail_picture(picture, error)
 
     def _advance(self, picture: Picture) -> None:
-        """Make a picture's step and queue it for the next call."""
+        """Make a picture's step, and those after it that need no call; then queue it for the next call."""
+        self._make_step(picture)
+        while picture.is_forecast:
+            self._make_step(picture)
+        (self._decodes if picture.is_done else self._ready).append(picture)
+
+    def _make_step(self, picture: Picture) -> None:
         picture.advance()
         work = picture.work
         if work.on_step is not None:
             work.on_step(picture.index, picture.steps)
         if picture.index in work.previews and picture.clean is not None and not picture.is_done:
             self._previews.enqueue(work, picture.index, self._family.decoder_input(picture.clean))
-        (self._decodes if picture.is_done else self._ready).append(picture)
 
     def _finish_decoded(self, picture: Picture, pixels: Pixels) -> None:
         is_cancelled = picture.work.cancelled.is_set()
@@ -418,7 +445,9 @@ class StepwiseEngine:
         """Retry each picture of a failed shared call alone; a picture that was alone in the call has failed."""
         shared = len(call.pictures) > 1
         if shared:
-            log.error("shared call failed", exc_info=error, extra=fields(kind=call.kind, rows=len(call.rows)))
+            jobs = ",".join(dict.fromkeys(picture.work.job for picture in call.pictures))
+            found = fields(kind=call.kind, rows=len(call.rows), jobs=jobs)
+            log.error("shared call failed", exc_info=error, extra=found)
         for picture in call.pictures:
             picture.predictions = {}
             if shared:
@@ -466,6 +495,14 @@ def _error_of(work: Work, error: Exception, **where: int) -> ApiError:
         return error
     reason = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
     return InternalError(f"the engine failed: {reason}")
+
+
+def _report_span(call: Call, finished: Finished[Call]) -> None:
+    """Report a denoising or decoding call to those of its pictures that are traced."""
+    stage = "call" if call.kind == "denoise" else call.kind
+    for picture in call.pictures:
+        if (report := picture.work.on_span) is not None:
+            report(stage, finished.started_at, finished.ended_at, len(call.rows))
 
 
 def _call_of_one(kind: str, picture: Picture) -> Call:

@@ -29,6 +29,8 @@ class Picture:
         predictions: of the rows of the step in flight, by condition, as their calls end.
         guidance: how the guidance scale acts.
         difference: what guidance kept of the predictions when both rows were last computed.
+        difference_at: the step of that.
+        computed: the last two guided predictions of the denoiser with their timesteps, the newest last.
         overtakes: steps of shorter pictures since its own last step.
         is_solo: it shares no call.
         is_ended: it failed; results of its calls in flight are dropped.
@@ -45,6 +47,8 @@ class Picture:
     history: History = ()
     predictions: dict[int, Array] = field(default_factory=dict)
     difference: Array | None = None
+    difference_at: int | None = None
+    computed: tuple[tuple[float, Array], ...] = ()
     shortcuts: Shortcuts = EXACT
     overtakes: int = 0
     is_solo: bool = False
@@ -64,9 +68,19 @@ class Picture:
     def conditions(self) -> tuple[int, ...]:
         """Which rows of the conditions the next step needs: all, or the last one, which has the prompt."""
         rows = self.ready.conditions.rows
-        if rows == 1 or self.shortcuts.needs_both_rows(self.index, self.steps):
+        if rows == 1 or self.shortcuts.needs_both_rows(self.index, self.steps, self.difference_at):
             return tuple(range(rows))
         return (rows - 1,)
+
+    @property
+    def is_forecast(self) -> bool:
+        """Whether the next step needs no denoiser call: its prediction follows from earlier ones.
+
+        Never where the scheduler adds noise at each step: the predictions then lie on no line.
+        """
+        if len(self.computed) < 2 or self.is_done or self.plan.draws_noise(self.index):
+            return False
+        return not self.shortcuts.needs_denoiser(self.index, self.steps)
 
     @property
     def rows(self) -> int:
@@ -99,7 +113,7 @@ class Picture:
         return self.plan.scale_input(self.latents, self.index)
 
     def advance(self) -> None:
-        """Make one step with the predictions of all rows.
+        """Make one step, with the predictions of all rows or with a forecast.
 
         Raises:
             InternalError: its latents are not finite.
@@ -112,7 +126,7 @@ class Picture:
 
     def _advance(self) -> None:
         ready, index = self.ready, self.index
-        prediction = self._guided()
+        prediction = self._forecast() if self.is_forecast else self._guided()
         self.predictions = {}
         self.overtakes = 0
         noise = ready.draw(self.latents.shape) if self.plan.draws_noise(index) else None
@@ -125,11 +139,25 @@ class Picture:
         # The library does not blend latents that a scheduler returns for decoding; the kept part is pasted in pixels.
         self.decoded = self.latents if found.decoded is None else found.decoded
 
+    def _forecast(self) -> Array:
+        """Return the value at this timestep of the line through the last two predictions of the denoiser."""
+        (before, first), (at, last) = self.computed
+        slope = f32((self.timestep - at) / (at - before)) if at != before else f32(0)
+        return last + slope * (last - first)
+
     def _guided(self) -> Array:
+        """Return the prediction after guidance, and keep it for forecasts."""
+        guided = self._combined()
+        if self.shortcuts.denoise_every > 1:
+            self.computed = (*self.computed[-1:], (self.timestep, guided))
+        return guided
+
+    def _combined(self) -> Array:
         """Return the prediction after guidance, with the difference of an earlier step if only one row was computed."""
         rows = self.predictions
         if len(rows) > 1:
             guided, self.difference = self.guidance.combine([rows[place] for place in sorted(rows)], self.work)
+            self.difference_at = self.index
             return guided
         (prediction,) = rows.values()
         if self.difference is not None and self.shortcuts.is_guided(self.index, self.steps):

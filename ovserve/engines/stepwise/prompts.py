@@ -5,6 +5,7 @@ Thread-safe. Runs in: slot threads (`embed`); any thread (the rest).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from ovserve.engines.schedulers.noise import Array
 from ovserve.engines.stepwise.cache import ArrayCache
 from ovserve.engines.stepwise.compiled import Requests
 from ovserve.engines.stepwise.lora import Loras, Weights, with_weights
+from ovserve.engines.stepwise.on_demand import OnDemand
 from ovserve.models.profile import ModelProfile
 
-__all__ = ["PromptEncoder"]
+__all__ = ["Embedding", "PromptEncoder"]
 
 
 TOKEN_CACHE_BYTES = 1024 * 1024  # thousands of prompts of ordinary length
@@ -98,6 +100,13 @@ class PromptEncoder:
         self._encoders = [_Encoder(profile.directory, text) for text in family.texts]
         self._main = self._encoders[family.main_text]
         self._cache = ArrayCache(CACHE_BYTES)
+        self._lock = threading.Lock()
+        self._hits = self._misses = 0  # under the lock: several slots encode at once
+
+    @property
+    def lookups(self) -> tuple[int, int]:
+        """How many prompts had embeddings in the cache, and how many had not."""
+        return self._hits, self._misses
 
     def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
         """Count all tokens of a prompt, special tokens included: of the encoder that reads all of it, or of the first.
@@ -123,17 +132,24 @@ class PromptEncoder:
 
     def _embed(self, index: int, prompts: Sequence[str], requests: Requests, weights: Weights) -> list[Embedding]:
         missing = [p for p in dict.fromkeys(prompts) if self._cache.find((index, weights, p)) is None]
+        with self._lock:
+            self._misses += len(missing)
+            self._hits += len(prompts) - len(missing)
         fresh: dict[str, Embedding] = {}
         encoder = self._encoders[index]
         request = requests.adapted[encoder.text.component] if weights else requests.text_encoders[index]
         # Prompts of encoders with a mask go in alone, as in the library: their attention may depend on the batch.
         groups = [[prompt] for prompt in missing] if encoder.text.is_masked else [missing] * bool(missing)
-        for group in groups:
-            rows = self._loras.rows([weights] * len(group)) if weights else None
-            for prompt, embedding in zip(group, encoder.run(request, group, rows), strict=True):
-                fresh[prompt] = embedding
-                self._raise_limit(embedding)
-                self._cache.put((index, weights, prompt), embedding)
+        try:
+            for group in groups:
+                rows = self._loras.rows([weights] * len(group)) if weights else None
+                for prompt, embedding in zip(group, encoder.run(request, group, rows), strict=True):
+                    fresh[prompt] = embedding
+                    self._raise_limit(embedding)
+                    self._cache.put((index, weights, prompt), embedding)
+        finally:
+            if isinstance(request, OnDemand):
+                request.release()
         return [fresh[p] if p in fresh else self._cached(index, p, requests, weights) for p in prompts]
 
     def _raise_limit(self, embedding: Embedding) -> None:

@@ -1,4 +1,4 @@
-"""Shortcuts of a `quality` preset: guidance only on a part of the steps, or with the difference of an earlier step.
+"""Shortcuts of a `quality` preset: steps without guidance, with that of an earlier step, or without the denoiser.
 
 A guided step costs two rows. Shortcuts save rows and change pictures; without one, the engine is exact:
 
@@ -8,13 +8,16 @@ A guided step costs two rows. Shortcuts save rows and change pictures; without o
     guidance_until=X   guidance on the first X (0..1) of the steps, the prompt alone on the rest: Kynkäänniemi et al.
                        2024, arXiv:2404.07724, and Castillo et al.
     guidance_from=X    no guidance before X (0..1) of the steps: Kynkäänniemi et al.
+    denoise_every=N    run the denoiser at the first two steps, at every N-th step after them, and at the last one;
+                       continue the line through its last two predictions at the steps between, which cost no row: the
+                       first order of Liu et al. 2025, arXiv:2503.06923 (TaylorSeer), for the whole prediction
 
 Syntax: `guidance_every=2,guidance_until=0.8`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 __all__ = ["EXACT", "Shortcuts", "parse_shortcuts"]
 
@@ -26,17 +29,26 @@ class Shortcuts:
     guidance_every: int = 1
     guidance_from: float = 0.0
     guidance_until: float = 1.0
+    denoise_every: int = 1
+
+    def needs_denoiser(self, index: int, steps: int) -> bool:
+        """Return whether the denoiser runs at step `index` of `steps`."""
+        return index < 2 or index >= steps - 1 or (index - 1) % self.denoise_every == 0
 
     def is_guided(self, index: int, steps: int) -> bool:
         """Return whether guidance applies at step `index` of `steps`."""
         return self.guidance_from * steps <= index < self.guidance_until * steps
 
-    def needs_both_rows(self, index: int, steps: int) -> bool:
-        """Return whether the difference is computed at this step: at the first guided step, and every N-th after it."""
-        if not self.is_guided(index, steps):
-            return False
-        first = next(step for step in range(steps) if self.is_guided(step, steps))
-        return (index - first) % self.guidance_every == 0
+    def needs_both_rows(self, index: int, steps: int, computed_at: int | None) -> bool:
+        """Return whether the guidance difference is computed at step `index` of `steps`.
+
+        Args:
+            index: the step, at which the denoiser runs.
+            steps: the number of steps.
+            computed_at: the step at which the difference was last computed; None: at none.
+        """
+        is_due = computed_at is None or index - computed_at >= self.guidance_every
+        return is_due and self.is_guided(index, steps)
 
 
 EXACT = Shortcuts()
@@ -49,17 +61,19 @@ def parse_shortcuts(text: str) -> Shortcuts:
         ValueError: an unknown name, or a value out of range.
     """
     found: dict[str, float] = {}
+    names = [field.name for field in fields(Shortcuts)]
     for pair in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = pair.partition("=")
-        if name not in ("guidance_every", "guidance_from", "guidance_until"):
-            raise ValueError(f"unknown shortcut {name!r}; use guidance_every, guidance_from or guidance_until")
+        if name not in names:
+            raise ValueError(f"unknown shortcut {name!r}; use {', '.join(names[:-1])} or {names[-1]}")
         found[name] = float(value)
-    every = found.get("guidance_every", 1.0)
     start, end = found.get("guidance_from", 0.0), found.get("guidance_until", 1.0)
-    if not every.is_integer() or every < 1:
-        raise ValueError(f"guidance_every is {every:g}; it must be an integer of at least 1")
+    for name in ("guidance_every", "denoise_every"):
+        every = found.get(name, 1.0)
+        if not every.is_integer() or every < 1:
+            raise ValueError(f"{name} is {every:g}; it must be an integer of at least 1")
     if not 0 <= start <= end <= 1:
         raise ValueError(
             f"guidance_from is {start:g} and guidance_until is {end:g}; they must be within 0 to 1, in this order"
         )
-    return Shortcuts(int(every), start, end)
+    return Shortcuts(int(found.get("guidance_every", 1)), start, end, int(found.get("denoise_every", 1)))

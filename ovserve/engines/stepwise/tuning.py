@@ -20,17 +20,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 
 from ovserve.deadline import Deadline
+from ovserve.engines.families.protocol import Feeds
 from ovserve.engines.stepwise.compiled import Components, Layout, Requests, run_decoder, run_encoder
+from ovserve.engines.stepwise.memory import available_bytes
 from ovserve.logs import fields
 
-__all__ = ["LARGE_CALL_S", "Tuning", "available_bytes", "tune", "warm_up"]
+__all__ = ["LARGE_CALL_S", "Tuning", "tune", "warm_up"]
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ MAX_STREAMS = 8  # each stream has its own copy of the weights
 MEASURE_S = 0.12  # for each layout and number of rows
 WARM_UP_S = 2.0  # for the kernels of the numbers of rows that calls will have
 MIN_CAPACITY = 4  # pictures in flight; a short job then shares calls with a long one instead of waiting for it
+RULES = 2  # of measuring; a choice stored under other rules is not read
 MEMORY_SHARE = 0.5  # of the available memory, for the rows of one call
 
 
@@ -223,8 +226,8 @@ def _measure_layout(components: Components, layout: Layout, beat: Callable[[str]
     if per_row and not splits:
         pair = components.family.run(request, feeds.of(2, timestep_per_row=False))
         second = components.family.run(request, feeds.second(timestep_per_row=False))
-        per_row = not np.array_equal(pair[1:], second)
-        splits = not per_row
+        splits = bool(np.array_equal(pair[1:], second))
+        per_row = not splits and _repeated_timestep_has_the_same_bits(components, request, pair, feeds)
     if not (splits and per_row):
         result = "the rows of a picture stay in one call" if per_row else "only rows at the same timestep share a call"
         log.warning("a row has other bits in a call with another row; %s", result)
@@ -233,6 +236,24 @@ def _measure_layout(components: Components, layout: Layout, beat: Callable[[str]
     step_s = clock_s if splits and layout.streams > 1 else 2 * clock_s
     row_s = min(clock_s, cpu_s / layout.threads) if layout.threads else clock_s
     return _Timing(layout, step_s, row_s, splits, per_row)
+
+
+def _repeated_timestep_has_the_same_bits(
+    components: Components, request: Any, pair: NDArray[np.float32], feeds: Feeds
+) -> bool:
+    """Return whether a call of two rows has the same bits with its timestep once, as the library passes it, and twice.
+
+    With int8 weights, the product of the timestep's embedding can round differently for two rows than for one.
+
+    Args:
+        components: the models.
+        request: an infer request of the denoiser.
+        pair: the result with the timestep once.
+        feeds: what the call was made of.
+    """
+    feed = feeds.of(2, timestep_per_row=False)
+    repeated = components.family.run(request, feed | {"timestep": np.repeat(feed["timestep"], 2)})
+    return bool(np.array_equal(repeated, pair))
 
 
 def _choose_rows(components: Components, best: _Timing, beat: Callable[[str], None], deadline: Deadline) -> int:
@@ -321,44 +342,6 @@ def _fits(components: Components, rows: int, streams: int) -> bool:
     return rows <= 2 or rows * streams * row_bytes < MEMORY_SHARE * available_bytes()
 
 
-def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the memory this process may still allocate: free on the host, or left of the container's limit if less.
-
-    Args:
-        proc: where procfs is mounted.
-        cgroups: where the unified hierarchy (cgroup v2) is mounted.
-    """
-    free = _field(proc / "meminfo", "MemAvailable:")
-    resident = _field(proc / "self" / "status", "VmRSS:")
-    return max(0, min([free, *(limit - resident for limit in _limits(proc / "self" / "cgroup", cgroups))]))
-
-
-def _field(path: Path, name: str) -> int:
-    """Return a field of a procfs file in bytes (the file has KiB); 0 if it is missing."""
-    for line in path.read_text("ascii", "replace").splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _limits(own: Path, cgroups: Path) -> list[int]:
-    """Return the visible memory limits of the control group in the file `own` and of its parents."""
-    found = []
-    try:
-        group = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return []
-    path = cgroups / group.lstrip("/")
-    for directory in (path, *path.parents):
-        if not directory.is_relative_to(cgroups):
-            break
-        try:
-            found.append(int((directory / "memory.max").read_text()))
-        except (OSError, ValueError):
-            continue  # the root has no such file; "max" means no limit
-    return found
-
-
 def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None]) -> None:
     """Run one call of each kind in each slot, then denoising calls with the numbers of rows to come, up to WARM_UP_S.
 
@@ -375,6 +358,7 @@ def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None])
     until = time.monotonic() + WARM_UP_S
 
     def warm(requests: Requests) -> None:
+        """Make the kernels of one slot."""
         if requests.vae_encoder is not None:
             run_encoder(requests.vae_encoder, image)
         beat("warm-up")
@@ -399,6 +383,7 @@ class _TuningFile:
         settings = components.settings
         graph = components.profile.directory / components.family.denoiser / "openvino_model.xml"
         subject = [
+            RULES,
             hashlib.blake2b(graph.read_bytes()).hexdigest(),
             ov.get_version(),
             settings.device,

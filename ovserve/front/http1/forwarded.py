@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
-from ovserve.settings.access import parse_networks
+from ovserve.settings.access import UNIX_PEER, parse_networks, trusts_unix
 from ovserve.settings.options import Settings
 
 __all__ = ["TrustedProxies"]
@@ -22,6 +22,12 @@ class TrustedProxies:
 
     def __init__(self, settings: Settings) -> None:
         self._networks = parse_networks(settings.trusted_proxies)
+        self._trusts_unix = trusts_unix(settings.trusted_proxies)
+        self._sends_header = settings.proxy_protocol
+
+    def sends_header(self, peer: str) -> bool:
+        """Return whether the connections of this peer begin with a header of the PROXY protocol."""
+        return self._sends_header and self._is_trusted(peer)
 
     def client_address(self, peer: str, fields: Mapping[str, str]) -> str:
         """Return the address of the client of one request.
@@ -34,7 +40,7 @@ class TrustedProxies:
             peer: the address of the connection's peer.
             fields: the request's fields by lower-case name. X-Forwarded-For is used, and Forwarded without it.
         """
-        if not self._networks or not self._is_trusted(peer):
+        if not self._is_trusted(peer):
             return peer
         address = peer
         for text in reversed(_addresses(fields)):
@@ -50,9 +56,13 @@ class TrustedProxies:
         return address
 
     def _is_trusted(self, text: str) -> bool:
+        if text == UNIX_PEER:
+            return self._trusts_unix
+        if not self._networks:
+            return False
         try:
             address = _plain(text)
-        except ValueError:  # the peer of a Unix socket has no address
+        except ValueError:
             return False
         return any(
             address in network

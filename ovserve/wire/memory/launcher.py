@@ -39,6 +39,9 @@ class MemoryProcess:
         """Return why it has exited."""
         return self._reason or "still running"
 
+    def log_stacks(self) -> None:
+        """Do nothing: its stack is among those of this process."""
+
     def kill(self) -> None:
         """End it at once. Idempotent."""
         self.exit("killed")
@@ -94,6 +97,7 @@ class MemoryLauncher:
         self.started.append(process)
 
         def run() -> None:
+            """Run the worker and record how it ended."""
             try:
                 self._worker_main(end, self._blobs, spec.profile, spec.model, spec.settings)
             except LinkClosed:

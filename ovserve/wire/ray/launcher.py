@@ -66,6 +66,9 @@ class RayProcess:
         with contextlib.suppress(OSError):
             self._status.send(KILL, socket.MSG_DONTWAIT)
 
+    def log_stacks(self) -> None:
+        """Do nothing: the worker cannot be signalled from here."""
+
     def resident_bytes(self) -> int:
         """Return its resident memory as last reported."""
         return 0 if self._exit else self._memory.get("resident", 0)

@@ -1,0 +1,1 @@
+"""Counts what an image file makes a decoder repeat, before anything is decoded."""

@@ -1,0 +1,89 @@
+"""What shows an operator what the server does: jobs, and the level of the log; with the real program."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+
+from tests.faultserver import FaultServer
+
+ADMIN = {"Authorization": "Bearer operator"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
+    options = ("--admin_key", "operator", "--log_format", "json", "--replicas", "2")
+    with FaultServer(tmp_path_factory.mktemp("spool"), *options) as made:
+        yield made
+
+
+def entries(server: FaultServer) -> list[dict[str, object]]:
+    """Return the log so far; each line is JSON."""
+    return [json.loads(line) for line in list(server.log) if line.startswith("{")]
+
+
+def await_that(is_so: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_jobs_are_listed_for_operators(server: FaultServer) -> None:
+    with server.client() as client:
+        assert client.get("/v1/debug/jobs").status_code == 403
+        asking = threading.Thread(target=server.generate, args=(client, "sleep 2"))
+        asking.start()
+
+        def running() -> list[dict[str, object]]:
+            return client.get("/v1/debug/jobs", headers=ADMIN).json()["jobs"]
+
+        await_that(lambda: bool(running()) and running()[0]["state"] == "running")
+        (job,) = running()
+        asking.join()
+        assert (job["model"], job["client"], job["pictures"], job["attempts"]) == ("ovserve-builtin", "127.0.0.1", 1, 1)
+        assert "/" in str(job["worker"])
+        assert "prompt" not in str(job)
+        assert 0 <= float(str(job["dispatched_s_ago"])) <= float(str(job["admitted_s_ago"]))
+        await_that(lambda: not running())
+
+
+def test_level_of_the_log_changes_at_run_time_in_all_processes(server: FaultServer) -> None:
+    with server.client() as client:
+        workers = server.workers()
+        assert client.post("/v1/debug/log?level=debug").status_code == 403
+        assert client.post("/v1/debug/log?level=loud", headers=ADMIN).status_code == 400
+        changed = client.post("/v1/debug/log?level=error", headers=ADMIN)
+        assert changed.json() == {"level": "error", "before": "info"}
+        assert client.get("/v1/debug/log", headers=ADMIN).json() == {"level": "error"}
+        count = len(entries(server))
+        assert server.generate(client, "echo").status_code == 200
+        server.signal(signal.SIGUSR1)  # a stack is a warning
+        assert len(entries(server)) == count
+        # A reload applies the level of the settings again, without new workers.
+        assert client.post("/v1/config/reload", headers=ADMIN).status_code == 200
+        await_that(lambda: client.get("/v1/debug/log", headers=ADMIN).json() == {"level": "info"})
+        assert server.workers() == workers
+        assert not any(entry["message"] == "stack" for entry in entries(server)[count:])
+
+
+def test_startup_and_readiness_of_chosen_models(server: FaultServer) -> None:
+    assert server.fetch("/v2/health/startup") == (200, {"started": True, "waits_for": []})
+    status, document = server.fetch("/health?model=ovserve-builtin,ovserve-builtin")
+    assert (status, document["models"]) == (200, {"ovserve-builtin": {"ready": True, "reason": ""}})
+    assert server.fetch("/health?model=none")[0] == 404
+
+
+def test_lines_about_a_job_have_the_request_id(server: FaultServer) -> None:
+    with server.client() as client:
+        reply: httpx.Response = server.generate(client, "exit 3")
+        assert reply.status_code == 500
+        request = reply.headers["x-request-id"]
+        await_that(lambda: any(entry.get("id") == request for entry in entries(server)))
+        assert any(entry.get("job") == request for entry in entries(server))
