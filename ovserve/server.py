@@ -519,6 +519,7 @@ def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
     metrics.watch("ovserve_spool_warm_bytes", lambda: [([], spool.file_pool.size_bytes)])
     metrics.watch("ovserve_spool_free_bytes", lambda: [([], spool.free_bytes)])
     metrics.watch("ovserve_spool_limit_bytes", lambda: [([], spool.capacity_bytes)])
+    metrics.watch("ovserve_node_workers", lambda: [([*key], n) for key, n in supervisor.node_workers().items()])
     metrics.watch("ovserve_model_loads_total", lambda: [([name], n) for name, n in supervisor.loads().items()])
     metrics.watch("ovserve_model_unloads_total", lambda: [([name], n) for name, n in supervisor.unloads().items()])
     metrics.watch(

@@ -67,6 +67,9 @@ class WorkerProcess(Protocol):
     def memory_bytes(self) -> int:
         """Return the memory that it takes with its children, of shared pages its share; 0 when it has exited."""
 
+    def node(self) -> str:
+        """Return the name of the node of a cluster that it runs on; empty: this machine, or not known yet."""
+
     def machine_bytes(self) -> int:
         """Return the memory of the machine that it runs on, or of the control group there if that is less."""
 

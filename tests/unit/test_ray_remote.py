@@ -60,7 +60,7 @@ class Setup:
         own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.process = RayProcess("toy/0#0", own)
         self.uploads = Uploads(spool.worker_blobs(), self._put)
-        self.worker = RemoteWorker("toy/0#0", end, other, self.uploads, 0.0)
+        self.worker = RemoteWorker("toy/0#0", end, other, self.uploads, 0.0, patience_s=0.0)
         self.worker.place = lambda: self.host
 
     def _put(self, data: bytes) -> str:

@@ -53,6 +53,10 @@ class LocalProcess:
         """Return the memory that it takes with its children, of shared pages its share; 0 when it has exited."""
         return processes.proportional_bytes_with_children(self.pid)
 
+    def node(self) -> str:
+        """Return "": this machine."""
+        return ""
+
     def machine_bytes(self) -> int:
         """Return the memory of this machine, or of the control group of this process if that is less."""
         return self._machine_bytes

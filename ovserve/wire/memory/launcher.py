@@ -63,6 +63,10 @@ class MemoryProcess:
         """Return what a test has set as `resident`, until it has exited."""
         return 0 if self._reason else self.resident
 
+    def node(self) -> str:
+        """Return "": this process."""
+        return ""
+
     def machine_bytes(self) -> int:
         """Return a bound that no test reaches by accident."""
         return 1 << 40

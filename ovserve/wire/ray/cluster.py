@@ -27,7 +27,16 @@ __all__ = ["Cluster", "RemoteHost"]
 _LOCAL_STORE_BYTES = 512 * 1024 * 1024
 _FETCH_TIMEOUT_S = 60.0  # of one record: a picture, from another node
 _REASON_CHARS = 300
+_NODE_CHARS = 8  # of a node's id, behind its address: several nodes may have the same
 _GROUPS = {"commands": 1, "reports": 1}  # one thread each
+
+
+class _NodeHost(WorkerHost):
+    """A worker's host that knows which node of the cluster it is on."""
+
+    def __init__(self) -> None:
+        address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        super().__init__(f"{address}/{ray.get_runtime_context().get_node_id()[:_NODE_CHARS]}")
 
 
 class RemoteHost:
@@ -126,7 +135,7 @@ class Cluster:
         """
         try:
             actor = (
-                ray.remote(concurrency_groups=_GROUPS)(WorkerHost)  # type: ignore[call-overload]
+                ray.remote(concurrency_groups=_GROUPS)(_NodeHost)  # type: ignore[call-overload]
                 .options(
                     name=f"{name}-{secrets.token_hex(8)}",
                     num_cpus=cpus,

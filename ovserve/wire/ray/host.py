@@ -9,6 +9,7 @@ Nothing here imports Ray: `wire.ray.cluster` makes the actor class from this one
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import sys
@@ -70,9 +71,14 @@ class Part:
 
 
 class WorkerHost:
-    """One worker on this node. `serve` is called once, `deliver` from one thread."""
+    """One worker on this node. `serve` is called once, `deliver` from one thread.
 
-    def __init__(self) -> None:
+    Args:
+        node: the name of the node, for logs and metrics.
+    """
+
+    def __init__(self, node: str = "") -> None:
+        self._node = node
         self._lock = threading.Lock()  # guards the link, the files and what follows
         self._link: Link | None = None
         self._files: NodeFiles | None = None
@@ -110,7 +116,7 @@ class WorkerHost:
             with self._lock:
                 self._files = files
             with _standard_error(log_write):
-                process, link = LocalLauncher(given.main, files.blobs).start(given.spec)
+                process, link = LocalLauncher(given.main, files.blobs).start(self._named(given.spec))
             with self._lock:
                 self._link = link
             yield from self._watch(process, link, log_read)
@@ -125,6 +131,10 @@ class WorkerHost:
                 files_left.close()
             os.close(log_read)
 
+    def _named(self, spec: WorkerSpec) -> WorkerSpec:
+        """Return the description of the worker with the name of this node, for its log."""
+        return dataclasses.replace(spec, settings=dataclasses.replace(spec.settings, node=self._node))
+
     def _watch(self, process: WorkerProcess, link: Link, log_read: int) -> Iterator[bytes]:
         """Yield records until the worker has exited; kill it if the link was closed or it broke the protocol."""
         measure_at, reason = 0.0, ""
@@ -132,6 +142,7 @@ class WorkerHost:
             if time.monotonic() >= measure_at:
                 measure_at = time.monotonic() + _MEASURE_S
                 yield status_record(
+                    node=self._node,
                     pid=process.pid,
                     resident=process.resident_bytes(),
                     memory=process.memory_bytes(),

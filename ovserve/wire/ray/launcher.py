@@ -46,6 +46,7 @@ class RayProcess:
         self._status = status
         self._exit = ""
         self._waits_for = ""
+        self._node = ""
         self._memory: dict[str, int] = {}
 
     def is_alive(self) -> bool:
@@ -77,6 +78,10 @@ class RayProcess:
         """Return the memory that it takes with its children as last reported."""
         return 0 if self._exit else self._memory.get("memory", 0)
 
+    def node(self) -> str:
+        """Return the name of its node, once it was placed."""
+        return self._node
+
     def machine_bytes(self) -> int:
         """Return the memory of its node."""
         return self._memory.get("machine", _ANY_SIZE)
@@ -105,6 +110,7 @@ class RayProcess:
         numbers = {name: value for name, value in values.items() if isinstance(value, int)}
         self._memory.update(numbers)
         self.pid = self._memory.get("pid", 0)
+        self._node = str(values.get("node", "") or self._node)
         self._waits_for = str(values.get("waits_for", ""))
         self._exit = str(values.get("exit", "") or self._exit)
 

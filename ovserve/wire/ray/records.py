@@ -46,8 +46,8 @@ def log_record(data: bytes) -> bytes:
     return LOG + data
 
 
-def status_record(**values: int) -> bytes:
-    """Return the record of the worker's process: its id, its memory, and the memory of its machine."""
+def status_record(**values: int | str) -> bytes:
+    """Return the record of the worker's process: its id, its node, its memory, and that of its machine."""
     return STATUS + json.dumps(values).encode()
 
 

@@ -30,8 +30,9 @@ from ovserve.wire.ray import records
 from ovserve.wire.ray.host import Part
 from ovserve.wire.ray.uploads import Uploads
 
-__all__ = ["Host", "RemoteWorker"]
+__all__ = ["PATIENCE_S", "Host", "RemoteWorker"]
 
+PATIENCE_S = 10.0  # an actor is placed in a second or two, and a connection takes a few more
 _BEAT_S = 2.0  # between two heartbeats of a worker that is not placed yet
 _KILLED_S = 3.0  # for an actor to be seen ended after it was killed
 _CARRIED_S = 5.0  # for the command in hand to be sent, when the worker has ended
@@ -63,6 +64,7 @@ class RemoteWorker:
         status: a socket to the front end's handle: packets out, `kill` in.
         uploads: what commands need.
         place_timeout_s: for the cluster to place the actor.
+        patience_s: for it to be placed before the front end is told what it waits for, and refuses jobs.
 
     Attributes:
         place: creates the actor; None while there is no connection. Raises LaunchError.
@@ -76,6 +78,8 @@ class RemoteWorker:
         status: socket.socket,
         uploads: Uploads,
         place_timeout_s: float,
+        *,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self.name = name
         self.status = status
@@ -86,6 +90,7 @@ class RemoteWorker:
         self._place_timeout_s = place_timeout_s
         self._host: Host | None = None
         self._killed = threading.Event()
+        self._patience = Deadline.after(patience_s)
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)
         weakref.finalize(self, os.close, self._ended)
         self._reports_lock = threading.Lock()
@@ -186,7 +191,8 @@ class RemoteWorker:
         return ""
 
     def _report_waiting(self, reason: str) -> None:
-        self._send_status(waits_for=reason)
+        if self._patience.is_expired():
+            self._send_status(waits_for=reason)
         self._write(encode(Heartbeat("placing")))
 
     def _send_status(self, **values: object) -> None:
