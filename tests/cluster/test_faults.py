@@ -61,6 +61,7 @@ def test_job_that_kills_two_actors_is_a_500(remote: FaultServer) -> None:
         assert picture_of(remote.generate(client, "echo on")).startswith(b"echo on")
 
 
+@pytest.mark.heavy
 def test_front_end_that_is_killed_takes_its_actors_with_it(remote: FaultServer, cluster: RayCluster) -> None:
     assert actors_of(cluster)
     remote.process.kill()
@@ -68,6 +69,7 @@ def test_front_end_that_is_killed_takes_its_actors_with_it(remote: FaultServer, 
     remote.until(lambda: not actors_of(cluster), PATIENCE_S)
 
 
+@pytest.mark.heavy
 def test_model_without_a_node_is_a_503_until_a_node_is_added(cluster: RayCluster, tmp_path: Path) -> None:
     node = cluster.add(cpus=1, third=1)
     options = ("--pool", "ray", "--ray_address", cluster.address, "--placement", "cpus=1,third=1")
