@@ -1,4 +1,4 @@
-"""Several front ends behind HAProxy and nginx as scripts/deploy configures them; kept pictures in a shared directory."""
+"""Several front ends behind HAProxy and nginx as scripts/deploy configures them, with one directory of pictures."""
 
 from __future__ import annotations
 
