@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ovserve.pixels.colour import Codes
 
-__all__ = ["avif_codes", "avif_size", "is_avif"]
+__all__ = ["avif_codes", "avif_size", "boxes_of", "is_avif", "properties_of"]
 
 _MAX_BOXES = 1000  # read at most in one box; an ordinary file has 5 to 20
 _FULL_BOX_BYTES = 4  # version and flags of a FullBox (ISO/IEC 14496-12 section 4.2)
@@ -28,28 +28,28 @@ def avif_size(data: bytes | memoryview) -> tuple[int, int]:
     Raises:
         ValueError: there is none.
     """
-    sizes = [struct.unpack_from(">II", data, at + _FULL_BOX_BYTES) for at, _ in _properties(data, b"ispe")]
+    sizes = [struct.unpack_from(">II", data, at + _FULL_BOX_BYTES) for at, _ in properties_of(data, b"ispe")]
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
 def avif_codes(data: bytes | memoryview) -> Codes | None:
     """Return the code points of the first colour property (colr, nclx: ISO/IEC 14496-12 section 12.1.5), or None."""
-    for at, end in _properties(data, b"colr"):
+    for at, end in properties_of(data, b"colr"):
         if data[at : at + 4] == b"nclx" and end - at >= 10:
             primaries, transfer = struct.unpack_from(">HH", data, at + 4)
             return Codes(primaries, transfer)  # the range is the decoder's business: RGB is in full range
     return None
 
 
-def _properties(data: bytes | memoryview, kind: bytes) -> Iterator[tuple[int, int]]:
+def properties_of(data: bytes | memoryview, kind: bytes) -> Iterator[tuple[int, int]]:
     """Yield begin and end of each property of a kind (ISO/IEC 23008-12 section 9.3)."""
-    for meta, end in _boxes(data, b"meta", 0, len(data)):
-        for properties, properties_end in _boxes(data, b"iprp", meta + _FULL_BOX_BYTES, end):
-            for container, container_end in _boxes(data, b"ipco", properties, properties_end):
-                yield from _boxes(data, kind, container, container_end)
+    for meta, end in boxes_of(data, b"meta", 0, len(data)):
+        for properties, properties_end in boxes_of(data, b"iprp", meta + _FULL_BOX_BYTES, end):
+            for container, container_end in boxes_of(data, b"ipco", properties, properties_end):
+                yield from boxes_of(data, kind, container, container_end)
 
 
-def _boxes(data: bytes | memoryview, kind: bytes, at: int, end: int) -> Iterator[tuple[int, int]]:
+def boxes_of(data: bytes | memoryview, kind: bytes, at: int, end: int) -> Iterator[tuple[int, int]]:
     """Yield begin and end of the content of each box of a kind."""
     for _ in range(_MAX_BOXES):
         if at + 8 > end:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ovserve.errors import ImageError
-from ovserve.pixels import bmp_rle
+from ovserve.pixels import bmp_rle, heic
 from ovserve.pixels.images import FORMATS, Limits, Pixels, decode_image, encode_image, extract_colour_profile
 from ovserve.wire.local.processes import bind_to_parent
 
@@ -63,7 +63,9 @@ def _warm_up() -> None:
     """Decode a small image of each format: it imports the decoders, and shows that they work."""
     pixels: Pixels = np.full((16, 16, 3), 90, np.uint8)
     files = [encode_image(pixels, form) for form in ("png", "jpeg", "webp")]
-    for form in set(FORMATS) - {"PNG", "JPEG", "WEBP"}:
+    if heic.FORMAT in FORMATS:
+        files.append(heic.SAMPLE)
+    for form in set(FORMATS) - {"PNG", "JPEG", "WEBP", heic.FORMAT}:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, form)
         files.append(buffer.getvalue())

@@ -26,6 +26,8 @@ from ovserve.pixels.colour import (
     png_space,
     space_of_codes,
 )
+from ovserve.pixels.heic import FORMAT as HEIF
+from ovserve.pixels.heic import reads_heic, register_heic
 from ovserve.pixels.png import SIGNATURE, Png, read_png
 from ovserve.pixels.tiff import gray_levels, prepare_tiff
 
@@ -44,8 +46,14 @@ __all__ = [
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
-# Any other decoder would only add attack surface. Pillow may be built without AVIF.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+# Any other decoder would only add attack surface. Pillow may be built without AVIF; HEIC needs another package.
+FORMATS = (
+    *("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"),
+    *(("AVIF",) if features.check("avif") else ()),
+    *((HEIF,) if reads_heic() else ()),
+)
+if HEIF in FORMATS:
+    register_heic()
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each has a stack, and the memory of a decoding process is limited
 PNG_COMPRESS_LEVEL = 1  # measured at 512 and 1024 px: level 6 takes 1.3 to 5 times as long for 7 to 20 % fewer bytes
 _ORIENTATION = 0x0112  # TIFF and EXIF tag
@@ -93,7 +101,7 @@ def decode_image(data: bytes | memoryview, name: str, limits: Limits) -> Pixels:
             image.load()
             # Read the orientation after load: the TIFF reader applies it itself and drops the tag.
             pixels = _clear_outside(_to_srgb(image, png, name), box)
-            if image.format == "AVIF" and not _profile(image, png) and (codes := avif_codes(data)):
+            if image.format in ("AVIF", HEIF) and not _profile(image, png) and (codes := avif_codes(data)):
                 pixels = convert_space(pixels, space_of_codes(codes) or SRGB)
             return _apply_orientation(pixels, _read_orientation(image, png))
     except (ImageError, MemoryError):

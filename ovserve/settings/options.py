@@ -158,6 +158,14 @@ class ModelSettings:
         choices=("auto", "separate", "shared"),
         reason="adding an adapter must not change the pictures of requests that do not use it",
     )
+    text_encoder: str = _option(
+        "auto",
+        "Text encoders of engine `stepwise` between prompts: `keep` them in memory; `release` them after each new "
+        "prompt, and load them again for the next one, from the cache if there is one; `auto`: release them if the "
+        "model is expected to take more memory than is free when it is loaded. Those with adapters are kept.",
+        choices=("auto", "keep", "release"),
+        reason="the text encoder of a large transformer is as large as its denoiser",
+    )
     vae_tile_px: int = _option(
         1024,
         "Side of the tiles in which engine `stepwise` decodes and encodes pictures of more than twice a tile's area; "

@@ -13,6 +13,7 @@ import openai
 import pytest
 from PIL import Image, ImageOps
 
+from ovserve.pixels.heic import reads_heic
 from tests.live import LiveServer
 from tests.reader import Figure, draw_scene, read_picture
 
@@ -58,6 +59,15 @@ def test_webp_is_accepted(client: openai.OpenAI, data: Path) -> None:
             image=image, prompt="a green square and a pink heart on a white background", extra_body={"strength": 0.3}
         )
     assert pixels(reply.data[0]).shape == (256, 256, 3)
+
+
+@pytest.mark.skipif(not reads_heic(), reason="the extra heic is not installed")
+def test_heic_is_decoded_upright(client: openai.OpenAI, data: Path) -> None:
+    image = ("photo.heic", (data / "heic" / "rotated.heic").read_bytes(), "image/heic")
+    reply = client.images.edit(image=image, prompt=PROMPT, extra_body={"strength": 0})
+    result = pixels(reply.data[0])
+    assert result.shape == (64, 48, 3)
+    assert np.abs(result[3, -4].astype(int) - (200, 30, 30)).max() <= 3  # red: upper left before it was turned
 
 
 @pytest.mark.parametrize("style", ["mask_alpha.png", "mask_white.png"])

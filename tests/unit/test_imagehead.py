@@ -229,16 +229,17 @@ def test_too_large_webp_is_rejected_from_its_first_bytes(lossless: bool, extende
 @pytest.mark.parametrize(
     ("start", "name"),
     [
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is HEIC, which is not supported"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "is HEIC, which is not supported"),
-        (b"\0\0\0\x18ftyphevc\0\0\0\0msf1hevc", "is HEIC, which is not supported"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is HEIC, which this server cannot read: the package pi_heif"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "is HEIC, which this server cannot read: the package pi_heif"),
+        (b"\0\0\0\x18ftyphevc\0\0\0\0msf1hevc", "is HEIC, which this server cannot read: the package pi_heif"),
         (b"\0\0\0\x14ftypmif1\0\0\0\0mif1", "is HEIF, which is not supported"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "is JPEG XL"),
         (b"%PDF-1.7", "PDF"),
         (b"<svg xmlns", "SVG"),
     ],
 )
-def test_unsupported_format_is_named(start: bytes, name: str) -> None:
+def test_unsupported_format_is_named(monkeypatch: pytest.MonkeyPatch, start: bytes, name: str) -> None:
+    monkeypatch.setitem(sys.modules, "pi_heif", None)  # as if the extra was not installed
     with pytest.raises(ImageError, match=name):
         read_head(memoryview(start + b"\0" * 64), "image", SETTINGS)
 

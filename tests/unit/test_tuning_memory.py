@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ovserve.engines.stepwise.tuning import available_bytes
+from ovserve.engines.stepwise.memory import available_bytes
 
 KIB, GIB = 1 << 10, 1 << 30
 

@@ -135,9 +135,9 @@ _TABLE = (
     Field("prompt", "text", "What the picture should show. Required for edits and generations.",
           required=_WITH_PROMPT, default=""),
     Field("image", "files",
-          "The picture to edit: PNG, JPEG, WebP, AVIF, GIF (first frame), BMP or TIFF. Models that edit by reference "
-          "take several (`image[]`, repeated): the first one is edited, and a mask belongs to it.", _WITH_IMAGE,
-          required=_WITH_IMAGE, record="images"),
+          "The picture to edit: PNG, JPEG, WebP, AVIF, GIF (first frame), BMP or TIFF; HEIC where the extra `heic` is "
+          "installed. Models that edit by reference take several (`image[]`, repeated): the first one is edited, and a "
+          "mask belongs to it.", _WITH_IMAGE, required=_WITH_IMAGE, record="images"),
     Field("mask", "file", "The region to repaint; see `mask_mode`.", frozenset((EDIT,))),
     Field("n", "integer", "Number of pictures. Picture k uses seed + k.", default=1, low=1, high=64,
           limit=lambda model, _: (None, model.max_num_images_per_prompt)),

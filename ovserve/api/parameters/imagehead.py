@@ -8,6 +8,7 @@ Pillow's result counts.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import struct
 from collections.abc import Callable
@@ -30,6 +31,8 @@ _OTHER_FORMATS = ((b"<svg", "SVG"), (b"%PDF", "PDF"), (b"\0\0\0\x0cJXL ", "JPEG 
 # Brands of ISO/IEC 23008-12 and of AVIF, by the major brand or a compatible one in the first bytes of the file.
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+_BLOCK_PX = 64  # the largest coding block of HEVC
+_HEIC_PACKAGE = "pi_heif"  # a worker decodes with it
 _HEIF_BRANDS = (b"mif1", b"mif2", b"msf1")
 
 
@@ -134,7 +137,10 @@ def read_head(data: memoryview, param: str, settings: Settings) -> ImageHead:
 def _describe_unknown(start: bytes) -> str:
     brands = _brands(start)
     if any(brand in brands for brand in _HEIC_BRANDS):
-        return "is HEIC, which is not supported (iPhones send JPEG with the camera setting Most Compatible)"
+        return (
+            f"is HEIC, which this server cannot read: the package {_HEIC_PACKAGE} of the extra heic is not installed "
+            "(iPhones send JPEG with the camera setting Most Compatible)"
+        )
     if any(brand in brands for brand in _HEIF_BRANDS):
         return "is HEIF, which is not supported"
     for mark, name in _OTHER_FORMATS:
@@ -154,6 +160,11 @@ def _brands(start: bytes) -> tuple[bytes, ...]:
 def _is_avif(start: bytes) -> bool:
     brands = _brands(start)
     return any(brand in brands for brand in _AVIF_BRANDS) and not any(brand in brands for brand in _HEIC_BRANDS)
+
+
+def _is_readable_heic(start: bytes) -> bool:
+    is_heic = any(brand in _HEIC_BRANDS for brand in _brands(start))
+    return is_heic and importlib.util.find_spec(_HEIC_PACKAGE) is not None
 
 
 # --- the formats ------------------------------------------------------------------------------------------------------
@@ -305,6 +316,7 @@ def _read_avif(reader: _HeaderReader) -> _Size:
     at, end = _find_box(reader, b"iprp", at + 4, end)  # meta is a FullBox: version and flags come first
     at, end = _find_box(reader, b"ipco", at, end)
     sizes: list[tuple[int, int]] = []
+    apertures: list[tuple[int, int]] = []
     has_alpha = False
     while end - at >= 8:
         size, kind = reader.unpack(">I4s", at)
@@ -312,11 +324,17 @@ def _read_avif(reader: _HeaderReader) -> _Size:
             raise ValueError("a property has a wrong size")
         if kind == b"ispe":
             sizes.append(reader.unpack(">II", at + 12))
+        elif kind == b"clap":
+            across, across_parts, down, down_parts = reader.unpack(">4I", at + 8)
+            apertures.append((across // max(1, across_parts), down // max(1, down_parts)))
         has_alpha = has_alpha or kind == b"auxC"
         at += size
     if not sizes:
         raise ValueError("the size is missing")
     width, height = max(sizes, key=lambda pair: pair[0] * pair[1])
+    for across, down in apertures:  # without the margin that fills HEVC's coding blocks
+        if 0 <= width - across < _BLOCK_PX and 0 <= height - down < _BLOCK_PX:
+            width, height = across, down
     return _Size(width, height, "RGBA" if has_alpha else "RGB")
 
 
@@ -346,6 +364,7 @@ _FORMATS = (
     _Format("JPEG", lambda start: start.startswith(b"\xff\xd8\xff"), _read_jpeg),  # MPO too, which phones write as .jpg
     _Format("WEBP", lambda start: start.startswith(b"RIFF") and start[8:12] == b"WEBP", _read_webp),
     _Format("AVIF", _is_avif, _read_avif),
+    _Format("HEIC", _is_readable_heic, _read_avif),  # the same boxes
     _Format("GIF", lambda start: start.startswith((b"GIF87a", b"GIF89a")), _read_gif),
     _Format("BMP", lambda start: start.startswith(b"BM"), _read_bmp),
     _Format("TIFF", lambda start: start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")), _read_tiff),

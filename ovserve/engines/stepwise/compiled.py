@@ -18,6 +18,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from ovserve.engines.families.protocol import Family, Feeds, Types
 from ovserve.engines.families.vae import VaeConfig, read_vae_config
 from ovserve.engines.schedulers.noise import Array
 from ovserve.engines.stepwise.lora import Loras
+from ovserve.engines.stepwise.memory import available_bytes
+from ovserve.engines.stepwise.on_demand import OnDemand, is_released
 from ovserve.engines.stepwise.tiling import Tiling
 from ovserve.errors import ModelError
 from ovserve.models.profile import ModelProfile
@@ -95,6 +98,7 @@ class Components:
     family: Family = field(init=False)
     feeds: Feeds = field(init=False)
     loras: Loras = field(init=False)
+    _released: frozenset[str] = frozenset()  # text encoders that are not kept in memory
     _denoisers: dict[Layout, list[Any]] = field(default_factory=dict)
 
     def read(self) -> None:
@@ -115,7 +119,17 @@ class Components:
         self.loras = Loras(self.settings.lora)
         adaptable = [name for name in self._models if not name.startswith("vae")]
         self.loras.adapt({name: self._models[name] for name in adaptable}, self.family.denoiser)
+        self._released = self._choose_released()
         self._models["vae_decoder"] = _with_uint8_output(self._models["vae_decoder"], self.vae)
+
+    def _choose_released(self) -> frozenset[str]:
+        """Return the text encoders that are freed after each prompt; never one that has adapters."""
+        directory = self.profile.directory
+        sizes = [(directory / name / "openvino_model.bin").stat().st_size for name in self.encoder_names]
+        if not is_released(self.settings.text_encoder, directory, sum(sizes), available_bytes()):
+            return frozenset()
+        log.info("text encoders are loaded for each new prompt and freed after it")
+        return frozenset(self.encoder_names) - self.loras.models.keys()
 
     def _names(self) -> list[str]:
         encoders = [text.component for text in self.family.texts]
@@ -239,6 +253,8 @@ class Components:
             for name in self._models:
                 if name == self.family.denoiser:
                     made[name] = denoisers[slot]
+                elif name in self._released:
+                    made[name] = OnDemand(partial(self._request_of, name, layout, self._models[name]))
                 else:
                     made[name] = self._compile(name, layout).create_infer_request()
                 beat("load")
@@ -250,6 +266,10 @@ class Components:
                     vae_decoder=made["vae_decoder"],
                 )
             )
+
+    def _request_of(self, name: str, layout: Layout, model: Any) -> Any:
+        """Return an infer request of a component that is compiled now."""
+        return self._compile(name, layout, model).create_infer_request()
 
     def preview_decoder(self, layout: Layout) -> Any:
         """Return a new infer request of the decoder for previews: that of `preview_vae`, else that of pictures.

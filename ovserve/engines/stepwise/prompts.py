@@ -21,6 +21,7 @@ from ovserve.engines.schedulers.noise import Array
 from ovserve.engines.stepwise.cache import ArrayCache
 from ovserve.engines.stepwise.compiled import Requests
 from ovserve.engines.stepwise.lora import Loras, Weights, with_weights
+from ovserve.engines.stepwise.on_demand import OnDemand
 from ovserve.models.profile import ModelProfile
 
 __all__ = ["Embedding", "PromptEncoder"]
@@ -139,12 +140,16 @@ class PromptEncoder:
         request = requests.adapted[encoder.text.component] if weights else requests.text_encoders[index]
         # Prompts of encoders with a mask go in alone, as in the library: their attention may depend on the batch.
         groups = [[prompt] for prompt in missing] if encoder.text.is_masked else [missing] * bool(missing)
-        for group in groups:
-            rows = self._loras.rows([weights] * len(group)) if weights else None
-            for prompt, embedding in zip(group, encoder.run(request, group, rows), strict=True):
-                fresh[prompt] = embedding
-                self._raise_limit(embedding)
-                self._cache.put((index, weights, prompt), embedding)
+        try:
+            for group in groups:
+                rows = self._loras.rows([weights] * len(group)) if weights else None
+                for prompt, embedding in zip(group, encoder.run(request, group, rows), strict=True):
+                    fresh[prompt] = embedding
+                    self._raise_limit(embedding)
+                    self._cache.put((index, weights, prompt), embedding)
+        finally:
+            if isinstance(request, OnDemand):
+                request.release()
         return [fresh[p] if p in fresh else self._cached(index, p, requests, weights) for p in prompts]
 
     def _raise_limit(self, embedding: Embedding) -> None:

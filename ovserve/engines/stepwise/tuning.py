@@ -20,7 +20,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,9 +29,10 @@ from numpy.typing import NDArray
 from ovserve.deadline import Deadline
 from ovserve.engines.families.protocol import Feeds
 from ovserve.engines.stepwise.compiled import Components, Layout, Requests, run_decoder, run_encoder
+from ovserve.engines.stepwise.memory import available_bytes
 from ovserve.logs import fields
 
-__all__ = ["LARGE_CALL_S", "Tuning", "available_bytes", "tune", "warm_up"]
+__all__ = ["LARGE_CALL_S", "Tuning", "tune", "warm_up"]
 
 log = logging.getLogger(__name__)
 
@@ -340,44 +340,6 @@ def _fits(components: Components, rows: int, streams: int) -> bool:
     # The widest layers of SD have 320 channels of floats at 1/64 of the pixels, and tens of them are alive at once.
     row_bytes = size.width * size.height * 4 * 640
     return rows <= 2 or rows * streams * row_bytes < MEMORY_SHARE * available_bytes()
-
-
-def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the memory this process may still allocate: free on the host, or left of the container's limit if less.
-
-    Args:
-        proc: where procfs is mounted.
-        cgroups: where the unified hierarchy (cgroup v2) is mounted.
-    """
-    free = _field(proc / "meminfo", "MemAvailable:")
-    resident = _field(proc / "self" / "status", "VmRSS:")
-    return max(0, min([free, *(limit - resident for limit in _limits(proc / "self" / "cgroup", cgroups))]))
-
-
-def _field(path: Path, name: str) -> int:
-    """Return a field of a procfs file in bytes (the file has KiB); 0 if it is missing."""
-    for line in path.read_text("ascii", "replace").splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _limits(own: Path, cgroups: Path) -> list[int]:
-    """Return the visible memory limits of the control group in the file `own` and of its parents."""
-    found = []
-    try:
-        group = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return []
-    path = cgroups / group.lstrip("/")
-    for directory in (path, *path.parents):
-        if not directory.is_relative_to(cgroups):
-            break
-        try:
-            found.append(int((directory / "memory.max").read_text()))
-        except (OSError, ValueError):
-            continue  # the root has no such file; "max" means no limit
-    return found
 
 
 def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None]) -> None:

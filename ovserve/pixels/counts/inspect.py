@@ -24,6 +24,8 @@ from ovserve.pixels.counts.png import walk_png
 from ovserve.pixels.counts.tiff import walk_tiff
 from ovserve.pixels.counts.walk import FileWalk, TooMuch
 from ovserve.pixels.counts.webp import walk_webp
+from ovserve.pixels.heic import FORMAT as HEIF
+from ovserve.pixels.heic import is_heic, walk_heic
 
 __all__ = ["FileFacts", "inspect"]
 
@@ -83,6 +85,7 @@ _FORMATS: tuple[tuple[str, Callable[[bytes], bool], Callable[[FileWalk], None]],
     ("PNG", lambda start: start.startswith(b"\x89PNG\r\n\x1a\n"), walk_png),
     ("JPEG", lambda start: start.startswith(b"\xff\xd8\xff"), walk_jpeg),
     ("WEBP", lambda start: start.startswith(b"RIFF") and start[8:12] == b"WEBP", walk_webp),
+    (HEIF, is_heic, walk_heic),  # before AVIF: a file may have the brands of both
     ("AVIF", is_avif, walk_avif),
     ("GIF", lambda start: start.startswith((b"GIF87a", b"GIF89a")), walk_gif),
     ("BMP", lambda start: start.startswith(b"BM"), walk_bmp),
