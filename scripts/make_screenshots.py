@@ -8,9 +8,15 @@ Starts a server with the built-in model. Needs the packages of scripts/test, and
 
 from __future__ import annotations
 
+import json
+import random
 import re
 import sys
 import tempfile
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -40,9 +46,9 @@ def main() -> None:
         with open_page(browser, viewport={"width": 1280, "height": 860}, color_scheme="light") as page:
             show_mask(page, server.url)
             save(page, "page-mask")
-            page.goto(server.url + "/status")
-            expect(page.locator("#workers tr")).to_have_count(1)
-            save(page, "status")
+            with load(server.url):
+                show_status(page, server.url)
+                save(page, "status")
 
 
 def show_edit(page: Page, url: str) -> None:
@@ -78,6 +84,35 @@ def show_mask(page: Page, url: str) -> None:
     for point in ((x + 40, y - 40), (x - 40, y + 10), (x + 40, y + 50)):
         page.mouse.move(*point, steps=6)
     page.mouse.up()
+
+
+@contextmanager
+def load(url: str) -> Iterator[None]:
+    """Keep the server busy with two clients."""
+    is_over = threading.Event()
+    body = json.dumps({"prompt": "a green circle on a blue background"}).encode()
+
+    def client() -> None:
+        while not is_over.wait(random.random()):
+            request = urllib.request.Request(f"{url}/v1/images/generations", body, {"content-type": "application/json"})
+            urllib.request.urlopen(request, timeout=60).close()
+
+    threads = [threading.Thread(target=client) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+
+
+def show_status(page: Page, url: str) -> None:
+    """Wait until the plots have some points."""
+    page.goto(url + "/status")
+    expect(page.locator("#workers tr")).to_have_count(1)
+    expect(page.locator("#plot-rate path")).to_have_attribute("d", re.compile("(L[^L]*){20}"), timeout=120_000)
 
 
 def save(page: Page, name: str) -> None:

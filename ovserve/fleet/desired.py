@@ -22,7 +22,7 @@ FRONT_END_OPTIONS = (
     "default_resolution", "max_num_images_per_prompt",
     "default_num_inference_steps", "max_num_inference_steps", "default_guidance_scale", "max_guidance_scale",
     "default_strength", "min_strength", "max_strength", "aliases", "builtin_aliases",
-    "resolution", "num_images_per_prompt", "guidance_scale", "graph_options",
+    "num_images_per_prompt", "graph_options",
     "extra_images", "truncate_prompt", "default_response_format", "unknown_fields", "composite", "source_loras",
     "prompt_loras",
 )  # fmt: skip

@@ -69,13 +69,21 @@ def disable_telemetry() -> None:
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # imports of it then raise ImportError
 
 
-def _devices_of(settings: ModelSettings) -> str:
-    """Return the option `device` with `auto` replaced by what this machine has. Raises ModelError."""
+def _devices_of(profile: ModelProfile, settings: ModelSettings) -> str:
+    """Return the option `device` with `auto` replaced by what this machine has.
+
+    Raises:
+        ModelError: a device does not exist, or the weights do not fit into its memory.
+    """
     import openvino as ov  # noqa: PLC0415
 
+    from ovserve.engines.device_memory import check_device_memory, component_bytes  # noqa: PLC0415
     from ovserve.engines.devices import choose_device  # noqa: PLC0415
 
-    return choose_device(settings.device, ov.Core().available_devices)
+    core = ov.Core()
+    devices = choose_device(settings.device, core.available_devices)
+    check_device_memory(profile.name, devices.split(), component_bytes(profile.directory), core)
+    return devices
 
 
 def create_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[Engine, str]:
@@ -87,7 +95,7 @@ def create_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[Engin
     from ovserve.engines.choice import choose_engine  # noqa: PLC0415
 
     if settings.device != "CPU":
-        settings = dataclasses.replace(settings, device=_devices_of(settings))
+        settings = dataclasses.replace(settings, device=_devices_of(profile, settings))
     name, why = choose_engine(profile, settings)
     if name == "stepwise":
         from ovserve.engines.stepwise.engine import StepwiseEngine  # noqa: PLC0415

@@ -1,0 +1,57 @@
+"""Models whose weights do not fit into the memory of their devices are refused with the arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ovserve.engines.device_memory import check_device_memory, component_bytes
+from ovserve.errors import ModelError
+
+MIB = 1 << 20
+SIZES = (100 * MIB, 300 * MIB, 50 * MIB)  # text encoders, denoiser, VAE
+
+
+class FakeCore:
+    """Devices of which GPU.0 has 400 MiB and NPU 200 MiB; a CPU reports nothing."""
+
+    def get_property(self, device: str, name: str) -> Any:
+        found = {("GPU.0", "GPU_DEVICE_TOTAL_MEM_SIZE"): 400 * MIB, ("NPU", "NPU_DEVICE_TOTAL_MEM_SIZE"): 200 * MIB}
+        if (device, name) not in found:
+            raise RuntimeError("Unsupported property")
+        return found[device, name]
+
+
+def test_sizes_are_those_of_the_weight_files(tmp_path: Path) -> None:
+    for name, size in (
+        ("text_encoder", 3),
+        ("text_encoder_2", 4),
+        ("unet", 20),
+        ("vae_decoder", 5),
+        ("vae_encoder", 6),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "openvino_model.bin").write_bytes(bytes(size))
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "openvino_tokenizer.bin").write_bytes(bytes(1000))
+    assert component_bytes(tmp_path) == (7, 20, 11)
+
+
+@pytest.mark.parametrize("devices", [["CPU"], ["CPU", "GPU.0", "CPU"], ["NPU", "GPU.0", "NPU"], ["AUTO"]])
+def test_weights_that_fit_are_accepted(devices: list[str]) -> None:
+    check_device_memory("m", devices, SIZES, FakeCore())
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        (["GPU.0"], r"its weights on GPU.0 take 450 MiB, and GPU.0 has 400 MiB; .* or three devices"),
+        (["GPU.0", "GPU.0", "GPU.0"], r"take 450 MiB"),
+        (["CPU", "NPU", "CPU"], r"its weights on NPU take 300 MiB, and NPU has 200 MiB; use an int8 or int4 export$"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(devices: list[str], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        check_device_memory("m", devices, SIZES, FakeCore())
