@@ -198,6 +198,24 @@ def test_kill_before_the_cluster_is_connected_ends_it(setup: Setup) -> None:
     assert setup.until_exit() == "killed"
 
 
+def test_head_that_does_not_answer_is_reported_and_its_late_actor_killed(setup: Setup) -> None:
+    answered = threading.Event()
+
+    def place() -> FakeHost:
+        assert answered.wait(PATIENCE_S)
+        return setup.host
+
+    setup.worker.place = place
+    setup.worker.start()
+    assert setup.report() == Heartbeat("placing")
+    assert setup.process.is_alive()
+    assert "does not answer" in setup.process.waits_for()
+    setup.worker.kill()
+    assert setup.until_exit() == "killed"
+    answered.set()
+    assert setup.host.killed.wait(PATIENCE_S)
+
+
 def test_lost_actor_is_an_exit_with_its_reason(setup: Setup) -> None:
     setup.place()
     setup.host.records.put(LaunchError("ActorDiedError: its node is gone"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import socket
 import sys
 import threading
@@ -142,8 +143,7 @@ class RemoteWorker:
 
     def _serve(self) -> str:
         """Place the worker, then pass on its records; return why it has ended. Raises LaunchError and LinkClosed."""
-        while (host := self.place()) is None:
-            self._report_waiting(self.waits_for())
+        while (host := self._create_host()) is None:
             if self._killed.wait(_BEAT_S):
                 return ""
         self._host = host
@@ -167,6 +167,38 @@ class RemoteWorker:
                 self._commands.start()
             if reason := self._pass_on(record):
                 return reason
+
+    def _create_host(self) -> Host | None:
+        """Create the actor; return None while there is no connection, or when the worker was killed meanwhile.
+
+        In a thread: without the cluster's head, Ray waits for it, and the front end has to know. Raises LaunchError.
+        """
+        created: queue.SimpleQueue[Host | LaunchError | None] = queue.SimpleQueue()
+
+        def create() -> None:
+            host: Host | LaunchError | None
+            try:
+                host = self.place()
+            except LaunchError as error:
+                host = error
+            created.put(host)
+            if self._killed.is_set() and host is not None and not isinstance(host, LaunchError):
+                host.kill()
+
+        threading.Thread(target=create, name=f"create {self.name}", daemon=True).start()
+        while True:
+            try:
+                host = created.get(timeout=_BEAT_S)
+            except queue.Empty:
+                self._report_waiting("the head of the cluster does not answer")
+                if self._killed.is_set():
+                    return None
+                continue
+            if isinstance(host, LaunchError):
+                raise host
+            if host is None:
+                self._report_waiting(self.waits_for())
+            return host
 
     def _pass_on(self, record: bytes) -> str:
         """Pass on one record; return the reason of the end when it is the last. Raises LinkClosed and LinkGarbage."""
