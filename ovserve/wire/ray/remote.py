@@ -9,13 +9,16 @@ Runs in: bridge.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import math
 import os
 import queue
 import socket
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -26,7 +29,7 @@ from ovserve.errors import BlobGone, LaunchError, LinkClosed, LinkGarbage, Spool
 from ovserve.logs import fields
 from ovserve.wire.codec import LineBuffer, decode, encode
 from ovserve.wire.local.pipes import PipeWorkerLink
-from ovserve.wire.messages import Failed, Grant, Heartbeat, Run
+from ovserve.wire.messages import Failed, Grant, Heartbeat, Run, Span
 from ovserve.wire.ray import records
 from ovserve.wire.ray.host import Part
 from ovserve.wire.ray.uploads import Uploads
@@ -39,6 +42,7 @@ _KILLED_S = 3.0  # for an actor to be seen ended after it was killed
 _CARRIED_S = 5.0  # for the command in hand to be sent, when the worker has ended
 _READ_BYTES = 65536
 _FULL_RETRY_S = 5
+_SPAN = b'"kind":"span"'
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +95,7 @@ class RemoteWorker:
         self._place_timeout_s = place_timeout_s
         self._host: Host | None = None
         self._killed = threading.Event()
+        self._clock_ahead_s = math.inf  # how much this machine's clock is ahead of the node's
         self._patience = Deadline.after(patience_s)
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)
         weakref.finalize(self, os.close, self._ended)
@@ -204,7 +209,7 @@ class RemoteWorker:
         """Pass on one record; return the reason of the end when it is the last. Raises LinkClosed and LinkGarbage."""
         kind, content = record[:1], record[1:]
         if kind == records.LINES:
-            self._write(content)
+            self._write(self._in_own_time(content) if _SPAN in content else content)
         elif kind == records.FILL:
             storage = content[: records.STORAGE_CHARS].decode("ascii", "replace")
             try:
@@ -212,7 +217,9 @@ class RemoteWorker:
             except BlobGone:
                 log.debug("picture for a released segment", extra=fields(worker=self.name))
         elif kind == records.STATUS:
-            self._send_status(**records.decode_json(content))
+            values = records.decode_json(content)
+            self._note_clock(values.pop("clock", None))
+            self._send_status(**values)
         elif kind == records.LOG:
             sys.stderr.buffer.write(content)
             sys.stderr.buffer.flush()
@@ -221,6 +228,22 @@ class RemoteWorker:
         else:
             raise LinkGarbage(f"a record of unknown kind {kind!r}")
         return ""
+
+    def _note_clock(self, clock: object) -> None:
+        """Compare the monotonic clock of the node with that of this machine; the record with the least delay counts."""
+        if isinstance(clock, float):
+            self._clock_ahead_s = min(self._clock_ahead_s, time.monotonic() - clock)
+
+    def _in_own_time(self, lines: bytes) -> bytes:
+        """Return reports with the instants of Spans on this machine's clock."""
+        changed = []
+        for line in lines.splitlines():
+            message = decode(line)
+            if isinstance(message, Span) and math.isfinite(self._clock_ahead_s):
+                started_at, ended_at = message.started_at + self._clock_ahead_s, message.ended_at + self._clock_ahead_s
+                message = dataclasses.replace(message, started_at=started_at, ended_at=ended_at)
+            changed.append(encode(message))
+        return b"".join(changed)
 
     def _report_waiting(self, reason: str) -> None:
         if self._patience.is_expired():
