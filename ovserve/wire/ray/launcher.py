@@ -47,6 +47,7 @@ class RayProcess:
         self._exit = ""
         self._waits_for = ""
         self._node = ""
+        self._is_leaving = False
         self._memory: dict[str, int] = {}
 
     def is_alive(self) -> bool:
@@ -82,6 +83,10 @@ class RayProcess:
         """Return the name of its node, once it was placed."""
         return self._node
 
+    def is_leaving(self) -> bool:
+        """Return whether its node is being drained."""
+        return self._is_leaving
+
     def machine_bytes(self) -> int:
         """Return the memory of its node."""
         return self._memory.get("machine", _ANY_SIZE)
@@ -107,10 +112,11 @@ class RayProcess:
                 self._note(decode_json(data))
 
     def _note(self, values: dict[str, object]) -> None:
-        numbers = {name: value for name, value in values.items() if isinstance(value, int)}
+        numbers = {name: value for name, value in values.items() if type(value) is int}
         self._memory.update(numbers)
         self.pid = self._memory.get("pid", 0)
         self._node = str(values.get("node", "") or self._node)
+        self._is_leaving = self._is_leaving or values.get("leaving") is True
         self._waits_for = str(values.get("waits_for", ""))
         self._exit = str(values.get("exit", "") or self._exit)
 

@@ -74,6 +74,7 @@ class RemoteWorker:
     Attributes:
         place: creates the actor; None while there is no connection. Raises LaunchError.
         waits_for: why there is none.
+        node: the name of its node, once it was placed.
     """
 
     def __init__(
@@ -87,7 +88,9 @@ class RemoteWorker:
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.name = name
+        self.node = ""
         self.status = status
+        self._is_leaving = False
         self._link = link
         self.place: Callable[[], Host | None] = lambda: None
         self.waits_for: Callable[[], str] = str
@@ -115,6 +118,12 @@ class RemoteWorker:
     def join(self, timeout_s: float) -> None:
         """Wait until its threads have ended."""
         self._reports.join(timeout_s)
+
+    def report_leaving(self) -> None:
+        """Tell the front end that its node is being drained. Idempotent."""
+        if not self._is_leaving:
+            self._is_leaving = True
+            self._send_status(leaving=True)
 
     def kill(self) -> None:
         """End the actor; `reports` then ends within _KILLED_S. Idempotent."""
@@ -219,6 +228,7 @@ class RemoteWorker:
         elif kind == records.STATUS:
             values = records.decode_json(content)
             self._note_clock(values.pop("clock", None))
+            self.node = str(values.get("node", ""))
             self._send_status(**values)
         elif kind == records.LOG:
             sys.stderr.buffer.write(content)
