@@ -122,7 +122,7 @@ class Cluster:
         """
         try:
             own = ray.get_runtime_context().get_node_id()
-            if not any(node["NodeID"] == own and node["Alive"] for node in ray.nodes()):
+            if not any(node["NodeID"] == own and node["Alive"] for node in ray.nodes()):  # type: ignore[no-untyped-call]
                 return None
             return {node[:_NODE_CHARS] for node in state.get_draining_nodes()}
         except Exception as error:  # noqa: BLE001 - Ray raises many kinds
