@@ -212,6 +212,7 @@ class Bridge:
     def _end(self) -> None:
         """End all workers, and a cluster that was started for this server."""
         self._stopping.set()
+        self._control.close()  # the front end then starts another bridge, and does not wait for the end of this one
         for worker in self._workers.values():
             worker.kill()
         self._connecting.join(_END_S)

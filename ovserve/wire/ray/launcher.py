@@ -150,8 +150,11 @@ class RayLauncher:
     def start(self, spec: WorkerSpec) -> tuple[RayProcess, PipeLink]:
         """Order a worker. Raises LaunchError."""
         try:
-            control = self._running_bridge(spec)
-            return self._order(control, spec)
+            try:
+                return self._order(self._running_bridge(spec), spec)
+            except ConnectionError:  # the bridge is about to end: it has lost its cluster
+                self._forget_bridge(wait_s=0.0)
+                return self._order(self._running_bridge(spec), spec)
         except OSError as error:
             raise LaunchError(str(error)) from error
 
@@ -204,11 +207,11 @@ class RayLauncher:
         self._bridge, self._control = bridge, own
         return own
 
-    def _forget_bridge(self) -> None:
+    def _forget_bridge(self, wait_s: float = _END_S) -> None:
         if self._control is not None:
             self._control.close()
         if self._bridge is not None:
-            self._bridge.join(_END_S)
+            self._bridge.join(wait_s)
             if self._bridge.is_alive():
                 self._bridge.kill()
                 self._bridge.join()
