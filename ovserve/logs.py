@@ -49,6 +49,19 @@ class _Json(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
+class _Named(logging.Filter):
+    """Adds the field `node` to each record."""
+
+    def __init__(self, node: str) -> None:
+        super().__init__()
+        self._node = node
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add the field, and keep the record."""
+        record.fields = {**getattr(record, "fields", {}), "node": self._node}
+        return True
+
+
 def _quoted(value: object) -> str:
     """Return a value as one token that a log reader can split at blanks; quoted as in JSON where that is needed."""
     text = str(value)
@@ -59,15 +72,18 @@ def _one_line(text: str) -> str:
     return text.replace("\r", "\\r").replace("\n", "\\n")
 
 
-def configure_logs(level: str, form: str) -> None:
+def configure_logs(level: str, form: str, node: str = "") -> None:
     """Send the log of every module of ovserve to standard error.
 
     Args:
         level: one of LEVELS.
         form: text or json.
+        node: of a cluster; a field of each line, unless it is empty.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if form == "json" else _Text())
+    if node:
+        handler.addFilter(_Named(node))
     logger = logging.getLogger("ovserve")
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())

@@ -40,6 +40,7 @@ WATCHED = {
     "ovserve_queued_jobs": Watched("Waiting jobs by model.", ("model",)),
     "ovserve_running_jobs": Watched("Jobs held by workers, by model.", ("model",)),
     "ovserve_ready_workers": Watched("Ready workers by model.", ("model",)),
+    "ovserve_node_workers": Watched("Ready workers on the nodes of a Ray cluster.", ("model", "node")),
     "ovserve_model_state": Watched("1 for the state that a model is in, 0 for the others.", ("model", "state")),
     "ovserve_model_loading_seconds": Watched("Time for which a model has been loading; 0 in other states.", ("model",)),
     "ovserve_model_loads_total": Watched("Loads of a model that have ended with a ready worker.", ("model",), True),

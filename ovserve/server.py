@@ -50,6 +50,8 @@ from ovserve.watch import Watch, state_of
 from ovserve.wire.local.file_pool import MAX_POOLED_FILES
 from ovserve.wire.local.launcher import LocalLauncher
 from ovserve.wire.local.spool import Spool, default_directory
+from ovserve.wire.pools import Pools
+from ovserve.wire.ray.launcher import RayLauncher
 from ovserve.worker import main as worker
 
 __all__ = ["Server", "check_settings"]
@@ -142,7 +144,7 @@ class Server:
                 settings,
                 _profiles(catalog),
                 self._dispatcher,
-                LocalLauncher(worker.main, self._spool.worker_blobs()),
+                _pools(settings, self._spool),
                 self._note_serving,
                 estimates=Estimates(_measurements_file()),
             )
@@ -417,7 +419,8 @@ class Server:
 
 # Options that a reload changes; all others are fixed at start.
 RELOADED = frozenset((
-    "models", "ignored", "default_model", "ready_models", "max_images", "max_image_pixels", "max_image_side_px",
+    "models", "ignored", "default_pool", "default_model",
+    "ready_models", "max_images", "max_image_pixels", "max_image_side_px",
     "max_prepared_bytes", "default_timeout_s", "sdapi_previews",
     "max_timeout_s", "public_url", "load_timeout_s", "hang_limit_s", "idle_hang_limit_s", "terminate_timeout_s",
     "restart_delay_s", "max_restart_delay_s", "crash_loop_limit", "failed_retry_s", "min_resident_s",
@@ -467,6 +470,17 @@ def _with_inherited(settings: Settings, sockets: Mapping[str, socket.socket]) ->
     return settings
 
 
+def _pools(settings: Settings, spool: Spool) -> Pools:
+    """Return the launchers of all pools. The one of the cluster starts nothing before it has to start a worker."""
+    blobs = spool.worker_blobs()
+    return Pools(
+        {
+            "local": LocalLauncher(worker.main, blobs),
+            "ray": RayLauncher(worker.main, blobs, settings.ray_address, settings.place_timeout_s),
+        }
+    )
+
+
 def _raise_descriptor_limit(settings: Settings) -> None:
     """Raise the soft limit of descriptors to the hard one; the usual 1024 are for programs that call select(2)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -505,6 +519,7 @@ def _watch(metrics: Metrics, spool: Spool, supervisor: Supervisor) -> None:
     metrics.watch("ovserve_spool_warm_bytes", lambda: [([], spool.file_pool.size_bytes)])
     metrics.watch("ovserve_spool_free_bytes", lambda: [([], spool.free_bytes)])
     metrics.watch("ovserve_spool_limit_bytes", lambda: [([], spool.capacity_bytes)])
+    metrics.watch("ovserve_node_workers", lambda: [([*key], n) for key, n in supervisor.node_workers().items()])
     metrics.watch("ovserve_model_loads_total", lambda: [([name], n) for name, n in supervisor.loads().items()])
     metrics.watch("ovserve_model_unloads_total", lambda: [([name], n) for name, n in supervisor.unloads().items()])
     metrics.watch(

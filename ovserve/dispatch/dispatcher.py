@@ -284,6 +284,19 @@ class Dispatcher:
             for name, model in self._models.items():
                 model.waits_for = reasons.get(name, "")
 
+    def set_unplaced(self, reasons: Mapping[str, str]) -> None:
+        """Note for which models no worker can be placed in a cluster, by name with the reason; no others.
+
+        Jobs of such a model are rejected, those that are queued too: when a place is found is not known.
+        """
+        with self._lock:
+            for name, model in self._models.items():
+                model.unplaced = reasons.get(name, "")
+                if model.unplaced:
+                    for ticket in list(model.queue):
+                        model.queue.remove(ticket.job)
+                        self._settle_locked(ticket.job, State.FAILED, model.unplaced_error())
+
     def reject_queued(self, name: str, reason: str) -> None:
         """Fail a model's queued jobs because it cannot be loaded now. Later jobs are admitted and tried again."""
         with self._lock:

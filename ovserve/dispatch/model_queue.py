@@ -227,6 +227,7 @@ class ModelQueue:
         wanted: how many workers it should have; 0: it is not resident.
         expected_load_s: how long it is expected to load; 0: not known.
         waits_for: what it waits for before it is loaded; empty if it waits for nothing.
+        unplaced: why none of its workers could be placed in a cluster; empty if one is ready, or may be soon.
         refusal: why it could not be loaded when that was last tried; empty if it could.
         keep_alive_s: `keep_alive` of the newest request; None if it has none.
         is_on_demand: whether it admits jobs while it has no workers, which are then started.
@@ -247,6 +248,7 @@ class ModelQueue:
     wanted: int = 1
     expected_load_s: float = 0.0
     waits_for: str = ""
+    unplaced: str = ""
     refusal: str = ""
     keep_alive_s: float | None = None
     is_on_demand: bool = False
@@ -295,6 +297,8 @@ class ModelQueue:
             raise NotReady(f"Model {self.name!r} is being unloaded.", retry_after_s=NOT_READY_RETRY_S)
         if self.failure:
             raise self.failed_error(failed_retry_s)
+        if self.unplaced:
+            raise self.unplaced_error()
         if not (self.was_ready or self.is_on_demand or self.queues_first_load):
             raise NotReady(f"Model {self.name!r} is loading.", retry_after_s=NOT_READY_RETRY_S)
         if not self.has_space_for(client):
@@ -307,6 +311,10 @@ class ModelQueue:
     def failed_error(self, retry_s: float) -> ModelFailed:
         """Return the error for jobs of this model while it is declared failed."""
         return ModelFailed(f"Model {self.name!r} failed: {self.failure}", retry_after_s=retry_s)
+
+    def unplaced_error(self) -> NotReady:
+        """Return the error for jobs of this model while none of its workers can be placed."""
+        return NotReady(f"Model {self.name!r} has no worker: {self.unplaced}.", retry_after_s=NOT_READY_RETRY_S)
 
     def has_space_for(self, client: Client) -> bool:
         """Return whether this client may add one more job. The workers' free capacity is added to the limit."""
@@ -349,6 +357,8 @@ class ModelQueue:
             reason = unavailable_reason
         elif self.is_removed:
             reason = "unloading"
+        elif self.unplaced:
+            reason = self.unplaced
         elif not ready and not self.is_on_demand:
             reason = "restarting" if self.was_ready else "loading"
         report = ready[0].link.state.ready if ready else None
@@ -371,7 +381,7 @@ class ModelQueue:
             loading_s=loading_s,
             loading_percent=self._loading_percent(loading_s),
             last_used_at=self.last_used_at,
-            waits_for=self.waits_for,
+            waits_for=self.waits_for or self.unplaced,
             refusal=self.refusal,
             keep_alive_s=self.keep_alive_s,
         )

@@ -113,7 +113,6 @@ class Supervisor:
         self._changed = threading.Condition()
         self._stop_by: Deadline | None = None
         self._ignore_silence_before = 0.0
-        self._memory_limit_bytes = launcher.memory_bytes() * 3 // 4
         self.turned_at = time.monotonic()  # when the loop last woke
         self._watchdog = systemd.Watchdog()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -240,6 +239,16 @@ class Supervisor:
         """Return for each model how often it was unloaded while it stayed in the configuration."""
         return {name: self._unloads[name] for name in self._dispatcher.models()}
 
+    def node_workers(self) -> dict[tuple[str, str], int]:
+        """Return how many workers are ready on each node of a cluster, by model and node; this machine is no node."""
+        found: Counter[tuple[str, str]] = Counter()
+        for fleet in self._reconciler.fleets():
+            for slot in list(fleet.slots):
+                process = slot.process
+                if process is not None and slot.is_ready and (node := process.node()):
+                    found[fleet.name, node] += 1
+        return found
+
     def log_stacks(self) -> None:
         """Make the workers write the stacks of their threads into the log. Does not wait."""
 
@@ -295,10 +304,21 @@ class Supervisor:
         for name, reason in decision.refused.items():
             self._dispatcher.reject_queued(name, reason)
         self._dispatcher.set_waiting(decision.waiting)
+        self._dispatcher.set_unplaced(self._unplaced())
         spare = math.inf if decision.spare_bytes is None else decision.spare_bytes
         self._reconciler.has_room = lambda record, count: count * self._estimates.worker_bytes(record) <= spare
         self._unloads.update(name for name, count in before.items() if count and decision.workers.get(name) == 0)
         self._reconciler.reconcile()
+
+    def _unplaced(self) -> dict[str, str]:
+        """Return why the models that have no ready worker wait for a place in a cluster, by name."""
+        found = {}
+        for entry in self._reconciler.models.values():
+            slots = [slot for fleet in entry for slot in fleet.slots]
+            reasons = [slot.process.waits_for() for slot in slots if slot.process and not slot.exit_reason]
+            if any(reasons) and not any(slot.is_ready for slot in slots):
+                found[entry.serving.name] = next(filter(None, reasons))
+        return found
 
     def _measured_overhead(self, now: float) -> int:
         """Return the memory of this program without its workers, measured about once a second."""
@@ -369,6 +389,7 @@ class Supervisor:
         while True:
             try:
                 if not self._turn():
+                    self._launcher.close()
                     return
             except Exception:
                 # A bug. All workers would die with this thread (PR_SET_PDEATHSIG): continue, but not in a tight loop.
@@ -483,7 +504,7 @@ class Supervisor:
         if now >= slot.kill_at:
             self._kill(slot, "overdue", slot.kill_reason or "did not exit within its grace period")
             return
-        cause, reason = slot.exceeded_limit(link, silence_s, resident, self._memory_limit_bytes)
+        cause, reason = slot.exceeded_limit(link, silence_s, resident, process.machine_bytes() * 3 // 4)
         if cause:
             self._kill(slot, cause, reason)
 
@@ -498,9 +519,17 @@ class Supervisor:
         self._estimates.note(fleet.desired, slot.peak_bytes, now - slot.started_at)
         self._estimates.write()
         found = link.state.ready
+        where = {"node": slot.process.node()} if slot.process and slot.process.node() else {}
         log.info(
             "worker ready",
-            extra=fields(worker=link.name, seconds=took_s, engine=found.engine, why=found.why, capacity=found.capacity),
+            extra=fields(
+                worker=link.name,
+                seconds=took_s,
+                engine=found.engine,
+                why=found.why,
+                capacity=found.capacity,
+                **where,
+            ),
         )
 
     def _kill(self, slot: Slot, cause: str, reason: str) -> None:

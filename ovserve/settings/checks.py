@@ -13,6 +13,7 @@ from ovserve.settings.access import parse_listen
 from ovserve.settings.loras import MAX_ADAPTERS
 from ovserve.settings.modelserver.graph import check_rules
 from ovserve.settings.options import CATCH_ALL, ModelSettings, Resolution, Settings
+from ovserve.settings.placement import parse_placement
 from ovserve.settings.values import SHOWN_CHARS, shortened
 
 __all__ = ["MAX_LISTENERS", "check_listening", "check_model", "check_static", "check_unique_names"]
@@ -31,6 +32,10 @@ def check_model(model: ModelSettings) -> None:
     for alias in model.aliases:
         if alias != CATCH_ALL and not _MODEL_NAME.fullmatch(alias):
             raise SettingsError(f"model {model.name}: alias {alias[:SHOWN_CHARS]!r}: {_NAME_GRAMMAR}; or *")
+    try:
+        parse_placement(model.placement)
+    except ValueError as error:
+        raise SettingsError(f"model {model.name}: placement: {error}") from None
     _check_adapters(model)
     if model.keep_alive_s is not None and -1 < model.keep_alive_s < 0:
         raise SettingsError(

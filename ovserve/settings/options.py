@@ -182,6 +182,18 @@ class ModelSettings:
         aliases=("target_device",),
         reason="it is always there",
     )
+    pool: str = _option(
+        "",
+        "Where this model's workers run: `local`: on this machine, `ray`: on a Ray cluster (`ray_address`); empty: as "
+        "the option default_pool of the server says.",
+        choices=("", "local", "ray"),
+    )
+    placement: str = _option(
+        "",
+        "What a node of the cluster must have free for one worker, separated by commas: `cpus=4`, `memory=8GiB`, and "
+        "custom resources as the nodes declare them, such as `ovserve_gpu=1`. Empty: `cpus=1`.",
+        reason="Ray counts what is asked for; it measures and limits nothing",
+    )
     engine: str = _option("auto", "Denoising engine.", choices=("auto", "genai", "stepwise"))
     replicas: Replicas = _option(
         1,
@@ -835,6 +847,26 @@ class Settings:
     web_pages: bool = _option(True, "Serve the pages `/` and `/status` to browsers.")
 
     # Workers.
+    default_pool: str = _option(
+        "local",
+        "Where the workers of models without the option `pool` run: `local` or `ray`.",
+        choices=("local", "ray"),
+        reason="one machine needs no cluster",
+    )
+    ray_address: str = _option(
+        "local",
+        "The Ray cluster of the pool `ray`: `auto`: the one that this machine is a node of, `HOST:PORT` of its head, "
+        "or `local`: one on this machine alone, on 127.0.0.1, that starts and ends with this server.",
+        reason="it needs nothing but the package; who reaches the ports of a cluster can run code on it",
+    )
+    place_timeout_s: float = _option(
+        600.0,
+        "Time for the cluster to find a node for a worker; then the worker counts as dead, with the reason.",
+        low=1,
+        high=86400,
+        unit="seconds",
+        reason="an autoscaler may have to start a machine first",
+    )
     memory_budget_bytes: int = _option(
         0,
         "Memory that the server and its workers may take. Before a model is loaded beyond it, idle models are "

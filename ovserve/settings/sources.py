@@ -280,6 +280,14 @@ def _from_environment(environment: Mapping[str, str]) -> _Source:
     return dataclasses.replace(source, values={key: value for key, value in own.items() if value})
 
 
+def _with_pools(settings: Settings) -> Settings:
+    """Return the settings with the default pool for models that name none, unless it is this machine."""
+    if settings.default_pool == "local":
+        return settings
+    models = (dataclasses.replace(model, pool=model.pool or settings.default_pool) for model in settings.models)
+    return dataclasses.replace(settings, models=tuple(models))
+
+
 def _read_model(
     sources: list[_Source], inner: Mapping[str, Any], root: Path | None, ignored: list[str]
 ) -> ModelSettings:
@@ -338,6 +346,7 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str], conf
         except ValueError as error:
             raise SettingsError(f"{name}: {error}") from None
     check_listening(settings)
+    settings = _with_pools(settings)
     if settings.default_timeout_s > settings.max_timeout_s:
         raise SettingsError(
             f"default_timeout_s {settings.default_timeout_s:g} is above max_timeout_s {settings.max_timeout_s:g}"

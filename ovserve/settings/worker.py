@@ -23,8 +23,10 @@ class WorkerSettings:
     decode_cpu_limit_s: float
     decode_memory_limit_bytes: int
     cache_bytes: int
+    node: str = ""  # of a cluster; set there, for the log
 
     @classmethod
     def of(cls, settings: Settings) -> WorkerSettings:
         """Return the part of the server's settings that workers get."""
-        return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
+        names = (field.name for field in dataclasses.fields(cls) if field.name != "node")
+        return cls(**{name: getattr(settings, name) for name in names})

@@ -67,6 +67,15 @@ class WorkerProcess(Protocol):
     def memory_bytes(self) -> int:
         """Return the memory that it takes with its children, of shared pages its share; 0 when it has exited."""
 
+    def node(self) -> str:
+        """Return the name of the node of a cluster that it runs on; empty: this machine, or not known yet."""
+
+    def machine_bytes(self) -> int:
+        """Return the memory of the machine that it runs on, or of the control group there if that is less."""
+
+    def waits_for(self) -> str:
+        """Return what it waits for before it is started, such as a place in a cluster; empty if it was started."""
+
     def close(self) -> None:
         """Free the handle of a worker that has exited."""
 
@@ -87,8 +96,8 @@ class Launcher(Protocol):
             LaunchError: no worker can be started now.
         """
 
-    def memory_bytes(self) -> int:
-        """Return how much memory workers may use altogether."""
-
     def overhead_bytes(self) -> int:
         """Return the memory that this program takes beside its workers, where it shares their machine; else 0."""
+
+    def close(self) -> None:
+        """End what was started beside workers. Called by the thread that has called `start`, when all have exited."""

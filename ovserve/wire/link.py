@@ -143,7 +143,10 @@ class Link(ABC):
     @property
     @abstractmethod
     def consumed(self) -> int:
-        """Position up to which the worker has taken its commands. Works after its death too."""
+        """Position up to which the worker has taken its commands. Works after its death too.
+
+        Where that is not known, as on another machine, what was sent on to it counts as taken.
+        """
 
     @abstractmethod
     def send(self, message: Message) -> None:

@@ -38,7 +38,7 @@ def main(
     """
     faulthandler.enable()
     os.nice(_NICENESS)
-    configure_logs(settings.log_level, settings.log_format)
+    configure_logs(settings.log_level, settings.log_format, settings.node)
     disable_telemetry()
     watch_for_stacks(f"worker of {profile.name}")
     from PIL import Image  # noqa: PLC0415

@@ -292,7 +292,7 @@ def test_metrics_report_spool_use_and_worker_restarts(tmp_path: Path) -> None:
         assert figure("ovserve_spool_warm_bytes") > 0
         server.kill_worker()
         server.until(lambda: figure("ovserve_worker_restarts_total") == 1)
-        assert 'model="ovserve-builtin",cause="crash"} 1.0' in client.get("/metrics").text
+        assert 'cause="crash",model="ovserve-builtin"} 1.0' in client.get("/metrics").text
 
 
 def test_worker_has_a_higher_oom_score_than_the_front_end(plain: FaultServer) -> None:

@@ -391,3 +391,12 @@ class TestPage:
             line_chart("t", "x", "y", {})
         with pytest.raises(ValueError, match="above zero"):
             line_chart("t", "x", "y", {"one": [Point(0, 1, 1, 1)]}, log_x=True)
+
+
+def test_simulated_devices_are_busy_until_the_front_end_is_the_limit() -> None:
+    from benchmarks.bench_scale import simulate
+
+    assert simulate(10, 1.0, 0.0, 0.0) > 0.8  # the last jobs do not end together
+    assert simulate(10, 1.0, 0.001, 0.003) > 0.8
+    assert simulate(1000, 1.0, 0.01, 0.0, rounds=10) < 0.12, "a hundred requests a second keep a hundred devices busy"
+    assert simulate(10, 1.0, 0.0, 1.0) < 0.6, "half of the time is spent on the way"

@@ -107,3 +107,10 @@ def test_promtool_accepts_the_rules() -> None:
     command = ["promtool", "check", "rules", str(DEPLOY / "alerts.yml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed: scripts/test-all extracts it")
+def test_alerts_fire_for_the_series_that_they_are_for() -> None:
+    command = ["promtool", "test", "rules", str(ROOT / "tests" / "data" / "alerts_test.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr

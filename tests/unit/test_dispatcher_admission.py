@@ -208,3 +208,20 @@ def test_removed_model_without_workers_is_deleted_with_its_last_job(
         harness.dispatcher.cancel(job)
     harness.wait_until(lambda: harness.dispatcher.models() == [])
     assert job.state is (State.CANCELLED if is_cancelled else State.EXPIRED)
+
+
+def test_model_without_a_place_refuses_its_jobs_until_there_is_one(harness: DispatcherHarness) -> None:
+    harness.add_worker().die()
+    harness.wait_until(lambda: harness.dispatcher.status("toy").reason == "restarting")
+    queued = harness.admit()
+    harness.dispatcher.set_unplaced({"toy": "no node has room for it"})
+    assert harness.wait_settled(queued) is State.FAILED
+    assert isinstance(queued.error, NotReady)
+    with pytest.raises(NotReady, match="no node has room") as refused:
+        harness.admit()
+    assert refused.value.retry_after_s
+    status = harness.dispatcher.status("toy")
+    assert (status.ready, status.reason, status.waits_for) == (False, *["no node has room for it"] * 2)
+    harness.dispatcher.set_unplaced({})
+    job = harness.admit()
+    assert harness.add_worker().serve() == job.id

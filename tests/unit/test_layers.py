@@ -70,6 +70,15 @@ INSIDE: dict[str, set[str]] = {
     "front.http1": set(),
     "front.forms": {"front.http1"},
     "wire.local": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},
+    "wire.ray": {
+        "wire.blobs",
+        "wire.codec",
+        "wire.launcher",
+        "wire.link",
+        "wire.local",
+        "wire.messages",
+        "wire.request",
+    },
     "wire.memory": {"wire.blobs", "wire.codec", "wire.launcher", "wire.link", "wire.messages"},
     "engines.lora": set(),
     "engines.schedulers": set(),
@@ -91,6 +100,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "multiprocessing": ("wire", "fleet", "server", "cli"),
     "http": ("front", "hub", "client"),
     "socketserver": ("front",),
+    "ray": ("wire.ray.cluster",),
     "opentelemetry": ("api.traces",),
 }
 # The only places that may contain the name of a model family.
@@ -175,7 +185,7 @@ def test_only_the_table_and_the_family_modules_name_a_family(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_only_the_server_chooses_an_implementation_of_the_wire(name: str) -> None:
-    implementations = {"wire.local", "wire.memory"}
+    implementations = {"wire.local", "wire.memory", "wire.ray"}
     # The decoding process is a child of its worker, however the worker itself was started: no choice is made there.
     targets = own(MODULES[name]) - ({"wire.local.processes"} if name.startswith("pixels.decoder") else set())
     for target in targets:
@@ -192,6 +202,13 @@ def test_front_end_loads_neither_openvino_nor_a_decoder() -> None:
     code = (
         "import sys, ovserve.cli.serve; print([name for name in sys.modules if name.startswith(('openvino', 'PIL'))])"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+def test_only_the_bridge_imports_the_module_that_imports_ray() -> None:
+    assert [name for name in MODULES if "wire.ray.cluster" in own(MODULES[name])] == ["wire.ray.bridge"]
+    code = "import sys, ovserve.cli.serve; print([name for name in sys.modules if name.partition('.')[0] == 'ray'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 

@@ -38,6 +38,16 @@ def test_json_line_has_the_fields_unchanged(capsys: pytest.CaptureFixture[str]) 
     assert (entry["level"], entry["message"], entry["status"], entry["why"]) == ("warning", "refused", 400, "a\nb")
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_each_line_of_a_worker_in_a_cluster_names_its_node(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("info", form, "10.0.0.5/abcd")
+    log.info("loaded", extra=fields(model="m"))
+    log.info("ready")
+    first, second = capsys.readouterr().err.splitlines()
+    assert "10.0.0.5/abcd" in first
+    assert "10.0.0.5/abcd" in second
+
+
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 

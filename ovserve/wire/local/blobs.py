@@ -64,6 +64,10 @@ class SpoolBlobs:
         finally:
             os.close(descriptor)
 
+    def has(self, storage: str) -> bool:
+        """Return whether there is a file with this id."""
+        return bool(_ID.fullmatch(storage)) and any(os.path.exists(f"{folder}/{storage}") for folder in self.folders)
+
     def _open(self, storage: str, flags: int) -> tuple[int, str]:
         """Return a descriptor and the path. Raises BlobGone, also for a name that this spool never gives."""
         for folder in self.folders if _ID.fullmatch(storage) else ():

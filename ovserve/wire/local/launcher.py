@@ -21,8 +21,9 @@ __all__ = ["LocalLauncher", "LocalProcess"]
 class LocalProcess:
     """`wire.launcher.WorkerProcess` for a process of this machine."""
 
-    def __init__(self, process: SpawnProcess) -> None:
+    def __init__(self, process: SpawnProcess, machine_bytes: int) -> None:
         self._process = process
+        self._machine_bytes = machine_bytes
         self.name = process.name
         self.pid = process.pid or 0
         self.readiness = process.sentinel
@@ -52,6 +53,18 @@ class LocalProcess:
         """Return the memory that it takes with its children, of shared pages its share; 0 when it has exited."""
         return processes.proportional_bytes_with_children(self.pid)
 
+    def node(self) -> str:
+        """Return "": this machine."""
+        return ""
+
+    def machine_bytes(self) -> int:
+        """Return the memory of this machine, or of the control group of this process if that is less."""
+        return self._machine_bytes
+
+    def waits_for(self) -> str:
+        """Return "": a process is started at once."""
+        return ""
+
     def close(self) -> None:
         """Free the handle of a process that has exited."""
         self._process.close()
@@ -71,6 +84,7 @@ class LocalLauncher:
         self._worker_main = worker_main
         self._blobs = blobs
         self._context = multiprocessing.get_context("spawn")
+        self._machine_bytes = machine_memory_bytes()
         self._pids: set[int] = set()  # of all workers so far that may still exist
 
     def prepare(self) -> None:
@@ -103,14 +117,10 @@ class LocalLauncher:
             raise
         finally:
             end.close()
-        started = LocalProcess(process)
+        started = LocalProcess(process, self._machine_bytes)
         processes.raise_oom_score(started.pid)
         self._pids.add(started.pid)
         return started, link
-
-    def memory_bytes(self) -> int:
-        """Return the memory of this machine, or of the control group of this process if that is less."""
-        return machine_memory_bytes()
 
     def overhead_bytes(self) -> int:
         """Return the memory that this process takes with its children, without the workers."""
@@ -118,3 +128,6 @@ class LocalLauncher:
         self._pids &= children  # the others have been reaped
         own = processes.proportional_bytes(os.getpid())
         return own + sum(processes.proportional_bytes_with_children(pid) for pid in children - self._pids)
+
+    def close(self) -> None:
+        """Do nothing: there is nothing beside the workers."""

@@ -18,6 +18,7 @@ __all__ = [
     "bind_to_parent",
     "children_of",
     "describe_exit",
+    "die_with",
     "proportional_bytes",
     "proportional_bytes_with_children",
     "raise_oom_score",
@@ -52,6 +53,14 @@ def bind_to_parent(parent: int) -> None:
     """
     for number in BLOCKED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    die_with(parent)
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when the thread that spawned it ends; exit now if `parent` has ended.
+
+    Runs in: worker, bridge.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)

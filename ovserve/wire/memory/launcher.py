@@ -24,6 +24,7 @@ class MemoryProcess:
         self.name = name
         self.pid = pid
         self.resident = 0
+        self.waiting = ""
         self.readiness = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self.readiness)
         self._end = end
@@ -61,6 +62,18 @@ class MemoryProcess:
     def memory_bytes(self) -> int:
         """Return what a test has set as `resident`, until it has exited."""
         return 0 if self._reason else self.resident
+
+    def node(self) -> str:
+        """Return "": this process."""
+        return ""
+
+    def machine_bytes(self) -> int:
+        """Return a bound that no test reaches by accident."""
+        return 1 << 40
+
+    def waits_for(self) -> str:
+        """Return what a test has set as `waiting`."""
+        return self.waiting
 
     def close(self) -> None:
         """Do nothing: the descriptor is closed with the object."""
@@ -101,10 +114,9 @@ class MemoryLauncher:
         threading.Thread(target=run, name=link.name, daemon=True).start()
         return process, link
 
-    def memory_bytes(self) -> int:
-        """Return a bound that no test reaches by accident."""
-        return 1 << 40
-
     def overhead_bytes(self) -> int:
         """Return 0."""
         return 0
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -1,0 +1,250 @@
+"""One worker of the cluster, seen from the bridge: carries commands to its actor, and records back.
+
+    front end ── commands ──▶ thread `commands` ── calls ────▶ actor
+              ◀── reports ─── thread `reports`  ◀─ records ───
+              ◀── status ────
+
+Runs in: bridge.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from typing import Any, Protocol
+
+from ovserve.deadline import Deadline
+from ovserve.errors import BlobGone, LaunchError, LinkClosed, LinkGarbage, SpoolFull
+from ovserve.logs import fields
+from ovserve.wire.codec import LineBuffer, decode, encode
+from ovserve.wire.local.pipes import PipeWorkerLink
+from ovserve.wire.messages import Failed, Grant, Heartbeat, Run
+from ovserve.wire.ray import records
+from ovserve.wire.ray.host import Part
+from ovserve.wire.ray.uploads import Uploads
+
+__all__ = ["PATIENCE_S", "Host", "RemoteWorker"]
+
+PATIENCE_S = 10.0  # an actor is placed in a second or two, and a connection takes a few more
+_BEAT_S = 2.0  # between two heartbeats of a worker that is not placed yet
+_KILLED_S = 3.0  # for an actor to be seen ended after it was killed
+_CARRIED_S = 5.0  # for the command in hand to be sent, when the worker has ended
+_READ_BYTES = 65536
+_FULL_RETRY_S = 5
+
+log = logging.getLogger(__name__)
+
+
+class Host(Protocol):
+    """An actor with one worker (`wire.ray.cluster.RemoteHost`)."""
+
+    def read(self, timeout_s: float) -> bytes | None:
+        """Return the next record, or None at the timeout. Raises LaunchError when the actor has ended."""
+
+    def deliver(self, line: bytes, parts: Any, data: Any) -> None:
+        """Send a command."""
+
+    def kill(self) -> None:
+        """End the actor."""
+
+
+class RemoteWorker:
+    """The two threads of one worker.
+
+    Args:
+        name: `model/index#incarnation`.
+        link: the worker's end of the link.
+        status: a socket to the front end's handle: packets out, `kill` in.
+        uploads: what commands need.
+        place_timeout_s: for the cluster to place the actor.
+        patience_s: for it to be placed before the front end is told what it waits for, and refuses jobs.
+
+    Attributes:
+        place: creates the actor; None while there is no connection. Raises LaunchError.
+        waits_for: why there is none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        link: PipeWorkerLink,
+        status: socket.socket,
+        uploads: Uploads,
+        place_timeout_s: float,
+        *,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self.name = name
+        self.status = status
+        self._link = link
+        self.place: Callable[[], Host | None] = lambda: None
+        self.waits_for: Callable[[], str] = str
+        self._uploads = uploads
+        self._place_timeout_s = place_timeout_s
+        self._host: Host | None = None
+        self._killed = threading.Event()
+        self._patience = Deadline.after(patience_s)
+        self._ended = os.eventfd(0, os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._ended)
+        self._reports_lock = threading.Lock()
+        self._commands = threading.Thread(target=self._carry_commands, name=f"commands {name}", daemon=True)
+        self._reports = threading.Thread(target=self._run, name=f"reports {name}", daemon=True)
+
+    def start(self) -> None:
+        """Start the threads."""
+        self._reports.start()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the front end was told how it ended."""
+        return not self._reports.is_alive()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until its threads have ended."""
+        self._reports.join(timeout_s)
+
+    def kill(self) -> None:
+        """End the actor; `reports` then ends within _KILLED_S. Idempotent."""
+        self._killed.set()
+        if self._host is not None:
+            self._host.kill()
+
+    # --- reports ------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        reason = "the bridge has failed"
+        try:
+            reason = self._serve()
+        except LaunchError as error:
+            reason = str(error)
+        except LinkClosed:
+            reason = "the front end has closed the link"
+        except Exception:
+            log.exception("remote worker failed", extra=fields(worker=self.name))
+        finally:
+            if self._host is not None:
+                self._host.kill()
+            os.eventfd_write(self._ended, 1)
+            if self._commands.ident:
+                self._commands.join(_CARRIED_S)
+            else:
+                self._link.commands.close()
+            self._send_status(exit="killed" if self._killed.is_set() else reason)
+            with self._reports_lock:
+                self._link.reports.close()
+
+    def _serve(self) -> str:
+        """Place the worker, then pass on its records; return why it has ended. Raises LaunchError and LinkClosed."""
+        while (host := self.place()) is None:
+            self._report_waiting(self.waits_for())
+            if self._killed.wait(_BEAT_S):
+                return ""
+        self._host = host
+        place_by, given_up = Deadline.after(self._place_timeout_s), Deadline(float("inf"))
+        is_placed = False
+        while True:
+            record = host.read(_BEAT_S if is_placed else _BEAT_S / 2)
+            if self._killed.is_set():
+                given_up = min(given_up, Deadline.after(_KILLED_S))
+                host.kill()  # again: the first call may have come before the actor existed
+                if record is None and given_up.is_expired():
+                    return ""
+            if record is None:
+                if not is_placed:
+                    self._report_waiting("no node of the cluster has room for it")
+                    if place_by.is_expired():
+                        return f"not placed: no node of the cluster had room for it in {self._place_timeout_s:g} s"
+                continue
+            if not is_placed:
+                is_placed = True
+                self._commands.start()
+            if reason := self._pass_on(record):
+                return reason
+
+    def _pass_on(self, record: bytes) -> str:
+        """Pass on one record; return the reason of the end when it is the last. Raises LinkClosed and LinkGarbage."""
+        kind, content = record[:1], record[1:]
+        if kind == records.LINES:
+            self._write(content)
+        elif kind == records.FILL:
+            storage = content[: records.STORAGE_CHARS].decode("ascii", "replace")
+            try:
+                self._uploads.blobs.fill(storage, memoryview(content)[records.STORAGE_CHARS :])
+            except BlobGone:
+                log.debug("picture for a released segment", extra=fields(worker=self.name))
+        elif kind == records.STATUS:
+            self._send_status(**records.decode_json(content))
+        elif kind == records.LOG:
+            sys.stderr.buffer.write(content)
+            sys.stderr.buffer.flush()
+        elif kind == records.EXIT:
+            return str(records.decode_json(content).get("reason") or "exited")
+        else:
+            raise LinkGarbage(f"a record of unknown kind {kind!r}")
+        return ""
+
+    def _report_waiting(self, reason: str) -> None:
+        if self._patience.is_expired():
+            self._send_status(waits_for=reason)
+        self._write(encode(Heartbeat("placing")))
+
+    def _send_status(self, **values: object) -> None:
+        try:
+            self.status.send(json.dumps(values).encode(), socket.MSG_DONTWAIT)
+        except OSError:  # the front end has closed its handle, or does not read: a later packet says the same
+            log.debug("status not sent", extra=fields(worker=self.name))
+
+    def _write(self, lines: bytes) -> None:
+        """Write reports to the front end. Raises LinkClosed."""
+        view = memoryview(lines)
+        with self._reports_lock:
+            try:
+                while view:
+                    view = view[os.write(self._link.reports.fileno(), view) :]
+            except OSError as error:
+                raise LinkClosed(f"the front end has closed the link: {error.strerror}") from None
+
+    # --- commands -----------------------------------------------------------------------------------------------------
+
+    def _carry_commands(self) -> None:
+        host = self._host
+        if host is None:
+            return
+        lines = LineBuffer()
+        try:
+            while self._ended not in wait([self._link.commands, self._ended]):
+                data = os.read(self._link.commands.fileno(), _READ_BYTES)
+                if not data:
+                    host.deliver(b"", (), ())  # the front end has closed the link
+                    return
+                for line in lines.feed(data):
+                    self._carry(host, line + b"\n")
+        except Exception:
+            log.exception("commands cannot be carried", extra=fields(worker=self.name))
+            self.kill()
+        finally:
+            self._link.commands.close()
+
+    def _carry(self, host: Host, line: bytes) -> None:
+        message = decode(line.removesuffix(b"\n"))
+        parts: list[Part] = []
+        data: list[Any] = []
+        if isinstance(message, Run):
+            try:
+                parts, data = self._uploads.of_run(message)
+            except Exception as error:  # noqa: BLE001 - the object store is full, or a file cannot be read
+                log.warning("uploads cannot be sent", extra=fields(worker=self.name, job=message.job, why=repr(error)))
+                full = SpoolFull("no space for the upload in the cluster's object store", retry_after_s=_FULL_RETRY_S)
+                self._write(encode(Failed(message.job, full.to_wire())))
+                return
+        elif isinstance(message, Grant):
+            parts = self._uploads.of_grant(message)
+            data = [b""] * len(parts)
+        host.deliver(line, parts, data)

@@ -1,0 +1,89 @@
+"""Faults of a cluster under a running server with toy workers: an actor killed, a node lost and another added."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.faultserver import FaultServer, picture_of
+from tests.raycluster import RayCluster
+
+PATIENCE_S = 90.0  # Ray notices a lost node within some heartbeats
+
+
+def actors_of(cluster: RayCluster) -> list[int]:
+    """Return the process ids of the actors on this cluster, which are known by its token."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            is_actor = path.joinpath("cmdline").read_bytes().startswith(b"ray::_NodeHost")
+            if is_actor and cluster.environment["RAY_AUTH_TOKEN"].encode() in path.joinpath("environ").read_bytes():
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def remote(cluster: RayCluster, tmp_path: Path) -> Iterator[FaultServer]:
+    """Start a server with one toy worker, on the node that has the resource `first`."""
+    options = ("--pool", "ray", "--ray_address", cluster.address, "--placement", "cpus=1,first=1")
+    with FaultServer(tmp_path, *options) as live:
+        yield live
+
+
+def test_job_of_a_killed_actor_is_done_by_the_next_one(remote: FaultServer, cluster: RayCluster) -> None:
+    with remote.client() as client:
+        replies: list[httpx.Response] = []
+        job = threading.Thread(target=lambda: replies.append(remote.edit(client, "sleep 3")))
+        job.start()
+        remote.until(lambda: remote.model_status()["running"] == 1)
+        [actor] = actors_of(cluster)
+        os.kill(actor, signal.SIGKILL)
+        job.join(PATIENCE_S)
+        assert replies[0].status_code == 200
+    assert remote.logged("worker died", "ActorDiedError")
+    assert remote.logged("job requeued")
+
+
+def test_job_that_kills_two_actors_is_a_500(remote: FaultServer) -> None:
+    with remote.client() as client:
+        reply = remote.edit(client, "dies received")
+        assert reply.status_code == 500
+        assert reply.json()["error"]["code"] == "worker_crashed"
+        assert reply.headers["x-should-retry"] == "false"
+        assert picture_of(remote.generate(client, "echo on")).startswith(b"echo on")
+
+
+@pytest.mark.heavy
+def test_front_end_that_is_killed_takes_its_actors_with_it(remote: FaultServer, cluster: RayCluster) -> None:
+    assert actors_of(cluster)
+    remote.process.kill()
+    remote.wait()
+    remote.until(lambda: not actors_of(cluster), PATIENCE_S)
+
+
+@pytest.mark.heavy
+def test_model_without_a_node_is_a_503_until_a_node_is_added(cluster: RayCluster, tmp_path: Path) -> None:
+    node = cluster.add(cpus=1, third=1)
+    options = ("--pool", "ray", "--ray_address", cluster.address, "--placement", "cpus=1,third=1")
+    with FaultServer(tmp_path, *options) as remote, remote.client() as client:
+        assert picture_of(remote.generate(client, "echo before")).startswith(b"echo before")
+        metrics = client.get("/metrics").text
+        assert f'ovserve_node_workers{{model="ovserve-builtin",node="127.0.0.1/{node[:8]}"}} 1.0' in metrics
+        cluster.remove(node)
+        remote.until(lambda: remote.generate(client, "echo x").status_code == 503, PATIENCE_S)
+        refused = remote.generate(client, "echo x")
+        assert "no node of the cluster has room" in refused.json()["error"]["message"]
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert client.get("/v2/health/ready").status_code == 503
+        added = cluster.add(cpus=1, third=1)
+        remote.until(lambda: client.get("/v2/health/ready").status_code == 200, PATIENCE_S)
+        assert picture_of(remote.generate(client, "echo after")).startswith(b"echo after")
+    cluster.remove(added)

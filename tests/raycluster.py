@@ -1,0 +1,112 @@
+"""A Ray cluster on this machine, in a process of its own: `with RayCluster() as cluster: cluster.add(cpus=2)`.
+
+`python -m tests.raycluster` is that process: it starts the head, then takes one command a line, and answers each with
+one line. It ends, and every node with it, when its standard input is closed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from types import TracebackType
+from typing import Any, Self
+
+__all__ = ["RayCluster"]
+
+STORE_BYTES = 100 << 20
+STOP_TIMEOUT_S = 60.0
+
+
+class RayCluster:
+    """A cluster with a head that has this many processors; 0: it places nothing.
+
+    Attributes:
+        address: of the head.
+        environment: variables that processes need which connect to it.
+    """
+
+    def __init__(self, cpus: int = 2, port: int = 0, environment: dict[str, str] | None = None) -> None:
+        self._folder = tempfile.mkdtemp(prefix="ovs-ray-")  # short: Ray's sockets are in it
+        self.environment = environment or {
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its nodes are 127.0.0.1
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.raycluster", self._folder, str(cpus), str(port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | self.environment,
+            start_new_session=True,
+        )
+        self.address = self._answer()
+
+    def add(self, cpus: int = 2, **resources: float) -> str:
+        """Add a node; return its id."""
+        return self._ask("add", cpus, resources)
+
+    def remove(self, node: str) -> None:
+        """Kill a node with everything on it."""
+        self._ask("remove", node)
+
+    def stop(self) -> None:
+        """End all nodes. Idempotent."""
+        if self._process.poll() is None and self._process.stdin:
+            self._process.stdin.close()
+            self._process.wait(STOP_TIMEOUT_S)
+        if self._process.stdout:
+            self._process.stdout.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _ask(self, *command: object) -> str:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith("answer "):  # Ray prints too
+                return line.removeprefix("answer ").strip()
+        raise AssertionError(f"the cluster has ended: {self._process.wait()}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _serve(folder: str, cpus: int, port: int) -> None:
+    from ray.cluster_utils import Cluster
+
+    known: dict[str, Any] = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
+    head = {"num_cpus": cpus, "temp_dir": folder} | ({"gcs_server_port": port} if port else {})
+    cluster = Cluster(initialize_head=True, head_node_args=head | known)
+    nodes: dict[str, Any] = {}
+    print("answer", cluster.address, flush=True)
+    for line in sys.stdin:
+        verb, *arguments = json.loads(line)
+        if verb == "add":
+            node = cluster.add_node(num_cpus=arguments[0], resources=arguments[1], temp_dir=folder, **known)
+            nodes[node.node_id] = node
+            print("answer", node.node_id, flush=True)
+        else:
+            cluster.remove_node(nodes.pop(arguments[0]), allow_graceful=False)
+            print("answer", "removed", flush=True)
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

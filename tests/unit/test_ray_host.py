@@ -1,0 +1,185 @@
+"""The actor's side of a worker on a cluster, without Ray: a toy worker process, its files and its records."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ovserve.settings.options import ModelSettings, Settings
+from ovserve.settings.worker import WorkerSettings
+from ovserve.wire.blobs import Blob
+from ovserve.wire.codec import decode, encode
+from ovserve.wire.launcher import WorkerSpec
+from ovserve.wire.messages import Done, Failed, Grant, Message, Need, Picture, Ready, Run, Stop
+from ovserve.wire.ray import host as hosts
+from ovserve.wire.ray import records
+from ovserve.wire.ray.host import Launch, Part, WorkerHost
+from ovserve.wire.ray.node_files import NodeFiles
+from ovserve.wire.request import ImageRequest
+from tests import toys
+
+REQUEST, ROOM = "a" * 24, "b" * 24
+
+
+class Running:
+    """A host with a toy worker, and what it has yielded."""
+
+    def __init__(self, **plugin_config: Any) -> None:
+        model = ModelSettings(name="toy", plugin_config=json.dumps(plugin_config))
+        spec = WorkerSpec(toys.toy_profile(), model, WorkerSettings.of(Settings()), 0, 0)
+        self.host = WorkerHost()
+        self._messages: list[Message] = []
+        self.pictures: dict[str, bytes] = {}
+        self.log = b""
+        self.status: dict[str, Any] = {}
+        self.reason = ""
+        self._number = 0
+        self._records = self.host.serve(Launch(toys.worker_main, spec).to_bytes())
+
+    def deliver(self, message: Message | None, *parts: tuple[Part, bytes], number: int | None = None) -> None:
+        """Send a command, with its parts; None: the link is closed."""
+        line = encode(message) if message else b""
+        self.host.deliver(
+            self._number if number is None else number, line, [part for part, _ in parts], *[data for _, data in parts]
+        )
+        self._number += 1
+
+    def until(self, kind: type | None) -> Message | None:
+        """Read records until a message of this kind, or until the last record."""
+        while True:
+            while self._messages:
+                if kind and isinstance(found := self._messages.pop(0), kind):
+                    return found
+                if not kind:
+                    self._messages.clear()
+            record = next(self._records, None)
+            if record is None:
+                assert kind is None, f"ended before a {kind}: {self.reason}"
+                return None
+            self._note(record[:1], record[1:])
+
+    def _note(self, kind: bytes, content: bytes) -> None:
+        if kind == records.LINES:
+            self._messages += [decode(line) for line in content.splitlines()]
+        elif kind == records.FILL:
+            self.pictures[content[: records.STORAGE_CHARS].decode()] = content[records.STORAGE_CHARS :]
+        elif kind == records.STATUS:
+            self.status = records.decode_json(content)
+        elif kind == records.LOG:
+            self.log += content
+        else:
+            self.reason = records.decode_json(content)["reason"]
+
+    def run(self, prompt: str, **known: Any) -> None:
+        """Send a job `j`."""
+        request = ImageRequest(task="generation", prompt=prompt, **known)
+        self.deliver(Run("j", REQUEST, 60.0), (Part(REQUEST, 0), request.to_json()))
+
+    def close(self) -> None:
+        self._records.close()  # type: ignore[attr-defined]
+        del self.host, self._records  # its descriptor is closed with it
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    monkeypatch.setattr(hosts, "default_directory", lambda: tmp_path)
+    yield tmp_path
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # the launcher blocks signals in the thread that starts a worker
+
+
+@pytest.fixture
+def running(directory: Path, leak_guard: None) -> Iterator[Running]:
+    made = Running()
+    yield made
+    made.close()
+    assert not list(directory.iterdir()), "files are left"
+
+
+def test_job_goes_in_and_its_picture_comes_out(running: Running) -> None:
+    assert running.until(Ready)
+    running.run("echo hello", seed=7)
+    need = running.until(Need)
+    assert isinstance(need, Need)
+    running.deliver(Grant("j", 0, ROOM), (Part(ROOM, 0), b""))
+    assert isinstance(running.until(Picture), Picture)
+    assert running.pictures == {ROOM: b"echo hello|7"}
+    assert running.until(Done)
+    running.deliver(Stop())
+    running.until(None)
+    assert running.reason == "exited with code 0"
+    assert running.status["pid"] > 0
+    assert running.status["machine"] > running.status["memory"] >= 0
+
+
+def test_command_that_overtakes_another_waits_for_it(running: Running) -> None:
+    running.until(Ready)
+    request = ImageRequest(task="generation", prompt="raise").to_json()
+    running.deliver(Stop(), number=1)
+    running.deliver(Run("j", REQUEST, 60.0), (Part(REQUEST, 0), request), number=0)
+    assert isinstance(running.until(Failed), Failed)
+    running.until(None)
+    assert running.reason == "exited with code 0"
+
+
+def test_upload_keeps_its_offset(running: Running) -> None:
+    running.until(Ready)
+    image = b"twelve bytes"
+    request = ImageRequest(task="edit", prompt="echo", images=(Blob(ROOM, 5000, len(image)),))
+    running.deliver(Run("j", REQUEST, 60.0), (Part(REQUEST, 0), request.to_json()), (Part(ROOM, 5000), image))
+    running.until(Need)
+    running.deliver(Grant("j", 0, "c" * 24), (Part("c" * 24, 0), b""))
+    running.until(Picture)
+    assert running.pictures == {"c" * 24: image}
+
+
+def test_full_node_refuses_an_upload_and_serves_the_next(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    running.until(Ready)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NodeFiles, "add", refuse)
+        running.run("echo x")
+    failed = running.until(Failed)
+    assert isinstance(failed, Failed)
+    assert failed.error["error"] == "SpoolFull"
+    running.run("echo y")
+    assert running.until(Need)
+
+
+def test_closed_link_ends_the_worker(running: Running) -> None:
+    running.until(Ready)
+    running.deliver(None)
+    running.until(None)
+    assert "closed the link" in running.reason
+
+
+def test_death_of_the_worker_is_the_last_record(running: Running) -> None:
+    running.until(Ready)
+    running.run("exit 7")
+    running.until(None)
+    assert running.reason == "exited with code 7"
+
+
+def test_worker_that_breaks_the_protocol_is_ended(running: Running) -> None:
+    running.until(Ready)
+    running.run("garbage")
+    running.until(None)
+    assert running.reason.startswith("protocol violation")
+
+
+def test_abandoned_host_kills_its_worker(directory: Path, leak_guard: None) -> None:
+    running = Running()
+    running.until(Ready)
+    running.close()
+    assert not list(directory.iterdir())
