@@ -138,9 +138,9 @@ def main() -> None:
     for each in [f"built-in={BUILTIN_PATH}", *options.model]:
         name, _, path = each.partition("=")
         measure(result, name, path, options.repetitions)
+        if options.save:  # after each model: a large one takes many minutes
+            print(result.save(), flush=True)
     print(result.report())
-    if options.save:
-        print(result.save())
 
 
 if __name__ == "__main__":

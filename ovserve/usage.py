@@ -58,8 +58,9 @@ class UsageLog:
                 os.close(self._descriptor)
                 raise SettingsError(f"usage_log {path}: not a regular file")
         except OSError as error:
-            why = "another process writes to it" if isinstance(error, BlockingIOError) else error.strerror
-            raise SettingsError(f"usage_log {path}: {why}", is_transient=may_pass(error)) from None
+            is_locked = isinstance(error, BlockingIOError)
+            why = "another process writes to it" if is_locked else error.strerror
+            raise SettingsError(f"usage_log {path}: {why}", is_transient=is_locked or may_pass(error)) from None
 
     def write(self, entry: Mapping[str, object]) -> None:
         """Append a line. A failure is logged and counted, and changes nothing else."""

@@ -148,9 +148,10 @@ set_up_clients() {
     cat tests/e2e/node/package.json tests/e2e/node/package-lock.json scripts/lib.sh | cksum > "$environment/clients-stamp"
 }
 
-# package_of PROGRAM: print the Debian package that contains it.
+# package_of PROGRAM: print the Debian package that contains it, and one that the tests need beside it.
 package_of() {
     case $1 in
+        nginx) printf '%s\n' nginx libnginx-mod-stream ;;
         promtool) echo prometheus ;;
         *) echo "$1" ;;
     esac

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-__all__ = ["KINDS", "START_LIMIT_S", "example", "find_program", "free_port", "run_proxy"]
+__all__ = ["KINDS", "START_LIMIT_S", "example", "find_nginx_module", "find_program", "free_port", "run_proxy"]
 
 KINDS = ["nginx", "nginx-unbuffered", "haproxy", "caddy"]
 START_LIMIT_S = 20
@@ -93,6 +93,13 @@ def find_program(name: str) -> str:
     program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
     assert program, f"{name} is not installed: scripts/test extracts it"
     return program
+
+
+def find_nginx_module(name: str) -> Path | None:
+    """Return the file of a dynamic module of nginx: of the system, or beside the extracted nginx; None without it."""
+    roots = [Path("/"), Path(find_program("nginx")).resolve().parents[1] / "root"]
+    paths = (root / "usr/lib/nginx/modules" / f"ngx_{name}_module.so" for root in roots)
+    return next((path for path in paths if path.exists()), None)
 
 
 @contextmanager
