@@ -9,6 +9,7 @@ Spawned processes inherit the mask, so Ctrl-C does not reach them.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 import os
 import resource
@@ -562,6 +563,9 @@ def check_settings(settings: Settings) -> tuple[Catalog, int]:
 
 def _read_models(settings: Settings) -> Catalog:
     """Return the models, checked against the memory budget. Raises ModelError and SettingsError."""
+    for model in settings.models:
+        if model.pool == "ray" and importlib.util.find_spec("ray") is None:
+            raise SettingsError(f"model {model.name}: pool = ray needs a package: pip install 'ovserve[ray]'")
     catalog = read_catalog(settings)
     for sentence in check_budget(settings, _profiles(catalog)):
         log.warning(sentence)

@@ -54,6 +54,7 @@ def test_job_of_a_killed_actor_is_done_by_the_next_one(remote: FaultServer, clus
     assert remote.logged("job requeued")
 
 
+@pytest.mark.heavy
 def test_job_that_kills_two_actors_is_a_500(remote: FaultServer) -> None:
     with remote.client() as client:
         reply = remote.edit(client, "dies received")
