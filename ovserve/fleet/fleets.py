@@ -76,14 +76,19 @@ class Slot:
 
     @property
     def is_worn(self) -> bool:
-        """Whether the worker is ready and has finished `max_jobs_per_worker` jobs, so that a fresh one replaces it."""
+        """Whether the worker is ready, and a fresh one has to replace it.
+
+        It has finished `max_jobs_per_worker` jobs, or its node is being drained.
+        """
+        if not self.is_ready or self.link is None or self.process is None:
+            return False
         limit = self.fleet.model.max_jobs_per_worker
-        return bool(limit) and self.is_ready and self.link is not None and self.link.state.jobs_done >= limit
+        return self.process.is_leaving() or (bool(limit) and self.link.state.jobs_done >= limit)
 
     @property
     def worn_jobs(self) -> int:
-        """Jobs that a worn worker has finished; 0 if it is not worn."""
-        return self.link.state.jobs_done if self.is_worn and self.link is not None else 0
+        """Jobs that a worn worker has finished, at least 1; 0 if it is not worn."""
+        return max(1, self.link.state.jobs_done) if self.is_worn and self.link is not None else 0
 
     def assign(self, process: WorkerProcess, link: Link, now: float) -> None:
         """Record a new incarnation."""

@@ -7,8 +7,8 @@
                                         there is no memory for both, the serving one ends first and requests wait
     another one, whose workers fail     the serving fleet stays; not tried again until the next `set_desired`
 
-A worker that has finished `max_jobs_per_worker` jobs is worn: its fleet gets one more slot, and when the worker in that
-is ready, the worn one is retired.
+A worker that has finished `max_jobs_per_worker` jobs, or whose node is being drained, is worn: its fleet gets one more
+slot, and when the worker in that is ready, the worn one is retired.
 
 Runs in: the supervisor thread. No process is touched here: the supervisor starts the slots that are created, and ends
 those that are retired.

@@ -70,6 +70,9 @@ class WorkerProcess(Protocol):
     def node(self) -> str:
         """Return the name of the node of a cluster that it runs on; empty: this machine, or not known yet."""
 
+    def is_leaving(self) -> bool:
+        """Return whether its node is being drained, so that another worker has to take over from it."""
+
     def machine_bytes(self) -> int:
         """Return the memory of the machine that it runs on, or of the control group there if that is less."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +69,29 @@ def test_front_end_that_is_killed_takes_its_actors_with_it(remote: FaultServer, 
     remote.process.kill()
     remote.wait()
     remote.until(lambda: not actors_of(cluster), PATIENCE_S)
+
+
+@pytest.mark.heavy
+def test_worker_on_a_drained_node_finishes_its_job_and_another_takes_over(cluster: RayCluster, tmp_path: Path) -> None:
+    node = cluster.add(cpus=1, fourth=1)
+    options = ("--pool", "ray", "--ray_address", cluster.address, "--placement", "cpus=1,fourth=1")
+    with FaultServer(tmp_path, *options) as remote, remote.client() as client:
+        other = cluster.add(cpus=1, fourth=1)
+        replies: list[httpx.Response] = []
+        job = threading.Thread(target=lambda: replies.append(remote.edit(client, "sleep 20")))
+        job.start()
+        remote.until(lambda: remote.model_status()["running"] == 1)
+        drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address]
+        drain += ["--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
+        subprocess.run([*drain, "--deadline-remaining-seconds", "600"], check=True, timeout=60, capture_output=True)
+        remote.until(lambda: bool(remote.logged("worker ready", other[:8])), PATIENCE_S)
+        job.join(PATIENCE_S)
+        assert replies[0].status_code == 200
+        remote.until(lambda: bool(remote.logged("worker exited")), PATIENCE_S)
+        assert not remote.logged("worker died")
+        assert picture_of(remote.generate(client, "echo on")).startswith(b"echo on")
+    cluster.remove(node)
+    cluster.remove(other)
 
 
 @pytest.mark.heavy

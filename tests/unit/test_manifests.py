@@ -11,6 +11,7 @@ import yaml
 
 from ovserve.api.routes import match_route
 from ovserve.settings.options import ModelSettings, Settings, options_of
+from ovserve.settings.placement import parse_placement
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "scripts" / "deploy" / "kubernetes"
@@ -123,3 +124,15 @@ def test_compose_file_is_as_strict_as_the_pod() -> None:
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+
+
+def test_example_for_kuberay_names_options_and_says_that_it_was_never_run() -> None:
+    text = (FOLDER / "kuberay.yaml").read_text("utf-8")
+    assert "never run" in text
+    group = yaml.safe_load(text)["spec"]["headGroupSpec"]
+    (front_end,) = [each for each in group["template"]["spec"]["containers"] if each["name"] == "ovserve"]
+    given = dict(argument.removeprefix("--").split("=", 1) for argument in front_end["args"][1:])
+    assert set(given) <= KNOWN
+    assert parse_placement(given["placement"]).cpus == 4
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert match_route("GET", front_end[probe]["httpGet"]["path"]).is_health

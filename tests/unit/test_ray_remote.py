@@ -8,6 +8,7 @@ import queue
 import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ovserve.errors import LaunchError, LinkClosed
 from ovserve.wire.codec import decode, encode
 from ovserve.wire.local.pipes import PipeLink, open_link
 from ovserve.wire.local.spool import Spool
-from ovserve.wire.messages import Cancel, Failed, Grant, Heartbeat, Message, Run
+from ovserve.wire.messages import Cancel, Failed, Grant, Heartbeat, Message, Run, Span
 from ovserve.wire.ray import records
 from ovserve.wire.ray.host import Part
 from ovserve.wire.ray.launcher import RayProcess
@@ -53,6 +54,7 @@ class FakeHost:
 
 class Setup:
     def __init__(self, spool: Spool) -> None:
+        self.reports: list[Message] = []
         self.puts: list[bytes] = []
         self.is_full = False
         self.host = FakeHost()
@@ -77,6 +79,7 @@ class Setup:
         while True:
             assert select.select([self.link.readiness], [], [], PATIENCE_S)[0]
             if got := self.link.receive():
+                self.reports += got[1:]
                 return got[0]
 
     def until_exit(self) -> str:
@@ -125,6 +128,20 @@ def test_status_reaches_the_handle_and_reports_the_link(setup: Setup) -> None:
     assert setup.until_exit() == "exited with code 0"
     assert setup.process.memory_bytes() == 0
     assert closed(setup.link)
+
+
+def test_instants_of_a_node_are_on_the_clock_of_the_front_end(setup: Setup) -> None:
+    ahead_s = 1e6
+    setup.host.records.put(records.status_record(pid=7, clock=time.monotonic() - ahead_s))
+    setup.worker.start()
+    began_at = time.monotonic()
+    span = Span("j", "prepare", began_at - ahead_s, began_at - ahead_s + 0.5)
+    setup.host.records.put(records.lines_record([encode(Heartbeat("idle")), encode(span)]))
+    assert setup.report() == Heartbeat("idle")
+    report = setup.reports.pop()
+    assert isinstance(report, Span)
+    assert report.ended_at - report.started_at == pytest.approx(0.5)
+    assert abs(report.started_at - began_at) < PATIENCE_S
 
 
 def test_run_carries_its_uploads_and_a_large_one_is_put_once(setup: Setup, spool: Spool) -> None:
@@ -196,6 +213,24 @@ def test_kill_before_the_cluster_is_connected_ends_it(setup: Setup) -> None:
     assert setup.process.waits_for() == "the cluster is away"
     setup.worker.kill()
     assert setup.until_exit() == "killed"
+
+
+def test_head_that_does_not_answer_is_reported_and_its_late_actor_killed(setup: Setup) -> None:
+    answered = threading.Event()
+
+    def place() -> FakeHost:
+        assert answered.wait(PATIENCE_S)
+        return setup.host
+
+    setup.worker.place = place
+    setup.worker.start()
+    assert setup.report() == Heartbeat("placing")
+    assert setup.process.is_alive()
+    assert "does not answer" in setup.process.waits_for()
+    setup.worker.kill()
+    assert setup.until_exit() == "killed"
+    answered.set()
+    assert setup.host.killed.wait(PATIENCE_S)
 
 
 def test_lost_actor_is_an_exit_with_its_reason(setup: Setup) -> None:

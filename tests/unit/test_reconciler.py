@@ -570,3 +570,26 @@ def test_fingerprint_ignores_hidden_files_and_the_cache(tmp_path: Path) -> None:
 
 def test_fingerprint_of_a_missing_directory_is_empty(tmp_path: Path) -> None:
     assert fingerprint(tmp_path / "missing") == ""
+
+
+def test_worker_on_a_drained_node_is_replaced_before_it_is_retired(system: MemorySystem) -> None:
+    leaving = next(process for process in system.launcher.started if process.name == "b/0#0")
+    leaving.leaving = True
+    system.until(lambda: not leaving.is_alive())
+    assert leaving.exit_reason() == "ended by itself with exit code 0"
+    system.until(lambda: system.ready("b") == 1)
+    assert system.serve("b") is State.DONE
+    assert system.supervisor.restarts()["b"] == 0
+
+
+def test_model_whose_workers_wait_for_a_place_is_not_ready(system: MemorySystem) -> None:
+    system.launcher.waiting = "no node has room for it"
+    for process in [each for each in system.launcher.started if each.name.startswith("a/")]:
+        process.exit("its node is gone")
+    system.until(lambda: system.dispatcher.status("a").reason == "no node has room for it")
+    assert system.serve("b") is State.DONE
+    system.launcher.waiting = ""
+    for process in [each for each in system.launcher.started if each.waiting]:
+        process.exit("not placed")
+    system.until(lambda: system.ready("a") == 2)
+    assert system.serve("a") is State.DONE

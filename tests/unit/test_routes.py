@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Generator, Mapping
@@ -17,10 +18,12 @@ import pytest
 
 from ovserve.api.api import ImagesApi
 from ovserve.api.exchange import FileReply, JsonReply, Reply, ServerEvent, StreamReply, windows_of
-from ovserve.api.record import Record
+from ovserve.api.record import End, Record
 from ovserve.api.reloads import ModelReload, ReloadStatus
 from ovserve.api.routes import ROUTES, Match, Route, match_route
+from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
+from ovserve.dispatch.jobs import Client, Job
 from ovserve.errors import (
     ApiError,
     BadRequest,
@@ -36,7 +39,9 @@ from ovserve.errors import (
     SettingsError,
 )
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.usage import UsageLog
 from ovserve.wire.local.spool import Spool
+from ovserve.wire.request import ImageRequest
 from tests.forms import FakeForm, catalog
 
 
@@ -561,3 +566,59 @@ def test_readiness_of_chosen_models(api: ImagesApi) -> None:
 
 def document_of(reply: JsonReply) -> Any:
     return json.loads(b"".join(windows_of(reply.chunks)))
+
+
+def test_level_of_the_log_is_shown_and_changed(api: ImagesApi) -> None:
+    logger = logging.getLogger("ovserve")
+    kept = logger.level
+    try:
+        logger.setLevel(logging.INFO)
+        exchange = FakeExchange("POST", "/v1/debug/log")
+        exchange.query = {"level": "debug"}
+        reply = answer(api, exchange)
+        assert isinstance(reply, JsonReply)
+        assert document_of(reply) == {"level": "debug", "before": "info"}
+        reply = answer(api, FakeExchange("GET", "/v1/debug/log"))
+        assert isinstance(reply, JsonReply)
+        assert document_of(reply) == {"level": "debug"}
+        exchange.query = {"level": "loud"}
+        with pytest.raises(InvalidValue, match="level is 'loud'; expected one of debug"):
+            answer(api, exchange)
+    finally:
+        logger.setLevel(kept)
+
+
+def test_jobs_in_flight_are_shown(api: ImagesApi) -> None:
+    api.dispatcher.add_model("lazy", 4, is_on_demand=True)
+    request = ImageRequest(task="edit", prompt="a secret", n=3)
+    job = Job("req_1", "lazy", Client("192.0.2.1"), request, Deadline.after(60), key_name="design")
+    api.dispatcher.admit(job)
+    try:
+        reply = answer(api, FakeExchange("GET", "/v1/debug/jobs"))
+        assert isinstance(reply, JsonReply)
+        document = document_of(reply)
+        assert document["left_out"] == 0
+        (shown,) = document["jobs"]
+        assert 0 <= shown.pop("admitted_s_ago") < 30
+        assert 30 < shown.pop("deadline_in_s") <= 60
+        assert shown == {
+            "id": "req_1", "model": "lazy", "state": "queued", "key": "design", "client": "192.0.2.1", "worker": "",
+            "attempts": 0, "pictures": 3, "pictures_done": 0, "prepared": False, "dispatched_s_ago": None,
+        }  # fmt: skip
+    finally:
+        api.dispatcher.cancel(job)
+        job.close()
+
+
+def test_end_of_an_exchange_is_counted_and_has_a_line_in_the_usage_log(api: ImagesApi, tmp_path: Path) -> None:
+    api.usage = UsageLog(tmp_path / "usage.jsonl", 1 << 20)
+    exchange = FakeExchange("POST", "/v1/images/edits")
+    exchange.key_name, exchange.is_verified = "design", True
+    exchange.record = Record("/images/edits", "m", "done", pictures=2, width=8, height=4, steps=3, denoise_s=0.5)
+    api.note_end(exchange, api.match("POST", "/v1/images/edits"), End(200, 10, 20, None, 0.25, 1.5))  # type: ignore[arg-type]
+    api.usage.close()
+    entry = json.loads((tmp_path / "usage.jsonl").read_text("utf-8"))
+    assert (entry["key"], entry["pixels"], entry["denoise_ms"], entry["total_ms"]) == ("design", 64, 500.0, 1500.0)
+    page = api.metrics.page()[0]
+    assert b'ovserve_key_pixels_total{key="design"} 64.0' in page
+    assert b'ovserve_headers_seconds_sum{model="m",outcome="ok",route="/images/edits"} 0.25' in page

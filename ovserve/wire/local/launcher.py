@@ -57,6 +57,10 @@ class LocalProcess:
         """Return "": this machine."""
         return ""
 
+    def is_leaving(self) -> bool:
+        """Return False: this machine stays."""
+        return False
+
     def machine_bytes(self) -> int:
         """Return the memory of this machine, or of the control group of this process if that is less."""
         return self._machine_bytes

@@ -24,6 +24,7 @@ class MemoryProcess:
         self.name = name
         self.pid = pid
         self.resident = 0
+        self.leaving = False
         self.waiting = ""
         self.readiness = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self.readiness)
@@ -67,12 +68,16 @@ class MemoryProcess:
         """Return "": this process."""
         return ""
 
+    def is_leaving(self) -> bool:
+        """Return what a test has set as `leaving`."""
+        return self.leaving
+
     def machine_bytes(self) -> int:
         """Return a bound that no test reaches by accident."""
         return 1 << 40
 
     def waits_for(self) -> str:
-        """Return what a test has set as `waiting`."""
+        """Return what its launcher had as `waiting` when it was started."""
         return self.waiting
 
     def close(self) -> None:
@@ -84,12 +89,14 @@ class MemoryLauncher:
 
     Attributes:
         started: every worker that was started, in order.
+        waiting: what workers that are started from now on wait for, and never get; "": they begin at once.
     """
 
     def __init__(self, worker_main: WorkerMain, blobs: WorkerBlobs) -> None:
         self._worker_main = worker_main
         self._blobs = blobs
         self.started: list[MemoryProcess] = []
+        self.waiting = ""
 
     def prepare(self) -> None:
         """Do nothing."""
@@ -111,7 +118,9 @@ class MemoryLauncher:
             else:
                 process.exit("ended by itself with exit code 0")
 
-        threading.Thread(target=run, name=link.name, daemon=True).start()
+        process.waiting = self.waiting
+        if not self.waiting:
+            threading.Thread(target=run, name=link.name, daemon=True).start()
         return process, link
 
     def overhead_bytes(self) -> int:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import pickle
 import secrets
 import signal
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, NoReturn
 
+from ovserve.errors import LaunchError
 from ovserve.logs import configure_logs, fields
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.local.blobs import SpoolBlobs
@@ -39,6 +42,8 @@ PACKET_BYTES = 128 * 1024  # of an order; it has the profile and the options of 
 _DESCRIPTORS = 3  # that come with an order: commands, reports, status
 _SWEEP_S = 1.0
 _RECONNECT_S = 2.0
+_DRAIN_CHECK_S = 2.0
+_HEAD_LIMIT_S = 75.0  # Ray ends the process itself after 60 s, except where a new head answers at the old address
 _END_S = 6.0  # for a cluster that was started for this server to end
 
 log = logging.getLogger(__name__)
@@ -93,6 +98,9 @@ class Bridge:
         self._control = control
         self._address = address
         self._cluster: Cluster | None = None  # once it is connected
+        self._draining: set[str] = set()  # ids of nodes
+        self._seen_at = math.inf  # when the head has answered last
+        self._lost = ""  # why the connection is of no use any more
         self._waits_for = "the Ray cluster is being connected"
         self._uploads = Uploads(blobs, self._put)
         self._workers: dict[socket.socket, RemoteWorker] = {}
@@ -111,7 +119,11 @@ class Bridge:
             os._exit(0)
 
     def _turn(self) -> bool:
-        """Wait for the front end, and do what it says. Return False when it has closed the control socket."""
+        """Wait for the front end, and do what it says.
+
+        Return False when it has closed the control socket, or the cluster is lost: the front end then starts another
+        bridge.
+        """
         ready = wait([self._control, *self._workers], _SWEEP_S)
         for each in ready:
             if each is self._control:
@@ -120,11 +132,17 @@ class Bridge:
             elif isinstance(each, socket.socket):
                 self._read_handle(each)
         for status, worker in [*self._workers.items()]:
+            if worker.node.rpartition("/")[2] in self._draining:
+                worker.report_leaving()
             if worker.has_ended:
                 del self._workers[status]
                 status.close()
         self._uploads.sweep()
-        return True
+        if time.monotonic() - self._seen_at > _HEAD_LIMIT_S:
+            self._lost = f"the head has not answered for {_HEAD_LIMIT_S:g} s"
+        if self._lost:
+            log.error("Ray cluster lost", extra=fields(address=self._address, why=self._lost))
+        return not self._lost
 
     def _take_order(self) -> bool:
         data, descriptors, _, _ = socket.recv_fds(self._control, PACKET_BYTES, _DESCRIPTORS)
@@ -174,9 +192,16 @@ class Bridge:
                 self._stopping.wait(_RECONNECT_S)
                 continue
             log.info("Ray cluster connected", extra=fields(address=self._address))
+            self._seen_at = time.monotonic()
             self._cluster = found
             # Ray's own processes end with the thread that has started them.
-            self._stopping.wait()
+            while not self._stopping.wait(_DRAIN_CHECK_S):
+                with contextlib.suppress(LaunchError):  # the head does not answer
+                    draining = found.draining()
+                    if draining is None:
+                        self._lost = "this machine's node is no longer one of the cluster"
+                        return
+                    self._draining, self._seen_at = draining, time.monotonic()
             found.disconnect()
 
     def _put(self, data: bytes) -> object:
@@ -187,6 +212,7 @@ class Bridge:
     def _end(self) -> None:
         """End all workers, and a cluster that was started for this server."""
         self._stopping.set()
+        self._control.close()  # the front end then starts another bridge, and does not wait for the end of this one
         for worker in self._workers.values():
             worker.kill()
         self._connecting.join(_END_S)

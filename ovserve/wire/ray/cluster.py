@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray._private.state import state
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from ovserve.errors import LaunchError
@@ -110,6 +111,22 @@ class Cluster:
         except BaseException:
             self.disconnect()
             raise
+
+    def draining(self) -> set[str] | None:
+        """Return the nodes that are being drained, as the ends of their workers' names of nodes.
+
+        None: the node of this machine is no longer one of the cluster, as when the cluster was created anew.
+
+        Raises:
+            LaunchError: the head does not answer.
+        """
+        try:
+            own = ray.get_runtime_context().get_node_id()
+            if not any(node["NodeID"] == own and node["Alive"] for node in ray.nodes()):  # type: ignore[no-untyped-call]
+                return None
+            return {node[:_NODE_CHARS] for node in state.get_draining_nodes()}
+        except Exception as error:  # noqa: BLE001 - Ray raises many kinds
+            raise LaunchError(_reason(error)) from None
 
     def disconnect(self) -> None:
         """End the connection, its actors, and a cluster that was started for it."""

@@ -142,6 +142,7 @@ class WorkerHost:
             if time.monotonic() >= measure_at:
                 measure_at = time.monotonic() + _MEASURE_S
                 yield status_record(
+                    clock=time.monotonic(),
                     node=self._node,
                     pid=process.pid,
                     resident=process.resident_bytes(),

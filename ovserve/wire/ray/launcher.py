@@ -47,6 +47,7 @@ class RayProcess:
         self._exit = ""
         self._waits_for = ""
         self._node = ""
+        self._is_leaving = False
         self._memory: dict[str, int] = {}
 
     def is_alive(self) -> bool:
@@ -82,6 +83,10 @@ class RayProcess:
         """Return the name of its node, once it was placed."""
         return self._node
 
+    def is_leaving(self) -> bool:
+        """Return whether its node is being drained."""
+        return self._is_leaving
+
     def machine_bytes(self) -> int:
         """Return the memory of its node."""
         return self._memory.get("machine", _ANY_SIZE)
@@ -107,10 +112,11 @@ class RayProcess:
                 self._note(decode_json(data))
 
     def _note(self, values: dict[str, object]) -> None:
-        numbers = {name: value for name, value in values.items() if isinstance(value, int)}
+        numbers = {name: value for name, value in values.items() if type(value) is int}
         self._memory.update(numbers)
         self.pid = self._memory.get("pid", 0)
         self._node = str(values.get("node", "") or self._node)
+        self._is_leaving = self._is_leaving or values.get("leaving") is True
         self._waits_for = str(values.get("waits_for", ""))
         self._exit = str(values.get("exit", "") or self._exit)
 
@@ -144,8 +150,11 @@ class RayLauncher:
     def start(self, spec: WorkerSpec) -> tuple[RayProcess, PipeLink]:
         """Order a worker. Raises LaunchError."""
         try:
-            control = self._running_bridge(spec)
-            return self._order(control, spec)
+            try:
+                return self._order(self._running_bridge(spec), spec)
+            except ConnectionError:  # the bridge is about to end: it has lost its cluster
+                self._forget_bridge(wait_s=0.0)
+                return self._order(self._running_bridge(spec), spec)
         except OSError as error:
             raise LaunchError(str(error)) from error
 
@@ -198,11 +207,11 @@ class RayLauncher:
         self._bridge, self._control = bridge, own
         return own
 
-    def _forget_bridge(self) -> None:
+    def _forget_bridge(self, wait_s: float = _END_S) -> None:
         if self._control is not None:
             self._control.close()
         if self._bridge is not None:
-            self._bridge.join(_END_S)
+            self._bridge.join(wait_s)
             if self._bridge.is_alive():
                 self._bridge.kill()
                 self._bridge.join()

@@ -25,7 +25,7 @@ __all__ = [
 
 LINES = b"L"  # reports of the worker, as lines of wire.codec
 FILL = b"F"  # id of a storage, then the bytes of a picture for it
-STATUS = b"S"  # JSON object: pid, resident, memory, machine
+STATUS = b"S"  # JSON object: node, clock, pid, resident, memory, machine
 LOG = b"G"  # what the worker has written to standard error
 EXIT = b"X"  # JSON object: reason; the last record
 STORAGE_CHARS = 24  # of an id that the front end's spool gives
@@ -46,8 +46,8 @@ def log_record(data: bytes) -> bytes:
     return LOG + data
 
 
-def status_record(**values: int | str) -> bytes:
-    """Return the record of the worker's process: its id, its node, its memory, and that of its machine."""
+def status_record(**values: float | str) -> bytes:
+    """Return the record of the worker's process: its id, its node and the clock there, its memory, its machine's."""
     return STATUS + json.dumps(values).encode()
 
 

@@ -9,12 +9,16 @@ Runs in: bridge.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import math
 import os
+import queue
 import socket
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -25,7 +29,7 @@ from ovserve.errors import BlobGone, LaunchError, LinkClosed, LinkGarbage, Spool
 from ovserve.logs import fields
 from ovserve.wire.codec import LineBuffer, decode, encode
 from ovserve.wire.local.pipes import PipeWorkerLink
-from ovserve.wire.messages import Failed, Grant, Heartbeat, Run
+from ovserve.wire.messages import Failed, Grant, Heartbeat, Run, Span
 from ovserve.wire.ray import records
 from ovserve.wire.ray.host import Part
 from ovserve.wire.ray.uploads import Uploads
@@ -38,6 +42,7 @@ _KILLED_S = 3.0  # for an actor to be seen ended after it was killed
 _CARRIED_S = 5.0  # for the command in hand to be sent, when the worker has ended
 _READ_BYTES = 65536
 _FULL_RETRY_S = 5
+_SPAN = b'"kind":"span"'
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +74,7 @@ class RemoteWorker:
     Attributes:
         place: creates the actor; None while there is no connection. Raises LaunchError.
         waits_for: why there is none.
+        node: the name of its node, once it was placed.
     """
 
     def __init__(
@@ -82,7 +88,9 @@ class RemoteWorker:
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.name = name
+        self.node = ""
         self.status = status
+        self._is_leaving = False
         self._link = link
         self.place: Callable[[], Host | None] = lambda: None
         self.waits_for: Callable[[], str] = str
@@ -90,6 +98,7 @@ class RemoteWorker:
         self._place_timeout_s = place_timeout_s
         self._host: Host | None = None
         self._killed = threading.Event()
+        self._clock_ahead_s = math.inf  # how much this machine's clock is ahead of the node's
         self._patience = Deadline.after(patience_s)
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)
         weakref.finalize(self, os.close, self._ended)
@@ -109,6 +118,12 @@ class RemoteWorker:
     def join(self, timeout_s: float) -> None:
         """Wait until its threads have ended."""
         self._reports.join(timeout_s)
+
+    def report_leaving(self) -> None:
+        """Tell the front end that its node is being drained. Idempotent."""
+        if not self._is_leaving:
+            self._is_leaving = True
+            self._send_status(leaving=True)
 
     def kill(self) -> None:
         """End the actor; `reports` then ends within _KILLED_S. Idempotent."""
@@ -142,8 +157,7 @@ class RemoteWorker:
 
     def _serve(self) -> str:
         """Place the worker, then pass on its records; return why it has ended. Raises LaunchError and LinkClosed."""
-        while (host := self.place()) is None:
-            self._report_waiting(self.waits_for())
+        while (host := self._create_host()) is None:
             if self._killed.wait(_BEAT_S):
                 return ""
         self._host = host
@@ -168,11 +182,43 @@ class RemoteWorker:
             if reason := self._pass_on(record):
                 return reason
 
+    def _create_host(self) -> Host | None:
+        """Create the actor; return None while there is no connection, or when the worker was killed meanwhile.
+
+        In a thread: without the cluster's head, Ray waits for it, and the front end has to know. Raises LaunchError.
+        """
+        created: queue.SimpleQueue[Host | LaunchError | None] = queue.SimpleQueue()
+
+        def create() -> None:
+            host: Host | LaunchError | None
+            try:
+                host = self.place()
+            except LaunchError as error:
+                host = error
+            created.put(host)
+            if self._killed.is_set() and host is not None and not isinstance(host, LaunchError):
+                host.kill()
+
+        threading.Thread(target=create, name=f"create {self.name}", daemon=True).start()
+        while True:
+            try:
+                host = created.get(timeout=_BEAT_S)
+            except queue.Empty:
+                self._report_waiting("the head of the cluster does not answer")
+                if self._killed.is_set():
+                    return None
+                continue
+            if isinstance(host, LaunchError):
+                raise host
+            if host is None:
+                self._report_waiting(self.waits_for())
+            return host
+
     def _pass_on(self, record: bytes) -> str:
         """Pass on one record; return the reason of the end when it is the last. Raises LinkClosed and LinkGarbage."""
         kind, content = record[:1], record[1:]
         if kind == records.LINES:
-            self._write(content)
+            self._write(self._in_own_time(content) if _SPAN in content else content)
         elif kind == records.FILL:
             storage = content[: records.STORAGE_CHARS].decode("ascii", "replace")
             try:
@@ -180,7 +226,10 @@ class RemoteWorker:
             except BlobGone:
                 log.debug("picture for a released segment", extra=fields(worker=self.name))
         elif kind == records.STATUS:
-            self._send_status(**records.decode_json(content))
+            values = records.decode_json(content)
+            self._note_clock(values.pop("clock", None))
+            self.node = str(values.get("node", ""))
+            self._send_status(**values)
         elif kind == records.LOG:
             sys.stderr.buffer.write(content)
             sys.stderr.buffer.flush()
@@ -189,6 +238,22 @@ class RemoteWorker:
         else:
             raise LinkGarbage(f"a record of unknown kind {kind!r}")
         return ""
+
+    def _note_clock(self, clock: object) -> None:
+        """Compare the monotonic clock of the node with that of this machine; the record with the least delay counts."""
+        if isinstance(clock, float):
+            self._clock_ahead_s = min(self._clock_ahead_s, time.monotonic() - clock)
+
+    def _in_own_time(self, lines: bytes) -> bytes:
+        """Return reports with the instants of Spans on this machine's clock."""
+        changed = []
+        for line in lines.splitlines():
+            message = decode(line)
+            if isinstance(message, Span) and math.isfinite(self._clock_ahead_s):
+                started_at, ended_at = message.started_at + self._clock_ahead_s, message.ended_at + self._clock_ahead_s
+                message = dataclasses.replace(message, started_at=started_at, ended_at=ended_at)
+            changed.append(encode(message))
+        return b"".join(changed)
 
     def _report_waiting(self, reason: str) -> None:
         if self._patience.is_expired():
