@@ -84,7 +84,7 @@ def test_workers_are_observed(samples: Samples) -> None:
     calls = samples[sample("ovserve_device_calls_total", model=BUILTIN_NAME)]
     assert 2 <= calls <= samples[sample("ovserve_device_rows_total", model=BUILTIN_NAME)]
     hits = samples[sample("ovserve_cache_lookups_total", model=BUILTIN_NAME, cache="prompt", result="hits")]
-    assert hits >= 2  # the second picture and the stream have the prompt of the first
+    assert hits >= 1  # the stream has the prompt of the request before it
     assert samples[sample("ovserve_job_retries_total", model=BUILTIN_NAME)] == 0
     assert samples[sample("ovserve_worker_deaths_total", model=BUILTIN_NAME, cause="crash")] == 0
     assert samples[sample("ovserve_process_memory_bytes", process="server")] > 1 << 20
