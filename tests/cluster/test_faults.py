@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 
 from tests.faultserver import FaultServer, picture_of
 from tests.raycluster import RayCluster
+from tests.toys import bytes_of
 
 PATIENCE_S = 90.0  # Ray notices a lost node within some heartbeats
 
@@ -70,6 +73,44 @@ def test_front_end_that_is_killed_takes_its_actors_with_it(remote: FaultServer, 
     remote.process.kill()
     remote.wait()
     remote.until(lambda: not actors_of(cluster), PATIENCE_S)
+
+
+@pytest.mark.heavy
+def test_every_request_of_eight_clients_is_answered_while_actors_die(cluster: RayCluster, tmp_path: Path) -> None:
+    options = ("--pool", "ray", "--ray_address", cluster.address, "--replicas", "2", "--max_connections", "64")
+    ended, counts, wrong = threading.Event(), Counter[int](), list[str]()
+
+    def ask(number: int) -> None:
+        with remote.client() as client:
+            for seed in itertools.count(number * 1000):
+                if ended.is_set():
+                    return
+                reply = remote.generate(client, "bytes 3000 0.2", seed=seed)
+                counts[reply.status_code] += 1
+                if reply.status_code == 200 and picture_of(reply) != bytes_of(seed, 3000):
+                    wrong.append(f"seed {seed}")
+                if reply.status_code == 503 and "retry-after" not in reply.headers:
+                    wrong.append("503 without Retry-After")
+
+    with FaultServer(tmp_path, *options) as remote:
+        remote.until(lambda: remote.fetch("/v1/status")[1]["models"][0]["workers"] == 2, PATIENCE_S)
+        clients = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+        for client in clients:
+            client.start()
+        for _ in range(4):
+            done = counts[200]
+            remote.until(lambda done=done: counts[200] >= done + 16, PATIENCE_S)  # type: ignore[misc]
+            os.kill(actors_of(cluster)[0], signal.SIGKILL)
+        done = counts[200]
+        remote.until(lambda: counts[200] >= done + 16, PATIENCE_S)
+        ended.set()
+        for client in clients:
+            client.join(PATIENCE_S)
+        assert not wrong
+        assert set(counts) <= {200, 500, 503}, counts
+        assert len(remote.logged("worker died")) >= 4
+        assert remote.model_status()["running"] == 0
+        assert not remote.segments(), "segments are left"
 
 
 @pytest.mark.heavy
