@@ -34,7 +34,7 @@ BUILTIN_PREFIX = "builtin:"  # of the option `path`: a model in the package, `bu
 DEFAULT_BUILTIN = f"{BUILTIN_PREFIX}shapes"  # served where `path` is not given
 BUILTIN_NAME = "ovserve-builtin"  # served name of a built-in model, if the option `name` is empty
 # What clients send that do not let their users choose a name, or have it as a default (measured).
-BUILTIN_ALIASES = ("gpt-image-1", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3", "default")
+BUILTIN_ALIASES = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3", "default")
 NO_CACHE = Path("off")  # of the option `cache_dir`
 LAZY_KEEP_ALIVE_S = 300.0  # of a lazy model whose option `keep_alive_s` is not set
 CATCH_ALL = "*"  # the alias for every name that no model has

@@ -51,7 +51,11 @@ def test_unit_tests_run_from_the_source_distribution(tmp_path: Path) -> None:
     for script in ("check", "test", "install-service"):
         assert os.access(folder / "scripts" / script, os.X_OK)
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    run(sys.executable, "-m", "pytest", "-q", "tests/unit", "tests/protocol", cwd=folder, environment=environment)
+    parallel = ("-n", "3", "--dist", "loadfile")
+    run(
+        sys.executable, "-m", "pytest", "-q", *parallel, "tests/unit", "tests/protocol",
+        cwd=folder, environment=environment,
+    )  # fmt: skip
     # The wheel's command, without its dependencies: these are those of this interpreter.
     venv.create(tmp_path / "venv", system_site_packages=False)
     run(uv, "pip", "install", "--quiet", "--no-deps", "--python", tmp_path / "venv/bin/python", wheel, cwd=tmp_path)

@@ -59,7 +59,15 @@ def test_catch_all_is_not_listed_and_loses_against_exact_names() -> None:
 def test_builtin_aliases_are_added_without_the_own_name() -> None:
     now = catalog(aliased("gpt-image-1", builtin=True))
     assert now.find("dall-e-2").name == now.find("default").name == "gpt-image-1"
-    assert list(now.listed()) == ["gpt-image-1", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3", "default"]
+    assert list(now.listed()) == [
+        "gpt-image-1",
+        "gpt-image-1-mini",
+        "gpt-image-1.5",
+        "gpt-image-2",
+        "dall-e-2",
+        "dall-e-3",
+        "default",
+    ]
 
 
 def test_unknown_name_is_an_error_that_lists_aliases_and_names_the_option() -> None:
