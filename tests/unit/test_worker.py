@@ -77,7 +77,8 @@ def test_ready_follows_a_warm_up_pass_and_reports_spare_capacity(bench: WorkerBe
 
 def test_worker_has_lower_priority_than_the_front_end(bench: WorkerBench) -> None:
     assert bench.process.pid is not None
-    assert os.getpriority(os.PRIO_PROCESS, bench.process.pid) == os.getpriority(os.PRIO_PROCESS, 0) + 10
+    expected = min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)  # 19 is the lowest priority there is
+    assert os.getpriority(os.PRIO_PROCESS, bench.process.pid) == expected
 
 
 def test_heartbeats_are_sent_while_idle(bench: WorkerBench) -> None:
