@@ -8,10 +8,11 @@ import os
 import queue
 import select
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import pytest
 
@@ -55,6 +56,7 @@ class FakeWorker:
         self.link, self.end = open_link(CONTEXT, model, index, 0) if pipes else open_memory_link(model, index, 0)
         self._pipes = pipes
         self.commands: queue.Queue[Message | None] = queue.Queue()  # None: the link is closed
+        self._early: deque[Run] = deque()  # that came before a Grant
         self.reader = threading.Thread(target=self._read, daemon=True)
         if reads:
             self.reader.start()
@@ -72,13 +74,19 @@ class FakeWorker:
             self.end.send(report)
 
     def expect(self, kind: type[M]) -> M:
-        """Return the next command, which must be of this kind."""
+        """Return the next command, which must be of this kind. A Run may come before a Grant; it is kept."""
+        if kind is Run and self._early:
+            return cast("M", self._early.popleft())
         message = self.commands.get(timeout=PATIENCE_S)
+        while kind is Grant and isinstance(message, Run):
+            self._early.append(message)
+            message = self.commands.get(timeout=PATIENCE_S)
         assert isinstance(message, kind), message
         return message
 
     def expect_nothing(self) -> None:
         """Assert that no command arrives and the link stays open."""
+        assert not self._early
         with pytest.raises(queue.Empty):
             assert self.commands.get(timeout=QUIET_S) is None
 

@@ -130,6 +130,7 @@ def test_kills_while_loading_and_warming_up_then_a_drain_under_load(tmp_path: Pa
         assert gone(second)
         died = server.logged("worker died", "SIGKILL")
         assert [f"pid={pid} " in line for pid, line in zip((first, second), died, strict=True)] == [True, True]
+        server.until(lambda: bool(server.logged("worker ready")))  # the line follows that of standard output
         [ready] = server.logged("worker ready")
         assert "/0#2" in ready  # the killed ones were never ready
         with server.client(timeout_s=120) as client:
