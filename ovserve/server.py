@@ -25,7 +25,7 @@ from ovserve import systemd
 from ovserve.api.api import ImagesApi
 from ovserve.api.reloads import ModelReload, ReloadStatus
 from ovserve.api.store import Store
-from ovserve.api.traces import start_traces
+from ovserve.api.traces import Traces, start_traces
 from ovserve.deadline import Deadline
 from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.errors import ModelsFailed, SettingsError, StartupError
@@ -136,8 +136,9 @@ class Server:
                 ),
             )
         self._usage: UsageLog | None = None
-        self._traces = start_traces() if settings.traces else None
+        self._traces: Traces | None = None
         try:
+            self._traces = start_traces() if settings.traces else None
             if settings.usage_log is not None:
                 self._usage = UsageLog(settings.usage_log, settings.usage_log_bytes, settings.usage_log_files)
             self._dispatcher = Dispatcher(self._spool, settings)
@@ -166,6 +167,8 @@ class Server:
             self._spool.close()
             if self._usage is not None:
                 self._usage.close()
+            if self._traces is not None:
+                self._traces.stop()
             raise
 
     def _listen(self, settings: Settings) -> list[Listener]:

@@ -7,6 +7,7 @@ Each character is a column of six pixels of one colour: DEC, VT330/VT340 Program
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,7 +31,7 @@ def sixels(content: bytes) -> Iterator[str]:
                 return
             opened.thumbnail((MAX_WIDTH_PX, MAX_HEIGHT_PX))
             image = opened.convert("RGBA")
-    except OSError:
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError):  # what Pillow raises
         return
     flat = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
     indexed = flat.quantize(_COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG)

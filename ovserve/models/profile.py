@@ -18,7 +18,7 @@ from typing import Any
 
 from ovserve.errors import ModelError, SettingsError, may_pass
 from ovserve.models.classes import CLASSES, class_named, plan_engine
-from ovserve.models.families import CLASSIFIER_FREE, FAMILIES, Defaults, FamilyTraits
+from ovserve.models.families import CLASSIFIER_FREE, FAMILIES, LCM_SCHEDULER, Defaults, FamilyTraits
 from ovserve.models.presets import PRESETS, Preset, limited_presets, resolve_preset
 from ovserve.models.variants import ModelFiles, variant_of
 from ovserve.settings.options import BUILTIN_PREFIX, ModelSettings, Resolution
@@ -31,6 +31,9 @@ __all__ = [
     "served_by",
     "with_denoiser_multiple",
 ]
+
+# They add noise at each step, so that no prediction can be forecast: names in a model's files, and those of requests.
+NOISY_SCHEDULERS = frozenset({"EulerAncestralDiscrete", "LCM", "euler_ancestral", LCM_SCHEDULER})
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +109,20 @@ class ModelProfile:
         """Both working sides are multiples of this."""
         return math.lcm(self.side_multiple_px, self.denoiser_multiple_px)
 
-    def preset(self, quality: str) -> Preset:
-        """Return the values of a `quality` preset (low, medium or high) for this model."""
+    def preset(self, quality: str, scheduler: str = "") -> Preset:
+        """Return the values of a `quality` preset (low, medium or high) for this model.
+
+        Args:
+            quality: the preset.
+            scheduler: the one that the request names; empty for the model's own.
+        """
+        is_noisy = (scheduler or self.scheduling.name) in NOISY_SCHEDULERS
         return resolve_preset(
             quality,
             self.presets,
             self.defaults,
             is_distilled=self.is_distilled,
-            can_forecast=self.engine == "stepwise",
+            can_forecast=self.engine == "stepwise" and not is_noisy,
         )
 
     def component(self, name: str) -> Path:

@@ -62,15 +62,16 @@ def walk_heic(found: FileWalk) -> None:
         ValueError: there is no size.
     """
     data = found.data
-    found.width, found.height = _size(data)
+    width, height = _size(data)
     for meta, meta_end in boxes_of(data, b"meta", 0, len(data)):
         inner = meta + 4  # meta is a FullBox: version and flags come first
         for at, _ in boxes_of(data, b"iinf", inner, meta_end):
             check_count(found.unpack(">xxxxH" if data[at] == 0 else ">xxxxI", at)[0], MAX_ITEMS, "items")
         for at, end in boxes_of(data, b"iref", inner, meta_end):
             tiles = _references(found, b"dimg", at, end)
-            limit = _SPARE_TILES + found.width * found.height // _TILE_PIXELS
-            check_count(tiles, limit, f"tiles for {found.width}x{found.height} pixels")
+            limit = _SPARE_TILES + width * height // _TILE_PIXELS
+            check_count(tiles, limit, f"tiles for {width}x{height} pixels")
+    found.width, found.height = width, height  # last: a file whose boxes are damaged has no size, and is rejected
 
 
 def _size(data: bytes | memoryview) -> tuple[int, int]:

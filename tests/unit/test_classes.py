@@ -176,6 +176,8 @@ def test_presets_of_many_steps_forecast_some_where_the_engine_can(
     for quality, expected in (("low", low), ("medium", medium)):
         preset = profile.preset(quality)
         assert (preset.num_inference_steps, preset.scheduler, preset.shortcuts) == expected
+    noisy = profile.preset("medium", scheduler="euler_ancestral")  # its predictions cannot be forecast
+    assert (noisy.num_inference_steps, noisy.shortcuts) == (round(steps / 2), "")
     (directory / "ovserve.json").write_text('{"presets": {"medium": {"guidance_scale": 2.0}}}')
     declared = read_profile(settings).preset("medium")
     assert (declared.num_inference_steps, declared.shortcuts) == (round(steps / 2), "")

@@ -71,14 +71,18 @@ def box(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I4s", 8 + len(content), kind) + content
 
 
-def photograph(*, items: int = 3, tiles: int = 2, size: tuple[int, int] = (64, 64), wide: bool = False) -> bytes:
-    """Return the boxes of a file without its pictures."""
+def photograph(
+    *, items: int = 3, tiles: int = 2, size: tuple[int, int] = (64, 64), wide: bool = False, last: bytes = b""
+) -> bytes:
+    """Return the boxes of a file without its pictures, with one more box at the end of `meta`."""
     sizes = box(b"iprp", box(b"ipco", box(b"ispe", struct.pack(">4xII", *size))))
     count = struct.pack(">B3xI" if wide else ">B3xH", int(wide), items)
     grid = box(b"dimg", struct.pack(">IH" if wide else ">HH", 1, tiles) + bytes(2 * tiles))
     other = box(b"thmb", struct.pack(">HH", 1, 60_000))
     references = box(b"iref", struct.pack(">B3x", int(wide)) + other + grid)
-    return box(b"ftyp", b"heic\0\0\0\0mif1heic") + box(b"meta", bytes(4) + box(b"iinf", count) + references + sizes)
+    return box(b"ftyp", b"heic\0\0\0\0mif1heic") + box(
+        b"meta", bytes(4) + box(b"iinf", count) + references + sizes + last
+    )
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -90,6 +94,11 @@ def test_items_and_tiles_are_counted(wide: bool) -> None:
     with pytest.raises(ImageError, match="tiles for 64x64 pixels"):
         inspect(memoryview(photograph(tiles=66, wide=wide)), "image")
     inspect(memoryview(photograph(tiles=192, size=(8064, 6048), wide=wide)), "image")  # 48 megapixels of a telephone
+
+
+def test_boxes_that_cannot_be_counted_are_no_way_around_the_counts() -> None:
+    with pytest.raises(ImageError):
+        inspect(memoryview(photograph(tiles=5000, last=box(b"iinf", b""))), "image")
 
 
 def test_damaged_file_is_an_image_error() -> None:

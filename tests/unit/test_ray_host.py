@@ -130,6 +130,13 @@ def test_command_that_overtakes_another_waits_for_it(running: Running) -> None:
     assert running.reason == "exited with code 0"
 
 
+def test_command_that_cannot_be_executed_ends_the_worker(running: Running) -> None:
+    running.until(Ready)
+    running.deliver(Run("j", "../elsewhere", 60.0), (Part("../elsewhere", 0), b"x"))
+    running.until(None)
+    assert running.reason.startswith("a command failed: ValueError: not the id of a segment")
+
+
 def test_upload_keeps_its_offset(running: Running) -> None:
     running.until(Ready)
     image = b"twelve bytes"

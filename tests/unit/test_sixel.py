@@ -75,5 +75,8 @@ def test_transparent_parts_are_white() -> None:
 def test_what_is_no_picture_is_not_shown() -> None:
     assert list(sixels(b"RIFF")) == []
     assert list(sixels(png(image_of(64, 64))[:100])) == []
+    huge = bytearray(png(image_of(8, 8)))
+    huge[16:24] = (20_000).to_bytes(4, "big") * 2  # the size in IHDR: Pillow refuses it by an error of its own
+    assert list(sixels(bytes(huge))) == []
     assert list(shown_picture(b"RIFF", "sixel")) == []
     assert "".join(shown_picture(png(image_of(8, 8)), "sixel")).startswith("\x1bP")

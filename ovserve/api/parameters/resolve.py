@@ -54,7 +54,7 @@ def resolve(given: Mapping[str, Any], model: ServedModel, settings: Settings) ->
     """
     named = given.get("quality", "auto")
     quality = _QUALITIES.get(named, named)
-    preset = model.profile.preset(quality)
+    preset = model.profile.preset(quality, given.get("scheduler") or "")
     size = _resolve_size(given, model.limits.default_resolution)
     values = {
         **_DEFAULTS,

@@ -103,7 +103,11 @@ class WorkerHost:
             self._early[number] = line, parts, data
             while (found := self._early.pop(self._next_number, None)) is not None:
                 self._next_number += 1
-                self._execute(*found)
+                try:
+                    self._execute(*found)
+                except Exception as error:  # noqa: BLE001 - without this command the worker would wait for ever
+                    self._end_reason = f"a command failed: {type(error).__name__}: {error}"
+                    os.eventfd_write(self._wakeup, 1)
 
     def serve(self, launch: bytes) -> Iterator[bytes]:
         """Start the worker; yield records until it has exited."""

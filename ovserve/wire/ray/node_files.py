@@ -61,7 +61,7 @@ class NodeFiles:
 
     def make_room(self, job: str, picture: int, storage: str) -> bool:
         """Create the file that a Grant names; return False if there is no space for it."""
-        needs = self._needs[job, picture]
+        needs = self._needs.get((job, picture))
         size = needs.popleft() if needs else 0
         if job not in self._names:  # the Grant of a job that has ended: the worker finds no file
             return True
@@ -79,8 +79,8 @@ class NodeFiles:
 
     def skip_room(self, job: str, picture: int) -> None:
         """Record a Grant without a storage."""
-        if self._needs[job, picture]:
-            self._needs[job, picture].popleft()
+        if needs := self._needs.get((job, picture)):
+            needs.popleft()
 
     def take(self, job: str, picture: int) -> tuple[str, bytes] | None:
         """Remove and return the picture that the worker has filled first, with the id of its storage."""

@@ -42,6 +42,7 @@ _KILLED_S = 3.0  # for an actor to be seen ended after it was killed
 _CARRIED_S = 5.0  # for the command in hand to be sent, when the worker has ended
 _READ_BYTES = 65536
 _FULL_RETRY_S = 5
+_REASON_CHARS = 300
 _SPAN = b'"kind":"span"'
 
 log = logging.getLogger(__name__)
@@ -195,6 +196,8 @@ class RemoteWorker:
                 host = self.place()
             except LaunchError as error:
                 host = error
+            except Exception as error:  # noqa: BLE001 - Ray raises many kinds
+                host = LaunchError(f"{type(error).__name__}: {error}"[:_REASON_CHARS])
             created.put(host)
             if self._killed.is_set() and host is not None and not isinstance(host, LaunchError):
                 host.kill()

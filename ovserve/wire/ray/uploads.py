@@ -72,10 +72,14 @@ class Uploads:
         return [Part(grant.storage, 0)] if grant.storage and self._blobs.has(grant.storage) else []
 
     def sweep(self) -> None:
-        """Drop the objects whose segments were released."""
-        with self._lock:
+        """Drop the objects whose segments were released; nothing while an upload is being put. Never blocks."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
             for blob in [blob for blob in self._objects if not self._blobs.has(blob.id)]:
                 del self._objects[blob]
+        finally:
+            self._lock.release()
 
     def _find(self, blob: Blob) -> Any:
         """Return the bytes of a blob, or its object. Raises BlobGone."""
