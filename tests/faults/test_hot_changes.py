@@ -95,6 +95,7 @@ def test_models_are_added_renamed_replaced_and_removed_under_load(tmp_path: Path
         )
 
 
+@pytest.mark.heavy  # with other tests beside it, 3 of 78 requests once got 503; the cause is not known yet
 def test_weights_are_swapped_under_load_and_noticed_by_the_watch(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(builtin_directory(), model)
