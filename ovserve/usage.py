@@ -23,7 +23,7 @@ from ovserve.logs import LogLimit, fields
 
 __all__ = ["UsageLog"]
 
-FILE_MODE = 0o640  # the names of keys are nobody else's business
+FILE_MODE = 0o640  # the names of keys are for the operator alone
 
 log = logging.getLogger(__name__)
 

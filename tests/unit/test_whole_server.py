@@ -169,8 +169,8 @@ def test_sdapi_makes_the_same_picture_as_the_images_api(folder: Path, url: str) 
         assert json.loads(drawn["info"])["seed"] == 3
         body["init_images"] = [base64.b64encode((folder / "photo.png").read_bytes()).decode()]
         assert len(client.post("/sdapi/v1/img2img", json={**body, "batch_size": 2}).json()["images"]) == 2
-        told = client.post("/sdapi/v1/png-info", json={"image": drawn["images"][0]}).json()["info"]
-        assert told.splitlines()[0] == PROMPT
+        text = client.post("/sdapi/v1/png-info", json={"image": drawn["images"][0]}).json()["info"]
+        assert text.splitlines()[0] == PROMPT
         assert client.post("/sdapi/v1/interrupt", json={}).status_code == 200
         assert client.get("/sdapi/v1/progress").json()["progress"] == 0
         assert client.post("/sdapi/v1/img2img", json={"prompt": "x"}).status_code == 404

@@ -70,7 +70,7 @@ class RemoteWorker:
         status: a socket to the front end's handle: packets out, `kill` in.
         uploads: what commands need.
         place_timeout_s: for the cluster to place the actor.
-        patience_s: for it to be placed before the front end is told what it waits for, and refuses jobs.
+        patience_s: after it, the front end gets the reason for which it is not placed, and refuses jobs.
 
     Attributes:
         place: creates the actor; None while there is no connection. Raises LaunchError.
@@ -113,7 +113,7 @@ class RemoteWorker:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the front end was told how it ended."""
+        """Whether its end was reported to the front end."""
         return not self._reports.is_alive()
 
     def join(self, timeout_s: float) -> None:
@@ -191,6 +191,7 @@ class RemoteWorker:
         created: queue.SimpleQueue[Host | LaunchError | None] = queue.SimpleQueue()
 
         def create() -> None:
+            """Create the actor and put it, or the error, into `created`."""
             host: Host | LaunchError | None
             try:
                 host = self.place()
