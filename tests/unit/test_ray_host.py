@@ -18,8 +18,8 @@ from ovserve.wire.blobs import Blob
 from ovserve.wire.codec import decode, encode
 from ovserve.wire.launcher import WorkerSpec
 from ovserve.wire.messages import Done, Failed, Grant, Message, Need, Picture, Ready, Run, Stop
+from ovserve.wire.ray import host, records
 from ovserve.wire.ray import host as hosts
-from ovserve.wire.ray import records
 from ovserve.wire.ray.host import Launch, Part, WorkerHost
 from ovserve.wire.ray.node_files import NodeFiles
 from ovserve.wire.request import ImageRequest
@@ -135,6 +135,14 @@ def test_command_that_cannot_be_executed_ends_the_worker(running: Running) -> No
     running.deliver(Run("j", "../elsewhere", 60.0), (Part("../elsewhere", 0), b"x"))
     running.until(None)
     assert running.reason.startswith("a command failed: ValueError: not the id of a segment")
+
+
+def test_command_that_never_arrives_ends_the_worker(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    running.until(Ready)
+    monkeypatch.setattr(hosts, "GAP_TIMEOUT_S", 0.1)
+    running.deliver(Stop(), number=1)
+    running.until(None)
+    assert running.reason == "command 0 did not arrive within 0.1 s"
 
 
 def test_upload_keeps_its_offset(running: Running) -> None:

@@ -40,6 +40,7 @@ _REAP_S = 0.01
 _LAST_READS = 4  # a pipe holds 64 KiB, one read takes as much
 _LOG_BYTES = 65536  # of one read
 _FULL_RETRY_S = 2
+GAP_TIMEOUT_S = 30.0  # for a command that later ones have overtaken: Ray never runs a call whose argument is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class WorkerHost:
         self._files: NodeFiles | None = None
         self._next_number = 0
         self._early: dict[int, tuple[bytes, Sequence[Part], Sequence[bytes]]] = {}  # commands that overtook others
+        self._gap_since: float | None = None  # since when a command is missing
         self._refusals: list[bytes] = []  # reports of this actor in the place of the worker
         self._end_reason = ""  # why `serve` has to end the worker
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -108,6 +110,10 @@ class WorkerHost:
                 except Exception as error:  # noqa: BLE001 - without this command the worker would wait for ever
                     self._end_reason = f"a command failed: {type(error).__name__}: {error}"
                     os.eventfd_write(self._wakeup, 1)
+            if not self._early:
+                self._gap_since = None
+            elif self._gap_since is None:
+                self._gap_since = time.monotonic()
 
     def serve(self, launch: bytes) -> Iterator[bytes]:
         """Start the worker; yield records until it has exited."""
@@ -165,13 +171,20 @@ class WorkerHost:
                 reason = f"protocol violation: {error}"
             if output := _read(log_read):
                 yield log_record(output)
-            reason = reason or self._end_reason
+            reason = reason or self._end_reason or self._missing_command()
             if is_over or reason or not process.is_alive():
                 yield exit_record(reason or process.exit_reason())
                 return
             wait([self._wakeup, link.readiness, process.readiness, log_read], max(0.0, measure_at - time.monotonic()))
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wakeup)
+
+    def _missing_command(self) -> str:
+        """Return why the worker has to end if a command has been missing for too long, else ""."""
+        since = self._gap_since
+        if since is None or time.monotonic() - since < GAP_TIMEOUT_S:
+            return ""
+        return f"command {self._next_number} did not arrive within {GAP_TIMEOUT_S:g} s"
 
     def _read_reports(self, link: Link) -> list[bytes]:
         """Return the records of what the worker has sent. Raises LinkClosed and LinkGarbage."""
