@@ -18,8 +18,8 @@ from ovserve.wire.blobs import Blob
 from ovserve.wire.codec import decode, encode
 from ovserve.wire.launcher import WorkerSpec
 from ovserve.wire.messages import Done, Failed, Grant, Message, Need, Picture, Ready, Run, Stop
-from ovserve.wire.ray import host, records
 from ovserve.wire.ray import host as hosts
+from ovserve.wire.ray import records
 from ovserve.wire.ray.host import Launch, Part, WorkerHost
 from ovserve.wire.ray.node_files import NodeFiles
 from ovserve.wire.request import ImageRequest
