@@ -44,6 +44,11 @@ __all__ = ["Images", "base_url_hint", "check_done", "client_of", "job_backstop",
 STREAM_HEAD_WAIT_S = (
     10.0  # a stream's headers are sent once the job is prepared, or after this; later errors are events
 )
+# The least time between the end of a body and the head of its stream if the request came through a proxy. Proxies that
+# are written in Go (Caddy, Traefik) close the connection to the server, and end the client's stream without an error,
+# when the head arrives before they have noted that the body is sent.
+PROXY_HEAD_WAIT_S = 0.25
+_PROXY_FIELDS = ("x-forwarded-for", "forwarded", "via")
 LOADING_HEAD_WAIT_S = 2.0  # the same while the model is loading: the client then sees the progress
 WAITING_POLL_S = 1.0  # how often a stream looks what its waiting job waits for
 KEEP_ALIVE_S = 15.0  # idle time on a stream before a comment line is sent; clients time out after 300
@@ -256,10 +261,13 @@ class Images:
     def _reply_stream(self, exchange: Exchange, job: Job, parameters: Parameters) -> StreamReply:
         """Wait until the job is prepared, then return the stream: errors in the request are then plain HTTP errors."""
         head_deadline = Deadline.after(LOADING_HEAD_WAIT_S if self._load_comment(job) else STREAM_HEAD_WAIT_S)
+        proxy_hold = Deadline.after(PROXY_HEAD_WAIT_S if any(map(exchange.header, _PROXY_FIELDS)) else 0)
         early: list[JobEvent] = []
         while job.prepared is None and not job.is_settled:
             if not exchange.wait(job.wakeup, head_deadline):
                 break
+            early += job.take_events()
+        while not proxy_hold.is_expired() and exchange.wait(job.wakeup, proxy_hold):
             early += job.take_events()
         if job.is_settled:
             check_done(job)

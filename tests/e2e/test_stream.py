@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import openai
 import pytest
 from PIL import Image
 
+from ovserve.api.images import PROXY_HEAD_WAIT_S
 from tests.live import LiveServer
 from tests.reader import read_picture
 
@@ -83,6 +85,26 @@ def test_bytes_of_a_stream(server: LiveServer, data: Path) -> None:
         )
         assert ("partial_image_index" in document) is document["type"].endswith("partial_image")
         assert ("usage" in document) is document["type"].endswith("completed")
+
+
+@pytest.mark.parametrize("field", ["X-Forwarded-For: 192.0.2.1", "Forwarded: for=192.0.2.1", "Via: 1.1 caddy"])
+def test_stream_through_a_proxy_begins_when_the_proxy_has_sent_the_body(server: LiveServer, field: str) -> None:
+    """Caddy and Traefik end a stream whose head arrives before they have noted that the body is sent."""
+    document = json.dumps({"prompt": "a star", "num_inference_steps": 2, "stream": True}).encode()
+    head = (
+        f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n{field}\r\nContent-Type: application/json\r\n"
+        f"Connection: close\r\nContent-Length: {len(document)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head.encode() + document[:-1])
+        sent_at = time.monotonic()
+        connection.sendall(document[-1:])
+        received = connection.recv(65536)
+        waited_s = time.monotonic() - sent_at
+        while chunk := connection.recv(65536):
+            received += chunk
+    assert waited_s >= PROXY_HEAD_WAIT_S
+    assert b"event: image_generation.completed" in received
 
 
 @pytest.mark.parametrize(
