@@ -44,7 +44,7 @@ class RayCluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | self.environment,
+            env=os.environ | self.environment | {"RAY_TMPDIR": self._folder},
             start_new_session=True,
         )
         self.address = self._answer()
@@ -90,6 +90,9 @@ class RayCluster:
 
 def _serve(folder: str, cpus: int, port: int) -> None:
     from ray.cluster_utils import Cluster
+
+    # Ray writes the address of the newest cluster there, and makes the directory only where it is its own default.
+    os.mkdir(os.path.join(os.environ["RAY_TMPDIR"], "ray"))
 
     known: dict[str, Any] = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
     head = {"num_cpus": cpus, "temp_dir": folder} | ({"gcs_server_port": port} if port else {})

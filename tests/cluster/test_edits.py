@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ def test_two_nodes_serve_at_once(remote: FaultServer) -> None:
 def test_log_of_a_worker_arrives_line_by_line(remote: FaultServer) -> None:
     lines = [json.loads(line) for line in list(remote.log) if line.startswith("{")]
     assert any(line["logger"].startswith("ovserve.engines") for line in lines)
+
+
+def test_stacks_of_a_worker_on_a_node_are_logged(remote: FaultServer) -> None:
+    remote.signal(signal.SIGUSR1)
+    remote.until(lambda: bool(remote.logged('"stack"', "worker of ovserve-builtin", '"node"')))
 
 
 def test_deadline_ends_a_job_on_a_node(remote: FaultServer) -> None:
