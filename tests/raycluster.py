@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -56,6 +57,18 @@ class RayCluster:
     def remove(self, node: str) -> None:
         """Kill a node with everything on it."""
         self._ask("remove", node)
+
+    def actors(self) -> list[int]:
+        """Return the process ids of the actors on this cluster, which are known by its token."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                is_actor = path.joinpath("cmdline").read_bytes().startswith(b"ray::_NodeHost")
+                if is_actor and self.environment["RAY_AUTH_TOKEN"].encode() in path.joinpath("environ").read_bytes():
+                    found.append(int(path.name))
+            except OSError:
+                continue
+        return found
 
     def stop(self) -> None:
         """End all nodes. Idempotent."""
