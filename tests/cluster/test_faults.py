@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -27,20 +25,6 @@ def remote(cluster: RayCluster, tmp_path: Path) -> Iterator[FaultServer]:
     options = ("--pool", "ray", "--ray_address", cluster.address, "--placement", "cpus=1,first=1")
     with FaultServer(tmp_path, *options) as live:
         yield live
-
-
-def test_job_of_a_killed_actor_is_done_by_the_next_one(remote: FaultServer, cluster: RayCluster) -> None:
-    with remote.client() as client:
-        replies: list[httpx.Response] = []
-        job = threading.Thread(target=lambda: replies.append(remote.edit(client, "sleep 3")))
-        job.start()
-        remote.until(lambda: remote.model_status()["running"] == 1)
-        [actor] = cluster.actors()
-        os.kill(actor, signal.SIGKILL)
-        job.join(PATIENCE_S)
-        assert replies[0].status_code == 200
-    assert remote.logged("worker died", "ActorDiedError")
-    assert remote.logged("job requeued")
 
 
 @pytest.mark.heavy
