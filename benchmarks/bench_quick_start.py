@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="write a result file")
     options = parser.parse_args()
-    clone, serve, curl, edit, *_ = commands()
+    clone, serve, edit, curl, *_ = commands()
     result = Result("quick-start", collect(builtin_directory()))
     with tempfile.TemporaryDirectory() as folder:
         began = at = time.perf_counter()

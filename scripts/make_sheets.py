@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the contact sheets of docs/gallery.md: strength, masks, fitting and previews on the built-in model.
+"""Write the contact sheets of docs/editing.md: what the fields of a request do, on the built-in model.
 
 Starts a server on a free port and sends it ordinary requests. Each row of a sheet shows the prompt and labelled
 pictures.
@@ -11,6 +11,7 @@ import base64
 import io
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ MODEL = "ovserve-builtin"
 SIDE_PX = 256
 SHEETS = ROOT / "docs" / "sheets"
 CELL_PX, LABEL_PX, CAPTION_PX = 164, 16, 18
+CHECK_PX = 16  # of the pattern behind transparent parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,21 @@ class Client:
     def __init__(self, url: str) -> None:
         self._http = httpx.Client(base_url=url, timeout=120)
 
+    def close(self) -> None:
+        """Close the connection."""
+        self._http.close()
+
     def edit(self, image: Image.Image, prompt: str, mask: Image.Image | None = None, **fields: object) -> Image.Image:
         """Return one edited picture."""
         files = {"image": ("i.png", _png(image)), **({"mask": ("m.png", _png(mask))} if mask else {})}
         data = {"model": MODEL, "prompt": prompt, "seed": "7", **{name: str(value) for name, value in fields.items()}}
         reply = self._http.post("/v3/images/edits", data=data, files=files)
+        reply.raise_for_status()
+        return _picture(reply.json()["data"][0]["b64_json"])
+
+    def generate(self, prompt: str, **fields: object) -> Image.Image:
+        """Return one generated picture."""
+        reply = self._http.post("/v3/images/generations", json={"model": MODEL, "prompt": prompt, **fields})
         reply.raise_for_status()
         return _picture(reply.json()["data"][0]["b64_json"])
 
@@ -83,10 +95,23 @@ def _sheet(rows: Iterable[Row]) -> Image.Image:
         for column, (label, picture) in enumerate(row.cells):
             x, y = column * CELL_PX, top + CAPTION_PX
             draw.text((x + 4, y + 2), label, fill="black")
-            shown = picture.convert("RGB")
+            shown = _on_checks(picture)
             shown.thumbnail((CELL_PX - 4, CELL_PX - 4))
             sheet.paste(shown, (x + 2, y + LABEL_PX))
     return sheet
+
+
+def _on_checks(picture: Image.Image) -> Image.Image:
+    """Return the picture as RGB; transparent parts show a pattern of grey squares."""
+    if picture.mode != "RGBA":
+        return picture.convert("RGB")
+    checks = Image.new("L", (picture.width // CHECK_PX + 1, picture.height // CHECK_PX + 1), 235)
+    checks.putdata(
+        [200 if (k % checks.width + k // checks.width) % 2 else 235 for k in range(checks.width * checks.height)]
+    )
+    size = (checks.width * CHECK_PX, checks.height * CHECK_PX)
+    ground = checks.resize(size, Image.Resampling.NEAREST).crop((0, 0, *picture.size)).convert("RGBA")
+    return Image.alpha_composite(ground, picture).convert("RGB")
 
 
 def _scene(background: str, *figures: tuple[str, str, float, float, float]) -> Image.Image:
@@ -130,6 +155,32 @@ def masks(client: Client) -> list[Row]:
     return rows
 
 
+def outpaintings(client: Client) -> list[Row]:
+    """Return rows of a picture, the same with a transparent border, and the result."""
+    rows: list[Row] = []
+    cases = (
+        (_scene("blue", ("red", "circle", 128, 128, 68)), (0, 0, 128, 0), "blue background"),
+        (_scene("white", ("green", "square", 128, 150, 60)), (64, 64, 64, 0), "white background"),
+    )
+    for image, (left, top, right, bottom), prompt in cases:
+        canvas = Image.new("RGBA", (image.width + left + right, image.height + top + bottom))
+        canvas.paste(image, (left, top))
+        rows.append(Row(prompt, [("source", image), ("with border", canvas), ("result", client.edit(canvas, prompt))]))
+    return rows
+
+
+def seeds(client: Client) -> list[Row]:
+    """Return one prompt without a picture, and one edit, with several seeds; the last is the first again."""
+    drawn = "two pink diamonds on a black background"
+    edited = "a yellow star on a blue background"
+    circle = _scene("blue", ("red", "circle", 128, 128, 68))
+    numbers = (1, 2, 3, 4, 5, 1)
+    return [
+        Row(drawn, [(f"seed {seed}", client.generate(drawn, seed=seed)) for seed in numbers]),
+        Row(edited, [(f"seed {seed}", client.edit(circle, edited, seed=seed, strength=0.8)) for seed in numbers]),
+    ]
+
+
 def fittings(client: Client) -> list[Row]:
     """Return a wide picture edited at several sizes, in each resize_mode."""
     wide = _scene("purple", ("yellow", "star", 128, 128, 80)).resize((512, 256))
@@ -169,9 +220,8 @@ def previews(client: Client) -> list[Row]:
 def main() -> None:
     """Write every sheet."""
     SHEETS.mkdir(exist_ok=True)
-    with LiveServer() as live:
-        client = Client(live.url)
-        for make in (strengths, masks, fittings, previews):
+    with LiveServer() as live, closing(Client(live.url)) as client:
+        for make in (strengths, masks, outpaintings, seeds, fittings, previews):
             _sheet(make(client)).save(SHEETS / f"{make.__name__}.png", optimize=True)
             sys.stdout.write(f"wrote docs/sheets/{make.__name__}.png\n")
 

@@ -7,12 +7,14 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import hypothesis
 import pytest
 
 from tests.live import LiveServer, children_of
+from tests.raycluster import three_nodes
 
 DATA = Path(__file__).parent / "data"
 # nginx, haproxy, curl and jq, where scripts/test has extracted them because the machine lacks them.
@@ -36,9 +38,20 @@ def data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """Start one live server with the built-in model. It is shared by all tests that do not change its state."""
-    with LiveServer(spool=tmp_path_factory.mktemp("spool")) as live:
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """Start one live server with the built-in model. It is shared by all tests that do not change its state.
+
+    With the parameter `cluster`, its workers are on a cluster with three nodes.
+    """
+    spool = tmp_path_factory.mktemp("spool")
+    with ExitStack() as stack:
+        arguments: list[str] = []
+        environment = {}
+        if getattr(request, "param", None) == "cluster":
+            cluster = stack.enter_context(three_nodes())
+            arguments = ["--pool", "ray", "--ray_address", cluster.address, "--replicas", "3"]
+            environment = cluster.environment
+        live = stack.enter_context(LiveServer(*arguments, spool=spool, environment=environment))
         yield live
 
 

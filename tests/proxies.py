@@ -8,16 +8,27 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 
-__all__ = ["KINDS", "START_LIMIT_S", "example", "find_nginx_module", "find_program", "free_port", "run_proxy"]
+__all__ = [
+    "KINDS",
+    "START_LIMIT_S",
+    "example",
+    "find_nginx_module",
+    "find_program",
+    "free_port",
+    "run_balancer",
+    "run_proxy",
+]
 
 KINDS = ["nginx", "nginx-unbuffered", "haproxy", "caddy"]
 START_LIMIT_S = 20
+_DEPLOY = Path(__file__).parents[1] / "scripts" / "deploy"
+_DEPLOYED_PORTS = {"8080": 0, "8001": 1, "8002": 2}  # in the files there
 _PAGE = Path(__file__).parents[1] / "docs" / "install.md"
 
 _NGINX = """
@@ -136,3 +147,41 @@ def run_proxy(kind: str, folder: Path, upstream: int) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(START_LIMIT_S)
+
+
+@contextmanager
+def run_balancer(kind: str, folder: Path, upstreams: Sequence[int]) -> Iterator[httpx.Client]:
+    """Run `haproxy` or `nginx` as scripts/deploy configures it, before two ports; only ports and folders differ."""
+    port = free_port()
+    ports = [port, *upstreams]
+    text = (_DEPLOY / {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}[kind]).read_text("utf-8")
+    text = re.sub(r"127\.0\.0\.1:(\d+)", lambda found: f"127.0.0.1:{ports[_DEPLOYED_PORTS[found[1]]]}", text)
+    config = folder / "balancer.conf"
+    if kind == "nginx":
+        user = "user root;" if os.getuid() == 0 else ""
+        paths = "".join(
+            f"{name}_temp_path {folder}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        text = f"{user} daemon off; pid {folder}/nginx.pid;\n" + text.replace("http {", f"http {{ {paths}")
+        command = [find_program(kind), "-c", str(config), "-e", str(folder / "error.log"), "-p", str(folder)]
+    else:
+        command = [find_program(kind), "-db", "-f", str(config)]
+    config.write_text(text)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            deadline = time.monotonic() + START_LIMIT_S
+            while not _is_ready(client):
+                assert process.poll() is None, text
+                assert time.monotonic() < deadline
+            yield client
+    finally:
+        process.terminate()
+        process.wait(START_LIMIT_S)
+
+
+def _is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/v2/health/ready").status_code == 200
+    except httpx.TransportError:
+        return False

@@ -13,10 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["RayCluster"]
+__all__ = ["RayCluster", "three_nodes"]
 
 STORE_BYTES = 100 << 20
 STOP_TIMEOUT_S = 60.0
@@ -25,26 +28,32 @@ STOP_TIMEOUT_S = 60.0
 class RayCluster:
     """A cluster with a head that has this many processors; 0: it places nothing.
 
+    Args:
+        cpus: of the head.
+        port: of the head; 0: any.
+        environment: of an earlier cluster in whose place this one comes.
+        host: address that the head listens on; empty: that of all nodes is 127.0.0.1.
+
     Attributes:
         address: of the head.
         environment: variables that processes need which connect to it.
     """
 
-    def __init__(self, cpus: int = 2, port: int = 0, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, cpus: int = 2, port: int = 0, environment: dict[str, str] | None = None, host: str = "") -> None:
         self._folder = tempfile.mkdtemp(prefix="ovs-ray-")  # short: Ray's sockets are in it
         self.environment = environment or {
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its nodes are 127.0.0.1
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1" if host else "0",  # 0: its nodes are 127.0.0.1
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.raycluster", self._folder, str(cpus), str(port)],
+            [sys.executable, "-W", "ignore", "-m", "tests.raycluster", self._folder, str(cpus), str(port), host],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | self.environment,
+            env=os.environ | self.environment | {"RAY_TMPDIR": self._folder},
             start_new_session=True,
         )
         self.address = self._answer()
@@ -56,6 +65,18 @@ class RayCluster:
     def remove(self, node: str) -> None:
         """Kill a node with everything on it."""
         self._ask("remove", node)
+
+    def actors(self) -> list[int]:
+        """Return the process ids of the actors on this cluster, which are known by its token."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                is_actor = path.joinpath("cmdline").read_bytes().startswith(b"ray::_NodeHost")
+                if is_actor and self.environment["RAY_AUTH_TOKEN"].encode() in path.joinpath("environ").read_bytes():
+                    found.append(int(path.name))
+            except OSError:
+                continue
+        return found
 
     def stop(self) -> None:
         """End all nodes. Idempotent."""
@@ -88,11 +109,24 @@ class RayCluster:
         self.stop()
 
 
-def _serve(folder: str, cpus: int, port: int) -> None:
+@contextmanager
+def three_nodes() -> Iterator[RayCluster]:
+    """Run a cluster with three nodes, and a head that places nothing."""
+    with RayCluster(cpus=0) as cluster:
+        for _ in range(3):
+            cluster.add(cpus=1)
+        yield cluster
+
+
+def _serve(folder: str, cpus: int, port: int, host: str) -> None:
     from ray.cluster_utils import Cluster
+
+    # Ray writes the address of the newest cluster there, and makes the directory only where it is its own default.
+    os.mkdir(os.path.join(os.environ["RAY_TMPDIR"], "ray"))
 
     known: dict[str, Any] = {"object_store_memory": STORE_BYTES, "include_dashboard": False}
     head = {"num_cpus": cpus, "temp_dir": folder} | ({"gcs_server_port": port} if port else {})
+    head |= {"node_ip_address": host} if host else {}
     cluster = Cluster(initialize_head=True, head_node_args=head | known)
     nodes: dict[str, Any] = {}
     print("answer", cluster.address, flush=True)
@@ -109,4 +143,4 @@ def _serve(folder: str, cpus: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    _serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

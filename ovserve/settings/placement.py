@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 __all__ = ["Placement", "parse_placement"]
 
-_ENTRY = re.compile(r"([A-Za-z][A-Za-z0-9_.:-]{0,99})=([0-9]+(?:\.[0-9]+)?)(KiB|MiB|GiB|TiB)?")
+_ENTRY = re.compile(r"([A-Za-z][A-Za-z0-9_.:-]{0,99})=([0-9]+(?:\.([0-9]+))?)(KiB|MiB|GiB|TiB)?")
+_DECIMALS = 4  # of a number; Ray refuses to create an actor that asks for a finer part of a resource
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _MOST = 1e6  # of a resource; far above any machine
 
@@ -33,9 +34,11 @@ def parse_placement(text: str) -> Placement:
     cpus, memory, resources = 1.0, 0, {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
         match = _ENTRY.fullmatch(entry)
-        if match is None or (match[3] and match[1] != "memory"):
+        if match is None or (match[4] and match[1] != "memory"):
             raise ValueError(f"{entry[:60]!r} is not NAME=NUMBER, such as cpus=4, memory=8GiB or ovserve_gpu=1")
-        name, number = match[1], float(match[2]) * _UNITS.get(match[3] or "", 1)
+        name, number = match[1], float(match[2]) * _UNITS.get(match[4] or "", 1)
+        if name != "memory" and len((match[3] or "").rstrip("0")) > _DECIMALS:
+            raise ValueError(f"{name} is {match[2][:60]}; Ray counts resources with at most {_DECIMALS} decimals")
         if name != "memory" and number > _MOST:
             raise ValueError(f"{name} is {match[2]}; at most {_MOST:g} is allowed")
         if name == "cpus":

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.clusterchaos import run_cluster_chaos
 from tests.faultserver import FaultServer, picture_of
+from tests.proxies import free_port
 from tests.raycluster import RayCluster
-from tests.toys import bytes_of
 
 PATIENCE_S = 90.0  # Ray notices a lost node within some heartbeats
-
-
-def actors_of(cluster: RayCluster) -> list[int]:
-    """Return the process ids of the actors on this cluster, which are known by its token."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            is_actor = path.joinpath("cmdline").read_bytes().startswith(b"ray::_NodeHost")
-            if is_actor and cluster.environment["RAY_AUTH_TOKEN"].encode() in path.joinpath("environ").read_bytes():
-                found.append(int(path.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.fixture
@@ -41,20 +25,6 @@ def remote(cluster: RayCluster, tmp_path: Path) -> Iterator[FaultServer]:
     options = ("--pool", "ray", "--ray_address", cluster.address, "--placement", "cpus=1,first=1")
     with FaultServer(tmp_path, *options) as live:
         yield live
-
-
-def test_job_of_a_killed_actor_is_done_by_the_next_one(remote: FaultServer, cluster: RayCluster) -> None:
-    with remote.client() as client:
-        replies: list[httpx.Response] = []
-        job = threading.Thread(target=lambda: replies.append(remote.edit(client, "sleep 3")))
-        job.start()
-        remote.until(lambda: remote.model_status()["running"] == 1)
-        [actor] = actors_of(cluster)
-        os.kill(actor, signal.SIGKILL)
-        job.join(PATIENCE_S)
-        assert replies[0].status_code == 200
-    assert remote.logged("worker died", "ActorDiedError")
-    assert remote.logged("job requeued")
 
 
 @pytest.mark.heavy
@@ -69,48 +39,18 @@ def test_job_that_kills_two_actors_is_a_500(remote: FaultServer) -> None:
 
 @pytest.mark.heavy
 def test_front_end_that_is_killed_takes_its_actors_with_it(remote: FaultServer, cluster: RayCluster) -> None:
-    assert actors_of(cluster)
+    assert cluster.actors()
     remote.process.kill()
     remote.wait()
-    remote.until(lambda: not actors_of(cluster), PATIENCE_S)
+    remote.until(lambda: not cluster.actors(), PATIENCE_S)
 
 
 @pytest.mark.heavy
-def test_every_request_of_eight_clients_is_answered_while_actors_die(cluster: RayCluster, tmp_path: Path) -> None:
-    options = ("--pool", "ray", "--ray_address", cluster.address, "--replicas", "2", "--max_connections", "64")
-    ended, counts, wrong = threading.Event(), Counter[int](), list[str]()
-
-    def ask(number: int) -> None:
-        with remote.client() as client:
-            for seed in itertools.count(number * 1000):
-                if ended.is_set():
-                    return
-                reply = remote.generate(client, "bytes 3000 0.2", seed=seed)
-                counts[reply.status_code] += 1
-                if reply.status_code == 200 and picture_of(reply) != bytes_of(seed, 3000):
-                    wrong.append(f"seed {seed}")
-                if reply.status_code == 503 and "retry-after" not in reply.headers:
-                    wrong.append("503 without Retry-After")
-
-    with FaultServer(tmp_path, *options) as remote:
-        remote.until(lambda: remote.fetch("/v1/status")[1]["models"][0]["workers"] == 2, PATIENCE_S)
-        clients = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-        for client in clients:
-            client.start()
-        for _ in range(4):
-            done = counts[200]
-            remote.until(lambda done=done: counts[200] >= done + 16, PATIENCE_S)  # type: ignore[misc]
-            os.kill(actors_of(cluster)[0], signal.SIGKILL)
-        done = counts[200]
-        remote.until(lambda: counts[200] >= done + 16, PATIENCE_S)
-        ended.set()
-        for client in clients:
-            client.join(PATIENCE_S)
-        assert not wrong
-        assert set(counts) <= {200, 500, 503}, counts
-        assert len(remote.logged("worker died")) >= 4
-        assert remote.model_status()["running"] == 0
-        assert not remote.segments(), "segments are left"
+def test_every_request_of_eight_clients_is_answered_whatever_is_lost(tmp_path: Path, data: Path) -> None:
+    run = run_cluster_chaos(tmp_path, data / "red_circle.png", free_port(), kills=4, every_s=5.0)
+    run.check()
+    assert run.phases["actors killed"].faults == 4
+    assert run.phases["cluster created anew"].statuses[503]
 
 
 @pytest.mark.heavy

@@ -143,6 +143,34 @@ def test_example_runs_and_writes_its_pictures(name: str, server: LiveServer, tmp
     check(tmp_path, EXAMPLES[name].pictures)
 
 
+def test_commands_of_the_readme_edit_a_picture(server: LiveServer, tmp_path: Path) -> None:
+    blocks = re.findall(
+        r"^```(?:sh|python)\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    edits = [text for text in blocks if "tests/data/red_circle.png" in text]
+    assert [text.split()[0] for text in edits] == [".venv/bin/ovserve", "curl", "from"]
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    environment = {**os.environ, "OVSERVE_URL": server.url}
+    for text in edits:
+        command = ["bash", "-euo", "pipefail", "-c"] if not text.startswith("from") else [sys.executable, "-c"]
+        replaced = text.replace(".venv/bin/ovserve", f"{sys.executable} -m ovserve").replace(ADDRESS, server.url)
+        done = subprocess.run(
+            [*command, replaced],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        if text.startswith("from"):
+            assert re.fullmatch(r"iVBORw0KGgo\S+ \d+\n", done.stdout)
+            continue
+        check(tmp_path, {"edited.png": (256, GREEN_CIRCLE)})
+        (tmp_path / "edited.png").unlink()
+
+
 def test_litellm_passes_a_seed_in_extra_body(server: LiveServer, tmp_path: Path) -> None:
     run("litellm", server.url, tmp_path)
     with Image.open(tmp_path / "edited.png") as picture:

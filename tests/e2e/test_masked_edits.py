@@ -9,6 +9,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from PIL import Image
 from ovserve.engines.protocol import Pixels
 from tests.live import LiveServer
 from tests.pictures import image_of
+from tests.raycluster import three_nodes
 from tests.tinymodels import tiny_model
 
 MASKED = ("kontext", "zimage", "qwen")
@@ -29,7 +31,7 @@ TOP, LEFT = 21, 13  # of the masked rectangle, which no cell of latents fits
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     tables = [
         f"[[model]]\nname = {json.dumps(name)}\npath = {json.dumps(str(tiny_model(name)))}\n"
         'engine = "auto"\nthreads = 1\nstreams = 1\nmax_batch = 4\ncache_dir = "off"\nload = "lazy"\n'
@@ -37,9 +39,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     ]
     config = tmp_path_factory.mktemp("masked") / "ovserve.toml"
     # Lazy: models that load at the same time would need minutes on a busy machine.
-    config.write_text("default_timeout_s = 300\nport = 0\n" + "\n".join(tables))
-    with LiveServer("--config", str(config)) as running:
-        yield running
+    common = "default_timeout_s = 300\nport = 0\n"
+    with ExitStack() as stack:
+        environment = {}
+        if getattr(request, "param", None) == "cluster":
+            cluster = stack.enter_context(three_nodes())
+            environment = cluster.environment
+            common += f'default_pool = "ray"\nray_address = "{cluster.address}"\n'
+            # All of them stay, whatever the processors of the nodes.
+            tables = [f'{table}placement = "cpus=0.1"\n' for table in tables]
+        config.write_text(common + "\n".join(tables))
+        yield stack.enter_context(LiveServer("--config", str(config), environment=environment))
 
 
 def png(pixels: Pixels) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -170,6 +171,17 @@ def test_full_node_refuses_an_upload_and_serves_the_next(running: Running, monke
     assert failed.error["error"] == "SpoolFull"
     running.run("echo y")
     assert running.until(Need)
+
+
+def test_stacks_are_asked_of_the_worker_process(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    running.until(Ready)
+    sent: list[tuple[int, int]] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "kill", lambda *call: sent.append(call))
+        running.host.log_stacks()
+        running.run("raise")
+        running.until(Failed)
+    assert sent == [(running.status["pid"], signal.SIGUSR1)]
 
 
 def test_closed_link_ends_the_worker(running: Running) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from ovserve.errors import LaunchError, LinkClosed
+from ovserve.logs import current_level, set_level
 from ovserve.wire.codec import decode, encode
 from ovserve.wire.local.pipes import PipeLink, open_link
 from ovserve.wire.local.spool import Spool
-from ovserve.wire.messages import Cancel, Failed, Grant, Heartbeat, Message, Run, Span
+from ovserve.wire.messages import Cancel, Failed, Grant, Heartbeat, LogLevel, Message, Run, Span
 from ovserve.wire.ray import records
 from ovserve.wire.ray.host import Part
 from ovserve.wire.ray.launcher import RayProcess
@@ -37,6 +38,7 @@ class FakeHost:
         self.records: queue.Queue[bytes | LaunchError | None] = queue.Queue()
         self.commands: queue.Queue[tuple[Message | None, list[Part], list[Any]]] = queue.Queue()
         self.killed = threading.Event()
+        self.stacks_wanted = threading.Event()
 
     def read(self, timeout_s: float) -> bytes | None:
         record = self.records.get(timeout=PATIENCE_S)
@@ -46,6 +48,9 @@ class FakeHost:
 
     def deliver(self, line: bytes, parts: Any, data: Any) -> None:
         self.commands.put((decode(line.removesuffix(b"\n")) if line else None, list(parts), list(data)))
+
+    def log_stacks(self) -> None:
+        self.stacks_wanted.set()
 
     def kill(self) -> None:
         self.killed.set()
@@ -238,6 +243,27 @@ def test_lost_actor_is_an_exit_with_its_reason(setup: Setup) -> None:
     setup.host.records.put(LaunchError("ActorDiedError: its node is gone"))
     assert setup.until_exit() == "ActorDiedError: its node is gone"
     assert setup.host.killed.is_set()
+
+
+def test_level_of_the_log_applies_to_the_bridge_and_goes_on_to_the_worker(setup: Setup) -> None:
+    setup.place()
+    before = current_level()
+    for level in ("error", "debug"):
+        setup.link.send(LogLevel(level))
+        assert setup.host.commands.get(timeout=PATIENCE_S)[0] == LogLevel(level)
+        assert current_level() == level
+    set_level(before)
+
+
+def test_stacks_are_asked_for_once_the_worker_is_placed(setup: Setup) -> None:
+    setup.worker.log_stacks()  # has no worker yet
+    setup.host.records.put(records.status_record(pid=7, node="127.0.0.1/ab"))
+    setup.worker.start()
+    setup.host.records.put(records.lines_record([encode(Heartbeat("idle"))]))
+    setup.report()
+    assert not setup.host.stacks_wanted.is_set()
+    setup.worker.log_stacks()
+    assert setup.host.stacks_wanted.is_set()
 
 
 def test_closed_link_is_passed_on(setup: Setup) -> None:

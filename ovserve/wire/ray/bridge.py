@@ -35,9 +35,10 @@ from ovserve.wire.ray.uploads import Uploads
 if TYPE_CHECKING:
     from ovserve.wire.ray.cluster import Cluster
 
-__all__ = ["KILL", "PACKET_BYTES", "Order", "run_bridge"]
+__all__ = ["KILL", "PACKET_BYTES", "STACKS", "Order", "run_bridge"]
 
 KILL = b"kill"  # from the front end, on a worker's status socket
+STACKS = b"stacks"  # the same: its worker has to log its stacks
 PACKET_BYTES = 128 * 1024  # of an order; it has the profile and the options of one model
 _DESCRIPTORS = 3  # that come with an order: commands, reports, status
 _SWEEP_S = 1.0
@@ -166,12 +167,14 @@ class Bridge:
         return True
 
     def _read_handle(self, status: socket.socket) -> None:
-        """Kill a worker whose handle says so, or is closed."""
+        """Do what a worker's handle says; kill the worker if it is closed."""
         data = b""
         with contextlib.suppress(OSError):
-            data = status.recv(len(KILL))
+            data = status.recv(max(len(KILL), len(STACKS)))
+        worker = self._workers[status]
+        if data == STACKS:
+            worker.log_stacks()
         if data in (KILL, b""):
-            worker = self._workers[status]
             worker.kill()
             if not data:
                 del self._workers[status]

@@ -72,6 +72,10 @@ class RemoteHost:
         self._deliver.remote(self._number, line, list(parts), *data)
         self._number += 1
 
+    def log_stacks(self) -> None:
+        """Make the worker write the stacks of its threads into its log. Does not wait."""
+        self._actor.log_stacks.options(concurrency_group="commands").remote()
+
     def kill(self) -> None:
         """Begin to end the actor, and with it its worker. Does not wait: without the cluster's head, Ray does."""
         threading.Thread(target=self._kill, name="kill", daemon=True).start()

@@ -88,6 +88,7 @@ class WorkerHost:
         self._gap_since: float | None = None  # since when a command is missing
         self._refusals: list[bytes] = []  # reports of this actor in the place of the worker
         self._end_reason = ""  # why `serve` has to end the worker
+        self._wants_stacks = False  # `serve` has to ask the worker for its stacks
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         # Not closed with the worker: a late command would write to a descriptor that has been reused.
         weakref.finalize(self, os.close, self._wakeup)
@@ -114,6 +115,11 @@ class WorkerHost:
                 self._gap_since = None
             elif self._gap_since is None:
                 self._gap_since = time.monotonic()
+
+    def log_stacks(self) -> None:
+        """Make the worker write the stacks of its threads into its log. Returns at once."""
+        self._wants_stacks = True
+        os.eventfd_write(self._wakeup, 1)
 
     def serve(self, launch: bytes) -> Iterator[bytes]:
         """Start the worker; yield records until it has exited."""
@@ -178,6 +184,9 @@ class WorkerHost:
             wait([self._wakeup, link.readiness, process.readiness, log_read], max(0.0, measure_at - time.monotonic()))
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wakeup)
+            if self._wants_stacks:
+                self._wants_stacks = False
+                process.log_stacks()
 
     def _missing_command(self) -> str:
         """Return why the worker has to end if a command has been missing for too long, else ""."""

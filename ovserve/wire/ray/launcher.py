@@ -20,7 +20,7 @@ from ovserve.wire.launcher import WorkerMain, WorkerSpec
 from ovserve.wire.local import processes
 from ovserve.wire.local.blobs import SpoolBlobs
 from ovserve.wire.local.pipes import PipeLink, open_link
-from ovserve.wire.ray.bridge import KILL, Order, run_bridge
+from ovserve.wire.ray.bridge import KILL, STACKS, Order, run_bridge
 from ovserve.wire.ray.host import Launch
 from ovserve.wire.ray.records import decode_json
 
@@ -69,7 +69,9 @@ class RayProcess:
             self._status.send(KILL, socket.MSG_DONTWAIT)
 
     def log_stacks(self) -> None:
-        """Do nothing: the worker cannot be signalled from here."""
+        """Have its actor signal it, if it was placed."""
+        with contextlib.suppress(OSError):
+            self._status.send(STACKS, socket.MSG_DONTWAIT)
 
     def resident_bytes(self) -> int:
         """Return its resident memory as last reported."""

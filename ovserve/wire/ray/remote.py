@@ -26,10 +26,10 @@ from typing import Any, Protocol
 
 from ovserve.deadline import Deadline
 from ovserve.errors import BlobGone, LaunchError, LinkClosed, LinkGarbage, SpoolFull
-from ovserve.logs import fields
+from ovserve.logs import fields, set_level
 from ovserve.wire.codec import LineBuffer, decode, encode
 from ovserve.wire.local.pipes import PipeWorkerLink
-from ovserve.wire.messages import Failed, Grant, Heartbeat, Run, Span
+from ovserve.wire.messages import Failed, Grant, Heartbeat, LogLevel, Run, Span
 from ovserve.wire.ray import records
 from ovserve.wire.ray.host import Part
 from ovserve.wire.ray.uploads import Uploads
@@ -56,6 +56,9 @@ class Host(Protocol):
 
     def deliver(self, line: bytes, parts: Any, data: Any) -> None:
         """Send a command."""
+
+    def log_stacks(self) -> None:
+        """Make the worker write the stacks of its threads into its log."""
 
     def kill(self) -> None:
         """End the actor."""
@@ -125,6 +128,11 @@ class RemoteWorker:
         if not self._is_leaving:
             self._is_leaving = True
             self._send_status(leaving=True)
+
+    def log_stacks(self) -> None:
+        """Make the worker write the stacks of its threads into its log, if it was placed."""
+        if self._host is not None and self.node:
+            self._host.log_stacks()
 
     def kill(self) -> None:
         """End the actor; `reports` then ends within _KILLED_S. Idempotent."""
@@ -313,6 +321,8 @@ class RemoteWorker:
                 full = SpoolFull("no space for the upload in the cluster's object store", retry_after_s=_FULL_RETRY_S)
                 self._write(encode(Failed(message.job, full.to_wire())))
                 return
+        elif isinstance(message, LogLevel):
+            set_level(message.level)  # of this process too: it gets no message of its own
         elif isinstance(message, Grant):
             parts = self._uploads.of_grant(message)
             data = [b""] * len(parts)
