@@ -8,12 +8,13 @@ import re
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, TextIO
 
-__all__ = ["LEVELS", "LogLimit", "configure_logs", "current_level", "fields", "set_level"]
+__all__ = ["LEVELS", "LogLimit", "configure_logs", "current_form", "current_level", "fields", "set_level"]
 
 _NEEDS_QUOTES = re.compile(r'[\s="]')
 LEVELS = ("debug", "info", "warning", "error")
+_LIBRARIES = ("opentelemetry",)  # whose lines, such as an exporter that cannot connect, belong into our log
 
 
 class _Text(logging.Formatter):
@@ -72,15 +73,16 @@ def _one_line(text: str) -> str:
     return text.replace("\r", "\\r").replace("\n", "\\n")
 
 
-def configure_logs(level: str, form: str, node: str = "") -> None:
-    """Send the log of every module of ovserve to standard error.
+def configure_logs(level: str, form: str, node: str = "", stream: TextIO | None = None) -> None:
+    """Send the log of every module of ovserve, and of some libraries, to standard error. May be called again.
 
     Args:
         level: one of LEVELS.
         form: text or json.
         node: of a cluster; a field of each line, unless it is empty.
+        stream: where to write; None: standard error.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(sys.stderr if stream is None else stream)
     handler.setFormatter(_Json() if form == "json" else _Text())
     if node:
         handler.addFilter(_Named(node))
@@ -88,6 +90,9 @@ def configure_logs(level: str, form: str, node: str = "") -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False
+    for name in _LIBRARIES:
+        library = logging.getLogger(name)
+        library.handlers[:], library.propagate = [handler], False
 
 
 def set_level(level: str) -> None:
@@ -98,6 +103,12 @@ def set_level(level: str) -> None:
 def current_level() -> str:
     """Return the lowest level that is logged."""
     return logging.getLevelName(logging.getLogger("ovserve").level).lower()
+
+
+def current_form() -> str:
+    """Return the format of the log: text or json."""
+    handlers = logging.getLogger("ovserve").handlers
+    return "json" if handlers and isinstance(handlers[0].formatter, _Json) else "text"
 
 
 def fields(**values: object) -> dict[str, dict[str, object]]:

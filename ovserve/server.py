@@ -38,7 +38,7 @@ from ovserve.front.keys import read_admin_keys, read_keys
 from ovserve.front.listener import Listener, ListenerGroup
 from ovserve.front.tls import read_certificates
 from ovserve.hub.background import Pulls
-from ovserve.logs import configure_logs, current_level, fields, set_level
+from ovserve.logs import LogLimit, configure_logs, current_level, fields, set_level
 from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog, ServedModel, read_catalog
 from ovserve.models.fingerprint import fingerprint
@@ -50,6 +50,7 @@ from ovserve.usage import UsageLog
 from ovserve.watch import Watch, state_of
 from ovserve.wire.local.file_pool import MAX_POOLED_FILES
 from ovserve.wire.local.launcher import LocalLauncher
+from ovserve.wire.local.output import OnOutput
 from ovserve.wire.local.spool import Spool, default_directory
 from ovserve.wire.pools import Pools
 from ovserve.wire.ray.launcher import RayLauncher
@@ -66,6 +67,8 @@ REFUSING_POLL_S = 0.01  # once no job is left; under load the moments without an
 LAST_RESPONSES_S = 1.0  # for responses still being written when the server stops listening
 STOP_TIMEOUT_S = 10.0  # for workers to exit once nothing is in flight
 # Enough for any thread count; some libraries iterate over all possible descriptors.
+OUTPUT_LINES = 100  # of native libraries that are logged in one interval
+SHOWN_IDS = 8  # of requests in such a line
 MAX_DESCRIPTORS = 65536
 OWN_DESCRIPTORS = 128 + 2 * MAX_POOLED_FILES  # of the front end, its links, and the warm files
 ADMIN_PREFIX = "admin "  # of an inherited socket's address: systemd's name of the socket
@@ -135,6 +138,7 @@ class Server:
                     max_body_bytes=settings.max_body_bytes,
                 ),
             )
+        self._output_limit = LogLimit("lines of native libraries", lines=OUTPUT_LINES)
         self._usage: UsageLog | None = None
         self._traces: Traces | None = None
         try:
@@ -146,7 +150,7 @@ class Server:
                 settings,
                 _profiles(catalog),
                 self._dispatcher,
-                _pools(settings, self._spool),
+                _pools(settings, self._spool, self._note_output),
                 self._note_serving,
                 estimates=Estimates(_measurements_file()),
             )
@@ -170,6 +174,12 @@ class Server:
             if self._traces is not None:
                 self._traces.stop()
             raise
+
+    def _note_output(self, worker_name: str, line: str) -> None:
+        """Log a line of a worker's native libraries, with the requests that the worker holds. Thread-safe: yes."""
+        jobs = self._dispatcher.jobs_of(worker_name)
+        values = {"id": jobs[0]} if len(jobs) == 1 else {"ids": ",".join(jobs[:SHOWN_IDS])} if jobs else {}
+        self._output_limit.log(log, logging.WARNING, "native: %s", line, worker=worker_name, **values)
 
     def _listen(self, settings: Settings) -> list[Listener]:
         """Return the listeners; the admin listener is the last. Raises StartupError."""
@@ -407,6 +417,7 @@ class Server:
         self._dispatcher.drain()
         self._pulls.stop()
         self._supervisor.stop(Deadline.after(STOP_TIMEOUT_S if not self._active_exchanges() else 0))
+        self._output_limit.stop()
         self._dispatcher.close()
         for listener in self._listeners:
             listener.stop(LAST_RESPONSES_S)  # also for requests that arrived after the last check
@@ -474,12 +485,12 @@ def _with_inherited(settings: Settings, sockets: Mapping[str, socket.socket]) ->
     return settings
 
 
-def _pools(settings: Settings, spool: Spool) -> Pools:
+def _pools(settings: Settings, spool: Spool, on_output: OnOutput) -> Pools:
     """Return the launchers of all pools. The one of the cluster starts nothing before it has to start a worker."""
     blobs = spool.worker_blobs()
     return Pools(
         {
-            "local": LocalLauncher(worker.main, blobs),
+            "local": LocalLauncher(worker.main, blobs, on_output),
             "ray": RayLauncher(worker.main, blobs, settings.ray_address, settings.place_timeout_s),
         }
     )

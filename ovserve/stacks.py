@@ -1,17 +1,20 @@
 """Writes what each thread of this process does into the log: its stack, one line for each thread.
 
 In the front end on SIGUSR1, in the main thread. A worker has a thread that waits for the signal: signals are blocked in
-all threads of a worker. A thread inside a native call shows the Python line that has made the call. A native call that
-holds the interpreter's lock holds up the thread that writes, and so the lines.
+all threads of a worker. It passes the signal on to its decoding processes, which have such a thread too. A thread
+inside a native call shows the Python line that has made the call. A native call that holds the interpreter's lock holds
+up the thread that writes, and so the lines.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from types import FrameType
 
 from ovserve.logs import fields
@@ -35,13 +38,21 @@ def log_stacks(process: str) -> None:
         log.warning("stack", extra=fields(process=process, pid=os.getpid(), thread=name, stack=_stack(frame)))
 
 
-def watch_for_stacks(process: str) -> None:
-    """Start a thread that calls `log_stacks` at each SIGUSR1, which has to be blocked in every thread."""
+def watch_for_stacks(process: str, children: Callable[[], Iterable[int]] = tuple) -> None:
+    """Start a thread that calls `log_stacks` at each SIGUSR1, which has to be blocked in every thread.
+
+    Args:
+        process: what the process is.
+        children: returns the ids of processes that get the signal too; they wait for it, or ignore it.
+    """
 
     def watch() -> None:
         while True:
             signal.sigwaitinfo({signal.SIGUSR1})
             log_stacks(process)
+            for child in children():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGUSR1)
 
     threading.Thread(target=watch, name="stacks", daemon=True).start()
 

@@ -57,7 +57,7 @@ _BEHAVIOURS: dict[str, Callable[[], Pixels | None]] = {
 }
 
 
-def main(descriptor: int, parent: int) -> None:
+def main(descriptor: int, parent: int, log_to: tuple[int, str]) -> None:
     """Serve as the real process does, with the behaviours above."""
 
     def decode(data: bytes, name: str, limits: Limits) -> Pixels:
@@ -66,11 +66,12 @@ def main(descriptor: int, parent: int) -> None:
         return decode_image(data, name, limits) if pixels is None else pixels
 
     decoder_process.decode_image = decode  # type: ignore[assignment]
-    decoder_process.main(descriptor, parent)
+    decoder_process.main(descriptor, parent, log_to)
 
 
-def command(descriptor: int, parent: int) -> Sequence[str]:
+def command(descriptor: int, parent: int, log_to: tuple[int, str]) -> Sequence[str]:
     """Return the command line of this process, for `Decoder`."""
     path = [entry or os.getcwd() for entry in sys.path]
-    program = f"import sys; sys.path[:] = {path!r}; from tests.decodertoys import main; main({descriptor}, {parent})"
+    call = f"main({descriptor}, {parent}, {log_to!r})"
+    program = f"import sys; sys.path[:] = {path!r}; from tests.decodertoys import main; {call}"
     return [sys.executable, "-c", program]

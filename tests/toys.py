@@ -12,6 +12,8 @@ previews N          as echo, after N Partial pictures
 paint S             as echo, after one of two steps, a preview and S seconds; stops when cancelled
 first S             as echo, but S seconds pass after the first picture; stops when cancelled
 raise               fails the job with status 400
+native S            writes two lines to descriptor 2, as a native library does, then as sleep S
+abort TEXT          writes TEXT to descriptor 2, without an end of the line, and aborts
 exit N              exits with exit code N
 segv                exits with a segmentation fault
 dies POINT          kills itself with SIGKILL at a point of the job: received, prepared, step, announced, half (of a
@@ -235,6 +237,12 @@ class _ToyWorker:
             return
         elif command == "dies":
             job.dies_at = rest
+        elif command == "native":
+            os.write(2, f"[lib] first of {job.id}\n[lib] seco".encode())
+            os.write(2, f"nd of {job.id}\n".encode())
+        elif command == "abort":
+            os.write(2, rest.encode())
+            os.abort()
         elif command in ("exit", "segv"):
             job.prepare()
             die(prompt)
@@ -248,7 +256,7 @@ class _ToyWorker:
         elif violate_protocol(job, prompt):
             return
         job.prepare()
-        if command == "sleep":
+        if command in ("sleep", "native"):
             job.sleep(float(rest))
         elif command == "steps":
             steps, seconds = rest.split()

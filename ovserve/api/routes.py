@@ -147,6 +147,10 @@ def _openapi(_: Service, __: Exchange, ___: Mapping[str, str]) -> Reply:
     return FileReply(_document(), "application/json")
 
 
+_CHANGE_LEVEL = (
+    "Change it to `level` (query: `debug`, `info`, `warning`, `error`) in all processes, until the next reload."
+)
+
 ROUTES = (
     Route("POST", "/images/edits", "Edit a picture. Body: multipart form, or JSON with data URLs.", edits),
     Route(
@@ -244,31 +248,26 @@ ROUTES = (
         prefixed=False,
         is_admin=True,
     ),
-    Route(
-        "GET",
-        "/v1/debug/jobs",
-        "Jobs that run and wait: since when, for which client and key, on which worker. Needs an admin key or the "
-        "admin listener.",
-        jobs,
-        prefixed=False,
-        is_admin=True,
-    ),
-    Route(
-        "GET",
-        "/v1/debug/log",
-        "Lowest level that is logged. Needs an admin key or the admin listener.",
-        log_level,
-        prefixed=False,
-        is_admin=True,
-    ),
-    Route(
-        "POST",
-        "/v1/debug/log",
-        "Change that level to `level` (query: `debug`, `info`, `warning` or `error`) in all processes, until the next "
-        "reload. Needs an admin key or the admin listener.",
-        change_log_level,
-        prefixed=False,
-        is_admin=True,
+    *(
+        Route(
+            method,
+            f"{prefix}{path}",
+            f"{text} Needs an admin key or the admin listener.",
+            handler,
+            prefixed=False,
+            is_admin=True,
+        )
+        for prefix in ("/v1", "")
+        for method, path, handler, text in (
+            (
+                "GET",
+                "/debug/jobs",
+                jobs,
+                "Jobs that run and wait: since when, for which client and key, on which worker.",
+            ),
+            ("GET", "/debug/log", log_level, "Lowest level that is logged."),
+            ("POST", "/debug/log", change_log_level, _CHANGE_LEVEL),
+        )
     ),
     Route("GET", RELOAD_STATUS_PATH, "State of the newest reload.", reload_status, prefixed=False, is_operator=True),
     Route(

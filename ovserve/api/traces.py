@@ -14,7 +14,6 @@ exporter, the sampler and the limits of spans are those of OpenTelemetry's stand
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -35,8 +34,6 @@ PROTOCOL = "http/protobuf"
 _DEVICE = "device"  # all of one picture's time on the device: its denoising, if the engine reports no calls
 _CALL = "call"
 
-log = logging.getLogger(__name__)
-
 
 def start_traces() -> Traces:
     """Start the exporter. Raises SettingsError: its packages are missing, or a variable asks for another protocol."""
@@ -50,9 +47,6 @@ def start_traces() -> Traces:
     for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
         if (asked := os.environ.get(name, PROTOCOL)) != PROTOCOL:
             raise SettingsError(f"{name} is {asked[:100]!r}; only {PROTOCOL} is supported")
-    # Its lines, such as an exporter that cannot connect, belong into our log.
-    library, own = logging.getLogger("opentelemetry"), logging.getLogger("ovserve")
-    library.handlers[:], library.propagate = own.handlers, own.propagate
     names = {"service.name": "ovserve", "service.version": __version__}
     if os.environ.get("OTEL_SERVICE_NAME"):
         del names["service.name"]

@@ -27,6 +27,7 @@ import logging
 import select
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 
 from ovserve.deadline import Deadline
@@ -67,6 +68,7 @@ __all__ = ["Dispatcher", "ModelStatus"]
 # stuck workers.
 _POLL_INTERVAL_S = 1.0
 MAX_SHOWN_JOBS = 1000
+LAST_WORKERS = 16  # lost ones whose jobs are remembered for `jobs_of`
 _END_TIMEOUT_S = 10.0  # for the thread to settle the remaining jobs; it takes milliseconds
 
 log = logging.getLogger(__name__)
@@ -105,6 +107,8 @@ class Dispatcher:
         self._workers: dict[int, AttachedWorker] = {}  # by the descriptor of their links
         self._stuck_checked_at = 0.0
         self._log_level = settings.log_level  # of all workers
+        # Names of the newest lost workers, and the jobs that each had: their last lines of output come late.
+        self._last_jobs: deque[tuple[str, list[str]]] = deque(maxlen=LAST_WORKERS)
         self._is_closing = False
         self._allocator = Allocator(self._calls.put)
         self._reports = ReportApplier(spool, self._send, self._settle, self._note_ready, self._allocator)
@@ -203,6 +207,15 @@ class Dispatcher:
             jobs = sorted(self._in_flight, key=lambda job: (job not in names, job.timings.admitted_at))
             shown = [_status_of(job, names.get(job, "")) for job in jobs[:MAX_SHOWN_JOBS]]
         return shown, len(jobs) - len(shown)
+
+    def jobs_of(self, worker_name: str) -> list[str]:
+        """Return the ids of the jobs that a worker has, or had when it was lost. Thread-safe: yes."""
+        with self._lock:
+            for model in self._models.values():
+                for worker in model.workers:
+                    if worker.link.name == worker_name:
+                        return list(worker.assigned)
+            return next((jobs for name, jobs in self._last_jobs if name == worker_name), [])
 
     def set_log_level(self, level: str) -> None:
         """Change the level of the log in all workers, and in those that are attached later."""
@@ -521,6 +534,7 @@ class Dispatcher:
             if ticket not in was_read:
                 self._requeue(worker, ticket, why, was_read=False)
         with self._lock:  # only after requeueing: a removed model without workers and queued jobs is deleted
+            self._last_jobs.append((link.name, list(worker.assigned)))
             worker.assigned.clear()
             worker.model.workers.remove(worker)
             self._delete_unused_locked(worker.model)

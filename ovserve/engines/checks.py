@@ -6,6 +6,7 @@ The checks of OpenVINO GenAI's limits are for engine `genai`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from ovserve.wire.request import ImageRequest
 
 __all__ = [
     "WORKER_FIELDS",
+    "check_adapters",
     "check_fixed_values",
     "check_known_fields",
     "check_scheduler",
@@ -56,6 +58,17 @@ def check_known_fields(request: Request, known: frozenset[str], engine: str) -> 
     for name in _DEFAULTS.keys() - WORKER_FIELDS - known:
         if getattr(request, name) != _DEFAULTS[name]:
             raise InvalidValue(f"{name}: engine {engine}, which serves this model, has no such parameter", param=name)
+
+
+def check_adapters(request: Request, aliases: Collection[str]) -> None:
+    """Check that a model has every LoRA adapter of a request. Raises InvalidValue."""
+    chosen = request.request.adapters if isinstance(request, Work) else request.adapters
+    for alias, _ in chosen:
+        if alias not in aliases:
+            known = ", ".join(aliases) or "none"
+            raise InvalidValue(
+                f"lora_alphas: {alias[:100]!r} is not an adapter of this model; it has: {known}", param="lora_alphas"
+            )
 
 
 def check_scheduler(request: Request, offered: frozenset[str]) -> None:

@@ -11,6 +11,8 @@ reason beside it; tests/e2e/test_traps.py shows each trap. Rules:
 - A failure inside a network can break its infer request permanently: after an unexpected error, test the pipelines.
 - A result is a view of the decoder's buffer, which the next call overwrites: copy it at once.
 - FLUX.2 squashes its reference to the size of the result, so it gets the image that was fitted to the canvas.
+- LoRA adapters: see genai_loras.py. Requests without adapters have their own pipelines, because in bfloat16 adapters of
+  weight zero change bits.
 - No previews: `decode` shares the decoder's infer request with `generate`, so a picture in progress cannot be decoded.
 Runs in: worker, device thread; counting tokens also in the prepare thread.
 """
@@ -38,6 +40,7 @@ from ovserve.engines.checks import (
     check_step_count,
     check_step_spacing,
 )
+from ovserve.engines.genai_loras import GenaiLoras
 from ovserve.engines.protocol import (
     CLIP_WINDOW,
     Features,
@@ -83,7 +86,7 @@ _UNSUPPORTED_CONFIGS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 GENAI_FIELDS = frozenset((
     "prompt", "negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3",
     "num_inference_steps", "guidance_scale", "strength", "scheduler", "max_sequence_length", "partial_images",
-    "shortcuts",
+    "shortcuts", "adapters",
 ))  # fmt: skip
 _NO_GUIDANCE = 1.0
 _MAX_FAILED_SIZES = 64  # bounds the list; a size that drops out of it costs one more rebuild
@@ -101,7 +104,9 @@ class GenaiEngine:
         self.tuned: dict[str, int] = {}
         self._profile = profile
         self._settings = settings
+        self._loras = GenaiLoras(profile, settings.lora)
         self._pipelines: dict[str, Any] = {}
+        self._adapted: dict[str, Any] = {}  # those with adapters
         self._own_name = LIBRARY_SCHEDULERS.get(profile.scheduling.name, "")
         self._own_scheduler: Any = None
         self._static = StaticShape.of(profile, settings)
@@ -126,22 +131,37 @@ class GenaiEngine:
         """
         self._beat = beat
         beat("load")
-        if self._settings.lora:
-            # Some modules and spellings are ignored in silence, and others end the load: tests/e2e/test_lora_traps.py.
-            # `stepwise` serves each class that this engine serves, with every file that fits.
-            raise ModelError(
-                f"model {self._profile.name}: engine genai does not apply LoRA adapters reliably; use stepwise"
-            )
         try:
             self._tokenizer.load()
             self._clip_tokenizer.load()
+            if self._settings.lora:
+                self._read_adapters(beat)
             self._build(beat)
             beat("warm-up")
             self._warm_up(beat)
+            if self._adapted:
+                self._check_adapted(beat)
         except RuntimeError as error:
             raise ModelError(f"model {self._profile.name}: {_first_line(error)}") from error
 
+    def _read_adapters(self, beat: Callable[[str], None]) -> None:
+        if self._static is not None:
+            raise ModelError(
+                f"model {self._profile.name}: engine genai does not apply LoRA adapters with static shapes; "
+                "use stepwise on another device"
+            )
+        self._loras.read()
+        beat("load")
+
     def _build(self, beat: Callable[[str], None]) -> None:
+        if self._settings.lora:
+            self._adapted = self._build_pipelines(beat, {"adapters": self._loras.at_construction()})
+        is_shared = self._settings.lora and self._settings.lora_denoiser == "shared"
+        self._pipelines = self._adapted if is_shared else self._build_pipelines(beat, {})
+        self.features = replace(self.features, schedulers=self._offered_schedulers())
+
+    def _build_pipelines(self, beat: Callable[[str], None], properties: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a pipeline for each task; `properties` are those of the compilation beside the settings'."""
         first = next(task for task in ("inpainting", "image2image", "text2image") if task in self._profile.tasks)
         kinds = {
             "inpainting": og.InpaintingPipeline,
@@ -155,15 +175,15 @@ class GenaiEngine:
             if self._static is not None:  # one picture a call, also for n > 1
                 main.reshape(1, self._static.height, self._static.width, self._static.guidance_scale)
             devices = self._settings.device.split()
-            main.compile(*devices, **self._properties(devices))
+            main.compile(*devices, **self._properties(devices), **properties)
         beat("load")
-        self._pipelines[first] = main
+        pipelines: dict[str, Any] = {first: main}
         for task in sorted(self._profile.tasks - {first}):
-            self._pipelines[task] = main if self._profile.traits.generates_by_edit else kinds[task](main)
+            pipelines[task] = main if self._profile.traits.generates_by_edit else kinds[task](main)
         self._own_scheduler = make_scheduler(self._profile)
-        for pipeline in self._pipelines.values():
+        for pipeline in pipelines.values():
             pipeline.set_scheduler(self._own_scheduler)
-        self.features = replace(self.features, schedulers=self._offered_schedulers())
+        return pipelines
 
     def _properties(self, devices: list[str]) -> dict[str, Any]:
         settings = self._settings
@@ -209,6 +229,25 @@ class GenaiEngine:
             raise ModelError(f"model {self._profile.name}: the warm-up pass returned no picture")
         log.debug("warm-up pass took %.2f s", time.monotonic() - started)
 
+    def _check_adapted(self, beat: Callable[[str], None]) -> None:
+        """Check that pictures with adapters do not depend on those made before.
+
+        Raises:
+            ModelError: they do; the library then reads memory that is not an adapter's.
+        """
+        made: list[Pixels | None] = []
+        for weight in (1.0, 0.0, -0.5, 1.0, 0.0):
+            work = warm_up_work(self._profile, num_inference_steps=2, size=self._warm_up_size)
+            work.on_step = lambda _step, _steps: beat("warm-up")
+            adapters = tuple((entry.alias, weight) for entry in self._settings.lora)
+            work.request = replace(work.request, adapters=adapters)
+            made.append(self._generate(work, is_adapted=True))
+        if not all(np.array_equal(made[one], made[other]) for one, other in ((0, 3), (1, 4))):  # type: ignore[arg-type]
+            raise ModelError(
+                f"model {self._profile.name}: OpenVINO GenAI makes different pictures of the same request with LoRA "
+                "adapters on this device; use engine stepwise"
+            )
+
     # --- requests ---
 
     def check(self, request: Work | ImageRequest) -> None:
@@ -222,6 +261,7 @@ class GenaiEngine:
         check_step_count(request, self._profile)  # zero steps: SIGFPE
         check_step_spacing(request, self._profile)
         check_fixed_values(request, self._profile)
+        self._loras.check(request)
 
     def count_tokens(self, prompt: str, *, clip: bool = False) -> int:
         """Count all tokens of a prompt, special tokens included. Runs in: the prepare thread."""
@@ -276,7 +316,7 @@ class GenaiEngine:
                 "pipelines did not recover from a failure; rebuilding them",
                 extra=fields(model=self._profile.name, job=work.job),
             )
-            self._pipelines.clear()
+            self.close()
             self._build(self._beat)
             self._warm_up(self._beat)
             if (work.width, work.height) != (self._warm_up_size.width, self._warm_up_size.height):
@@ -292,12 +332,14 @@ class GenaiEngine:
 
     def close(self) -> None:
         """Release the device."""
-        self._pipelines.clear()
+        self._pipelines, self._adapted = {}, {}
 
-    def _generate(self, work: Work) -> Pixels | None:
-        """Make one picture; return None if it was cancelled."""
+    def _generate(self, work: Work, *, is_adapted: bool = False) -> Pixels | None:
+        """Make one picture, with adapters if it has weights or `is_adapted`; return None if it was cancelled."""
         self._check_work(work)
-        pipeline = self._pipelines[work.mode]
+        is_adapted |= any(weight for _, weight in work.request.adapters)
+        pipelines = self._adapted if is_adapted else self._pipelines
+        pipeline = pipelines[work.mode]
         changed = work.scheduler not in ("", self._own_name)
         if changed:
             pipeline.set_scheduler(make_scheduler(self._profile, work.scheduler))
@@ -305,6 +347,8 @@ class GenaiEngine:
         if work.mode == "text2image" and isinstance(pipeline, og.Image2ImagePipeline):
             images = [ov.Tensor(np.full((1, work.height, work.width, 3), 127, np.uint8))]  # noise covers it
             options["strength"] = 1.0
+        if pipelines is self._adapted:
+            options["adapters"] = self._loras.of_call(work)
         try:
             result = pipeline.generate(work.prompt, *images, callback=_callback(work), **options)
         finally:

@@ -238,10 +238,11 @@ class Connection:
         with self._idle_lock:
             self._exchange = exchange
         self.transport.required_rate = exchange.required_rate
-        sent = 0
+        sent, sent_before = 0, self.transport.sent_bytes
         try:
             sent = self._answer(exchange, match)
         except ClientGone:
+            sent = self.transport.sent_bytes - sent_before
             exchange.keeps_connection = False
             exchange.status = CLIENT_GONE
         finally:

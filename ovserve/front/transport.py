@@ -38,6 +38,7 @@ class Transport:
 
     Attributes:
         required_rate: returns the bytes a second that the peer has to read now because of what it holds; 0 for none.
+        sent_bytes: what the socket has accepted so far.
     """
 
     def __init__(self, connection: socket.socket | TlsSocket, write_timeout_s: float) -> None:
@@ -56,6 +57,7 @@ class Transport:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._write_timeout_s = write_timeout_s
         self._is_stopped = False
+        self.sent_bytes = 0
         self.required_rate: Callable[[], float] = lambda: 0.0
         # A longer wait is made of several, so that it ends when the required rate or `stop` demands it.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(min(write_timeout_s, MAX_KERNEL_WAIT_S)))
@@ -213,6 +215,7 @@ class Transport:
     def _send_some(self, buffers: Sequence[bytes | memoryview], flags: int = 0) -> list[bytes | memoryview]:
         """Make one system call and return what is not sent yet."""
         sent = self._socket.sendmsg(buffers if len(buffers) <= IOV_LIMIT else buffers[:IOV_LIMIT], [], flags)
+        self.sent_bytes += sent
         return _unsent(buffers, sent)
 
     def _send_rest(self, rest: Sequence[bytes | memoryview], batches: Iterator[Sequence[bytes | memoryview]]) -> int:

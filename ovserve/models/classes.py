@@ -32,11 +32,13 @@ class Serving:
         tasks: those of text2image, image2image, inpainting.
         references: the most reference images of one request; 0 where an edit takes one image and starts from it.
         negative_prompt: whether it takes a negative prompt, if the model has classifier-free guidance.
+        adapters: whether it applies LoRA adapters.
     """
 
     tasks: frozenset[str]
     references: int = 0
     negative_prompt: bool = True
+    adapters: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class PipelineClass:
 
 
 _EVERY = Serving(_ALL)
+# OpenVINO GenAI applies adapters right to one UNet with one text encoder only: tests/e2e/test_lora_traps.py.
+_PLAIN = Serving(_ALL, adapters=False)
 
 CLASSES: Mapping[str, PipelineClass] = {
     "StableDiffusionPipeline": PipelineClass("stable-diffusion", _EVERY, _EVERY),
@@ -73,24 +77,24 @@ CLASSES: Mapping[str, PipelineClass] = {
     ),
     "LatentConsistencyModelPipeline": PipelineClass("lcm", _EVERY, _EVERY),
     "LatentConsistencyModelImg2ImgPipeline": PipelineClass("lcm", None, _EVERY),
-    "StableDiffusionXLPipeline": PipelineClass("sdxl", _EVERY, _EVERY),
-    "StableDiffusionXLInpaintPipeline": PipelineClass("sdxl", _EVERY, _EVERY),
+    "StableDiffusionXLPipeline": PipelineClass("sdxl", _PLAIN, _EVERY),
+    "StableDiffusionXLInpaintPipeline": PipelineClass("sdxl", _PLAIN, _EVERY),
     "StableDiffusionXLImg2ImgPipeline": PipelineClass("sdxl", None, _EVERY),
-    "StableDiffusion3Pipeline": PipelineClass("sd3", _EVERY, _EVERY),
-    "StableDiffusion3InpaintPipeline": PipelineClass("sd3", Serving(_MASKED), _EVERY),
-    "FluxPipeline": PipelineClass("flux", _EVERY, _EVERY),
-    "FluxInpaintPipeline": PipelineClass("flux", Serving(_MASKED), _EVERY),
-    "FluxFillPipeline": PipelineClass("flux-fill", Serving(_MASKED), Serving(_MASKED)),
+    "StableDiffusion3Pipeline": PipelineClass("sd3", _PLAIN, _EVERY),
+    "StableDiffusion3InpaintPipeline": PipelineClass("sd3", Serving(_MASKED, adapters=False), _EVERY),
+    "FluxPipeline": PipelineClass("flux", _PLAIN, _EVERY),
+    "FluxInpaintPipeline": PipelineClass("flux", Serving(_MASKED, adapters=False), _EVERY),
+    "FluxFillPipeline": PipelineClass("flux-fill", Serving(_MASKED, adapters=False), Serving(_MASKED)),
     "FluxKontextPipeline": PipelineClass(
         "flux-kontext", None, Serving(_ALL, references=MAX_REFERENCES, negative_prompt=False)
     ),
     "Flux2KleinPipeline": PipelineClass(
         "flux2-klein",
-        Serving(_UNMASKED, references=1, negative_prompt=False),
+        Serving(_UNMASKED, references=1, negative_prompt=False, adapters=False),
         Serving(_ALL, references=MAX_REFERENCES, negative_prompt=False),
     ),
-    "ZImagePipeline": PipelineClass("z-image", Serving(_UNMASKED), _EVERY),
-    "QwenImagePipeline": PipelineClass("qwen-image", Serving(_UNMASKED), _EVERY),
+    "ZImagePipeline": PipelineClass("z-image", Serving(_UNMASKED, adapters=False), _EVERY),
+    "QwenImagePipeline": PipelineClass("qwen-image", Serving(_UNMASKED, adapters=False), _EVERY),
 }
 
 

@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 
 from ovserve.errors import ImageError, InternalError
-from ovserve.logs import LogLimit, fields
+from ovserve.logs import LogLimit, current_form, fields
 from ovserve.pixels.counts.inspect import FileFacts, inspect
 from ovserve.pixels.images import Limits, Pixels, check_size, decode_image, extract_colour_profile
 from ovserve.wire.local.processes import describe_exit, raise_oom_score
@@ -63,13 +63,18 @@ LOGGED_BYTES = 1000  # of a file's output on standard error
 _READ_BYTES = 65536
 _MIN_START_S = 5.0  # to start Python and import the decoders, however short the limit for a file is
 # The child gets the worker's module path and no more of its state than this.
-_PROGRAM = "import sys; sys.path[:] = {path!r}; from ovserve.pixels.decoder_process import main; main({fd}, {parent})"
+_PROGRAM = (
+    "import sys; sys.path[:] = {path!r}; from ovserve.pixels.decoder_process import main; main({fd}, {parent}, {log})"
+)
 _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
     "LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER": "16",  # as MAX_JPEG_PASSES; libtiff's own default is 100
 }
+
+# (socket, the worker's process id, (descriptor, format) of the log) to the command line of a decoding process.
+Command = Callable[[int, int, tuple[int, str]], Sequence[str]]
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +170,8 @@ class Decoder:
 
     Args:
         decode_limits: limits for each file.
-        command: returns the command line of a decoding process, from a descriptor and the worker's process id.
+        command: returns the command line of a decoding process, from the descriptor of its socket, the worker's process
+            id, and the descriptor and the format of the log.
         clock: a monotonic clock.
     """
 
@@ -173,7 +179,7 @@ class Decoder:
         self,
         decode_limits: DecodeLimits,
         *,
-        command: Callable[[int, int], Sequence[str]] | None = None,
+        command: Command | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits = decode_limits
@@ -300,24 +306,26 @@ class Decoder:
             self._child = None
 
 
-def _command(descriptor: int, parent: int) -> Sequence[str]:
-    program = _PROGRAM.format(path=[entry or os.getcwd() for entry in sys.path], fd=descriptor, parent=parent)
+def _command(descriptor: int, parent: int, log_to: tuple[int, str]) -> Sequence[str]:
+    path = [entry or os.getcwd() for entry in sys.path]
+    program = _PROGRAM.format(path=path, fd=descriptor, parent=parent, log=log_to)
     return [sys.executable, "-c", program]
 
 
 class _Child:
     """One decoding process, its socket and its standard error."""
 
-    def __init__(self, command: Callable[[int, int], Sequence[str]]) -> None:
+    def __init__(self, command: Command) -> None:
         self._link, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._output, self._output_bytes, self._output_lines = b"", 0, 0
+        log_descriptor = os.dup(_log_descriptor())  # its own standard error is read here, file by file
         try:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
-                command(end.fileno(), os.getpid()),
+                command(end.fileno(), os.getpid(), (log_descriptor, current_form())),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                pass_fds=(end.fileno(),),
+                pass_fds=(end.fileno(), log_descriptor),
                 env=os.environ | _ENVIRONMENT,
             )
         except OSError:
@@ -325,6 +333,7 @@ class _Child:
             raise
         finally:
             end.close()
+            os.close(log_descriptor)
         self._errors = -1 if self._process.stderr is None else self._process.stderr.fileno()
         os.set_blocking(self._errors, False)
         self.pid = self._process.pid
@@ -418,6 +427,14 @@ class _Child:
                 pass
             stream.close()
             self._errors = -1
+
+
+def _log_descriptor() -> int:
+    """Return where this process logs; in a worker this is not descriptor 2, which native libraries write to."""
+    try:
+        return sys.stderr.fileno()
+    except (OSError, ValueError):  # a stream of another kind
+        return 2
 
 
 def _has_input(descriptor: int) -> bool:

@@ -21,8 +21,10 @@ import numpy as np
 from PIL import Image
 
 from ovserve.errors import ImageError
+from ovserve.logs import configure_logs
 from ovserve.pixels import bmp_rle, heic
 from ovserve.pixels.images import FORMATS, Limits, Pixels, decode_image, encode_image, extract_colour_profile
+from ovserve.stacks import watch_for_stacks
 from ovserve.wire.local.processes import bind_to_parent
 
 __all__ = ["MESSAGE_BYTES", "main"]
@@ -33,14 +35,20 @@ _SPARE_CPU_S = 2  # RLIMIT_CPU counts whole seconds, and fires only if the timer
 _TRIM_BYTES = 16 << 20  # call malloc_trim when the address space has grown by more than this
 
 
-def main(descriptor: int, parent: int) -> NoReturn:
+def main(descriptor: int, parent: int, log_to: tuple[int, str] | None = None) -> NoReturn:
     """Serve the requests of the worker `parent` on a socket until it closes.
 
     Args:
         descriptor: the socket, SOCK_SEQPACKET.
         parent: the worker's process id; this process ends with it.
+        log_to: descriptor and format of the log, which gets the stacks of this process at SIGUSR1; None: no stacks.
     """
     bind_to_parent(parent)
+    if log_to is not None:
+        log_descriptor, form = log_to
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        configure_logs("warning", form, stream=open(log_descriptor, "w", buffering=1, encoding="utf-8"))  # noqa: SIM115
+        watch_for_stacks(f"decoder of worker {parent}")
     Image.MAX_IMAGE_PIXELS = None  # disabled: `Limits` is checked instead
     warnings.simplefilter("ignore")  # ignore Pillow's warnings about client files
     bmp_rle.register()

@@ -154,7 +154,7 @@ class ModelSettings:
         "Compiled denoisers and text encoders of a model with adapters: `separate`: a second one for pictures without "
         "adapters; `shared`: one for all pictures, with half of the memory, but pictures without adapters may differ "
         "in the last bits from those of a server without adapters; `auto`: one for a large model where the bits are "
-        "the same, which is measured at warm-up, else two.",
+        "the same, which is measured at warm-up, else two (engine `genai`: always two).",
         choices=("auto", "separate", "shared"),
         reason="adding an adapter must not change the pictures of requests that do not use it",
     )

@@ -98,10 +98,13 @@ async function offerSettings(file) {
 
 function showReferences() {
   const taken = settings.model ? featuresOf(settings.model).references : 0;
+  const sent = references.slice(0, Math.max(0, taken - 1)), left = references.slice(sent.length);
+  const names = files => files.map(file => file.name).join(", ");
+  const lines = [];
+  if (sent.length) lines.push(`Sent as references too: ${names(sent)}.`);
+  if (left.length) lines.push(`Not sent, because this model takes ${taken > 1 ? `${taken} pictures` : "one picture"}: ${names(left)}.`);
   at("references").hidden = references.length === 0;
-  at("references").textContent = taken > 1
-    ? `Sent as references too: ${references.map(file => file.name).join(", ")}`
-    : `Not sent, because this model takes one picture: ${references.map(file => file.name).join(", ")}`;
+  at("references").textContent = lines.join(" ");
 }
 
 function unload() {

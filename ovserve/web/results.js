@@ -82,7 +82,8 @@ export class Results extends EventTarget {
     this.compare();
     at("download").href = this.url(result);
     at("download").download = `ovserve-${result.seed}.${result.blob.type.split("/")[1].replace("jpeg", "jpg")}`;
-    at("caption").textContent = [result.settings.prompt, result.size, `seed ${result.seed}`, result.model, `${result.seconds.toFixed(1)} s`,
+    const asked = result.settings.model, model = asked && asked !== result.model ? `${result.model} with ${asked}` : result.model;
+    at("caption").textContent = [result.settings.prompt, result.size, `seed ${result.seed}`, model, `${result.seconds.toFixed(1)} s`,
       result.revised_prompt && result.revised_prompt !== result.settings.prompt ? `prompt used: ${result.revised_prompt}` : ""]
       .filter(Boolean).join(" · ");
     at("view").hidden = false;

@@ -23,7 +23,7 @@ export class Settings {
     const select = this.control("model"), before = select.value || this.wanted;
     this.models = new Map(models.map(model => [model.id, model]));
     const options = models.filter(model => !model.alias_of)
-      .map(model => new Option(model.ready ? model.id : `${model.id} (${model.reason})`, model.id));
+      .map(model => new Option(nameOf(model), model.id));
     if ([...select.options].map(option => option.text).join() !== options.map(option => option.text).join()) select.replaceChildren(...options);
     if (this.models.has(before)) select.value = before;
     this.showFeatures();
@@ -135,6 +135,12 @@ export class Settings {
   clearErrors() {
     for (const control of this.form.querySelectorAll("[aria-invalid]")) this.clearError(control.name);
   }
+}
+
+// Return what the list of models shows: adapters come with the name of their model.
+function nameOf(model) {
+  const name = model.parent ? `${model.id} (adapter of ${model.parent})` : model.id;
+  return model.ready ? name : `${name} (${model.reason})`;
 }
 
 function setMaximum(control, value) {

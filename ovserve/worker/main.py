@@ -40,7 +40,6 @@ def main(
     os.nice(_NICENESS)
     configure_logs(settings.log_level, settings.log_format, settings.node)
     disable_telemetry()
-    watch_for_stacks(f"worker of {profile.name}")
     from PIL import Image  # noqa: PLC0415
 
     from ovserve.worker.runner import JobRunner  # noqa: PLC0415
@@ -48,9 +47,11 @@ def main(
     Image.MAX_IMAGE_PIXELS = None  # replaced by our own limit, which is checked before decoding
     # Pillow's warnings are about a client's file: what matters to the client goes into the response, not into our log.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    JobRunner(
+    runner = JobRunner(
         link, blobs, profile, model, settings, create_engine=create_engine, complete_profile=complete_profile
-    ).run()
+    )
+    watch_for_stacks(f"worker of {profile.name}", runner.decoder_pids)
+    runner.run()
 
 
 def complete_profile(profile: ModelProfile) -> ModelProfile:

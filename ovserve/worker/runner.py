@@ -108,6 +108,10 @@ class JobRunner:
         self._loop: DeviceLoop | None = None
         self._cache: CompiledCache | None = None
 
+    def decoder_pids(self) -> list[int]:
+        """Return the process ids of the decoding processes that run. Thread-safe."""
+        return [decoder.pid for decoder in self._decoders.values() if decoder.pid]
+
     # --- main thread --------------------------------------------------------------------------------------------------
 
     def run(self) -> NoReturn:

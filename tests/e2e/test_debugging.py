@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -38,6 +39,8 @@ def await_that(is_so: Callable[[], bool]) -> None:
 def test_jobs_are_listed_for_operators(server: FaultServer) -> None:
     with server.client() as client:
         assert client.get("/v1/debug/jobs").status_code == 403
+        assert client.get("/debug/jobs").status_code == 403
+        assert client.get("/debug/jobs", headers=ADMIN).json() == {"jobs": [], "left_out": 0}
         asking = threading.Thread(target=server.generate, args=(client, "sleep 2"))
         asking.start()
 
@@ -91,3 +94,41 @@ def test_lines_about_a_job_have_the_request_id(server: FaultServer) -> None:
         request = reply.headers["x-request-id"]
         await_that(lambda: any(entry.get("id") == request for entry in entries(server)))
         assert any(entry.get("job") == request for entry in entries(server))
+
+
+def test_lines_of_native_libraries_have_the_request_ids(server: FaultServer) -> None:
+    def natives(word: str) -> list[dict[str, object]]:
+        return [
+            entry for entry in entries(server) if str(entry["message"]).startswith("native: ") and word in str(entry)
+        ]
+
+    with server.client() as client:
+        alone = server.generate(client, "native 0.2").headers["x-request-id"]
+        await_that(lambda: len(natives(alone)) == 2)
+        for entry, text in zip(natives(alone), ("first", "second"), strict=True):
+            assert entry["message"] == f"native: [lib] {text} of {alone}"
+            assert (entry["id"], str(entry["worker"]).partition("/")[0]) == (alone, "ovserve-builtin")
+        failed = server.generate(client, "abort terminate called: no memory")
+        assert failed.status_code == 500
+        last = natives("terminate called")
+        assert {entry["id"] for entry in last} == {failed.headers["x-request-id"]}
+    assert all(
+        line.startswith(("{", "ready", "Fatal Python", "Current thread", "Thread", "  File", "Extension")) or not line
+        for line in list(server.log)
+    ), "a native line outside the log"
+
+
+def test_line_of_a_call_with_several_requests_has_all_ids(tmp_path: Path) -> None:
+    options = ("--log_format", "json", "--replicas", "1", "--plugin_config", '{"capacity": 2}')
+    with FaultServer(tmp_path, *options) as server, server.client() as client:
+        first = threading.Thread(target=server.generate, args=(client, "sleep 2"))
+        first.start()
+        await_that(lambda: client.get("/v1/models").json()["data"][0]["running"] == 1)
+        second = server.generate(client, "native 0").headers["x-request-id"]
+        first.join()
+        found = [entry for entry in entries(server) if str(entry["message"]).startswith("native: ")]
+        assert found
+        for entry in found:
+            ids = str(entry["ids"]).split(",")
+            assert len(ids) == 2
+            assert second in ids

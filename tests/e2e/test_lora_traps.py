@@ -1,4 +1,4 @@
-"""Why engine `genai` refuses LoRA adapters: what the library does with files that engine `stepwise` applies whole.
+"""What the library does with LoRA adapters, which engine `genai` avoids (`ovserve.engines.genai_loras`) or refuses.
 
 A test fails when the library is mended. Several adapters with weights do act together (the last test).
 """
@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ovserve.engines.lora.tensors import read_tensors
-from tests.loras import ORACLE, oracle_model, safetensors
+from tests.loras import ORACLE, named_model, oracle_model, safetensors
 from tests.tinymodels import tiny_model
 
 PROPERTIES = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
@@ -89,6 +89,32 @@ def test_z_image_ignores_adapters(tmp_path: Path) -> None:
     adapter = og.Adapter(str(path))
     pipeline = load(tiny_model("zimage"), adapter)
     assert np.array_equal(picture(pipeline, (adapter, 1.0)), picture(pipeline))
+
+
+def test_a_change_of_any_weight_but_the_last_is_ignored_in_silence(model: Path, tmp_path: Path) -> None:
+    first, second = (part_of(f"{name}_kohya.safetensors", lambda key: "conv" not in key, tmp_path) for name in "ab")
+    pipeline = load(model, first, second)
+    before = picture(pipeline, (first, 1.0), (second, 0.5))
+    assert np.array_equal(picture(pipeline, (first, -1.0), (second, 0.5)), before)
+    assert not np.array_equal(picture(pipeline, (first, -1.0), (second, 0.6)), before)
+
+
+def test_layer_that_reads_an_input_of_the_model_gets_other_memory(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    directory = named_model("lcm", tmp_path / "model")
+    zeros = {f"layers.0/.lora_{side}.weight": np.zeros((16, 16), np.float32) for side in "AB"}
+    (tmp_path / "a.safetensors").write_bytes(safetensors(zeros))
+    adapter = og.Adapter(str(tmp_path / "a.safetensors"))
+    plain = og.Text2ImagePipeline(str(directory), "CPU", **PROPERTIES)
+    adapted, config = load(directory, adapter), og.AdapterConfig(adapter, 1.0)
+
+    def made(pipeline: Any, guidance_scale: float, **options: Any) -> bytes:
+        options = {**OPTIONS, "guidance_scale": guidance_scale, **options}
+        return np.array(pipeline.generate("a red cat", **options).data[0]).tobytes()
+
+    # Matrices of zeros change no picture where the layer reads what it reads without them: the guidance scale.
+    scales = [3.0, 6.0, 9.0, 4.0] * 3
+    assert [made(adapted, scale, adapters=config) for scale in scales] != [made(plain, scale) for scale in scales]
 
 
 def test_weights_of_several_adapters_act_together(model: Path, tmp_path: Path) -> None:

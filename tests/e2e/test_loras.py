@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.live import BUILTIN_PATH, LiveServer
-from tests.loras import write_adapter
+from tests.loras import kohya_tensors, safetensors, write_adapter
 
 PROMPT = "a red circle on a blue background"
 CLIENTS = 8
@@ -166,3 +166,15 @@ def test_server_does_not_start_with_a_file_made_for_another_model(tmp_path: Path
         log = "".join(server.log)
     assert "other.safetensors: 5 of its 5 modules are not in this model's denoiser" in log
     assert "lora_unet_down_blocks_9_attentions_0_proj_out" in log
+
+
+def test_engine_genai_applies_adapters_with_the_weights_of_a_request(tmp_path: Path) -> None:
+    tensors = {name: each for name, each in kohya_tensors(7, text=True).items() if "conv1" not in name}
+    (tmp_path / "style.safetensors").write_bytes(safetensors(tensors))
+    flags = ("--engine", "genai", "--source_loras", f"style={tmp_path}/style.safetensors")
+    with LiveServer(*flags, spool=tmp_path) as server, httpx.Client(base_url=server.url, timeout=120) as client:
+        base = client.get("/v3/models").json()["data"][0]["id"]
+        plain = picture(client, base)
+        assert picture(client, "style") != plain
+        assert picture(client, "style", lora_alphas={"style": 0.5}) not in (plain, picture(client, "style"))
+        assert picture(client, "style", lora_alphas={"style": 0}) == plain

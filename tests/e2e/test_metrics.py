@@ -18,6 +18,7 @@ import pytest
 from tests.live import BUILTIN_NAME, LiveServer
 from tests.promtext import Samples, await_samples, sample
 
+DATA = Path(__file__).parents[1] / "data"
 ROUTE = "/images/generations"
 PROMPT = "a very secret prompt"
 
@@ -27,11 +28,19 @@ class Served:
 
     def __init__(self, folder: Path) -> None:
         self.usage, keys = folder / "usage.jsonl", folder / "keys.toml"
-        command = [sys.executable, "-m", "ovserve", "key", "add", "design", "--pictures_per_minute", "3"]
-        added = subprocess.run([*command, "--file", str(keys)], capture_output=True, text=True, check=True, timeout=60)
+        limited, self.unlimited_key = (
+            subprocess.run(
+                [sys.executable, "-m", "ovserve", "key", "add", *words, "--file", str(keys)],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=60,
+            ).stdout.strip()
+            for words in (("design", "--pictures_per_minute", "3"), ("unlimited",))
+        )
         options = ["--named_keys_file", str(keys), "--usage_log", str(self.usage), "--admin_key", "operator"]
         self.server = LiveServer(*options)
-        authorized = {"Authorization": f"Bearer {added.stdout.strip()}"}
+        authorized = {"Authorization": f"Bearer {limited}"}
         self.client = httpx.Client(base_url=self.server.url, timeout=60, headers=authorized)
 
     def ask(self, **fields: object) -> httpx.Response:
@@ -124,12 +133,22 @@ def test_sigusr1_writes_the_stacks_of_all_threads_of_all_processes(served: Serve
     def stacks(process: str) -> list[str]:
         return [line for line in list(served.server.log) if " WARNING stacks: stack " in line and process in line]
 
+    # A WebP file is decoded in a process of its own, which stays.
+    files = {"image": ("a.webp", (DATA / "pair.webp").read_bytes(), "image/webp")}
+    key = {"Authorization": f"Bearer {served.unlimited_key}"}
+    made = served.client.post("/v1/images/edits", data={"prompt": PROMPT}, files=files, headers=key)
+    assert made.status_code == 200
     served.server.signal(signal.SIGUSR1)
     until = time.monotonic() + 30
     worker = f'process="worker of {BUILTIN_NAME}" pid={served.server.workers()[0]}'
     while not (any("thread=device" in line for line in stacks(worker)) and stacks("process=server")):
         assert time.monotonic() < until
         time.sleep(0.02)
+    while not stacks(f'process="decoder of worker {served.server.workers()[0]}"'):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    decoder = "\n".join(stacks('process="decoder of'))
+    assert re.search(r"thread=MainThread stack=.*pixels/decoder_process.py:\d+ main", decoder), decoder
     front = "\n".join(stacks("process=server"))
     for thread, where in (
         ("MainThread", "server.py:"),

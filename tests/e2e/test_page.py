@@ -19,7 +19,9 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.browser import AXE, open_browser, open_page, serious_violations
 from tests.chromium import EXECUTABLE
-from tests.live import LiveServer
+from tests.live import BUILTIN_PATH, LiveServer
+from tests.loras import write_adapter
+from tests.tinymodels import tiny_model
 
 pytestmark = pytest.mark.skipif(not EXECUTABLE, reason="Chromium is not installed; scripts/test installs it")
 
@@ -28,6 +30,15 @@ SOURCE = DATA / "red_circle.png"
 PROMPT = "a green circle on a blue background"
 NODE = AXE.parents[1] / "node" / "bin" / "node"
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
+# The browser shows no tool the parts of a form with files.
+RECORD_FIELDS = """() => {
+    window.sentFields = [];
+    const append = FormData.prototype.append;
+    FormData.prototype.append = function(name, ...rest) {
+        window.sentFields.push(name);
+        return append.call(this, name, ...rest);
+    };
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +355,38 @@ def test_status_page_shows_models_workers_and_errors(browser: Browser, server: L
             expect(cells.nth(column), name).to_have_text(re.compile(r"^[1-9][0-9.]*$|^0\.[0-9]*[1-9]$"))
         expect(page.locator("#now-memory")).to_have_text(re.compile("^[1-9][0-9]* MiB"))
         assert serious_violations(page) == []
+
+
+def test_adapters_and_references_of_a_model_are_offered(browser: Browser, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "xray.safetensors", 0)
+    config = tmp_path / "c.toml"
+    config.write_text(
+        f"[[model]]\nname = 'shapes'\npath = '{BUILTIN_PATH}'\nstreams = 1\nthreads = 1\nmax_batch = 1\n"
+        f"[[model.lora]]\npath = '{adapter}'\n"
+        f"[[model]]\nname = 'by-reference'\npath = '{tiny_model('klein')}'\nstreams = 1\nthreads = 1\nmax_batch = 1\n"
+    )
+    options = ("--config", str(config), "--default_model", "shapes", "--ready_models", "all")
+    with LiveServer(*options, spool=tmp_path) as live, open_page(browser) as page:
+        page.goto(live.url + "/")
+        expect(page.locator("#model option")).to_have_text(["shapes", "by-reference", "xray (adapter of shapes)"])
+        others = [DATA / "mask_alpha.png", DATA / "mask_white.png"]
+        page.set_input_files("#file", [SOURCE, *others])
+        expect(page.locator("#references")).to_have_text(
+            re.compile("^Not sent, .*one picture: mask_alpha.png, mask_white")
+        )
+        page.fill("#prompt", PROMPT)
+        page.select_option("#model", "xray")
+        send(page)
+        expect(page.locator("#caption")).to_contain_text("shapes with xray")
+        page.click("#view-back")
+        page.select_option("#model", "by-reference")
+        expect(page.locator("#references")).to_have_text("Sent as references too: mask_alpha.png, mask_white.png.")
+        expect(page.locator("[data-field=strength]")).to_be_hidden()
+        page.click("#more summary")
+        page.fill("[name=num_inference_steps]", "2")
+        page.evaluate(RECORD_FIELDS)
+        send(page, results=2)
+        assert page.evaluate("() => window.sentFields").count("image[]") == 3
 
 
 def test_keys_are_asked_for(browser: Browser, tmp_path: Path) -> None:

@@ -293,7 +293,7 @@ def test_limits_of_the_service_manager_are_kept(kind: int, leak_guard: None) -> 
     """A hard limit is finite when the service has LimitAS= or LimitCPU=."""
     limit = 1 << 40 if kind == resource.RLIMIT_AS else 30
 
-    def limited(descriptor: int, parent: int) -> list[str]:
+    def limited(descriptor: int, parent: int, _: tuple[int, str]) -> list[str]:
         program = f"import resource; resource.setrlimit({kind}, ({limit}, {limit}))"
         program += f"; from ovserve.pixels.decoder_process import main; main({descriptor}, {parent})"
         return [sys.executable, "-c", program]
@@ -375,7 +375,7 @@ class Clock:
 def test_a_broken_installation_is_a_server_error_and_no_loop(tmp_path: Path, leak_guard: None) -> None:
     starts = tmp_path / "starts"
 
-    def broken(descriptor: int, parent: int) -> list[str]:
+    def broken(descriptor: int, parent: int, _: tuple[int, str]) -> list[str]:
         return [sys.executable, "-c", f"open({str(starts)!r}, 'a').write('x'); raise SystemExit('no Pillow')"]
 
     clock = Clock()

@@ -295,14 +295,19 @@ def test_error_in_a_stream_is_its_last_event(client: RawClient, what: str, code:
 
 
 def test_client_that_leaves_ends_the_stream(running: Any, api: ToyApi) -> None:
+    while not api.ends.empty():
+        api.ends.get()
     for leave in ("close", "abandon", "half_close"):
         with RawClient(running[0].port) as client:
             client.send(request("/stream?do=3.wait"))
             client.read_head()
-            client.read_chunk()
+            piece = client.read_chunk()
             getattr(client, leave)()
             assert api.gone.get(timeout=10) == "/stream"
             assert api.closed.get(timeout=10) == "/stream"
+        while (end := api.ends.get(timeout=10)).outcome != "gone":  # of an earlier test
+            pass
+        assert len(piece) + 100 < end.sent_bytes < len(piece) + 1000, "the head and one event"
 
 
 # --- waits ------------------------------------------------------------------------------------------------------------

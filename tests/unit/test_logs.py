@@ -17,10 +17,11 @@ log = logging.getLogger("ovserve.test")
 
 @pytest.fixture(autouse=True)
 def _restore_handlers() -> Iterator[None]:
-    root = logging.getLogger("ovserve")
-    kept = root.handlers[:], root.level, root.propagate
+    loggers = [logging.getLogger(name) for name in ("ovserve", "opentelemetry")]
+    kept = [(each.handlers[:], each.level, each.propagate) for each in loggers]
     yield
-    root.handlers[:], root.level, root.propagate = kept
+    for each, values in zip(loggers, kept, strict=True):
+        each.handlers[:], each.level, each.propagate = values
 
 
 def test_value_of_several_words_is_one_token(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,3 +115,14 @@ def test_lines_are_counted_although_no_thread_can_be_started(
         limit.log(log, logging.INFO, "flood")
     limit.stop()
     assert limited(caplog) == (1, 4)
+
+
+def test_library_of_traces_follows_a_change_of_the_format(capsys: pytest.CaptureFixture[str]) -> None:
+    library = logging.getLogger("opentelemetry.exporter")
+    configure_logs("info", "text")
+    library.warning("no connection")
+    configure_logs("info", "json")
+    library.warning("still none")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith(" WARNING opentelemetry.exporter: no connection")
+    assert json.loads(second)["message"] == "still none"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ovserve.errors import MalformedRequest
 from ovserve.front.http1.forwarded import TrustedProxies
-from ovserve.front.http1.proxyheader import MAX_EXTENSION_BYTES, MAX_LINE_BYTES, SIGNATURE, ProxyHeader
+from ovserve.front.http1.proxyheader import MAX_EXTENSION_BYTES, MAX_LINE_BYTES, SIGNATURE, ProxyHeader, crc32c
 from ovserve.front.listener import Listener
 from ovserve.settings.options import Settings
 from tests.certificates import client_context, make_pair
@@ -66,6 +66,33 @@ def test_header_gives_the_address_and_no_byte_of_what_follows(header: bytes, add
     assert read(header + b"rest", limit) == (address, b"rest")
 
 
+def with_checksum(change: int = 0) -> bytes:
+    """Return a header whose second extension is its checksum, with some bits changed."""
+    blank = v2("192.0.2.7", extensions=b"\x04\x00\x02ab" + b"\x03\x00\x04" + bytes(4) + b"\x02\x00\x01a")
+    return blank[:-8] + struct.pack(">I", crc32c(blank) ^ change) + blank[-4:]
+
+
+def test_checksum_of_version_2_is_verified() -> None:
+    assert crc32c(b"123456789") == 0xE3069283  # the check value of CRC-32C
+    assert crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, appendix B.4
+    header = with_checksum()
+    assert read(header + b"rest") == ("192.0.2.7", b"rest")
+    type_at = len(header) - 11  # without its type, the checksum is an unknown extension
+    for position in sorted({*range(16, len(header))} - {type_at}):  # one damaged bit of what follows the length
+        damaged = bytearray(header)
+        damaged[position] ^= 0x10
+        with pytest.raises(MalformedRequest):
+            read(bytes(damaged))
+    with pytest.raises(MalformedRequest, match="checksum"):
+        read(with_checksum(change=1))
+
+
+@pytest.mark.parametrize("extensions", [b"\x04", b"\x04\x00", b"\x04\x00\x03ab", b"\x03\x00\x02ab"])
+def test_damaged_extensions_are_refused(extensions: bytes) -> None:
+    with pytest.raises(MalformedRequest):
+        read(v2("192.0.2.7", extensions=extensions))
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -95,7 +122,8 @@ def test_malformed_header_is_refused(data: bytes) -> None:
 
 
 @given(st.ip_addresses(), st.binary(max_size=40), st.integers(1, 60))
-def test_header_that_was_built_is_parsed(address: object, extensions: bytes, limit: int) -> None:
+def test_header_that_was_built_is_parsed(address: object, value: bytes, limit: int) -> None:
+    extensions = b"".join(b"\xe0" + struct.pack(">H", len(value)) + value for _ in value[:2])
     found, rest = read(v2(str(address), extensions=extensions) + b"x", limit)
     expected = ipaddress.ip_address(str(address))
     assert found == str(getattr(expected, "ipv4_mapped", None) or expected)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ovserve.engines.lora.names import parse_key
 from ovserve.engines.lora.tensors import read_tensors
 from ovserve.errors import ModelError
 
-__all__ = ["Adapter", "Pair", "quoted_keys", "read_adapter"]
+__all__ = ["Adapter", "Pair", "check_components", "quoted_keys", "read_adapter"]
 
 MAX_SHOWN_KEYS = 8  # names of tensors in one message
 MAX_SHOWN_CHARS = 120  # of each
@@ -59,6 +59,16 @@ class Adapter:
 
     path: Path
     pairs: Mapping[str, Mapping[str, Pair]]
+
+
+def check_components(adapter: Adapter, known: Collection[str]) -> None:
+    """Check that a model has each component that an adapter changes. Raises ModelError, which names the file."""
+    if unknown := sorted(adapter.pairs.keys() - set(known)):
+        keys = [pair.key for pair in adapter.pairs[unknown[0]].values()]
+        raise ModelError(
+            f"{adapter.path}: this model has no {unknown[0]}, which {len(keys)} modules of the file change, such as "
+            f"{keys[0]}"
+        )
 
 
 def quoted_keys(keys: Iterable[str]) -> str:

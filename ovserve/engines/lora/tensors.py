@@ -1,7 +1,8 @@
-"""Reads the tensors of a safetensors file after its header is checked (`ovserve.models.safetensors`)."""
+"""Reads and writes tensors of safetensors files; their headers are checked in `ovserve.models.safetensors`."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ovserve.errors import ModelError, may_pass
 from ovserve.models.safetensors import Tensor, parse_header
 
-__all__ = ["MAX_FILE_BYTES", "TensorFile", "read_tensors"]
+__all__ = ["MAX_FILE_BYTES", "TensorFile", "read_tensors", "safetensors"]
 
 MAX_FILE_BYTES = 8 * 1024 * 1024 * 1024  # adapters of high rank for large transformers have 1 to 2 GB
 _READ_AS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
@@ -54,6 +55,18 @@ def read_tensors(path: Path) -> TensorFile:
     except ValueError as error:
         raise ModelError(f"{path}: not a safetensors file: {error}") from None
     return TensorFile(tensors, header.metadata)
+
+
+def safetensors(tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
+    """Return a file of float32 tensors."""
+    header, data, end = {}, [], 0
+    for name, tensor in tensors.items():
+        raw = np.ascontiguousarray(tensor, "<f4").tobytes()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + len(raw)]}
+        data.append(raw)
+        end += len(raw)
+    encoded = json.dumps(header).encode()
+    return b"".join((len(encoded).to_bytes(8, "little"), encoded, *data))
 
 
 def _read(stream: BinaryIO, name: str, tensor: Tensor) -> NDArray[Any]:

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ovserve.engines.lora.adapters import read_adapter
+from ovserve.engines.checks import check_adapters
+from ovserve.engines.lora.adapters import check_components, read_adapter
 from ovserve.engines.lora.names import DENOISER
 from ovserve.engines.protocol import Work
 from ovserve.engines.schedulers.noise import Array, f32
 from ovserve.engines.stepwise.lora_graph import SCALE_INPUT, adapt_model
-from ovserve.errors import InvalidValue, ModelError
 from ovserve.settings.loras import LoraSettings
 from ovserve.wire.request import ImageRequest
 
@@ -60,12 +60,7 @@ class Loras:
         adapters = [read_adapter(path) for path in self._paths]
         kinds = {DENOISER if name == denoiser else name: name for name in models}
         for adapter in adapters:
-            if unknown := sorted(adapter.pairs.keys() - kinds.keys()):
-                keys = [pair.key for pair in adapter.pairs[unknown[0]].values()]
-                raise ModelError(
-                    f"{adapter.path}: this model has no {unknown[0]}, which {len(keys)} modules of the file change, "
-                    f"such as {keys[0]}"
-                )
+            check_components(adapter, kinds)
         for kind, name in kinds.items():
             adapted = adapt_model(models[name], kind, adapters)
             if adapted is not None:
@@ -74,13 +69,7 @@ class Loras:
 
     def check(self, request: Work | ImageRequest) -> None:
         """Check that the model has every adapter of a request. Raises InvalidValue."""
-        for alias, _ in _chosen(request):
-            if alias not in self._columns:
-                known = ", ".join(self._columns) or "none"
-                raise InvalidValue(
-                    f"lora_alphas: {alias[:100]!r} is not an adapter of this model; it has: {known}",
-                    param="lora_alphas",
-                )
+        check_adapters(request, self._columns)
 
     def weights(self, work: Work, component: str) -> Weights:
         """Return the weights of a picture for one component; empty where no adapter with a weight changes it."""
@@ -108,10 +97,6 @@ class Loras:
     def rows(self, weights: Sequence[Weights]) -> Array:
         """Return the input of an adapted model for the rows of a call: float32 (rows, adapters)."""
         return np.array([each or (0.0,) * len(self._columns) for each in weights], f32).reshape(-1, len(self._columns))
-
-
-def _chosen(request: Work | ImageRequest) -> tuple[tuple[str, float], ...]:
-    return request.request.adapters if isinstance(request, Work) else request.adapters
 
 
 def with_weights(inputs: Mapping[Any, Any], rows: Array) -> dict[Any, Any]:

@@ -6,18 +6,19 @@
 The caller receives exactly `wanted` bytes, feeds them, and repeats that until `wanted` is 0. So no byte is taken from
 what follows the header, which may belong to a TLS handshake.
 
-Source: "The PROXY protocol, versions 1 & 2", HAProxy's documentation, 2020-03-05. The checksum of version 2 is not
-verified, which the specification leaves to the receiver.
+Source: "The PROXY protocol, versions 1 & 2", HAProxy's documentation, 2020-03-05. A checksum in the extensions of
+version 2 is verified (section 2.2.3); all other extensions are skipped.
 """
 
 from __future__ import annotations
 
 import re
+from functools import cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from ovserve.errors import MalformedRequest
 
-__all__ = ["MAX_EXTENSION_BYTES", "ProxyHeader"]
+__all__ = ["MAX_EXTENSION_BYTES", "ProxyHeader", "crc32c"]
 
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 MAX_LINE_BYTES = 107  # of version 1, by its specification
@@ -28,6 +29,9 @@ _LOCAL, _PROXY = 0x20, 0x21  # version and command
 _TCP4, _TCP6 = 0x11, 0x21
 _WITHOUT_ADDRESS = frozenset({0x00, 0x31})  # unspecified, and Unix sockets, whose clients have no address
 _ADDRESS_BYTES = {_TCP4: 12, _TCP6: 36}
+_EXTENSION_HEAD_BYTES = 3  # type, and length in two bytes
+_CRC32C, _CRC32C_BYTES = 0x03, 4  # PP2_TYPE_CRC32C
+_CASTAGNOLI = 0x82F63B78  # its polynomial, reflected (RFC 3720 appendix B.4)
 
 
 class ProxyHeader:
@@ -103,8 +107,41 @@ class ProxyHeader:
             self.wanted = _HEAD_BYTES + length - len(data)
             return
         if command == _PROXY and family in _ADDRESS_BYTES:
+            self._check_extensions(_HEAD_BYTES + _ADDRESS_BYTES[family])
             size = 4 if family == _TCP4 else 16
             self.address = _text(ip_address(data[_HEAD_BYTES : _HEAD_BYTES + size]))
+
+    def _check_extensions(self, offset: int) -> None:
+        """Check the form of the extensions, and the checksum if one of them is one. Raises MalformedRequest."""
+        data = self._data
+        while offset < len(data):
+            length = int.from_bytes(data[offset + 1 : offset + _EXTENSION_HEAD_BYTES], "big")
+            begin, end = offset + _EXTENSION_HEAD_BYTES, offset + _EXTENSION_HEAD_BYTES + length
+            if end > len(data):
+                raise MalformedRequest("the extensions of the PROXY header are longer than the header")
+            if data[offset] == _CRC32C:
+                sent = int.from_bytes(data[begin:end], "big")
+                if length != _CRC32C_BYTES or sent != crc32c(data[:begin] + bytes(length) + data[end:]):
+                    raise MalformedRequest("the checksum of the PROXY header is wrong")
+            offset = end
+
+
+@cache
+def _crc_table() -> tuple[int, ...]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (_CASTAGNOLI if value & 1 else 0)  # noqa: PLW2901 - the remainder of the division
+        table.append(value)
+    return tuple(table)
+
+
+def crc32c(data: bytes) -> int:
+    """Return the checksum CRC-32C of some bytes (RFC 3720 section 12.1)."""
+    table, value = _crc_table(), 0xFFFFFFFF
+    for byte in data:
+        value = value >> 8 ^ table[(value ^ byte) & 0xFF]
+    return value ^ 0xFFFFFFFF
 
 
 def _text(address: IPv4Address | IPv6Address) -> str:

@@ -13,6 +13,7 @@ from ovserve.machine import machine_memory_bytes
 from ovserve.wire.blobs import WorkerBlobs
 from ovserve.wire.launcher import WorkerMain, WorkerSpec
 from ovserve.wire.local import processes
+from ovserve.wire.local.output import OnOutput, read_output
 from ovserve.wire.local.pipes import PipeLink, open_link
 
 __all__ = ["LocalLauncher", "LocalProcess"]
@@ -82,11 +83,14 @@ class LocalLauncher:
     Args:
         worker_main: the spawn target, importable by name.
         blobs: the workers' access to the front end's segments.
+        on_output: called with a worker's name and a line that its native libraries have written to standard error, in
+            a thread of that worker; None: such lines go where this process's own standard error goes.
     """
 
-    def __init__(self, worker_main: WorkerMain, blobs: WorkerBlobs) -> None:
+    def __init__(self, worker_main: WorkerMain, blobs: WorkerBlobs, on_output: OnOutput | None = None) -> None:
         self._worker_main = worker_main
         self._blobs = blobs
+        self._on_output = on_output
         self._context = multiprocessing.get_context("spawn")
         self._machine_bytes = machine_memory_bytes()
         self._pids: set[int] = set()  # of all workers so far that may still exist
@@ -104,9 +108,16 @@ class LocalLauncher:
 
     def _spawn(self, spec: WorkerSpec) -> tuple[LocalProcess, PipeLink]:
         link, end = open_link(self._context, spec.model.name, spec.index, spec.incarnation)
+        try:
+            reading, writing = (None, None) if self._on_output is None else self._context.Pipe(duplex=False)
+        except OSError:
+            link.close()
+            end.close()
+            raise
+        given = (end, self._blobs, spec.profile, spec.model, spec.settings)
         process = self._context.Process(
             target=processes.run_worker,
-            args=(self._worker_main, os.getpid(), end, self._blobs, spec.profile, spec.model, spec.settings),
+            args=(self._worker_main, os.getpid(), writing, *given),
             name=link.name,
             daemon=True,
         )
@@ -118,9 +129,15 @@ class LocalLauncher:
             process.start()
         except OSError:
             link.close()
+            if reading is not None:
+                reading.close()
             raise
         finally:
             end.close()
+            if writing is not None:
+                writing.close()
+        if reading is not None and self._on_output is not None:
+            read_output(reading, link.name, self._on_output)
         started = LocalProcess(process, self._machine_bytes)
         processes.raise_oom_score(started.pid)
         self._pids.add(started.pid)

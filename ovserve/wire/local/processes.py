@@ -10,8 +10,11 @@ import ctypes
 import os
 import signal
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from ovserve.wire.local.output import redirect_native_output
 
 __all__ = [
     "BLOCKED_SIGNALS",
@@ -66,12 +69,20 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def run_worker(main: Callable[..., None], parent: int, *arguments: Any) -> None:
+def run_worker(main: Callable[..., None], parent: int, output: Connection | None, *arguments: Any) -> None:
     """Run `main` in a process that ends with its front end. The spawn target. Runs in: worker.
+
+    Args:
+        main: called with `arguments`.
+        parent: the front end's process id.
+        output: a pipe for what native libraries write to standard error; None: it stays where it goes.
+        arguments: for `main`.
 
     Defined in this file because a worker imports the module of its spawn target, and must not import the supervisor.
     """
     bind_to_parent(parent)
+    if output is not None:
+        redirect_native_output(output)
     main(*arguments)
 
 
