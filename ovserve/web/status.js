@@ -30,8 +30,9 @@ function plot(name, value, unit) {
   const points = series[name];
   points.push(value);
   if (points.length > POINTS) points.shift();
-  const top = Math.max(1, ...points), first = POINTS - points.length;
-  const path = points.map((point, k) => `${k ? "L" : "M"}${first + k} ${38 - 36 * point / top}`).join("");
+  // The width is the time so far, at most that of POINTS; the text below names it.
+  const top = Math.max(1, ...points), width = POINTS / Math.max(1, points.length - 1);
+  const path = points.map((point, k) => `${k ? "L" : "M"}${(k * width).toFixed(1)} ${38 - 36 * point / top}`).join("");
   at(`plot-${name}`).querySelector("path").setAttribute("d", path);
   at(`now-${name}`).textContent = `${value.toFixed(FRACTIONS.has(name) ? 1 : 0)} ${unit}; highest in ${duration(points.length * EVERY_MS / 1000)}: ${Math.max(...points).toFixed(0)}`;
 }

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 
+from tests.faultserver import FaultServer
 from tests.live import LiveServer
 
 
@@ -25,7 +27,7 @@ def test_limits_and_revocation(tmp_path: Path) -> None:
     design = add(path, "design", "--pictures_per_minute", "3")
     foreign = add(path, "foreign", "--models", "another")
     with (
-        LiveServer("--named_keys_file", str(path)) as server,
+        LiveServer("--named_keys_file", str(path), "--admin_key", "operator") as server,
         httpx.Client(base_url=server.url, timeout=60) as client,
     ):
 
@@ -45,11 +47,73 @@ def test_limits_and_revocation(tmp_path: Path) -> None:
         assert client.get("/v1/models").status_code == 401
         assert any("key_name=design" in line for line in list(server.log)), server.log
         path.write_text("[[key]]" + path.read_text().split("[[key]]")[2])
-        server.signal(signal.SIGHUP)
-        started = time.monotonic()
-        while ask(design, 1).status_code != 401:
-            assert time.monotonic() - started < 20
+        operator = {"Authorization": "Bearer operator"}
+        assert client.post("/v1/config/reload", headers=operator).status_code == 200
+        assert ask(design, 1).status_code == 401, "the first request after the reload"
         assert design not in "\n".join(server.log)
+
+
+@pytest.mark.heavy  # more than a minute
+def test_a_minute_has_exactly_the_requests_of_the_limit(tmp_path: Path) -> None:
+    limit, clients, minute_s, seen_s = 25, 4, 60.0, 64.0
+    path = tmp_path / "keys.toml"
+    key = add(path, "team", "--requests_per_minute", str(limit))
+    accepted: list[tuple[float, float]] = []  # when each was sent, and when its answer had come
+    waits: list[int] = []
+    with LiveServer("--named_keys_file", str(path)) as server:
+        began = time.monotonic()
+
+        def ask() -> None:
+            with httpx.Client(base_url=server.url, timeout=60, headers={"Authorization": f"Bearer {key}"}) as client:
+                while (sent_at := time.monotonic()) < began + seen_s:
+                    reply = client.get("/v1/models")
+                    if reply.status_code == 200:
+                        accepted.append((sent_at, time.monotonic()))
+                    else:
+                        assert reply.status_code == 429
+                        waits.append(int(reply.headers["retry-after"]))
+
+        threads = [threading.Thread(target=ask) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    accepted.sort()
+    first = [sent_at for sent_at, _ in accepted if sent_at < accepted[0][1] + minute_s - 1]
+    assert len(first) == limit, "in the first minute"
+    assert len(accepted) == 2 * limit, "with those that were free again after it"
+    # No 60 seconds contain more: request k + limit was counted at least a minute after request k.
+    for (sent_at, _), (_, answered_at) in zip(accepted, accepted[limit:], strict=False):
+        assert answered_at - sent_at >= minute_s
+    assert max(waits) <= minute_s
+    print(f"{len(accepted)} accepted and {len(waits)} refused in {seen_s:.0f} s, limit {limit} a minute")
+
+
+def test_turns_are_fair_between_keys(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    busy, calm = add(path, "busy"), add(path, "calm")
+    finished: list[str] = []
+    with FaultServer(tmp_path, "--named_keys_file", str(path), toy_options={"capacity": 1}) as server:
+
+        def ask(key: str, name: str, prompt: str) -> None:
+            with server.client() as client:
+                client.headers["Authorization"] = f"Bearer {key}"
+                assert server.generate(client, prompt).status_code == 200
+                finished.append(name)
+
+        def queued() -> int:
+            listed = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {calm}"})
+            return int(listed.json()["data"][0]["queued"])
+
+        jobs = [threading.Thread(target=ask, args=(busy, "busy", "sleep 0.2")) for _ in range(12)]
+        for job in jobs:
+            job.start()
+        server.until(lambda: queued() >= 10)
+        jobs.append(threading.Thread(target=ask, args=(calm, "calm", "sleep 0.2")))
+        jobs[-1].start()
+        for job in jobs:
+            job.join()
+    assert finished.index("calm") < 7, finished  # all clients have one address: only the key tells them apart
 
 
 def test_keys_are_rotated_under_load_without_a_failed_request(tmp_path: Path) -> None:

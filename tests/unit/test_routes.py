@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,29 @@ def api(tmp_path: Path) -> Any:
     api.store.close()
     dispatcher.close()
     spool.close()
+
+
+def test_without_traces_none_of_their_code_runs(api: ImagesApi) -> None:
+    names, files = [], set()
+
+    class Watched(FakeExchange):
+        def header(self, name: str) -> str | None:
+            names.append(name)
+            return super().header(name)
+
+    exchange = Watched("POST", "/v1/images/generations", traceparent=f"00-{'a' * 32}-{'b' * 16}-01", content_type="x")
+    match = api.match(exchange.method, exchange.path)
+    sys.setprofile(lambda frame, *_: files.add(frame.f_code.co_filename))
+    try:
+        with pytest.raises(ApiError):
+            api.answer(exchange, match)  # type: ignore[arg-type]
+        api.note_end(exchange, match, End(503, 0, 10, None, 0.1, 0.2))  # type: ignore[arg-type]
+    finally:
+        sys.setprofile(None)
+    assert any(name.endswith("api/api.py") for name in files)
+    assert [name for name in files if name.endswith("api/traces.py") or "opentelemetry" in name] == []
+    assert "traceparent" not in names
+    assert exchange.record.trace is None
 
 
 @pytest.mark.parametrize(

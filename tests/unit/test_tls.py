@@ -236,6 +236,14 @@ def test_python_and_curl_and_openssl_are_served(pair: Pair) -> None:
         assert api.gone.empty()
 
 
+def test_a_client_cannot_renegotiate(pair: Pair) -> None:
+    with serving(**pair.options()) as (listener, _):
+        shown = s_client(listener.port, pair, "-tls1_2", "-crlf", request=b"R\n")
+        assert "RENEGOTIATING" in shown
+        assert "no renegotiation" in shown, shown
+        assert get(listener.port, client_context(pair))[0] == 200
+
+
 def s_client(port: int, pair: Pair, *options: str, request: bytes = b"") -> str:
     """Return what `openssl s_client` reports."""
     command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-CAfile", str(pair.certificate), *options]
