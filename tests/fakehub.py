@@ -74,7 +74,7 @@ class FakeHub:
         holding: set when a content waits for `faults.hold`.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, host: str = "127.0.0.1") -> None:
         self.root = root
         self.seen: list[Seen] = []
         self.faults = Faults()
@@ -95,10 +95,10 @@ class FakeHub:
             def handle_error(self, *_: object) -> None:
                 pass  # a client that ends its pull
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server((host, 0), Handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.url = f"http://{host}:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
         self._thread.start()

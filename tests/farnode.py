@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections import deque
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -78,17 +79,27 @@ class FarNode:
         self._thread = threading.Thread(target=self._carry, name="far node", daemon=True)
         self._thread.start()
 
-    def start(self, cluster: RayCluster, cpus: int = 2) -> None:
-        """Start the node, with the resource `far`. Returns at once."""
-        command = ["ip", "netns", "exec", self._space, sys.executable, "-W", "ignore", "-m", "ray.scripts.scripts"]
-        command += ["start", "--address", cluster.address, "--node-ip-address", _NODE_HOST, "--num-cpus", str(cpus)]
+    def start(self, cluster: RayCluster, cpus: int = 2, own: Path | None = None, **variables: str) -> None:
+        """Start the node, with the resource `far`. Returns at once.
+
+        Args:
+            cluster: that it joins.
+            cpus: its processors.
+            own: a directory that is empty on this node, and no other machine's.
+            variables: of its environment.
+        """
+        command = ["ip", "netns", "exec", self._space]  # with a mount namespace of its own
+        if own is not None:
+            command += ["sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(own)]
+        command += [sys.executable, "-W", "ignore", "-m", "ray.scripts.scripts", "start"]
+        command += ["--address", cluster.address, "--node-ip-address", _NODE_HOST, "--num-cpus", str(cpus)]
         command += ["--resources", '{"far": 10}', "--object-store-memory", str(100 << 20), "--block"]
         self._node = subprocess.Popen(
             [*command, "--disable-usage-stats"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=os.environ | cluster.environment,
+            env=os.environ | cluster.environment | variables,
             start_new_session=True,
         )
 

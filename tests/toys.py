@@ -75,10 +75,10 @@ HEARTBEAT_S = 0.05
 
 
 def toy_profile(name: str = "toy") -> ModelProfile:
-    """Return the profile of a toy model; its directory does not exist."""
+    """Return the profile of a toy model; its directory has no model."""
     return ModelProfile(
         name=name,
-        directory=Path("/nowhere"),
+        directory=Path(__file__).parent / "toyserver",
         pipeline_class="StableDiffusionPipeline",
         family="stable-diffusion",
         component_tasks=frozenset({"text2image", "image2image", "inpainting"}),

@@ -21,6 +21,7 @@ from typing import Any
 import ovserve
 from ovserve.hub.environment import is_offline
 from ovserve.hub.pull import find_pulled
+from ovserve.hub.stored import read_record
 from ovserve.logs import fields
 from ovserve.models.pending import PendingModel, PullState
 from ovserve.settings.options import ModelSettings, Settings
@@ -65,7 +66,7 @@ class Pulls:
         for model in settings.models:
             directory = find_pulled(root, model.source_model, model.revision) if model.source_model else None
             if directory is not None:
-                models.append(dataclasses.replace(model, path=directory))
+                models.append(dataclasses.replace(model, path=directory, revision=_commit(model, directory)))
             elif model.source_model:
                 wanted[model.name] = model
             else:
@@ -98,6 +99,12 @@ class Pulls:
             pull.stop()
         for pull in pulls:
             pull.join()
+
+
+def _commit(model: ModelSettings, directory: Path) -> str:
+    """Return the option `revision` for a pulled model: on a cluster its commit, which each node then pulls."""
+    record = read_record(directory) if model.pool == "ray" else None
+    return record.commit if record is not None else model.revision
 
 
 class _Pull:

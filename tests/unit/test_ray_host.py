@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
-import json
 import os
+import select
+import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -13,18 +16,21 @@ from typing import Any
 
 import pytest
 
+from ovserve.models.profile import builtin_directory
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import Blob
 from ovserve.wire.codec import decode, encode
 from ovserve.wire.launcher import WorkerSpec
-from ovserve.wire.messages import Done, Failed, Grant, Message, Need, Picture, Ready, Run, Stop
+from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Message, Need, Picture, Ready, Run, Stop
 from ovserve.wire.ray import host as hosts
 from ovserve.wire.ray import records
 from ovserve.wire.ray.host import Launch, Part, WorkerHost
 from ovserve.wire.ray.node_files import NodeFiles
 from ovserve.wire.request import ImageRequest
 from tests import toys
+from tests.fakehub import COMMIT, FakeHub
+from tests.live import children_of
 
 REQUEST, ROOM = "a" * 24, "b" * 24
 
@@ -32,14 +38,17 @@ REQUEST, ROOM = "a" * 24, "b" * 24
 class Running:
     """A host with a toy worker, and what it has yielded."""
 
-    def __init__(self, **plugin_config: Any) -> None:
-        model = ModelSettings(name="toy", plugin_config=json.dumps(plugin_config))
-        spec = WorkerSpec(toys.toy_profile(), model, WorkerSettings.of(Settings()), 0, 0)
-        self.host = WorkerHost()
+    def __init__(self, directory: Path | None = None, **options: Any) -> None:
+        profile = toys.toy_profile()
+        if directory is not None:
+            profile = dataclasses.replace(profile, directory=directory)
+        spec = WorkerSpec(profile, ModelSettings(name="toy", **options), WorkerSettings.of(Settings()), 0, 0)
+        self.host = WorkerHost("10.0.0.7/ab")
         self._messages: list[Message] = []
         self.pictures: dict[str, bytes] = {}
         self.log = b""
         self.status: dict[str, Any] = {}
+        self.waited_for: list[str] = []
         self.reason = ""
         self._number = 0
         self._records = self.host.serve(Launch(toys.worker_main, spec).to_bytes())
@@ -73,6 +82,7 @@ class Running:
             self.pictures[content[: records.STORAGE_CHARS].decode()] = content[records.STORAGE_CHARS :]
         elif kind == records.STATUS:
             self.status = records.decode_json(content)
+            self.waited_for += filter(None, [self.status.get("waits_for", "")])
         elif kind == records.LOG:
             self.log += content
         else:
@@ -203,6 +213,99 @@ def test_worker_that_breaks_the_protocol_is_ended(running: Running) -> None:
     running.run("garbage")
     running.until(None)
     assert running.reason.startswith("protocol violation")
+
+
+# --- the model's directory on the node --------------------------------------------------------------------------------
+
+
+REPOSITORY = "owner/shapes"
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    root = tmp_path_factory.mktemp("hub")
+    shutil.copytree(builtin_directory(), root / REPOSITORY)
+    with FakeHub(root) as found:
+        monkeypatch.setenv("HF_ENDPOINT", found.url)
+        yield found
+
+
+def test_missing_directory_is_a_load_failure_that_names_the_node(directory: Path, leak_guard: None) -> None:
+    running = Running(directory / "absent")
+    failed = running.until(Failed)
+    running.until(None)
+    assert isinstance(failed, Failed)
+    assert not failed.job
+    assert failed.error["message"] == running.reason
+    assert running.reason.startswith(f"node 10.0.0.7/ab has no directory {directory}/absent; put it on storage that")
+    running.close()
+
+
+def test_model_is_pulled_once_a_node_and_shows_how_far_it_is(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory, hub: FakeHub, leak_guard: None
+) -> None:
+    root = tmp_path_factory.mktemp("models")
+    options = {"source_model": REPOSITORY, "revision": COMMIT}
+    hub.faults.hold = threading.Event()
+    first, second = (Running(root / REPOSITORY, **options) for _ in range(2))
+    first.deliver(Stop())  # waits until there is a worker
+    assert first.until(Heartbeat) == Heartbeat("pull")
+    while not any(text.endswith("%") for text in first.waited_for):
+        first.until(Heartbeat)
+    assert first.waited_for[-1].startswith(f"node 10.0.0.7/ab pulls {REPOSITORY}: ")
+    while not any("is running; waiting" in text for text in second.waited_for):
+        second.until(Heartbeat)
+    hub.faults.hold.set()
+    first.until(None)
+    assert first.reason == "exited with code 0"
+    assert not first.status.get("waits_for")
+    assert second.until(Ready)
+    weights = {path: count for path, count in hub.downloads().items() if path.endswith(".bin")}
+    assert weights
+    assert set(weights.values()) == {1}, "pulled twice"
+    hub.seen.clear()
+    third = Running(root / REPOSITORY, **options)
+    assert third.until(Ready)
+    assert not hub.seen
+    for each in (first, second, third):
+        each.close()
+    assert (root / REPOSITORY / "model_index.json").exists()
+
+
+def test_pull_that_fails_is_a_load_failure_with_its_reason(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory, hub: FakeHub, leak_guard: None
+) -> None:
+    hub.faults.gated = "hf_other"
+    running = Running(tmp_path_factory.mktemp("models") / REPOSITORY, source_model=REPOSITORY, revision=COMMIT)
+    failed = running.until(Failed)
+    running.until(None)
+    assert isinstance(failed, Failed)
+    assert running.reason.startswith(f"node 10.0.0.7/ab cannot pull {REPOSITORY}: ")
+    assert "is gated" in running.reason
+    running.close()
+
+
+def test_pull_ends_with_the_thread_of_the_actor(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory, hub: FakeHub
+) -> None:
+    hub.faults.hold = threading.Event()
+    running = Running(tmp_path_factory.mktemp("models") / REPOSITORY, source_model=REPOSITORY, revision=COMMIT)
+    before = set(children_of(os.getpid()))
+    pulls: set[int] = set()
+
+    def start() -> None:
+        while not hub.holding.is_set():
+            running.until(Heartbeat)
+        pulls.update(set(children_of(os.getpid())) - before)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert len(pulls) == 1
+    descriptor = os.pidfd_open(pulls.pop())
+    assert select.select([descriptor], [], [], 30)[0], "it still runs"
+    os.close(descriptor)
+    running.close()
 
 
 def test_abandoned_host_kills_its_worker(directory: Path, leak_guard: None) -> None:

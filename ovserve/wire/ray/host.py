@@ -21,15 +21,16 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 from ovserve.deadline import Deadline
-from ovserve.errors import LinkClosed, LinkGarbage, SpoolFull
+from ovserve.errors import InternalError, LinkClosed, LinkGarbage, ModelError, SpoolFull
 from ovserve.machine import machine_memory_bytes
 from ovserve.wire.codec import decode, encode
 from ovserve.wire.launcher import WorkerMain, WorkerProcess, WorkerSpec
 from ovserve.wire.link import Link
 from ovserve.wire.local.launcher import LocalLauncher
 from ovserve.wire.local.spool import default_directory
-from ovserve.wire.messages import Done, Failed, Grant, Message, Need, Picture, Run
+from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Message, Need, Picture, Run
 from ovserve.wire.ray.node_files import NodeFiles
+from ovserve.wire.ray.node_model import await_model
 from ovserve.wire.ray.records import exit_record, fill_record, lines_record, log_record, status_record
 
 __all__ = ["Launch", "Part", "WorkerHost"]
@@ -87,6 +88,7 @@ class WorkerHost:
         self._early: dict[int, tuple[bytes, Sequence[Part], Sequence[bytes]]] = {}  # commands that overtook others
         self._gap_since: float | None = None  # since when a command is missing
         self._refusals: list[bytes] = []  # reports of this actor in the place of the worker
+        self._is_started = False  # the worker was started: before, commands wait
         self._end_reason = ""  # why `serve` has to end the worker
         self._wants_stacks = False  # `serve` has to ask the worker for its stacks
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -104,17 +106,8 @@ class WorkerHost:
         """
         with self._lock:
             self._early[number] = line, parts, data
-            while (found := self._early.pop(self._next_number, None)) is not None:
-                self._next_number += 1
-                try:
-                    self._execute(*found)
-                except Exception as error:  # noqa: BLE001 - without this command the worker would wait for ever
-                    self._end_reason = f"a command failed: {type(error).__name__}: {error}"
-                    os.eventfd_write(self._wakeup, 1)
-            if not self._early:
-                self._gap_since = None
-            elif self._gap_since is None:
-                self._gap_since = time.monotonic()
+            if self._is_started:
+                self._execute_early()
 
     def log_stacks(self) -> None:
         """Make the worker write the stacks of its threads into its log. Returns at once."""
@@ -122,19 +115,29 @@ class WorkerHost:
         os.eventfd_write(self._wakeup, 1)
 
     def serve(self, launch: bytes) -> Iterator[bytes]:
-        """Start the worker; yield records until it has exited."""
+        """Start the worker, once its model is on this node; yield records until it has exited."""
         given = Launch.from_bytes(launch)
-        log_read, log_write = os.pipe()
-        os.set_blocking(log_read, False)
+        log_read = -1
         process: WorkerProcess | None = None
         try:
             files = NodeFiles(default_directory())
             with self._lock:
                 self._files = files
+            try:
+                for state in await_model(given.spec.profile, given.spec.model, self._node):
+                    yield status_record(clock=time.monotonic(), node=self._node, waits_for=state)
+                    yield lines_record([encode(Heartbeat("pull"))])
+            except ModelError as error:
+                yield lines_record([encode(Failed("", InternalError(str(error)).to_wire()))])
+                yield exit_record(str(error))
+                return
+            log_read, log_write = os.pipe()
+            os.set_blocking(log_read, False)
             with _standard_error(log_write):
                 process, link = LocalLauncher(given.main, files.blobs).start(self._named(given.spec))
             with self._lock:
-                self._link = link
+                self._link, self._is_started = link, True
+                self._execute_early()
             yield from self._watch(process, link, log_read)
         finally:
             if process is not None:
@@ -145,7 +148,22 @@ class WorkerHost:
                 self._link, files_left, self._files = None, self._files, None
             if files_left is not None:
                 files_left.close()
-            os.close(log_read)
+            if log_read >= 0:
+                os.close(log_read)
+
+    def _execute_early(self) -> None:
+        """Execute the commands that no missing one precedes. Called with the lock."""
+        while (found := self._early.pop(self._next_number, None)) is not None:
+            self._next_number += 1
+            try:
+                self._execute(*found)
+            except Exception as error:  # noqa: BLE001 - without this command the worker would wait for ever
+                self._end_reason = f"a command failed: {type(error).__name__}: {error}"
+                os.eventfd_write(self._wakeup, 1)
+        if not self._early:
+            self._gap_since = None
+        elif self._gap_since is None:
+            self._gap_since = time.monotonic()
 
     def _named(self, spec: WorkerSpec) -> WorkerSpec:
         """Return the description of the worker with the name of this node, for its log."""
