@@ -10,6 +10,7 @@ import base64
 import importlib
 import importlib.util
 import struct
+from dataclasses import dataclass, field
 
 from ovserve.pixels.avif import avif_size, boxes_of, properties_of
 from ovserve.pixels.counts.walk import FileWalk, check_count
@@ -32,6 +33,7 @@ SAMPLE = base64.b64decode(
 BLOCK_PX = 64  # the largest coding block of HEVC: a picture is padded to whole blocks
 _TILE_PIXELS = 64 * 64  # the smallest tiles that a grid may consist of
 _SPARE_TILES = 64
+MAX_LEVELS = 4  # of items made of other items; a photograph has one, or two with a rotation
 
 
 def reads_heic() -> bool:
@@ -68,9 +70,13 @@ def walk_heic(found: FileWalk) -> None:
         for at, _ in boxes_of(data, b"iinf", inner, meta_end):
             check_count(found.unpack(">xxxxH" if data[at] == 0 else ">xxxxI", at)[0], MAX_ITEMS, "items")
         for at, end in boxes_of(data, b"iref", inner, meta_end):
-            tiles = _references(found, b"dimg", at, end)
+            sources = _references(found, b"dimg", at, end)
             limit = _SPARE_TILES + width * height // _TILE_PIXELS
-            check_count(tiles, limit, f"tiles for {width}x{height} pixels")
+            what = f"tiles for {width}x{height} pixels"
+            check_count(sum(len(items) for items in sources.values()), limit, what)
+            tree = _Sources(sources, limit)
+            for item in sources:
+                check_count(tree.count(item)[0], limit, what)
     found.width, found.height = width, height  # last: a file whose boxes are damaged has no size, and is rejected
 
 
@@ -89,12 +95,55 @@ def _size(data: bytes | memoryview) -> tuple[int, int]:
     return width, height
 
 
-def _references(found: FileWalk, kind: bytes, at: int, end: int) -> int:
-    """Return the number of references of a kind (ISO/IEC 14496-12 section 8.11.12)."""
-    form = ">HH" if found.data[at] == 0 else ">IH"
-    total = 0
+def _references(found: FileWalk, kind: bytes, at: int, end: int) -> dict[int, list[int]]:
+    """Return the items with references of a kind, and the items that they name (ISO/IEC 14496-12 section 8.11.12).
+
+    Raises:
+        ValueError: a reference is cut off.
+    """
+    letter = "H" if found.data[at] == 0 else "I"
+    sources: dict[int, list[int]] = {}
     for begin, stop in boxes_of(found.data, kind, at + 4, end):
-        if stop - begin < struct.calcsize(form):
+        names = begin + struct.calcsize(f">{letter}H")
+        if stop < names:
             raise ValueError("a reference is cut off")
-        total += found.unpack(form, begin)[1]
-    return total
+        item, count = found.unpack(f">{letter}H", begin)
+        if stop < names + count * struct.calcsize(letter):
+            raise ValueError("a reference is cut off")
+        sources.setdefault(item, []).extend(found.unpack(f">{count}{letter}", names))
+    return sources
+
+
+@dataclass(slots=True)
+class _Sources:
+    """The items of which items are made: a grid may consist of grids, each of the same tiles.
+
+    Attributes:
+        items: by the number of the item that is made of them.
+        limit: a count above it is not exact.
+        seen: the results so far.
+    """
+
+    items: dict[int, list[int]]
+    limit: int
+    seen: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def count(self, item: int, levels: int = MAX_LEVELS) -> tuple[int, int]:
+        """Return how many pictures are decoded for an item, and how many levels of items it has.
+
+        Raises:
+            TooMuch: it has more than `levels`, or is made of itself.
+        """
+        if item not in self.items:
+            return 1, 0
+        if item not in self.seen:
+            total = height = 0
+            for source in self.items[item] if levels else ():
+                pictures, below = self.count(source, levels - 1)
+                total, height = total + pictures, max(height, below)
+                if total > self.limit:
+                    break
+            self.seen[item] = total, height + 1
+        found = self.seen[item]
+        check_count(found[1], levels, "levels of items in one another")
+        return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import json
 import os
 import sys
 import warnings
@@ -83,7 +84,14 @@ def _devices_of(profile: ModelProfile, settings: ModelSettings) -> str:
 
     core = ov.Core()
     devices = choose_device(settings.device, core.available_devices)
-    check_device_memory(profile.name, devices.split(), component_bytes(profile.directory), core)
+    plugin = json.loads(settings.plugin_config) if settings.plugin_config else {}
+    sizes = component_bytes(
+        profile.directory,
+        keeps_float32=plugin.get("INFERENCE_PRECISION_HINT") == "f32",
+        # `auto` decides by the memory of the machine, and an encoder with adapters is kept.
+        releases_encoders=settings.text_encoder == "release" and settings.engine != "genai" and not settings.lora,
+    )
+    check_device_memory(profile.name, devices.split(), sizes, core)
     return devices
 
 

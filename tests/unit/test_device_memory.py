@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import openvino as ov
 import pytest
+from openvino import opset13 as ops
 
 from ovserve.engines.device_memory import check_device_memory, component_bytes
 from ovserve.errors import ModelError
@@ -37,6 +40,30 @@ def test_sizes_are_those_of_the_weight_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "openvino_tokenizer.bin").write_bytes(bytes(1000))
     assert component_bytes(tmp_path) == (7, 20, 11)
+
+
+def write_graph(directory: Path, values: int, *, in_float16: bool) -> None:
+    """Write a graph with this number of weights, which two layers share."""
+    directory.mkdir()
+    source = ops.parameter([1, values], np.float32)
+    weights = ops.constant(np.random.default_rng(1).normal(size=(1, values)).astype(np.float32))
+    model = ov.Model([ops.add(ops.multiply(source, weights), weights)], [source])
+    ov.save_model(model, directory / "openvino_model.xml", compress_to_fp16=in_float16)
+
+
+def test_float32_weights_are_held_as_float16_unless_the_device_computes_in_float32(tmp_path: Path) -> None:
+    write_graph(tmp_path / "text_encoder", 1000, in_float16=True)
+    write_graph(tmp_path / "transformer", 2000, in_float16=False)
+    assert (tmp_path / "transformer" / "openvino_model.bin").stat().st_size == 8000
+    assert component_bytes(tmp_path) == (2000, 4000, 0)
+    assert component_bytes(tmp_path, keeps_float32=True) == (2000, 8000, 0)
+
+
+def test_released_text_encoders_are_loaded_one_at_a_time(tmp_path: Path) -> None:
+    for name, values in (("text_encoder", 1000), ("text_encoder_2", 3000), ("transformer", 500)):
+        write_graph(tmp_path / name, values, in_float16=True)
+    assert component_bytes(tmp_path) == (8000, 1000, 0)
+    assert component_bytes(tmp_path, releases_encoders=True) == (6000, 1000, 0)
 
 
 @pytest.mark.parametrize("devices", [["CPU"], ["CPU", "GPU.0", "CPU"], ["NPU", "GPU.0", "NPU"], ["AUTO"]])

@@ -16,7 +16,7 @@ import pytest
 from ovserve.api.parameters.imagehead import read_head
 from ovserve.errors import ImageError
 from ovserve.pixels.counts.inspect import inspect
-from ovserve.pixels.heic import MAX_ITEMS, is_heic, reads_heic
+from ovserve.pixels.heic import MAX_ITEMS, MAX_LEVELS, is_heic, reads_heic
 from ovserve.pixels.images import Limits, decode_image
 from ovserve.settings.options import Settings
 
@@ -77,7 +77,7 @@ def photograph(
     """Return the boxes of a file without its pictures, with one more box at the end of `meta`."""
     sizes = box(b"iprp", box(b"ipco", box(b"ispe", struct.pack(">4xII", *size))))
     count = struct.pack(">B3xI" if wide else ">B3xH", int(wide), items)
-    grid = box(b"dimg", struct.pack(">IH" if wide else ">HH", 1, tiles) + bytes(2 * tiles))
+    grid = box(b"dimg", struct.pack(">IH" if wide else ">HH", 1, tiles) + bytes((4 if wide else 2) * tiles))
     other = box(b"thmb", struct.pack(">HH", 1, 60_000))
     references = box(b"iref", struct.pack(">B3x", int(wide)) + other + grid)
     return box(b"ftyp", b"heic\0\0\0\0mif1heic") + box(
@@ -94,6 +94,37 @@ def test_items_and_tiles_are_counted(wide: bool) -> None:
     with pytest.raises(ImageError, match="tiles for 64x64 pixels"):
         inspect(memoryview(photograph(tiles=66, wide=wide)), "image")
     inspect(memoryview(photograph(tiles=192, size=(8064, 6048), wide=wide)), "image")  # 48 megapixels of a telephone
+
+
+def nested(*grids: tuple[int, list[int]], size: tuple[int, int] = (64, 64), wide: bool = False) -> memoryview:
+    """Return the boxes of a file in which items are made of others: (item, its sources)."""
+    letter = "I" if wide else "H"
+    boxes = [
+        box(b"dimg", struct.pack(f">{letter}H{len(sources)}{letter}", item, len(sources), *sources))
+        for item, sources in grids
+    ]
+    references = box(b"iref", struct.pack(">B3x", int(wide)) + b"".join(boxes))
+    sizes = box(b"iprp", box(b"ipco", box(b"ispe", struct.pack(">4xII", *size))))
+    return memoryview(box(b"ftyp", b"heic\0\0\0\0mif1heic") + box(b"meta", bytes(4) + references + sizes))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_tiles_of_grids_in_grids_are_counted(wide: bool) -> None:
+    tiles = list(range(10, 18))
+    inspect(nested((1, [2] * 8), (2, tiles), wide=wide), "image")  # 64 pictures; 65 are allowed
+    for grids in (((1, [2] * 9), (2, tiles)), ((2, tiles), (1, [2] * 9))):  # 17 references, 72 pictures
+        with pytest.raises(ImageError, match="tiles for 64x64 pixels; this server allows at most 65"):
+            inspect(nested(*grids, wide=wide), "image")
+    inspect(nested((1, [2] * 9), (2, tiles), size=(512, 512), wide=wide), "image")
+
+
+def test_items_inside_one_another_have_few_levels() -> None:
+    chain = [(number, [number + 1]) for number in range(1, 1 + MAX_LEVELS)]
+    inspect(nested(*chain), "image")
+    longer = [*chain, (1 + MAX_LEVELS, [99])]
+    for grids in (longer, longer[::-1], [(1, [2]), (2, [1])], [(1, [1])]):
+        with pytest.raises(ImageError, match="levels of items in one another"):
+            inspect(nested(*grids), "image")
 
 
 def test_boxes_that_cannot_be_counted_are_no_way_around_the_counts() -> None:
