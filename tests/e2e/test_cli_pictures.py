@@ -210,6 +210,35 @@ def test_builtin_starts_a_server_for_the_call_and_stops_it(folder: Path) -> None
     assert processes_with(marker) == []
 
 
+def test_ctrl_c_ends_the_server_of_the_call_too(folder: Path) -> None:
+    marker = f"mark-{folder}"
+    env = environment(TERM="dumb", CLI_TEST_MARK=marker)
+    arguments = ["edit", "photo.png", "-p", PROMPT, "--builtin", "--steps", "100", "--strength", "1", "--n", "10"]
+    code, output = in_terminal(arguments, folder, env, rb"step \d+/\d+ \[")
+    assert code == ExitCode.CANCELLED, output
+    assert b"Traceback" not in output
+    assert processes_with(marker) == []
+    assert [path.name for path in folder.iterdir()] == ["photo.png"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_closed_terminal_ends_the_server_of_the_call_too(folder: Path, number: signal.Signals) -> None:
+    marker = f"mark-{folder}"
+    command = [*COMMAND, "generate", "-p", PROMPT, "--builtin"]
+    started = subprocess.Popen(
+        command, cwd=folder, env=environment(CLI_TEST_MARK=marker), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + LIMIT_S
+    while len(processes_with(marker)) < 2:  # the command and its server
+        assert time.monotonic() < deadline
+        assert started.poll() is None
+        select.select([], [], [], 0.02)
+    started.send_signal(number)
+    _, error = started.communicate(timeout=LIMIT_S)
+    assert (started.returncode, error) == (ExitCode.CANCELLED, b"")
+    assert processes_with(marker) == []
+
+
 def test_key_comes_from_the_environment(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     with LiveServer(spool=tmp_path_factory.mktemp("spool"), environment={"OVSERVE_API_KEY": "sk-cli"}) as keyed:
         code, _, err = run("generate", "-p", PROMPT, cwd=folder, url=keyed.url)
