@@ -16,7 +16,7 @@ from tests.fuzz.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = Path(__file__).parent / "corpus"
-SECONDS, HEAVY_SECONDS = 10, 300
+SECONDS, HEAVY_SECONDS = 3, 300
 
 
 @pytest.mark.parametrize("target", TARGETS)

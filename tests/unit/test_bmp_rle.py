@@ -75,7 +75,6 @@ def test_codes_decode_as_in_pillow(codes: bytes, width: int, height: int, bits: 
 def test_a_megapixel_takes_milliseconds(codes: bytes, bits: int) -> None:
     absolute = bytes(256 * bits // 8) if codes == b"\0\xff" else b""
     data = bmp((codes + absolute) * 4000, 1000, 1000, bits)
-    assert isinstance(pixels_or_error(data), list)
     with Image.open(io.BytesIO(data)) as image:
         started = time.process_time()
         image.load()

@@ -116,6 +116,10 @@ SHA = "0" * 64
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            f"[[key]]\nname = 'a'\nsha256 = '{SHA}'\n[[key]]\nname = 'b'\nsha256 = '{SHA}'",
+            r"key 2 \(b\): sha256 is that of the key 'a'",
+        ),
         ("", "no key found"),
         ("key = 1", "write each key as a"),
         ("[[key]]\nname = 'a'", "sha256: expected 64"),

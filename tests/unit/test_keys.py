@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ import pytest
 from ovserve.api.routes import match_route
 from ovserve.errors import SettingsError, Unauthorized
 from ovserve.front.http1.head import HeadParser
-from ovserve.front.keys import Keys, read_keys
+from ovserve.front.keys import Keys, NamedKey, read_keys
 from ovserve.front.request import Request
+from ovserve.grants import Grant, KeyLimits
 from ovserve.settings.options import Settings
 from ovserve.settings.sources import load_settings
 
@@ -158,3 +161,31 @@ def test_only_a_configured_key_makes_a_request_verified() -> None:
     assert is_accepted(other, Keys())  # no keys are configured
     assert (known.is_verified, other.is_verified) == (True, False)
     assert known.key != other.key != ""
+
+
+@pytest.mark.parametrize("key", [KEY, "sk-unknown", "sk-7"])
+def test_check_makes_as_many_calls_for_thousands_of_keys_as_for_one(key: str) -> None:
+    def calls(keys: Keys) -> int:
+        count = 0
+
+        def note(*_: object) -> None:
+            nonlocal count
+            count += 1
+
+        asked = request(f"Authorization: Bearer {key}\r\n")
+        sys.setprofile(note)
+        try:
+            is_accepted(asked, keys)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    def keys_of(count: int) -> Keys:
+        plain = [KEY, *(f"sk-plain-{number}" for number in range(count))]
+        named = [
+            NamedKey(hashlib.sha256(f"sk-{number}".encode()).digest(), Grant(f"k{number}", KeyLimits()))
+            for number in range(count)
+        ]
+        return Keys(plain, named)
+
+    assert calls(keys_of(5000)) == calls(keys_of(10))

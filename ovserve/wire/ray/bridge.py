@@ -43,7 +43,8 @@ PACKET_BYTES = 128 * 1024  # of an order; it has the profile and the options of 
 _DESCRIPTORS = 3  # that come with an order: commands, reports, status
 _SWEEP_S = 1.0
 _RECONNECT_S = 2.0
-_DRAIN_CHECK_S = 2.0
+_CHECK_S = 2.0  # between two looks at the cluster
+_ASK_AFTER_S = 4.0  # that a worker waits for its place: an actor on a node that has room is there before
 _HEAD_LIMIT_S = 75.0  # Ray ends the process itself after 60 s, except where a new head answers at the old address
 _END_S = 6.0  # for a cluster that was started for this server to end
 
@@ -66,6 +67,11 @@ class Order:
     memory_bytes: int
     resources: Mapping[str, float]
     place_timeout_s: float
+
+    def bundle(self) -> dict[str, float]:
+        """Return what its node must have free, by Ray's names of the resources."""
+        own = {"CPU": self.cpus, "memory": float(self.memory_bytes), **self.resources}
+        return {name: amount for name, amount in own.items() if amount}
 
 
 def run_bridge(
@@ -100,6 +106,7 @@ class Bridge:
         self._address = address
         self._cluster: Cluster | None = None  # once it is connected
         self._draining: set[str] = set()  # ids of nodes
+        self._has_asked = False  # the autoscaler, for room
         self._seen_at = math.inf  # when the head has answered last
         self._lost = ""  # why the connection is of no use any more
         self._waits_for = "the Ray cluster is being connected"
@@ -162,6 +169,7 @@ class Bridge:
 
         worker = RemoteWorker(order.name, link, handle, self._uploads, order.place_timeout_s)
         worker.place, worker.waits_for = place, lambda: self._waits_for
+        worker.bundle = order.bundle()
         self._workers[handle] = worker
         worker.start()
         return True
@@ -198,14 +206,32 @@ class Bridge:
             self._seen_at = time.monotonic()
             self._cluster = found
             # Ray's own processes end with the thread that has started them.
-            while not self._stopping.wait(_DRAIN_CHECK_S):
+            while not self._stopping.wait(_CHECK_S):
                 with contextlib.suppress(LaunchError):  # the head does not answer
+                    self._ask_for_room(found)
                     draining = found.draining()
                     if draining is None:
                         self._lost = "this machine's node is no longer one of the cluster"
                         return
                     self._draining, self._seen_at = draining, time.monotonic()
+            with contextlib.suppress(LaunchError):
+                if self._has_asked:
+                    found.ask_for_room(())
             found.disconnect()
+
+    def _ask_for_room(self, cluster: Cluster) -> None:
+        """Ask the autoscaler for room for all workers while one of them waits; then withdraw that. Raises LaunchError.
+
+        Ray keeps a request until the next one, and the nodes for it: one that stays would cost for ever.
+        """
+        workers = [worker for worker in list(self._workers.values()) if not worker.has_ended]
+        is_waiting = any(worker.waits_s() > _ASK_AFTER_S for worker in workers)
+        if is_waiting or self._has_asked:
+            bundles = [worker.bundle for worker in workers] if is_waiting else []
+            if is_waiting != self._has_asked:
+                log.info("autoscaler asked for room", extra=fields(workers=len(bundles)))
+            cluster.ask_for_room(bundles)
+            self._has_asked = is_waiting
 
     def _put(self, data: bytes) -> object:
         if self._cluster is None:

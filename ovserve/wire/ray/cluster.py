@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray._private.state import state
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from ovserve.errors import LaunchError
@@ -129,6 +130,19 @@ class Cluster:
             if not any(node["NodeID"] == own and node["Alive"] for node in ray.nodes()):  # type: ignore[no-untyped-call]
                 return None
             return {node[:_NODE_CHARS] for node in state.get_draining_nodes()}
+        except Exception as error:  # noqa: BLE001 - Ray raises many kinds
+            raise LaunchError(_reason(error)) from None
+
+    def ask_for_room(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Ask the cluster's autoscaler, if it has one, for nodes that together have room for all of these resources.
+
+        Ray keeps the newest request for the whole cluster, so it replaces what another front end has asked for.
+
+        Raises:
+            LaunchError: the head does not answer.
+        """
+        try:
+            request_resources(bundles=[dict(bundle) for bundle in bundles])
         except Exception as error:  # noqa: BLE001 - Ray raises many kinds
             raise LaunchError(_reason(error)) from None
 

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
@@ -78,6 +78,7 @@ class RemoteWorker:
     Attributes:
         place: creates the actor; None while there is no connection. Raises LaunchError.
         waits_for: why there is none.
+        bundle: what its node must have free.
         node: the name of its node, once it was placed.
     """
 
@@ -93,7 +94,9 @@ class RemoteWorker:
     ) -> None:
         self.name = name
         self.node = ""
+        self.bundle: Mapping[str, float] = {}
         self.status = status
+        self._created_at = time.monotonic()
         self._is_leaving = False
         self._link = link
         self.place: Callable[[], Host | None] = lambda: None
@@ -118,6 +121,10 @@ class RemoteWorker:
     def has_ended(self) -> bool:
         """Whether its end was reported to the front end."""
         return not self._reports.is_alive()
+
+    def waits_s(self) -> float:
+        """Return how long it has waited for its place; 0 once it was placed."""
+        return 0.0 if self.node else time.monotonic() - self._created_at
 
     def join(self, timeout_s: float) -> None:
         """Wait until its threads have ended."""
