@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import io
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -400,32 +403,27 @@ def test_adapters_and_references_of_a_model_are_offered(browser: Browser, small:
 
 
 def test_place_in_the_queue_is_shown(browser: Browser, small: LiveServer) -> None:
-    with open_page(browser) as page, httpx.Client(base_url=small.url, timeout=60) as client:
+    body = json.dumps({"model": "sd15", "prompt": PROMPT, "num_inference_steps": 100, "n": 10})
+    with open_page(browser) as page, contextlib.ExitStack() as others:
         page.goto(small.url + "/")
         expect(page.locator("#server")).to_have_text(re.compile("^Ready"))
         page.fill("#prompt", PROMPT)
-        others = []
-
-        def ask() -> None:
-            fields = {"model": "sd15", "prompt": PROMPT, "num_inference_steps": 60}
-            others.append(client.post("/v1/images/generations", json=fields).status_code)
-
-        threads = [threading.Thread(target=ask) for _ in range(5)]
-        for thread in threads:
-            thread.start()
-        for _ in range(1000):
-            if client.get("/v1/models/sd15").json()["queued"] >= 1:
-                break
-            page.wait_for_timeout(10)
+        for _ in range(6):  # they run for minutes, until their connections are closed
+            connection = others.enter_context(contextlib.closing(http.client.HTTPConnection("127.0.0.1", small.port)))
+            connection.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
+        expect(page.locator("#server")).to_have_text(re.compile("waiting"))
         page.click("#send")
         expect(page.locator("#progress-text")).to_have_text(
             re.compile(r"^Waiting: \d+ before this one|^Next in the queue")
         )
         page.click("#cancel")
         expect(page.locator("#progress")).to_be_hidden()
-        for thread in threads:
-            thread.join()
-        assert others == [200] * len(threads)
+    for _ in range(600):
+        status = small.fetch("/v1/models/sd15")[1]
+        if not status["running"] and not status["queued"]:
+            break
+        time.sleep(0.1)
+    assert (status["running"], status["queued"]) == (0, 0)
 
 
 def test_requests_of_the_edit_guide_are_served(small: LiveServer, tmp_path: Path) -> None:
