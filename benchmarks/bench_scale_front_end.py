@@ -41,7 +41,7 @@ JOB_S = 0.5
 PLACES = 2  # jobs that a toy worker runs at once
 MOST_CLIENTS = 96
 IDLE_S = 10.0
-START_LIMIT_S = 500.0
+START_LIMIT_S = 900.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
