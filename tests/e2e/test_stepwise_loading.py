@@ -13,11 +13,12 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
+from ovserve.engines.protocol import Pixels
 from ovserve.engines.stepwise.engine import Call, StepwiseEngine
 from ovserve.engines.stepwise.slots import Finished
 from ovserve.errors import ModelError
 from ovserve.models.profile import read_profile
-from ovserve.settings.options import ModelSettings
+from ovserve.settings.options import ModelSettings, Resolution
 from tests.pictures import (
     drive,
     image_of,
@@ -28,6 +29,7 @@ from tests.pictures import (
     work_of,
 )
 from tests.stepwise import PROFILE, SD, Traced, load_watched, text, with_unet
+from tests.tinymodels import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,26 @@ def test_prompts_and_images_are_encoded_once() -> None:
     assert (counts["text_encoder"], counts["vae_encoder"], counts["vae_decoder"]) == (1, 1, 3)
     for other in others:
         np.testing.assert_array_equal(first, other)
+
+
+def test_references_are_encoded_once_by_their_content() -> None:
+    engine = load_stepwise(tiny_model("kontext"), streams=1)
+    profile = read_profile(settings_of(tiny_model("kontext")))
+    size: dict[str, Any] = {"size": Resolution(64, 64), "num_inference_steps": 1, "guidance_scale": 1.0}
+    first, second, third = (image_of(64, 64, seed) for seed in (21, 22, 23))
+
+    def made(*references: Pixels) -> Pixels:
+        images = tuple(each.copy() for each in references)
+        [pixels] = pixels_of(drive(engine, [work_of(profile, "image2image", 0, reference_images=images, **size)]))
+        return pixels
+
+    before = engine.counts()
+    pictures = [made(first, second), made(second, first), made(first, third, second), made(first, second)]
+    counts = engine.counts()
+    engine.close()
+    assert (counts.image_misses - before.image_misses, counts.image_hits - before.image_hits) == (3, 6)
+    assert np.array_equal(pictures[0], pictures[3])
+    assert not np.array_equal(pictures[0], pictures[1])
 
 
 def one_timestep(model: Any) -> Any:

@@ -102,6 +102,10 @@ def test_guidance_scale_of_a_model_without_guidance_is_named_as_ignored() -> Non
     assert edit(("input_fidelity", "high")).ignored == ()
 
 
+def test_input_fidelity_of_a_model_that_takes_several_references_has_an_effect() -> None:
+    assert edit(("input_fidelity", "high"), **{**KLEIN, "engine": "stepwise"}).ignored == ()
+
+
 def test_strength_of_a_model_that_edits_by_reference_is_refused() -> None:
     for name in ("strength", "denoise"):
         with pytest.raises(UnsupportedParameter, match=f"{name} needs an edit that starts from the image") as caught:

@@ -101,6 +101,18 @@ def test_large_references_are_scaled_to_a_megapixel(blob: StoreBlob) -> None:
     assert found.reference_images[0].shape == (720, 1440, 3)
 
 
+def test_high_fidelity_raises_the_size_of_references(blob: StoreBlob) -> None:
+    small, large = blob(png(noise(64, 64))), blob(png(noise(2048, 1024)))
+    engine = engine_of(EDITOR, references=3)
+    found = prepared(EDITOR, engine=engine, images=(small, large), input_fidelity="high")
+    assert found.reference_images[1].shape == (1024, 2048, 3)
+    shrunk = {"images": (large,), "width": 512, "height": 256}  # of a smaller result, the edited image keeps its detail
+    assert prepared(EDITOR, engine=engine, **shrunk).reference_images[0].shape == (256, 512, 3)
+    found = prepared(EDITOR, engine=engine, input_fidelity="high", **shrunk)
+    assert found.reference_images[0].shape == (1024, 2048, 3)
+    assert found.image_tokens == 1024 * 2048 // 256
+
+
 def test_broken_reference_is_named_by_its_number(blob: StoreBlob) -> None:
     good, broken = blob(png(noise(64, 64))), blob(png(noise(64, 64))[:60])
     with pytest.raises(ImageError) as caught:

@@ -137,7 +137,7 @@ def _without_effect(given: Given, model: ServedModel) -> tuple[str, ...]:
     names = []
     if model.profile.guidance == NO_GUIDANCE:
         names.append("guidance_scale")
-    if not model.profile.takes_strength:
+    if not model.profile.takes_strength and model.profile.references <= 1:  # several keep each its own size
         names.append("input_fidelity")
     return tuple(given.spelled(name) for name in names if name in given.values)
 
