@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import io
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -357,29 +361,38 @@ def test_status_page_shows_models_workers_and_errors(browser: Browser, server: L
         assert serious_violations(page) == []
 
 
-def test_adapters_and_references_of_a_model_are_offered(browser: Browser, tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "xray.safetensors", 0)
-    config = tmp_path / "c.toml"
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server of a model with an adapter and of one that takes references; each denoises one picture at a time."""
+    folder = tmp_path_factory.mktemp("small")
+    adapter = write_adapter(folder / "watercolour.safetensors", 0)
+    config = folder / "c.toml"
+    narrow = "streams = 1\nthreads = 1\nmax_batch = 1\n"
     config.write_text(
-        f"[[model]]\nname = 'shapes'\npath = '{BUILTIN_PATH}'\nstreams = 1\nthreads = 1\nmax_batch = 1\n"
-        f"[[model.lora]]\npath = '{adapter}'\n"
-        f"[[model]]\nname = 'by-reference'\npath = '{tiny_model('klein')}'\nstreams = 1\nthreads = 1\nmax_batch = 1\n"
+        f"[[model]]\nname = 'sd15'\npath = '{BUILTIN_PATH}'\n{narrow}[[model.lora]]\npath = '{adapter}'\n"
+        f"[[model]]\nname = 'klein'\npath = '{tiny_model('klein')}'\n{narrow}"
     )
-    options = ("--config", str(config), "--default_model", "shapes", "--ready_models", "all")
-    with LiveServer(*options, spool=tmp_path) as live, open_page(browser) as page:
-        page.goto(live.url + "/")
-        expect(page.locator("#model option")).to_have_text(["shapes", "by-reference", "xray (adapter of shapes)"])
+    with LiveServer(
+        "--config", str(config), "--default_model", "sd15", "--ready_models", "all", spool=folder
+    ) as server:
+        yield server
+
+
+def test_adapters_and_references_of_a_model_are_offered(browser: Browser, small: LiveServer) -> None:
+    with open_page(browser) as page:
+        page.goto(small.url + "/")
+        expect(page.locator("#model option")).to_have_text(["sd15", "klein", "watercolour (adapter of sd15)"])
         others = [DATA / "mask_alpha.png", DATA / "mask_white.png"]
         page.set_input_files("#file", [SOURCE, *others])
         expect(page.locator("#references")).to_have_text(
             re.compile("^Not sent, .*one picture: mask_alpha.png, mask_white")
         )
         page.fill("#prompt", PROMPT)
-        page.select_option("#model", "xray")
+        page.select_option("#model", "watercolour")
         send(page)
-        expect(page.locator("#caption")).to_contain_text("shapes with xray")
+        expect(page.locator("#caption")).to_contain_text("sd15 with watercolour")
         page.click("#view-back")
-        page.select_option("#model", "by-reference")
+        page.select_option("#model", "klein")
         expect(page.locator("#references")).to_have_text("Sent as references too: mask_alpha.png, mask_white.png.")
         expect(page.locator("[data-field=strength]")).to_be_hidden()
         page.click("#more summary")
@@ -387,6 +400,86 @@ def test_adapters_and_references_of_a_model_are_offered(browser: Browser, tmp_pa
         page.evaluate(RECORD_FIELDS)
         send(page, results=2)
         assert page.evaluate("() => window.sentFields").count("image[]") == 3
+
+
+def test_place_in_the_queue_is_shown(browser: Browser, small: LiveServer) -> None:
+    body = json.dumps({"model": "sd15", "prompt": PROMPT, "num_inference_steps": 100, "n": 10})
+    with open_page(browser) as page, contextlib.ExitStack() as others:
+        page.goto(small.url + "/")
+        expect(page.locator("#server")).to_have_text(re.compile("^Ready"))
+        page.fill("#prompt", PROMPT)
+        for _ in range(6):  # they run for minutes, until their connections are closed
+            connection = others.enter_context(contextlib.closing(http.client.HTTPConnection("127.0.0.1", small.port)))
+            connection.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
+        expect(page.locator("#server")).to_have_text(re.compile("waiting"))
+        page.click("#send")
+        expect(page.locator("#progress-text")).to_have_text(
+            re.compile(r"^Waiting: \d+ before this one|^Next in the queue")
+        )
+        page.click("#cancel")
+        expect(page.locator("#progress")).to_be_hidden()
+    for _ in range(600):
+        status = small.fetch("/v1/models/sd15")[1]
+        if not status["running"] and not status["queued"]:
+            break
+        time.sleep(0.1)
+    assert (status["running"], status["queued"]) == (0, 0)
+
+
+def test_requests_of_the_edit_guide_are_served(small: LiveServer, tmp_path: Path) -> None:
+    guide = (DATA.parents[1] / "docs" / "editing.md").read_text("utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    for name in ("person.png", "hat.png"):
+        shutil.copy(SOURCE, tmp_path / name)
+    for block in blocks:
+        command = block.strip().replace("http://127.0.0.1:8000", small.url).replace("curl", "curl --max-time 60", 1)
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert '"b64_json"' in done.stdout, done.stdout[:500] + done.stderr
+
+
+def test_view_is_zoomed_and_moved_and_seeds_are_drawn_and_kept(page: Page) -> None:
+    load_picture(page)
+
+    def painted(x: float, y: float) -> tuple[int, int]:
+        """Return the middle of what one dab paints at this place of the canvas, in the picture's pixels."""
+        drag(page, (x, y), (x + 0.001, y))
+        page.click("[data-language=curl]")
+        with page.expect_download() as download:
+            page.click("#mask-download")
+        mask = np.asarray(Image.open(io.BytesIO(Path(download.value.path()).read_bytes())).convert("L"))
+        page.click("#mask-clear")
+        rows, columns = np.nonzero(mask)
+        return round(float(columns.mean())), round(float(rows.mean()))
+
+    page.click("#copy summary")
+    centre, off = painted(0.5, 0.5), painted(0.5, 0.6)
+    for _ in range(3):
+        page.click("#zoom-in")
+    assert painted(0.5, 0.5) == pytest.approx(centre, abs=2), "the middle stays"
+    zoomed = painted(0.5, 0.6)
+    assert zoomed[1] - centre[1] == pytest.approx((off[1] - centre[1]) / 1.25**3, abs=3)
+    page.click("[data-tool=pan]")
+    drag(page, (0.5, 0.5), (0.5, 0.6))
+    page.click("[data-tool=brush]")
+    assert painted(0.5, 0.6) == pytest.approx(centre, abs=3), "the picture moves with the pointer"
+    page.click("#zoom-fit")
+    assert painted(0.5, 0.6) == pytest.approx(off, abs=2)
+    page.click("#dice")
+    drawn = page.input_value("#seed")
+    assert drawn.isdigit()
+    page.click("#dice")
+    assert page.input_value("#seed") != drawn
+    page.fill("#prompt", PROMPT)
+    send(page)
+    kept = page.input_value("#seed")
+    page.fill("#seed", "")
+    page.click("#lock")
+    assert page.input_value("#seed") == kept
+    expect(page.locator("#lock")).to_have_attribute("aria-pressed", "true")
+    page.click("#view-back")
+    send(page, results=2)
+    expect(page.locator("#caption")).to_contain_text(f"seed {kept}")
 
 
 def test_keys_are_asked_for(browser: Browser, tmp_path: Path) -> None:
