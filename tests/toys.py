@@ -33,8 +33,8 @@ unprepared          reports the job as done, but never as prepared
 once PATH COMMAND   if PATH does not exist: creates it, then runs COMMAND; else as echo
 
 The model's `plugin_config`, a JSON object, sets the behaviour before the first job: {"load": COMMAND, "load_s": S,
-"capacity": N}. Commands for "load": fail TEXT (reports the error TEXT, then exits), exit N, segv, kill, hang,
-until PATH COMMAND (runs COMMAND unless PATH exists).
+"capacity": N, "heartbeat_s": S}. Commands for "load": fail TEXT (reports the error TEXT, then exits), exit N, segv,
+kill, hang, until PATH COMMAND (runs COMMAND unless PATH exists).
 """
 
 from __future__ import annotations
@@ -327,6 +327,7 @@ def worker_main(
     """Run a toy worker: the spawn target, in place of the real worker's main function."""
     worker = _ToyWorker(end, blobs)
     options = json.loads(model.plugin_config or "{}")
+    beat_s = float(options.get("heartbeat_s", HEARTBEAT_S))
     threading.Thread(target=worker.read_commands, daemon=True).start()
     end.send(Heartbeat("load"))
     command = str(options.get("load", ""))
@@ -346,5 +347,5 @@ def worker_main(
     while not (worker.stopping.is_set() and not worker.jobs):
         if not worker.is_silent:
             end.send(Heartbeat("denoise" if worker.jobs else "idle"))
-        worker.stopping.wait(HEARTBEAT_S) if not worker.stopping.is_set() else time.sleep(HEARTBEAT_S / 10)
+        worker.stopping.wait(beat_s) if not worker.stopping.is_set() else time.sleep(beat_s / 10)
     os._exit(0)

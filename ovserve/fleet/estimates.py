@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -99,13 +100,19 @@ class Estimates:
 
 def _key(record: DesiredModel) -> str:
     """Return a key for everything that changes what a worker takes."""
-    try:
-        library = version("openvino")
-    except PackageNotFoundError:  # installed as files only
-        library = ""
     model = record.model_of_workers
     subject = (str(record.profile.directory), record.files, model.device, model.engine, model.plugin_config)
-    return hashlib.blake2b(repr((subject, model.threads, model.streams, library)).encode(), digest_size=16).hexdigest()
+    text = repr((subject, model.threads, model.streams, _library_version()))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@cache
+def _library_version() -> str:
+    """Return the version of openvino, read once: reading parses a file, and the supervisor asks in each turn."""
+    try:
+        return version("openvino")
+    except PackageNotFoundError:  # installed as files only
+        return ""
 
 
 def _read(path: Path | None) -> dict[str, Measured]:

@@ -273,6 +273,9 @@ class Fleet:
 
     def note_ready(self, slot: Slot, link: Link, now: float) -> None:
         """Record that a worker has passed its warm-up. What the first one has chosen applies to all later ones."""
+        if self.failure:  # the other slots wait for the next attempt at a model that has failed
+            for other in self.slots:
+                other.restart_at = min(other.restart_at, now)
         slot.ready_at, self.was_ready, self.failure = now, True, ""
         if link.state.ready is not None:
             self._tuned |= _chosen(self.model, link.state.ready.tuned)
@@ -284,7 +287,8 @@ class Fleet:
         A crash loop is a worker that repeatedly dies without doing work. So the count restarts at a worker that has
         finished a job, and at one that died after a long life without losing a job. The second death with the same job
         does not count, and no second death with the jobs of one client: they say more about the job or the client than
-        about the worker, and one client could otherwise take the model from all others.
+        about the worker, and one client could otherwise take the model from all others. A worker that was lost with its
+        cluster, or was never placed there, does not count either.
         """
         done = self._jobs_done_by_dead + sum(each.link.state.jobs_done for each in self.slots if each.link)
         has_worked = link.state.jobs_done > 0
@@ -296,6 +300,8 @@ class Fleet:
             self._clients.clear()
         if has_worked or is_old:
             slot.deaths = 0
+        elif slot.process is not None and slot.process.was_lost():
+            pass
         elif not link.state.lost_retried_job and link.state.lost_client not in self._clients:
             slot.deaths += 1
             self.deaths += 1

@@ -200,7 +200,7 @@ class ModelSettings:
         "Worker processes for this model; `auto`: between min_replicas and max_replicas, one more while jobs wait and "
         "memory allows, one less when fewer would do.",
         low=0,
-        high=64,
+        high=1024,
         reason="each replica holds its own copy of the repacked weights",
     )
     load: str = _option(
@@ -227,8 +227,8 @@ class ModelSettings:
         low=-100,
         high=100,
     )
-    min_replicas: int = _option(1, "Minimum number of workers with `replicas` = `auto`.", low=1, high=64)
-    max_replicas: int = _option(2, "Maximum number of workers with `replicas` = `auto`.", low=1, high=64)
+    min_replicas: int = _option(1, "Minimum number of workers with `replicas` = `auto`.", low=1, high=1024)
+    max_replicas: int = _option(2, "Maximum number of workers with `replicas` = `auto`.", low=1, high=1024)
     queue_limit: int = _option(
         64,
         "Maximum number of waiting jobs for this model; further requests get 429.",

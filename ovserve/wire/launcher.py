@@ -55,6 +55,9 @@ class WorkerProcess(Protocol):
     def exit_reason(self) -> str:
         """Return why it has exited, for the log."""
 
+    def was_lost(self) -> bool:
+        """Return whether its cluster has lost it or had no place for it: that says nothing about the model."""
+
     def log_stacks(self) -> None:
         """Make it write the stacks of its threads into the log, if it can. Returns at once."""
 

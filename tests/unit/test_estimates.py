@@ -58,6 +58,20 @@ def test_peak_grows_while_a_worker_runs_and_is_corrected_when_it_has_ended(tmp_p
     assert estimates.worker_bytes(record) == 150 * MIB
 
 
+def test_answers_read_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor asks in each of its turns, so hundreds of times a second under load."""
+    record, estimates = record_of(tmp_path), Estimates()
+    known = estimates.worker_bytes(record)
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a file is read")
+
+    monkeypatch.setattr("builtins.open", fail)
+    monkeypatch.setattr("io.open", fail)
+    monkeypatch.setattr("os.scandir", fail)
+    assert (estimates.worker_bytes(record), estimates.load_s(record)) == (known, 0.0)
+
+
 def test_options_that_no_worker_reads_share_a_measurement(tmp_path: Path) -> None:
     estimates = Estimates()
     estimates.note(record_of(tmp_path), 7 * MIB)

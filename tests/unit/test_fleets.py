@@ -163,6 +163,27 @@ def test_reported_load_failure_of_a_model_that_was_ready_is_retried(fleet: Fleet
     assert fleet.failure == ""
 
 
+def test_worker_that_was_lost_with_its_cluster_does_not_count(fleet: Fleet, links: list[Link]) -> None:
+    for _ in range(5):
+        link, end = open_memory_link("toy", 0, 0)
+        links.append(link)
+        slot = fleet.slots[0]
+        slot.process = process = MemoryProcess("toy/0#0", 1, end)
+        process.lost = True
+        process.exit("the cluster was lost")
+        die(fleet, slot, link)
+    assert fleet.failure == ""
+    assert slot.deaths == 0
+
+
+def test_other_slots_start_at_once_when_a_failed_model_is_ready_again(fleet: Fleet, links: list[Link]) -> None:
+    first, second = fleet.slots
+    fleet.failure, now = "reason", time.monotonic()
+    first.restart_at = second.restart_at = now + SETTINGS.failed_retry_s
+    fleet.note_ready(first, new_link(links), now)
+    assert second.restart_at <= now
+
+
 def test_one_worker_starts_first_and_the_others_when_it_is_ready(fleet: Fleet, links: list[Link]) -> None:
     first, second = fleet.slots
     assert fleet.may_start(first)

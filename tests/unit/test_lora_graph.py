@@ -62,9 +62,7 @@ def test_text_encoder_with_an_adapter_equals_diffusers(oracle: dict[str, Any], s
         assert np.abs(found - oracle[f"text_{label}"]).max() < 10 * TOLERANCE
 
 
-def test_rows_with_other_adapters_equal_those_alone_and_a_row_of_zeros_equals_the_plain_model(
-    oracle: dict[str, Any],
-) -> None:
+def test_rows_with_other_adapters_equal_those_alone(oracle: dict[str, Any]) -> None:
     adapters = [read_adapter(ORACLE / f"{name}_kohya.safetensors") for name in "ab"]
     model, inputs = adapt_model(model_of("unet"), "denoiser", adapters), unet_inputs(oracle)
     weights = [[0.8, 0], [0, 0.5], [0, 0]]
@@ -72,7 +70,9 @@ def test_rows_with_other_adapters_equal_those_alone_and_a_row_of_zeros_equals_th
     for row in range(3):
         alone = run(model, {name: array[row : row + 1] for name, array in inputs.items()}, weights[row : row + 1])
         assert np.array_equal(together[row : row + 1], alone)
-    assert np.array_equal(together[2], run(model_of("unet"), inputs)[2])
+    # The plain graph fuses other operations, so on some processors its last bits differ: pictures without adapters are
+    # computed by it, unless the option `lora_denoiser` is `shared`.
+    assert np.abs(together[2] - run(model_of("unet"), inputs)[2]).max() < TOLERANCE
 
 
 def test_a_component_without_adapters_is_not_copied() -> None:

@@ -207,6 +207,7 @@ def test_worker_that_is_not_placed_beats_and_says_what_it_waits_for(setup: Setup
     setup.worker.start()
     assert setup.report() == Heartbeat("placing")
     assert setup.until_exit() == "not placed: no node of the cluster had room for it in 0 s"
+    assert setup.process.was_lost()
 
 
 def test_kill_before_the_cluster_is_connected_ends_it(setup: Setup) -> None:
@@ -242,6 +243,7 @@ def test_lost_actor_is_an_exit_with_its_reason(setup: Setup) -> None:
     setup.place()
     setup.host.records.put(LaunchError("ActorDiedError: its node is gone"))
     assert setup.until_exit() == "ActorDiedError: its node is gone"
+    assert not setup.process.was_lost(), "it may have died of its model"
     assert setup.host.killed.is_set()
 
 
@@ -280,5 +282,6 @@ def test_lost_bridge_is_an_exit() -> None:
     other.close()
     assert not process.is_alive()
     assert process.exit_reason() == "the connection to the Ray cluster was lost"
+    assert process.was_lost()
     process.kill()
     process.close()

@@ -37,6 +37,10 @@ class LocalProcess:
         """Return why it has exited, from its exit code."""
         return processes.describe_exit(self._process.exitcode)
 
+    def was_lost(self) -> bool:
+        """Return False: this machine is no cluster."""
+        return False
+
     def log_stacks(self) -> None:
         """Send SIGUSR1, for which a thread of the worker waits; another program that runs in its place ignores it."""
         if self._process.is_alive():  # reaps it: a process id is not used again before

@@ -25,6 +25,7 @@ class MemoryProcess:
         self.pid = pid
         self.resident = 0
         self.leaving = False
+        self.lost = False
         self.waiting = ""
         self.readiness = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self.readiness)
@@ -39,6 +40,10 @@ class MemoryProcess:
     def exit_reason(self) -> str:
         """Return why it has exited."""
         return self._reason or "still running"
+
+    def was_lost(self) -> bool:
+        """Return what a test has set as `lost`."""
+        return self.lost
 
     def log_stacks(self) -> None:
         """Do nothing: its stack is among those of this process."""

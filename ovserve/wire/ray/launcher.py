@@ -48,6 +48,7 @@ class RayProcess:
         self._waits_for = ""
         self._node = ""
         self._is_leaving = False
+        self._was_lost = False
         self._memory: dict[str, int] = {}
 
     def is_alive(self) -> bool:
@@ -58,6 +59,10 @@ class RayProcess:
     def exit_reason(self) -> str:
         """Return why it has exited."""
         return self._exit or "still running"
+
+    def was_lost(self) -> bool:
+        """Return whether the cluster was lost, or has not placed it."""
+        return self._was_lost
 
     def waits_for(self) -> str:
         """Return what it waits for before it is placed on a node, or ""."""
@@ -105,10 +110,10 @@ class RayProcess:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._exit = f"lost: {error.strerror}"
+                self._exit, self._was_lost = f"lost: {error.strerror}", True
                 return
             if not data:
-                self._exit = "the connection to the Ray cluster was lost"
+                self._exit, self._was_lost = "the connection to the Ray cluster was lost", True
                 return
             with contextlib.suppress(LinkGarbage):
                 self._note(decode_json(data))
@@ -119,6 +124,7 @@ class RayProcess:
         self.pid = self._memory.get("pid", 0)
         self._node = str(values.get("node", "") or self._node)
         self._is_leaving = self._is_leaving or values.get("leaving") is True
+        self._was_lost = self._was_lost or values.get("unplaced") is True
         self._waits_for = str(values.get("waits_for", ""))
         self._exit = str(values.get("exit", "") or self._exit)
 

@@ -98,6 +98,7 @@ class RemoteWorker:
         self.status = status
         self._created_at = time.monotonic()
         self._is_leaving = False
+        self._is_unplaced = False  # the cluster had no place for it in time
         self._link = link
         self.place: Callable[[], Host | None] = lambda: None
         self.waits_for: Callable[[], str] = str
@@ -167,7 +168,7 @@ class RemoteWorker:
                 self._commands.join(_CARRIED_S)
             else:
                 self._link.commands.close()
-            self._send_status(exit="killed" if self._killed.is_set() else reason)
+            self._send_status(exit="killed" if self._killed.is_set() else reason, unplaced=self._is_unplaced)
             with self._reports_lock:
                 self._link.reports.close()
 
@@ -190,6 +191,7 @@ class RemoteWorker:
                 if not is_placed:
                     self._report_waiting("no node of the cluster has room for it")
                     if place_by.is_expired():
+                        self._is_unplaced = True
                         return f"not placed: no node of the cluster had room for it in {self._place_timeout_s:g} s"
                 continue
             if not is_placed:
