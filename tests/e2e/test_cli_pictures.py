@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -184,6 +185,36 @@ def test_ctrl_c_cancels_the_job_and_leaves_nothing(server: LiveServer, folder: P
     assert code == ExitCode.CANCELLED
     assert b"Traceback" not in output
     assert [path.name for path in folder.iterdir()] == ["photo.png"]
+    deadline = time.monotonic() + LIMIT_S
+    while server.fetch("/v1/models")[1]["data"][0]["running"]:
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.05)
+
+
+@pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is not installed")
+def test_progress_and_ctrl_c_in_tmux(server: LiveServer, folder: Path) -> None:
+    tmux = ["tmux", "-S", str(folder / "socket"), "-f", "/dev/null"]
+    edit = [*COMMAND, "edit", "photo.png", "-p", PROMPT, "--steps", "100", "--strength", "1", "--n", "10"]
+
+    def shown() -> str:
+        return subprocess.run([*tmux, "capture-pane", "-p"], capture_output=True, text=True, check=True).stdout
+
+    def await_line(pattern: str) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while not re.search(pattern, shown()):
+            assert time.monotonic() < deadline, shown()
+            select.select([], [], [], 0.05)
+
+    command = shlex.join(edit) + "; echo code $?; read line"
+    new = [*tmux, "new-session", "-d", "-x", "100", "-y", "20", "-c", str(folder), command]
+    subprocess.run(new, env=environment(server.url), check=True, timeout=LIMIT_S)
+    try:
+        await_line(r"picture \d+/10 step \d+/100 \[#*-+\] [\d.]+ s left")
+        subprocess.run([*tmux, "send-keys", "C-c"], check=True, timeout=LIMIT_S)
+        await_line(rf"Cancelled\.[\s^C]+code {ExitCode.CANCELLED:d}")
+        assert "step" not in shown(), "the line of progress is removed"
+    finally:
+        subprocess.run([*tmux, "kill-server"], check=False, timeout=LIMIT_S)
     deadline = time.monotonic() + LIMIT_S
     while server.fetch("/v1/models")[1]["data"][0]["running"]:
         assert time.monotonic() < deadline

@@ -47,6 +47,7 @@ def _read(output: Connection, name: str, on_output: OnOutput) -> None:
 
 
 def _pass_on(line: bytes, name: str, on_output: OnOutput) -> None:
-    text = line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip()
-    if text:
-        on_output(name, text)
+    for start in range(0, len(line), MAX_LINE_BYTES):
+        text = line[start : start + MAX_LINE_BYTES].decode("utf-8", "replace").rstrip()
+        if text:
+            on_output(name, text)
