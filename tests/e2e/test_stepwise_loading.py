@@ -13,7 +13,7 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from ovserve.engines.protocol import Pixels
+from ovserve.engines.protocol import Pixels, Work
 from ovserve.engines.stepwise.engine import Call, StepwiseEngine
 from ovserve.engines.stepwise.slots import Finished
 from ovserve.errors import ModelError
@@ -145,24 +145,46 @@ def test_prompts_and_images_are_encoded_once() -> None:
         np.testing.assert_array_equal(first, other)
 
 
-def test_references_are_encoded_once_by_their_content() -> None:
+@pytest.fixture(scope="module")
+def editor() -> Iterator[StepwiseEngine]:
+    """Yield an engine with a transformer that edits by reference."""
     engine = load_stepwise(tiny_model("kontext"), streams=1)
-    profile = read_profile(settings_of(tiny_model("kontext")))
-    size: dict[str, Any] = {"size": Resolution(64, 64), "num_inference_steps": 1, "guidance_scale": 1.0}
-    first, second, third = (image_of(64, 64, seed) for seed in (21, 22, 23))
-
-    def made(*references: Pixels) -> Pixels:
-        images = tuple(each.copy() for each in references)
-        [pixels] = pixels_of(drive(engine, [work_of(profile, "image2image", 0, reference_images=images, **size)]))
-        return pixels
-
-    before = engine.counts()
-    pictures = [made(first, second), made(second, first), made(first, third, second), made(first, second)]
-    counts = engine.counts()
+    yield engine
     engine.close()
+
+
+def edit_of(*references: Pixels, **options: Any) -> Work:
+    profile = read_profile(settings_of(tiny_model("kontext")))
+    values: dict[str, Any] = {"size": Resolution(64, 64), "num_inference_steps": 1, "guidance_scale": 1.0}
+    images = tuple(each.copy() for each in references)
+    return work_of(profile, "image2image", 0, reference_images=images, **values | options)
+
+
+def test_references_are_encoded_once_by_their_content(editor: StepwiseEngine) -> None:
+    first, second, third = (image_of(64, 64, seed) for seed in (21, 22, 23))
+    before = editor.counts()
+    requests = [(first, second), (second, first), (first, third, second), (first, second)]
+    pictures = [pixels_of(drive(editor, [edit_of(*references)]))[0] for references in requests]
+    counts = editor.counts()
     assert (counts.image_misses - before.image_misses, counts.image_hits - before.image_hits) == (3, 6)
     assert np.array_equal(pictures[0], pictures[3])
     assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_cancelled_picture_of_a_transformer_stops_after_the_current_step(editor: StepwiseEngine) -> None:
+    steps = []
+
+    def on_step(step: int, _steps: int) -> None:
+        steps.append(step)
+        if step == 2:
+            work.cancelled.set()
+
+    work = edit_of(image_of(64, 64, 24), num_inference_steps=6, on_step=on_step)
+    other = edit_of(image_of(64, 64, 25), num_inference_steps=6)
+    [alone] = pixels_of(drive(editor, [other]))
+    cancelled, kept = drive(editor, [work, replace(other, cancelled=threading.Event())])
+    assert (cancelled.pixels, cancelled.error, steps) == (None, None, [1, 2])
+    np.testing.assert_array_equal(pixels_of([kept])[0], alone)
 
 
 def one_timestep(model: Any) -> Any:
