@@ -9,6 +9,7 @@
     ├── ClientGone                    the client closed its connection: no response is sent
     ├── BlobGone                      a worker opens a blob whose exchange has ended
     ├── LaunchError                   a worker cannot be started now: no descriptors, memory, process ids or places left
+    │   └── ClusterLost               another cluster has come in the place of the one that was connected
     ├── LinkClosed                    the other side of a link is gone: end-of-file or a broken pipe
     ├── LinkGarbage                   the other side of a link broke the protocol
     └── ApiError                      becomes a response: OpenAI's error object with `status`
@@ -35,6 +36,7 @@ __all__ = [
     "BadRequest",
     "BlobGone",
     "ClientGone",
+    "ClusterLost",
     "ContentTooLarge",
     "DeadlineExceeded",
     "Draining",
@@ -160,6 +162,10 @@ class BlobGone(OvserveError):
 
 class LaunchError(OvserveError):
     """A launcher cannot start a worker now. The message is the reason for the log; a later attempt may succeed."""
+
+
+class ClusterLost(LaunchError):
+    """The cluster is no longer the one that the connection was made to."""
 
 
 class LinkClosed(OvserveError):

@@ -76,6 +76,7 @@ class ClusterRun:
         retried: ids of jobs that were requeued after the death of a worker, from the log.
         lost: ids of jobs that failed after the death of a second worker, from the log.
         segments: what is left in the spool.
+        model_failed: the log reports that the model failed: what a cluster loses is no crash loop.
     """
 
     phases: dict[str, Phase] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class ClusterRun:
     retried: set[str] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)
     segments: list[str] = field(default_factory=list)
+    model_failed: bool = False
 
     def check(self) -> None:
         """Check that each request was answered with its picture, 503 with Retry-After, or 500 after two deaths."""
@@ -95,6 +97,7 @@ class ClusterRun:
         assert self.lost <= self.retried
         assert not self.phases["no faults"].statuses.keys() - {200}
         assert not self.segments, "segments are left"
+        assert not self.model_failed
 
 
 class _Load:
@@ -242,6 +245,7 @@ def run_cluster_chaos(folder: Path, image: Path, port: int, *, kills: int, every
                 load.stop()
             server.until(lambda: not server.model_status()["running"])
             run.segments = server.segments()
+            run.model_failed = bool(server.logged("model failed"))
             for line in list(server.log):
                 if match := _JOB.search(line):
                     if "worker died with a job; job requeued" in line:

@@ -43,7 +43,7 @@ _PREFIXES = {DENOISER: "", "text_encoder": "lora_te."}  # by which the library t
 # Parts of names that the library changes, or takes for the end of a name.
 _MANGLED = re.compile(r"input_blocks|middle_block|output_blocks|\.processor\.|lora")
 _TEXT_INPUT = "encoder_hidden_states"
-_MARKER = "marker"  # a module that no model has
+_MARKER = "marker.lora_te"  # a module of no component, of which the library does not warn
 _MARKS = 1024  # weights of the marker; an error in a call may leave one component with the weights of the call before
 
 

@@ -107,7 +107,9 @@ def test_requests_without_adapters_keep_their_bytes(model: Model) -> None:
     bare.close()
 
 
-def test_one_copy_of_the_model_makes_all_pictures_where_that_is_configured(model: Model) -> None:
+def test_one_copy_of_the_model_makes_all_pictures_where_that_is_configured(
+    model: Model, capfd: pytest.CaptureFixture[str]
+) -> None:
     if model.profile.inpainting_unet:
         pytest.skip("two classes are enough")
     shared = loaded(GenaiEngine, model.directory, lora=model.loras, lora_denoiser="shared")
@@ -115,6 +117,7 @@ def test_one_copy_of_the_model_makes_all_pictures_where_that_is_configured(model
         expected = model.picture(model.genai, "text2image", chosen)
         assert np.array_equal(model.picture(shared, "text2image", chosen), expected)
     shared.close()
+    assert "Unused LoRA tensor" not in capfd.readouterr().err  # of the library, at each load and call
 
 
 def test_an_adapter_that_the_model_does_not_have_is_refused(model: Model) -> None:

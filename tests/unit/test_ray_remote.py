@@ -217,8 +217,10 @@ def test_kill_before_the_cluster_is_connected_ends_it(setup: Setup) -> None:
     assert setup.report() == Heartbeat("placing")
     assert setup.process.is_alive()
     assert setup.process.waits_for() == "the cluster is away"
+    setup.worker.is_lost = True
     setup.worker.kill()
     assert setup.until_exit() == "killed"
+    assert setup.process.was_lost()
 
 
 def test_head_that_does_not_answer_is_reported_and_its_late_actor_killed(setup: Setup) -> None:

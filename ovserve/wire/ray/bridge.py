@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, NoReturn
 
-from ovserve.errors import LaunchError
+from ovserve.errors import ClusterLost, LaunchError
 from ovserve.logs import configure_logs, fields
 from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.local.blobs import SpoolBlobs
@@ -44,6 +44,7 @@ _DESCRIPTORS = 3  # that come with an order: commands, reports, status
 _SWEEP_S = 1.0
 _RECONNECT_S = 2.0
 _CHECK_S = 2.0  # between two looks at the cluster
+_SILENT_S = 3 * _CHECK_S  # after that, a head that does not answer is the reason for what fails
 _ASK_AFTER_S = 4.0  # that a worker waits for its place: an actor on a node that has room is there before
 _HEAD_LIMIT_S = 75.0  # Ray ends the process itself after 60 s, except where a new head answers at the old address
 _END_S = 6.0  # for a cluster that was started for this server to end
@@ -165,7 +166,15 @@ class Bridge:
             cluster = self._cluster
             if cluster is None:
                 return None
-            return cluster.start(order.name, order.launch, order.cpus, order.memory_bytes, order.resources)
+            try:
+                return cluster.start(order.name, order.launch, order.cpus, order.memory_bytes, order.resources)
+            except ClusterLost as error:
+                self._lost = str(error)
+            except LaunchError as error:
+                if time.monotonic() - self._seen_at < _SILENT_S:
+                    raise
+                self._waits_for = f"the head of the cluster does not answer: {error}"
+            return None  # no fault of the model: the worker waits, for the next connection if need be
 
         worker = RemoteWorker(order.name, link, handle, self._uploads, order.place_timeout_s)
         worker.place, worker.waits_for = place, lambda: self._waits_for
@@ -243,5 +252,6 @@ class Bridge:
         self._stopping.set()
         self._control.close()  # the front end then starts another bridge, and does not wait for the end of this one
         for worker in self._workers.values():
+            worker.is_lost = worker.is_lost or bool(self._lost)
             worker.kill()
         self._connecting.join(_END_S)

@@ -19,7 +19,7 @@ from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from ovserve.errors import LaunchError
+from ovserve.errors import ClusterLost, LaunchError
 from ovserve.wire.ray.host import Part, WorkerHost
 
 __all__ = ["Cluster", "RemoteHost"]
@@ -29,6 +29,7 @@ __all__ = ["Cluster", "RemoteHost"]
 _LOCAL_STORE_BYTES = 512 * 1024 * 1024
 _FETCH_TIMEOUT_S = 60.0  # of one record: a picture, from another node
 _REASON_CHARS = 300
+_OTHER_CLUSTER = "WrongClusterID"  # in the error of a call whose head was replaced by that of another cluster
 _NODE_CHARS = 8  # of a node's id, behind its address: several nodes may have the same
 _GROUPS = {"commands": 1, "reports": 1}  # one thread each
 
@@ -131,6 +132,8 @@ class Cluster:
                 return None
             return {node[:_NODE_CHARS] for node in state.get_draining_nodes()}
         except Exception as error:  # noqa: BLE001 - Ray raises many kinds
+            if _OTHER_CLUSTER in str(error):
+                return None
             raise LaunchError(_reason(error)) from None
 
     def ask_for_room(self, bundles: Sequence[Mapping[str, float]]) -> None:
@@ -159,7 +162,9 @@ class Cluster:
     def start(
         self, name: str, launch: bytes, cpus: float, memory_bytes: int, resources: Mapping[str, float]
     ) -> RemoteHost:
-        """Create an actor, and have it start a worker as soon as a node has room for it. Raises LaunchError.
+        """Create an actor, and have it start a worker as soon as a node has room for it.
+
+        Raises LaunchError and ClusterLost.
 
         Args:
             name: of the worker; shown by Ray's own tools.
@@ -183,6 +188,8 @@ class Cluster:
             )
             return RemoteHost(actor, launch)
         except (RayError, ValueError) as error:
+            if _OTHER_CLUSTER in str(error):
+                raise ClusterLost("another cluster has come in the place of this one") from None
             raise LaunchError(_reason(error)) from None
 
 

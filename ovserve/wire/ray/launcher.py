@@ -124,7 +124,7 @@ class RayProcess:
         self.pid = self._memory.get("pid", 0)
         self._node = str(values.get("node", "") or self._node)
         self._is_leaving = self._is_leaving or values.get("leaving") is True
-        self._was_lost = self._was_lost or values.get("unplaced") is True
+        self._was_lost = self._was_lost or values.get("lost") is True
         self._waits_for = str(values.get("waits_for", ""))
         self._exit = str(values.get("exit", "") or self._exit)
 

@@ -80,6 +80,7 @@ class RemoteWorker:
         waits_for: why there is none.
         bundle: what its node must have free.
         node: the name of its node, once it was placed.
+        is_lost: it ends because the cluster was lost, or had no place for it in time.
     """
 
     def __init__(
@@ -96,9 +97,9 @@ class RemoteWorker:
         self.node = ""
         self.bundle: Mapping[str, float] = {}
         self.status = status
+        self.is_lost = False
         self._created_at = time.monotonic()
         self._is_leaving = False
-        self._is_unplaced = False  # the cluster had no place for it in time
         self._link = link
         self.place: Callable[[], Host | None] = lambda: None
         self.waits_for: Callable[[], str] = str
@@ -168,7 +169,7 @@ class RemoteWorker:
                 self._commands.join(_CARRIED_S)
             else:
                 self._link.commands.close()
-            self._send_status(exit="killed" if self._killed.is_set() else reason, unplaced=self._is_unplaced)
+            self._send_status(exit="killed" if self._killed.is_set() else reason, lost=self.is_lost)
             with self._reports_lock:
                 self._link.reports.close()
 
@@ -191,7 +192,7 @@ class RemoteWorker:
                 if not is_placed:
                     self._report_waiting("no node of the cluster has room for it")
                     if place_by.is_expired():
-                        self._is_unplaced = True
+                        self.is_lost = True
                         return f"not placed: no node of the cluster had room for it in {self._place_timeout_s:g} s"
                 continue
             if not is_placed:
