@@ -254,15 +254,19 @@ list_failed() {
 
 # run_alone CACHE ARGUMENT...: run the tests that have failed again, one at a time, and check the coverage of the first run.
 run_alone() {
-    local cache=$1 argument
+    local cache=$1 argument arguments=() has_coverage=
     shift
-    say "[$SECONDS s] Again, alone ..."
-    .venv/bin/python -m pytest -o cache_dir="$cache" --last-failed --no-cov "$@" || return
     for argument; do
-        if [ "$argument" = --cov ]; then
-            .venv/bin/coverage report --rcfile=setup.cfg >/dev/null
-        fi
+        case $argument in
+            --cov*) has_coverage=yes ;;
+            *) arguments+=("$argument") ;;
+        esac
     done
+    say "[$SECONDS s] Again, alone ..."
+    .venv/bin/python -m pytest -o cache_dir="$cache" --last-failed "${arguments[@]}" || return
+    if [ -n "$has_coverage" ]; then
+        .venv/bin/coverage report --rcfile=setup.cfg >/dev/null
+    fi
 }
 
 # finish: print the result of each part and end the script, with status 1 if one has failed.
