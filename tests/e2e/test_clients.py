@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -193,8 +194,10 @@ def test_model_is_found_under_the_name_that_a_client_sends(obliging_server: Live
             reply = client.images.edit(model=name, image=image, prompt=PROMPT, extra_body={"seed": 5})
         assert reply.model == "ovserve-builtin"
         assert client.images.generate(model=name, prompt=PROMPT).model == "ovserve-builtin"
-    lines = [line for line in obliging_server.log if "POST /v1/images/generations 200" in line]
-    assert lines
+    deadline = time.monotonic() + 30
+    while not (lines := [line for line in list(obliging_server.log) if "POST /v1/images/generations 200" in line]):
+        assert time.monotonic() < deadline, "no line in the log"
+        time.sleep(0.01)  # the line follows the reply, through a pipe
     assert all("model=ovserve-builtin" in line for line in lines)
 
 

@@ -6,11 +6,12 @@ Cancelled jobs and full queues are timed with toy workers, whose steps last as l
 from __future__ import annotations
 
 import base64
+import http.client
 import json
-import threading
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from itertools import pairwise
 
 import httpx
@@ -113,23 +114,17 @@ def test_upload_of_200_mb_arrives_unchanged(proxied: str) -> None:
 
 
 def test_full_queue_is_passed_on_as_429(proxied: str, toys: FaultServer) -> None:
-    url = f"{proxied}/v1/images/generations"
-    codes: list[int] = []
-
-    def generate() -> None:
-        codes.append(httpx.post(url, json={"prompt": f"sleep {2 * STEP_S}"}, timeout=60).status_code)
-
-    threads = [threading.Thread(target=generate) for _ in range(2)]
-    threads[0].start()
-    toys.until(lambda: running(toys) == 1)
-    threads[1].start()
-    toys.until(lambda: toys.fetch("/v3/models/toy")[1]["queued"] == 1)
-    reply = httpx.post(url, json={"prompt": "echo"}, timeout=60)
-    assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
-    assert 1 <= int(reply.headers["retry-after"]) <= 60
-    for thread in threads:
-        thread.join()
-    assert codes == [200, 200]
+    with ExitStack() as waiting:
+        for state in ("running", "queued"):  # both jobs last until their connections are closed
+            connection = waiting.enter_context(closing(http.client.HTTPConnection(proxied.removeprefix("http://"))))
+            body = json.dumps({"prompt": f"steps 1000 {STEP_S}"})
+            connection.request("POST", "/v1/images/generations", body, {"content-type": "application/json"})
+            toys.until(lambda state=state: toys.fetch("/v3/models/toy")[1][state] == 1)  # type: ignore[misc]
+        reply = httpx.post(f"{proxied}/v1/images/generations", json={"prompt": "echo"}, timeout=60)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
+        assert 1 <= int(reply.headers["retry-after"]) <= 60
+    toys.until(lambda: running(toys) == 0)
+    assert httpx.post(f"{proxied}/v1/images/generations", json={"prompt": "echo"}, timeout=60).status_code == 200
 
 
 def test_failed_model_is_passed_on_as_503(proxied: str) -> None:
