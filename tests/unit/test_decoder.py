@@ -26,6 +26,8 @@ from ovserve.pixels.images import Limits, Pixels
 from tests import decodertoys
 from tests import imagefiles as files
 
+pytestmark = pytest.mark.processes
+
 LIMITS = Limits(50_000_000, 16_384)
 MIB = 1 << 20
 # One megapixel or less gets a twentieth of cpu_s: 0.5 s.

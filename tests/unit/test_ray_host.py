@@ -32,6 +32,8 @@ from tests import toys
 from tests.fakehub import COMMIT, FakeHub
 from tests.live import children_of
 
+pytestmark = pytest.mark.processes
+
 REQUEST, ROOM = "a" * 24, "b" * 24
 
 

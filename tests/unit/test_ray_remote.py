@@ -28,6 +28,8 @@ from ovserve.wire.ray.remote import RemoteWorker
 from ovserve.wire.ray.uploads import INLINE_BYTES, Uploads
 from ovserve.wire.request import ImageRequest
 
+pytestmark = pytest.mark.processes
+
 PATIENCE_S = 30
 
 

@@ -22,7 +22,7 @@ from ovserve.wire.local.launcher import LocalProcess
 from tests.live import children_of, is_alive
 from tests.toysystem import PATIENCE_S, ToySystem, finish, toy_model
 
-pytestmark = pytest.mark.usefixtures("tracker", "leak_guard")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("tracker", "leak_guard")]
 
 SLACK_S = 2.0  # for a machine under other load
 

@@ -122,7 +122,7 @@ def test_sent_buffers_arrive_though_the_reader_is_slow(
     small = data.draw(st.booleans())
     with tls_pair(pair) as (client, transport):
         if small:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # a smaller one waits for TCP timers
         received = bytearray()
 
         def read() -> None:
