@@ -283,7 +283,7 @@ def test_a_client_that_leaves_cancels_its_request(pair: Pair) -> None:
         assert api.gone.get(timeout=10) == "/wait"
 
 
-def test_slow_and_failed_handshakes_hold_up_nobody(pair: Pair) -> None:
+def test_slow_and_failed_handshakes_delay_no_other_client(pair: Pair) -> None:
     with serving(**pair.options(), tls_handshake_timeout_s=1.0) as (listener, _):
         context = client_context(pair)
         slow = [RawClient(listener.port) for _ in range(20)]
