@@ -20,9 +20,9 @@ from benchmarks import metadata
 from benchmarks.edits import BUILTIN_PATH
 from benchmarks.results import Result
 from ovserve.engines.lora.adapters import Adapter, Pair
+from ovserve.engines.lora.graph import adapt_model
 from ovserve.engines.stepwise.compiled import Components
 from ovserve.engines.stepwise.lora import with_weights
-from ovserve.engines.stepwise.lora_graph import adapt_model
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings
 

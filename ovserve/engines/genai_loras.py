@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 
 from ovserve.engines.checks import check_adapters
 from ovserve.engines.lora.adapters import Adapter, Pair, check_components, quoted_keys, read_adapter
+from ovserve.engines.lora.graph import Module, find_modules
 from ovserve.engines.lora.names import DENOISER
 from ovserve.engines.lora.tensors import safetensors
 from ovserve.engines.protocol import Work
-from ovserve.engines.stepwise.lora_graph import Module, find_modules
 from ovserve.errors import ModelError
 from ovserve.models.classes import CLASSES
 from ovserve.models.profile import ModelProfile

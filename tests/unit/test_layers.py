@@ -95,7 +95,14 @@ INSIDE: dict[str, set[str]] = {
 ONLY: dict[str, tuple[str, ...]] = {
     "numpy": ("worker", "engines", "pixels", "client.sixel"),
     "PIL": ("worker", "engines", "pixels", "client.masks", "client.sixel"),
-    "openvino": ("engines.genai", "engines.genai_loras", "engines.stepwise", "engines.devices", "worker.main"),
+    "openvino": (
+        "engines.genai",
+        "engines.genai_loras",
+        "engines.lora.graph",
+        "engines.stepwise",
+        "engines.devices",
+        "worker.main",
+    ),
     "openvino_genai": ("engines.genai", "engines.genai_loras", "engines.stepwise"),
     "multiprocessing": ("wire", "fleet", "server", "cli"),
     "http": ("front", "hub", "client"),

@@ -10,7 +10,7 @@ import openvino as ov
 import pytest
 
 from ovserve.engines.lora.adapters import read_adapter
-from ovserve.engines.stepwise.lora_graph import SCALE_INPUT, adapt_model
+from ovserve.engines.lora.graph import SCALE_INPUT, adapt_model
 from ovserve.errors import ModelError
 from tests.loras import ORACLE, kohya_tensors, safetensors
 from tests.pictures import directory_of

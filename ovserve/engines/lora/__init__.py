@@ -1,1 +1,4 @@
-"""LoRA adapters from files: tensors, the names of the modules that they change, and alphas. No openvino."""
+"""LoRA adapters: tensors and alphas from files, names of the modules that they change, and a model's graph with them.
+
+Only `graph` imports openvino.
+"""

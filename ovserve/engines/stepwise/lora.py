@@ -15,10 +15,10 @@ import numpy as np
 
 from ovserve.engines.checks import check_adapters
 from ovserve.engines.lora.adapters import check_components, read_adapter
+from ovserve.engines.lora.graph import SCALE_INPUT, adapt_model
 from ovserve.engines.lora.names import DENOISER
 from ovserve.engines.protocol import Work
 from ovserve.engines.schedulers.noise import Array, f32
-from ovserve.engines.stepwise.lora_graph import SCALE_INPUT, adapt_model
 from ovserve.settings.loras import LoraSettings
 from ovserve.wire.request import ImageRequest
 

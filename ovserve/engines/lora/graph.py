@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 from openvino import opset13 as ops
 
 from ovserve.engines.lora.adapters import Adapter, Pair, quoted_keys
 from ovserve.engines.lora.modules import Target, targets
-from ovserve.engines.schedulers.noise import Array, f32
 from ovserve.errors import ModelError
 
 __all__ = ["SCALE_INPUT", "Module", "adapt_model", "find_modules"]
@@ -61,7 +61,7 @@ def adapt_model(model: Any, component: str, adapters: Sequence[Adapter]) -> Any 
         return None
     adapted = model.clone()
     modules = find_modules(adapted, component, adapters)
-    scale = ops.parameter(ov.PartialShape([-1, len(adapters)]), f32, name=SCALE_INPUT)
+    scale = ops.parameter(ov.PartialShape([-1, len(adapters)]), np.float32, name=SCALE_INPUT)
     scale.output(0).get_tensor().set_names({SCALE_INPUT})
     editor = _Editor(scale, len(adapters))
     for module in modules:
@@ -210,7 +210,7 @@ class _Editor:
         """Return the factor of each row of `down` for each row of the call: (rows, R)."""
         key = tuple((number, pair.rank, pair.scale) for number, pair in pairs)
         if key not in self._selected:
-            select = np.zeros((self._adapters, sum(rank for _, rank, _ in key)), f32)
+            select = np.zeros((self._adapters, sum(rank for _, rank, _ in key)), np.float32)
             begin = 0
             for number, rank, scale in key:
                 select[number, begin : begin + rank] = scale
@@ -227,7 +227,7 @@ def _weight_shape(operation: Any) -> tuple[int, ...]:
     return shape[::-1]
 
 
-def _with_kernel(down: Array, shape: tuple[int, ...]) -> Array:
+def _with_kernel(down: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Return `down` with as many dimensions as the module's weights."""
     return down.reshape(*down.shape, *(1,) * (len(shape) - down.ndim))
 
@@ -244,10 +244,10 @@ def _after_bias(operation: Any) -> Any:
     return addition if other.get_type_name() == "Constant" else operation
 
 
-def _constant(values: Array) -> Any:
+def _constant(values: NDArray[np.float32]) -> Any:
     """Return a matrix in half precision, converted in the graph; in float32 where it does not fit."""
     if values.dtype != np.float16 and np.abs(values).max(initial=0) > _FLOAT16_MAX:
-        return ops.constant(np.ascontiguousarray(values, f32))
+        return ops.constant(np.ascontiguousarray(values, np.float32))
     return ops.convert(ops.constant(np.ascontiguousarray(values, np.float16)), "f32")
 
 
