@@ -143,15 +143,19 @@ def test_pictures_come_as_files_links_streams_and_from_json_bodies(folder: Path,
         images = [{"image_url": "data:image/png;base64," + base64.b64encode(picture).decode()}]
         body = {"prompt": PROMPT, "num_inference_steps": 3, "seed": 3, "images": images}
         assert base64.b64decode(client.post("/v3/images/edits", json=body).json()["data"][0]["b64_json"]) == expected
-        with client.stream(
-            "POST",
-            "/v3/images/edits",
-            data={**common, "stream": "true", "partial_images": "1"},
-            files={"image": ("a.png", picture)},
-        ) as reply:
-            events = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
-        assert [event["type"] for event in events] == ["image_edit.partial_image", "image_edit.completed"]
-        assert base64.b64decode(events[-1]["b64_json"]) == expected
+        for steps, kinds in (("3", {"completed"}), ("40", {"partial_image", "completed"})):
+            with client.stream(
+                "POST",
+                "/v3/images/edits",
+                data={**common, "num_inference_steps": steps, "stream": "true", "partial_images": "1"},
+                files={"image": ("a.png", picture)},
+            ) as reply:
+                events = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
+            # A preview is left out if the picture is finished first, as with few steps on a busy machine.
+            assert kinds <= {event["type"].removeprefix("image_edit.") for event in events}
+            assert events[-1]["type"] == "image_edit.completed"
+            if steps == "3":
+                assert base64.b64decode(events[-1]["b64_json"]) == expected
 
 
 def test_sdapi_makes_the_same_picture_as_the_images_api(folder: Path, url: str) -> None:
