@@ -146,7 +146,9 @@ def in_terminal(arguments: list[str], cwd: Path, env: dict[str, str], interrupt_
     """Run a command in a pseudo-terminal; press Ctrl-C once its output has `interrupt_at`."""
     pid, terminal = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts programs in the background with SIGINT ignored
+        # As at a terminal: a shell in a script starts programs in the background with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.chdir(cwd)
         os.execve(sys.executable, [*COMMAND, *arguments], env)
     output, deadline = b"", time.monotonic() + LIMIT_S

@@ -125,6 +125,7 @@ class LocalLauncher:
             name=link.name,
             daemon=True,
         )
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
             # If the tracker had exited, `start` would start it again, and leave signals unblocked in this thread.
             resource_tracker.ensure_running()
@@ -137,6 +138,7 @@ class LocalLauncher:
                 reading.close()
             raise
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             end.close()
             if writing is not None:
                 writing.close()

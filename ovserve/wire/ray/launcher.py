@@ -203,6 +203,7 @@ class RayLauncher:
             name="ray bridge",
             daemon=True,
         )
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
             resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, processes.BLOCKED_SIGNALS)
@@ -211,6 +212,7 @@ class RayLauncher:
             own.close()
             raise
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             other.close()
         self._bridge, self._control = bridge, own
         return own
