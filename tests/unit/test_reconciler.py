@@ -480,7 +480,7 @@ def test_worn_workers_are_replaced_one_at_a_time() -> None:
         while len(system.launcher.started) < 8:
             assert system.serve("a") is State.DONE
             most = max(most, len(system.workers()))
-        assert most == 3
+        assert most <= 3  # two, and a third between two looks or longer
         assert system.ready("a") >= 2
     finally:
         system.close()
