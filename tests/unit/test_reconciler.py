@@ -475,12 +475,18 @@ def test_worn_worker_is_replaced_without_a_moment_without_a_ready_one() -> None:
 
 def test_worn_workers_are_replaced_one_at_a_time() -> None:
     system = MemorySystem(dataclasses.replace(A, max_jobs_per_worker=1))
-    most = 0
+    start, alive = system.launcher.start, []
+
+    def counted(spec: WorkerSpec) -> tuple[MemoryProcess, MemoryLink]:
+        started = start(spec)
+        alive.append(sum(process.is_alive() for process in system.launcher.started))
+        return started
+
+    system.launcher.start = counted  # type: ignore[method-assign]
     try:
         while len(system.launcher.started) < 8:
             assert system.serve("a") is State.DONE
-            most = max(most, len(system.workers()))
-        assert most <= 3  # two, and a third between two looks or longer
+        assert set(alive) == {3}  # with the new one, at each start
         assert system.ready("a") >= 2
     finally:
         system.close()
