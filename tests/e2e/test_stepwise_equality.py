@@ -154,8 +154,8 @@ VARIANTS = {
 }
 
 
-# A configuration changes the plan of a scheduler, not what a mode does with it: each plan is compared in one mode, and in
-# the heavy tier in all.
+# A configuration changes the plan of a scheduler, not what a mode does with it: each plan is compared in one mode, and
+# in the heavy tier in all.
 @pytest.mark.parametrize(
     "has_all_modes", [pytest.param(False, id="one mode"), pytest.param(True, id="all modes", marks=pytest.mark.heavy)]
 )
