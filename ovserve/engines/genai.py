@@ -326,6 +326,10 @@ class GenaiEngine:
         """Return nothing counted: the library makes the calls and has the caches."""
         return Counts()
 
+    def use_idle_time(self) -> bool:
+        """Return False: there is nothing to do."""
+        return False
+
     def phase(self) -> str:
         """Return idle, or encode: a turn begins with the text encoder; its steps send their own heartbeats."""
         return "idle" if self._pending is None else "encode"
