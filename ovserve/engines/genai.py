@@ -498,7 +498,7 @@ class _Tokenizer:
     def load(self) -> None:
         if self._tokenizer is not None:
             return
-        self._tokenizer = og.Tokenizer(str(self._directory))
+        self._tokenizer = og.Tokenizer(str(self._directory), INFERENCE_NUM_THREADS=1)
         self.count("the first call is slow, so make it during load")
 
     def count(self, prompt: str) -> int:
