@@ -29,36 +29,20 @@ from scripts.builtin_model.training import (
     place,
     save_checkpoint,
 )
+from scripts.builtin_model.worlds import WORLD_NAMES, World, load_world
 
 HELD_OUT = 256  # scenes that are not trained on
 LAYOUT_TIMESTEPS = (400, 1000)  # at these timesteps position and shape are decided
 EDIT_TIMESTEPS = 300  # from this timestep on a row may start from another picture: strengths of 0.3 and more
 EDIT_SHARE = 0.4
 UNCAPTIONED_SHARE = 0.1  # rows without a caption, for classifier-free guidance
-PROMPTS = (
-    "a red circle on a blue background",
-    "a yellow star on a black background",
-    "a green triangle on a white background",
-    "a pink heart on a purple background",
-    "two orange squares on a cyan background",
-    "three white stars on a blue background",
-    "a red square and a green circle on a white background",
-    "a black cross on a yellow background",
-    "a cyan ring on a red background",
-    "a small blue diamond on a pink background",
-    "a large white circle on a green background",
-    "a purple square on an orange background",
-    "blue background",
-    "a green heart",
-    "three black rings on a pink background",
-    "a yellow circle on the left on a purple background",
-)
 
 
 def main() -> None:
     """Parse the command line, and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="contains autoencoder.pt, tokenizer/ and scenes.pt")
+    parser.add_argument("--world", choices=WORLD_NAMES, default="shapes", help="what is drawn (%(default)s)")
     parser.add_argument("--steps", type=int, default=40_000, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="rows per step (%(default)s)")
     parser.add_argument("--peak-learning-rate", type=float, default=1e-3, help="(%(default)s)")
@@ -96,14 +80,18 @@ def train(options: argparse.Namespace) -> None:
     device = choose_device(options.threads)
     torch.manual_seed(options.seed)
     initial = load_checkpoint(options.start_from) if options.start_from else None
+    world = load_world(options.world, options.folder)
     if initial:
         model = Denoiser.from_checkpoint(initial)
     else:
-        model = Denoiser(len(build_vocabulary()[0]), options.channels, options.patch)
+        vocabulary, _ = build_vocabulary(world.sizes.words)
+        model = Denoiser(
+            len(vocabulary), options.channels, options.patch, world.sizes.latent_channels, world.sizes.window
+        )
     place(model, device)
     normalisation = (initial["mean"], initial["scale"]) if initial else (None, None)
     scenes = Scenes(options.folder / "scenes.pt", device, *normalisation)
-    run = Run(model, scenes, options, device)
+    run = Run(world, model, scenes, options, device)
     path = options.folder / "denoiser.pt"
     start = run.resume(path) if path.exists() else 0
     progress = Progress("denoiser", options.steps, start)
@@ -122,7 +110,10 @@ def train(options: argparse.Namespace) -> None:
 class Run:
     """The state of a training: the model, the optimiser and the moving average."""
 
-    def __init__(self, model: Denoiser, scenes: Scenes, options: argparse.Namespace, device: torch.device) -> None:
+    def __init__(
+        self, world: World, model: Denoiser, scenes: Scenes, options: argparse.Namespace, device: torch.device
+    ) -> None:
+        self.world = world
         self.model, self.scenes, self.options, self.device = model, scenes, options, device
         self.signal = alphas_cumprod().to(device)
         self.parameters = list(model.parameters())
@@ -219,10 +210,10 @@ class Run:
 
     @torch.no_grad()
     def save_sheet(self, path: Path) -> None:
-        """Draw PROMPTS and write them as a contact sheet."""
+        """Draw the prompts of the world and write them as a contact sheet."""
         autoencoder = Autoencoder.from_checkpoint(load_checkpoint(self.options.folder / "autoencoder.pt"))
-        input_ids = torch.tensor([self.prompts.encode(prompt) for prompt in PROMPTS], device=self.device)
-        noise = torch.randn(len(PROMPTS), *self.scenes.after.shape[1:], generator=torch.Generator().manual_seed(0))
+        input_ids = torch.tensor([self.prompts.encode(prompt) for prompt in self.world.prompts], device=self.device)
+        noise = torch.randn(len(input_ids), *self.scenes.after.shape[1:], generator=torch.Generator().manual_seed(0))
         latents = sample_latents(self.model, input_ids, self.empty, noise.to(self.device)).cpu()
         pictures = pixels_from(autoencoder.decode(latents * self.scenes.scale + self.scenes.mean))
         save_sheet(path, [list(pictures[i : i + 8]) for i in range(0, len(pictures), 8)])
