@@ -204,9 +204,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """From the worker: `picture` is encoded, and a segment of `size` bytes is needed.
+    """From the worker: a segment of `size` bytes is needed for `picture`.
 
-    `partial` is 0 or more for a preview, -1 for the result.
+    Attributes:
+        size: bytes of the file, or an upper limit of them for a result that is not encoded yet.
+        partial: 0 or more for a preview, -1 for the result.
     """
 
     job: str

@@ -299,6 +299,8 @@ class JobRunner:
         picture = work.picture
 
         def on_step(step: int, steps: int) -> None:
+            if step == steps:
+                self._finisher.announce(job.id, picture)
             if job.deadline.is_expired():
                 self._expire(job)
             elif request.progress and not job.stopped.is_set():

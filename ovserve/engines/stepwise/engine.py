@@ -264,11 +264,19 @@ class StepwiseEngine:
         """Wait until at least one call has ended; return the outcomes of the pictures that ended."""
         self._fill_slots()
         if self._slots.busy and not self._outcomes:
+            if not self._is_alone_in_flight():
+                self._slots.release()
             for finished in self._slots.wait():
                 self._apply(finished)
             self._fill_slots()
         outcomes, self._outcomes = self._outcomes, []
+        if outcomes or not self._is_alone_in_flight():
+            self._slots.release()  # it need not wait for the next turn: delivering outcomes takes time
         return outcomes
+
+    def _is_alone_in_flight(self) -> bool:
+        """Return whether all calls in flight end at about the same time: one call, or the rows of one picture."""
+        return len(self._calls) <= 1 or len({row.picture for call in self._calls for row in call.rows}) == 1
 
     def close(self) -> None:
         """Release the device after the calls in flight. Also after a failed `load`."""
