@@ -27,6 +27,7 @@ from scripts.builtin_model.thing_scenes import (
     GRID_PX,
     LANDSCAPES,
     PICTURE_PX,
+    SIZES_PX,
     Composition,
     Placed,
     Sprites,
@@ -35,7 +36,7 @@ from scripts.builtin_model.thing_scenes import (
 )
 from scripts.builtin_model.things import find_thing, thing_names
 
-__all__ = ["Tests"]
+__all__ = ["ThingTests"]
 
 MAX_SHIFT_PX = GRID_PX + 8  # a thing that moved less than this is in place
 MAX_REST = 0.01  # of the picture: what may be left of a removed thing
@@ -81,7 +82,7 @@ def other_thing(rng: random.Random, subject: Subject) -> Subject:
     return Subject((*subject.names[:-1], name), (*subject.words[:-1], word), subject.background)
 
 
-class Tests:
+class ThingTests:
     """The tests, with the judge and the drawings."""
 
     def __init__(self, sprites: Sprites) -> None:
@@ -178,7 +179,7 @@ class Tests:
         """Test inpainting: another thing in the place of the right one of two."""
         rng = random.Random(f"replace masked/{case}")
         subject = random_subject(rng, 2)
-        source = subject.drawn(self.sprites, 112, ((64, MIDDLE), (192, MIDDLE)))
+        source = subject.drawn(self.sprites, 128, ((64, MIDDLE), (192, MIDDLE)))
         wanted = other_thing(rng, subject)
         picture = model.inpaint(wanted.prompt, source, _hole(132, 64, 252, 192), case)
         tally.add([source, picture], thing=self.shows(picture, wanted.names[1], parts_of(2)[1]))
@@ -188,7 +189,7 @@ class Tests:
         rng = random.Random(f"add masked/{case}")
         wanted = random_subject(rng, 2)
         subject = Subject(wanted.names[:1], wanted.words[:1], wanted.background)
-        source = subject.drawn(self.sprites, 112, ((64, MIDDLE),))
+        source = subject.drawn(self.sprites, 128, ((64, MIDDLE),))
         picture = model.inpaint(wanted.prompt, source, _hole(132, 64, 252, 192), case)
         tally.add([source, picture], thing=self.shows(picture, wanted.names[1], parts_of(2)[1]))
 
@@ -226,7 +227,7 @@ class Tests:
 class RoundTrip:
     """A test of the autoencoder: encode and decode a drawing with the exported model."""
 
-    def __init__(self, all_tests: Tests, directory: Path, threads: int) -> None:
+    def __init__(self, all_tests: ThingTests, directory: Path, threads: int) -> None:
         self._tests = all_tests
         properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads} if threads else {}
         self._encoder, self._decoder = (
@@ -238,7 +239,7 @@ class RoundTrip:
         """Test one picture."""
         rng = random.Random(f"round trip/{case}")
         subject = random_subject(rng)
-        source = subject.drawn(self._tests.sprites, rng.choice((80, 112, 128)))
+        source = subject.drawn(self._tests.sprites, rng.choice(list(SIZES_PX.values())))
         images = source.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1
         parameters = self._encoder([images])[0]
         decoded = self._decoder([parameters[:, : parameters.shape[1] // 2]])[0][0]
@@ -261,7 +262,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--drawings", type=Path, required=True, help="things.png of the training")
     options = parser.parse_args()
-    all_tests = Tests(load_sprites(options.drawings))
+    all_tests = ThingTests(load_sprites(options.drawings))
     run_tests(options, all_tests.table(options.model, options.threads), all_tests.times)
 
 

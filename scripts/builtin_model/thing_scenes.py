@@ -54,8 +54,9 @@ _STARS = ((22, 30), (58, 84), (96, 22), (140, 58), (178, 26), (214, 90), (240, 4
 # Centres are on this grid, the side of a latent, and each size is fixed. Everywhere on the grid a thing then has the
 # same latents: the denoiser learns a drawing once, and not again for each offset within a latent.
 GRID_PX = 16
+# There are only three sizes: two things are as large as one, and three are small.
 SIZES_PX = {"small": 80, None: 128, "large": 192}
-_ROW_PX = {2: 112, 3: 80}  # sizes of two and of three things
+_ROW_PX = {2: 128, 3: 80}  # sizes of two and of three things
 _CENTRES = {2: ((64, 192), (128,)), 3: ((48, 128, 208), (112, 128, 144))}
 # Kinds of compositions with their share of the scenes.
 COMPOSITION_KINDS = {"one": 0.58, "pair": 0.24, "three": 0.08, "empty": 0.10}
@@ -135,7 +136,7 @@ def sample_composition(rng: random.Random, kind: str | None = None) -> Compositi
 
 
 def _single(rng: random.Random, background: str) -> Composition:
-    size = rng.choice(["small", "large", None, None, None])
+    size = rng.choice(["small", "large", None, None, None, None])
     side = SIZES_PX[size]
     place = "center" if size == "large" else rng.choice(PLACES)
     middle = PICTURE_PX // 2

@@ -9,6 +9,8 @@ and follow the prompt.
 from __future__ import annotations
 
 import argparse
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,6 @@ from scripts.builtin_model.worlds import WORLD_NAMES, World, load_world
 HELD_OUT = 256  # scenes that are not trained on
 LAYOUT_TIMESTEPS = (400, 1000)  # at these timesteps position and shape are decided
 EDIT_TIMESTEPS = 300  # from this timestep on a row may start from another picture: strengths of 0.3 and more
-EDIT_SHARE = 0.4
 UNCAPTIONED_SHARE = 0.1  # rows without a caption, for classifier-free guidance
 
 
@@ -53,7 +54,13 @@ def main() -> None:
         "--patch", type=int, default=2, choices=(1, 2), help="1 is better, but three times the work (%(default)s)"
     )
     parser.add_argument("--start-from", type=Path, help="checkpoint to start from, of the same shape")
+    parser.add_argument(
+        "--edit-share", type=float, default=0.4, help="share of rows that start from another picture (%(default)s)"
+    )
     parser.add_argument("--report-every", type=int, default=1000, help="steps between reports (%(default)s)")
+    parser.add_argument(
+        "--until", type=float, default=math.inf, help="end at this time at the latest, in seconds since 1970 (never)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="0: the library's default")
     train(parser.parse_args())
@@ -97,14 +104,20 @@ def train(options: argparse.Namespace) -> None:
     progress = Progress("denoiser", options.steps, start)
     if start == 0:
         print(f"  held-out loss {run.held_out_loss():.4f}", flush=True)
+    began, ends = time.time(), options.until
     for step in range(start, options.steps):
-        progress.advance(step + 1, run.step(step))
-        if (step + 1) % options.report_every == 0 or step + 1 == options.steps:
+        # Where the time ends the training, the learning rate falls with the time, from where the last run ended.
+        late = start + (options.steps - start) * (time.time() - began) / (ends - began)
+        progress.advance(step + 1, run.step(step, max(step, late)))
+        ended = step + 1 == options.steps or time.time() >= ends
+        if (step + 1) % options.report_every == 0 or ended:
             run.average.swap()
             print(f"  held-out loss {run.held_out_loss():.4f}", flush=True)
             run.save_sheet(options.folder / f"denoiser_{step + 1:06}.png")
             run.average.swap()
             save_checkpoint(path, run.checkpoint(step + 1))
+        if ended:
+            break
 
 
 class Run:
@@ -125,10 +138,15 @@ class Run:
         self.empty = torch.tensor(self.prompts.encode(""), device=device)
         self.predict = torch.compile(model) if device.type == "cuda" else model
 
-    def step(self, step: int) -> Tensor:
-        """Run one optimiser step. Its data depend only on the seed and the step, so a resumed run uses the same."""
+    def step(self, step: int, done: float) -> Tensor:
+        """Run one optimiser step. Its data depend only on the seed and the step, so a resumed run uses the same.
+
+        Args:
+            step: number of the step.
+            done: how many steps of the training are finished, by their number or by the time.
+        """
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.options.peak_learning_rate, step, self.options.steps)
+            group["lr"] = learning_rate(self.options.peak_learning_rate, done, self.options.steps)
         generator = torch.Generator(self.device).manual_seed(self.options.seed * 10_000_019 + step)
         loss = self._loss(generator).mean()
         self.optimiser.zero_grad()
@@ -148,7 +166,7 @@ class Run:
         timesteps = self._timesteps(rows, generator)
         target = scenes.after[index]
         edited = (
-            (torch.rand(rows, generator=generator, device=device) < EDIT_SHARE)
+            (torch.rand(rows, generator=generator, device=device) < self.options.edit_share)
             & (timesteps >= EDIT_TIMESTEPS)
             & ~uncaptioned
         )
