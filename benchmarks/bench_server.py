@@ -1,7 +1,9 @@
 """Measure requests per second and latency of the HTTP front end, against FastAPI and a bare standard-library server.
 
+FastAPI runs on uvicorn and on granian, whose HTTP part is written in Rust.
+
     python benchmarks/bench_server.py
-    python benchmarks/bench_server.py --clients 1 8 64 --rounds 5 --save
+    python benchmarks/bench_server.py --clients 1 8 64 512 --rounds 5 --save
 
 Each server runs in its own process and does the same work: it receives a POST of a multipart edit with a 64 kB image on
 a persistent connection, computes the CRC-32 of the image (the toy engine), and sends a JSON reply of 1.4 kB. Every
@@ -12,8 +14,9 @@ The servers are loaded one after another in short slices, and throughputs are co
 disturbance of the machine affects all of them. The CPU time of the server process is measured too; other work on the
 machine changes it less.
 
-The baselines use their fastest set-up: uvicorn with uvloop and httptools and an async route; the standard library with
-buffered writes, and without most checks of a safe server. All of them log each request, to /dev/null.
+The baselines use their fastest set-up: uvicorn with uvloop and httptools and an async route; granian with uvloop and
+one worker process; the standard library with buffered writes, and without most checks of a safe server. All of them log
+each request, to /dev/null.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections import Counter
@@ -42,6 +46,7 @@ if __package__ in (None, ""):  # run as a file: put the repository on the path
 from benchmarks.edits import BUILTIN_NAME, BUILTIN_PATH
 from benchmarks.metadata import collect
 from benchmarks.results import Result
+from benchmarks.servers import process_tree
 from benchmarks.stats import estimate, ratio
 
 PATH = "/v1/images/edits"
@@ -53,6 +58,7 @@ PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0@\0\0\0@\x08\2\0\0\0%\x0b\xe6\x8
 STOP_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 30.0
 WARM_UP_S = 0.5
+MAX_CONNECTIONS = BACKLOG = 2048  # of ovserve; the others have no limit of connections
 VALUES_KEPT = 200  # latencies kept from one slice
 
 
@@ -64,6 +70,11 @@ def reply_of(image: bytes | memoryview, prompt: str) -> dict[str, Any]:
 def announce(port: int) -> None:
     """Print the port, then redirect standard output to /dev/null: nothing reads it any more, and uvicorn logs there."""
     print(port, flush=True)
+    announce_nothing()
+
+
+def announce_nothing() -> None:
+    """Redirect standard output to /dev/null."""
     with open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 1)
 
@@ -105,7 +116,7 @@ def serve_ovserve() -> None:
 
     configure_logs("info", "text")
     with tempfile.TemporaryDirectory(dir=default_directory()) as folder:
-        settings = Settings(port=0)
+        settings = Settings(port=0, max_connections=MAX_CONNECTIONS, backlog=BACKLOG)
         spool = Spool(Path(folder), settings.spool_bytes, None, settings.spool_warm_bytes)
         listener = Listener(settings, Toy(), spool)
         listener.start()
@@ -114,9 +125,8 @@ def serve_ovserve() -> None:
         listener.stop(0)
 
 
-def serve_fastapi() -> None:
-    """Serve with FastAPI on uvicorn, with uvloop and httptools."""
-    import uvicorn
+def make_app() -> Any:
+    """Return the application of FastAPI."""
     from fastapi import FastAPI, File, Form, UploadFile
 
     app = FastAPI()
@@ -132,10 +142,48 @@ def serve_fastapi() -> None:
         "size": Annotated[str, Form()],
     }
     app.post(PATH)(edit)
-    listening = socket.create_server(("127.0.0.1", 0), backlog=512)
+    return app
+
+
+def serve_fastapi() -> None:
+    """Serve with FastAPI on uvicorn, with uvloop and httptools."""
+    import uvicorn
+
+    listening = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
     announce(listening.getsockname()[1])
-    config = uvicorn.Config(app, loop="uvloop", http="httptools", lifespan="off")
+    config = uvicorn.Config(make_app(), loop="uvloop", http="httptools", lifespan="off")
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def serve_granian() -> None:
+    """Serve with FastAPI on granian, with uvloop and one worker process."""
+    from granian import Granian
+    from granian.constants import Interfaces, Loops
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    written = os.dup(1)
+    os.set_inheritable(written, False)
+    announce_nothing()
+
+    def announce_when_listening() -> None:
+        end = time.monotonic() + STOP_TIMEOUT_S
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                os.write(written, f"{port}\n".encode())
+                return
+            time.sleep(0.02)
+
+    threading.Thread(target=announce_when_listening, daemon=True).start()
+    Granian(
+        "benchmarks.bench_server:make_app",
+        factory=True,
+        port=port,
+        interface=Interfaces.ASGINL,
+        loop=Loops.uvloop,
+        backlog=BACKLOG,
+        log_access=True,
+    ).serve()
 
 
 def serve_stdlib() -> None:
@@ -164,20 +212,28 @@ def serve_stdlib() -> None:
             self.wfile.flush()
 
     class Server(ThreadingHTTPServer):
-        request_queue_size = 512
+        request_queue_size = BACKLOG
 
     with Server(("127.0.0.1", 0), Handler) as server:
         announce(server.server_port)
         server.serve_forever()
 
 
-SERVERS: dict[str, Callable[[], None]] = {"ovserve": serve_ovserve, "fastapi": serve_fastapi, "stdlib": serve_stdlib}
+SERVERS: dict[str, Callable[[], None]] = {
+    "ovserve": serve_ovserve,
+    "fastapi": serve_fastapi,
+    "granian": serve_granian,
+    "stdlib": serve_stdlib,
+}
 # The whole server, with a toy engine instead of the model; the toy takes any number of jobs at once.
 WHOLE_SERVER = "ovserve+worker"
-WHOLE_SERVER_OPTIONS = ["--port", "0", "--model_path", str(BUILTIN_PATH), "--plugin_config", '{"capacity": 64}']
+WHOLE_SERVER_OPTIONS = [
+    *("--port", "0", "--model_path", str(BUILTIN_PATH), "--plugin_config", '{"capacity": 64}'),
+    *("--max_connections", str(MAX_CONNECTIONS), "--queue_limit", str(MAX_CONNECTIONS)),
+]
 WHOLE_SERVER_COMMAND = [sys.executable, "-m", "tests.toyserver", *WHOLE_SERVER_OPTIONS]
 
-NAMES = ["ovserve", WHOLE_SERVER, "fastapi", "stdlib"]
+NAMES = ["ovserve", WHOLE_SERVER, "fastapi", "granian", "stdlib"]
 
 
 @contextlib.contextmanager
@@ -305,6 +361,11 @@ def load(port: int, clients: int, seconds: float) -> list[float]:
     return latencies
 
 
+def cpu_of(server: str, pid: int) -> float:
+    """Return the CPU seconds of a server: of its first process, and for granian of its worker too."""
+    return sum(cpu_seconds(process) for process in (process_tree(pid) if server == "granian" else [pid]))
+
+
 def cpu_seconds(pid: int) -> float:
     """Return the user and system time that a process has used, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
@@ -328,9 +389,9 @@ def measure_round(result: Result, servers: Sequence[str], clients: Sequence[int]
             load(port, 8, WARM_UP_S)
         for number, _ in itertools.product(clients, range(slices)):
             for server, (port, pid) in started.items():
-                before = cpu_seconds(pid)
+                before = cpu_of(server, pid)
                 latencies = load(port, number, seconds)
-                cpu[server, number] += cpu_seconds(pid) - before
+                cpu[server, number] += cpu_of(server, pid) - before
                 requests[server, number] += len(latencies)
                 case = {"server": server, "clients": number}
                 result.add("throughput", [len(latencies) / seconds], unit="1/s", better="higher", case=case)
@@ -360,7 +421,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", choices=SERVERS, help=argparse.SUPPRESS)
     parser.add_argument("--servers", nargs="+", choices=NAMES, default=NAMES, help="default: all")
-    parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 64], help="numbers of clients (1 8 64)")
+    parser.add_argument(
+        "--clients", nargs="+", type=int, default=[1, 8, 64, 512], help="numbers of clients (1 8 64 512)"
+    )
     parser.add_argument("--seconds", type=float, default=0.5, help="length of one slice of load (%(default)s)")
     parser.add_argument(
         "--slices", type=int, default=8, help="slices for each server and number of clients in a round (%(default)s)"

@@ -44,6 +44,7 @@ SETS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("bench_serving", "--set", "full"),
         ("bench_multipart", "--rounds", "3", "--save"),
         ("bench_server", "--save"),
+        ("bench_connections", "--save"),
         ("bench_ipc", "--save"),
         ("bench_recovery", "--save"),
         ("bench_shares", "--save"),

@@ -41,6 +41,7 @@ __all__ = [
     "extract_colour_profile",
     "flatten",
     "has_alpha",
+    "png_bound",
 ]
 
 Pixels = NDArray[np.uint8]
@@ -349,6 +350,17 @@ def encode_image(
             icc_profile=profile or None,
         )
     return buffer.getvalue()
+
+
+def png_bound(width: int, height: int, channels: int, parameters: str = "", profile: bytes = b"") -> int:
+    """Return an upper limit of the bytes of a PNG file that `encode_image` makes of uint8 (height, width, channels).
+
+    Deflate can make data longer. The fast mode of zlib-ng writes at most 9 bits for a byte, zlib less. PNG adds a byte
+    for each row, and 12 for each chunk of at least 64 KiB (RFC 2083, sections 2.3 and 3.2).
+    """
+    raw = height * (width * channels + 1)
+    additional = 4 * len(parameters.encode("utf-8", "replace")) + 2 * len(profile)
+    return raw + raw // 8 + raw // 64 + additional + 1024
 
 
 def _user_comment(text: str, limit_bytes: int) -> bytes:

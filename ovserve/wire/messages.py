@@ -108,6 +108,7 @@ class Ready:
             streams, max_batch; 0: no choice). The supervisor passes them on to all later incarnations, because another
             division of the device changes the last bits of the results.
         schedulers: names of the schedulers that a request may choose, separated by commas.
+        devices: memory of each device that reports it, and bytes of the model's weights there, by name.
     """
 
     capacity: int
@@ -115,6 +116,7 @@ class Ready:
     why: str = ""
     tuned: dict[str, Any] = field(default_factory=dict)
     schedulers: str = ""
+    devices: dict[str, Any] = field(default_factory=dict)
 
     kind: ClassVar[str] = "ready"
 
@@ -204,9 +206,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """From the worker: `picture` is encoded, and a segment of `size` bytes is needed.
+    """From the worker: a segment of `size` bytes is needed for `picture`.
 
-    `partial` is 0 or more for a preview, -1 for the result.
+    Attributes:
+        size: bytes of the file, or an upper limit of them for a result that is not encoded yet.
+        partial: 0 or more for a preview, -1 for the result.
     """
 
     job: str

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ovserve import __version__
 from ovserve.engines.protocol import Work
 from ovserve.pixels.frames import Placement
-from ovserve.pixels.images import Pixels, encode_image, flatten, has_alpha
+from ovserve.pixels.images import Pixels, encode_image, flatten, has_alpha, png_bound
 from ovserve.pixels.masks import Seam
 from ovserve.pixels.regions import Region
 from ovserve.settings.options import Resolution
@@ -197,6 +197,15 @@ class PreparedRequest:
         request = self.request
         parameters = self._parameters(picture) if request.metadata else ""
         return encode_image(pixels, request.output_format, request.output_compression, parameters, self.colour_profile)
+
+    def bound_of(self, picture: int) -> int:
+        """Return an upper limit of the bytes of a result's file; 0 if there is none, as for JPEG and WebP."""
+        request, original = self.request, self.backdrop.original
+        if request.output_format != "png":
+            return 0
+        channels = 3 if original is None else original.shape[2]
+        parameters = self._parameters(picture) if request.metadata else ""
+        return png_bound(self.frame.width, self.frame.height, channels, parameters, self.colour_profile)
 
     def encode_preview(self, pixels: Pixels) -> bytes:
         """Encode an estimate of the whole canvas, of any size, in the requested format, small and without metadata."""

@@ -1,4 +1,4 @@
-"""The autoencoder: scale factor 16, 4 latent channels, convolutions on small grids only.
+"""The autoencoder: scale factor 16, convolutions on small grids only.
 
 Pixel shuffle and unshuffle change between the pixels and the small grids. The encoder averages each 2x2 pixels first:
 its pictures have no detail finer than an edge, and the shades along an edge give its position. Most of the decoder
@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the usual name
 from torch import Tensor, nn
 
-__all__ = ["LATENT_CHANNELS", "VAE_SCALE_FACTOR", "Autoencoder", "pixels_from", "tensor_from"]
+__all__ = ["VAE_SCALE_FACTOR", "Autoencoder", "pixels_from", "tensor_from"]
 
-LATENT_CHANNELS = 4
 VAE_SCALE_FACTOR = 16
 
 
@@ -49,6 +48,7 @@ class Autoencoder(nn.Module):
         deep: channels of the encoder at a sixteenth of the side.
         widths: channels of the decoder at a sixteenth, an eighth, a quarter and half of the side.
         blocks: residual blocks of the decoder at each of these sizes.
+        latent_channels: channels of the latents.
     """
 
     def __init__(
@@ -57,9 +57,17 @@ class Autoencoder(nn.Module):
         deep: int = 64,
         widths: Sequence[int] = (80, 48, 32, 16),
         blocks: Sequence[int] = (4, 2, 2, 1),
+        latent_channels: int = 4,
     ) -> None:
         super().__init__()
-        self.settings = {"middle": middle, "deep": deep, "widths": list(widths), "blocks": list(blocks)}
+        self.settings = {
+            "middle": middle,
+            "deep": deep,
+            "widths": list(widths),
+            "blocks": list(blocks),
+            "latent_channels": latent_channels,
+        }
+        self.latent_channels = latent_channels
         self.encoder = nn.Sequential(
             nn.AvgPool2d(2),
             nn.PixelUnshuffle(4),
@@ -69,10 +77,10 @@ class Autoencoder(nn.Module):
             ResidualBlock(deep),
             ResidualBlock(deep),
             nn.SiLU(),
-            nn.Conv2d(deep, LATENT_CHANNELS, 3, padding=1),
+            nn.Conv2d(deep, latent_channels, 3, padding=1),
         )
         layers: list[nn.Module] = []
-        channels = LATENT_CHANNELS
+        channels = latent_channels
         for level, (width, count) in enumerate(zip(widths, blocks, strict=True)):
             # The first upscaling is pointwise: it has the most channels, and the blocks around it cover the neighbours.
             side = 1 if level == 1 else 3
@@ -83,12 +91,12 @@ class Autoencoder(nn.Module):
         self.decoder = nn.Sequential(*layers, nn.Conv2d(channels, 12, 3, padding=1), nn.PixelShuffle(2))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode float (N, 3, H, W) in -1..1 to latents (N, 4, H/16, W/16)."""
+        """Encode float (N, 3, H, W) in -1..1 to latents (N, C, H/16, W/16)."""
         latents: Tensor = self.encoder(images)
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents (N, 4, h, w) to float (N, 3, 16h, 16w), about -1..1, not clamped."""
+        """Decode latents (N, C, h, w) to float (N, 3, 16h, 16w), about -1..1, not clamped."""
         images: Tensor = self.decoder(latents)
         return images
 

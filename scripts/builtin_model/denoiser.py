@@ -11,9 +11,6 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from scripts.builtin_model.autoencoder import LATENT_CHANNELS
-from scripts.builtin_model.tokenizer import WINDOW
-
 __all__ = ["SCHEDULE", "TRAIN_TIMESTEPS", "Denoiser", "alphas_cumprod", "sample_latents", "text_config"]
 
 TRAIN_TIMESTEPS = 1000
@@ -25,7 +22,7 @@ SCHEDULE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 1e-4
 TEXT_WIDTH = 128
 
 
-def text_config(vocabulary_size: int) -> dict[str, Any]:
+def text_config(vocabulary_size: int, window: int) -> dict[str, Any]:
     """Return the text encoder's configuration; the special tokens are the last two of the vocabulary."""
     return {
         "vocab_size": vocabulary_size,
@@ -33,7 +30,7 @@ def text_config(vocabulary_size: int) -> dict[str, Any]:
         "intermediate_size": 2 * TEXT_WIDTH,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "max_position_embeddings": WINDOW,
+        "max_position_embeddings": window,
         "hidden_act": "quick_gelu",
         "projection_dim": TEXT_WIDTH,
         "bos_token_id": vocabulary_size - 2,
@@ -49,17 +46,33 @@ class Denoiser(nn.Module):
         vocabulary_size: vocabulary size of the tokenizer.
         channels: channels of the UNet's levels; each level halves the side.
         patch: side of the latent patches that form one position of the UNet (1: each latent). 2 is a third of the work.
+        latent_channels: channels of the latents.
+        window: tokens of a prompt.
     """
 
-    def __init__(self, vocabulary_size: int, channels: Sequence[int] = (80, 128), patch: int = 2) -> None:
+    def __init__(
+        self,
+        vocabulary_size: int,
+        channels: Sequence[int] = (80, 128),
+        patch: int = 2,
+        latent_channels: int = 4,
+        window: int = 32,
+    ) -> None:
         super().__init__()
-        self.settings = {"vocabulary_size": vocabulary_size, "channels": list(channels), "patch": patch}
+        self.settings = {
+            "vocabulary_size": vocabulary_size,
+            "channels": list(channels),
+            "patch": patch,
+            "latent_channels": latent_channels,
+            "window": window,
+        }
+        self.latent_channels, self.window = latent_channels, window
         self.vocabulary_size, self.patch = vocabulary_size, patch
-        self.text_encoder = CLIPTextModel(CLIPTextConfig(**text_config(vocabulary_size)))
+        self.text_encoder = CLIPTextModel(CLIPTextConfig(**text_config(vocabulary_size, window)))
         self.unet: Any = UNet2DConditionModel(  # type: ignore[no-untyped-call]
             sample_size=16 // patch,
-            in_channels=LATENT_CHANNELS * patch**2,
-            out_channels=LATENT_CHANNELS * patch**2,
+            in_channels=latent_channels * patch**2,
+            out_channels=latent_channels * patch**2,
             block_out_channels=tuple(channels),
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D",) * len(channels),
@@ -74,11 +87,11 @@ class Denoiser(nn.Module):
         )
 
     def forward(self, latents: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
-        """Predict v for float (N, 4, H, W) latents at int64 (N,) timesteps under int64 (N, WINDOW) prompts."""
+        """Predict v for float (N, C, H, W) latents at int64 (N,) timesteps under int64 (N, window) prompts."""
         return self.predict(latents, timesteps, self.text_encoder(input_ids)[0])
 
     def predict(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """Predict v as `forward` does, for encoded prompts: float (N, WINDOW, TEXT_WIDTH)."""
+        """Predict v as `forward` does, for encoded prompts: float (N, window, TEXT_WIDTH)."""
         patches = F.pixel_unshuffle(latents, self.patch).contiguous(memory_format=torch.channels_last)
         predicted = self.unet(patches, timesteps, text, return_dict=False)[0]
         return F.pixel_shuffle(predicted, self.patch)
@@ -114,9 +127,9 @@ def sample_latents(
 
     Args:
         model: the denoiser.
-        input_ids: int64 (N, WINDOW), the prompts.
-        empty_ids: int64 (WINDOW,), the prompt "".
-        noise: float (N, 4, H, W).
+        input_ids: int64 (N, window), the prompts.
+        empty_ids: int64 (window,), the prompt "".
+        noise: float (N, C, H, W).
         steps: number of steps at strength 1.
         guidance_scale: classifier-free guidance.
         start: latents to edit, of the same shape as `noise`; the last `steps` x `strength` steps are run on them.

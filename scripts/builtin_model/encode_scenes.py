@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from scripts.builtin_model.autoencoder import Autoencoder, tensor_from
-from scripts.builtin_model.captions import caption
-from scripts.builtin_model.scenes import draw_composition, sample_composition, sample_edit
 from scripts.builtin_model.tokenizer import PromptEncoder
 from scripts.builtin_model.training import Progress, choose_device, load_checkpoint, save_checkpoint
+from scripts.builtin_model.worlds import WORLD_NAMES, load_world
 
 SHARD = 128  # scenes that one process draws at a time: 50 MB of pictures
 AHEAD = 2  # shards per process that are being drawn or wait to be encoded
@@ -32,6 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, required=True, help="contains autoencoder.pt and tokenizer/; scenes.pt is written there"
     )
+    parser.add_argument("--world", choices=WORLD_NAMES, default="shapes", help="what is drawn (%(default)s)")
     parser.add_argument("--scenes", type=int, default=24_000, help="number of scenes (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="processes and threads; 0: all processors")
@@ -42,7 +42,7 @@ def main() -> None:
 def encode(options: argparse.Namespace) -> None:
     """Write scenes.pt.
 
-    It contains `after` and `before`, float16 (N, 4, 16, 16), raw latents; and `captions`, int16 (N, CAPTIONS, WINDOW).
+    It contains `after` and `before`, float16 (N, C, 16, 16), raw latents; and `captions`, int16 (N, CAPTIONS, window).
     """
     device = choose_device(options.threads)
     model = Autoencoder.from_checkpoint(load_checkpoint(options.folder / "autoencoder.pt")).to(device).eval()
@@ -65,7 +65,7 @@ def encode(options: argparse.Namespace) -> None:
 
 def _shards(options: argparse.Namespace, shards: int) -> Iterator[dict[str, Any]]:
     """Yield the shards in order, drawn by several processes, at most AHEAD shards per process before the encoder."""
-    tasks = [(options.seed, number, options.folder / "tokenizer") for number in range(shards)]
+    tasks = [(options.world, options.seed, number, options.folder) for number in range(shards)]
     processes = options.threads or os.cpu_count() or 1
     if processes == 1:
         yield from map(_draw_shard, tasks)
@@ -80,18 +80,19 @@ def _shards(options: argparse.Namespace, shards: int) -> Iterator[dict[str, Any]
             yield drawn.popleft().get(SHARD_TIMEOUT_S)
 
 
-def _draw_shard(task: tuple[int, int, Path]) -> dict[str, Any]:
-    seed, number, tokenizer = task
+def _draw_shard(task: tuple[str, int, int, Path]) -> dict[str, Any]:
+    name, seed, number, folder = task
+    world = load_world(name, folder)
     rng = random.Random(f"{seed}/{number}")
-    encoder = PromptEncoder(tokenizer)
+    encoder = PromptEncoder(folder / "tokenizer")
     after, before, captions = [], [], []
     for _ in range(SHARD):
-        composition = sample_composition(rng)
+        composition = world.sample(rng)
         # The same variation of colours in both pictures, so that unedited parts are equal, as in a real edit.
         paint = rng.getrandbits(32)
-        after.append(draw_composition(composition, random.Random(paint)))
-        before.append(draw_composition(sample_edit(composition, rng), random.Random(paint)))
-        captions.append([encoder.encode(caption(composition, rng, complete=k == 0)) for k in range(CAPTIONS)])
+        after.append(world.draw(composition, random.Random(paint)))
+        before.append(world.draw(world.edit(composition, rng), random.Random(paint)))
+        captions.append([encoder.encode(world.caption(composition, rng, complete=k == 0)) for k in range(CAPTIONS)])
     return {"after": np.stack(after), "before": np.stack(before), "captions": np.array(captions, np.int16)}
 
 

@@ -323,7 +323,13 @@ def compare(figures: dict[str, float], baseline: dict[str, float]) -> str:
 
 def main() -> None:
     """Parse the command line, run the tests, and write figures and contact sheets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argument_parser(__doc__).parse_args()
+    run_tests(options, tests(options.model, options.threads), measure_times)
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that the tests of every world have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory of the exported model")
     parser.add_argument("--cases", type=int, default=200, help="cases of each test (%(default)s)")
     parser.add_argument("--steps", type=int, default=12, help="(%(default)s)")
@@ -333,10 +339,16 @@ def main() -> None:
     parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
     parser.add_argument("--report", type=Path, help="JSON file for the figures")
     parser.add_argument("--baseline", type=Path, help="JSON file of another model's figures to compare with")
-    options = parser.parse_args()
+    return parser
+
+
+def run_tests(
+    options: argparse.Namespace, table: dict[str, Test], times_of: Callable[[Model], dict[str, float]]
+) -> None:
+    """Run the tests of the table, and write figures and contact sheets."""
     model = Model(options.model, options.threads, options.steps, options.guidance_scale)
     figures: dict[str, float] = {}
-    for name, test in tests(options.model, options.threads).items():
+    for name, test in table.items():
         if options.tests and name not in options.tests:
             continue
         tally = Tally(name)
@@ -349,7 +361,7 @@ def main() -> None:
         )
         if options.sheets:
             save_sheet(options.sheets / f"{name.replace(' ', '_')}.png", tally.rows())
-    times = measure_times(model)
+    times = times_of(model)
     print(times)
     if options.report:
         document = {

@@ -11,11 +11,11 @@ import openvino
 import torch
 from torch import Tensor, nn
 
-from scripts.builtin_model.autoencoder import LATENT_CHANNELS, VAE_SCALE_FACTOR, Autoencoder
+from scripts.builtin_model.autoencoder import VAE_SCALE_FACTOR, Autoencoder
 from scripts.builtin_model.channels_last import put_channels_last
 from scripts.builtin_model.denoiser import TEXT_WIDTH, TRAIN_TIMESTEPS, Denoiser, text_config
 from scripts.builtin_model.scenes import PICTURE_PX
-from scripts.builtin_model.tokenizer import WINDOW, convert_tokenizer_files
+from scripts.builtin_model.tokenizer import convert_tokenizer_files
 from scripts.builtin_model.training import load_checkpoint
 
 LOG_VARIANCE = -30.0  # of the encoder's latents: the library samples from a distribution; this makes its width zero
@@ -31,7 +31,7 @@ class TextEncoder(nn.Module):
         self.text_encoder = denoiser.text_encoder
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Encode int64 (N, WINDOW) to float (N, WINDOW, TEXT_WIDTH)."""
+        """Encode int64 (N, window) to float (N, window, TEXT_WIDTH)."""
         hidden: Tensor = self.text_encoder(input_ids)[0]
         return hidden
 
@@ -44,7 +44,7 @@ class UNet(nn.Module):
         self.denoiser = denoiser
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """Predict v for float (N, 4, H, W) and one timestep per row."""
+        """Predict v for float (N, C, H, W) and one timestep per row."""
         return self.denoiser.predict(sample, timestep, encoder_hidden_states)
 
 
@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         self.autoencoder, self.mean, self.scale = autoencoder, mean, scale
 
     def forward(self, sample: Tensor) -> Tensor:
-        """Encode float (N, 3, H, W) in -1..1 to (N, 8, H/16, W/16): means, then log-variances."""
+        """Encode float (N, 3, H, W) in -1..1 to (N, 2 C, H/16, W/16): means, then log-variances."""
         latents = (self.autoencoder.encode(sample) - self.mean) / self.scale
         return torch.cat([latents, torch.full_like(latents, LOG_VARIANCE)], 1)
 
@@ -96,21 +96,22 @@ def export(folder: Path, out: Path, autoencoder_name: str = "autoencoder.pt") ->
     autoencoder = Autoencoder.from_checkpoint(load_checkpoint(folder / autoencoder_name)).eval()
     side = PICTURE_PX // VAE_SCALE_FACTOR
     floats, integers = openvino.Type.f32, openvino.Type.i64
-    latents = ([DYNAMIC, LATENT_CHANNELS, DYNAMIC, DYNAMIC], floats)
-    text = ([DYNAMIC, WINDOW, TEXT_WIDTH], floats)
+    channels, window = denoiser.latent_channels, denoiser.window
+    latents = ([DYNAMIC, channels, DYNAMIC, DYNAMIC], floats)
+    text = ([DYNAMIC, window, TEXT_WIDTH], floats)
     _convert(
         TextEncoder(denoiser),
-        {"input_ids": torch.zeros(2, WINDOW, dtype=torch.long)},
-        {"input_ids": ([DYNAMIC, WINDOW], integers)},
+        {"input_ids": torch.zeros(2, window, dtype=torch.long)},
+        {"input_ids": ([DYNAMIC, window], integers)},
         "last_hidden_state",
         out / "text_encoder",
     )
     _convert(
         UNet(denoiser),
         {
-            "sample": torch.randn(2, LATENT_CHANNELS, side, side),
+            "sample": torch.randn(2, channels, side, side),
             "timestep": torch.tensor([5, 5]),
-            "encoder_hidden_states": torch.randn(2, WINDOW, TEXT_WIDTH),
+            "encoder_hidden_states": torch.randn(2, window, TEXT_WIDTH),
         },
         {"sample": latents, "timestep": ([DYNAMIC], integers), "encoder_hidden_states": text},
         "out_sample",
@@ -125,13 +126,13 @@ def export(folder: Path, out: Path, autoencoder_name: str = "autoencoder.pt") ->
     )
     _convert(
         Decoder(autoencoder, mean, scale),
-        {"latent_sample": torch.randn(1, LATENT_CHANNELS, side, side)},
+        {"latent_sample": torch.randn(1, channels, side, side)},
         {"latent_sample": latents},
         "sample",
         out / "vae_decoder",
     )
     convert_tokenizer_files(folder / "tokenizer", out / "tokenizer")
-    _write_configs(out, denoiser.vocabulary_size, side, checkpoint["schedule"])
+    _write_configs(out, denoiser, side, checkpoint["schedule"])
 
 
 def _convert(
@@ -160,13 +161,13 @@ def _convert(
     openvino.save_model(model, folder / "openvino_model.xml", compress_to_fp16=True)
 
 
-def _write_configs(out: Path, vocabulary_size: int, side: int, schedule: dict[str, Any]) -> None:
+def _write_configs(out: Path, denoiser: Denoiser, side: int, schedule: dict[str, Any]) -> None:
     """Write the JSON files beside the IR, with everything that a pipeline cannot read from the graphs."""
     vae = {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
         "out_channels": 3,
-        "latent_channels": LATENT_CHANNELS,
+        "latent_channels": denoiser.latent_channels,
         "scaling_factor": 1.0,
         # The library reads only the length: the scale factor is 2 ** (length - 1).
         "block_out_channels": [32] * (VAE_SCALE_FACTOR.bit_length()),
@@ -184,14 +185,14 @@ def _write_configs(out: Path, vocabulary_size: int, side: int, schedule: dict[st
             "feature_extractor": [None, None],
         },
         "text_encoder/config.json": {
-            **text_config(vocabulary_size),
+            **text_config(denoiser.vocabulary_size, denoiser.window),
             "architectures": ["CLIPTextModel"],
             "model_type": "clip_text_model",
         },
         "unet/config.json": {
             "_class_name": "UNet2DConditionModel",
-            "in_channels": LATENT_CHANNELS,
-            "out_channels": LATENT_CHANNELS,
+            "in_channels": denoiser.latent_channels,
+            "out_channels": denoiser.latent_channels,
             "sample_size": side,
             "time_cond_proj_dim": None,
         },

@@ -1,4 +1,4 @@
-"""Train the built-in model from scratch: tokenizer, autoencoder, scenes, denoiser, decoder, export, report.
+"""Train a built-in model from scratch: tokenizer, autoencoder, scenes, denoiser, decoder, export, report.
 
 To continue after an interruption, run the same command again: finished stages are skipped, and an interrupted stage
 resumes from its last checkpoint.
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from scripts.builtin_model.tokenizer import write_tokenizer_files
+from scripts.builtin_model.worlds import SPRITES_FILE, WORLD_NAMES, model_sizes
 
 PACKAGE = __package__ or "scripts.builtin_model"
 # Work for each budget: autoencoder steps, batch; scenes; denoiser steps, batch; cases of each test. "tiny" only checks
@@ -24,8 +25,9 @@ BUDGETS = {
     "gpu": ((20_000, 64), 200_000, (30_000, 512), 200),
 }
 
-MODULES = {"train_decoder": "train_autoencoder"}  # of stages whose name is not that of their module
-FREE_OPTIONS = ("folder", "threads")  # these may change when a training is continued
+# Modules of stages whose name is not that of their module.
+MODULES = {"train_decoder": "train_autoencoder", "draw_things": "thing_pictures"}
+FREE_OPTIONS = ("folder", "threads", "icons")  # these may change when a training is continued
 
 
 def main() -> None:
@@ -37,6 +39,10 @@ def main() -> None:
         "folder",
         type=Path,
         help="folder for checkpoints, contact sheets, the model and its report; outside the repository",
+    )
+    parser.add_argument("--world", choices=WORLD_NAMES, default="shapes", help="what the model draws (%(default)s)")
+    parser.add_argument(
+        "--icons", type=Path, help="icons.json of @iconify-json/fluent-emoji-flat, for the world things"
     )
     parser.add_argument("--budget", choices=list(BUDGETS), default="cpu", help="amount of work (%(default)s)")
     parser.add_argument(
@@ -50,10 +56,12 @@ def main() -> None:
     )
     parser.add_argument("--denoiser-from", type=Path, help="checkpoint to start the denoiser from")
     options = parser.parse_args()
+    if options.world == "things" and not options.icons:
+        parser.error("--world things needs --icons")
     options.folder.mkdir(parents=True, exist_ok=True)
     check_options(options)
     for name, arguments in stages(options).items():
-        run(name, arguments, options.folder)
+        run(name, arguments, options.folder, options.world)
 
 
 def stages(options: argparse.Namespace) -> dict[str, list[str]]:
@@ -61,7 +69,7 @@ def stages(options: argparse.Namespace) -> dict[str, list[str]]:
     (autoencoder_steps, autoencoder_batch), scenes, (denoiser_steps, denoiser_batch), cases = BUDGETS[options.budget]
     folder, threads, seed = str(options.folder), ["--threads", str(options.threads)], ["--seed", str(options.seed)]
     patch = options.patch or (1 if options.budget == "gpu" else 2)
-    here = ["--folder", folder, *threads, *seed]
+    here = ["--folder", folder, *threads, *seed, "--world", options.world]
     autoencoder = [*here, "--steps", str(autoencoder_steps), "--batch", str(autoencoder_batch)]
     if options.autoencoder_from:
         autoencoder += ["--start-from", str(options.autoencoder_from)]
@@ -72,7 +80,9 @@ def stages(options: argparse.Namespace) -> dict[str, list[str]]:
         denoiser += ["--start-from", str(options.denoiser_from)]
     model = options.folder / "model"
     report = ["--sheets", str(options.folder / "sheets"), "--report", str(options.folder / "report.json")]
+    drawings = ["--icons", str(options.icons), "--out", str(options.folder / SPRITES_FILE)]
     return {
+        **({"draw_things": drawings} if options.world == "things" else {}),
         "tokenizer": [],
         "train_autoencoder": autoencoder,
         "encode_scenes": [*here, "--scenes", str(scenes)],
@@ -84,8 +94,15 @@ def stages(options: argparse.Namespace) -> dict[str, list[str]]:
             *["--name", "decoder"],
         ],
         "export": ["--folder", folder, "--autoencoder", "decoder.pt", "--out", str(model)],
-        "evaluate": [str(model), "--cases", str(cases), *threads, *report],
+        **evaluation(options, [str(model), "--cases", str(cases), *threads, *report]),
     }
+
+
+def evaluation(options: argparse.Namespace, arguments: list[str]) -> dict[str, list[str]]:
+    """Return the last stage: the tests of the world."""
+    if options.world == "things":
+        return {"evaluate_things": [*arguments, "--drawings", str(options.folder / SPRITES_FILE)]}
+    return {"evaluate": arguments}
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -100,7 +117,7 @@ def check_options(options: argparse.Namespace) -> None:
         sys.exit(f"the training in {options.folder} has other options; use those in {path.name}, or another folder")
 
 
-def run(name: str, arguments: list[str], folder: Path) -> None:
+def run(name: str, arguments: list[str], folder: Path, world: str) -> None:
     """Run one stage in a separate process, unless it is finished."""
     mark = folder / f"{name}.done"
     if mark.exists():
@@ -109,7 +126,8 @@ def run(name: str, arguments: list[str], folder: Path) -> None:
     print(f"{name}: started", flush=True)
     began = time.monotonic()
     if name == "tokenizer":
-        write_tokenizer_files(folder / "tokenizer")
+        sizes = model_sizes(world)
+        write_tokenizer_files(folder / "tokenizer", sizes.words, sizes.window)
     else:
         ended = subprocess.run([sys.executable, "-m", f"{PACKAGE}.{MODULES.get(name, name)}", *arguments], check=False)
         if ended.returncode:

@@ -17,11 +17,12 @@ import openvino
 import torch
 from torch import Tensor
 
-from scripts.builtin_model.autoencoder import LATENT_CHANNELS, Autoencoder
+from scripts.builtin_model.autoencoder import Autoencoder
 from scripts.builtin_model.denoiser import SCHEDULE, Denoiser
 from scripts.builtin_model.export import export
 from scripts.builtin_model.tokenizer import build_vocabulary, write_tokenizer_files
 from scripts.builtin_model.training import save_checkpoint
+from scripts.builtin_model.worlds import WORLD_NAMES, model_sizes
 
 PARTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
 # The export merges the latents' mean and the encoder's last bias into one constant: see `_weight_names`.
@@ -34,22 +35,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory of the exported model")
     parser.add_argument("folder", type=Path, help="autoencoder.pt and denoiser.pt are written there")
+    parser.add_argument("--world", choices=WORLD_NAMES, default="shapes", help="what the model draws (%(default)s)")
     options = parser.parse_args()
-    recover(options.model, options.folder)
+    recover(options.model, options.folder, options.world)
 
 
-def recover(model: Path, folder: Path) -> None:
+def recover(model: Path, folder: Path, world: str = "shapes") -> None:
     """Write `folder`/autoencoder.pt and denoiser.pt, for --start-from of the trainings.
 
     Raises:
         ValueError: the model's shape differs from that of the model that this code builds.
     """
-    autoencoder, denoiser = Autoencoder(), Denoiser(len(build_vocabulary()[0]))
-    latents: Weights = {name: torch.empty(1, LATENT_CHANNELS, 1, 1) for name in ("mean", "scale")}
+    sizes = model_sizes(world)
+    vocabulary, _ = build_vocabulary(sizes.words)
+    autoencoder = Autoencoder(latent_channels=sizes.latent_channels)
+    denoiser = Denoiser(len(vocabulary), latent_channels=sizes.latent_channels, window=sizes.window)
+    latents: Weights = {name: torch.empty(1, sizes.latent_channels, 1, 1) for name in ("mean", "scale")}
     modules = {"autoencoder": autoencoder, "denoiser": denoiser}
     _randomise([*autoencoder.parameters(), *denoiser.parameters(), *latents.values()])
     with tempfile.TemporaryDirectory() as scratch:
-        write_tokenizer_files(Path(scratch) / "tokenizer")
+        write_tokenizer_files(Path(scratch) / "tokenizer", sizes.words, sizes.window)
         _write(Path(scratch), modules, latents)
         export(Path(scratch), Path(scratch) / "model")
         found: Weights = {}
@@ -67,7 +72,7 @@ def recover(model: Path, folder: Path) -> None:
             raise ValueError(f"weights are missing in the model: {', '.join(sorted(missing))}")
         module.load_state_dict({**own, **{key: value.reshape(own[key].shape) for key, value in given.items()}})
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, modules, {name: found[name].reshape(1, LATENT_CHANNELS, 1, 1) for name in latents})
+    _write(folder, modules, {name: found[name].reshape(1, sizes.latent_channels, 1, 1) for name in latents})
 
 
 @torch.no_grad()

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import json
 import string
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from transformers import CLIPTokenizer
 
-from scripts.builtin_model.captions import known_words
-
 __all__ = [
     "END",
     "START",
-    "WINDOW",
     "PromptEncoder",
     "build_vocabulary",
     "convert_tokenizer_files",
@@ -28,7 +26,6 @@ __all__ = [
 ]
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-WINDOW = 32  # tokens, the two special ones included
 WORD_END = "</w>"
 Merge = tuple[str, str]
 
@@ -40,13 +37,17 @@ def byte_alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
-def build_vocabulary() -> tuple[list[str], list[Merge]]:
-    """Return the tokens in the order of their ids, and the merges in the order of their ranks."""
+def build_vocabulary(words: Sequence[str]) -> tuple[list[str], list[Merge]]:
+    """Return the tokens in the order of their ids, and the merges in the order of their ranks.
+
+    Args:
+        words: every word with its own token.
+    """
     alphabet = byte_alphabet()
     tokens = alphabet + [character + WORD_END for character in alphabet]
     known, ranks = set(tokens), dict[Merge, int]()
     # Short words first, so that longer words build on their prefixes.
-    for word in sorted(known_words(), key=lambda word: (len(word), word)):
+    for word in sorted(words, key=lambda word: (len(word), word)):
         parts = _apply([*word[:-1], word[-1] + WORD_END], ranks)
         while len(parts) > 1:
             merge = (parts[0], parts[1])
@@ -68,13 +69,13 @@ def _apply(parts: list[str], ranks: dict[Merge, int]) -> list[str]:
     return parts
 
 
-def write_tokenizer_files(folder: Path) -> None:
-    """Write the files from which a `CLIPTokenizer` is loaded."""
-    tokens, merges = build_vocabulary()
+def write_tokenizer_files(folder: Path, words: Sequence[str], window: int) -> None:
+    """Write the files from which a `CLIPTokenizer` is loaded; a prompt has at most `window` tokens."""
+    tokens, merges = build_vocabulary(words)
     specials = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     settings = {
         "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": WINDOW,
+        "model_max_length": window,
         **specials,
         "do_lower_case": True,
         "errors": "replace",
@@ -98,17 +99,18 @@ class PromptEncoder:
     def __init__(self, folder: Path) -> None:
         self._tokenizer = CLIPTokenizer.from_pretrained(folder)
         self._words: dict[str, list[int]] = {}
+        self.window: int = self._tokenizer.model_max_length
         self.start, self.end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
 
     def encode(self, prompt: str) -> list[int]:
-        """Return WINDOW ids: start, tokens (truncated to fit), end, and padding with the end token."""
+        """Return `window` ids: start, tokens (truncated to fit), end, and padding with the end token."""
         ids = [self.start]
         for word in prompt.replace(",", " , ").split():
             if word not in self._words:
                 self._words[word] = self._tokenizer(word)["input_ids"][1:-1]
             ids += self._words[word]
-        ids = [*ids[: WINDOW - 1], self.end]
-        return ids + [self.end] * (WINDOW - len(ids))
+        ids = [*ids[: self.window - 1], self.end]
+        return ids + [self.end] * (self.window - len(ids))
 
 
 def convert_tokenizer_files(folder: Path, out: Path) -> None:

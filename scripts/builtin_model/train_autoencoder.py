@@ -17,11 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scripts.builtin_model.autoencoder import LATENT_CHANNELS, VAE_SCALE_FACTOR, Autoencoder, pixels_from, tensor_from
+from scripts.builtin_model.autoencoder import VAE_SCALE_FACTOR, Autoencoder, pixels_from, tensor_from
 from scripts.builtin_model.sample_scenes import sampled_scene
-from scripts.builtin_model.scenes import PICTURE_PX, Composition, draw_composition, sample_composition
+from scripts.builtin_model.scenes import PICTURE_PX
 from scripts.builtin_model.sheets import save_sheet
-from scripts.builtin_model.textures import sample_texture
 from scripts.builtin_model.training import (
     MovingAverage,
     Progress,
@@ -32,12 +31,9 @@ from scripts.builtin_model.training import (
     place,
     save_checkpoint,
 )
-from tests.reader import read_picture
+from scripts.builtin_model.worlds import WORLD_NAMES, World, load_world
 
 LATENT_SIDES = (PICTURE_PX // VAE_SCALE_FACTOR,) * 2
-LATENT_NOISE_MAX = 0.15  # largest standard deviation of that noise; random for each picture
-# A round trip loses small figures first, so kinds with small figures get a larger share than in the scenes.
-KINDS = {"one": 0.4, "two": 0.15, "three": 0.25, "pair": 0.2}
 HELD_OUT_SEED = 1_000_003
 
 
@@ -45,6 +41,7 @@ def main() -> None:
     """Parse the command line, and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="folder for checkpoints and contact sheets")
+    parser.add_argument("--world", choices=WORLD_NAMES, default="shapes", help="what is drawn (%(default)s)")
     parser.add_argument("--steps", type=int, default=12_000, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="pictures per step (%(default)s)")
     parser.add_argument("--peak-learning-rate", type=float, default=1.5e-3, help="(%(default)s)")
@@ -64,7 +61,8 @@ def train(options: argparse.Namespace) -> None:
     """Train to `options.steps`, from the last checkpoint in `options.folder` if any; write `options.name`.pt."""
     device = choose_device(options.threads)
     torch.manual_seed(options.seed)
-    model = Autoencoder()
+    world = load_world(options.world, options.folder)
+    model = Autoencoder(latent_channels=world.sizes.latent_channels)
     if options.start_from:
         print("weights copied:", copy_matching_weights(model, load_checkpoint(options.start_from)))
     place(model, device)
@@ -80,10 +78,10 @@ def train(options: argparse.Namespace) -> None:
     for step in range(start, options.steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(options.peak_learning_rate, step, options.steps)
-        images, given = (part.to(device) for part in _batch(options, step, sampled))
+        images, given = (part.to(device) for part in _batch(world, options, step, sampled))
         torch.manual_seed(_step_seed(options.seed, step))  # for the noise on the latents
         with autocast(device, on_cpu=True):
-            loss = loss_of(model, images, given)
+            loss = loss_of(model, images, given, world.latent_noise)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -91,7 +89,7 @@ def train(options: argparse.Namespace) -> None:
         average.update()
         progress.advance(step + 1, loss)
         if (step + 1) % 500 == 0 or step + 1 == options.steps:
-            _report(model, average, device, options.folder / f"{options.name}_{step + 1:06}.png")
+            _report(world, model, average, device, options.folder / f"{options.name}_{step + 1:06}.png")
             save_checkpoint(path, _checkpoint(step + 1, model, optimiser, average))
 
 
@@ -107,9 +105,9 @@ def copy_matching_weights(model: Autoencoder, checkpoint: dict[str, Any]) -> str
     return f"{len(matching)} of {len(own)}"
 
 
-def _loss(model: Autoencoder, images: Tensor, given: Tensor) -> Tensor:
+def _loss(model: Autoencoder, images: Tensor, given: Tensor, noise: float) -> Tensor:
     latents = torch.cat([given, model.encode(images[len(given) :]).float()])
-    level = LATENT_NOISE_MAX * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+    level = noise * torch.rand(len(latents), 1, 1, 1, device=latents.device)
     decoded = model.decode(latents + level * torch.randn_like(latents)).float()
     difference = decoded - images
     across, down = difference.diff(dim=3), difference.diff(dim=2)
@@ -123,7 +121,9 @@ def _step_seed(seed: int, step: int) -> int:
     return seed * 10_000_019 + step
 
 
-def _batch(options: argparse.Namespace, step: int, sampled: dict[str, Any] | None) -> tuple[Tensor, Tensor]:
+def _batch(
+    world: World, options: argparse.Namespace, step: int, sampled: dict[str, Any] | None
+) -> tuple[Tensor, Tensor]:
     """Return pictures, and given latents for the first of them.
 
     The given latents are the denoiser's, for half of the batch if there are any; the other pictures are new and will be
@@ -131,17 +131,16 @@ def _batch(options: argparse.Namespace, step: int, sampled: dict[str, Any] | Non
     """
     rng = random.Random(_step_seed(options.seed, step))
     picks = rng.choices(range(len(sampled["numbers"])), k=options.batch // 2) if sampled else []
-    pictures = [sampled_scene(sampled["seed"], int(sampled["numbers"][pick]))[1] for pick in picks] if sampled else []
-    given = sampled["latents"][picks].float() if sampled else torch.empty(0, LATENT_CHANNELS, *LATENT_SIDES)
+    pictures, given = [], torch.empty(0, world.sizes.latent_channels, *LATENT_SIDES)
+    if sampled:
+        numbers = [int(sampled["numbers"][pick]) for pick in picks]
+        pictures = [sampled_scene(world, sampled["seed"], number)[1] for number in numbers]
+        given = sampled["latents"][picks].float()
     while len(pictures) < options.batch:
         textured = rng.random() < options.textures
-        picture = sample_texture(rng) if textured else draw_composition(_composition(rng), rng)
+        picture = world.sample_texture(rng) if textured else world.sample_picture(rng)
         pictures.append(picture[:, ::-1] if rng.random() < 0.5 else picture)
     return tensor_from(np.stack(pictures)).contiguous(memory_format=torch.channels_last), given
-
-
-def _composition(rng: random.Random) -> Composition:
-    return sample_composition(rng, rng.choices(list(KINDS), list(KINDS.values()))[0])
 
 
 @torch.no_grad()
@@ -151,44 +150,28 @@ def round_trips(model: Autoencoder, pictures: npt.NDArray[np.uint8], device: tor
     return np.concatenate([pixels_from(model.decode(model.encode(tensor_from(part).to(device)))) for part in parts])
 
 
-def read_round_trips(model: Autoencoder, device: torch.device, count: int = 300) -> tuple[dict[str, float], Any]:
-    """Measure what the reader finds in held-out scenes after a round trip.
+def read_round_trips(
+    world: World, model: Autoencoder, device: torch.device, count: int = 300
+) -> tuple[dict[str, float], Any]:
+    """Measure what is left of held-out scenes after a round trip.
 
     Returns:
-        Figures, and two rows of pictures, before and after. The figures are the parts (0..1) of scenes with the right
-        background and count; the parts of objects with the right colour and shape, and the mean similarity to the
-            shape, in
-        scenes with the right count; and `psnr` in dB.
+        The figures of the world's reader with `psnr` in dB, and two rows of pictures, before and after.
     """
     rng = random.Random(HELD_OUT_SEED)
-    compositions = [sample_composition(rng) for _ in range(count)]
-    pictures = np.stack([draw_composition(composition, rng) for composition in compositions])
+    compositions = [world.sample(rng) for _ in range(count)]
+    pictures = np.stack([world.draw(composition, rng) for composition in compositions])
     decoded = round_trips(model, pictures, device)
-    right = dict.fromkeys(("background", "count", "colour", "shape", "similarity"), 0.0)
-    objects = 0
-    for composition, before, after in zip(compositions, pictures, decoded, strict=True):
-        truth, seen = read_picture(before), read_picture(after)
-        right["background"] += seen.background == composition.background
-        if len(seen.objects) != len(truth.objects):
-            continue
-        right["count"] += 1
-        for was, now in zip(truth.objects, seen.objects, strict=True):
-            objects += 1
-            right["colour"] += now.colour == was.colour
-            right["shape"] += now.shape == was.shape
-            right["similarity"] += now.similarity
-    figures = {
-        name: value / (count if name in ("background", "count") else max(1, objects)) for name, value in right.items()
-    }
+    figures = world.read_round_trips(compositions, pictures, decoded)
     figures["psnr"] = 10 * float(np.log10(255**2 / ((decoded.astype(float) - pictures) ** 2).mean()))
     return figures, [list(pictures[:12]), list(decoded[:12])]
 
 
-def _report(model: Autoencoder, average: MovingAverage, device: torch.device, sheet: Path) -> None:
+def _report(world: World, model: Autoencoder, average: MovingAverage, device: torch.device, sheet: Path) -> None:
     average.swap()
-    figures, rows = read_round_trips(model, device)
+    figures, rows = read_round_trips(world, model, device)
     rng = random.Random(HELD_OUT_SEED)
-    textures = np.stack([sample_texture(rng) for _ in range(12)])
+    textures = np.stack([world.sample_texture(rng) for _ in range(12)])
     save_sheet(sheet, [*rows, list(textures), list(round_trips(model, textures, device))])
     average.swap()
     print("  round trips:", {name: round(value, 3) for name, value in figures.items()}, flush=True)

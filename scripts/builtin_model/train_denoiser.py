@@ -9,6 +9,8 @@ and follow the prompt.
 from __future__ import annotations
 
 import argparse
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +31,19 @@ from scripts.builtin_model.training import (
     place,
     save_checkpoint,
 )
+from scripts.builtin_model.worlds import WORLD_NAMES, World, load_world
 
 HELD_OUT = 256  # scenes that are not trained on
 LAYOUT_TIMESTEPS = (400, 1000)  # at these timesteps position and shape are decided
 EDIT_TIMESTEPS = 300  # from this timestep on a row may start from another picture: strengths of 0.3 and more
-EDIT_SHARE = 0.4
 UNCAPTIONED_SHARE = 0.1  # rows without a caption, for classifier-free guidance
-PROMPTS = (
-    "a red circle on a blue background",
-    "a yellow star on a black background",
-    "a green triangle on a white background",
-    "a pink heart on a purple background",
-    "two orange squares on a cyan background",
-    "three white stars on a blue background",
-    "a red square and a green circle on a white background",
-    "a black cross on a yellow background",
-    "a cyan ring on a red background",
-    "a small blue diamond on a pink background",
-    "a large white circle on a green background",
-    "a purple square on an orange background",
-    "blue background",
-    "a green heart",
-    "three black rings on a pink background",
-    "a yellow circle on the left on a purple background",
-)
 
 
 def main() -> None:
     """Parse the command line, and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="contains autoencoder.pt, tokenizer/ and scenes.pt")
+    parser.add_argument("--world", choices=WORLD_NAMES, default="shapes", help="what is drawn (%(default)s)")
     parser.add_argument("--steps", type=int, default=40_000, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="rows per step (%(default)s)")
     parser.add_argument("--peak-learning-rate", type=float, default=1e-3, help="(%(default)s)")
@@ -69,7 +54,13 @@ def main() -> None:
         "--patch", type=int, default=2, choices=(1, 2), help="1 is better, but three times the work (%(default)s)"
     )
     parser.add_argument("--start-from", type=Path, help="checkpoint to start from, of the same shape")
+    parser.add_argument(
+        "--edit-share", type=float, default=0.4, help="share of rows that start from another picture (%(default)s)"
+    )
     parser.add_argument("--report-every", type=int, default=1000, help="steps between reports (%(default)s)")
+    parser.add_argument(
+        "--until", type=float, default=math.inf, help="end at this time at the latest, in seconds since 1970 (never)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="0: the library's default")
     train(parser.parse_args())
@@ -96,33 +87,46 @@ def train(options: argparse.Namespace) -> None:
     device = choose_device(options.threads)
     torch.manual_seed(options.seed)
     initial = load_checkpoint(options.start_from) if options.start_from else None
+    world = load_world(options.world, options.folder)
     if initial:
         model = Denoiser.from_checkpoint(initial)
     else:
-        model = Denoiser(len(build_vocabulary()[0]), options.channels, options.patch)
+        vocabulary, _ = build_vocabulary(world.sizes.words)
+        model = Denoiser(
+            len(vocabulary), options.channels, options.patch, world.sizes.latent_channels, world.sizes.window
+        )
     place(model, device)
     normalisation = (initial["mean"], initial["scale"]) if initial else (None, None)
     scenes = Scenes(options.folder / "scenes.pt", device, *normalisation)
-    run = Run(model, scenes, options, device)
+    run = Run(world, model, scenes, options, device)
     path = options.folder / "denoiser.pt"
     start = run.resume(path) if path.exists() else 0
     progress = Progress("denoiser", options.steps, start)
     if start == 0:
         print(f"  held-out loss {run.held_out_loss():.4f}", flush=True)
+    began, ends = time.time(), options.until
     for step in range(start, options.steps):
-        progress.advance(step + 1, run.step(step))
-        if (step + 1) % options.report_every == 0 or step + 1 == options.steps:
+        # Where the time ends the training, the learning rate falls with the time, from where the last run ended.
+        late = start + (options.steps - start) * (time.time() - began) / (ends - began)
+        progress.advance(step + 1, run.step(step, max(step, late)))
+        ended = step + 1 == options.steps or time.time() >= ends
+        if (step + 1) % options.report_every == 0 or ended:
             run.average.swap()
             print(f"  held-out loss {run.held_out_loss():.4f}", flush=True)
             run.save_sheet(options.folder / f"denoiser_{step + 1:06}.png")
             run.average.swap()
             save_checkpoint(path, run.checkpoint(step + 1))
+        if ended:
+            break
 
 
 class Run:
     """The state of a training: the model, the optimiser and the moving average."""
 
-    def __init__(self, model: Denoiser, scenes: Scenes, options: argparse.Namespace, device: torch.device) -> None:
+    def __init__(
+        self, world: World, model: Denoiser, scenes: Scenes, options: argparse.Namespace, device: torch.device
+    ) -> None:
+        self.world = world
         self.model, self.scenes, self.options, self.device = model, scenes, options, device
         self.signal = alphas_cumprod().to(device)
         self.parameters = list(model.parameters())
@@ -134,10 +138,15 @@ class Run:
         self.empty = torch.tensor(self.prompts.encode(""), device=device)
         self.predict = torch.compile(model) if device.type == "cuda" else model
 
-    def step(self, step: int) -> Tensor:
-        """Run one optimiser step. Its data depend only on the seed and the step, so a resumed run uses the same."""
+    def step(self, step: int, done: float) -> Tensor:
+        """Run one optimiser step. Its data depend only on the seed and the step, so a resumed run uses the same.
+
+        Args:
+            step: number of the step.
+            done: how many steps of the training are finished, by their number or by the time.
+        """
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.options.peak_learning_rate, step, self.options.steps)
+            group["lr"] = learning_rate(self.options.peak_learning_rate, done, self.options.steps)
         generator = torch.Generator(self.device).manual_seed(self.options.seed * 10_000_019 + step)
         loss = self._loss(generator).mean()
         self.optimiser.zero_grad()
@@ -157,7 +166,7 @@ class Run:
         timesteps = self._timesteps(rows, generator)
         target = scenes.after[index]
         edited = (
-            (torch.rand(rows, generator=generator, device=device) < EDIT_SHARE)
+            (torch.rand(rows, generator=generator, device=device) < self.options.edit_share)
             & (timesteps >= EDIT_TIMESTEPS)
             & ~uncaptioned
         )
@@ -219,10 +228,10 @@ class Run:
 
     @torch.no_grad()
     def save_sheet(self, path: Path) -> None:
-        """Draw PROMPTS and write them as a contact sheet."""
+        """Draw the prompts of the world and write them as a contact sheet."""
         autoencoder = Autoencoder.from_checkpoint(load_checkpoint(self.options.folder / "autoencoder.pt"))
-        input_ids = torch.tensor([self.prompts.encode(prompt) for prompt in PROMPTS], device=self.device)
-        noise = torch.randn(len(PROMPTS), *self.scenes.after.shape[1:], generator=torch.Generator().manual_seed(0))
+        input_ids = torch.tensor([self.prompts.encode(prompt) for prompt in self.world.prompts], device=self.device)
+        noise = torch.randn(len(input_ids), *self.scenes.after.shape[1:], generator=torch.Generator().manual_seed(0))
         latents = sample_latents(self.model, input_ids, self.empty, noise.to(self.device)).cpu()
         pictures = pixels_from(autoencoder.decode(latents * self.scenes.scale + self.scenes.mean))
         save_sheet(path, [list(pictures[i : i + 8]) for i in range(0, len(pictures), 8)])

@@ -54,7 +54,7 @@ def _has_bf16() -> bool:
     return " avx512_bf16" in flags or " amx_bf16" in flags
 
 
-def learning_rate(peak: float, step: int, steps: int, warm_up: int = 100) -> float:
+def learning_rate(peak: float, step: float, steps: int, warm_up: int = 100) -> float:
     """Return the learning rate of a step: a linear warm-up, then half a cosine down to a fiftieth of the peak."""
     falling = 0.5 + 0.5 * math.cos(math.pi * step / max(1, steps))
     return peak * min(1.0, (step + 1) / warm_up) * (0.02 + 0.98 * falling)

@@ -103,15 +103,31 @@ def test_pictures_of_a_failed_shared_call_are_retried_alone(watched: tuple[Stepw
         np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("kind", ["text_encoder", "vae_encoder", "unet", "vae_decoder"])
-def test_picture_whose_calls_fail_alone_ends_with_an_error(watched: tuple[StepwiseEngine, Watched], kind: str) -> None:
-    engine, components = watched
+def fail_calls(
+    engine: StepwiseEngine, components: Watched, kind: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Make each call of one kind fail that is made for a picture, and none that the check of the device makes."""
+    check_device, checking = engine._check_device, threading.local()  # a call in another thread may run beside a check
+
+    def check(slot: int) -> None:
+        checking.is_true = True
+        check_device(slot)
+        checking.is_true = False
 
     def seen(seen_kind: str, _inputs: Any) -> None:
-        # Not during the check of the device, which runs in the device thread.
-        if seen_kind == kind and threading.current_thread().name.startswith("slot"):
-            raise RuntimeError("the device is gone")
+        if seen_kind == kind and not getattr(checking, "is_true", False):
+            raise RuntimeError(reason)
 
+    monkeypatch.setattr(engine, "_check_device", check)
+    components.seen = seen
+
+
+@pytest.mark.parametrize("kind", ["text_encoder", "vae_encoder", "unet", "vae_decoder"])
+def test_picture_whose_calls_fail_alone_ends_with_an_error(
+    watched: tuple[StepwiseEngine, Watched], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, components = watched
+    fail_calls(engine, components, kind, "the device is gone", monkeypatch)
     works = [
         work_of(
             PROFILE,
@@ -122,7 +138,6 @@ def test_picture_whose_calls_fail_alone_ends_with_an_error(watched: tuple[Stepwi
         )
         for k in range(2)
     ]
-    components.seen = seen
     outcomes = drive(engine, works)
     components.seen = Watched.seen
     assert [type(outcome.error) for outcome in outcomes] == [InternalError, InternalError]
@@ -208,14 +223,11 @@ class OneTimestep(Watched):
         self.timestep_per_row = False
 
 
-def test_device_check_uses_one_timestep_for_all_rows_if_the_export_requires_it(tmp_path: Path) -> None:
+def test_device_check_uses_one_timestep_for_all_rows_if_the_export_requires_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, components = load_watched(with_unet(tmp_path, scalar_timestep), OneTimestep)
-
-    def seen(kind: str, _inputs: Any) -> None:
-        if kind == "unet" and threading.current_thread().name.startswith("slot"):
-            raise RuntimeError("no memory for this picture")
-
-    components.seen = seen
+    fail_calls(engine, components, "unet", "no memory for this picture", monkeypatch)
     [outcome] = drive(engine, [text()])
     components.seen = Watched.seen
     assert "no memory for this picture" in str(outcome.error)

@@ -28,7 +28,7 @@ from tests.pictures import (
     with_scheduler,
     work_of,
 )
-from tests.stepwise import PROFILE, SD, Traced, load_watched, text, with_unet
+from tests.stepwise import PROFILE, SD, Traced, Watched, load_watched, text, with_unet
 from tests.tinymodels import tiny_model
 
 
@@ -55,6 +55,25 @@ def test_layout_is_measured_once_and_stored_in_the_cache(tmp_path: Path) -> None
     assert '"threads"' in kept.read_text()
     np.testing.assert_array_equal(*pictures)
     assert set(beats) == {"load", "warm-up"}
+
+
+def test_idle_time_makes_the_kernels_of_shared_calls_and_no_more() -> None:
+    engine, components = load_watched()
+    rows: list[int] = []
+
+    def seen(kind: str, inputs: Any) -> None:
+        assert kind == "unet"
+        rows.append(len(inputs["sample"]))
+
+    expected = pixels_of(drive(engine, [text(3)]))
+    components.seen = seen
+    while engine.use_idle_time():
+        pass
+    components.seen = Watched.seen
+    slots, most = engine.tuned["streams"], 2 * engine.tuned["max_batch"]
+    assert sorted(rows) == sorted([*range(4, most + 1, 2)] * slots)
+    np.testing.assert_array_equal(pixels_of(drive(engine, [text(3)]))[0], expected[0])
+    engine.close()
 
 
 def test_unreadable_stored_layout_is_measured_again(tmp_path: Path) -> None:

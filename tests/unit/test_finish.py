@@ -12,7 +12,7 @@ import pytest
 
 from ovserve.deadline import Deadline
 from ovserve.engines.protocol import Outcome, Preview
-from ovserve.errors import ApiError, InternalError
+from ovserve.errors import ApiError, InternalError, SpoolFull
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.settings.worker import WorkerSettings
@@ -69,9 +69,9 @@ class Bench:
         self.finisher = Finisher(self, reports, self.blobs)
         self._link = link
 
-    def add(self, job_id: str) -> CountingRequest:
+    def add(self, job_id: str, **fields: Any) -> CountingRequest:
         """Add a job with two pictures on the device."""
-        request = ImageRequest(task="generation", prompt="", num_inference_steps=4, guidance_scale=1.0, n=2)
+        request = ImageRequest(task="generation", prompt="", num_inference_steps=4, guidance_scale=1.0, n=2, **fields)
         prepared: Any = CountingRequest(
             prepare(request, PROFILE, MODEL, WorkerSettings.of(Settings()), FlatEngine(), blobs=self.blobs)
         )
@@ -149,6 +149,74 @@ def test_late_item_of_an_ended_job_frees_its_encoded_pictures(bench: Bench, late
         bench.finisher.preview("cancelled", 1, Preview(1, PIXELS))
     bench.run()
     assert prepared.in_memory == 0
+
+
+def needs(bench: Bench) -> list[Need]:
+    return [message for message in bench._link.receive() if isinstance(message, Need)]
+
+
+def test_announced_result_is_filled_whichever_of_grant_and_result_comes_first(bench: Bench) -> None:
+    bench.add("a")
+    bench.finisher.announce("a", 0)
+    bench.finisher.announce("a", 1)
+    bench.run()
+    announced = needs(bench)
+    assert [(need.picture, need.partial) for need in announced] == [(0, -1), (1, -1)]
+    first, second = (bench.blobs.create(need.size) for need in announced)
+    bench.finisher.grant(Grant("a", 0, first.id))  # before its result
+    bench.run()
+    assert bench.sent(Picture) == []
+    bench.deliver("a", 0)
+    bench.deliver("a", 1)
+    bench.run()
+    assert bench.sent(Picture) == [("a", 0)]
+    assert first.data.startswith(b"\x89PNG")
+    bench.finisher.grant(Grant("a", 1, second.id))
+    bench.run()
+    assert bench.sent(Picture) == [("a", 1)]
+    assert second.data.startswith(b"\x89PNG")
+    assert bench.jobs["a"].filled == 2
+
+
+def test_announcement_is_sent_once_and_only_for_small_pngs(bench: Bench) -> None:
+    bench.add("png")
+    for _ in range(2):
+        bench.finisher.announce("png", 0)
+    bench.add("jpeg", output_format="jpeg")
+    bench.finisher.announce("jpeg", 0)
+    bench.add("large", width=1024, height=1024)
+    bench.finisher.announce("large", 0)
+    bench.run()
+    assert [(need.job, need.partial) for need in needs(bench)] == [("png", -1)]
+    bench.deliver("jpeg", 0)
+    bench.run()
+    assert bench.sent(Need) == [("jpeg", 0)]
+
+
+def test_grants_answer_previews_and_an_announced_result_in_their_order(bench: Bench) -> None:
+    bench.add("a", partial_images=1)
+    bench.finisher.preview("a", 0, Preview(1, PIXELS))
+    bench.finisher.announce("a", 0)
+    bench.deliver("a", 0)
+    bench.run()
+    preview, result = needs(bench)
+    assert (preview.partial, result.partial) == (0, -1)
+    bench.finisher.grant(Grant("a", 0, ""))  # the preview is dropped, the result is not
+    segment = bench.blobs.create(result.size)
+    bench.finisher.grant(Grant("a", 0, segment.id))
+    bench.run()
+    assert bench.sent(Picture) == [("a", 0)]
+    assert segment.data.startswith(b"\x89PNG")
+    assert bench.jobs["a"].error is None
+
+
+def test_announced_result_without_space_fails_its_job_at_once(bench: Bench) -> None:
+    bench.add("a")
+    bench.finisher.announce("a", 0)
+    bench.run()
+    bench.finisher.grant(Grant("a", 0, ""))
+    bench.run()
+    assert isinstance(bench.jobs["a"].error, SpoolFull)
 
 
 def test_overlapping_denoise_time_counts_once() -> None:

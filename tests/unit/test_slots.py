@@ -64,3 +64,39 @@ def test_close_waits_for_the_call_in_flight() -> None:
     may_end.set()
     slots.close()
     assert ended.is_set()
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_the_last_call_runs_in_the_thread_that_waits_unless_it_is_released() -> None:
+    slots: Slots[str] = Slots(["requests 0", "requests 1"])
+    here = threading.get_ident()
+    meeting = threading.Barrier(2)
+
+    def run(_requests: str) -> int:
+        meeting.wait(WAIT_S)
+        return threading.get_ident()
+
+    slots.start("first", run)
+    slots.start("second", run)
+    ended = {}
+    while slots.busy:
+        ended |= {call.subject: call.result for call in slots.wait()}
+    assert ended["second"] == here
+    assert ended["first"] != here
+
+    slots.start("released", lambda _requests: threading.get_ident())
+    slots.release()
+    (released,) = slots.wait()
+    assert released.result != here
+    slots.close()
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_close_runs_a_call_that_is_held() -> None:
+    slots: Slots[str] = Slots(["only"])
+    ended = threading.Event()
+    slots.start("held", lambda _requests: ended.set())
+    assert (slots.free, slots.busy) == (0, 1)
+    assert not ended.is_set()
+    slots.close()
+    assert ended.is_set()

@@ -45,7 +45,7 @@ from ovserve.engines.stepwise.prompts import PromptEncoder
 from ovserve.engines.stepwise.shortcuts import parse_shortcuts
 from ovserve.engines.stepwise.slots import Finished, Slots
 from ovserve.engines.stepwise.tiling import decode_tiles
-from ovserve.engines.stepwise.tuning import LARGE_CALL_S, tune, warm_up
+from ovserve.engines.stepwise.tuning import LARGE_CALL_S, shared_rows, tune, warm_up, warm_up_rows
 from ovserve.errors import ApiError, BadRequest, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile, served_by
@@ -96,6 +96,7 @@ class StepwiseEngine:
         self._encode_s = 0.0  # duration of the last encode call
         self._call_s = 0.0  # duration of the last denoising call
         self._counts = Counts()
+        self._cold: deque[tuple[int, int]] = deque()  # slots and numbers of rows without kernels
         self._closing = ExitStack()  # resources that `load` has started, also if it failed halfway
 
     @property
@@ -160,6 +161,7 @@ class StepwiseEngine:
         self.tuned = {"streams": layout.streams, "threads": layout.threads, "max_batch": self._tuning.rows // 2}
         self._call_s = self._tuning.step_s
         warm_up(self._components, self._tuning, beat)
+        self._cold = deque((slot, rows) for rows in shared_rows(self._tuning) for slot in range(self._slots.count))
         self._make_warm_up_picture(beat)
         self._previews = Previews(spare, choose_shrink(self._measure_decoding(spare), self._tuning.step_s))
         self._closing.callback(self._previews.close)
@@ -264,11 +266,30 @@ class StepwiseEngine:
         """Wait until at least one call has ended; return the outcomes of the pictures that ended."""
         self._fill_slots()
         if self._slots.busy and not self._outcomes:
+            if not self._is_alone_in_flight():
+                self._slots.release()
             for finished in self._slots.wait():
                 self._apply(finished)
             self._fill_slots()
         outcomes, self._outcomes = self._outcomes, []
+        if outcomes or not self._is_alone_in_flight():
+            self._slots.release()  # it need not wait for the next turn: delivering outcomes takes time
         return outcomes
+
+    def _is_alone_in_flight(self) -> bool:
+        """Return whether all calls in flight end at about the same time: one call, or the rows of one picture."""
+        return len(self._calls) <= 1 or len({row.picture for call in self._calls for row in call.rows}) == 1
+
+    def use_idle_time(self) -> bool:
+        """Make the kernels for one more number of rows in one slot; return False if there is nothing left to do.
+
+        They are not made before the engine is ready, because a server's first request is mostly alone.
+        """
+        if not self._cold:
+            return False
+        slot, rows = self._cold.popleft()
+        warm_up_rows(self._components, self._tuning, self._components.requests[slot], rows)
+        return True
 
     def close(self) -> None:
         """Release the device after the calls in flight. Also after a failed `load`."""

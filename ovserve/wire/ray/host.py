@@ -243,7 +243,8 @@ class WorkerHost:
             self._files.note_need(message.job, message.picture, message.size)
         elif isinstance(message, Picture):
             taken = self._files.take(message.job, message.picture)
-            return fill_record(*taken) if taken else b""
+            # The file has the announced size, which may be an upper limit.
+            return fill_record(taken[0], taken[1][: message.size]) if taken else b""
         elif isinstance(message, Done | Failed):
             self._files.end(message.job)
         return b""
