@@ -55,8 +55,8 @@ from ovserve.wire.request import ImageRequest
 
 __all__ = ["Call", "Row", "StepwiseEngine"]
 
-# For the kernels of shared calls. Where they take longer, the rest is made when it is needed: idle work delays a request
-# that arrives meanwhile.
+# For the kernels of shared calls. Where they take longer, the rest is made when it is needed: idle work delays a
+# request that arrives meanwhile.
 IDLE_LIMIT_S = 2.0
 
 log = logging.getLogger(__name__)
