@@ -76,6 +76,14 @@ def test_idle_time_makes_the_kernels_of_shared_calls_and_no_more() -> None:
     engine.close()
 
 
+def test_idle_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ovserve.engines.stepwise.engine.IDLE_LIMIT_S", 0.0)
+    engine, _ = load_watched()
+    assert engine.use_idle_time()
+    assert not engine.use_idle_time()
+    engine.close()
+
+
 def test_unreadable_stored_layout_is_measured_again(tmp_path: Path) -> None:
     load_stepwise(SD, cache_dir=tmp_path).close()
     (kept,) = tmp_path.glob("ovserve-division-*.json")

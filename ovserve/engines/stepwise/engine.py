@@ -55,6 +55,10 @@ from ovserve.wire.request import ImageRequest
 
 __all__ = ["Call", "Row", "StepwiseEngine"]
 
+# For the kernels of shared calls. Where they take longer, the rest is made when it is needed: idle work delays a
+# request that arrives meanwhile.
+IDLE_LIMIT_S = 2.0
+
 log = logging.getLogger(__name__)
 
 
@@ -97,6 +101,7 @@ class StepwiseEngine:
         self._call_s = 0.0  # duration of the last denoising call
         self._counts = Counts()
         self._cold: deque[tuple[int, int]] = deque()  # slots and numbers of rows without kernels
+        self._idle_s = 0.0  # time spent on making them
         self._closing = ExitStack()  # resources that `load` has started, also if it failed halfway
 
     @property
@@ -288,7 +293,11 @@ class StepwiseEngine:
         if not self._cold:
             return False
         slot, rows = self._cold.popleft()
+        started = time.monotonic()
         warm_up_rows(self._components, self._tuning, self._components.requests[slot], rows)
+        self._idle_s += time.monotonic() - started
+        if self._idle_s > IDLE_LIMIT_S:
+            self._cold.clear()
         return True
 
     def close(self) -> None:
