@@ -13,7 +13,7 @@ from ovserve.models.weights import device_sizes, placed_bytes
 
 __all__ = ["DeviceMemory"]
 
-_AUTO = "auto"  # of the option `device`: the first GPU
+_AUTO, _FIRST_GPU = "auto", "GPU.0"  # what the option `device` means on a machine with a GPU
 
 
 class DeviceMemory:
@@ -45,7 +45,7 @@ class DeviceMemory:
         key = (record.profile.directory, record.files, *choices)
         if key not in self._sizes:
             self._sizes[key] = device_sizes(record.profile.directory, model)
-        first_gpu = min((name for name in self.totals if name.startswith("GPU")), default="CPU")
-        devices = [first_gpu if name == _AUTO else name for name in model.device.split()]
+        # Until a worker has reported the first GPU, it is not known that there is one.
+        devices = [_FIRST_GPU if name == _AUTO else name for name in model.device.split()]
         placed = placed_bytes(devices, self._sizes[key])
         return {name: min(size, self.totals[name]) for name, size in placed.items() if name in self.totals}

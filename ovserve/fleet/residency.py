@@ -14,6 +14,7 @@ Rules:
   expected to take, stays under the budget. A model is charged with what it takes now or what it is expected to take,
   whichever is more.
 - The memory of each device that reports it is such a budget too, for the weights of the models that use the device.
+  Models of different devices do not wait for each other.
 - The model that has waited longest loads first; each level of `priority` counts as much as PRIORITY_S of waiting, so no
   priority waits for ever.
 - To make room, idle models are unloaded, the least recently used first, then busy ones, those that have been resident
@@ -274,8 +275,11 @@ class Residency:
 
     def _charge(self, view: ModelView) -> int:
         """Return what a model counts with: what it takes now, or is expected to take, whichever is more."""
-        workers = max(self._entries[view.name].workers, view.processes)
-        return max(view.used_bytes, self._worker_bytes(view) * workers)
+        return max(view.used_bytes, self._worker_bytes(view) * self._charged_workers(view))
+
+    def _charged_workers(self, view: ModelView) -> int:
+        """Return the workers that a model counts with: those that exist if it has failed, else also those to come."""
+        return view.processes if view.is_failed else max(self._entries[view.name].workers, view.processes)
 
     def _spare(self, views: Sequence[ModelView], limits: Limits) -> dict[str, int]:
         """Return what no model is charged with: of the budget, under MACHINE, and of the memory of each device."""
@@ -286,8 +290,7 @@ class Residency:
         return spare
 
     def _device_charge(self, view: ModelView, device: str) -> int:
-        workers = max(self._entries[view.name].workers, view.processes)
-        return workers * view.device_bytes.get(device, 0)
+        return self._charged_workers(view) * view.device_bytes.get(device, 0)
 
     def _missing(self, view: ModelView, spare: Mapping[str, int], workers: int) -> dict[str, int]:
         """Return how much less is spare than some workers of a model need, where it is less."""
@@ -308,11 +311,11 @@ class Residency:
                 refused[view.name] = reason
                 entry.is_due = False
                 continue
-            if waiting:
+            if any(self._shares_place(view, each, limits) for each in views if each.name in waiting):
                 waiting[view.name] = "waits for its turn to load"
                 continue
             missing = self._missing(view, self._spare(views, limits), view.options.fewest_workers)
-            loading = [each.name for each in views if self._is_loading(each)]
+            loading = [each.name for each in views if self._is_loading(each) and self._shares_place(view, each, limits)]
             if not loading and not missing:
                 self._grant(entry)
                 continue
@@ -328,6 +331,10 @@ class Residency:
             self._scale(now, view, may_grow=has_room)
         spare = self._spare(views, limits)
         return Decision(self._workers(), refused, waiting, spare.pop(MACHINE, None), spare)
+
+    def _shares_place(self, view: ModelView, other: ModelView, limits: Limits) -> bool:
+        """Return whether two models use the same limited memory."""
+        return bool(limits.budget_bytes) or not view.device_bytes.keys().isdisjoint(other.device_bytes)
 
     def _candidates(self, now: float, views: Sequence[ModelView]) -> list[ModelView]:
         """Return the models that should be loaded, first those with requests, the one that has waited longest first."""

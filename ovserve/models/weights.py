@@ -54,7 +54,11 @@ def component_bytes(
     """
     encoders, denoiser, vae = [0], 0, 0
     for path in directory.glob("*/openvino_model.bin"):
-        size = path.stat().st_size - (0 if keeps_float32 else _float32_bytes(path.with_suffix(".xml")) // 2)
+        try:
+            stored = path.stat().st_size
+        except OSError:  # it was removed meanwhile; a worker reports what is missing
+            continue
+        size = stored - (0 if keeps_float32 else _float32_bytes(path.with_suffix(".xml")) // 2)
         if path.parent.name.startswith("text"):
             encoders.append(size)
         elif path.parent.name.startswith("vae"):

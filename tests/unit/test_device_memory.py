@@ -88,3 +88,10 @@ def test_weights_that_do_not_fit_are_refused(devices: list[str], message: str) -
 def test_use_of_each_device_that_reports_its_memory_is_found() -> None:
     assert device_use(["CPU", "GPU", "GPU.0"], SIZES, FakeCore()) == {"GPU.0": [400 * MIB, sum(SIZES[1:])]}
     assert device_use(["CPU"], SIZES, FakeCore()) == {}
+
+
+def test_file_that_is_gone_counts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_graph(tmp_path / "unet", 1000, in_float16=True)
+    found = [tmp_path / name / "openvino_model.bin" for name in ("unet", "vae_decoder")]
+    monkeypatch.setattr(Path, "glob", lambda _directory, _pattern: iter(found))
+    assert component_bytes(tmp_path) == (0, 2000, 0)

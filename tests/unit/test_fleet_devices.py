@@ -66,3 +66,7 @@ def test_reports_of_another_form_are_ignored() -> None:
     found = DeviceMemory()
     found.note({"GPU.0": [8, 1], "GPU.1": 8, "GPU.2": [8], "GPU.3": ["8", 1], "GPU.4": [0, 1], "GPU.5": [True, 1]})
     assert found.totals == {"GPU.0": 8}
+
+
+def test_auto_counts_nothing_until_the_first_gpu_is_known(directory: Path) -> None:
+    assert known(GPU_1=10_000).needs(record(directory, device="auto")) == {}

@@ -37,6 +37,7 @@ class World:
         self.used: dict[str, int] = {}  # measured bytes of a model, where they are not what was expected
         self.expected = dict.fromkeys(self.models, GIB)
         self.placed: dict[str, dict[str, int]] = {}  # bytes of a model on devices
+        self.failed: set[str] = set()  # models whose workers do not start
         self.loads: list[str] = []
         self.decision = Decision({})
 
@@ -47,11 +48,12 @@ class World:
                 queued=self.queued[name],
                 running=self.running[name],
                 last_used_at=self.used_at[name],
-                processes=int(name in self.begun),
+                processes=int(name in self.begun and name not in self.failed),
+                is_failed=name in self.failed,
                 ready=self.decision.workers.get(name, 0) * self.is_ready(name),
                 capacity=2 * self.decision.workers.get(name, 0) * self.is_ready(name),
                 used_bytes=self.used.get(name, self.expected[name] * max(1, self.decision.workers.get(name, 0)))
-                if name in self.begun
+                if name in self.begun and name not in self.failed
                 else 0,
                 worker_bytes=self.expected[name],
                 keep_alive_s=self.keep_alive_s[name],
@@ -61,7 +63,7 @@ class World:
         ]
 
     def is_ready(self, name: str) -> bool:
-        return name in self.begun and self.now - self.begun[name] >= self.load_s
+        return name in self.begun and name not in self.failed and self.now - self.begun[name] >= self.load_s
 
     def step(self, seconds: float = 0.0) -> Decision:
         self.now += seconds
@@ -464,3 +466,34 @@ def test_budget_and_device_must_both_have_room() -> None:
     world.run(3)
     assert world.resident == {"b"}
     assert world.decision.spare_devices == {"GPU.0": 7 * GIB}
+
+
+@pytest.mark.parametrize("budget", [0, 1])
+def test_model_that_has_failed_holds_no_memory(budget: int) -> None:
+    world = on_devices(
+        {"GPU.0": 8}, model("good"), model("broken"), budget=budget, good={"GPU.0": 5}, broken={"GPU.0": 5}
+    )
+    world.ask("good")
+    world.run(3)
+    world.finish("good")
+    world.run(6)
+    world.ask("broken")
+    world.run(0.5)
+    world.failed = {"broken"}  # while it loads
+    world.run(3)
+    assert world.resident == {"broken"}
+    world.finish("broken")  # its requests are answered with the failure
+    world.ask("good")
+    world.run(3)
+    assert world.is_ready("good")
+
+
+def test_models_of_different_devices_do_not_wait_for_each_other() -> None:
+    world = on_devices({"GPU.0": 8, "GPU.1": 8}, *map(model, "abc"), a={"GPU.0": 5}, b={"GPU.0": 5}, c={"GPU.1": 5})
+    world.ask("a")
+    world.run(2)
+    world.ask("b")
+    world.ask("c")
+    world.step()
+    assert world.decision.waiting == {"b": "waits for memory"}
+    assert world.resident == {"a", "c"}

@@ -13,7 +13,7 @@ than one UNet call, so that they do not stall denoising.
 
 Invariant: every row is computed as if alone (same threads, same order of operations), so load never changes the bytes
 of a picture.
-Runs in: the device thread; calls run in slot threads (`slots`), previews in their own thread (`previews`).
+Runs in: the device thread; calls run in slot threads, or there too (`slots`), previews in another one (`previews`).
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ class StepwiseEngine:
         self.tuned = {"streams": layout.streams, "threads": layout.threads, "max_batch": self._tuning.rows // 2}
         self._call_s = self._tuning.step_s
         warm_up(self._components, self._tuning, beat)
-        self._cold = deque((slot, rows) for rows in shared_rows(self._tuning) for slot in range(self._slots.count))
+        if self._tuning.layout.threads:  # a CPU; for other devices `warm_up` has made them
+            self._cold.extend((slot, rows) for rows in shared_rows(self._tuning) for slot in range(self._slots.count))
         self._make_warm_up_picture(beat)
         self._previews = Previews(spare, choose_shrink(self._measure_decoding(spare), self._tuning.step_s))
         self._closing.callback(self._previews.close)
@@ -290,11 +291,15 @@ class StepwiseEngine:
 
         They are not made before the engine is ready, because a server's first request is mostly alone.
         """
-        if not self._cold:
+        if not self._cold or self._slots.busy:  # the other row of a picture that has failed may still run
             return False
         slot, rows = self._cold.popleft()
         started = time.monotonic()
-        warm_up_rows(self._components, self._tuning, self._components.requests[slot], rows)
+        try:
+            warm_up_rows(self._components, self._tuning, self._components.requests[slot], rows)
+        except (RuntimeError, MemoryError) as error:  # no picture needs it now; a call that does is made again alone
+            log.warning("kernels for shared calls could not be made: %s", error)
+            self._cold.clear()
         self._idle_s += time.monotonic() - started
         if self._idle_s > IDLE_LIMIT_S:
             self._cold.clear()

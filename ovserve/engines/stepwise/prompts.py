@@ -1,6 +1,6 @@
 """The text side of a model: tokens and text embeddings, cached; the family makes conditions of them.
 
-Thread-safe. Runs in: slot threads (`embed`); any thread (the rest).
+Thread-safe. Runs in: the thread of a call (`embed`); any thread (the rest).
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ TINY_ROW_S = 0.006  # CPU time of a row alone; in a call of 16 rows it is half o
 SLOW_CALL_S = 1.0  # if a round of calls takes longer, it is not repeated
 MAX_STREAMS = 8  # each stream has its own copy of the weights
 MEASURE_S = 0.12  # for each layout and number of rows
+WARM_UP_S = 2.0  # for the kernels of the numbers of rows that calls will have
 MIN_CAPACITY = 4  # pictures in flight; a short job then shares calls with a long one instead of waiting for it
 RULES = 3  # of measuring; a choice stored under other rules is not read
 MEMORY_SHARE = 0.5  # of the available memory, for the rows of one call
@@ -376,11 +377,12 @@ def _fits(components: Components, rows: int, streams: int) -> bool:
 
 
 def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None]) -> None:
-    """Run one call of each kind in each slot, with the rows of one picture.
+    """Run one call of each kind in each slot, with the rows of one picture; up to WARM_UP_S also shared calls.
 
-    The first call of each shape makes its kernels: some tens of milliseconds for a small model, which no request should
-    pay. `beat` is called from several threads at once. A large model in one slot needs none of this: the picture that
-    is made before the engine is ready warms up that slot.
+    The first call of each shape makes its kernels: some tens of milliseconds for a small model on a CPU, which no
+    request should pay. There, those of shared calls are made in idle time. `beat` is called from several threads at
+    once. A large model in one slot needs none of this: the picture that is made before the engine is ready warms up
+    that slot.
     """
     is_large = tuning.step_s > LARGE_CALL_S
     if is_large and len(components.requests) == 1:
@@ -388,6 +390,8 @@ def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None])
     size, scale = components.profile.native, components.vae.scale
     latents = np.zeros((1, components.vae.latent_channels, size.height // scale, size.width // scale), np.float32)
     image = np.zeros((1, 3, size.height, size.width), np.float32)
+    until = time.monotonic() + WARM_UP_S
+    shared = () if tuning.layout.threads else shared_rows(tuning)
 
     def warm(requests: Requests) -> None:
         """Make the kernels of one slot."""
@@ -396,9 +400,11 @@ def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None])
         beat("warm-up")
         run_decoder(requests.vae_decoder, latents)
         # For a large model, making the kernels for other numbers of rows is negligible compared with its steps.
-        for rows in (2,) if is_large else (2, 1):
+        for rows in (2,) if is_large else (2, 1, *shared):
             beat("warm-up")
             warm_up_rows(components, tuning, requests, rows)
+            if time.monotonic() > until:
+                break
 
     with ThreadPoolExecutor(len(components.requests)) as pool:  # side by side, as the slots will run
         list(pool.map(warm, components.requests))
