@@ -6,7 +6,7 @@ PROGRAMS=$PWD/.venv/programs  # programs that this machine lacks, extracted from
 PATH=$PATH:/usr/sbin:$PROGRAMS/bin
 
 # Many containers set PYTHONDONTWRITEBYTECODE. The tests start some hundred processes, and each would compile all its modules anew:
-# 0.7 s of a processor for a server, 10 s for a process of pytest-xdist. So bytecode is kept, but outside of the source folders.
+# 0.7 s of a processor for a server, 8 s for a process of pytest-xdist. So bytecode is kept, but outside of the source folders.
 if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then
     unset PYTHONDONTWRITEBYTECODE
     export PYTHONPYCACHEPREFIX=$PWD/.venv/bytecode
