@@ -138,10 +138,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", default=[], metavar="NAME=DIRECTORY", help="further models")
     parser.add_argument("--repetitions", type=int, default=3, help="loads from the cache (%(default)s)")
+    parser.add_argument("--name", default="loading", help="of the result (%(default)s)")
+    parser.add_argument("--without_builtin", action="store_true", help="only the models that are given")
     parser.add_argument("--save", action="store_true", help="write a result file")
     options = parser.parse_args()
-    result = Result("loading", collect(builtin_directory()))
-    for each in [f"built-in={BUILTIN_PATH}", *options.model]:
+    result = Result(options.name, collect(builtin_directory()))
+    first = [] if options.without_builtin else [f"built-in={BUILTIN_PATH}"]
+    for each in [*first, *options.model]:
         name, _, path = each.partition("=")
         measure(result, name, path, options.repetitions)
         if options.save:  # after each model: a large one takes many minutes

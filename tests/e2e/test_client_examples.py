@@ -46,6 +46,7 @@ class Example:
     pictures: Mapping[str, tuple[int, Content | None]] = field(default_factory=dict)
 
 
+README_PICTURES = {"edited.png": (256, GREEN_CIRCLE)}
 EXAMPLES = {
     "shell-edit": Example(
         pictures={
@@ -111,8 +112,12 @@ def run(name: str, url: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def check(folder: Path, pictures: Mapping[str, tuple[int, Content | None]]) -> None:
-    """Check that a folder contains exactly these pictures, with the expected format, size and content."""
+def wrong_contents(folder: Path, pictures: Mapping[str, tuple[int, Content | None]]) -> dict[str, object]:
+    """Check that a folder contains exactly these pictures, with the expected format and size.
+
+    Return the contents that differ from those expected, by file name.
+    """
+    wrong: dict[str, object] = {}
     written = {path.name for path in folder.iterdir() if path.suffix in {".png", ".webp"}}
     assert written == set(pictures)
     for name, (side, content) in pictures.items():
@@ -120,8 +125,22 @@ def check(folder: Path, pictures: Mapping[str, tuple[int, Content | None]]) -> N
             assert picture.format == Path(name).suffix[1:].upper()
             assert picture.size == (side, side)
             scene = read_picture(np.asarray(picture.convert("RGB")))
-        if content:
-            assert content_of(scene) == content, name
+        if content and content_of(scene) != content:
+            wrong[name] = content_of(scene)
+    return wrong
+
+
+def run_until_right(name: str, url: str, folder: Path) -> None:
+    """Run a block in a new folder, and once more if a picture shows something else.
+
+    The seeds are random, and the model draws another shape in about one of a hundred cases (its card).
+    """
+    for attempt in ("first", "second"):
+        (folder / attempt).mkdir()
+        run(name, url, folder / attempt)
+        if not (wrong := wrong_contents(folder / attempt, EXAMPLES[name].pictures)):
+            return
+    raise AssertionError(f"{name} has made other pictures twice: {wrong}")
 
 
 def content_of(scene: Scene) -> tuple[str, str | None, str | None]:
@@ -139,8 +158,7 @@ def test_every_runnable_block_is_an_example() -> None:
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "gpt-image-1"])
 def test_example_runs_and_writes_its_pictures(name: str, server: LiveServer, tmp_path: Path) -> None:
-    run(name, server.url, tmp_path)
-    check(tmp_path, EXAMPLES[name].pictures)
+    run_until_right(name, server.url, tmp_path)
 
 
 def test_commands_of_the_readme_edit_a_picture(server: LiveServer, tmp_path: Path) -> None:
@@ -150,25 +168,31 @@ def test_commands_of_the_readme_edit_a_picture(server: LiveServer, tmp_path: Pat
     edits = [text for text in blocks if "tests/data/red_circle.png" in text]
     assert [text.split()[0] for text in edits] == [".venv/bin/ovserve", "curl", "from"]
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    environment = {**os.environ, "OVSERVE_URL": server.url}
     for text in edits:
-        command = ["bash", "-euo", "pipefail", "-c"] if not text.startswith("from") else [sys.executable, "-c"]
-        replaced = text.replace(".venv/bin/ovserve", f"{sys.executable} -m ovserve").replace(ADDRESS, server.url)
-        done = subprocess.run(
-            [*command, replaced],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+        printed = run_readme(text, server.url, tmp_path)
         if text.startswith("from"):
-            assert re.fullmatch(r"iVBORw0KGgo\S+ \d+\n", done.stdout)
-            continue
-        check(tmp_path, {"edited.png": (256, GREEN_CIRCLE)})
-        (tmp_path / "edited.png").unlink()
+            assert re.fullmatch(r"iVBORw0KGgo\S+ \d+\n", printed)
+        elif wrong_contents(tmp_path, README_PICTURES):  # a random seed: see run_until_right
+            (tmp_path / "edited.png").unlink()
+            run_readme(text, server.url, tmp_path)
+            assert not wrong_contents(tmp_path, README_PICTURES)
+        (tmp_path / "edited.png").unlink(missing_ok=True)
+
+
+def run_readme(text: str, url: str, folder: Path) -> str:
+    """Run a block of the README in a folder; return what it prints."""
+    command = ["bash", "-euo", "pipefail", "-c"] if not text.startswith("from") else [sys.executable, "-c"]
+    done = subprocess.run(
+        [*command, text.replace(".venv/bin/ovserve", f"{sys.executable} -m ovserve").replace(ADDRESS, url)],
+        cwd=folder,
+        env={**os.environ, "OVSERVE_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def test_litellm_passes_a_seed_in_extra_body(server: LiveServer, tmp_path: Path) -> None:
@@ -201,8 +225,7 @@ def test_model_can_be_served_as_gpt_image_1(tmp_path: Path) -> None:
     command = re.search(r"^scripts/serve (--aliases \S+)$", PAGE, re.MULTILINE)
     assert command
     with LiveServer(*command[1].split(), spool=tmp_path, model=None) as live:
-        run("gpt-image-1", live.url, tmp_path)
-        check(tmp_path, EXAMPLES["gpt-image-1"].pictures)
+        run_until_right("gpt-image-1", live.url, tmp_path)
         with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none") as client:
             assert [model.id for model in client.models.list()] == ["ovserve-builtin", "gpt-image-1"]
 
