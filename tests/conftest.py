@@ -20,7 +20,8 @@ DATA = Path(__file__).parent / "data"
 # nginx, haproxy, curl and jq, where scripts/test has extracted them because the machine lacks them.
 PROGRAMS = Path(__file__).parents[1] / ".venv" / "programs" / "bin"
 
-# Servers in tests keep compiled models and measurements here, and not in the user's cache directory.
+# Servers in tests keep compiled models and measurements here, and not in the user's cache directory. Each process of
+# pytest-xdist has its own: a test that stops a worker while it loads would hold up the workers of all others.
 _cache = tempfile.TemporaryDirectory(prefix="ovserve-tests-")
 os.environ["CACHE_DIRECTORY"] = _cache.name
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", str(PROGRAMS)])

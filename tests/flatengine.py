@@ -62,6 +62,9 @@ class FlatEngine:
     def counts(self) -> Counts:
         return Counts()
 
+    def use_idle_time(self) -> bool:
+        return False
+
     def phase(self) -> str:
         return "denoise" if self._works else "idle"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ TYPES = {
     "euler_ancestral": og.Scheduler.Type.EULER_ANCESTRAL_DISCRETE,
     "lcm": og.Scheduler.Type.LCM,
 }
+# What tests.conftest sets. Loading a network from there takes half of the time of compiling it.
+COMPILED = Path(os.environ["CACHE_DIRECTORY"], "networks") if "CACHE_DIRECTORY" in os.environ else None
 PROMPTS = ("a red circle", "the blue house in the sky", "photo of a cat on a tree, and a dog", "")
 
 
@@ -34,9 +37,14 @@ def directory_of(model: str) -> Path:
 
 
 def settings_of(directory: Path, precision: str = "f32", **options: Any) -> ModelSettings:
-    """Return settings that pin what decides bits, threads and precision; two slots, so that calls run concurrently."""
+    """Return settings that pin what decides bits, threads and precision; two slots, so that calls run concurrently.
+
+    Tests share compiled networks, except those that measure a layout: it would be stored with them.
+    """
     plugin = json.dumps({"INFERENCE_PRECISION_HINT": precision})
     pinned: dict[str, Any] = {"streams": 2, "threads": 1, "max_batch": 4, "plugin_config": plugin}
+    if options.get("streams", 2):
+        pinned["cache_dir"] = COMPILED
     return ModelSettings(name="model", path=directory, engine="stepwise", **(pinned | options))
 
 
@@ -124,11 +132,20 @@ def pixels_of(outcomes: Sequence[Outcome]) -> list[Pixels]:
 
 
 class Library:
-    """openvino_genai's pipelines for a model, with one thread and a pinned precision, as in `settings_of`."""
+    """openvino_genai's pipelines for a model, with one thread and a pinned precision, as in `settings_of`.
 
-    def __init__(self, directory: Path, precision: str = "f32") -> None:
+    Args:
+        directory: the model.
+        precision: of the computation.
+        cache_dir: of compiled networks; None: all are compiled.
+    """
+
+    def __init__(self, directory: Path, precision: str = "f32", cache_dir: Path | None = None) -> None:
         self._config = directory / "scheduler" / "scheduler_config.json"
-        properties = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": precision}
+        properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
+        properties["INFERENCE_PRECISION_HINT"] = precision
+        if cache_dir:
+            properties["CACHE_DIR"] = str(cache_dir)
         inpainting = og.InpaintingPipeline(str(directory), "CPU", **properties)
         self._pipelines = {"inpainting": inpainting}
         index = json.loads((directory / "model_index.json").read_text("utf-8"))

@@ -97,6 +97,15 @@ class RayCluster:
                 continue
         return found
 
+    def _of_folder(self) -> list[int]:
+        """Return the ids of processes whose arguments name this cluster's folder, such as those that read its logs."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if self._folder.encode() in path.joinpath("cmdline").read_bytes():
+                    found.append(int(path.name))
+        return found
+
     def nodes(self) -> list[int]:
         """Return the process ids of all nodes of this cluster, the head's included."""
         return self._processes(b"/raylet/raylet")
@@ -112,7 +121,7 @@ class RayCluster:
             self._process.wait(STOP_TIMEOUT_S)
         if self._process.stdout:
             self._process.stdout.close()
-        for pid in self.nodes():  # that the autoscaler has added
+        for pid in {*self.nodes(), *self._of_folder()}:  # of nodes that the autoscaler has added
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -343,7 +343,8 @@ def worker_main(
     if command:
         die(command)
     tuned = {"threads": model.threads or os.getpid() % 200 + 1, "streams": model.streams or 1}
-    end.send(Ready(int(options.get("capacity", 2)), "toy", f"threads={tuned['threads']}", tuned))
+    why, devices = f"threads={tuned['threads']}", options.get("devices", {})
+    end.send(Ready(int(options.get("capacity", 2)), "toy", why, tuned, devices=devices))
     while not (worker.stopping.is_set() and not worker.jobs):
         if not worker.is_silent:
             end.send(Heartbeat("denoise" if worker.jobs else "idle"))

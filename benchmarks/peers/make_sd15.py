@@ -26,6 +26,26 @@ VOCABULARY = 49_408  # size of the embedding table; the tokenizer uses the first
 WINDOW = 77
 
 
+def make_autoencoder(side_px: int) -> AutoencoderKL:
+    """Return the autoencoder of Stable Diffusion, which SDXL has too, for pictures of a size."""
+    autoencoder = AutoencoderKL(
+        sample_size=side_px,
+        latent_channels=4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+    )
+    return autoencoder.eval()
+
+
+def export(torch_form: Path, openvino_form: Path) -> None:
+    """Export a pipeline in half precision to OpenVINO IR."""
+    exporter = Path(sys.executable).with_name("optimum-cli")
+    options = ["export", "openvino", "--library", "diffusers", "--task", "text-to-image", "--weight-format", "fp16"]
+    subprocess.run([exporter, *options, "--model", torch_form, openvino_form], check=True)
+
+
 def make_pipeline(folder: Path) -> StableDiffusionPipeline:
     """Return the pipeline, with the shapes of Stable Diffusion 1.5's published configuration."""
     torch.manual_seed(SEED)
@@ -53,14 +73,6 @@ def make_pipeline(folder: Path) -> StableDiffusionPipeline:
         cross_attention_dim=768,
         attention_head_dim=8,
     )
-    autoencoder = AutoencoderKL(
-        sample_size=512,
-        latent_channels=4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-    )
     schedule = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -70,7 +82,7 @@ def make_pipeline(folder: Path) -> StableDiffusionPipeline:
         steps_offset=1,
     )
     return StableDiffusionPipeline(
-        vae=autoencoder.eval(),
+        vae=make_autoencoder(512),
         text_encoder=CLIPTextModel(encoder).eval(),
         tokenizer=tokenizer,
         unet=denoiser.eval(),
@@ -90,9 +102,7 @@ def main() -> None:
     pipeline = make_pipeline(folder)
     pipeline.to(torch.float16).save_pretrained(torch_form)
     del pipeline
-    exporter = Path(sys.executable).with_name("optimum-cli")
-    export = ["export", "openvino", "--library", "diffusers", "--task", "text-to-image", "--weight-format", "fp16"]
-    subprocess.run([exporter, *export, "--model", torch_form, openvino_form], check=True)
+    export(torch_form, openvino_form)
     settings = json.loads((openvino_form / "model_index.json").read_text("utf-8"))
     print(f"{settings['_class_name']} with random weights: {torch_form} and {openvino_form}")
 

@@ -7,56 +7,16 @@ the memory of the machine.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ovserve.errors import ModelError
+from ovserve.models.weights import placed_bytes
 
-__all__ = ["check_device_memory", "component_bytes"]
+__all__ = ["check_device_memory", "device_use"]
 
 _MIB = 1 << 20
-_CONSTANT = re.compile(rb"<data [^>]*\boffset=[^>]*>")
-_ATTRIBUTE = re.compile(rb'(\w+)="([^"]*)"')
 _PROPERTIES = ("GPU_DEVICE_TOTAL_MEM_SIZE", "NPU_DEVICE_TOTAL_MEM_SIZE")
-
-
-def component_bytes(
-    directory: Path, *, keeps_float32: bool = False, releases_encoders: bool = False
-) -> tuple[int, int, int]:
-    """Return what the weights of the text encoders, the denoiser and the VAE take on a device at the same time.
-
-    Args:
-        directory: the model.
-        keeps_float32: the device computes in float32; else it holds float32 weights as float16.
-        releases_encoders: a text encoder is loaded for a prompt and freed after it, one at a time.
-    """
-    encoders, denoiser, vae = [0], 0, 0
-    for path in directory.glob("*/openvino_model.bin"):
-        size = path.stat().st_size - (0 if keeps_float32 else _float32_bytes(path.with_suffix(".xml")) // 2)
-        if path.parent.name.startswith("text"):
-            encoders.append(size)
-        elif path.parent.name.startswith("vae"):
-            vae += size
-        else:
-            denoiser += size
-    return max(encoders) if releases_encoders else sum(encoders), denoiser, vae
-
-
-def _float32_bytes(graph: Path) -> int:
-    """Return the size of the float32 constants of a graph; 0 if it cannot be read, which another check reports."""
-    try:
-        text = graph.read_bytes()
-    except OSError:
-        return 0
-    sizes = {}
-    for constant in _CONSTANT.finditer(text):
-        attributes = dict(_ATTRIBUTE.findall(constant.group()))
-        if attributes.get(b"element_type") == b"f32" and {b"offset", b"size"} <= attributes.keys():
-            sizes[int(attributes[b"offset"])] = int(attributes[b"size"])  # constants can share their data
-    return sum(sizes.values())
 
 
 def check_device_memory(model: str, devices: Sequence[str], sizes: Sequence[int], core: Any) -> None:
@@ -65,16 +25,13 @@ def check_device_memory(model: str, devices: Sequence[str], sizes: Sequence[int]
     Args:
         model: its name, for the error.
         devices: one device, or three for text encoders, denoiser and VAE.
-        sizes: what `component_bytes` returns.
+        sizes: what `weights.component_bytes` returns.
         core: an `openvino.Core`.
 
     Raises:
         ModelError: the weights of the components on a device are larger than its memory.
     """
-    placed = Counter[str]()
-    each = list(devices) if len(devices) == len(sizes) else [devices[0]] * len(sizes)
-    for device, size in zip(each, sizes, strict=True):
-        placed[device] += size
+    placed = placed_bytes(devices, sizes)
     for device, size in placed.items():
         memory = _memory_of(core, device)
         if memory and size > memory:
@@ -83,6 +40,15 @@ def check_device_memory(model: str, devices: Sequence[str], sizes: Sequence[int]
                 f"model {model}: its weights on {device} take {size // _MIB} MiB, and {device} has "
                 f"{memory // _MIB} MiB; {advice}"
             )
+
+
+def device_use(devices: Sequence[str], sizes: Sequence[int], core: Any) -> dict[str, list[int]]:
+    """Return memory, and bytes of the weights, of each device that reports its memory. Arguments as above."""
+    found = {}
+    for device, size in placed_bytes(devices, sizes).items():
+        if memory := _memory_of(core, device):
+            found[device] = [memory, size]
+    return found
 
 
 def _advice(placed: Mapping[str, int]) -> str:

@@ -326,6 +326,10 @@ class GenaiEngine:
         """Return nothing counted: the library makes the calls and has the caches."""
         return Counts()
 
+    def use_idle_time(self) -> bool:
+        """Return False: there is nothing to do."""
+        return False
+
     def phase(self) -> str:
         """Return idle, or encode: a turn begins with the text encoder; its steps send their own heartbeats."""
         return "idle" if self._pending is None else "encode"
@@ -494,7 +498,7 @@ class _Tokenizer:
     def load(self) -> None:
         if self._tokenizer is not None:
             return
-        self._tokenizer = og.Tokenizer(str(self._directory))
+        self._tokenizer = og.Tokenizer(str(self._directory), INFERENCE_NUM_THREADS=1)
         self.count("the first call is slow, so make it during load")
 
     def count(self, prompt: str) -> int:

@@ -195,6 +195,12 @@ class Engine(Protocol):
     def phase(self) -> str:
         """Return what the next turn will do: idle, encode, denoise or decode. The heartbeat limit depends on it."""
 
+    def use_idle_time(self) -> bool:
+        """Do a short piece of work that makes later pictures faster; return False if there is none left.
+
+        Called when there is no picture to make. A picture that arrives meanwhile waits for it.
+        """
+
     def close(self) -> None:
         """Release the device."""
 

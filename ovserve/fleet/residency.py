@@ -13,6 +13,8 @@ Rules:
 - With a memory budget one model loads at a time, and only if everything that is resident, and what the model is
   expected to take, stays under the budget. A model is charged with what it takes now or what it is expected to take,
   whichever is more.
+- The memory of each device that reports it is such a budget too, for the weights of the models that use the device.
+  Models of different devices do not wait for each other.
 - The model that has waited longest loads first; each level of `priority` counts as much as PRIORITY_S of waiting, so no
   priority waits for ever.
 - To make room, idle models are unloaded, the least recently used first, then busy ones, those that have been resident
@@ -38,6 +40,7 @@ SHRINK_S = 60.0  # one worker less would have been enough for so long before it 
 PRIORITY_S = 10.0  # seconds of waiting that one level of `priority` is worth
 _GROWTH = 1.25  # a model whose load was stopped at the budget is expected to take this multiple of what it took
 _MIB = 1 << 20
+MACHINE = ""  # in place of the name of a device: the memory of the machine, under `memory_budget_bytes`
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class ModelView:
         used_bytes: measured memory of all its processes.
         worker_bytes: memory that one worker is expected to take.
         keep_alive_s: how long the newest request lets it stay after its last job; None: as its options say.
+        device_bytes: memory that one worker takes on each device in `Limits.devices`, by name.
     """
 
     options: ModelSettings
@@ -68,6 +72,7 @@ class ModelView:
     used_bytes: int = 0
     worker_bytes: int = 0
     keep_alive_s: float | None = None
+    device_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -93,11 +98,13 @@ class Limits:
         budget_bytes: memory that the server may take; 0: no limit.
         overhead_bytes: measured memory of the server without its workers.
         min_resident_s: time for which a model is not evicted after it became ready.
+        devices: memory of each device that reports it, by name.
     """
 
     budget_bytes: int = 0
     overhead_bytes: int = 0
     min_resident_s: float = 0.0
+    devices: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +116,14 @@ class Decision:
         refused: models that can never be loaded now, with the reason.
         waiting: models whose requests wait for memory, with the reason.
         spare_bytes: memory under the budget that no model is charged with; None without a budget.
+        spare_devices: the same for each device.
     """
 
     workers: Mapping[str, int]
     refused: Mapping[str, str] = field(default_factory=dict)
     waiting: Mapping[str, str] = field(default_factory=dict)
     spare_bytes: int | None = None
+    spare_devices: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -197,15 +206,16 @@ class Residency:
         for view in views:
             self._observe(now, view)
             self._unload_if_idle(now, view)
-        if limits.budget_bytes:
-            return self._decide_within(now, views, limits)
+        limited = [view for view in views if limits.budget_bytes or view.device_bytes]
         for view in views:
+            if view in limited:
+                continue
             entry = self._entries[view.name]
             if not entry.workers and (view.is_asked_for or entry.is_due):
                 self._grant(entry)
             else:
                 self._scale(now, view, may_grow=True)
-        return Decision(self._workers())
+        return self._decide_within(now, limited, limits) if limited else Decision(self._workers())
 
     # --- one model ----------------------------------------------------------------------------------------------------
 
@@ -265,11 +275,28 @@ class Residency:
 
     def _charge(self, view: ModelView) -> int:
         """Return what a model counts with: what it takes now, or is expected to take, whichever is more."""
-        workers = max(self._entries[view.name].workers, view.processes)
-        return max(view.used_bytes, self._worker_bytes(view) * workers)
+        return max(view.used_bytes, self._worker_bytes(view) * self._charged_workers(view))
 
-    def _total(self, views: Sequence[ModelView], limits: Limits) -> int:
-        return limits.overhead_bytes + sum(map(self._charge, views))
+    def _charged_workers(self, view: ModelView) -> int:
+        """Return the workers that a model counts with: those that exist if it has failed, else also those to come."""
+        return view.processes if view.is_failed else max(self._entries[view.name].workers, view.processes)
+
+    def _spare(self, views: Sequence[ModelView], limits: Limits) -> dict[str, int]:
+        """Return what no model is charged with: of the budget, under MACHINE, and of the memory of each device."""
+        spare = {device: memory - sum(self._device_charge(view, device) for view in views)
+                 for device, memory in limits.devices.items()}  # fmt: skip
+        if limits.budget_bytes:
+            spare[MACHINE] = limits.budget_bytes - limits.overhead_bytes - sum(map(self._charge, views))
+        return spare
+
+    def _device_charge(self, view: ModelView, device: str) -> int:
+        return self._charged_workers(view) * view.device_bytes.get(device, 0)
+
+    def _missing(self, view: ModelView, spare: Mapping[str, int], workers: int) -> dict[str, int]:
+        """Return how much less is spare than some workers of a model need, where it is less."""
+        needs = {MACHINE: workers * self._worker_bytes(view)}
+        needs |= {device: workers * size for device, size in view.device_bytes.items()}
+        return {place: need - spare[place] for place, need in needs.items() if place in spare and need > spare[place]}
 
     def _is_loading(self, view: ModelView) -> bool:
         return self._entries[view.name].workers > 0 and not view.ready and not view.is_failed
@@ -284,25 +311,30 @@ class Residency:
                 refused[view.name] = reason
                 entry.is_due = False
                 continue
-            if waiting:
+            if any(self._shares_place(view, each, limits) for each in views if each.name in waiting):
                 waiting[view.name] = "waits for its turn to load"
                 continue
-            free = limits.budget_bytes - self._total(views, limits)
-            loading = [each.name for each in views if self._is_loading(each)]
-            if not loading and self._needed(view) <= free:
+            missing = self._missing(view, self._spare(views, limits), view.options.fewest_workers)
+            loading = [each.name for each in views if self._is_loading(each) and self._shares_place(view, each, limits)]
+            if not loading and not missing:
                 self._grant(entry)
                 continue
-            if not view.is_asked_for and not entry.may_evict and self._needed(view) > free:
+            if not view.is_asked_for and not entry.may_evict and missing:
                 entry.is_due = False  # an eager model that is not pinned, and for which there is no room at the start
                 continue
             waiting[view.name] = f"waits until {loading[0]} is loaded" if loading else "waits for memory"
             if not loading:
                 self._make_room(now, view, views, limits)
         for view in views:
-            spare = limits.budget_bytes - self._total(views, limits)
             is_quiet = not waiting and not any(map(self._is_loading, views))
-            self._scale(now, view, may_grow=is_quiet and self._worker_bytes(view) <= spare)
-        return Decision(self._workers(), refused, waiting, limits.budget_bytes - self._total(views, limits))
+            has_room = is_quiet and not self._missing(view, self._spare(views, limits), 1)
+            self._scale(now, view, may_grow=has_room)
+        spare = self._spare(views, limits)
+        return Decision(self._workers(), refused, waiting, spare.pop(MACHINE, None), spare)
+
+    def _shares_place(self, view: ModelView, other: ModelView, limits: Limits) -> bool:
+        """Return whether two models use the same limited memory."""
+        return bool(limits.budget_bytes) or not view.device_bytes.keys().isdisjoint(other.device_bytes)
 
     def _candidates(self, now: float, views: Sequence[ModelView]) -> list[ModelView]:
         """Return the models that should be loaded, first those with requests, the one that has waited longest first."""
@@ -324,14 +356,21 @@ class Residency:
     def _refusal(self, view: ModelView, views: Sequence[ModelView], limits: Limits) -> str:
         """Return why a model cannot be loaded whatever is evicted, with the arithmetic, or ""."""
         pinned = [each for each in views if each is not view and each.options.is_pinned and self._is_held(each)]
-        held = sum(map(self._charge, pinned))
+        count = view.options.fewest_workers
+        for device, size in view.device_bytes.items():
+            held = {each.name: self._device_charge(each, device) for each in pinned if device in each.device_bytes}
+            if sum(held.values()) + count * size > limits.devices[device]:
+                return (
+                    f"its weights{_of_workers(view)} take {_mib(count * size)} on {device}, which has "
+                    f"{_mib(limits.devices[device])}{_of_pinned(held)}"
+                )
+        held = {each.name: self._charge(each) for each in pinned}
         needed = self._needed(view)
-        if limits.overhead_bytes + held + needed <= limits.budget_bytes:
+        if not limits.budget_bytes or limits.overhead_bytes + sum(held.values()) + needed <= limits.budget_bytes:
             return ""
-        names = f", pinned models ({', '.join(each.name for each in pinned)}) {_mib(held)}" if pinned else ""
         return (
             f"it is expected to take {_mib(needed)}{_of_workers(view)}; memory_budget_bytes is "
-            f"{_mib(limits.budget_bytes)}, the server itself takes {_mib(limits.overhead_bytes)}{names}"
+            f"{_mib(limits.budget_bytes)}, the server itself takes {_mib(limits.overhead_bytes)}{_of_pinned(held)}"
         )
 
     def _is_held(self, view: ModelView) -> bool:
@@ -339,16 +378,25 @@ class Residency:
 
     def _make_room(self, now: float, view: ModelView, views: Sequence[ModelView], limits: Limits) -> None:
         """Unload as few models as make room for one, if that is possible now."""
-        leaving = sum(self._charge(each) for each in views if not self._entries[each.name].workers)
-        missing = self._needed(view) - (limits.budget_bytes - self._total(views, limits) + leaving)
+        spare = self._spare(views, limits)
+        for leaving in (each for each in views if not self._entries[each.name].workers):
+            self._give_back(leaving, spare)
+        count = view.options.fewest_workers
         chosen = []
         for victim in self._victims(now, view, views, limits.min_resident_s):
-            if missing <= 0:
+            missing = self._missing(view, spare, count)
+            if not missing:
                 break
-            chosen.append(victim)
-            missing -= self._charge(victim)
-        if missing <= 0:
+            if any(place == MACHINE or victim.device_bytes.get(place) for place in missing):
+                chosen.append(victim)
+                self._give_back(victim, spare)
+        if not self._missing(view, spare, count):
             self._evict(chosen)
+
+    def _give_back(self, view: ModelView, spare: dict[str, int]) -> None:
+        """Add what a model is charged with to what is spare."""
+        for place in spare:
+            spare[place] += self._charge(view) if place == MACHINE else self._device_charge(view, place)
 
     def _victims(
         self, now: float, view: ModelView, views: Sequence[ModelView], min_resident_s: float
@@ -387,6 +435,8 @@ class Residency:
 
     def _shed(self, views: Sequence[ModelView], limits: Limits) -> None:
         """Unload models while the measured memory exceeds the budget, apart from what is already being unloaded."""
+        if not limits.budget_bytes:
+            return
         excess = limits.overhead_bytes + sum(view.used_bytes for view in views) - limits.budget_bytes
         excess -= sum(view.used_bytes for view in views if not self._entries[view.name].workers)
         if excess <= 0:
@@ -415,6 +465,10 @@ def _has_lasted(since: float | None, seconds: float, now: float) -> bool:
 
 def _mib(count: int) -> str:
     return f"{-(-count // _MIB)} MiB"
+
+
+def _of_pinned(held: Mapping[str, int]) -> str:
+    return f", pinned models ({', '.join(held)}) {_mib(sum(held.values()))}" if held else ""
 
 
 def _of_workers(view: ModelView) -> str:

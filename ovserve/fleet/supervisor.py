@@ -41,6 +41,7 @@ from ovserve.dispatch.dispatcher import Dispatcher
 from ovserve.dispatch.model_queue import ModelStatus
 from ovserve.errors import LaunchError
 from ovserve.fleet.desired import DesiredModel, desired_models
+from ovserve.fleet.devices import DeviceMemory
 from ovserve.fleet.estimates import Estimates
 from ovserve.fleet.fleets import Fleet, Slot, load_failure
 from ovserve.fleet.reconciler import Outcome, Reconciler
@@ -121,6 +122,7 @@ class Supervisor:
         self._reconciler = Reconciler(dispatcher, self._retire_for_reload, self._note_serving)
         self._residency = Residency()
         self._estimates = estimates or Estimates()
+        self._devices = DeviceMemory()
         self._overhead_bytes = 0
         self._measure_overhead_at = 0.0
         self._memory: Mapping[str, ModelMemory] = {}
@@ -296,7 +298,8 @@ class Supervisor:
     def _reconcile(self, now: float) -> None:
         """Decide how many workers each model should have, then take the steps towards that."""
         before, views = self._reconciler.workers(), self._views()
-        limits = Limits(self._settings.memory_budget_bytes, self._measured_overhead(now), self._settings.min_resident_s)
+        overhead, devices = self._measured_overhead(now), self._devices.totals
+        limits = Limits(self._settings.memory_budget_bytes, overhead, self._settings.min_resident_s, devices)
         decision = self._residency.decide(now, views, limits)
         self._memory = {view.name: ModelMemory(view.used_bytes, view.worker_bytes) for view in views}
         load_s = {record.name: self._estimates.load_s(record) for record in self._reconciler.records()}
@@ -306,7 +309,15 @@ class Supervisor:
         self._dispatcher.set_waiting(decision.waiting)
         self._dispatcher.set_unplaced(self._unplaced())
         spare = math.inf if decision.spare_bytes is None else decision.spare_bytes
-        self._reconciler.has_room = lambda record, count: count * self._estimates.worker_bytes(record) <= spare
+        spare_devices = decision.spare_devices
+
+        def has_room(record: DesiredModel, count: int) -> bool:
+            needs = self._devices.needs(record)
+            if any(count * size > spare_devices.get(device, math.inf) for device, size in needs.items()):
+                return False
+            return count * self._estimates.worker_bytes(record) <= spare
+
+        self._reconciler.has_room = has_room
         self._unloads.update(name for name, count in before.items() if count and decision.workers.get(name) == 0)
         self._reconciler.reconcile()
 
@@ -348,6 +359,7 @@ class Supervisor:
                     used_bytes=sum(slot.used_bytes for slot in slots),
                     worker_bytes=self._estimates.worker_bytes(record),
                     keep_alive_s=status.keep_alive_s,
+                    device_bytes=self._devices.needs(record),
                 )
             )
         return views
@@ -519,6 +531,8 @@ class Supervisor:
         self._estimates.note(fleet.desired, slot.peak_bytes, now - slot.started_at)
         self._estimates.write()
         found = link.state.ready
+        if slot.process is not None and not slot.process.node():
+            self._devices.note(found.devices)
         where = {"node": slot.process.node()} if slot.process and slot.process.node() else {}
         log.info(
             "worker ready",

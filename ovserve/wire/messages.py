@@ -108,6 +108,7 @@ class Ready:
             streams, max_batch; 0: no choice). The supervisor passes them on to all later incarnations, because another
             division of the device changes the last bits of the results.
         schedulers: names of the schedulers that a request may choose, separated by commas.
+        devices: memory of each device that reports it, and bytes of the model's weights there, by name.
     """
 
     capacity: int
@@ -115,6 +116,7 @@ class Ready:
     why: str = ""
     tuned: dict[str, Any] = field(default_factory=dict)
     schedulers: str = ""
+    devices: dict[str, Any] = field(default_factory=dict)
 
     kind: ClassVar[str] = "ready"
 

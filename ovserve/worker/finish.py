@@ -171,8 +171,12 @@ class Finisher:
         self._needed = {key: value for key, value in self._needed.items() if key[0] != job_id}
 
     def _announce(self, job: WorkerJob, picture: int) -> None:
-        """Send the Need of a result that is not encoded yet, if a small segment is enough for it in any case."""
-        if job.prepared is None or job.stopped.is_set():
+        """Send the Need of a result that is not encoded yet, if a small segment is enough for it in any case.
+
+        Not where there are previews: the last of them may be encoded after the steps are done, and comes before the
+        result.
+        """
+        if job.prepared is None or job.stopped.is_set() or job.prepared.request.partial_images:
             return
         bound = job.prepared.bound_of(picture)
         if 0 < bound <= ANNOUNCED_BYTES and self._announced(job, picture) is None:

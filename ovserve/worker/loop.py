@@ -108,16 +108,26 @@ class DeviceLoop:
             self._admit()
             if not self._in_flight:
                 self._phases.start("idle")
-                with self._changed:
-                    if not self._pending:
-                        if self._is_stopping:
-                            return
-                        self._changed.wait(IDLE_HEARTBEAT_S)
+                if not self._wait_for_work():
+                    return
                 continue
             self._phases.start(self._engine.phase())
             for outcome in self._engine.turn():
                 admitted_at = self._in_flight.pop(outcome.work)
                 self._deliver_outcome(outcome, time.monotonic() - admitted_at)
+
+    def _wait_for_work(self) -> bool:
+        """Use the time or wait, until work may have been added; return False if there is none and `stop` was called."""
+        with self._changed:
+            if self._pending:
+                return True
+            if self._is_stopping:
+                return False
+        if not self._engine.use_idle_time():
+            with self._changed:
+                if not self._pending and not self._is_stopping:
+                    self._changed.wait(IDLE_HEARTBEAT_S)
+        return True
 
     def _deliver_outcome(self, outcome: Outcome, seconds: float) -> None:
         while not self._deliver(outcome, seconds):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
-import json
 import os
 import sys
 import warnings
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ovserve.logs import configure_logs
 from ovserve.models.profile import ModelProfile
+from ovserve.models.weights import device_sizes
 from ovserve.settings.options import ModelSettings
 from ovserve.settings.worker import WorkerSettings
 from ovserve.stacks import watch_for_stacks
@@ -49,7 +49,10 @@ def main(
     # Pillow's warnings are about a client's file: what matters to the client goes into the response, not into our log.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     runner = JobRunner(
-        link, blobs, profile, model, settings, create_engine=create_engine, complete_profile=complete_profile
+        *(link, blobs, profile, model, settings),
+        create_engine=create_engine,
+        complete_profile=complete_profile,
+        find_device_use=find_device_use,
     )
     watch_for_stacks(f"worker of {profile.name}", runner.decoder_pids)
     runner.run()
@@ -79,20 +82,27 @@ def _devices_of(profile: ModelProfile, settings: ModelSettings) -> str:
     """
     import openvino as ov  # noqa: PLC0415
 
-    from ovserve.engines.device_memory import check_device_memory, component_bytes  # noqa: PLC0415
+    from ovserve.engines.device_memory import check_device_memory  # noqa: PLC0415
     from ovserve.engines.devices import choose_device  # noqa: PLC0415
 
     core = ov.Core()
     devices = choose_device(settings.device, core.available_devices)
-    plugin = json.loads(settings.plugin_config) if settings.plugin_config else {}
-    sizes = component_bytes(
-        profile.directory,
-        keeps_float32=plugin.get("INFERENCE_PRECISION_HINT") == "f32",
-        # `auto` decides by the memory of the machine, and an encoder with adapters is kept.
-        releases_encoders=settings.text_encoder == "release" and settings.engine != "genai" and not settings.lora,
-    )
-    check_device_memory(profile.name, devices.split(), sizes, core)
+    check_device_memory(profile.name, devices.split(), device_sizes(profile.directory, settings), core)
     return devices
+
+
+def find_device_use(profile: ModelProfile, settings: ModelSettings) -> dict[str, list[int]]:
+    """Return memory, and bytes of the model's weights, of each device that reports its memory."""
+    if settings.device == "CPU":
+        return {}
+    import openvino as ov  # noqa: PLC0415
+
+    from ovserve.engines.device_memory import device_use  # noqa: PLC0415
+    from ovserve.engines.devices import choose_device  # noqa: PLC0415
+
+    core = ov.Core()
+    devices = choose_device(settings.device, core.available_devices)
+    return device_use(devices.split(), device_sizes(profile.directory, settings), core)
 
 
 def create_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[Engine, str]:

@@ -63,6 +63,7 @@ _DECODE_SHARE = 0.3
 
 CreateEngine = Callable[[ModelProfile, ModelSettings], tuple[Engine, str]]
 CompleteProfile = Callable[[ModelProfile], ModelProfile]
+FindDeviceUse = Callable[[ModelProfile, ModelSettings], dict[str, list[int]]]
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,9 @@ class JobRunner:
         *,
         create_engine: CreateEngine,
         complete_profile: CompleteProfile = lambda profile: profile,
+        find_device_use: FindDeviceUse = lambda _profile, _model: {},
     ) -> None:
+        self._find_device_use = find_device_use
         self._create_engine = create_engine
         self._complete_profile = complete_profile
         self._link = link
@@ -330,7 +333,10 @@ class JobRunner:
         self._engine, self._loop = engine, loop
         capacity = min(engine.capacity + _SPARE_JOBS, MAX_CAPACITY)
         schedulers = ",".join(sorted(engine.features.schedulers))
-        self._reports.send(Ready(capacity, engine.name, why[:SHORT_TEXT_CHARS], dict(engine.tuned), schedulers))
+        devices = self._find_device_use(self._profile, self._model)
+        self._reports.send(
+            Ready(capacity, engine.name, why[:SHORT_TEXT_CHARS], dict(engine.tuned), schedulers, devices)
+        )
         if self._cache is not None:
             self._cache.record()
         loop.run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -43,3 +44,23 @@ def test_nodes_are_added_for_waiting_workers_and_removed_after_them(tmp_path: Pa
                 server.until(lambda: len(cluster.nodes()) == 2, PATIENCE_S)
                 assert server.logged("autoscaler asked for room", "workers=0")
                 assert picture_of(server.generate(client, "echo y")).startswith(b"echo y")
+
+
+@pytest.mark.heavy
+def test_automatic_replicas_get_a_node_while_jobs_wait(tmp_path: Path) -> None:
+    with RayCluster(cpus=0, port=free_port(), grows_to=2) as cluster:
+        options = ("--pool", "ray", "--ray_address", cluster.address, "--placement", "cpus=1", "--replicas", "auto")
+        with (
+            FaultServer(
+                tmp_path, *options, toy_options={"capacity": 1}, wait_ready=False, environment=cluster.environment
+            ) as server,
+            contextlib.ExitStack() as streams,
+        ):
+            server.until(lambda: bool(server.lines), PATIENCE_S)  # ready
+            assert len(cluster.nodes()) == 2
+            client = streams.enter_context(server.client(PATIENCE_S))
+            for _ in range(2):  # each holds a worker until its connection is closed
+                body = {"prompt": "sleep 600", "stream": True}
+                streams.enter_context(client.stream("POST", "/v3/images/generations", json=body))
+            server.until(lambda: server.model_status()["running"] == 2, PATIENCE_S)
+            assert len(cluster.nodes()) == 3

@@ -7,6 +7,7 @@ nodes, with the same requests and the same bytes as on one machine; a killed act
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -154,6 +155,29 @@ def test_client_that_goes_away_ends_its_job_on_a_node(remote: FaultServer) -> No
     ):
         next(reply.iter_raw())
     remote.until(lambda: not remote.fetch("/v1/status")[1]["models"][0]["running"])
+
+
+# --- more workers while jobs wait -------------------------------------------------------------------------------------
+
+
+def test_automatic_replicas_grow_on_the_cluster_while_jobs_wait(cluster: RayCluster, tmp_path: Path) -> None:
+    options = ("--pool", "ray", "--ray_address", cluster.address, "--placement", "cpus=1", "--replicas", "auto")
+    others = set(cluster.actors())
+    with (
+        FaultServer(tmp_path, *options, toy_options={"capacity": 1}) as toys,
+        toys.client() as client,
+        contextlib.ExitStack() as streams,
+    ):
+        assert toys.model_status()["workers"] == 1
+        for _ in range(2):  # each holds a worker until its connection is closed
+            body = {"prompt": "sleep 600", "stream": True}
+            streams.enter_context(client.stream("POST", "/v3/images/generations", json=body))
+        toys.until(lambda: toys.model_status()["running"] == 2, PATIENCE_S)
+        assert toys.model_status()["workers"] == 2
+        assert len(set(cluster.actors()) - others) == 2
+        streams.close()
+        toys.until(lambda: not toys.model_status()["running"])
+        assert picture_of(toys.generate(client, "echo x")).startswith(b"echo x")
 
 
 # --- faults and reloads -----------------------------------------------------------------------------------------------

@@ -110,8 +110,8 @@ def test_lines_of_native_libraries_have_the_request_ids(server: FaultServer) -> 
             assert (entry["id"], str(entry["worker"]).partition("/")[0]) == (alone, "ovserve-builtin")
         failed = server.generate(client, "abort terminate called: no memory")
         assert failed.status_code == 500
-        last = natives("terminate called")
-        assert {entry["id"] for entry in last} == {failed.headers["x-request-id"]}
+        await_that(lambda: bool(natives("terminate called")))
+        assert {entry["id"] for entry in natives("terminate called")} == {failed.headers["x-request-id"]}
     assert all(
         line.startswith(("{", "ready", "Fatal Python", "Current thread", "Thread", "  File", "Extension")) or not line
         for line in list(server.log)

@@ -9,10 +9,12 @@ from ovserve.engines.protocol import Pixels, warm_up_work
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings
 from ovserve.worker.main import create_engine
+from tests.pictures import directory_of
 
 
 def picture(engine_name: str, device: str) -> Pixels:
-    settings = ModelSettings(name="m", device=device, engine=engine_name, streams=1, threads=1, max_batch=2)
+    known = {"name": "m", "path": directory_of("sd"), "streams": 1, "threads": 1, "max_batch": 2}
+    settings = ModelSettings(**known, device=device, engine=engine_name)
     profile = read_profile(settings)
     engine, _ = create_engine(profile, settings)
     engine.load(lambda _: None)

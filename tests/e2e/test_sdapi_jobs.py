@@ -35,7 +35,9 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
 @pytest.fixture
 def clients(keyed: FaultServer) -> Iterator[tuple[httpx.Client, httpx.Client]]:
     """Clients with the one and the other key as a password."""
-    one, two = (httpx.Client(base_url=f"{keyed.url}/sdapi/v1", auth=("me", key), timeout=60) for key in KEYS)
+    one, two = (
+        httpx.Client(base_url=f"{keyed.url}/sdapi/v1", auth=("me", key), timeout=60, verify=False) for key in KEYS
+    )
     with one, two:
         yield one, two
 

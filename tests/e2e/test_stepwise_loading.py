@@ -28,7 +28,7 @@ from tests.pictures import (
     with_scheduler,
     work_of,
 )
-from tests.stepwise import PROFILE, SD, Traced, load_watched, text, with_unet
+from tests.stepwise import PROFILE, SD, Traced, Watched, load_watched, text, with_unet
 from tests.tinymodels import tiny_model
 
 
@@ -55,6 +55,68 @@ def test_layout_is_measured_once_and_stored_in_the_cache(tmp_path: Path) -> None
     assert '"threads"' in kept.read_text()
     np.testing.assert_array_equal(*pictures)
     assert set(beats) == {"load", "warm-up"}
+
+
+def test_idle_time_makes_the_kernels_of_shared_calls_and_no_more() -> None:
+    engine, components = load_watched()
+    rows: list[int] = []
+
+    def seen(kind: str, inputs: Any) -> None:
+        assert kind == "unet"
+        rows.append(len(inputs["sample"]))
+
+    expected = pixels_of(drive(engine, [text(3)]))
+    components.seen = seen
+    while engine.use_idle_time():
+        pass
+    components.seen = Watched.seen
+    slots, most = engine.tuned["streams"], 2 * engine.tuned["max_batch"]
+    assert sorted(rows) == sorted([*range(4, most + 1, 2)] * slots)
+    np.testing.assert_array_equal(pixels_of(drive(engine, [text(3)]))[0], expected[0])
+    engine.close()
+
+
+def test_kernels_that_cannot_be_made_in_idle_time_end_nothing() -> None:
+    engine, components = load_watched()
+
+    def seen(kind: str, inputs: Any) -> None:
+        if kind == "unet" and len(inputs["sample"]) > 2:
+            raise RuntimeError("no memory for so many rows")
+
+    components.seen = seen
+    assert engine.use_idle_time()
+    assert not engine.use_idle_time()
+    assert len(pixels_of(drive(engine, [text(k) for k in range(4)]))) == 4
+    engine.close()
+
+
+def test_idle_time_is_not_used_beside_the_other_row_of_a_picture_that_failed() -> None:
+    engine, components = load_watched()
+    may_end, here = threading.Event(), threading.get_ident()
+
+    def seen(kind: str, inputs: Any) -> None:
+        if kind == "unet" and threading.get_ident() != here:
+            may_end.wait(20)
+        elif kind == "unet" and len(inputs["sample"]) == 1:
+            raise MemoryError("no memory")
+
+    components.seen = seen
+    engine.admit(text(0, guidance_scale=5.0))
+    while not (outcomes := engine.turn()):
+        pass
+    assert "no memory" in str(outcomes[0].error)
+    is_used = engine.use_idle_time()
+    may_end.set()
+    assert not is_used
+    engine.close()
+
+
+def test_idle_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ovserve.engines.stepwise.engine.IDLE_LIMIT_S", 0.0)
+    engine, _ = load_watched()
+    assert engine.use_idle_time()
+    assert not engine.use_idle_time()
+    engine.close()
 
 
 def test_unreadable_stored_layout_is_measured_again(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import httpx
 import pytest
 
 from ovserve.cli import models
+from ovserve.models.profile import builtin_directory
+from ovserve.models.weights import component_bytes
 from tests.faultserver import FaultServer, picture_of
 from tests.live import BUILTIN_PATH
 
@@ -195,6 +197,22 @@ def test_command_models_shows_loads_and_unloads(
         monkeypatch.setenv("OVSERVE_ADMIN_KEY", "")
         assert models.run(["--url", server.url, "--load", "m"]) == 75
         assert "403: " in capsys.readouterr().err
+
+
+def test_models_take_turns_in_the_memory_of_a_device_and_leave_the_others_alone(tmp_path: Path) -> None:
+    weights = sum(component_bytes(builtin_directory()))
+    report = {"devices": {"GPU.0": [weights * 3 // 2, weights]}}
+    tables = [table(name, device="GPU", toy=report, keep_alive_s=-1) for name in ("first", "second")]
+    tables.append(table("on-cpu", keep_alive_s=-1))
+    with serve(tmp_path, *tables, server="min_resident_s = 0.1") as server, server.client() as client:
+        for name in ("on-cpu", "first", "second", "first"):
+            assert picture_of(server.generate(client, "echo a", model=name, seed=1)) == b"echo a|1"
+            other = {"first": "second", "second": "first"}.get(name)
+            assert other is None or state(client, other)["state"] in ("unloaded", "unloading")
+            assert state(client, "on-cpu")["state"] == "ready"
+        loads = client.get("/metrics").text
+        assert 'ovserve_model_loads_total{model="first"} 2.0' in loads
+        assert 'ovserve_model_loads_total{model="on-cpu"} 1.0' in loads
 
 
 def test_requests_for_more_models_than_fit_are_all_answered_within_the_budget(tmp_path: Path) -> None:

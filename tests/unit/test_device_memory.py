@@ -10,8 +10,9 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from ovserve.engines.device_memory import check_device_memory, component_bytes
+from ovserve.engines.device_memory import check_device_memory, device_use
 from ovserve.errors import ModelError
+from ovserve.models.weights import component_bytes
 
 MIB = 1 << 20
 SIZES = (100 * MIB, 300 * MIB, 50 * MIB)  # text encoders, denoiser, VAE
@@ -82,3 +83,15 @@ def test_weights_that_fit_are_accepted(devices: list[str]) -> None:
 def test_weights_that_do_not_fit_are_refused(devices: list[str], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         check_device_memory("m", devices, SIZES, FakeCore())
+
+
+def test_use_of_each_device_that_reports_its_memory_is_found() -> None:
+    assert device_use(["CPU", "GPU", "GPU.0"], SIZES, FakeCore()) == {"GPU.0": [400 * MIB, sum(SIZES[1:])]}
+    assert device_use(["CPU"], SIZES, FakeCore()) == {}
+
+
+def test_file_that_is_gone_counts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_graph(tmp_path / "unet", 1000, in_float16=True)
+    found = [tmp_path / name / "openvino_model.bin" for name in ("unet", "vae_decoder")]
+    monkeypatch.setattr(Path, "glob", lambda _directory, _pattern: iter(found))
+    assert component_bytes(tmp_path) == (0, 2000, 0)

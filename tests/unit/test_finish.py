@@ -193,16 +193,31 @@ def test_announcement_is_sent_once_and_only_for_small_pngs(bench: Bench) -> None
     assert bench.sent(Need) == [("jpeg", 0)]
 
 
-def test_grants_answer_previews_and_an_announced_result_in_their_order(bench: Bench) -> None:
-    bench.add("a", partial_images=1)
-    bench.finisher.preview("a", 0, Preview(1, PIXELS))
+def test_result_with_previews_is_not_announced_so_that_they_come_first(bench: Bench) -> None:
+    bench.add("a", partial_images=2)
     bench.finisher.announce("a", 0)
+    bench.finisher.preview("a", 0, Preview(3, PIXELS))  # its steps are done: the thread of previews was busy
     bench.deliver("a", 0)
     bench.run()
-    preview, result = needs(bench)
-    assert (preview.partial, result.partial) == (0, -1)
+    assert [need.partial for need in needs(bench)] == [0, -1]
+    preview, result = bench.blobs.create(1 << 20), bench.blobs.create(1 << 20)
+    bench.finisher.grant(Grant("a", 0, preview.id))
+    bench.finisher.grant(Grant("a", 0, result.id))
+    bench.run()
+    filled = [message for message in bench._link.receive() if isinstance(message, Picture)]
+    assert [picture.partial for picture in filled] == [0, -1]
+    assert preview.data.startswith(b"\x89PNG")
+    assert result.data.startswith(b"\x89PNG")
+
+
+def test_grants_answer_needs_in_their_order(bench: Bench) -> None:
+    bench.add("a", partial_images=1)
+    bench.finisher.preview("a", 0, Preview(1, PIXELS))
+    bench.deliver("a", 0)
+    bench.run()
+    assert [need.partial for need in needs(bench)] == [0, -1]
     bench.finisher.grant(Grant("a", 0, ""))  # the preview is dropped, the result is not
-    segment = bench.blobs.create(result.size)
+    segment = bench.blobs.create(1 << 20)
     bench.finisher.grant(Grant("a", 0, segment.id))
     bench.run()
     assert bench.sent(Picture) == [("a", 0)]

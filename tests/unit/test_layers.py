@@ -6,7 +6,7 @@ import ast
 import functools
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -114,16 +114,32 @@ ONLY: dict[str, tuple[str, ...]] = {
 FAMILY_MODULES = ("models.families", "models.classes", "models.variants", "engines.families")
 
 
-def modules() -> dict[str, ast.Module]:
-    """Return the syntax tree of each module of ovserve, by name without the leading `ovserve.`."""
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-        found[name] = ast.parse(path.read_text("utf-8"))
-    return found
+class Modules(Mapping[str, ast.Module]):
+    """The syntax tree of each module of ovserve, by name without the leading `ovserve.`.
+
+    Parsed when it is asked for: each process of pytest-xdist collects these tests, but only one runs them.
+    """
+
+    def __init__(self) -> None:
+        self._paths = {
+            ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+            for path in sorted(PACKAGE.rglob("*.py"))
+        }
+        self._trees: dict[str, ast.Module] = {}
+
+    def __getitem__(self, name: str) -> ast.Module:
+        if name not in self._trees:
+            self._trees[name] = ast.parse(self._paths[name].read_text("utf-8"))
+        return self._trees[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
 
 
-MODULES = modules()
+MODULES = Modules()
 
 
 @functools.cache

@@ -48,6 +48,9 @@ class CountingEngine:
         self.together: list[list[str]] = []
         self.inside: dict[Work, int] = {}
         self.gate: threading.Semaphore | None = None  # if set, each turn waits for one release
+        self.idle_work = 0  # pieces of work for idle time
+        self.idle_at: list[int] = []  # number of turns before each piece
+        self.idle_done = threading.Event()
 
     def load(self, beat: Callable[[str], None]) -> None:
         beat("load")
@@ -85,6 +88,14 @@ class CountingEngine:
         for outcome in ended:
             del self.inside[outcome.work]
         return ended
+
+    def use_idle_time(self) -> bool:
+        if not self.idle_work:
+            self.idle_done.set()
+            return False
+        self.idle_work -= 1
+        self.idle_at.append(len(self.together))
+        return True
 
     def phase(self) -> str:
         return "denoise" if self.inside else "idle"
@@ -159,6 +170,19 @@ def test_each_work_has_exactly_one_outcome() -> None:
     assert len(bench.outcomes) == 20
     assert all(outcome.pixels is PICTURE for outcome in outcomes)
     assert all(seconds > 0 for _, seconds in bench.outcomes)
+
+
+def test_idle_time_is_used_when_no_work_is_pending() -> None:
+    engine = CountingEngine()
+    engine.idle_work = 3
+    with running(engine) as bench:
+        bench.loop.add([work("first", k) for k in range(2)])
+        bench.thread.start()
+        assert engine.idle_done.wait(20)
+        assert len(bench.outcomes) == 2
+        bench.loop.add([work("second")])
+        bench.wait_outcomes(3)
+    assert engine.idle_at == [2, 2, 2]
 
 
 def test_jobs_are_admitted_round_robin_by_picture() -> None:

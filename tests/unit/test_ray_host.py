@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from ovserve.errors import LinkGarbage
 from ovserve.models.profile import builtin_directory
 from ovserve.settings.options import ModelSettings, Settings
 from ovserve.settings.worker import WorkerSettings
@@ -53,7 +54,7 @@ class Running:
         self.waited_for: list[str] = []
         self.reason = ""
         self._number = 0
-        self._records = self.host.serve(Launch(toys.worker_main, spec).to_bytes())
+        self._items = self.host.serve(Launch(toys.worker_main, spec).to_bytes())
 
     def deliver(self, message: Message | None, *parts: tuple[Part, bytes], number: int | None = None) -> None:
         """Send a command, with its parts; None: the link is closed."""
@@ -71,11 +72,12 @@ class Running:
                     return found
                 if not kind:
                     self._messages.clear()
-            record = next(self._records, None)
-            if record is None:
+            item = next(self._items, None)
+            if item is None:
                 assert kind is None, f"ended before a {kind}: {self.reason}"
                 return None
-            self._note(record[:1], record[1:])
+            for record in map(bytes, records.unpack(item)):
+                self._note(record[:1], record[1:])
 
     def _note(self, kind: bytes, content: bytes) -> None:
         if kind == records.LINES:
@@ -96,8 +98,8 @@ class Running:
         self.deliver(Run("j", REQUEST, 60.0), (Part(REQUEST, 0), request.to_json()))
 
     def close(self) -> None:
-        self._records.close()  # type: ignore[attr-defined]
-        del self.host, self._records  # its descriptor is closed with it
+        self._items.close()  # type: ignore[attr-defined]
+        del self.host, self._items  # its descriptor is closed with it
 
 
 @pytest.fixture
@@ -315,3 +317,55 @@ def test_abandoned_host_kills_its_worker(directory: Path, leak_guard: None) -> N
     running.until(Ready)
     running.close()
     assert not list(directory.iterdir())
+
+
+# --- what travels -----------------------------------------------------------------------------------------------------
+
+
+def test_command_keeps_its_parts_and_large_data_stays_beside_it() -> None:
+    parts = [Part(REQUEST, 0), Part(ROOM, 7), Part("c" * 24, 0), Part("d" * 24, 1)]
+    data = [b"small", bytes(hosts.INLINE_BYTES), "reference", b""]
+    command, others = hosts.pack_command(3, b"line\n", parts, data)
+    assert others == [bytes(hosts.INLINE_BYTES), "reference"]
+    assert hosts.unpack_command(command, [others[0], b"of the object"]) == (
+        3,
+        b"line\n",
+        parts,
+        [b"small", bytes(hosts.INLINE_BYTES), b"of the object", b""],
+    )
+
+
+def test_records_that_are_ready_together_travel_as_one_item() -> None:
+    given = [records.lines_record([b"a\n"]), records.fill_record(ROOM, bytes(300)), records.exit_record("over")]
+    assert [bytes(record) for record in records.unpack(records.pack(given))] == given
+    assert list(records.unpack(records.pack([]))) == []
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4, 6])
+def test_item_that_is_cut_is_refused(cut: int) -> None:
+    with pytest.raises(LinkGarbage, match="an item that ends within a"):
+        list(records.unpack(records.pack([b"Lab"])[:-cut]))
+
+
+def test_record_without_a_kind_is_refused() -> None:
+    with pytest.raises(LinkGarbage):
+        list(records.unpack(bytes(4)))
+
+
+def test_report_waits_for_the_next_one_unless_it_has_to_be_answered(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = Running(plugin_config='{"heartbeat_s": 60}')
+    running.until(Ready)
+    monkeypatch.setattr(hosts, "_GATHER_MS", 30_000)
+    running.run("echo x")
+    item = next(running._items)
+    while b'"prepared"' not in item:  # the status of the process
+        item = next(running._items)
+    assert b'"need"' in item
+    running.deliver(Grant("j", 0, ROOM), (Part(ROOM, 0), b""))
+    item = next(running._items)
+    while b'"picture"' not in item:
+        item = next(running._items)
+    assert b'"done"' in item
+    running.close()

@@ -22,10 +22,10 @@ from ovserve.wire.local.pipes import PipeLink, open_link
 from ovserve.wire.local.spool import Spool
 from ovserve.wire.messages import Cancel, Failed, Grant, Heartbeat, LogLevel, Message, Run, Span
 from ovserve.wire.ray import records
-from ovserve.wire.ray.host import Part
+from ovserve.wire.ray.host import INLINE_BYTES, Part
 from ovserve.wire.ray.launcher import RayProcess
 from ovserve.wire.ray.remote import RemoteWorker
-from ovserve.wire.ray.uploads import INLINE_BYTES, Uploads
+from ovserve.wire.ray.uploads import Uploads
 from ovserve.wire.request import ImageRequest
 
 pytestmark = pytest.mark.processes
@@ -46,7 +46,7 @@ class FakeHost:
         record = self.records.get(timeout=PATIENCE_S)
         if isinstance(record, LaunchError):
             raise record
-        return record
+        return None if record is None else records.pack([record])
 
     def deliver(self, line: bytes, parts: Any, data: Any) -> None:
         self.commands.put((decode(line.removesuffix(b"\n")) if line else None, list(parts), list(data)))

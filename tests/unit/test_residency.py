@@ -36,6 +36,8 @@ class World:
         self.begun: dict[str, float] = {}
         self.used: dict[str, int] = {}  # measured bytes of a model, where they are not what was expected
         self.expected = dict.fromkeys(self.models, GIB)
+        self.placed: dict[str, dict[str, int]] = {}  # bytes of a model on devices
+        self.failed: set[str] = set()  # models whose workers do not start
         self.loads: list[str] = []
         self.decision = Decision({})
 
@@ -46,20 +48,22 @@ class World:
                 queued=self.queued[name],
                 running=self.running[name],
                 last_used_at=self.used_at[name],
-                processes=int(name in self.begun),
+                processes=int(name in self.begun and name not in self.failed),
+                is_failed=name in self.failed,
                 ready=self.decision.workers.get(name, 0) * self.is_ready(name),
                 capacity=2 * self.decision.workers.get(name, 0) * self.is_ready(name),
                 used_bytes=self.used.get(name, self.expected[name] * max(1, self.decision.workers.get(name, 0)))
-                if name in self.begun
+                if name in self.begun and name not in self.failed
                 else 0,
                 worker_bytes=self.expected[name],
                 keep_alive_s=self.keep_alive_s[name],
+                device_bytes=self.placed.get(name, {}),
             )
             for name, options in self.models.items()
         ]
 
     def is_ready(self, name: str) -> bool:
-        return name in self.begun and self.now - self.begun[name] >= self.load_s
+        return name in self.begun and name not in self.failed and self.now - self.begun[name] >= self.load_s
 
     def step(self, seconds: float = 0.0) -> Decision:
         self.now += seconds
@@ -390,3 +394,106 @@ def test_charged_memory_never_exceeds_the_budget_and_every_request_is_served(
         assert sum(world.expected[each] for each in world.begun) <= budget * GIB
         served |= {name for name in world.begun if world.is_ready(name)}
     assert served >= {name for name, queued in world.queued.items() if queued}
+
+
+# --- the memory of devices ---
+
+
+def on_devices(memory: dict[str, int], *models: ModelSettings, budget: int = 0, **placed: dict[str, int]) -> World:
+    """Return a world with devices; memory and what the models take there in GiB."""
+    world = World(*models, budget=budget)
+    world.limits = Limits(budget * GIB, 0, 5.0, {device: size * GIB for device, size in memory.items()})
+    world.placed = {name: {device: size * GIB for device, size in found.items()} for name, found in placed.items()}
+    return world
+
+
+def test_model_is_evicted_from_its_device_for_another_and_only_there() -> None:
+    models = [model(name) for name in ("a", "b", "c", "other")]
+    world = on_devices(
+        {"GPU.0": 8, "GPU.1": 8}, *models, a={"GPU.0": 5}, b={"GPU.0": 2}, c={"GPU.0": 4}, other={"GPU.1": 5}
+    )
+    for name in ("other", "a", "b"):
+        world.ask(name)
+        world.run(3)
+        world.finish(name)
+    world.run(6)
+    assert world.resident == {"other", "a", "b"}
+    world.ask("c")
+    world.run(3)
+    assert world.resident == {"other", "b", "c"}  # a is the least recently used that makes room
+
+
+def test_busy_model_stays_on_its_device_until_its_turn_is_over_and_models_on_the_cpu_do_not_wait() -> None:
+    world = on_devices({"GPU.0": 8}, model("a"), model("b"), model("cpu"), a={"GPU.0": 5}, b={"GPU.0": 5})
+    world.ask("a")
+    world.run(2)
+    world.ask("b")
+    world.ask("cpu")
+    world.step()
+    assert world.decision.waiting == {"b": "waits for memory"}
+    world.run(2)
+    assert world.resident == {"a", "cpu"}
+    world.run(10)
+    assert world.loads[:3] == ["a", "cpu", "b"]
+
+
+def test_model_that_does_not_fit_beside_pinned_ones_on_its_device_is_refused_with_the_arithmetic() -> None:
+    world = on_devices(
+        {"GPU.0": 8}, model("pinned", load="eager", pinned=True), model("b"), pinned={"GPU.0": 5}, b={"GPU.0": 4}
+    )
+    world.run(3)
+    world.ask("b")
+    world.step()
+    assert world.decision.refused == {
+        "b": "its weights take 4096 MiB on GPU.0, which has 8192 MiB, pinned models (pinned) 5120 MiB"
+    }
+
+
+def test_workers_that_never_fit_on_their_device_are_refused() -> None:
+    world = on_devices({"GPU.0": 8}, model("a", replicas=2), a={"GPU.0": 5})
+    world.ask("a")
+    world.step()
+    assert world.decision.refused == {"a": "its weights with 2 workers take 10240 MiB on GPU.0, which has 8192 MiB"}
+
+
+def test_budget_and_device_must_both_have_room() -> None:
+    world = on_devices({"GPU.0": 8}, model("a"), model("b"), budget=1, a={"GPU.0": 1}, b={"GPU.0": 1})
+    world.ask("a")
+    world.run(3)
+    world.finish("a")
+    world.run(6)
+    world.ask("b")
+    world.run(3)
+    assert world.resident == {"b"}
+    assert world.decision.spare_devices == {"GPU.0": 7 * GIB}
+
+
+@pytest.mark.parametrize("budget", [0, 1])
+def test_model_that_has_failed_holds_no_memory(budget: int) -> None:
+    world = on_devices(
+        {"GPU.0": 8}, model("good"), model("broken"), budget=budget, good={"GPU.0": 5}, broken={"GPU.0": 5}
+    )
+    world.ask("good")
+    world.run(3)
+    world.finish("good")
+    world.run(6)
+    world.ask("broken")
+    world.run(0.5)
+    world.failed = {"broken"}  # while it loads
+    world.run(3)
+    assert world.resident == {"broken"}
+    world.finish("broken")  # its requests are answered with the failure
+    world.ask("good")
+    world.run(3)
+    assert world.is_ready("good")
+
+
+def test_models_of_different_devices_do_not_wait_for_each_other() -> None:
+    world = on_devices({"GPU.0": 8, "GPU.1": 8}, *map(model, "abc"), a={"GPU.0": 5}, b={"GPU.0": 5}, c={"GPU.1": 5})
+    world.ask("a")
+    world.run(2)
+    world.ask("b")
+    world.ask("c")
+    world.step()
+    assert world.decision.waiting == {"b": "waits for memory"}
+    assert world.resident == {"a", "c"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 
@@ -100,3 +101,22 @@ def test_close_runs_a_call_that_is_held() -> None:
     assert not ended.is_set()
     slots.close()
     assert ended.is_set()
+
+
+class Source:
+    """What a call holds."""
+
+
+@pytest.mark.usefixtures("leak_guard")
+def test_slot_keeps_nothing_of_a_call_that_has_ended() -> None:
+    slots: Slots[str] = Slots(["only"])
+    source = Source()
+    alive = weakref.ref(source)
+    slots.start("first", lambda _requests, source=source: None)
+    slots.release()
+    slots.wait()
+    del source
+    slots.start("second", str.upper)  # in this thread: the slot's own waits
+    slots.wait()
+    assert alive() is None
+    slots.close()

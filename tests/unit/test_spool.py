@@ -71,6 +71,7 @@ def test_stored_bytes_can_be_read_through_a_blob_a_path_and_the_view(spool: Spoo
     segment = spool.put(b"hello spool")
     with spool.worker_blobs().open(segment.blob(6, 5)) as view:
         assert bytes(view) == b"spool"
+    assert spool.worker_blobs().read_blob(segment.blob(6, 5)) == b"spool"
     assert Path(segment.path).read_bytes() == b"hello spool"
     assert bytes(segment.view) == b"hello spool"
 
@@ -375,6 +376,8 @@ def test_blob_beyond_the_file_is_an_error_and_not_a_signal(spool: Spool) -> None
     segment = spool.put(b"short")
     with pytest.raises(ValueError), spool.worker_blobs().open(Blob(segment.id, 0, 1 << 30)):  # noqa: PT011 - message of mmap
         pass
+    with pytest.raises(BlobGone, match="ends within a blob"):
+        spool.worker_blobs().read_blob(Blob(segment.id, 0, 6))
 
 
 def test_default_directory_is_writable() -> None:

@@ -44,6 +44,39 @@ def tuned(components: Components) -> Tuning:
     return tune(components, lambda _phase: None)
 
 
+@pytest.fixture
+def not_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "TINY_DENOISER_BYTES", 0)
+
+
+def test_tiny_model_gets_single_threads_and_the_most_rows_without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "TINY_ROW_S", 60.0)
+    monkeypatch.setattr(tuning, "MEASURE_S", 60.0)  # a single measurement would take this long
+    started = time.monotonic()
+    components = read_components()
+    found = tuned(components)
+    assert time.monotonic() - started < tuning.MEASURE_S
+    assert (found.layout, found.rows) == (Layout(4, 1), max(tuning.ROW_CHOICES))
+    assert components.layouts == [Layout(4, 1)]
+
+
+def test_rows_of_a_tiny_model_keep_their_bits(
+    crowded: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "TINY_ROW_S", 60.0)
+    assert tuned(read_components(crowded)).rows == 2
+    assert warns_of_other_bits(caplog)
+
+
+def test_small_model_that_is_not_tiny_is_compiled_once_for_each_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "TINY_ROW_S", 0.0)
+    monkeypatch.setattr(tuning, "CLEAR_GAIN", 1e-9)
+    components = read_components()
+    tuned(components)
+    assert components.layouts == [Layout(4, 1), Layout(1, 4)]
+
+
+@pytest.mark.usefixtures("not_tiny")
 def test_large_model_is_compiled_once_and_gets_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "LARGE_CALL_S", 0.0)
     components = read_components()
@@ -52,6 +85,7 @@ def test_large_model_is_compiled_once_and_gets_all_threads(monkeypatch: pytest.M
     assert components.layouts == [Layout(1, 4)]
 
 
+@pytest.mark.usefixtures("not_tiny")
 def test_layouts_between_are_not_compiled_if_single_threads_win_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "CLEAR_GAIN", 1e-9)
     components = read_components()
@@ -59,6 +93,7 @@ def test_layouts_between_are_not_compiled_if_single_threads_win_clearly(monkeypa
     assert components.layouts == [Layout(1, 4), Layout(4, 1)]
 
 
+@pytest.mark.usefixtures("not_tiny")
 def test_all_layouts_are_compiled_and_single_threads_kept_if_none_wins_clearly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -69,6 +104,7 @@ def test_all_layouts_are_compiled_and_single_threads_kept_if_none_wins_clearly(
     assert components.layouts == [Layout(1, 4), Layout(4, 1), Layout(2, 2)]
 
 
+@pytest.mark.usefixtures("not_tiny")
 def test_small_model_gets_single_threads_and_short_calls_after_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "BUDGET_S", 0.0)
     monkeypatch.setattr(tuning, "MEASURE_S", 60.0)  # a single measurement would take this long
@@ -131,6 +167,7 @@ def test_pinned_rows_are_not_checked_after_the_budget_or_if_calls_are_long(
     assert not warns_of_other_bits(caplog)
 
 
+@pytest.mark.usefixtures("not_tiny")
 def test_heavy_unet_is_measured_on_a_quarter_of_the_area(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "HEAVY_DENOISER_BYTES", 0)
     monkeypatch.setattr(tuning, "LARGE_CALL_S", 0.0)

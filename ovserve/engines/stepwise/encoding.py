@@ -1,6 +1,6 @@
 """Encoding of a picture before its first step: the family makes its start of embeddings, encoded images and noise.
 
-Encoded images are cached by content. Runs in: a slot's thread, with that slot's infer requests.
+Encoded images are cached by content. Runs in: the thread of a call, with the infer requests of its slot.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ than one UNet call, so that they do not stall denoising.
 
 Invariant: every row is computed as if alone (same threads, same order of operations), so load never changes the bytes
 of a picture.
-Runs in: the device thread; calls run in slot threads (`slots`), previews in their own thread (`previews`).
+Runs in: the device thread; calls run in slot threads, or there too (`slots`), previews in another one (`previews`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ovserve.engines.stepwise.prompts import PromptEncoder
 from ovserve.engines.stepwise.shortcuts import parse_shortcuts
 from ovserve.engines.stepwise.slots import Finished, Slots
 from ovserve.engines.stepwise.tiling import decode_tiles
-from ovserve.engines.stepwise.tuning import LARGE_CALL_S, tune, warm_up
+from ovserve.engines.stepwise.tuning import LARGE_CALL_S, shared_rows, tune, warm_up, warm_up_rows
 from ovserve.errors import ApiError, BadRequest, InternalError, InvalidValue, ModelError
 from ovserve.logs import fields
 from ovserve.models.profile import ModelProfile, served_by
@@ -54,6 +54,10 @@ from ovserve.wire.messages import Counts
 from ovserve.wire.request import ImageRequest
 
 __all__ = ["Call", "Row", "StepwiseEngine"]
+
+# For the kernels of shared calls. Where they take longer, the rest is made when it is needed: idle work delays a
+# request that arrives meanwhile.
+IDLE_LIMIT_S = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +100,8 @@ class StepwiseEngine:
         self._encode_s = 0.0  # duration of the last encode call
         self._call_s = 0.0  # duration of the last denoising call
         self._counts = Counts()
+        self._cold: deque[tuple[int, int]] = deque()  # slots and numbers of rows without kernels
+        self._idle_s = 0.0  # time spent on making them
         self._closing = ExitStack()  # resources that `load` has started, also if it failed halfway
 
     @property
@@ -160,6 +166,8 @@ class StepwiseEngine:
         self.tuned = {"streams": layout.streams, "threads": layout.threads, "max_batch": self._tuning.rows // 2}
         self._call_s = self._tuning.step_s
         warm_up(self._components, self._tuning, beat)
+        if self._tuning.layout.threads:  # a CPU; for other devices `warm_up` has made them
+            self._cold.extend((slot, rows) for rows in shared_rows(self._tuning) for slot in range(self._slots.count))
         self._make_warm_up_picture(beat)
         self._previews = Previews(spare, choose_shrink(self._measure_decoding(spare), self._tuning.step_s))
         self._closing.callback(self._previews.close)
@@ -277,6 +285,25 @@ class StepwiseEngine:
     def _is_alone_in_flight(self) -> bool:
         """Return whether all calls in flight end at about the same time: one call, or the rows of one picture."""
         return len(self._calls) <= 1 or len({row.picture for call in self._calls for row in call.rows}) == 1
+
+    def use_idle_time(self) -> bool:
+        """Make the kernels for one more number of rows in one slot; return False if there is nothing left to do.
+
+        They are not made before the engine is ready, because a server's first request is mostly alone.
+        """
+        if not self._cold or self._slots.busy:  # the other row of a picture that has failed may still run
+            return False
+        slot, rows = self._cold.popleft()
+        started = time.monotonic()
+        try:
+            warm_up_rows(self._components, self._tuning, self._components.requests[slot], rows)
+        except (RuntimeError, MemoryError) as error:  # no picture needs it now; a call that does is made again alone
+            log.warning("kernels for shared calls could not be made: %s", error)
+            self._cold.clear()
+        self._idle_s += time.monotonic() - started
+        if self._idle_s > IDLE_LIMIT_S:
+            self._cold.clear()
+        return True
 
     def close(self) -> None:
         """Release the device after the calls in flight. Also after a failed `load`."""

@@ -118,6 +118,7 @@ class Slots(Generic[T]):
     def _serve(self, slot: int) -> None:
         while (entry := self._inboxes[slot].get()) is not None:
             self._finished.put(self._run(slot, entry))
+            del entry  # otherwise the call's pictures would stay in memory until the next call of this slot
 
     def _run(self, slot: int, entry: _Run[T]) -> Finished[T]:
         result, error = None, None

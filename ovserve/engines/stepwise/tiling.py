@@ -2,7 +2,7 @@
 
 The VAE's memory grows with the area, and its attention with the square of the area. A tile sees only its own part, and
 its normalisation differs a little from that of the whole picture: neighbouring tiles overlap, and the result changes
-from one to the other over the whole overlap, so that no seam is left. Runs in: slot threads.
+from one to the other over the whole overlap, so that no seam is left. Runs in: the thread of a call.
 """
 
 from __future__ import annotations

@@ -5,9 +5,11 @@ load, so load never changes a picture's bytes. Another number of threads can cha
 must not decide: small models get single-threaded streams unless more threads win clearly, large ones all threads in one
 stream. The choice is stored beside the compiled models (`cache_dir`), or the operator can pin it.
 
-Only what can pay off is measured. The layout with all threads comes first; one call of it identifies a large model,
-which keeps every core busy by itself, so no other layout is compiled for it. For a small model the single-threaded
-layout follows, and the layouts between them only if neither won clearly. After BUDGET_S nothing more is measured.
+Only what can pay off is measured. A tiny model gets the single-threaded layout at once: its calls are so short that
+threads would mostly wait for one another. For others the layout with all threads comes first; one call of it identifies
+a large model, which keeps every core busy by itself, so no other layout is compiled for it. For a small model the
+single-threaded layout follows, and the layouts between them only if neither won clearly. After BUDGET_S nothing more is
+measured.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from ovserve.engines.stepwise.compiled import Components, Layout, Requests, run_
 from ovserve.engines.stepwise.memory import available_bytes
 from ovserve.logs import fields
 
-__all__ = ["LARGE_CALL_S", "Tuning", "tune", "warm_up"]
+__all__ = ["LARGE_CALL_S", "Tuning", "shared_rows", "tune", "warm_up", "warm_up_rows"]
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +53,15 @@ BUDGET_S = 6.0
 LONGEST_CALL_S = 0.5  # a new picture waits for the calls in flight
 # Denoisers with more weights are measured on a quarter of the area: their calls take half a second or more.
 HEAVY_DENOISER_BYTES = 256 * 1024 * 1024
+# Only denoisers with fewer weights can be tiny. The built-in model has 10 MB, and rows of 2 ms.
+TINY_DENOISER_BYTES = 64 * 1024 * 1024
+TINY_ROW_S = 0.006  # CPU time of a row alone; in a call of 16 rows it is half of that (measured)
 SLOW_CALL_S = 1.0  # if a round of calls takes longer, it is not repeated
 MAX_STREAMS = 8  # each stream has its own copy of the weights
 MEASURE_S = 0.12  # for each layout and number of rows
 WARM_UP_S = 2.0  # for the kernels of the numbers of rows that calls will have
 MIN_CAPACITY = 4  # pictures in flight; a short job then shares calls with a long one instead of waiting for it
-RULES = 2  # of measuring; a choice stored under other rules is not read
+RULES = 3  # of measuring; a choice stored under other rules is not read
 MEMORY_SHARE = 0.5  # of the available memory, for the rows of one call
 
 
@@ -140,9 +145,14 @@ def _measure_all(components: Components, layouts: list[Layout], rows: int, beat:
     """Choose a layout, then the rows for it."""
     deadline = Deadline.after(BUDGET_S)
     beat("load")
-    best = _measure_layout(components, layouts[0], beat)
-    if len(layouts) > 1 and 2 * best.row_s <= LARGE_CALL_S:
-        best = _compare_layouts(components, best, layouts[1:], beat, deadline)
+    single_threaded = _measure_single_threaded(components, layouts, beat)
+    if single_threaded is not None and _is_tiny(components, single_threaded):
+        best = single_threaded
+    else:
+        best = _measure_layout(components, layouts[0], beat)
+        if len(layouts) > 1 and 2 * best.row_s <= LARGE_CALL_S:
+            last = single_threaded or _measure_layout(components, layouts[-1], beat)
+            best = _compare_layouts(components, best, layouts[1:-1], last, beat, deadline=deadline)
     components.timestep_per_row = best.per_row
     if rows:
         _check_pinned_rows(components, best, rows, beat, deadline)
@@ -151,8 +161,28 @@ def _measure_all(components: Components, layouts: list[Layout], rows: int, beat:
     return Tuning(best.layout, rows, best.splits, best.step_s, best.per_row)
 
 
+def _measure_single_threaded(
+    components: Components, layouts: list[Layout], beat: Callable[[str], None]
+) -> _Timing | None:
+    """Return the single-threaded layout, measured; None if it is not one of several, or the model cannot be tiny."""
+    layout = layouts[-1]
+    if len(layouts) == 1 or layout.threads != 1 or components.denoiser_bytes > TINY_DENOISER_BYTES:
+        return None  # larger models are not compiled for each core before they are known to be small
+    return _measure_layout(components, layout, beat)
+
+
+def _is_tiny(components: Components, timing: _Timing) -> bool:
+    return components.denoiser_bytes <= TINY_DENOISER_BYTES and timing.row_s <= TINY_ROW_S
+
+
 def _compare_layouts(
-    components: Components, one_stream: _Timing, others: list[Layout], beat: Callable[[str], None], deadline: Deadline
+    components: Components,
+    one_stream: _Timing,
+    between: list[Layout],
+    single_threaded: _Timing,
+    beat: Callable[[str], None],
+    *,
+    deadline: Deadline,
 ) -> _Timing:
     """Return the layout with the most rows a second by the clock, unless it wins too little over single threads.
 
@@ -162,13 +192,13 @@ def _compare_layouts(
     Args:
         components: the models.
         one_stream: the layout with all threads in one stream.
-        others: the other layouts, from few streams to many.
+        between: the layouts between the two others, from few streams to many.
+        single_threaded: the layout with the fewest threads.
         beat: sends a heartbeat.
         deadline: after it, nothing more is measured.
     """
-    between, single_threaded = others[:-1], others[-1]
     beat("load")
-    tried = [one_stream, _measure_layout(components, single_threaded, beat)]
+    tried = [one_stream, single_threaded]
     rates = [0.0, 0.0]
     for is_second in (False, True):
         if deadline.is_expired():
@@ -257,7 +287,10 @@ def _repeated_timestep_has_the_same_bits(
 
 
 def _choose_rows(components: Components, best: _Timing, beat: Callable[[str], None], deadline: Deadline) -> int:
-    """Return the rows in a call beyond which more gain little; after the deadline, the rows of a short call."""
+    """Return the rows in a call beyond which more gain little; after the deadline, the rows of a short call.
+
+    For a tiny model these are all that keep their bits: what a call costs beside its rows is most of a small call.
+    """
     requests = components.measured_denoisers(best.layout)
     if best.step_s > LONGEST_CALL_S:
         return 2
@@ -265,7 +298,8 @@ def _choose_rows(components: Components, best: _Timing, beat: Callable[[str], No
     make = partial(feeds.of, timestep_per_row=best.per_row)
     pair = components.family.run(requests[0], make(2))
     most, most_rate = 2, _Rate(1 / best.row_s, 1 / best.row_s)
-    if not deadline.is_expired():
+    is_tiny = best.layout.threads == 1 and _is_tiny(components, best)
+    if not is_tiny and not deadline.is_expired():
         most_rate = _rate(components, best, 2, beat)
     for rows in ROW_CHOICES:
         if rows * len(requests) / most_rate.by_clock > LONGEST_CALL_S or not _fits(components, rows, len(requests)):
@@ -275,7 +309,7 @@ def _choose_rows(components: Components, best: _Timing, beat: Callable[[str], No
         if not np.array_equal(components.family.run(requests[0], make(rows))[:2], pair):
             log.warning("rows of a call of %d differ from those of a call of 2; calls have at most %d rows", rows, most)
             break
-        if deadline.is_expired():
+        if is_tiny or deadline.is_expired():
             most = rows
             continue
         rate = _rate(components, best, rows, beat)
@@ -343,11 +377,12 @@ def _fits(components: Components, rows: int, streams: int) -> bool:
 
 
 def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None]) -> None:
-    """Run one call of each kind in each slot, then denoising calls with the numbers of rows to come, up to WARM_UP_S.
+    """Run one call of each kind in each slot, with the rows of one picture; up to WARM_UP_S also shared calls.
 
-    The first call of each shape makes its kernels: some tens of milliseconds for a small model, which no request should
-    pay. `beat` is called from several threads at once. A large model in one slot needs none of this: the picture that
-    is made before the engine is ready warms up that slot.
+    The first call of each shape makes its kernels: some tens of milliseconds for a small model on a CPU, which no
+    request should pay. There, those of shared calls are made in idle time. `beat` is called from several threads at
+    once. A large model in one slot needs none of this: the picture that is made before the engine is ready warms up
+    that slot.
     """
     is_large = tuning.step_s > LARGE_CALL_S
     if is_large and len(components.requests) == 1:
@@ -356,6 +391,7 @@ def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None])
     latents = np.zeros((1, components.vae.latent_channels, size.height // scale, size.width // scale), np.float32)
     image = np.zeros((1, 3, size.height, size.width), np.float32)
     until = time.monotonic() + WARM_UP_S
+    shared = () if tuning.layout.threads else shared_rows(tuning)
 
     def warm(requests: Requests) -> None:
         """Make the kernels of one slot."""
@@ -364,16 +400,25 @@ def warm_up(components: Components, tuning: Tuning, beat: Callable[[str], None])
         beat("warm-up")
         run_decoder(requests.vae_decoder, latents)
         # For a large model, making the kernels for other numbers of rows is negligible compared with its steps.
-        for rows in (2,) if is_large else (2, 1, *range(4, tuning.rows + 1, 2)):
+        for rows in (2,) if is_large else (2, 1, *shared):
             beat("warm-up")
-            components.family.run(
-                requests.denoiser, components.feeds.of(rows, timestep_per_row=tuning.timestep_per_row)
-            )
+            warm_up_rows(components, tuning, requests, rows)
             if time.monotonic() > until:
                 break
 
     with ThreadPoolExecutor(len(components.requests)) as pool:  # side by side, as the slots will run
         list(pool.map(warm, components.requests))
+
+
+def shared_rows(tuning: Tuning) -> range:
+    """Return the numbers of rows that `warm_up` leaves out: of calls that several pictures share; none if long."""
+    is_long = tuning.step_s / 2 * tuning.rows > LARGE_CALL_S  # a step has two rows
+    return range(0) if is_long else range(4, tuning.rows + 1, 2)
+
+
+def warm_up_rows(components: Components, tuning: Tuning, requests: Requests, rows: int) -> None:
+    """Make the kernels of one slot for calls with a number of rows."""
+    components.family.run(requests.denoiser, components.feeds.of(rows, timestep_per_row=tuning.timestep_per_row))
 
 
 class _TuningFile:

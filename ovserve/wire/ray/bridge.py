@@ -254,4 +254,5 @@ class Bridge:
         for worker in self._workers.values():
             worker.is_lost = worker.is_lost or bool(self._lost)
             worker.kill()
-        self._connecting.join(_END_S)
+        if self._connecting.ident:
+            self._connecting.join(_END_S)

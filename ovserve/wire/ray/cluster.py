@@ -20,7 +20,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from ovserve.errors import ClusterLost, LaunchError
-from ovserve.wire.ray.host import Part, WorkerHost
+from ovserve.wire.ray.host import Part, WorkerHost, pack_command, unpack_command
 
 __all__ = ["Cluster", "RemoteHost"]
 
@@ -41,37 +41,46 @@ class _NodeHost(WorkerHost):
         address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         super().__init__(f"{address}/{ray.get_runtime_context().get_node_id()[:_NODE_CHARS]}")
 
+    def take(self, command: bytes, *others: bytes) -> None:
+        """Give the worker a command of `pack_command`."""
+        number, line, parts, data = unpack_command(command, others)
+        self.deliver(number, line, parts, *data)
+
 
 class RemoteHost:
     """An actor with one worker. `read` and `deliver` may be called in two threads."""
 
     def __init__(self, actor: Any, launch: bytes) -> None:
         self._actor = actor
-        self._records = actor.serve.options(num_returns="streaming", concurrency_group="reports").remote(launch)
-        self._deliver = actor.deliver.options(concurrency_group="commands")
+        self._items = actor.serve.options(num_returns="streaming", concurrency_group="reports").remote(launch)
+        # Nothing reads what a call returns, or the record of it.
+        self._take = actor.take.options(concurrency_group="commands", num_returns=0, enable_task_events=False)
         self._number = 0
 
     def read(self, timeout_s: float) -> bytes | None:
-        """Return the next record, or None at the timeout.
+        """Return the next item of records, or None at the timeout.
 
         Raises:
             LaunchError: the actor has ended or cannot be placed; the message is the reason.
         """
         try:
-            if not ray.wait([self._records], timeout=timeout_s, fetch_local=False)[0]:
+            # `next` would wait without an end, and ray.wait before it costs as much again.
+            reference = self._items._next_sync(timeout_s)
+            if reference.is_nil():
                 return None
-            record: bytes = ray.get(next(self._records), timeout=_FETCH_TIMEOUT_S)
+            item: bytes = ray.get(reference, timeout=_FETCH_TIMEOUT_S)
         except StopIteration:
             raise LaunchError("the actor has ended") from None
         except GetTimeoutError:
             raise LaunchError(f"a report could not be fetched within {_FETCH_TIMEOUT_S:g} s") from None
         except RayError as error:
             raise LaunchError(_reason(error)) from None
-        return record
+        return item
 
     def deliver(self, line: bytes, parts: Sequence[Part], data: Sequence[Any]) -> None:
         """Send a command. Its failure shows in `read`."""
-        self._deliver.remote(self._number, line, list(parts), *data)
+        command, others = pack_command(self._number, line, parts, data)
+        self._take.remote(command, *others)
         self._number += 1
 
     def log_stacks(self) -> None:

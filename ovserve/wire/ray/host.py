@@ -12,13 +12,15 @@ import contextlib
 import dataclasses
 import os
 import pickle
+import select
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from typing import Any
 
 from ovserve.deadline import Deadline
 from ovserve.errors import InternalError, LinkClosed, LinkGarbage, ModelError, SpoolFull
@@ -31,13 +33,16 @@ from ovserve.wire.local.spool import default_directory
 from ovserve.wire.messages import Done, Failed, Grant, Heartbeat, Message, Need, Picture, Run
 from ovserve.wire.ray.node_files import NodeFiles
 from ovserve.wire.ray.node_model import await_model
-from ovserve.wire.ray.records import exit_record, fill_record, lines_record, log_record, status_record
+from ovserve.wire.ray.records import exit_record, fill_record, lines_record, log_record, pack, status_record
 
-__all__ = ["Launch", "Part", "WorkerHost"]
+__all__ = ["INLINE_BYTES", "Launch", "Part", "WorkerHost", "pack_command", "unpack_command"]
 
+# Up to this size an argument of a call is copied into the call itself, which is faster than an object.
+INLINE_BYTES = 64 * 1024
 _MEASURE_S = 1.0  # between two reports of the worker's memory
 _END_S = 5.0  # for a killed process to exit
 _REAP_S = 0.01
+_GATHER_MS = 1  # that a report waits for the next one, unless the front end has to answer it or it ends a job
 _LAST_READS = 4  # a pipe holds 64 KiB, one read takes as much
 _LOG_BYTES = 65536  # of one read
 _FULL_RETRY_S = 2
@@ -72,6 +77,35 @@ class Part:
     offset: int
 
 
+def pack_command(number: int, line: bytes, parts: Sequence[Part], data: Sequence[Any]) -> tuple[bytes, list[Any]]:
+    """Return the arguments of the call that brings a command: nearly all of it as one, for each costs time.
+
+    Args:
+        number: of the command.
+        line: the message.
+        parts: places of the uploads that come with it.
+        data: for each part its bytes, or the reference of its object.
+    """
+    inside: list[bytes | None] = []
+    others, left = [], INLINE_BYTES
+    for content in data:
+        if isinstance(content, bytes) and len(content) <= left:
+            inside.append(content)
+            left -= len(content)
+        else:
+            inside.append(None)
+            others.append(content)
+    return pickle.dumps((number, line, [(part.storage, part.offset) for part in parts], inside)), others
+
+
+def unpack_command(command: bytes, others: Iterable[bytes]) -> tuple[int, bytes, list[Part], list[bytes]]:
+    """Return number, message, parts and data of what `pack_command` has made. Only for data of the own front end."""
+    number, line, parts, inside = pickle.loads(command)  # noqa: S301 - from the process that has created this actor
+    left = iter(others)
+    data = [next(left) if content is None else content for content in inside]
+    return number, line, [Part(*part) for part in parts], data
+
+
 class WorkerHost:
     """One worker on this node. `serve` is called once, `deliver` from one thread.
 
@@ -88,6 +122,7 @@ class WorkerHost:
         self._early: dict[int, tuple[bytes, Sequence[Part], Sequence[bytes]]] = {}  # commands that overtook others
         self._gap_since: float | None = None  # since when a command is missing
         self._refusals: list[bytes] = []  # reports of this actor in the place of the worker
+        self._is_urgent = False  # the last reports that were read must not wait for others
         self._is_started = False  # the worker was started: before, commands wait
         self._end_reason = ""  # why `serve` has to end the worker
         self._wants_stacks = False  # `serve` has to ask the worker for its stacks
@@ -115,7 +150,7 @@ class WorkerHost:
         os.eventfd_write(self._wakeup, 1)
 
     def serve(self, launch: bytes) -> Iterator[bytes]:
-        """Start the worker, once its model is on this node; yield records until it has exited."""
+        """Start the worker, once its model is on this node; yield items of records until it has exited."""
         given = Launch.from_bytes(launch)
         log_read = -1
         process: WorkerProcess | None = None
@@ -125,11 +160,11 @@ class WorkerHost:
                 self._files = files
             try:
                 for state in await_model(given.spec.profile, given.spec.model, self._node):
-                    yield status_record(clock=time.monotonic(), node=self._node, waits_for=state)
-                    yield lines_record([encode(Heartbeat("pull"))])
+                    waiting = status_record(clock=time.monotonic(), node=self._node, waits_for=state)
+                    yield pack([waiting, lines_record([encode(Heartbeat("pull"))])])
             except ModelError as error:
-                yield lines_record([encode(Failed("", InternalError(str(error)).to_wire()))])
-                yield exit_record(str(error))
+                failure = lines_record([encode(Failed("", InternalError(str(error)).to_wire()))])
+                yield pack([failure, exit_record(str(error))])
                 return
             log_read, log_write = os.pipe()
             os.set_blocking(log_read, False)
@@ -170,36 +205,47 @@ class WorkerHost:
         return dataclasses.replace(spec, settings=dataclasses.replace(spec.settings, node=self._node))
 
     def _watch(self, process: WorkerProcess, link: Link, log_read: int) -> Iterator[bytes]:
-        """Yield records until the worker has exited; kill it if the link was closed or it broke the protocol."""
+        """Yield items until the worker has exited; kill it if the link was closed or it broke the protocol."""
         measure_at, reason = 0.0, ""
+        events = select.poll()
+        for descriptor in (self._wakeup, link.readiness, process.readiness, log_read):
+            events.register(descriptor, select.POLLIN)
         while True:
+            ready: list[bytes] = []
             if time.monotonic() >= measure_at:
                 measure_at = time.monotonic() + _MEASURE_S
-                yield status_record(
-                    clock=time.monotonic(),
-                    node=self._node,
-                    pid=process.pid,
-                    resident=process.resident_bytes(),
-                    memory=process.memory_bytes(),
-                    machine=machine_memory_bytes(),
+                ready.append(
+                    status_record(
+                        clock=time.monotonic(),
+                        node=self._node,
+                        pid=process.pid,
+                        resident=process.resident_bytes(),
+                        memory=process.memory_bytes(),
+                        machine=machine_memory_bytes(),
+                    )
                 )
             is_over = not process.is_alive()  # before the reports are read: what it has sent before its end is complete
             try:
                 for _ in range(_LAST_READS if is_over else 1):
-                    for record in self._read_reports(link):  # noqa: UP028 - Ray calls `send`, which a list has not
-                        yield record
+                    ready += self._read_reports(link)
+                if ready and not self._is_urgent and events.poll(_GATHER_MS):
+                    ready += self._read_reports(link)
             except LinkClosed:
                 if not is_over and not wait([process.readiness], _END_S):
                     reason = "the worker has closed its link"
             except LinkGarbage as error:
                 reason = f"protocol violation: {error}"
             if output := _read(log_read):
-                yield log_record(output)
+                ready.append(log_record(output))
             reason = reason or self._end_reason or self._missing_command()
-            if is_over or reason or not process.is_alive():
-                yield exit_record(reason or process.exit_reason())
+            is_last = bool(is_over or reason or not process.is_alive())
+            if is_last:
+                ready.append(exit_record(reason or process.exit_reason()))
+            if ready:
+                yield pack(ready)
+            if is_last:
                 return
-            wait([self._wakeup, link.readiness, process.readiness, log_read], max(0.0, measure_at - time.monotonic()))
+            events.poll(max(0.0, measure_at - time.monotonic()) * 1000)
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wakeup)
             if self._wants_stacks:
@@ -217,7 +263,7 @@ class WorkerHost:
         """Return the records of what the worker has sent. Raises LinkClosed and LinkGarbage."""
         with self._lock:
             records = [lines_record(self._refusals)] if self._refusals else []
-            self._refusals = []
+            self._refusals, self._is_urgent = [], bool(records)
             try:
                 messages = link.receive()
             except LinkClosed:
@@ -226,6 +272,7 @@ class WorkerHost:
                 messages = []
             lines: list[bytes] = []
             for message in messages:
+                self._is_urgent |= isinstance(message, Need | Done | Failed)
                 if filled := self._note_report(message):
                     records += [lines_record(lines)] if lines else []
                     records.append(filled)
@@ -274,10 +321,10 @@ class WorkerHost:
         elif isinstance(message, Grant):
             self._files.skip_room(message.job, message.picture)
         try:
-            self._link.send(message)
+            self._link.send(message)  # what the pipe does not take is sent by `receive`: the link becomes ready for it
         except LinkClosed as error:  # `serve` reads the reports that are left, then the end
             self._end_reason = str(error) if self._link.state.is_clogged else ""
-        os.eventfd_write(self._wakeup, 1)  # a command that the pipe did not take is sent by `receive`
+            os.eventfd_write(self._wakeup, 1)
 
     def _refuse(self, job: str, error: OSError) -> None:
         failure = SpoolFull(

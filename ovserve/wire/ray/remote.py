@@ -15,13 +15,13 @@ import logging
 import math
 import os
 import queue
+import select
 import socket
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from ovserve.deadline import Deadline
@@ -52,7 +52,7 @@ class Host(Protocol):
     """An actor with one worker (`wire.ray.cluster.RemoteHost`)."""
 
     def read(self, timeout_s: float) -> bytes | None:
-        """Return the next record, or None at the timeout. Raises LaunchError when the actor has ended."""
+        """Return the next item of records, or None at the timeout. Raises LaunchError when the actor has ended."""
 
     def deliver(self, line: bytes, parts: Any, data: Any) -> None:
         """Send a command."""
@@ -182,13 +182,13 @@ class RemoteWorker:
         place_by, given_up = Deadline.after(self._place_timeout_s), Deadline(float("inf"))
         is_placed = False
         while True:
-            record = host.read(_BEAT_S if is_placed else _BEAT_S / 2)
+            item = host.read(_BEAT_S if is_placed else _BEAT_S / 2)
             if self._killed.is_set():
                 given_up = min(given_up, Deadline.after(_KILLED_S))
                 host.kill()  # again: the first call may have come before the actor existed
-                if record is None and given_up.is_expired():
+                if item is None and given_up.is_expired():
                     return ""
-            if record is None:
+            if item is None:
                 if not is_placed:
                     self._report_waiting("no node of the cluster has room for it")
                     if place_by.is_expired():
@@ -198,8 +198,9 @@ class RemoteWorker:
             if not is_placed:
                 is_placed = True
                 self._commands.start()
-            if reason := self._pass_on(record):
-                return reason
+            for record in records.unpack(item):
+                if reason := self._pass_on(record):
+                    return reason
 
     def _create_host(self) -> Host | None:
         """Create the actor; return None while there is no connection, or when the worker was killed meanwhile.
@@ -236,15 +237,16 @@ class RemoteWorker:
                 self._report_waiting(self.waits_for())
             return host
 
-    def _pass_on(self, record: bytes) -> str:
+    def _pass_on(self, record: memoryview) -> str:
         """Pass on one record; return the reason of the end when it is the last. Raises LinkClosed and LinkGarbage."""
-        kind, content = record[:1], record[1:]
+        kind, content = bytes(record[:1]), record[1:]
         if kind == records.LINES:
-            self._write(self._in_own_time(content) if _SPAN in content else content)
+            lines = bytes(content)
+            self._write(self._in_own_time(lines) if _SPAN in lines else lines)
         elif kind == records.FILL:
-            storage = content[: records.STORAGE_CHARS].decode("ascii", "replace")
+            storage = bytes(content[: records.STORAGE_CHARS]).decode("ascii", "replace")
             try:
-                self._uploads.blobs.fill(storage, memoryview(content)[records.STORAGE_CHARS :])
+                self._uploads.blobs.fill(storage, content[records.STORAGE_CHARS :])
             except BlobGone:
                 log.debug("picture for a released segment", extra=fields(worker=self.name))
         elif kind == records.STATUS:
@@ -304,9 +306,11 @@ class RemoteWorker:
         host = self._host
         if host is None:
             return
-        lines = LineBuffer()
+        lines, events = LineBuffer(), select.poll()
+        for descriptor in (self._link.commands.fileno(), self._ended):
+            events.register(descriptor, select.POLLIN)
         try:
-            while self._ended not in wait([self._link.commands, self._ended]):
+            while self._ended not in dict(events.poll()):
                 data = os.read(self._link.commands.fileno(), _READ_BYTES)
                 if not data:
                     host.deliver(b"", (), ())  # the front end has closed the link

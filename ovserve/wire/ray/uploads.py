@@ -16,13 +16,10 @@ from ovserve.errors import BlobGone, LinkGarbage
 from ovserve.wire.blobs import Blob
 from ovserve.wire.local.blobs import SpoolBlobs
 from ovserve.wire.messages import Grant, Run
-from ovserve.wire.ray.host import Part
+from ovserve.wire.ray.host import INLINE_BYTES, Part
 from ovserve.wire.request import ImageRequest
 
-__all__ = ["INLINE_BYTES", "Uploads"]
-
-# Up to this size an argument of a call is copied into the call itself, which is faster than an object.
-INLINE_BYTES = 64 * 1024
+__all__ = ["Uploads"]
 
 
 class Uploads:
@@ -83,12 +80,12 @@ class Uploads:
 
     def _find(self, blob: Blob) -> Any:
         """Return the bytes of a blob, or its object. Raises BlobGone."""
+        if blob.size <= INLINE_BYTES:
+            return self._blobs.read_blob(blob)
         with self._lock:
             if (known := self._objects.get(blob)) is not None:
                 return known
             with self._blobs.open(blob) as view:
                 data = bytes(view)
-            if len(data) <= INLINE_BYTES:
-                return data
             made = self._objects[blob] = self._put(data)
             return made
