@@ -289,8 +289,10 @@ async function openCamera() {
   try {
     const stream = await navigator.mediaDevices.getUserMedia({video: {facingMode: "environment"}});
     at("camera-video").srcObject = stream;
+    at("camera-take").disabled = true;  // before the first frame there is no picture to take
     at("camera-dialog").showModal();
     await at("camera-video").play();
+    at("camera-take").disabled = false;
   } catch (error) { showError(new Error(`The camera cannot be used: ${error.message}`)); }
 }
 

@@ -316,6 +316,17 @@ def test_camera_takes_a_picture(page: Page) -> None:
     expect(page.locator("#canvas")).to_be_visible()
 
 
+def test_camera_takes_no_picture_before_its_first_frame(page: Page) -> None:
+    page.evaluate(
+        "() => { HTMLMediaElement.prototype.play = () => new Promise(done => { window.firstFrame = done; }); }"
+    )
+    page.click("#camera-open")
+    expect(page.locator("#camera-dialog")).to_be_visible()
+    expect(page.locator("#camera-take")).to_be_disabled()
+    page.evaluate("() => window.firstFrame()")
+    expect(page.locator("#camera-take")).to_be_enabled()
+
+
 def test_page_fits_a_phone_and_reads_well_to_a_screen_reader(browser: Browser, server: LiveServer) -> None:
     for scheme in ("light", "dark"):
         with open_page(browser, color_scheme=scheme, **PHONE) as page:
