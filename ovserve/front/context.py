@@ -9,6 +9,7 @@ from ovserve.front.access import Access
 from ovserve.front.http1.forwarded import TrustedProxies
 from ovserve.front.http1.response import Responses
 from ovserve.front.linger import Linger
+from ovserve.front.run_token import RunToken
 from ovserve.front.tls import Certificates
 from ovserve.logs import LogLimit
 from ovserve.settings.options import Settings
@@ -55,6 +56,10 @@ class ConnectionContext(Protocol):
     @property
     def rejections(self) -> LogLimit:
         """Limits the log lines of rejected connections."""
+
+    @property
+    def run_token(self) -> RunToken:
+        """Shared by the connection threads."""
 
     @property
     def closes_connections(self) -> bool:

@@ -46,6 +46,7 @@ from ovserve.front.http1.response import (
     reason_phrase,
 )
 from ovserve.front.request import escape_for_log, network_of, new_request_id
+from ovserve.front.run_token import RunHandle
 from ovserve.front.tls import log_failed_handshake
 from ovserve.front.transport import Transport
 from ovserve.logs import fields
@@ -91,7 +92,8 @@ class Connection:
         self.settings = context.settings
         certificates = context.certificates
         stream = certificates.wrap(connection) if certificates else connection
-        self.transport = Transport(stream, context.settings.write_timeout_s)
+        self._run_handle = RunHandle(context.run_token)
+        self.transport = Transport(stream, context.settings.write_timeout_s, self._run_handle)
         self._parser = HeadParser(context.settings)
         self._is_first = True  # no request has been received yet
         # Guards the attributes below, so that a quiet connection is either closed or serves its next request.
@@ -106,6 +108,7 @@ class Connection:
         """Serve exchanges until the connection ends. Handles every error that a client can cause."""
         try:
             if self._read_proxy_header() and (not self.transport.is_secure or self._shake_hands()):
+                self._run_handle.acquire()
                 while self._serve_one():
                     pass
                 self.transport.end()
@@ -113,6 +116,7 @@ class Connection:
             log.debug("connection lost", extra=fields(address=self._address, why=str(gone)))
         finally:
             self._clear_idle()
+            self._run_handle.release()
 
     def _read_proxy_header(self) -> bool:
         """Read the header of the PROXY protocol, if the peer sends one; return whether the connection goes on.
@@ -226,6 +230,8 @@ class Connection:
             return False
         self._is_first = False
         match: RouteMatch = self._context.api.match(head.method, head.path)
+        # Stays set while this connection waits for its next request: a health checker reuses its connection.
+        self._run_handle.is_urgent = match.is_health
         self.in_flight = True
         exchange = HttpExchange(
             head,
@@ -259,6 +265,8 @@ class Connection:
 
     def _read_head(self) -> Head | None:
         """Return the next head; None when the connection ends between requests. Raises ApiError and ClientGone."""
+        # Otherwise a client that always has its next request ready would keep the token from the others.
+        self._run_handle.yield_to_waiters()
         transport, settings = self.transport, self.settings
         data = transport.take_pending()
         end = time.monotonic() + (settings.head_timeout_s if self._is_first else settings.idle_timeout_s)

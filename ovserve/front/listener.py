@@ -35,6 +35,7 @@ from ovserve.front.keys import Keys, read_admin_keys, read_keys
 from ovserve.front.linger import Linger
 from ovserve.front.overflow import Overflow, too_many_connections
 from ovserve.front.request import network_of
+from ovserve.front.run_token import RunToken
 from ovserve.front.tls import Certificates, read_certificates
 from ovserve.front.unixsocket import bind_unix, owner_of
 from ovserve.logs import LogLimit, fields
@@ -61,7 +62,7 @@ class Listener(ThreadingHTTPServer):
     """The HTTP server. Thread-safe: the properties and `stop`.
 
     Attributes:
-        settings, api, spool, responses, proxies: shared by its connections (`ConnectionContext`).
+        settings, api, spool, responses, run_token, proxies: shared by its connections (`ConnectionContext`).
         access: the rules and keys; `configure` replaces the object.
         certificates: the certificate for TLS; None: connections without TLS.
         linger: takes over connections whose client may still send after the answer.
@@ -111,6 +112,7 @@ class Listener(ThreadingHTTPServer):
         self.rejections = LogLimit("rejected connections")
         self._exhaustion = LogLimit("out of file descriptors")
         self._origins, self._refused_origins = OriginRule(settings), RefusedOrigins()
+        self.run_token = RunToken()
         self.closes_connections = False
         self.is_draining = False
         self.request_queue_size = settings.backlog

@@ -1,7 +1,8 @@
 """Socket I/O of one connection; every wait has a time limit.
 
-Calls that need not wait do not block. The kernel limits the waits of the other calls (SO_RCVTIMEO,
-SO_SNDTIMEO). That is one system call, where Python's own socket timeouts need a poll before it.
+What is possible at once is done without blocking, and the thread keeps the run token. Before a call that may block, the
+thread releases the token, and the kernel limits the wait (SO_RCVTIMEO, SO_SNDTIMEO). That is one system call, where
+Python's own socket timeouts need a poll before it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TypeVar
 
 from ovserve.deadline import Deadline
 from ovserve.errors import ClientGone
+from ovserve.front.run_token import RunHandle, RunToken
 from ovserve.front.tls import TlsSocket
 
 __all__ = ["Transport"]
@@ -41,14 +43,18 @@ class Transport:
         sent_bytes: what the socket has accepted so far.
     """
 
-    def __init__(self, connection: socket.socket | TlsSocket, write_timeout_s: float) -> None:
+    def __init__(
+        self, connection: socket.socket | TlsSocket, write_timeout_s: float, run_handle: RunHandle | None = None
+    ) -> None:
         """Take over a connected, blocking socket.
 
         Args:
             connection: the socket, with or without TLS; the caller closes it.
             write_timeout_s: how long the peer may accept no bytes of an answer.
+            run_handle: released during each wait; without one, the thread shares no run token.
         """
         self._socket = connection
+        self.run_handle = run_handle or RunHandle(RunToken())
         self._timeout_s = 0.0  # the current SO_RCVTIMEO
         self._data = b""
         self._position = 0
@@ -107,7 +113,7 @@ class Transport:
 
         Args:
             timeout_s: the longest wait.
-            on_wake: called when the wait is over, however it ends.
+            on_wake: called when the wait is over, however it ends, before the thread waits for the run token.
 
         Raises:
             TimeoutError: nothing arrived in time.
@@ -122,10 +128,12 @@ class Transport:
         else:
             on_wake()
             return
+        self.run_handle.release()
         try:
             self._receive_blocking(timeout_s, self._peek, 0)
         finally:
             on_wake()
+            self.run_handle.acquire()
 
     def has_unread_bytes(self) -> bool:
         """Return whether the socket holds bytes that have not been received. Thread-safe: yes."""
@@ -152,14 +160,18 @@ class Transport:
             ClientGone: the connection was lost.
         """
         end = time.monotonic() + timeout_s
+        self.run_handle.yield_to_waiters()
         count = self._receive_within(timeout_s, self._socket.recv_into, view, 0)
         if not 0 < count < len(view):
             return count
+        self.run_handle.release()
         try:
             left = min(MAX_KERNEL_WAIT_S, end - time.monotonic())
             return count + self._receive_blocking(left, self._socket.recv_into, view[count:], 0, socket.MSG_WAITALL)
         except TimeoutError:
             return count
+        finally:
+            self.run_handle.acquire()
 
     def receive_beyond(self, view: memoryview, timeout_s: float) -> int:
         """Receive into `view`, and what exceeds it into the pending bytes, in one system call. Nothing may be pending.
@@ -201,6 +213,8 @@ class Transport:
         total = 0
         remaining = iter(batches)
         for batch in remaining:
+            if total:
+                self.run_handle.yield_to_waiters()
             total += sum(map(len, batch))
             try:
                 rest = self._send_some(batch, socket.MSG_DONTWAIT)
@@ -209,7 +223,11 @@ class Transport:
             except OSError as error:
                 raise ClientGone(error.strerror or "connection lost") from None
             if rest:
-                total += self._send_rest(rest, remaining)
+                self.run_handle.release()
+                try:
+                    total += self._send_rest(rest, remaining)
+                finally:
+                    self.run_handle.acquire()
         return total
 
     def _send_some(self, buffers: Sequence[bytes | memoryview], flags: int = 0) -> list[bytes | memoryview]:
@@ -285,6 +303,13 @@ class Transport:
         poller = select.poll()
         poller.register(descriptor, select.POLLIN)
         poller.register(self._socket, select.POLLRDHUP)
+        self.run_handle.release()
+        try:
+            return self._poll(poller, descriptor, deadline)
+        finally:
+            self.run_handle.acquire()
+
+    def _poll(self, poller: select.poll, descriptor: int, deadline: Deadline) -> bool:
         while True:
             found = dict(poller.poll(deadline.remaining() * 1000 + 1))
             if found.get(self._socket.fileno(), 0) & _HANGUP_EVENTS:
@@ -299,8 +324,8 @@ class Transport:
     def _receive_within(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:
         """Return what `receive` returns at once, or within the time. Raises TimeoutError and ClientGone.
 
-        Bytes that have arrived are received even when no time is left: this thread may have lost it waiting for the
-        interpreter's lock, which is not the client's fault.
+        Bytes that have arrived are received even when no time is left: this thread may have lost it waiting for the run
+        token, which is not the client's fault.
         """
         try:
             return receive(*arguments, socket.MSG_DONTWAIT)
@@ -308,7 +333,11 @@ class Transport:
             pass
         except OSError as error:
             raise ClientGone(error.strerror or "connection lost") from None
-        return self._receive_blocking(timeout_s, receive, *arguments, 0)
+        self.run_handle.release()
+        try:
+            return self._receive_blocking(timeout_s, receive, *arguments, 0)
+        finally:
+            self.run_handle.acquire()
 
     def _receive_blocking(self, timeout_s: float, receive: Callable[..., _T], *arguments: object) -> _T:
         """Call `receive` until it returns something or the time is over. Raises TimeoutError and ClientGone."""
