@@ -1,7 +1,7 @@
 """Draw flame graphs of the whole server under load, of one client and of eight, with py-spy.
 
     uv pip install py-spy
-    python -m benchmarks.flames              # writes docs/plots/flame-1.svg and docs/plots/flame-8.svg
+    python -m benchmarks.flames              # writes docs/flames/flame-1.svg and docs/flames/flame-8.svg
 
 Samples are taken in all processes and threads. A thread that waits is left out where py-spy sees that; it does not see
 it for some waits of Python's queues and locks, which then have a frame of their own (`wait`, `get`, `_serve`).
@@ -23,7 +23,7 @@ from benchmarks.bench_serving import BUILTIN, SERVICES, USUAL_FIELDS, parse_kind
 from benchmarks.load import Load, Target, apply_load
 from benchmarks.servers import RunningServer
 
-PLOTS = Path(__file__).resolve().parents[1] / "docs" / "plots"
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "flames"
 CLIENTS = (1, 8)
 WARM_UP_S = 3.0
 RATE_HZ = 200  # samples a second
@@ -46,7 +46,7 @@ def main() -> None:
     """Draw the graphs of both numbers of clients."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=15.0, help="of recording (%(default)s)")
-    parser.add_argument("--folder", type=Path, default=PLOTS, help="(docs/plots)")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="(docs/flames)")
     options = parser.parse_args()
     for clients in CLIENTS:
         draw(clients, options.seconds, options.folder / f"flame-{clients}.svg")
