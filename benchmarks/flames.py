@@ -23,7 +23,8 @@ from benchmarks.bench_serving import BUILTIN, SERVICES, USUAL_FIELDS, parse_kind
 from benchmarks.load import Load, Target, apply_load
 from benchmarks.servers import RunningServer
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs" / "flames"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docs" / "flames"
 CLIENTS = (1, 8)
 WARM_UP_S = 3.0
 RATE_HZ = 200  # samples a second
@@ -40,6 +41,7 @@ def draw(clients: int, seconds: float, path: Path) -> None:
         command = [str(Path(sys.executable).with_name("py-spy")), "record", "--pid", str(server.pid), *options]
         subprocess.run([*command, "--output", str(path)], check=True)
         loading.join()
+    path.write_text(path.read_text("utf-8").replace(f"{ROOT}/", ""), "utf-8")  # command lines of the processes
 
 
 def main() -> None:
