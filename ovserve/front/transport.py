@@ -1,6 +1,6 @@
 """Socket I/O of one connection; every wait has a time limit.
 
-What is possible at once is done without blocking, and the thread keeps the run token. Before a call that may block, the
+Calls that need not wait do not block, and the thread holds the run token during them. Before a call that may block, the
 thread releases the token, and the kernel limits the wait (SO_RCVTIMEO, SO_SNDTIMEO). That is one system call, where
 Python's own socket timeouts need a poll before it.
 """
