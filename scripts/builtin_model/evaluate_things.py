@@ -38,7 +38,7 @@ from scripts.builtin_model.things import find_thing, thing_names
 
 __all__ = ["ThingTests"]
 
-MAX_SHIFT_PX = GRID_PX + 8  # a thing that moved less than this is in place
+MAX_SHIFT_PX = GRID_PX // 2 + 8  # a thing that moved less than this is in place: to the nearest place of the grid
 MAX_REST = 0.01  # of the picture: what may be left of a removed thing
 MIDDLE = PICTURE_PX // 2
 WORDS = {"meadow": "in a meadow", "beach": "at the beach", "night": "at night"}

@@ -51,13 +51,13 @@ LANDSCAPES = ("meadow", "beach", "night")
 _SKY, _GRASS, _SEA, _SAND, _DARK = (168, 216, 246), (132, 196, 100), (72, 148, 214), (240, 216, 160), (38, 44, 92)
 _STARS = ((22, 30), (58, 84), (96, 22), (140, 58), (178, 26), (214, 90), (240, 40), (30, 150), (236, 168), (120, 118))
 
-# Centres are on this grid, the side of a latent, and each size is fixed. Everywhere on the grid a thing then has the
-# same latents: the denoiser learns a drawing once, and not again for each offset within a latent.
-GRID_PX = 16
+# Centres are on this grid, the side of a patch of 2 by 2 latents, and each size is fixed. On all of the grid a thing
+# has the same patches: the denoiser learns a drawing once, and not again for each offset within a patch.
+GRID_PX = 32
 # There are only three sizes: two things are as large as one, and three are small.
 SIZES_PX = {"small": 80, None: 128, "large": 192}
 _ROW_PX = {2: 128, 3: 80}  # sizes of two and of three things
-_CENTRES = {2: ((64, 192), (128,)), 3: ((48, 128, 208), (112, 128, 144))}
+_CENTRES = {2: ((64, 192), (128,)), 3: ((48, 128, 208), (128,))}  # three fit only half a grid step off
 # Kinds of compositions with their share of the scenes.
 COMPOSITION_KINDS = {"one": 0.58, "pair": 0.24, "three": 0.08, "empty": 0.10}
 LANDSCAPE_SHARE = 0.25
@@ -140,7 +140,7 @@ def _single(rng: random.Random, background: str) -> Composition:
     side = SIZES_PX[size]
     place = "center" if size == "large" else rng.choice(PLACES)
     middle = PICTURE_PX // 2
-    near = side // 2 + (8 if side // 2 % GRID_PX else 0)
+    near = -(-side // 2 // GRID_PX) * GRID_PX
     low, high = near, PICTURE_PX - near
     x, y = {
         "left": (low, middle),
