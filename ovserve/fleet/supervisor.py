@@ -534,6 +534,8 @@ class Supervisor:
         if slot.process is not None and not slot.process.node():
             self._devices.note(found.devices)
         where = {"node": slot.process.node()} if slot.process and slot.process.node() else {}
+        if fleet.desired.profile.plan is not None:
+            where["plan"] = str(fleet.desired.profile.plan)
         log.info(
             "worker ready",
             extra=fields(
