@@ -30,14 +30,14 @@ __all__ = ["FOLDER_VARIABLE", "MODEL_PARTS", "WRITE_EVERY_S"]
 
 FOLDER_VARIABLE = "ACCOUNT_FOLDER"
 WRITE_EVERY_S = 0.25
-TEXT_ENCODER = "text encoder"
-# Names of the models of Stable Diffusion, by the names of their inputs.
-MODEL_PARTS = {
-    frozenset({"sample", "timestep", "encoder_hidden_states"}): "UNet",
-    frozenset({"input_ids"}): TEXT_ENCODER,
-    frozenset({"sample"}): "VAE encoder",
-    frozenset({"latent_sample"}): "VAE decoder",
-}
+# Names of the models of Stable Diffusion, by inputs that no other model has; the first that fits counts.
+MODEL_INPUTS = (
+    ("encoder_hidden_states", "UNet"),
+    ("input_ids", "text encoder"),
+    ("latent_sample", "VAE decoder"),
+    ("sample", "VAE encoder"),
+)
+MODEL_PARTS = tuple(part for _, part in MODEL_INPUTS)
 # Class and method of each part, and its name.
 PARTS = (
     ("ovserve.front.handler:Connection._serve_one", "handler, rest"),
@@ -117,8 +117,8 @@ def _counted_infer(function: Callable[..., Any]) -> Callable[..., Any]:
     def infer(request: Any, *arguments: Any, **options: Any) -> Any:
         part = names.get(id(request))
         if part is None:
-            inputs = frozenset(name for port in request.model_inputs for name in port.get_names())
-            part = MODEL_PARTS.get(inputs, "other models")
+            inputs = {name for port in request.model_inputs for name in port.get_names()}
+            part = next((part for name, part in MODEL_INPUTS if name in inputs), "other models")
             names[id(request)] = part
         frame = _account.enter()
         try:
@@ -142,7 +142,7 @@ def _write_totals(folder: Path) -> None:
 
 
 def _kind_of(totals: dict[str, float]) -> str:
-    if totals.keys() & set(MODEL_PARTS.values()):
+    if totals.keys() & set(MODEL_PARTS):
         return "worker"
     return "front end" if "dispatcher" in totals else "other processes"
 
