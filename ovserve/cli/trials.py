@@ -79,7 +79,7 @@ def run_rounds(
     timeout_s: float,
     total: Deadline,
     report: Callable[[str], None],
-    target: Callable[..., None] = run_trial,
+    run: Callable[[Trial, float], Measured | str] | None = None,
 ) -> None:
     """Run all candidates in turns; the first one makes the reference picture. One that fails is not run again.
 
@@ -90,7 +90,7 @@ def run_rounds(
         timeout_s: time limit of a run.
         total: no run takes longer.
         report: called with a line about each run.
-        target: the function that a process runs.
+        run: makes one run within a time; None: in a process, `run_one`.
     """
     reference = b""
     for number in range(1, rounds + 1):
@@ -100,13 +100,15 @@ def run_rounds(
             name = f"round {number} of {rounds}, {candidate.settings.name}, {candidate.title}"
             limit_s = min(timeout_s, total.remaining())
             if limit_s <= 0:
-                candidate.failure = "" if candidate.runs else "not measured: the total time limit was reached"
-                report(f"{name}: left out, the total time limit was reached")
-                continue
+                report("the total time limit was reached")
+                for each in candidates:
+                    each.failure = each.failure or ("" if each.runs else "not measured before the total time limit")
+                return
             this = replace(trial, settings=candidate.settings, plan=candidate.plan, reference=reference)
-            found = run_one(this, limit_s, target)
+            found = (run or run_one)(this, limit_s)
             if isinstance(found, str):
-                candidate.failure = found
+                if not (candidate.runs and total.is_expired()):  # else it is not to blame
+                    candidate.failure = found
                 report(f"{name}: {found}")
             else:
                 candidate.runs.append(found)

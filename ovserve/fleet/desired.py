@@ -73,9 +73,14 @@ def desired_models(settings: Settings, profiles: Mapping[str, ModelProfile]) -> 
     return {
         model.name: DesiredModel(
             profiles[model.name],
-            model,
+            _planned(model, profiles[model.name]),
             settings,
             fingerprint(profiles[model.name].directory, model.cache_dir, [adapter.path for adapter in model.lora]),
         )
         for model in settings.models
     }
+
+
+def _planned(model: ModelSettings, profile: ModelProfile) -> ModelSettings:
+    """Return the options with the stored plan: here, so that estimates of memory see it as well as workers."""
+    return model if profile.plan is None else profile.plan.apply(model)

@@ -77,7 +77,7 @@ class ModelProfile:
         vae: the directory whose `vae_decoder` and `vae_encoder` replace the model's, or None.
         denoiser_multiple_px: both working sides are multiples of this too. A worker finds it in the denoiser's graph
             when it loads the model (`with_denoiser_multiple`); before, 1.
-        plan: the stored plan that workers apply to their options; None: the library's own.
+        plan: the stored plan for the options of the workers; None: the library's own.
     """
 
     name: str

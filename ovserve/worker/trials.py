@@ -112,9 +112,9 @@ def measure(trial: Trial) -> Measured:
     Raises:
         ApiError, StartupError, RuntimeError: the model cannot be loaded, or an edit fails.
     """
-    settings = dataclasses.replace(trial.settings, cache_dir=None)
+    settings = trial.plan.apply(dataclasses.replace(trial.settings, cache_dir=None))
     profile = complete_profile(read_profile(settings))
-    engine, _ = create_engine(dataclasses.replace(profile, plan=trial.plan), settings)
+    engine, _ = create_engine(profile, settings)
     started = time.monotonic()
     engine.load(lambda _phase: None)
     ready_s = time.monotonic() - started

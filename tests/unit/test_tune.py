@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -16,14 +17,15 @@ import pytest
 
 from ovserve.cli import tune
 from ovserve.cli.commands import ExitCode
-from ovserve.cli.trials import Candidate, run_rounds
+from ovserve.cli.trials import Candidate, run_one, run_rounds
 from ovserve.deadline import Deadline
 from ovserve.engines.stepwise.engine import StepwiseEngine
+from ovserve.fleet.desired import desired_models
 from ovserve.models.plans import PLAN_FILE, Plan
 from ovserve.models.profile import read_profile
-from ovserve.settings.options import ModelSettings, Resolution
+from ovserve.settings.options import ModelSettings, Resolution, Settings
 from ovserve.worker.main import create_engine
-from ovserve.worker.trials import Trial, measure
+from ovserve.worker.trials import Measured, Trial, measure
 from tests.pictures import directory_of
 from tests.quantised import quantised_copy
 from tests.tinymodels import copy_model, tiny_model
@@ -116,7 +118,7 @@ def run_toys(*plans: Plan, rounds: int = 1, timeout_s: float = 30.0, total_s: fl
         timeout_s=timeout_s,
         total=Deadline.after(total_s),
         report=lines.append,
-        target=toy,
+        run=functools.partial(run_one, target=toy),
     )
     return candidates
 
@@ -140,7 +142,28 @@ def test_total_limit_keeps_what_was_measured(leak_guard: None) -> None:
     first, hung, last = run_toys(MEASURES, HANGS, MEASURES, total_s=5.0)
     assert (len(first.runs), first.failure) == (1, "")
     assert "time limit" in hung.failure
-    assert (last.runs, last.failure) == ([], "not measured: the total time limit was reached")
+    assert (last.runs, last.failure) == ([], "not measured before the total time limit")
+
+
+def test_run_that_the_total_limit_ends_keeps_the_rounds_before() -> None:
+    results: list[Measured | str] = [MEASURED, MEASURED, MEASURED, "ended after 1 s, the time limit"]
+    total = Deadline.after(3600.0)
+
+    class Total(Deadline):
+        def is_expired(self) -> bool:
+            return not results
+
+    candidates = [Candidate(ModelSettings(), plan) for plan in (MEASURES, HANGS)]
+    run_rounds(
+        candidates,
+        Trial(ModelSettings(), Plan(), None, 4, 1),
+        rounds=2,
+        timeout_s=30.0,
+        total=Total(total.at),
+        report=lambda _line: None,
+        run=lambda _trial, _limit_s: results.pop(0),
+    )
+    assert [(len(each.runs), each.failure) for each in candidates] == [(2, ""), (1, "")]
 
 
 def test_nothing_is_measured_without_the_default_plan(leak_guard: None) -> None:
@@ -154,6 +177,13 @@ def test_nothing_is_measured_without_the_default_plan(leak_guard: None) -> None:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return copy_model(SD, tmp_path / "m", {"unet/config.json": {}})
+
+
+def options_of_workers(directory: Path, plan: str) -> ModelSettings:
+    """Return the options that the workers of a model in this directory get."""
+    settings = settings_of(directory, plan=plan, streams=1, threads=1, max_batch=1)
+    profiles = {settings.name: read_profile(settings)}
+    return desired_models(Settings(models=(settings,)), profiles)[settings.name].model_of_workers
 
 
 @pytest.fixture
@@ -191,8 +221,10 @@ def test_written_plan_is_what_the_engine_compiles(
     arguments = [str(model), "--engine", "stepwise", "--rounds", "1", "--edits", "1", "--steps", "2", "--write"]
     assert tune.run(arguments) == ExitCode.OK
     assert "stored in" in capsys.readouterr().out
-    settings = settings_of(model, plan="measured", streams=1, threads=1, max_batch=1, cache_dir=None)
-    engine, _ = create_engine(read_profile(settings), settings)
+    assert options_of_workers(model, "exact").plugin_config == ""
+    served = options_of_workers(model, "measured")
+    assert json.loads(served.plugin_config) == {"INFERENCE_PRECISION_HINT": "f32"}
+    engine, _ = create_engine(read_profile(served), served)
     assert isinstance(engine, StepwiseEngine)
     engine.load(lambda _phase: None)
     assert engine.precision == "f32"
