@@ -16,10 +16,13 @@ import time
 from pathlib import Path
 
 from benchmarks.edits import BUILTIN_PATH, picture, prompt
-from ovserve.engines.protocol import Engine, choose_engine
+from ovserve.engines.choice import choose_engine
+from ovserve.engines.protocol import Engine
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Settings
+from ovserve.settings.worker import WorkerSettings
 from ovserve.wire.blobs import Blob
+from ovserve.wire.local.blobs import SpoolBlobs
 from ovserve.wire.request import ImageRequest
 from ovserve.worker.prepare import prepare
 
@@ -49,20 +52,19 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=30, help="edits that are measured (%(default)s)")
     options = parser.parse_args()
     model = ModelSettings(name="builtin", path=BUILTIN_PATH, engine=options.engine)
-    profile, settings = read_profile(model), Settings(models=(model,))
+    profile, settings = read_profile(model), WorkerSettings.of(Settings(models=(model,)))
     engine = make_engine(profile, model)
     whole, encoding = [], []
-    with tempfile.NamedTemporaryFile(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as upload:
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        blobs = SpoolBlobs((folder,))
         for index in range(options.edits + 2):
             data = picture(options.side_px, 0, index)
-            upload.seek(0)
-            upload.truncate()
-            upload.write(data)
-            upload.flush()
+            upload = Blob(f"{index:024x}", 0, len(data))
+            (Path(folder) / upload.id).write_bytes(data)
             request = ImageRequest(
                 task="edit",
                 prompt=prompt(index),
-                images=(Blob(upload.name, 0, len(data)),),
+                images=(upload,),
                 width=options.side_px,
                 height=options.side_px,
                 seed=index,
@@ -71,7 +73,7 @@ def main() -> None:
                 strength=0.7,
             )
             began = time.perf_counter()
-            edit = prepare(request, profile, model, settings, engine)
+            edit = prepare(request, profile, model, settings, engine, blobs=blobs)
             engine.admit(edit.work("job", 0))
             outcomes = engine.turn()
             while not outcomes:

@@ -66,8 +66,8 @@ class Service:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this is ovserve."""
-        return self.module == "ovserve"
+        """Whether this is ovserve: it runs in the environment of the benchmark."""
+        return not self.environment
 
     @property
     def python(self) -> Path:

@@ -17,6 +17,7 @@ from ovserve.dispatch.jobs import Job, Partial, Result
 from ovserve.dispatch.statuses import QueuePlace
 from ovserve.models.catalog import Catalog, ServedModel
 from ovserve.models.pending import PendingModel
+from ovserve.models.plans import EXACT
 from ovserve.wire.messages import Prepared, Progress
 
 __all__ = [
@@ -237,6 +238,7 @@ def model_object(model: ServedModel, name: str, created: int, status: Mapping[st
             "num_inference_steps": model.limits.max_num_inference_steps,
         },
         "device": model.limits.device,
+        "plan": EXACT if profile.plan is None else str(profile.plan),
         **status,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import NoReturn
 
 from ovserve.cli.commands import ExitCode, overview
 
-__all__ = ["ArgumentParser", "nearest", "usage_error"]
+__all__ = ["ArgumentParser", "nearest", "report_error", "usage_error"]
 
 _SHOWN_CHARS = 100  # of a wrong argument in a message
 
@@ -19,6 +20,13 @@ def usage_error(message: str) -> NoReturn:
     """Print one line to standard error and end the process with `ExitCode.USAGE`."""
     print(f"ovserve: {message}", file=sys.stderr)
     raise SystemExit(ExitCode.USAGE)
+
+
+def report_error(message: str, code: ExitCode) -> ExitCode:
+    """Print one line to standard error, if it can be written, and return the exit code."""
+    with contextlib.suppress(OSError):  # the exit code reports it as well
+        print(f"ovserve: {message}", file=sys.stderr)
+    return code
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ovserve.cli.arguments import ArgumentParser, usage_error
+from ovserve.cli.arguments import ArgumentParser, report_error, usage_error
 from ovserve.cli.commands import ExitCode
-from ovserve.cli.serve import report_error
 from ovserve.client.requests import DEFAULT_URL
 from ovserve.client.server import File, ImageServer, NoServer, Progress, Refused
 

@@ -6,8 +6,9 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 
+from ovserve.cli.arguments import report_error
 from ovserve.cli.commands import ExitCode
-from ovserve.cli.serve import parse_arguments, report_error
+from ovserve.cli.serve import parse_arguments
 from ovserve.errors import StartupError
 from ovserve.models.catalog import Catalog
 from ovserve.models.weights import estimated_bytes, weights_bytes
@@ -45,6 +46,8 @@ def _lines(settings: Settings, catalog: Catalog, keys: int) -> Iterator[str]:
         yield f"  device {limits.device}, engine {limits.engine}, replicas {_replicas(limits)}"
         kept = "for ever" if math.isinf(limits.kept_s) else f"for {limits.kept_s:g} s without a job"
         pinned = ", pinned" if limits.is_pinned else ""
+        if profile.plan is not None:
+            yield f"  measured plan: {profile.plan}"
         yield f"  load {limits.load}, stays {kept}{pinned}, priority {limits.priority}"
         weights, expected = weights_bytes(profile.directory), estimated_bytes(profile.directory)
         yield f"  weights {weights >> 20} MiB, estimated memory of one worker {expected >> 20} MiB"

@@ -27,7 +27,7 @@ class ExitCode(enum.IntEnum):
     )
     CANCELLED = (
         130,
-        "The user stopped the command with Ctrl-C; the server stops the job at the next step.",
+        "The user stopped the command with Ctrl-C; a server stops the job at the next step.",
     )  # 128 + SIGINT
 
     text: str
@@ -100,6 +100,11 @@ COMMANDS = {
             (ExitCode.OK, ExitCode.USAGE, ExitCode.MODELS_FAILED),
         ),
         Command(
+            "tune",
+            "Measure plans of a model (precision, quantisation groups, tiles), and store the fastest one.",
+            (ExitCode.OK, ExitCode.USAGE, ExitCode.MODELS_FAILED, ExitCode.CANCELLED),
+        ),
+        Command(
             "import-ovms",
             "Print the TOML that says the same as a repository of OpenVINO Model Server.",
             (ExitCode.OK, ExitCode.USAGE),
@@ -112,7 +117,7 @@ COMMANDS = {
         Command(
             "pull",
             "Download a model or an adapter from a hub, and convert the model if necessary.",
-            (ExitCode.OK, ExitCode.USAGE, ExitCode.TRANSIENT),
+            (ExitCode.OK, ExitCode.USAGE, ExitCode.MODELS_FAILED, ExitCode.TRANSIENT, ExitCode.CANCELLED),
         ),
     )
 }

@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ovserve.cli.arguments import ArgumentParser
+from ovserve.cli.arguments import ArgumentParser, report_error
 from ovserve.cli.commands import ExitCode
-from ovserve.cli.serve import report_error
 
 __all__ = ["run"]
 

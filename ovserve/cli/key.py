@@ -10,9 +10,8 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from ovserve.cli.arguments import ArgumentParser
+from ovserve.cli.arguments import ArgumentParser, report_error
 from ovserve.cli.commands import ExitCode
-from ovserve.cli.serve import report_error
 from ovserve.errors import SettingsError
 from ovserve.front.keys import KEY_NAME, read_named_keys
 from ovserve.grants import MAX_PER_MINUTE

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from ovserve.cli.arguments import ArgumentParser, usage_error
+from ovserve.cli.arguments import ArgumentParser, report_error, usage_error
 from ovserve.cli.commands import ExitCode
-from ovserve.cli.serve import report_error
 from ovserve.client.requests import DEFAULT_URL
 
 __all__ = ["run"]

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from ovserve.cli.arguments import ArgumentParser, usage_error
+from ovserve.cli.arguments import ArgumentParser, report_error, usage_error
 from ovserve.cli.commands import ExitCode
-from ovserve.cli.serve import report_error
 from ovserve.client.requests import DEFAULT_URL, PictureRequest, expand, run_requests
 from ovserve.client.server import NoServer, Refused
 

@@ -13,6 +13,7 @@ from types import FrameType
 
 from ovserve.cli.arguments import ArgumentParser, usage_error
 from ovserve.cli.commands import ExitCode
+from ovserve.cli.tune import run as tune
 from ovserve.errors import StartupError
 from ovserve.hub.client import HubClient
 from ovserve.hub.convert import WEIGHT_FORMATS, check_arguments
@@ -20,6 +21,7 @@ from ovserve.hub.environment import endpoint_of, is_offline, token_of
 from ovserve.hub.listing import check_path, check_repository, check_revision
 from ovserve.hub.progress import BarReporter, JsonReporter, QuietReporter, Reporter
 from ovserve.hub.pull import Puller, PullRequest
+from ovserve.hub.stored import Place
 from ovserve.hub.transfer import Stopped
 from ovserve.settings.repositories import default_root
 
@@ -61,6 +63,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--no_conversion", action="store_true", help="refuse a model that must be converted")
     parser.add_argument(
         "--extra_quantization_params", default="", metavar="TEXT", help="further arguments for optimum-cli"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="then measure the model's plans as `ovserve tune --write` does"
     )
     parser.add_argument("--json", action="store_true", help="write each event as a JSON object on a line of stdout")
     return parser
@@ -117,7 +122,13 @@ def _checked(what: str, value: str, check: object) -> str:
 def run(arguments: Sequence[str]) -> int:
     """Pull what the arguments name; return the exit code."""
     requests, is_json = parse_requests(arguments, os.environ)
-    return pull_all(requests, reporter_for(is_json=is_json), os.environ)
+    is_tuned = bool(_parser().parse(arguments)["tune"])
+    if is_tuned and (is_json or requests[0].adapter is not None):
+        usage_error("--tune: measures a model and prints a table; it needs a model's repository, without --json")
+    code = pull_all(requests, reporter_for(is_json=is_json), os.environ)
+    if code != ExitCode.OK or not is_tuned:
+        return code
+    return tune([str(Place(requests[0].root, requests[0].repository).directory), "--write"])
 
 
 def reporter_for(*, is_json: bool) -> Reporter:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ovserve import __version__
-from ovserve.cli.arguments import ArgumentParser
+from ovserve.cli.arguments import ArgumentParser, report_error
 from ovserve.cli.commands import ExitCode
 from ovserve.cli.export import export
 from ovserve.cli.modelserver import read_command_line
@@ -24,7 +24,7 @@ from ovserve.server import Server
 from ovserve.settings.options import ModelSettings, Settings, options_of
 from ovserve.settings.sources import ENVIRONMENT_PREFIX, load_settings, service_variables
 
-__all__ = ["parse_arguments", "report_error", "run"]
+__all__ = ["parse_arguments", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -135,13 +135,6 @@ def log_ignored(settings: Settings) -> None:
     """Log once what a reference server's files and flags say that has no meaning here."""
     if settings.ignored:
         log.warning("without effect: %s", "; ".join(settings.ignored))
-
-
-def report_error(message: str, code: ExitCode) -> ExitCode:
-    """Print one line to standard error, if it can be written, and return the exit code."""
-    with contextlib.suppress(OSError):  # the exit code reports it as well
-        print(f"ovserve: {message}", file=sys.stderr)
-    return code
 
 
 def _exit_code(error: StartupError) -> ExitCode:

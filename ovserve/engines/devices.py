@@ -25,6 +25,7 @@ _PROPERTIES = (
     ("GPU_EXECUTION_UNITS_COUNT", "execution_units"),
     ("OPTIMIZATION_CAPABILITIES", "capabilities"),
     ("INFERENCE_PRECISION_HINT", "precision"),
+    ("DYNAMIC_QUANTIZATION_GROUP_SIZE", "quantisation_group"),
     ("RANGE_FOR_STREAMS", "streams"),
     ("INFERENCE_NUM_THREADS", "threads"),
     ("NPU_DRIVER_VERSION", "driver"),

@@ -101,6 +101,7 @@ class GenaiEngine:
     def __init__(self, profile: ModelProfile, settings: ModelSettings) -> None:
         profile = served_by(profile, self.name)
         self.features = Features(profile.tasks, references=profile.references)
+        self.precision = ""  # the pipelines do not say
         self.tuned: dict[str, int] = {}
         self._profile = profile
         self._settings = settings

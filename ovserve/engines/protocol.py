@@ -149,6 +149,7 @@ class Engine(Protocol):
     name: str  # genai or stepwise
     capacity: int  # pictures in flight at once; known after `load`
     features: Features
+    precision: str  # that the compiled denoiser computes in, such as f32; known after `load`; empty: unknown
     tuned: dict[str, int]  # options that `load` chose by measuring; the next incarnation must use the same
 
     def counts(self) -> Counts:

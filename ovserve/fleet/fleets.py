@@ -26,7 +26,9 @@ _LOADING = frozenset({"spawn", "load", "warm-up"})
 _JITTER = (0.75, 1.25)  # so that replicas that died together do not restart at the same moment
 _TUNABLE = ("threads", "streams", "max_batch")  # options where 0 means that the worker chooses at warm-up
 _MAX_TUNED = 256  # the lowest upper bound of these options
-_MEASURE_S = 0.2  # between two measurements of a worker's memory
+_MEASURE_S = 0.2  # between two measurements of a worker's memory while its resident memory changes
+_UNCHANGED_S = 2.0  # between them while it does not; mapped files may still get into memory, or out of it
+_CHANGE_SHARE = 1 / 64  # a smaller change of resident memory is none
 _MEASURE_SHARE = 0.05  # of the supervisor's time that the measurements of one worker may take
 _MAX_DOUBLINGS = 32  # beyond any maximum delay; keeps the power finite
 
@@ -45,7 +47,9 @@ class Slot:
         write_off_at: when the worker is written off, if it survives SIGKILL until then.
         used_bytes: memory that the worker took when it was last measured.
         peak_bytes: the most that was measured of this incarnation.
-        measure_at: when it is measured again.
+        measure_at: when it is measured again, at the earliest.
+        measure_by: when it is measured again, if its resident memory has not changed.
+        measured_resident_bytes: its resident memory when it was measured.
         exit_reason: why the process has exited, or was written off; set before the dispatcher has read its last
             reports.
     """
@@ -68,6 +72,8 @@ class Slot:
     used_bytes: int = 0
     peak_bytes: int = 0
     measure_at: float = 0.0
+    measure_by: float = 0.0
+    measured_resident_bytes: int = 0
 
     @property
     def is_ready(self) -> bool:
@@ -95,21 +101,30 @@ class Slot:
         self.process, self.link = process, link
         self.started_at, self.ready_at, self.kill_at, self.write_off_at = now, 0.0, float("inf"), float("inf")
         self.is_killed, self.kill_reason, self.kill_cause, self.exit_reason = False, "", "", ""
-        self.used_bytes, self.peak_bytes, self.measure_at = 0, 0, 0.0
+        self.used_bytes, self.peak_bytes, self.measured_resident_bytes = 0, 0, 0
+        self.measure_at = self.measure_by = 0.0
 
     def clear(self) -> None:
         """Forget the incarnation after its process has exited or was written off."""
         self.process, self.link, self.ready_at, self.used_bytes = None, None, 0.0, 0
 
-    def measure(self, now: float) -> None:
-        """Measure the worker's memory if it is due. The kernel takes longer for larger processes, so rarely then."""
+    def measure(self, now: float, resident_bytes: int) -> None:
+        """Measure the memory that the worker takes, if it is due.
+
+        The kernel counts every page for that, milliseconds for a small worker. It is due often while `resident_bytes`,
+        which costs nothing, changes, and rarely while it does not or if measuring takes long.
+        """
         if self.process is None or now < self.measure_at:
+            return
+        change = abs(resident_bytes - self.measured_resident_bytes)
+        if change <= resident_bytes * _CHANGE_SHARE and now < self.measure_by:
             return
         begun_at = time.monotonic()
         self.used_bytes = self.process.memory_bytes()
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-        cost_s = time.monotonic() - begun_at
-        self.measure_at = now + max(_MEASURE_S, cost_s / _MEASURE_SHARE)
+        self.measured_resident_bytes = resident_bytes
+        wait_s = (time.monotonic() - begun_at) / _MEASURE_SHARE
+        self.measure_at, self.measure_by = now + max(_MEASURE_S, wait_s), now + max(_UNCHANGED_S, wait_s)
 
     def silence_limit_s(self, link: Link) -> float:
         """Return the longest silence allowed now: the phase's limit, or more if the newest heartbeat allows more."""

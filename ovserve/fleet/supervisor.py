@@ -58,7 +58,8 @@ OnServing = Callable[[ModelProfile, ModelSettings], None]
 
 # Between checks of heartbeats and memory: the precision of a hang limit. A leak of 4 GB/s is seen within 1 GB.
 _TICK_S = 0.25
-_OVERHEAD_S = 1.0  # between measurements of the memory of the server itself
+_OVERHEAD_S = 2.0  # between measurements of the memory of the server itself
+_OVERHEAD_SHARE = 0.01  # of the supervisor's time that they may take: they are slow with thousands of threads
 _STALL_S = 1.0  # a tick this late means that the front end itself stalled: silence of workers until then does not count
 _CALL_TIMEOUT_S = 10.0  # for a queued call to be made; a loop iteration takes milliseconds, more if it starts processes
 _DISPATCHER_STALL_S = 5.0  # without an iteration of its loop: the dispatcher hangs, and the watchdog is not fed
@@ -332,9 +333,12 @@ class Supervisor:
         return found
 
     def _measured_overhead(self, now: float) -> int:
-        """Return the memory of this program without its workers, measured about once a second."""
+        """Return the memory of this program without its workers, measured every _OVERHEAD_S or more rarely."""
         if now >= self._measure_overhead_at:
-            self._overhead_bytes, self._measure_overhead_at = self._launcher.overhead_bytes(), now + _OVERHEAD_S
+            begun_at = time.monotonic()
+            self._overhead_bytes = self._launcher.overhead_bytes()
+            wait_s = (time.monotonic() - begun_at) / _OVERHEAD_SHARE
+            self._measure_overhead_at = now + max(_OVERHEAD_S, wait_s)
         return self._overhead_bytes
 
     def _views(self) -> list[ModelView]:
@@ -501,18 +505,18 @@ class Supervisor:
         process, link, fleet = slot.process, slot.link, slot.fleet
         if process is None or link is None:
             return
+        resident = process.resident_bytes()
         if link.state.ready is not None and not slot.ready_at and not slot.is_retired and not slot.is_killed:
-            self._note_ready(slot, now)
+            self._note_ready(slot, now, resident)
         # A killed process that takes long to exit, because it frees much memory, keeps the reason of its kill.
         if link.state.lost and slot.kill_at == float("inf") and not slot.is_killed:
             slot.kill_at = now if link.state.is_broken else now + fleet.settings.terminate_timeout_s
             slot.kill_reason = link.state.lost if link.state.is_broken else ""
-        slot.measure(now)
+        slot.measure(now, resident)
         if slot.ready_at and slot.peak_bytes > self._estimates.worker_bytes(fleet.desired):
             self._estimates.note(fleet.desired, slot.peak_bytes)
         # What the dispatcher has not read is no silence.
         silence_s = self._dispatcher.polled_at - max(link.state.beat_at, self._ignore_silence_before)
-        resident = process.resident_bytes()
         if now >= slot.kill_at:
             self._kill(slot, "overdue", slot.kill_reason or "did not exit within its grace period")
             return
@@ -520,20 +524,22 @@ class Supervisor:
         if cause:
             self._kill(slot, cause, reason)
 
-    def _note_ready(self, slot: Slot, now: float) -> None:
+    def _note_ready(self, slot: Slot, now: float, resident_bytes: int) -> None:
         fleet, link = slot.fleet, slot.link
         if link is None or link.state.ready is None:
             return
         fleet.note_ready(slot, link, now)
         took_s = round(now - slot.started_at, 2)
-        slot.measure_at = 0.0
-        slot.measure(now)
+        slot.measure_at = slot.measure_by = 0.0
+        slot.measure(now, resident_bytes)
         self._estimates.note(fleet.desired, slot.peak_bytes, now - slot.started_at)
         self._estimates.write()
         found = link.state.ready
         if slot.process is not None and not slot.process.node():
             self._devices.note(found.devices)
         where = {"node": slot.process.node()} if slot.process and slot.process.node() else {}
+        if fleet.desired.profile.plan is not None:
+            where["plan"] = str(fleet.desired.profile.plan)
         log.info(
             "worker ready",
             extra=fields(

@@ -22,11 +22,12 @@ from pathlib import Path
 
 from ovserve.errors import HubError
 from ovserve.hub.transfer import Stopped
+from ovserve.models.plans import PLAN_FILE
 
 __all__ = ["RECORD", "Place", "PullRecord", "is_complete", "locked", "put_in_place", "read_record"]
 
 RECORD = ".ovserve-pull.json"
-KEPT_FILES = ("graph.pbtxt",)  # written beside a pulled model, and not part of its repository
+KEPT_FILES = ("graph.pbtxt", PLAN_FILE)  # written beside a pulled model, and not part of its repository
 LOCK_POLL_S = 0.2
 LOCK_STALL_S = 900.0  # without any change of a pull's files: a conversion may write nothing for minutes
 _MAX_RECORD_BYTES = 16 * 1024 * 1024

@@ -19,6 +19,7 @@ from typing import Any
 from ovserve.errors import ModelError, SettingsError, may_pass
 from ovserve.models.classes import CLASSES, class_named, plan_engine
 from ovserve.models.families import CLASSIFIER_FREE, FAMILIES, LCM_SCHEDULER, Defaults, FamilyTraits
+from ovserve.models.plans import EXACT, Plan, read_plan
 from ovserve.models.presets import PRESETS, Preset, limited_presets, resolve_preset
 from ovserve.models.variants import ModelFiles, variant_of
 from ovserve.settings.options import BUILTIN_PREFIX, ModelSettings, Resolution
@@ -76,6 +77,7 @@ class ModelProfile:
         vae: the directory whose `vae_decoder` and `vae_encoder` replace the model's, or None.
         denoiser_multiple_px: both working sides are multiples of this too. A worker finds it in the denoiser's graph
             when it loads the model (`with_denoiser_multiple`); before, 1.
+        plan: the stored plan that workers apply to their options; None: the library's own.
     """
 
     name: str
@@ -103,6 +105,7 @@ class ModelProfile:
     drops_unknown_words: bool = False
     denoiser_multiple_px: int = 1
     vae: Path | None = None
+    plan: Plan | None = None
 
     @property
     def working_multiple_px(self) -> int:
@@ -269,7 +272,7 @@ def read_profile(settings: ModelSettings) -> ModelProfile:
 
     Raises:
         ModelError: the built-in model is unknown, or the directory is missing, is not an image pipeline, or lacks a
-            component; the message names it. Or the file of an adapter is missing.
+            component; the message names it. Or the file of an adapter or the stored plan is missing.
         SettingsError: a default is outside the operator's limits.
     """
     given = _model_directory(settings.path)
@@ -334,6 +337,7 @@ def _read_directory(directory: Path, settings: ModelSettings) -> ModelProfile:
         cuts_prompt=declared.get("prompts", {}).get("too_long") == "cut",
         drops_unknown_words=declared.get("prompts", {}).get("unknown_words") == "drop",
         vae=settings.vae,
+        plan=None if settings.plan == EXACT else read_plan(directory, traits.denoiser, settings.device),
     )
     return served_by(profile, engine)
 

@@ -7,12 +7,11 @@ applied). Runs in: the decoding process (`ovserve.pixels.decoder`) and, for file
 from __future__ import annotations
 
 import io
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import AvifImagePlugin, Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
+from PIL import AvifImagePlugin, Image, ImageFile, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
 
 from ovserve.errors import ImageError
@@ -30,6 +29,7 @@ from ovserve.pixels.colour import (
 from ovserve.pixels.heic import FORMAT as HEIF
 from ovserve.pixels.heic import reads_heic, register_heic
 from ovserve.pixels.png import SIGNATURE, Png, read_png
+from ovserve.pixels.png_writer import write_png
 from ovserve.pixels.tiff import gray_levels, prepare_tiff
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
     "extract_colour_profile",
     "flatten",
     "has_alpha",
-    "png_bound",
 ]
 
 Pixels = NDArray[np.uint8]
@@ -57,11 +56,6 @@ FORMATS = (
 if HEIF in FORMATS:
     register_heic()
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each has a stack, and the memory of a decoding process is limited
-PNG_COMPRESS_LEVEL = 1  # measured at 512 and 1024 px: level 6 takes 1.3 to 5 times as long for 7 to 20 % fewer bytes
-# Only runs of equal bytes are searched for: other matches are rare in filtered rows of a picture. Against the usual
-# strategy, pictures take 8 to 18 % fewer bytes and two thirds to nine tenths of the time, flat drawings up to 19 % more
-# bytes (measured).
-PNG_STRATEGY = zlib.Z_RLE
 _ORIENTATION = 0x0112  # TIFF and EXIF tag
 _EXIF_IFD = 0x8769
 _USER_COMMENT = 0x9286
@@ -324,21 +318,10 @@ def encode_image(
         parameters: text to embed. PNG: the text chunk `parameters`; JPEG and WebP: EXIF UserComment. Empty: no text.
         profile: the ICC profile of the samples; empty: none is written, which means sRGB.
     """
-    buffer = io.BytesIO()
     if output_format == "png":
-        chunks = PngImagePlugin.PngInfo()
-        if parameters:
-            text = parameters.replace("\0", " ").encode("utf-8", "replace").decode("utf-8")
-            chunks.add_text("parameters", text)
-        Image.fromarray(pixels).save(
-            buffer,
-            "PNG",
-            compress_level=PNG_COMPRESS_LEVEL,
-            compress_type=PNG_STRATEGY,
-            pnginfo=chunks,
-            icc_profile=profile or None,
-        )
-    elif output_format == "jpeg":
+        return write_png(pixels, parameters, profile)
+    buffer = io.BytesIO()
+    if output_format == "jpeg":
         Image.fromarray(flatten(pixels)).save(
             buffer,
             "JPEG",
@@ -360,17 +343,6 @@ def encode_image(
             icc_profile=profile or None,
         )
     return buffer.getvalue()
-
-
-def png_bound(width: int, height: int, channels: int, parameters: str = "", profile: bytes = b"") -> int:
-    """Return an upper limit of the bytes of a PNG file that `encode_image` makes of uint8 (height, width, channels).
-
-    Deflate can make data longer. The fast mode of zlib-ng writes at most 9 bits for a byte, zlib less. PNG adds a byte
-    for each row, and 12 for each chunk of at least 64 KiB (RFC 2083, sections 2.3 and 3.2).
-    """
-    raw = height * (width * channels + 1)
-    additional = 4 * len(parameters.encode("utf-8", "replace")) + 2 * len(profile)
-    return raw + raw // 8 + raw // 64 + additional + 1024
 
 
 def _user_comment(text: str, limit_bytes: int) -> bytes:

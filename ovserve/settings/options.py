@@ -244,6 +244,14 @@ class ModelSettings:
         reason="the second load of a model is faster, and quantised weights take less memory",
     )
     plugin_config: str = _option("", "Additional OpenVINO properties, as a JSON object.")
+    plan: str = _option(
+        "exact",
+        "Precision, quantisation group and tiles: `exact`: the library's own, with the same bits; `measured`: as "
+        "`ovserve tune --write` has stored them in the model's directory for this device. `plugin_config`, and options "
+        "that are not at their default, win.",
+        choices=("exact", "measured"),
+        reason="a faster plan makes other pictures",
+    )
     threads: int = _option(
         0, "CPU threads for one inference request; 0: measured and chosen at warm-up.", low=0, high=1024, unit="threads"
     )

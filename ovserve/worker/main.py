@@ -113,6 +113,8 @@ def create_engine(profile: ModelProfile, settings: ModelSettings) -> tuple[Engin
     """
     from ovserve.engines.choice import choose_engine  # noqa: PLC0415
 
+    if profile.plan is not None:
+        settings = profile.plan.apply(settings)
     if settings.device != "CPU":
         settings = dataclasses.replace(settings, device=_devices_of(profile, settings))
     name, why = choose_engine(profile, settings)

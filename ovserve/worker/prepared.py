@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from ovserve import __version__
 from ovserve.engines.protocol import Work
 from ovserve.pixels.frames import Placement
-from ovserve.pixels.images import Pixels, encode_image, flatten, has_alpha, png_bound
+from ovserve.pixels.images import Pixels, encode_image, flatten, has_alpha
 from ovserve.pixels.masks import Seam
+from ovserve.pixels.png_writer import png_bound
 from ovserve.pixels.regions import Region
 from ovserve.settings.options import Resolution
 from ovserve.wire.request import ImageRequest

@@ -13,8 +13,9 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from benchmarks import compare, metadata, run, stats
+from benchmarks import compare, in_process, metadata, run, stats
 from benchmarks.aims import Aim
+from benchmarks.bench_account import REST, difference, outside_share, read_account
 from benchmarks.bench_sizes import Model, add_full_depth, add_ratios, check_depths, find_models
 from benchmarks.edits import BOUNDARY, Body, encode_form, parse_kind
 from benchmarks.extrapolate import describe_blocks, extrapolate, pool
@@ -559,3 +560,27 @@ def test_simulated_devices_are_busy_until_the_front_end_is_the_limit() -> None:
     assert simulate(10, 1.0, 0.001, 0.003) > 0.8
     assert simulate(1000, 1.0, 0.01, 0.0, rounds=10) < 0.12, "a hundred requests a second keep a hundred devices busy"
     assert simulate(10, 1.0, 0.0, 1.0) < 0.6, "half of the time is spent on the way"
+
+
+def test_the_edit_in_one_process_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"engine": "genai", "side_px": 256, "steps": 2, "edits": 1}
+    monkeypatch.setattr(sys, "argv", ["in_process", *(f"--{name}={value}" for name, value in options.items())])
+    in_process.main()
+    series = json.loads(capsys.readouterr().out)["series"]
+    assert 0 < series["in process, encoding"]["values"][0] < series["in process"]["values"][0]
+
+
+def test_the_account_of_an_edit_adds_up(tmp_path: Path) -> None:
+    names = {"UNet": 3.0, "dispatcher": 0.25}
+    for pid, (process, parts, cpu_s) in enumerate((("worker", {"UNet": 1.0, "PNG": 0.5}, 2.0), ("front end", {}, 0.5))):
+        document = {"process": process, "parts": parts, "cpu_s": cpu_s}
+        (tmp_path / f"{pid}.json").write_text(json.dumps(document), "utf-8")
+    before = read_account(tmp_path, wait_s=0)
+    assert before == {("worker", "UNet"): 1.0, ("worker", "PNG"): 0.5, ("worker", REST): 0.5, ("front end", REST): 0.5}
+    document = {"process": "front end", "parts": names, "cpu_s": 4.5}
+    (tmp_path / "2.json").write_text(json.dumps(document), "utf-8")
+    account = difference(before, read_account(tmp_path, wait_s=0), edits=2)
+    assert account["front end", "UNet"] == 1.5
+    assert account["front end", REST] == pytest.approx(0.625)
+    assert account["worker", "UNet"] == 0
+    assert outside_share(account) == pytest.approx((0.125 + 0.625) / 2.25)

@@ -268,3 +268,31 @@ def test_fleet_with_too_many_written_off_processes_starts_no_more_and_fails(flee
     assert fleet.may_start(first)
     assert not fleet.may_start(second)
     assert first.backoff_s() == SETTINGS.failed_retry_s
+
+
+class CountedProcess(MemoryProcess):
+    """A worker that counts the measurements of its memory."""
+
+    measurements = 0
+
+    def memory_bytes(self) -> int:
+        self.measurements += 1
+        return self.resident
+
+
+def test_memory_is_measured_often_while_it_changes_and_rarely_while_it_does_not(fleet: Fleet) -> None:
+    _, end = open_memory_link("toy", 0, 0)
+    slot = fleet.slots[0]
+    process = slot.process = CountedProcess("toy/0#0", 1, end)
+    for tick in range(40):  # ten seconds of growth
+        process.resident = (tick + 10) << 24
+        slot.measure(100 + tick / 4, process.resident)
+    assert process.measurements == 40
+    assert slot.used_bytes == slot.peak_bytes == process.resident
+    process.measurements = 0
+    for tick in range(40):  # ten seconds without a change
+        slot.measure(110 + tick / 4, process.resident + tick % 2)
+    assert 4 <= process.measurements <= 6
+    process.resident = 1 << 24  # less than the peak, and seen in the next tick
+    slot.measure(120.3, process.resident)
+    assert (slot.used_bytes, slot.peak_bytes) == (1 << 24, 49 << 24)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
@@ -24,7 +24,6 @@ from ovserve.pixels.images import (
     extract_colour_profile,
     flatten,
     has_alpha,
-    png_bound,
 )
 
 LIMITS = Limits(pixels=1_000_000, side_px=2_000)
@@ -500,35 +499,3 @@ def test_damaged_avif_gives_pixels_or_an_image_error(offset: int, damage: bytes)
         assert decoded(data).ndim == 3
     except ImageError as error:
         assert error.param == "image"
-
-
-@given(
-    width=st.integers(1, 700),
-    height=st.integers(1, 40),
-    channels=st.sampled_from((3, 4)),
-    levels=st.sampled_from((2, 3, 17, 256)),
-    text=st.text(max_size=300),
-    profile=st.binary(max_size=600),
-)
-@example(width=512, height=512, channels=4, levels=256, text="\U0001f600" * 2000, profile=bytes(range(256)) * 4)
-@example(width=1, height=700, channels=3, levels=256, text="", profile=b"")
-def test_no_png_is_larger_than_its_bound(
-    width: int, height: int, channels: int, levels: int, text: str, profile: bytes
-) -> None:
-    pixels = np.random.default_rng(width).integers(0, levels, (height, width, channels), np.uint8)
-    size = len(encode_image(pixels, "png", parameters=text, profile=profile))
-    bound = png_bound(width, height, channels, text, profile)
-    assert (
-        size <= bound <= 1.2 * width * height * channels + 2 * height + 4 * len(text.encode("utf-8", "replace")) + 4096
-    )
-
-
-def test_png_of_a_picture_is_smaller_than_with_the_usual_strategy() -> None:
-    rows, columns = np.mgrid[0:128, 0:128]
-    smooth = np.stack([80 * np.sin(columns / 37), 60 * np.cos((columns + rows) / 53), 20 * np.sin(rows / 7)], axis=-1)
-    noise = np.random.default_rng(1).normal(128, 6, smooth.shape)
-    pixels: Pixels = (smooth + noise).clip(0, 255).astype(np.uint8)
-    usual = encoded(Image.fromarray(pixels), "PNG", compress_level=1)
-    made = encode_image(pixels, "png")
-    assert len(made) < len(usual)
-    assert np.array_equal(decoded(made), pixels)

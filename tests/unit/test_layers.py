@@ -35,7 +35,7 @@ FOUNDATIONS = {
 MAY: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"server", "models", "hub", "client", "engines.devices", "front.keys"},
+    "cli": {"server", "models", "hub", "client", "engines.devices", "front.keys", "worker.trials"},
     "client": set(),
     "hub": {"models"},
     "server": {"hub", "front", "api", "dispatch", "fleet", "wire", "models", "worker.main", "watch"},

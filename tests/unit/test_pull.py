@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from ovserve.cli import pull
+from ovserve.cli.commands import ExitCode
 from ovserve.errors import HubError, StartupError
 from ovserve.hub.client import HubClient
 from ovserve.hub.progress import Event, Reporter, Snapshot
@@ -508,3 +510,17 @@ def test_wrong_command_is_one_line_with_its_exit_code(
     assert (done.returncode, done.stdout) == (code, "")
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_pulled_model_is_tuned_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned: list[list[str]] = []
+    codes = [ExitCode.TRANSIENT, ExitCode.OK]
+    monkeypatch.setattr(pull, "pull_all", lambda *_: codes.pop(0))
+    monkeypatch.setattr(pull, "tune", lambda arguments: tuned.append(arguments) or ExitCode.MODELS_FAILED)
+    arguments = [REPOSITORY, "--model_repository_path", str(tmp_path), "--tune"]
+    assert (pull.run(arguments), tuned) == (ExitCode.TRANSIENT, [])
+    assert pull.run(arguments) == ExitCode.MODELS_FAILED
+    assert tuned == [[str(tmp_path / REPOSITORY), "--write"]]
+    for wrong in ([REPOSITORY, "--tune", "--json"], ["--lora", REPOSITORY, "--tune"]):
+        with pytest.raises(SystemExit):
+            pull.run(wrong)

@@ -267,6 +267,14 @@ class Components:
                 )
             )
 
+    def precision(self) -> str:
+        """Return what the compiled denoiser computes in, such as f32; empty if the device does not say."""
+        try:
+            found = self.requests[0].denoiser.get_compiled_model().get_property("INFERENCE_PRECISION_HINT")
+            return str(found.get_type_name())
+        except (RuntimeError, AttributeError):  # a virtual device, which has no precision of its own
+            return ""
+
     def _request_of(self, name: str, layout: Layout, model: Any) -> Any:
         """Return an infer request of a component that is compiled now."""
         return self._compile(name, layout, model).create_infer_request()

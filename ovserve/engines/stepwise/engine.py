@@ -84,6 +84,7 @@ class StepwiseEngine:
         profile = served_by(profile, self.name)
         self.capacity = 1
         self.features = Features(profile.tasks, previews=True, references=profile.references)
+        self.precision = ""
         self.tuned: dict[str, int] = {}
         self._profile = profile
         self._settings = settings
@@ -133,6 +134,7 @@ class StepwiseEngine:
                 threads=self._tuning.layout.threads,
                 rows=self._tuning.rows,
                 capacity=self.capacity,
+                precision=self.precision,
                 seconds=round(time.monotonic() - started, 2),
             ),
         )
@@ -150,6 +152,7 @@ class StepwiseEngine:
         self._prompts = PromptEncoder(profile, self._family, self._components.loras)
         self._tuning = tune(self._components, beat)
         self._components.compile(self._tuning.layout, beat)
+        self.precision = self._components.precision()
         add_adapted(self._components, self._tuning.layout, beat)
         spare = self._components.preview_decoder(self._tuning.layout)
         self._components.release_sources()

@@ -1,0 +1,147 @@
+"""Runs the trials of `ovserve tune`: candidates in turns, each run in a process of its own with a deadline.
+
+A crash, or the kernel's killer at the end of the memory, loses one run. Candidates run in turns, round after round, so
+that a machine which becomes slower does so for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+
+from ovserve.deadline import Deadline
+from ovserve.models.plans import Plan
+from ovserve.settings.options import ModelSettings
+from ovserve.worker.trials import Measured, Trial
+from ovserve.worker.trials import main as run_trial
+
+__all__ = ["Candidate", "run_one", "run_rounds"]
+
+_HINTS = {signal.SIGKILL: ", out of memory?", signal.SIGSEGV: ", a crash in native code"}
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A plan for one directory, and what its runs have measured.
+
+    Attributes:
+        settings: the options of the model in that directory.
+        plan: the plan.
+        setting: options in `settings` that make this candidate, which no plan can have; empty: there are none.
+        runs: what the runs that succeeded have measured, one for each round.
+        failure: why the last run failed; empty: it did not.
+    """
+
+    settings: ModelSettings
+    plan: Plan
+    setting: str = ""
+    runs: list[Measured] = field(default_factory=list)
+    failure: str = ""
+
+    @property
+    def title(self) -> str:
+        """What differs from the library's own plan."""
+        return self.setting or str(self.plan)
+
+    def median(self, name: str) -> float:
+        """Return the median of an attribute of `Measured` over the runs."""
+        return float(statistics.median(getattr(run, name) for run in self.runs))
+
+    @property
+    def psnr(self) -> float:
+        """The lowest of all runs."""
+        return min(run.psnr for run in self.runs)
+
+    def seconds(self, steps: int) -> float:
+        """Return the seconds of an edit of so many steps: the median of all runs."""
+        return statistics.median(_seconds(run, steps) for run in self.runs)
+
+    def is_faster(self, other: Candidate, steps: int, gain: float) -> bool:
+        """Return whether an edit of so many steps was faster by this factor in every round: noise must not decide."""
+        pairs = list(zip(self.runs, other.runs, strict=False))
+        return bool(pairs) and all(_seconds(mine, steps) * gain < _seconds(its, steps) for mine, its in pairs)
+
+
+def _seconds(run: Measured, steps: int) -> float:
+    """Return the seconds of an edit of so many steps, estimated from those that were run."""
+    return run.edit_s + (steps - run.steps) * run.step_s
+
+
+def run_rounds(
+    candidates: Sequence[Candidate],
+    trial: Trial,
+    *,
+    rounds: int,
+    timeout_s: float,
+    total: Deadline,
+    report: Callable[[str], None],
+    target: Callable[..., None] = run_trial,
+) -> None:
+    """Run all candidates in turns; the first one makes the reference picture. One that fails is not run again.
+
+    Args:
+        candidates: what to measure; their `runs` and `failure` are set.
+        trial: what all of them do.
+        rounds: how many times each one is run.
+        timeout_s: time limit of a run.
+        total: no run takes longer.
+        report: called with a line about each run.
+        target: the function that a process runs.
+    """
+    reference = b""
+    for number in range(1, rounds + 1):
+        for candidate in candidates:
+            if candidate.failure:
+                continue
+            name = f"round {number} of {rounds}, {candidate.settings.name}, {candidate.title}"
+            limit_s = min(timeout_s, total.remaining())
+            if limit_s <= 0:
+                candidate.failure = "" if candidate.runs else "not measured: the total time limit was reached"
+                report(f"{name}: left out, the total time limit was reached")
+                continue
+            this = replace(trial, settings=candidate.settings, plan=candidate.plan, reference=reference)
+            found = run_one(this, limit_s, target)
+            if isinstance(found, str):
+                candidate.failure = found
+                report(f"{name}: {found}")
+            else:
+                candidate.runs.append(found)
+                reference = reference or found.pixels
+                report(f"{name}: {found.step_s:.3g} s a step")
+            if not reference:
+                return  # there is nothing to compare with
+
+
+def run_one(trial: Trial, timeout_s: float, target: Callable[..., None] = run_trial) -> Measured | str:
+    """Run a trial in a process; return what it measured, or why it failed."""
+    context = get_context("spawn")
+    link, end = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(end, trial), daemon=True)
+    process.start()
+    end.close()
+    try:
+        if not link.poll(timeout_s):
+            return f"ended after {timeout_s:.0f} s, the time limit"
+        found = link.recv()
+        return found if isinstance(found, Measured) else str(found)
+    except EOFError:
+        process.join()
+        return _describe_exit(process.exitcode)
+    finally:
+        process.kill()
+        process.join()
+        process.close()
+        link.close()
+
+
+def _describe_exit(exitcode: int | None) -> str:
+    if exitcode is None or exitcode >= 0:
+        return f"its process exited with code {exitcode}"
+    with contextlib.suppress(ValueError):
+        number = signal.Signals(-exitcode)
+        return f"its process was killed by {number.name}{_HINTS.get(number, '')}"
+    return f"its process was killed by signal {-exitcode}"

@@ -1,0 +1,222 @@
+"""Measures one plan of a model with a fixed edit: what runs in the processes of `ovserve tune`.
+
+A plan is loaded as a worker loads it, without the cache of compiled models, so that the time until it is ready is that
+of a first start. Runs in: a process of its own, because a plan can crash it or take all memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import math
+import os
+import signal
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ovserve.errors import ApiError, StartupError
+from ovserve.models.plans import Plan
+from ovserve.models.profile import read_profile
+from ovserve.settings.options import ModelSettings, Resolution
+from ovserve.worker.main import complete_profile, create_engine, disable_telemetry
+
+if TYPE_CHECKING:
+    from ovserve.engines.protocol import Engine, Work
+    from ovserve.models.profile import ModelProfile
+
+__all__ = ["Measured", "Sender", "Trial", "main", "measure"]
+
+_PROMPT = "a photo of a garden with a red house"
+_PEAK = 255.0  # of a level
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run of one plan.
+
+    Attributes:
+        settings: the model's options.
+        plan: what to measure.
+        size: of the edit; None: the size of a worker's warm-up.
+        steps: number of denoising steps that the edit asks for.
+        edits: how many edits are made.
+        reference: pixels of the first edit to compare with; empty: there is none yet.
+    """
+
+    settings: ModelSettings
+    plan: Plan
+    size: Resolution | None
+    steps: int
+    edits: int
+    reference: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one run has measured.
+
+    Attributes:
+        engine: the engine.
+        precision: what the compiled denoiser computes in; empty where the engine does not know it.
+        size: the working size.
+        ready_s: reading, compiling and warming up.
+        edit_s: the median duration of an edit.
+        step_s: the median duration of a step.
+        steps: number of steps that an edit has run.
+        memory_bytes: resident memory without mapped files.
+        psnr: peak signal-to-noise ratio to the reference in dB; infinity: the same bits.
+        pixels: of the first edit.
+    """
+
+    engine: str
+    precision: str
+    size: Resolution
+    ready_s: float
+    edit_s: float
+    step_s: float
+    steps: int
+    memory_bytes: int
+    psnr: float
+    pixels: bytes = field(repr=False)
+
+
+class Sender(Protocol):
+    """The end of a pipe to the process of the command."""
+
+    def send(self, value: Any, /) -> None:
+        """Send a value. Raises BrokenPipeError."""
+
+
+def main(link: Sender, trial: Trial) -> None:
+    """Run a trial, and send what it has measured, or the reason of its failure as text. The spawn target."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal's whole group; the command ends this process
+        signal.signal(number, signal.SIG_IGN)
+    disable_telemetry()
+    logging.disable(logging.WARNING)  # it would be repeated for every run
+    try:
+        found: Measured | str = measure(trial)
+    except (ApiError, StartupError, RuntimeError, MemoryError, OSError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        found = lines[-1]
+    with contextlib.suppress(BrokenPipeError):  # the command has been stopped
+        link.send(found)
+
+
+def measure(trial: Trial) -> Measured:
+    """Load the model with the plan, and make the edits.
+
+    Raises:
+        ApiError, StartupError, RuntimeError: the model cannot be loaded, or an edit fails.
+    """
+    settings = dataclasses.replace(trial.settings, cache_dir=None)
+    profile = complete_profile(read_profile(settings))
+    engine, _ = create_engine(dataclasses.replace(profile, plan=trial.plan), settings)
+    started = time.monotonic()
+    engine.load(lambda _phase: None)
+    ready_s = time.monotonic() - started
+    try:
+        edits = [_edit(engine, _work(profile, trial, number)) for number in range(trial.edits)]
+        memory_bytes = _resident_bytes()
+    finally:
+        engine.close()
+    first = edits[0]
+    return Measured(
+        engine=engine.name,
+        precision=engine.precision,
+        size=first.size,
+        ready_s=ready_s,
+        edit_s=statistics.median(edit.seconds for edit in edits),
+        step_s=statistics.median(seconds for edit in edits for seconds in edit.steps_s),
+        steps=first.steps,
+        memory_bytes=memory_bytes,
+        psnr=_psnr(first.pixels, trial.reference or first.pixels),
+        pixels=first.pixels,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Edit:
+    """One edit: its duration, the number of its steps, the duration of those after the first, and the picture."""
+
+    seconds: float
+    steps: int
+    steps_s: list[float]
+    size: Resolution
+    pixels: bytes
+
+
+def _edit(engine: Engine, work: Work) -> _Edit:
+    """Make one picture. The first step is not timed: the encoding is before it."""
+    ends: list[float] = []
+    work.on_step = lambda _step, _steps: ends.append(time.monotonic())
+    started = time.monotonic()
+    engine.admit(work)
+    outcomes: list[Any] = []
+    while not outcomes:
+        outcomes.extend(engine.turn())
+    seconds = time.monotonic() - started
+    if outcomes[0].error is not None:
+        raise outcomes[0].error
+    steps_s = [end - begin for begin, end in itertools.pairwise(ends)]
+    size = Resolution(work.width, work.height)
+    return _Edit(seconds, len(ends), steps_s or [seconds], size, outcomes[0].pixels.tobytes())
+
+
+def _work(profile: ModelProfile, trial: Trial, number: int) -> Work:
+    """Return the fixed edit: of a gradient with a disc, at the strength that the model has by default.
+
+    Another number gives another prompt and picture, because engines keep encoded ones.
+    """
+    import numpy as np  # noqa: PLC0415
+
+    from ovserve.engines.protocol import Work, warm_up_size  # noqa: PLC0415
+
+    given = trial.size or warm_up_size(profile)
+    size = profile.working_size(given.width, given.height)
+    down, across = np.mgrid[: size.height, : size.width] / max(size.height, size.width)
+    across += 0.01 * number
+    disc = (down - 0.4) ** 2 + (across - 0.5) ** 2 < 0.04
+    image = np.clip(np.stack([down, across, 1 - down], axis=2), 0, 1) * 255
+    image[disc] = (220, 40, 30)
+    pixels = image.astype(np.uint8)
+    mode = next(name for name in ("image2image", "inpainting", "text2image") if name in profile.tasks)
+    defaults = profile.defaults
+    strength = {"image2image": defaults.strength, "inpainting": defaults.strength_inpainting}.get(mode, 1.0)
+    return Work(
+        job="tune",
+        picture=0,
+        mode=mode,
+        prompt=f"{_PROMPT} {number or ''}".strip(),
+        negative_prompt="",
+        width=size.width,
+        height=size.height,
+        num_inference_steps=trial.steps,
+        guidance_scale=profile.traits.engine_guidance(defaults.guidance_scale),
+        strength=strength if profile.takes_strength else 1.0,
+        seed=7,
+        initial_image=None if mode == "text2image" else pixels,
+        mask_image=disc.astype(np.uint8) * 255 if mode == "inpainting" else None,
+        reference_images=(pixels,) if profile.references and mode != "text2image" else (),
+    )
+
+
+def _psnr(pixels: bytes, reference: bytes) -> float:
+    """Return the peak signal-to-noise ratio of two pictures in dB; infinity for the same bits."""
+    import numpy as np  # noqa: PLC0415
+
+    one, other = (np.frombuffer(each, np.uint8).astype(np.float32) for each in (pixels, reference))
+    if one.shape != other.shape:
+        raise RuntimeError(f"the picture has {len(pixels)} bytes, and that of the default plan {len(reference)}")
+    error = float(np.square(one - other).mean(dtype=np.float64))
+    return 10 * math.log10(_PEAK**2 / error) if error else math.inf
+
+
+def _resident_bytes() -> int:
+    """Return this process's resident memory without mapped files."""
+    with open("/proc/self/statm", "rb") as stream:
+        _, resident, shared, *_ = stream.read().split()  # proc(5): pages
+    return max(0, int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")

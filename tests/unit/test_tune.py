@@ -1,0 +1,251 @@
+"""`ovserve tune`: candidates, runs in processes that crash or hang, the choice, and a stored plan that is served."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import signal
+from collections.abc import Iterator, Mapping
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ovserve.cli import tune
+from ovserve.cli.commands import ExitCode
+from ovserve.cli.trials import Candidate, run_rounds
+from ovserve.deadline import Deadline
+from ovserve.engines.stepwise.engine import StepwiseEngine
+from ovserve.models.plans import PLAN_FILE, Plan
+from ovserve.models.profile import read_profile
+from ovserve.settings.options import ModelSettings, Resolution
+from ovserve.worker.main import create_engine
+from ovserve.worker.trials import Trial, measure
+from tests.pictures import directory_of
+from tests.quantised import quantised_copy
+from tests.tinymodels import copy_model, tiny_model
+from tests.tunetoys import CRASHES, FAILS, HANGS, LEAVES, MEASURED, MEASURES, toy
+
+pytestmark = pytest.mark.engine
+
+SD = directory_of("sd")
+DEVICE = {"capabilities": ["BF16", "WINOGRAD", "FP32", "INT8"], "precision": "bf16", "quantisation_group": 32}
+F32, BF16 = (Plan({"INFERENCE_PRECISION_HINT": name}) for name in ("f32", "bf16"))
+
+
+def settings_of(directory: Path = SD, **options: Any) -> ModelSettings:
+    return ModelSettings(name=str(directory), path=directory, **options)
+
+
+def candidate(plan: Plan, *edits_s: float, psnr: float = 40.0, failure: str = "", steps: int = 4) -> Candidate:
+    runs = [dataclasses.replace(MEASURED, edit_s=seconds, psnr=psnr, steps=steps) for seconds in edits_s]
+    return Candidate(ModelSettings(), plan, "", runs, failure)
+
+
+def titles(directory: Path, device: Mapping[str, Any] = DEVICE, size: str = "", **options: Any) -> list[str]:
+    settings = settings_of(directory, **options)
+    shape = Resolution.parse(size) if size else None
+    return [each.title for each in tune.candidates_of(settings, read_profile(settings), device, shape)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tracker() -> None:
+    """Start multiprocessing's own process, which stays, before `leak_guard` counts."""
+    resource_tracker.ensure_running()
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_what_the_device_and_the_model_have(tmp_path: Path) -> None:
+    precision, static = "INFERENCE_PRECISION_HINT=f32", "engine=genai resolution=64x64"
+    assert titles(SD) == ["default", precision, static]
+    assert titles(SD, {}) == ["default", static]
+    assert titles(SD, engine="stepwise") == ["default", precision]
+    assert titles(SD, plugin_config='{"INFERENCE_PRECISION_HINT": "bf16"}') == ["default", static]
+    assert titles(SD, size="512x256")[-2:] == ["vae_tile_px=128", "engine=genai resolution=512x256"]
+    assert titles(tiny_model("klein")) == ["default", precision]
+    compressed, _ = quantised_copy(SD, tmp_path / "m", "unet", 8)
+    groups = [f"DYNAMIC_QUANTIZATION_GROUP_SIZE={size}" for size in (0, 64, 128)]
+    assert titles(compressed) == ["default", precision, *groups, static]
+    assert titles(compressed, {"capabilities": ["FP32"], "precision": "f32"}) == ["default", static]
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("others", "least", "best"),
+    [
+        ([candidate(F32, 1.0, 1.0)], 30, 1),
+        ([candidate(F32, 1.0, 1.0), candidate(BF16, 0.5, 0.5)], 30, 2),
+        ([candidate(F32, 1.0, 1.99)], 30, 0),  # not by MIN_GAIN in every round
+        ([candidate(F32, 1.0, 1.0, psnr=20)], 30, 0),
+        ([candidate(F32, 1.0, 1.0)], math.inf, 0),
+        ([candidate(F32, 1.0, 1.0, psnr=math.inf)], math.inf, 1),
+        ([candidate(F32, 1.0, failure="crashed")], 30, 0),
+        ([candidate(F32)], 30, 0),
+        ([], 30, 0),
+    ],
+)
+def test_fastest_is_chosen_only_if_it_wins_in_every_round_and_is_alike(
+    others: list[Candidate], least: float, best: int
+) -> None:
+    candidates = [candidate(Plan(), 2.0, 2.0, psnr=math.inf), *others]
+    assert tune.choose(candidates, 4, least) is candidates[best]
+
+
+def test_seconds_are_those_of_the_models_own_number_of_steps() -> None:
+    assert candidate(Plan(), 2.0).seconds(24) == 2.0 + 20 * 0.5
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def run_toys(*plans: Plan, rounds: int = 1, timeout_s: float = 30.0, total_s: float = 60.0) -> list[Candidate]:
+    candidates = [Candidate(ModelSettings(), plan) for plan in plans]
+    trial = Trial(ModelSettings(), Plan(), None, 4, 1)
+    lines: list[str] = []
+    run_rounds(
+        candidates,
+        trial,
+        rounds=rounds,
+        timeout_s=timeout_s,
+        total=Deadline.after(total_s),
+        report=lines.append,
+        target=toy,
+    )
+    return candidates
+
+
+def test_crash_loses_one_candidate_and_is_reported(leak_guard: None) -> None:
+    first, crashed, left, failed, last = run_toys(MEASURES, CRASHES, LEAVES, FAILS, MEASURES, rounds=2)
+    assert [len(each.runs) for each in (first, crashed, left, failed, last)] == [2, 0, 0, 0, 2]
+    assert crashed.failure == "its process was killed by SIGSEGV, a crash in native code"
+    assert left.failure == "its process exited with code 7"
+    assert failed.failure == "model: weights are missing"
+    assert (first.psnr, last.psnr, last.failure) == (math.inf, math.inf, "")
+
+
+def test_deadline_ends_a_candidate_that_hangs(leak_guard: None) -> None:
+    first, hung, last = run_toys(MEASURES, HANGS, MEASURES, timeout_s=5.0)
+    assert (hung.runs, hung.failure) == ([], "ended after 5 s, the time limit")
+    assert (len(first.runs), len(last.runs)) == (1, 1)
+
+
+def test_total_limit_keeps_what_was_measured(leak_guard: None) -> None:
+    first, hung, last = run_toys(MEASURES, HANGS, MEASURES, total_s=5.0)
+    assert (len(first.runs), first.failure) == (1, "")
+    assert "time limit" in hung.failure
+    assert (last.runs, last.failure) == ([], "not measured: the total time limit was reached")
+
+
+def test_nothing_is_measured_without_the_default_plan(leak_guard: None) -> None:
+    first, last = run_toys(LEAVES, MEASURES)
+    assert (first.failure, last.runs, last.failure) == ("its process exited with code 7", [], "")
+
+
+# --- with the engine --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return copy_model(SD, tmp_path / "m", {"unet/config.json": {}})
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Restore the handlers that the command replaces."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+def test_table_has_the_default_plan_with_the_same_bits_and_others_with_their_likeness(
+    model: Path, capsys: pytest.CaptureFixture[str], leak_guard: None
+) -> None:
+    arguments = [str(model), "--engine", "stepwise", "--rounds", "2", "--edits", "1", "--steps", "2", "--json"]
+    assert tune.run(arguments) == ExitCode.OK
+    default, *others = json.loads(capsys.readouterr().out)
+    assert (default["plan"], default["same_bits"], default["failure"]) == ("default", True, "")
+    assert default["size"] == "64x64"
+    assert min(default[name] for name in ("step_s", "edit_s", "ready_s", "memory_bytes")) > 0
+    for other in others:
+        assert other["plan"] == f"INFERENCE_PRECISION_HINT={other['precision']}"
+        assert not other["same_bits"]
+        assert 20 < other["psnr_db"] < 80
+
+
+@pytest.mark.usefixtures("signals")
+def test_written_plan_is_what_the_engine_compiles(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = {"capabilities": ["FP32"], "precision": "bf16"}
+    monkeypatch.setattr(tune, "_report_of", lambda _device: device)
+    monkeypatch.setattr(tune, "MIN_GAIN", 1e-9)  # any other plan is fast enough
+    arguments = [str(model), "--engine", "stepwise", "--rounds", "1", "--edits", "1", "--steps", "2", "--write"]
+    assert tune.run(arguments) == ExitCode.OK
+    assert "stored in" in capsys.readouterr().out
+    settings = settings_of(model, plan="measured", streams=1, threads=1, max_batch=1, cache_dir=None)
+    engine, _ = create_engine(read_profile(settings), settings)
+    assert isinstance(engine, StepwiseEngine)
+    engine.load(lambda _phase: None)
+    assert engine.precision == "f32"
+    engine.close()
+
+
+@pytest.mark.usefixtures("signals")
+def test_plan_that_cannot_be_stored_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tune, "run_rounds", lambda candidates, *_, **__: candidates[0].runs.append(MEASURED))
+    model = copy_model(SD, tmp_path / "m", {})
+    (model / f".{PLAN_FILE}.new").mkdir()
+    assert tune.run([str(model), "--write"]) == ExitCode.USAGE
+    assert "the plan cannot be stored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_trial_reports_what_the_denoiser_computes_in(precision: str) -> None:
+    plan = Plan({"INFERENCE_PRECISION_HINT": precision})
+    settings = settings_of(streams=1, threads=1, max_batch=1)
+    found = measure(Trial(settings, plan, Resolution(64, 128), 3, 2))
+    assert found.precision in (precision, "f32")  # f32 on a processor without bfloat16
+    assert (found.engine, found.psnr, found.size) == ("stepwise", math.inf, Resolution(64, 128))
+    assert len(found.pixels) == 64 * 128 * 3
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+# --- wrong command lines ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rounds", "0"], "--rounds=0: expected 1 to 20"),
+        (["--timeout_s", "nan"], "--timeout_s=nan: expected"),
+        (["--size", "big"], "--size=big: expected WxH"),
+        (["--plugin_config", "[1]"], "--plugin_config=[1]: expected a JSON object"),
+        (["--plugin_config", "{"], "--plugin_config={: expected a JSON object"),
+        (["/nowhere"], "/nowhere: no such directory"),
+        ([str(SD), str(directory_of("sdxl"))], "is another model than"),
+        (["--device", "GPU.7"], "device GPU.7 does not exist"),
+    ],
+)
+@pytest.mark.usefixtures("signals")
+def test_wrong_command_line_is_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "run_rounds", lambda *_, **__: pytest.fail("measured"))
+    try:
+        code = tune.run(arguments)
+    except SystemExit as end:
+        code = int(str(end.code))
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (ExitCode.USAGE, "", 1)
+    assert words in err
