@@ -9,13 +9,14 @@ where each heading names a section of the page.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import stats
 from benchmarks.aims import OURS as OUR_STEPWISE
 from benchmarks.aims import find_only, list_aims
+from benchmarks.extrapolate import EXTRAPOLATED
 from benchmarks.plot import Point, line_chart
 from benchmarks.results import DIRECTORY, Result, Series, read_result
 
@@ -27,6 +28,7 @@ PLOTS = ROOT / "docs" / "plots"
 NOTES = ROOT / "benchmarks" / "notes.md"
 OURS = "ovserve"  # prefix of our servers' names
 UNITS = {"s": (1000.0, "ms"), "bytes": (1 / (1 << 20), "MiB"), "B/s": (1e-9, "GB/s"), "1/s": (1.0, "/s")}
+LARGE_UNITS = {"s": (1.0, "s"), "bytes": (1 / (1 << 30), "GiB")}  # for models of full size
 MAX_ROWS = 60  # of the table of a whole benchmark
 # Texts of the page for names in the result files; names without an entry are shown as they are.
 LABELS = {
@@ -85,7 +87,7 @@ def render(files: dict[str, tuple[Path, Result]], notes: str) -> tuple[str, dict
             lines += _section(title, make(serving, plots), sections)
     for name, (_, result) in sorted(files.items()):
         if name != "serving":
-            lines += _section(f"Benchmark: {name}", list_series(result), sections)
+            lines += _section(f"Benchmark: {name}", TABLES.get(name, list_series)(result), sections)
     lines += _section("Not measured", [], sections)
     return "\n".join(lines).rstrip() + "\n", plots
 
@@ -154,11 +156,13 @@ def _busy(files: dict[str, tuple[Path, Result]]) -> list[str]:
 # --- figures ---
 
 
-def shown(series: Series | None, rank: float = 50.0) -> str:
+def shown(series: Series | None, rank: float = 50.0, units: Mapping[str, tuple[float, str]] = UNITS) -> str:
     """Return a percentile with its interval, in the unit of the page; empty if it was not measured."""
     if series is None or not series.values:
         return ""
-    factor, unit = UNITS.get(series.unit, (1.0, series.unit))
+    factor, unit = units.get(series.unit, (1.0, series.unit))
+    if str(series.case.get("blocks", "")).startswith(EXTRAPOLATED):  # from medians: there is no interval
+        return f"{_number(factor * series.values[0])} {unit}".rstrip()
     estimate = stats.estimate([factor * value for value in series.values], rank)
     return f"{_number(estimate.value)} [{_number(estimate.low)}, {_number(estimate.high)}] {unit}".rstrip()
 
@@ -434,6 +438,32 @@ def list_series(result: Result) -> list[str]:
     left = len(result.series) - MAX_ROWS
     more = [f"{left} more series are in the file.", ""] if left > 0 else []
     return [*table(["figure", *(LABELS.get(key, key) for key in keys), "median", "values"], rows), *more]
+
+
+def sizes(result: Result) -> list[str]:
+    """Return the table of models of full size: one row for each model, its blocks, its weights and an engine.
+
+    Extrapolated figures are in italics.
+    """
+    figures = ("step", "rest of an edit", "ready", "private memory", "step, int8 over fp16", "distance of the picture")
+    cases = {tuple(sorted(series.case.items())): series.case for series in result.series}
+    rows = []
+    for case in cases.values():
+        blocks = str(case.get("blocks", "all"))
+        cells = []
+        for figure in figures:
+            found = [series for series in result.series if (series.name, series.case) == (figure, case)]
+            cells.append(shown(found[0], units=LARGE_UNITS) if found else "")
+        if blocks.startswith(EXTRAPOLATED):
+            cells = [f"*{cell}*" if cell else "" for cell in cells]
+            blocks = f"*{blocks}*"
+        rows.append([str(case["model"]), blocks, *(str(case[key]) for key in ("weights", "side", "side_px")), *cells])
+    order = {model: place for place, model in enumerate(dict.fromkeys(row[0] for row in rows))}
+    rows.sort(key=lambda row: (order[row[0]], row[1].startswith("*")))  # the extrapolated rows of a model come last
+    return table(["model", "blocks", "weights", "engine", "side, px", *figures], rows)
+
+
+TABLES: Mapping[str, Callable[[Result], list[str]]] = {"sizes": sizes}  # others are shown by list_series
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,15 @@ import nncf
 import openvino as ov
 
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "vae_encoder", "vae_decoder")
+MODEL = ("openvino_model.bin", "openvino_model.xml")
+
+
+def compress(part: Path, copy: Path) -> None:
+    """Copy one part of a model with its weights in int8."""
+    shutil.copytree(part, copy, ignore=shutil.ignore_patterns(*MODEL))
+    model = ov.Core().read_model(part / "openvino_model.xml")
+    model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    ov.save_model(model, copy / "openvino_model.xml", compress_to_fp16=True)
 
 
 def main() -> None:
@@ -23,15 +32,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the model")
     parser.add_argument("copy", type=Path, help="folder to write to")
     options = parser.parse_args()
-    shutil.copytree(
-        options.folder, options.copy, ignore=shutil.ignore_patterns("openvino_model.bin", "openvino_model.xml")
-    )
-    core = ov.Core()
-    for path in sorted(options.folder.glob("*/openvino_model.xml")):
-        model = core.read_model(path)
-        if path.parent.name in PARTS:
-            model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
-        ov.save_model(model, options.copy / path.parent.name / path.name, compress_to_fp16=True)
+    shutil.copytree(options.folder, options.copy, ignore=shutil.ignore_patterns(*PARTS))
+    for name in PARTS:
+        if (options.folder / name).is_dir():
+            compress(options.folder / name, options.copy / name)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Writes FOLDER/diffusers (half-precision safetensors, 2 GB) and FOLDER/openvino (the same as OpenVINO IR, 2 GB). Its
 pictures are noise, but time and memory depend only on shapes, so every engine does the same work as with real weights.
-Takes some minutes and 10 GB of memory.
+Takes some minutes and 10 GB of memory. With --lcm it is a latent consistency model of this size, whose UNet has the
+guidance scale as an input.
 """
 
 from __future__ import annotations
@@ -16,10 +17,18 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from scripts.builtin_model.tokenizer import write_tokenizer_files
+from scripts.builtin_model.worlds import model_sizes
 
 SEED = 15
 VOCABULARY = 49_408  # size of the embedding table; the tokenizer uses the first few hundred entries
@@ -46,10 +55,10 @@ def export(torch_form: Path, openvino_form: Path) -> None:
     subprocess.run([exporter, *options, "--model", torch_form, openvino_form], check=True)
 
 
-def make_pipeline(folder: Path) -> StableDiffusionPipeline:
+def make_pipeline(folder: Path, *, lcm: bool = False) -> StableDiffusionPipeline | LatentConsistencyModelPipeline:
     """Return the pipeline, with the shapes of Stable Diffusion 1.5's published configuration."""
     torch.manual_seed(SEED)
-    write_tokenizer_files(folder / "words")
+    write_tokenizer_files(folder / "words", model_sizes("shapes").words, WINDOW)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "words", model_max_length=WINDOW)
     encoder = CLIPTextConfig(
         vocab_size=VOCABULARY,
@@ -72,16 +81,14 @@ def make_pipeline(folder: Path) -> StableDiffusionPipeline:
         layers_per_block=2,
         cross_attention_dim=768,
         attention_head_dim=8,
+        time_cond_proj_dim=256 if lcm else None,
     )
-    schedule = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    return StableDiffusionPipeline(
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    if lcm:
+        schedule = LCMScheduler(**betas, original_inference_steps=50)
+    else:
+        schedule = PNDMScheduler(**betas, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    return (LatentConsistencyModelPipeline if lcm else StableDiffusionPipeline)(
         vae=make_autoencoder(512),
         text_encoder=CLIPTextModel(encoder).eval(),
         tokenizer=tokenizer,
@@ -97,9 +104,11 @@ def main() -> None:
     """Write the model in both forms."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder to write to")
-    folder = parser.parse_args().folder
+    parser.add_argument("--lcm", action="store_true", help="make a latent consistency model")
+    options = parser.parse_args()
+    folder = options.folder
     torch_form, openvino_form = folder / "diffusers", folder / "openvino"
-    pipeline = make_pipeline(folder)
+    pipeline = make_pipeline(folder, lcm=options.lcm)
     pipeline.to(torch.float16).save_pretrained(torch_form)
     del pipeline
     export(torch_form, openvino_form)

@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from benchmarks.peers.make_sd15 import SEED, VOCABULARY, WINDOW, export, make_autoencoder
 from scripts.builtin_model.tokenizer import write_tokenizer_files
+from scripts.builtin_model.worlds import model_sizes
 
 
 def text_config(tokenizer: CLIPTokenizer, width: int, layers: int, heads: int, activation: str) -> CLIPTextConfig:
@@ -40,7 +41,7 @@ def make_pipeline(folder: Path) -> StableDiffusionXLPipeline:
     """Return the pipeline in half precision, with the shapes of SDXL's published configuration."""
     torch.manual_seed(SEED)
     torch.set_default_dtype(torch.float16)  # the weights take half of the memory
-    write_tokenizer_files(folder / "words")
+    write_tokenizer_files(folder / "words", model_sizes("shapes").words, WINDOW)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "words", model_max_length=WINDOW)
     denoiser = UNet2DConditionModel(
         sample_size=128,

@@ -16,7 +16,9 @@ import pytest
 from benchmarks import compare, in_process, metadata, run, stats
 from benchmarks.aims import Aim
 from benchmarks.bench_account import REST, difference, outside_share, read_account
+from benchmarks.bench_sizes import Model, add_full_depth, add_ratios, check_depths, find_models
 from benchmarks.edits import BOUNDARY, Body, encode_form, parse_kind
+from benchmarks.extrapolate import describe_blocks, extrapolate, pool
 from benchmarks.load import Load, Report, Sample, Target, apply_load
 from benchmarks.load import main as load_main
 from benchmarks.plot import Point, line_chart
@@ -392,6 +394,163 @@ class TestPage:
             line_chart("t", "x", "y", {})
         with pytest.raises(ValueError, match="above zero"):
             line_chart("t", "x", "y", {"one": [Point(0, 1, 1, 1)]}, log_x=True)
+
+
+FULL = {"double": 5, "single": 20, "text": 36}
+DEPTHS = (
+    {"double": 1, "single": 1, "text": 3},
+    {"double": 3, "single": 1, "text": 3},
+    {"double": 1, "single": 4, "text": 3},
+    {"double": 1, "single": 1, "text": 6},
+)
+
+
+def depth_models(depths: tuple[dict[str, int], ...] = DEPTHS) -> list[Model]:
+    return [Model("klein", Path("x"), 256, weights, blocks, FULL) for blocks in depths for weights in ("fp16", "int8")]
+
+
+class TestExtrapolation:
+    @staticmethod
+    def plane(blocks: dict[str, int]) -> float:
+        return 2.0 + 0.5 * blocks["double"] + 0.25 * blocks["single"] + 0.125 * blocks["text"]
+
+    def test_the_value_of_the_full_model_is_on_the_plane_through_the_points(self) -> None:
+        points = [(blocks, self.plane(blocks)) for blocks in DEPTHS]
+        assert extrapolate(points, FULL) == pytest.approx(2.0 + 2.5 + 5.0 + 4.5)
+        assert extrapolate(points[::-1], FULL) == pytest.approx(14.0)
+        assert extrapolate(points, DEPTHS[2]) == pytest.approx(self.plane(DEPTHS[2]))
+
+    def test_two_depths_of_one_kind_give_a_line(self) -> None:
+        assert extrapolate([({"main": 1}, 10.0), ({"main": 3}, 16.0)], {"main": 30}) == pytest.approx(97.0)
+
+    def test_kinds_that_are_not_asked_for_do_not_count(self) -> None:
+        points = [({"main": 1, "text": 2}, 10.0), ({"main": 3, "text": 9}, 16.0)]
+        assert extrapolate(points, {"main": 30}) == pytest.approx(97.0)
+
+    @pytest.mark.parametrize(
+        ("depths", "reason"),
+        [
+            (DEPTHS[:3], "3 models for 3 kinds"),
+            ((*DEPTHS, {"double": 2, "single": 2, "text": 4}), "5 models"),
+            ((*DEPTHS[:3], DEPTHS[0]), "do not tell them apart"),
+            ((*DEPTHS[:3], {"double": 3, "single": 4, "text": 3}), "do not tell them apart"),
+        ],
+    )
+    def test_depths_that_do_not_determine_the_plane_are_rejected(
+        self, depths: tuple[dict[str, int], ...], reason: str
+    ) -> None:
+        with pytest.raises(ValueError, match=reason):
+            extrapolate([(blocks, 1.0) for blocks in depths], FULL)
+
+    def test_models_that_differ_in_another_kind_are_put_together(self) -> None:
+        measured = [
+            ({"main": 1, "text": 2}, [1.0, 2.0]),
+            ({"main": 3, "text": 2}, [7.0]),
+            ({"main": 1, "text": 5}, [9.0]),
+        ]
+        assert pool(measured, ["main"]) == [({"main": 1}, 2.0), ({"main": 3}, 7.0)]
+        assert pool(measured, ["text"]) == [({"text": 2}, 2.0), ({"text": 5}, 9.0)]
+
+
+class TestSizes:
+    def result(self) -> Result:
+        result = Result("sizes", {"date": "2026-01-02T00:00:00+00:00", "commit": "0123456789"})
+        for model in depth_models():
+            text, others = model.blocks["text"], 2 * model.blocks["double"] + model.blocks["single"]
+            size = 1 if model.weights == "fp16" else 0.5
+            for side in ("stepwise", "library"):
+                case = model.case | {"side": side}
+                result.add("step", [size * others, size * others], case=case)
+                result.add("rest of an edit", [3 + text], case=case)
+                result.add("ready", [1 + text + others], case=case)
+                result.add("private memory", [size * (text + others)], unit="bytes", case=case)
+        return result
+
+    def test_figures_of_the_full_depth_are_added_for_each_engine_and_weights(self) -> None:
+        result = self.result()
+        add_full_depth(result, depth_models())
+        blocks = f"extrapolated to {describe_blocks(FULL)}"
+        for figure, weights, expected in (
+            ("step", "fp16", 30.0),
+            ("step", "int8", 15.0),
+            ("rest of an edit", "fp16", 39.0),
+            ("ready", "int8", 67.0),
+            ("private memory", "fp16", 66.0),
+            ("private memory", "int8", 33.0),
+        ):
+            for side in ("stepwise", "library"):
+                found = result.find(figure, model="klein", weights=weights, side=side, blocks=blocks)
+                assert found.values == (pytest.approx(expected),)
+
+    def test_the_ratio_of_a_step_is_that_of_equal_cases(self) -> None:
+        result = self.result()
+        add_full_depth(result, depth_models())
+        add_ratios(result)
+        ratios = result.select("step, int8 over fp16")
+        assert len(ratios) == 2 * (len(DEPTHS) + 1)
+        assert {value for series in ratios for value in series.values} == {0.5}
+
+    def test_a_depth_that_is_not_measured_leaves_the_figures_out(self) -> None:
+        result = self.result()
+        result.series = [
+            series
+            for series in result.series
+            if (series.name, series.case["blocks"], series.case["side"])
+            != ("ready", describe_blocks(DEPTHS[1]), "library")
+        ]
+        add_full_depth(result, depth_models())
+        found = [series for series in result.select("ready") if "extrapolated" in str(series.case["blocks"])]
+        assert {series.case["side"] for series in found} == {"stepwise"}
+
+    def test_a_figure_that_falls_with_more_blocks_is_left_out_and_named(self) -> None:
+        result = Result("sizes", {})
+        for model in depth_models():
+            for side in ("stepwise", "library"):
+                ready = 9.0 if model.blocks == DEPTHS[0] else 8.0  # noise: the smallest model took longest
+                result.add("ready", [ready], case=model.case | {"side": side})
+        add_full_depth(result, depth_models())
+        assert not [series for series in result.series if "extrapolated" in str(series.case["blocks"])]
+        assert len(result.metadata["skipped"]) == 4
+        assert "ready is -" in result.metadata["skipped"][0]
+
+    def test_depths_are_checked_before_anything_is_measured(self) -> None:
+        check_depths(depth_models())
+        check_depths(depth_models(DEPTHS[:1]))
+        with pytest.raises(ValueError, match="3 models for 3 kinds"):
+            check_depths(depth_models(DEPTHS[:3]))
+
+    def test_a_folder_has_a_model_for_each_kind_of_weights(self, tmp_path: Path) -> None:
+        for place in ("openvino", "int8"):
+            (tmp_path / place).mkdir()
+            (tmp_path / place / "model_index.json").write_text("{}")
+        (tmp_path / "blocks.json").write_text(json.dumps({"blocks": DEPTHS[0], "full": FULL}))
+        found = find_models(f"klein={tmp_path}@512")
+        assert [(model.weights, model.directory.name, model.side_px) for model in found] == [
+            ("fp16", "openvino", 512),
+            ("int8", "int8", 512),
+        ]
+        assert found[0].case["blocks"] == "1 double, 1 single, 3 text"
+        assert [model.weights for model in find_models(f"k={tmp_path}@64", ["int8"])] == ["int8"]
+        own = find_models(f"sd15={tmp_path / 'int8'}@64")
+        assert [(model.weights, dict(model.blocks)) for model in own] == [("as given", {})]
+
+    @pytest.mark.parametrize("argument", ["sd15", "sd15=x", "sd15=x@big", "=x@512", "sd15=none@512"])
+    def test_an_argument_without_a_model_is_rejected(self, argument: str) -> None:
+        with pytest.raises(ValueError, match=r"not NAME=FOLDER@SIDE|no model_index.json"):
+            find_models(argument)
+
+    def test_the_page_marks_extrapolated_figures_and_gives_them_no_interval(self) -> None:
+        result = self.result()
+        result.add("step", [3.0], case={"model": "sd15", "weights": "fp16", "side_px": 512, "side": "library"})
+        add_full_depth(result, depth_models())
+        add_ratios(result)
+        page, _ = render({"sizes": (Path("sizes.json"), result)}, "")
+        rows = [line for line in page.splitlines() if line.startswith(("| klein", "| sd15"))]
+        assert len(rows) == 4 * (len(DEPTHS) + 1) + 1
+        assert rows[-1].startswith("| sd15 | all | fp16 | library | 512 | 3 [3, 3] s |")
+        assert "| 1 double, 1 single, 3 text | int8 | stepwise | 256 | 1.5 [1.5, 1.5] s |" in rows[4 - 2]
+        last = rows[4 * len(DEPTHS)]
+        assert "| *extrapolated to 5 double, 20 single, 36 text* | fp16 | stepwise | 256 | *30 s* | *39 s* |" in last
 
 
 def test_simulated_devices_are_busy_until_the_front_end_is_the_limit() -> None:
