@@ -123,9 +123,9 @@ def run_one(trial: Trial, timeout_s: float, target: Callable[..., None] = run_tr
     context = get_context("spawn")
     link, end = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(end, trial), daemon=True)
-    process.start()
-    end.close()
     try:
+        process.start()
+        end.close()
         if not link.poll(timeout_s):
             return f"ended after {timeout_s:.0f} s, the time limit"
         found = link.recv()
@@ -134,9 +134,10 @@ def run_one(trial: Trial, timeout_s: float, target: Callable[..., None] = run_tr
         process.join()
         return _describe_exit(process.exitcode)
     finally:
-        process.kill()
-        process.join()
-        process.close()
+        if process.pid is not None:
+            process.kill()
+            process.join()
+            process.close()
         link.close()
 
 

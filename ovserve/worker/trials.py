@@ -93,8 +93,7 @@ class Sender(Protocol):
 
 def main(link: Sender, trial: Trial) -> None:
     """Run a trial, and send what it has measured, or the reason of its failure as text. The spawn target."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal's whole group; the command ends this process
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the command too, which ends this process
     disable_telemetry()
     logging.disable(logging.WARNING)  # it would be repeated for every run
     try:

@@ -8,6 +8,9 @@ import json
 import logging
 import math
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -24,6 +27,7 @@ from ovserve.fleet.desired import desired_models
 from ovserve.models.plans import PLAN_FILE, Plan
 from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Resolution, Settings
+from ovserve.wire.local.processes import children_of
 from ovserve.worker.main import create_engine
 from ovserve.worker.trials import Measured, Trial, measure
 from tests.pictures import directory_of
@@ -281,3 +285,18 @@ def test_wrong_command_line_is_one_line(
     out, err = capsys.readouterr()
     assert (code, out, err.count("\n")) == (ExitCode.USAGE, "", 1)
     assert words in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_command_and_the_process_of_its_run(model: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "ovserve", "tune", str(model)]
+    deadline = Deadline.after(60)
+    with subprocess.Popen(command) as process:
+        while len(children := children_of(process.pid)) < 2:  # multiprocessing's own process, and the run
+            assert not deadline.is_expired()
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(60) == ExitCode.CANCELLED
+    while left := [pid for pid in children if Path(f"/proc/{pid}").exists()]:
+        assert not deadline.is_expired(), left
+        time.sleep(0.01)
