@@ -103,7 +103,7 @@ def tune(values: Mapping[str, Any]) -> ExitCode:
         rounds=values["rounds"],
         timeout_s=values["timeout_s"],
         total=Deadline.after(values["total_s"]),
-        report=lambda line: print(line, file=sys.stderr, flush=True),
+        report=_report,
     )
     steps, least = profiles[0].defaults.num_inference_steps, values["min_psnr"]
     if values["json"]:
@@ -221,15 +221,20 @@ def _write(
     for settings, profile in models:
         own = [each for each in candidates if each.settings is settings]
         if not own[0].runs or own[0].failure or own[0].psnr < min_psnr:
-            print(f"{settings.name}: no plan stored: its default plan failed, or makes too different a picture")
+            _report(f"{settings.name}: no plan stored: its default plan failed, or makes too different a picture")
             continue
         plan = choose(own, steps, min_psnr).plan
         try:
             path = write_plan(profile.directory, profile.traits.denoiser, device, plan)
         except OSError as error:
             return report_error(f"the plan cannot be stored: {error}", ExitCode.USAGE)
-        print(f"{settings.name}: {plan} stored in {path}; serve it with --plan measured")
+        _report(f"{settings.name}: {plan} stored in {path}; serve it with --plan measured")
     return ExitCode.OK
+
+
+def _report(line: str) -> None:
+    """Print what is no result to standard error: standard output may be a JSON document."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _likeness(psnr: float) -> str:

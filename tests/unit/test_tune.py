@@ -222,9 +222,23 @@ def test_written_plan_is_what_the_engine_compiles(
     device = {"capabilities": ["FP32"], "precision": "bf16"}
     monkeypatch.setattr(tune, "_report_of", lambda _device: device)
     monkeypatch.setattr(tune, "MIN_GAIN", 1e-9)  # any other plan is fast enough
-    arguments = [str(model), "--engine", "stepwise", "--rounds", "1", "--edits", "1", "--steps", "2", "--write"]
+    arguments = [
+        str(model),
+        "--engine",
+        "stepwise",
+        "--rounds",
+        "1",
+        "--edits",
+        "1",
+        "--steps",
+        "2",
+        "--write",
+        "--json",
+    ]
     assert tune.run(arguments) == ExitCode.OK
-    assert "stored in" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert f"stored in {model / PLAN_FILE}; serve it with --plan measured" in err
+    assert [entry["plan"] for entry in json.loads(out)] == ["default", "INFERENCE_PRECISION_HINT=f32"]
     assert options_of_workers(model, "exact").plugin_config == ""
     served = options_of_workers(model, "measured")
     assert json.loads(served.plugin_config) == {"INFERENCE_PRECISION_HINT": "f32"}
