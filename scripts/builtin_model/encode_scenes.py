@@ -42,7 +42,8 @@ def main() -> None:
 def encode(options: argparse.Namespace) -> None:
     """Write scenes.pt.
 
-    It contains `after` and `before`, float16 (N, C, 16, 16), raw latents; and `captions`, int16 (N, CAPTIONS, window).
+    It contains `after` and `before`, float16 (N, C, 16, 16), raw latents; `captions`, int16 (N, CAPTIONS, window); and
+    `plain`, the number of scenes before those that are made from another picture.
     """
     device = choose_device(options.threads)
     model = Autoencoder.from_checkpoint(load_checkpoint(options.folder / "autoencoder.pt")).to(device).eval()
@@ -60,12 +61,19 @@ def encode(options: argparse.Namespace) -> None:
             parts.append({**latents, "captions": torch.from_numpy(shard["captions"])})
             progress.advance(number + 1, torch.tensor(0.0))
     content: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    content["plain"] = SHARD * _plain_shards(shards)
     save_checkpoint(options.folder / "scenes.pt", content)
+
+
+def _plain_shards(shards: int) -> int:
+    """Return how many shards, from the first, have scenes for pictures that are made from noise: half of them."""
+    return -(-shards // 2)
 
 
 def _shards(options: argparse.Namespace, shards: int) -> Iterator[dict[str, Any]]:
     """Yield the shards in order, drawn by several processes, at most AHEAD shards per process before the encoder."""
-    tasks = [(options.world, options.seed, number, options.folder) for number in range(shards)]
+    plain = _plain_shards(shards)
+    tasks = [(options.world, options.seed, number, number >= plain, options.folder) for number in range(shards)]
     processes = options.threads or os.cpu_count() or 1
     if processes == 1:
         yield from map(_draw_shard, tasks)
@@ -80,14 +88,15 @@ def _shards(options: argparse.Namespace, shards: int) -> Iterator[dict[str, Any]
             yield drawn.popleft().get(SHARD_TIMEOUT_S)
 
 
-def _draw_shard(task: tuple[str, int, int, Path]) -> dict[str, Any]:
-    name, seed, number, folder = task
+def _draw_shard(task: tuple[str, int, int, bool, Path]) -> dict[str, Any]:
+    name, seed, number, is_edited, folder = task
     world = load_world(name, folder)
+    sample = world.sample_edited if is_edited else world.sample
     rng = random.Random(f"{seed}/{number}")
     encoder = PromptEncoder(folder / "tokenizer")
     after, before, captions = [], [], []
     for _ in range(SHARD):
-        composition = world.sample(rng)
+        composition = sample(rng)
         # The same variation of colours in both pictures, so that unedited parts are equal, as in a real edit.
         paint = rng.getrandbits(32)
         after.append(world.draw(composition, random.Random(paint)))

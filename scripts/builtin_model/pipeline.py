@@ -20,7 +20,7 @@ PACKAGE = __package__ or "scripts.builtin_model"
 # Work for each budget: autoencoder steps, batch; scenes; denoiser steps, batch; cases of each test. "tiny" only checks
 # that every stage runs, "cpu" takes a night on two cores, "gpu" about 20 minutes on a large GPU (estimated).
 BUDGETS = {
-    "tiny": ((10, 4), 512, (10, 4), 1),
+    "tiny": ((10, 4), 1024, (10, 4), 1),
     "cpu": ((12_000, 8), 48_000, (60_000, 32), 200),
     "gpu": ((20_000, 64), 200_000, (30_000, 512), 200),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -61,7 +62,10 @@ _CENTRES = {2: ((64, 192), (128,)), 3: ((48, 128, 208), (128,))}  # three fit on
 # Kinds of compositions with their share of the scenes.
 COMPOSITION_KINDS = {"one": 0.58, "pair": 0.24, "three": 0.08, "empty": 0.10}
 LANDSCAPE_SHARE = 0.25
+# Where a single thing is, and the word for it; None: anywhere, without a word.
 PLACES = ("left", "right", "top", "bottom", "center", "center", "center", "center", None, None)
+# In pictures that are made from another one, more things are anywhere: the other picture shows where.
+PLACES_OF_EDITS = ("left", "right", "top", "bottom", "center", "center", None, None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +124,16 @@ class Sprites:
         return self._scaled[name, side]
 
 
-def sample_composition(rng: random.Random, kind: str | None = None) -> Composition:
+def sample_composition(
+    rng: random.Random, kind: str | None = None, *, places: Sequence[str | None] = PLACES
+) -> Composition:
     """Draw a composition at random; things and plain backgrounds are uniform."""
     kind = kind or rng.choices(list(COMPOSITION_KINDS), list(COMPOSITION_KINDS.values()))[0]
     background = rng.choice(LANDSCAPES) if rng.random() < LANDSCAPE_SHARE else rng.choice(list(COLOURS))
     if kind == "empty":
         return Composition(kind, background, ())
     if kind == "one":
-        return _single(rng, background)
+        return _single(rng, background, places)
     count = {"pair": 2, "three": 3}[kind]
     columns, rows = _CENTRES[count]
     names, row = rng.sample(thing_names(), count), rng.choice(rows)
@@ -135,10 +141,10 @@ def sample_composition(rng: random.Random, kind: str | None = None) -> Compositi
     return Composition(kind, background, tuple(things))
 
 
-def _single(rng: random.Random, background: str) -> Composition:
+def _single(rng: random.Random, background: str, places: Sequence[str | None]) -> Composition:
     size = rng.choice(["small", "large", None, None, None, None])
     side = SIZES_PX[size]
-    place = "center" if size == "large" else rng.choice(PLACES)
+    place = "center" if size == "large" else rng.choice(places)
     middle = PICTURE_PX // 2
     near = -(-side // 2 // GRID_PX) * GRID_PX
     low, high = near, PICTURE_PX - near
@@ -167,7 +173,7 @@ def sample_edit(after: Composition, rng: random.Random) -> Composition:
             left = list(after.things)
             del left[rng.randrange(len(left))]
             return Composition(kind, after.background, tuple(left))
-        return replace(_single(rng, after.background), background=after.background)
+        return _single(rng, after.background, PLACES_OF_EDITS)
     index = rng.randrange(len(after.things))
     was = after.things[index]
     # A picture to edit was not drawn on the grid: the model learns to put the new thing at the nearest place of it.

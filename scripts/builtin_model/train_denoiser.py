@@ -3,7 +3,7 @@
 Two things differ from plain training. Half of each batch has timesteps at which the layout is decided. And some rows
 start from the latents of another picture, in whole or inside a rectangle, while the target is still the captioned
 scene: that is the input of the model in image to image and in inpainting by blending, and trains it to keep positions
-and follow the prompt.
+and follow the prompt. Such rows have scenes of their own, whose captions tell less of positions.
 """
 
 from __future__ import annotations
@@ -67,10 +67,15 @@ def main() -> None:
 
 
 class Scenes:
-    """The encoded training set on the device, normalised."""
+    """The encoded training set on the device, normalised.
+
+    Attributes:
+        plain: number of scenes before those that are made from another picture.
+    """
 
     def __init__(self, path: Path, device: torch.device, mean: Tensor | None, scale: Tensor | None) -> None:
         content = load_checkpoint(path)
+        self.plain = int(content["plain"])
         after = content["after"].float()
         self.mean = after.mean((0, 2, 3), keepdim=True) if mean is None else mean
         self.scale = after.std((0, 2, 3), keepdim=True) if scale is None else scale
@@ -158,18 +163,20 @@ class Run:
 
     def _loss(self, generator: torch.Generator) -> Tensor:
         rows, scenes, device = self.options.batch, self.scenes, self.device
-        index = torch.randint(HELD_OUT, len(scenes), (rows,), generator=generator, device=device)
-        choice = torch.randint(0, scenes.captions.shape[1], (rows,), generator=generator, device=device)
-        input_ids = scenes.captions[index, choice].long()
-        uncaptioned = torch.rand(rows, generator=generator, device=device) < UNCAPTIONED_SHARE
-        input_ids = torch.where(uncaptioned[:, None], self.empty, input_ids)
         timesteps = self._timesteps(rows, generator)
-        target = scenes.after[index]
+        uncaptioned = torch.rand(rows, generator=generator, device=device) < UNCAPTIONED_SHARE
         edited = (
             (torch.rand(rows, generator=generator, device=device) < self.options.edit_share)
             & (timesteps >= EDIT_TIMESTEPS)
             & ~uncaptioned
         )
+        plain = torch.randint(HELD_OUT, scenes.plain, (rows,), generator=generator, device=device)
+        others = torch.randint(scenes.plain, len(scenes), (rows,), generator=generator, device=device)
+        index = torch.where(edited, others, plain)
+        choice = torch.randint(0, scenes.captions.shape[1], (rows,), generator=generator, device=device)
+        input_ids = scenes.captions[index, choice].long()
+        input_ids = torch.where(uncaptioned[:, None], self.empty, input_ids)
+        target = scenes.after[index]
         where = self._regions(rows, target.shape[-1], generator) & edited[:, None, None, None]
         start = torch.where(where, scenes.before[index], target)
         return self._squared_error(start, target, timesteps, input_ids, generator)

@@ -80,6 +80,9 @@ class World(Protocol):
     def sample(self, rng: random.Random) -> Any:
         """Return a random composition."""
 
+    def sample_edited(self, rng: random.Random) -> Any:
+        """Return a random composition for a picture that is made from another one."""
+
     def sample_picture(self, rng: random.Random) -> Pixels:
         """Return a picture of a composition for the autoencoder: uint8 (256, 256, 3), RGB."""
 
@@ -126,6 +129,10 @@ class ShapesWorld:
     _kinds = {"one": 0.4, "two": 0.15, "three": 0.25, "pair": 0.2}  # noqa: RUF012  never changed
 
     def sample(self, rng: random.Random) -> scenes.Composition:
+        """Return a random composition."""
+        return scenes.sample_composition(rng)
+
+    def sample_edited(self, rng: random.Random) -> scenes.Composition:
         """Return a random composition."""
         return scenes.sample_composition(rng)
 
@@ -218,6 +225,10 @@ class ThingsWorld:
     def sample(self, rng: random.Random) -> thing_scenes.Composition:
         """Return a random composition."""
         return thing_scenes.sample_composition(rng)
+
+    def sample_edited(self, rng: random.Random) -> thing_scenes.Composition:
+        """Return a random composition with its thing at any place more often."""
+        return thing_scenes.sample_composition(rng, places=thing_scenes.PLACES_OF_EDITS)
 
     def sample_picture(self, rng: random.Random) -> Pixels:
         """Return a picture of a composition for the autoencoder: half of them as before an edit, off the grid."""

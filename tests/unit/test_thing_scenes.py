@@ -21,6 +21,7 @@ from scripts.builtin_model.thing_scenes import (
     GRID_PX,
     LANDSCAPES,
     PICTURE_PX,
+    PLACES_OF_EDITS,
     Composition,
     Placed,
     Sprites,
@@ -105,6 +106,18 @@ def test_things_are_whole_on_the_grid_and_do_not_overlap(kind: str) -> None:
             assert half <= thing.y <= PICTURE_PX - half
         lefts = sorted(thing.x for thing in things)
         assert all(right - left >= things[0].side for left, right in pairwise(lefts))
+
+
+def test_more_things_of_edits_are_anywhere() -> None:
+    rng = random.Random(4)
+
+    def without_a_word(*places: str | None) -> float:
+        options = {"places": places} if places else {}
+        drawn = [sample_composition(rng, "one", **options) for _ in range(2000)]
+        return sum(each.place is None for each in drawn) / len(drawn)
+
+    assert abs(without_a_word() - 0.2 * 5 / 6) < 0.04  # large ones are in the middle
+    assert abs(without_a_word(*PLACES_OF_EDITS) - 0.4 * 5 / 6) < 0.04
 
 
 def test_an_edit_differs_in_one_thing() -> None:
