@@ -29,6 +29,7 @@ NOTES = ROOT / "benchmarks" / "notes.md"
 OURS = "ovserve"  # prefix of our servers' names
 UNITS = {"s": (1000.0, "ms"), "bytes": (1 / (1 << 20), "MiB"), "B/s": (1e-9, "GB/s"), "1/s": (1.0, "/s")}
 LARGE_UNITS = {"s": (1.0, "s"), "bytes": (1 / (1 << 30), "GiB")}  # for models of full size
+OUTSIDE = "outside the model's calls"  # a figure of the benchmark account
 MAX_ROWS = 60  # of the table of a whole benchmark
 # Texts of the page for names in the result files; names without an entry are shown as they are.
 LABELS = {
@@ -463,7 +464,29 @@ def sizes(result: Result) -> list[str]:
     return table(["model", "blocks", "weights", "engine", "side, px", *figures], rows)
 
 
-TABLES: Mapping[str, Callable[[Result], list[str]]] = {"sizes": sizes}  # others are shown by list_series
+def account(result: Result) -> list[str]:
+    """Return the CPU time of an edit by process and part, the largest first, for each number of clients."""
+    clients = sorted({int(series.case["clients"]) for series in result.series})
+
+    def milliseconds(name: str, **case: str | float) -> list[float]:
+        found = [result.select(name, clients=count, **case) for count in clients]
+        return [1000 * stats.percentile(series[0].values, 50) if series else 0.0 for series in found]
+
+    parts = {(str(series.case["process"]), str(series.case["part"])) for series in result.select("cpu for an edit")}
+    times = {key: milliseconds("cpu for an edit", process=key[0], part=key[1]) for key in parts}
+    total = milliseconds("cpu for an edit, all")
+    rows = [[*key, *_parts_of(found, total)] for key, found in sorted(times.items(), key=lambda item: -item[1][-1])]
+    outside = [shown(series[0]) for count in clients if (series := result.select(OUTSIDE, clients=count))]
+    rows = [*rows, ["all", "", *_parts_of(total, total)], ["all", OUTSIDE, *outside]]
+    return table(["process", "part", *(f"{count} client{'s' * (count > 1)}" for count in clients)], rows)
+
+
+def _parts_of(found: Sequence[float], total: Sequence[float]) -> list[str]:
+    return [f"{ms:.2f} ms, {ms / whole:.1%}" for ms, whole in zip(found, total, strict=True)]
+
+
+# Others are shown by list_series.
+TABLES: Mapping[str, Callable[[Result], list[str]]] = {"account": account, "sizes": sizes}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

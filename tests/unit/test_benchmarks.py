@@ -22,7 +22,7 @@ from benchmarks.extrapolate import describe_blocks, extrapolate, pool
 from benchmarks.load import Load, Report, Sample, Target, apply_load
 from benchmarks.load import main as load_main
 from benchmarks.plot import Point, line_chart
-from benchmarks.render import NOTES, PAGE, PLOTS, newest, render
+from benchmarks.render import NOTES, PAGE, PLOTS, account, newest, render
 from benchmarks.results import DIRECTORY, Result, Series, read_result
 from ovserve.front.forms.multipart import MultipartParser, PartData
 
@@ -584,3 +584,18 @@ def test_the_account_of_an_edit_adds_up(tmp_path: Path) -> None:
     assert account["front end", REST] == pytest.approx(0.625)
     assert account["worker", "UNet"] == 0
     assert outside_share(account) == pytest.approx((0.125 + 0.625) / 2.25)
+
+
+def test_the_table_of_the_account_has_shares_and_the_largest_part_first() -> None:
+    result = Result("account", {"date": "2026-01-02T00:00:00+00:00", "commit": "0123456789"})
+    for clients, parts in ((1, {"UNet": 0.03, "PNG": 0.01}), (8, {"UNet": 0.015, "PNG": 0.005})):
+        for part, seconds in parts.items():
+            case = {"clients": clients, "process": "worker", "part": part}
+            result.add("cpu for an edit", [seconds], case=case)
+        result.add("cpu for an edit, all", [sum(parts.values())], case={"clients": clients})
+        result.add("outside the model's calls", [0.25], unit="", case={"clients": clients})
+    table = "\n".join(account(result))
+    assert "| process | part | 1 client | 8 clients |" in table
+    assert "| worker | UNet | 30.00 ms, 75.0% | 15.00 ms, 75.0% |\n| worker | PNG | 10.00 ms, 25.0% |" in table
+    assert "| all |  | 40.00 ms, 100.0% | 20.00 ms, 100.0% |" in table
+    assert "| all | outside the model's calls | 0.25" in table
