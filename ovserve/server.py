@@ -42,6 +42,7 @@ from ovserve.logs import LogLimit, configure_logs, current_level, fields, set_le
 from ovserve.metrics import Metrics
 from ovserve.models.catalog import Catalog, ServedModel, read_catalog
 from ovserve.models.fingerprint import fingerprint
+from ovserve.models.plans import EXACT, PLAN_FILE
 from ovserve.models.profile import ModelProfile
 from ovserve.settings.access import parse_listen
 from ovserve.settings.options import ModelSettings, Settings
@@ -375,9 +376,9 @@ class Server:
         """Return a text that changes when a file that a reload reads has changed. Runs in: the watch thread."""
         settings = self._api.settings
         named = [self._config, settings.api_key_file, settings.named_keys_file, settings.admin_key_file]
-        models = [
-            fingerprint(model.profile.directory, model.limits.cache_dir) for model in self._api.catalog.models.values()
-        ]
+        served = list(self._api.catalog.models.values())
+        models = [fingerprint(model.profile.directory, model.limits.cache_dir) for model in served]
+        named += [model.profile.directory / PLAN_FILE for model in served if model.limits.plan != EXACT]
         return "\n".join([state_of([path for path in named if path is not None]), *models])
 
     def _drain(self) -> None:

@@ -102,7 +102,7 @@ def _key(record: DesiredModel) -> str:
     """Return a key for everything that changes what a worker takes."""
     model = record.model_of_workers
     subject = (str(record.profile.directory), record.files, model.device, model.engine, model.plugin_config)
-    text = repr((subject, model.threads, model.streams, _library_version()))
+    text = repr((subject, model.threads, model.streams, model.vae_tile_px, _library_version()))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

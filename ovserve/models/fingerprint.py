@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ovserve.models.plans import PLAN_FILE
+
 __all__ = ["fingerprint"]
 
 _MAX_FILES = 10_000  # a model has a few dozen; more is not a model's directory alone
@@ -17,6 +19,7 @@ def fingerprint(directory: Path, cache_dir: Path | None = None, further: Sequenc
 
     `further` are files outside the directory that belong to the model, such as its adapters. Hidden files and
     directories are left out, and so is `cache_dir` where it lies inside the directory: the server itself writes there.
+    The stored plan is left out too: it is part of the profile where it is used, and nothing depends on it elsewhere.
     A missing or unreadable directory has an empty fingerprint.
     """
     digest = hashlib.sha256()
@@ -46,9 +49,10 @@ def _files(directory: Path, cache_dir: Path | None) -> Iterator[tuple[str, os.st
             if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) != excluded
         )
         for name in sorted(names):
-            if not name.startswith("."):
-                path = os.path.join(folder, name)
-                yield os.path.relpath(path, directory), os.stat(path)
+            path = os.path.join(folder, name)
+            below = os.path.relpath(path, directory)
+            if not name.startswith(".") and below != PLAN_FILE:
+                yield below, os.stat(path)
 
 
 def _raise(error: OSError) -> None:

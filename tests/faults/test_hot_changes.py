@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ovserve.models.plans import Plan, write_plan
 from ovserve.models.profile import builtin_directory
 from tests.faultserver import FaultServer, gone
 from tests.live import BUILTIN_PATH
@@ -122,6 +123,18 @@ def test_weights_are_swapped_under_load_and_noticed_by_the_watch(tmp_path: Path)
         with server.client() as client:
             part = client.get("/v1/config").json()["kept"]["reload"]
             assert (part["state"], "config.toml" in part["reason"]) == ("failed", True)
+
+
+def test_another_stored_plan_replaces_the_workers_that_use_it_and_no_others(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(builtin_directory(), model)
+    write_plan(model, "unet", "CPU", Plan())
+    configured = tables({"name": "exact", "path": str(model)}, {"name": "m", "path": str(model), "plan": "measured"})
+    with serve(tmp_path, configured, "--watch", "true", "--watch_interval_s", "0.1") as server:
+        await_models(server)
+        write_plan(model, "unet", "CPU", Plan({}, {"vae_tile_px": 256}))
+        server.until(lambda: bool(server.logged("new workers have taken over")))
+        assert pids(server).keys() == {"exact/0#0", "m/0#0", "m/0#1"}
 
 
 @pytest.mark.parametrize("wait_s", ["0", "30"])

@@ -47,6 +47,7 @@ def test_measurement_replaces_the_estimate_and_survives_a_restart(tmp_path: Path
     assert (second.worker_bytes(record), second.load_s(record)) == (100 * MIB, 2.5)
     assert second.worker_bytes(dataclasses.replace(record, files="changed")) == estimated_bytes(tmp_path / "m")
     assert second.load_s(dataclasses.replace(record, model=ModelSettings(name="m", device="GPU"))) == 0
+    assert second.load_s(dataclasses.replace(record, model=ModelSettings(name="m", vae_tile_px=256))) == 0
 
 
 def test_peak_grows_while_a_worker_runs_and_is_corrected_when_it_has_ended(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from ovserve.api.replies import model_object
 from ovserve.cli import check
 from ovserve.cli.commands import ExitCode
 from ovserve.errors import ModelError
+from ovserve.fleet.desired import DesiredModel, desired_models
 from ovserve.models.catalog import ServedModel
 from ovserve.models.plans import PLAN_FILE, Plan, write_plan
 from ovserve.models.profile import ModelProfile, builtin_directory, read_profile
-from ovserve.settings.options import ModelSettings
+from ovserve.settings.options import ModelSettings, Settings
+from ovserve.worker.compiled_cache import cache_key
 from tests.tinymodels import copy_model
 
 F32 = Plan({"INFERENCE_PRECISION_HINT": "f32"}, {"vae_tile_px": 256})
@@ -114,6 +116,24 @@ def test_invalid_file_is_refused(model: Path, content: str) -> None:
     (model / PLAN_FILE).write_text(content, "utf-8")
     with pytest.raises(ModelError, match=f"{PLAN_FILE}: not a stored plan"):
         read(model)
+
+
+@pytest.mark.parametrize(("option", "is_replaced"), [("exact", False), ("measured", True)])
+def test_another_plan_changes_what_workers_are_started_with_only_where_it_is_used(
+    model: Path, option: str, is_replaced: bool
+) -> None:
+    settings = ModelSettings(name="m", path=model, plan=option)
+
+    def record() -> DesiredModel:
+        return desired_models(Settings(models=(settings,)), {"m": read_profile(settings)})["m"]
+
+    before, cache = record(), model.parent / "cache"
+    key = cache_key(before.profile, cache)
+    write_plan(model, "unet", "CPU", Plan())
+    after = record()
+    assert (after.worker_key != before.worker_key) is is_replaced
+    assert after.files == before.files
+    assert cache_key(after.profile, cache) == key  # compiled models stay: OpenVINO tells properties apart
 
 
 def test_plans_of_other_devices_are_kept_unless_they_are_stale(model: Path) -> None:
