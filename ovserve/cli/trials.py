@@ -7,20 +7,26 @@ that a machine which becomes slower does so for all of them.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import statistics
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
 
 from ovserve.deadline import Deadline
 from ovserve.models.plans import Plan
 from ovserve.settings.options import ModelSettings
-from ovserve.worker.trials import Measured, Trial
+from ovserve.wire.local.processes import run_worker
+from ovserve.worker.trials import Measured, Trial, receive
 from ovserve.worker.trials import main as run_trial
 
 __all__ = ["Candidate", "run_one", "run_rounds"]
 
+_KILLED_S = 10.0  # until a killed process has ended; one that waits for a device does not
 _HINTS = {signal.SIGKILL: ", out of memory?", signal.SIGSEGV: ", a crash in native code"}
 
 
@@ -119,30 +125,51 @@ def run_rounds(
 
 
 def run_one(trial: Trial, timeout_s: float, target: Callable[..., None] = run_trial) -> Measured | str:
-    """Run a trial in a process; return what it measured, or why it failed."""
-    context = get_context("spawn")
+    """Run a trial in a process, which ends with this thread; return what it measured, or why it failed."""
+    context, deadline = get_context("spawn"), Deadline.after(timeout_s)
+    late = f"ended after {timeout_s:.0f} s, the time limit"
     link, end = context.Pipe(duplex=False)
-    process = context.Process(target=target, args=(end, trial), daemon=True)
+    process = context.Process(target=run_worker, args=(target, os.getpid(), None, end, trial), daemon=True)
+    results: SimpleQueue[Measured | str | Exception] = SimpleQueue()
+    # A read has no time limit, and a process can stop in the middle of what it sends.
+    reader = threading.Thread(target=_read, args=(link, results), name="trial", daemon=True)
     try:
         process.start()
         end.close()
-        if not link.poll(timeout_s):
-            return f"ended after {timeout_s:.0f} s, the time limit"
-        found = link.recv()
-        return found if isinstance(found, Measured) else str(found)
-    except EOFError:
-        process.join()
-        return _describe_exit(process.exitcode)
+        reader.start()
+        found = results.get(timeout=deadline.remaining())
+        if not isinstance(found, Exception):
+            return found
+        process.join(deadline.remaining())
+        if process.exitcode == 0 and not isinstance(found, EOFError):
+            return f"its result cannot be read: {found}"
+        return late if process.exitcode is None else _describe_exit(process.exitcode)
+    except Empty:
+        return late
+    except OSError as error:  # it ended before it had read its trial, or there can be no further process
+        return f"its process could not be started: {error}"
     finally:
+        end.close()
         if process.pid is not None:
             process.kill()
-            process.join()
-            process.close()
+            process.join(_KILLED_S)
+            with contextlib.suppress(ValueError):  # it still runs
+                process.close()
+        if reader.ident is not None:
+            reader.join(_KILLED_S)
         link.close()
 
 
-def _describe_exit(exitcode: int | None) -> str:
-    if exitcode is None or exitcode >= 0:
+def _read(link: Connection, results: SimpleQueue[Measured | str | Exception]) -> None:
+    """Put what a trial sends, or why that cannot be read, into the queue. Runs in: a thread of its own."""
+    try:
+        results.put(receive(link))
+    except (EOFError, OSError, ValueError) as error:
+        results.put(error)
+
+
+def _describe_exit(exitcode: int) -> str:
+    if exitcode >= 0:
         return f"its process exited with code {exitcode}"
     with contextlib.suppress(ValueError):
         number = signal.Signals(-exitcode)

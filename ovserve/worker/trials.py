@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import logging
 import math
 import os
-import signal
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     from ovserve.engines.protocol import Engine, Work
     from ovserve.models.profile import ModelProfile
 
-__all__ = ["Measured", "Sender", "Trial", "main", "measure"]
+__all__ = ["Measured", "Receiver", "Sender", "Trial", "main", "measure", "receive", "send"]
 
 _PROMPT = "a photo of a garden with a red house"
 _PEAK = 255.0  # of a level
+_MAX_RESULT_BYTES = 64 * 1024  # without the pixels
+_MAX_SIDE_PX = 1 << 15  # of a picture
+_SHOWN_CHARS = 500  # of the reason of a failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +90,56 @@ class Measured:
 class Sender(Protocol):
     """The end of a pipe to the process of the command."""
 
-    def send(self, value: Any, /) -> None:
-        """Send a value. Raises BrokenPipeError."""
+    def send_bytes(self, content: bytes, /) -> None:
+        """Send a message. Raises OSError."""
+
+
+class Receiver(Protocol):
+    """The end of a pipe from the process of a trial."""
+
+    def recv_bytes(self, maxlength: int, /) -> bytes:
+        """Receive a message. Raises EOFError, and OSError for one that is cut off or too long."""
+
+
+def send(link: Sender, found: Measured | str) -> None:
+    """Send what a trial has measured, or why it failed: JSON, then the raw pixels. Raises OSError."""
+    if isinstance(found, str):
+        link.send_bytes(json.dumps({"failure": found[:_SHOWN_CHARS]}).encode())
+        return
+    names = [entry.name for entry in dataclasses.fields(found) if entry.name not in ("size", "pixels")]
+    document = {name: getattr(found, name) for name in names}
+    link.send_bytes(json.dumps({**document, "size": [found.size.width, found.size.height]}).encode())
+    link.send_bytes(found.pixels)
+
+
+def receive(link: Receiver) -> Measured | str:
+    """Receive what `send` has sent. Nothing of it is unpickled: native code may have damaged the process of a trial.
+
+    Raises:
+        EOFError: the pipe was closed before.
+        OSError: a message is cut off or too long.
+        ValueError: it is not what `send` sends.
+    """
+    try:
+        document = json.loads(link.recv_bytes(_MAX_RESULT_BYTES))
+        if "failure" in document:
+            return " ".join(str(document["failure"]).split())[:_SHOWN_CHARS]
+        width, height = document.pop("size")
+        found = Measured(**document, size=Resolution(width, height), pixels=b"")
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"no result of a trial: {type(error).__name__}") from None
+    for name in ("ready_s", "edit_s", "step_s", "psnr"):
+        if type(getattr(found, name)) is not float or math.isnan(getattr(found, name)):
+            raise ValueError(f"no result of a trial: {name}")
+    if any(type(value) is not int or value < 0 for value in (width, height, found.steps, found.memory_bytes)):
+        raise ValueError("no result of a trial: a number")
+    if max(width, height) > _MAX_SIDE_PX or {type(found.engine), type(found.precision)} != {str}:
+        raise ValueError("no result of a trial: a side, or a name")
+    return dataclasses.replace(found, pixels=link.recv_bytes(width * height * 3))
 
 
 def main(link: Sender, trial: Trial) -> None:
-    """Run a trial, and send what it has measured, or the reason of its failure as text. The spawn target."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the command too, which ends this process
+    """Run a trial, and send what it has measured, or the reason of its failure. The target of `run_worker`."""
     disable_telemetry()
     logging.disable(logging.WARNING)  # it would be repeated for every run
     try:
@@ -101,8 +147,8 @@ def main(link: Sender, trial: Trial) -> None:
     except (ApiError, StartupError, RuntimeError, MemoryError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         found = lines[-1]
-    with contextlib.suppress(BrokenPipeError):  # the command has been stopped
-        link.send(found)
+    with contextlib.suppress(OSError):  # the command has been stopped
+        send(link, found)
 
 
 def measure(trial: Trial) -> Measured:

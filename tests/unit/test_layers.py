@@ -35,7 +35,16 @@ FOUNDATIONS = {
 MAY: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"server", "models", "hub", "client", "engines.devices", "front.keys", "worker.trials"},
+    "cli": {
+        "server",
+        "models",
+        "hub",
+        "client",
+        "engines.devices",
+        "front.keys",
+        "worker.trials",
+        "wire.local.processes",
+    },
     "client": set(),
     "hub": {"models"},
     "server": {"hub", "front", "api", "dispatch", "fleet", "wire", "models", "worker.main", "watch"},
@@ -209,8 +218,10 @@ def test_only_the_table_and_the_family_modules_name_a_family(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_only_the_server_chooses_an_implementation_of_the_wire(name: str) -> None:
     implementations = {"wire.local", "wire.memory", "wire.ray"}
-    # The decoding process is a child of its worker, however the worker itself was started: no choice is made there.
-    targets = own(MODULES[name]) - ({"wire.local.processes"} if name.startswith("pixels.decoder") else set())
+    # The decoding process is a child of its worker, however the worker itself was started, and a trial is one of its
+    # command: no choice is made there.
+    starts = name.startswith("pixels.decoder") or name == "cli.trials"
+    targets = own(MODULES[name]) - ({"wire.local.processes"} if starts else set())
     for target in targets:
         is_allowed = name == "server" or lies_in(name, implementations) or not lies_in(target, implementations)
         assert is_allowed, f"{name} imports {target}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -33,7 +35,21 @@ from ovserve.worker.trials import Measured, Trial, measure
 from tests.pictures import directory_of
 from tests.quantised import quantised_copy
 from tests.tinymodels import copy_model, tiny_model
-from tests.tunetoys import CRASHES, FAILS, HANGS, LEAVES, MEASURED, MEASURES, toy
+from tests.tunetoys import (
+    CLOSES,
+    CODE,
+    CRASHES,
+    CUTS,
+    FAILS,
+    HANGS,
+    LEAVES,
+    MEASURED,
+    MEASURES,
+    NONSENSE,
+    STOPS,
+    TOO_LONG,
+    toy,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -168,6 +184,22 @@ def test_run_that_the_total_limit_ends_keeps_the_rounds_before() -> None:
         run=lambda _trial, _limit_s: results.pop(0),
     )
     assert [(len(each.runs), each.failure) for each in candidates] == [(2, ""), (1, "")]
+
+
+def test_process_that_closes_its_pipe_or_stops_while_it_sends_is_ended_at_the_deadline(leak_guard: None) -> None:
+    began = time.monotonic()
+    first, closed, stopped = run_toys(MEASURES, CLOSES, STOPS, timeout_s=4.0)
+    assert time.monotonic() - began < 20
+    assert [each.failure for each in (first, closed, stopped)] == ["", *2 * ["ended after 4 s, the time limit"]]
+
+
+def test_result_that_cannot_be_read_loses_one_candidate(leak_guard: None) -> None:
+    first, cut, code, nonsense, long, last = run_toys(MEASURES, CUTS, CODE, NONSENSE, TOO_LONG, MEASURES)
+    assert cut.failure == "its process exited with code 9"
+    for each in (code, nonsense):
+        assert each.failure.startswith("its result cannot be read: ")
+    assert long.failure  # it may be ended by a signal, as nothing reads the rest
+    assert [len(each.runs) for each in (first, cut, code, nonsense, long, last)] == [1, 0, 0, 0, 0, 1]
 
 
 def test_nothing_is_measured_without_the_default_plan(leak_guard: None) -> None:
@@ -314,3 +346,25 @@ def test_signal_ends_the_command_and_the_process_of_its_run(model: Path, number:
     while left := [pid for pid in children if Path(f"/proc/{pid}").exists()]:
         assert not deadline.is_expired(), left
         time.sleep(0.01)
+
+
+def test_process_of_a_run_ends_with_a_command_that_is_killed() -> None:
+    code = (
+        "from ovserve.cli.trials import run_one; from tests.tunetoys import HANGS, toy\n"
+        "from ovserve.worker.trials import ModelSettings, Trial\n"
+        "run_one(Trial(ModelSettings(), HANGS, None, 4, 1), 60, toy)"
+    )
+    deadline = Deadline.after(30)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"hangs\n"
+        children = children_of(process.pid)
+        process.kill()
+    try:
+        while left := [pid for pid in children if Path(f"/proc/{pid}").exists()]:
+            assert not deadline.is_expired(), left
+            time.sleep(0.01)
+    finally:
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
