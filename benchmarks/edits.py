@@ -26,7 +26,7 @@ TASKS = {"edit": "edits", "masked": "edits", "generate": "generations", "variati
 OWN_KEYS = {"picture_px", "upload_bytes", "same"}  # attributes of a kind; any other key is a form field
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white", "black")
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "ring", "cross")
-PICTURES = 256  # number of different drawn pictures
+PICTURES = 4096  # number of different drawn pictures: more than a window has requests, so that no cache answers
 LARGE_PICTURES = 4  # number of different noise pictures; each may take megabytes
 SEED = 7
 

@@ -82,6 +82,7 @@ class Load:
         seconds: length of the measured window.
         warm_up_s: time for which the load runs before the window begins; samples in it are dropped.
         requests: largest number of requests after the warm-up.
+        first: number of the first request; a server may have the results of equal numbers in a cache.
         in_flight: largest number of requests at once in an open loop.
         timeout_s: longest wait for one answer.
         abandon: part of the requests (0..1) whose connection is closed after `abandon_after_s`, before the answer.
@@ -98,6 +99,7 @@ class Load:
     seconds: float = 10.0
     warm_up_s: float = 1.0
     requests: int = MAX_REQUESTS
+    first: int = 0
     in_flight: int = 128
     timeout_s: float = 120.0
     abandon: float = 0.0
@@ -272,7 +274,7 @@ class _Run:
         self._choices = [kind for kind in load.kinds for _ in range(kind.weight)]
         for kind in load.kinds:  # fill the caches of pictures before the clock starts
             for index in range(min(64, load.requests)):
-                kind.body(index)
+                kind.body(load.first + index)
         self._started = 0.0
 
     def run(self) -> Report:
@@ -340,7 +342,7 @@ class _Run:
         connection = self._target.connect(self._load.timeout_s)
         while taken := self._take():
             index, due, kind, abandons = taken
-            body = kind.body(index)
+            body = kind.body(self._load.first + index)
             if (wait := due - self._now()) > 0:
                 time.sleep(wait)
             sent = self._now()

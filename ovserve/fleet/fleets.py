@@ -29,7 +29,8 @@ _MAX_TUNED = 256  # the lowest upper bound of these options
 _MEASURE_S = 0.2  # between two measurements of a worker's memory while its resident memory changes
 _UNCHANGED_S = 2.0  # between them while it does not; mapped files may still get into memory, or out of it
 _CHANGE_SHARE = 1 / 64  # a smaller change of resident memory is none
-_MEASURE_SHARE = 0.05  # of the supervisor's time that the measurements of one worker may take
+_MEASURE_SHARE = 0.05  # of a core that the measurements of one worker may take
+_MEASURE_MAX_S = 20.0  # between two of them at most
 _MAX_DOUBLINGS = 32  # beyond any maximum delay; keeps the power finite
 
 
@@ -112,18 +113,19 @@ class Slot:
         """Measure the memory that the worker takes, if it is due.
 
         The kernel counts every page for that, milliseconds for a small worker. It is due often while `resident_bytes`,
-        which costs nothing, changes, and rarely while it does not or if measuring takes long.
+        which costs nothing, changes and while the model loads, and rarely otherwise or if measuring takes long.
         """
         if self.process is None or now < self.measure_at:
             return
         change = abs(resident_bytes - self.measured_resident_bytes)
-        if change <= resident_bytes * _CHANGE_SHARE and now < self.measure_by:
+        is_settled = bool(self.ready_at) and change <= resident_bytes * _CHANGE_SHARE
+        if is_settled and now < self.measure_by:
             return
-        begun_at = time.monotonic()
+        begun_s = time.thread_time()  # CPU time: a thread that had to wait is no reason to wait longer
         self.used_bytes = self.process.memory_bytes()
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         self.measured_resident_bytes = resident_bytes
-        wait_s = (time.monotonic() - begun_at) / _MEASURE_SHARE
+        wait_s = min(_MEASURE_MAX_S, (time.thread_time() - begun_s) / _MEASURE_SHARE)
         self.measure_at, self.measure_by = now + max(_MEASURE_S, wait_s), now + max(_UNCHANGED_S, wait_s)
 
     def silence_limit_s(self, link: Link) -> float:

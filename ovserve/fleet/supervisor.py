@@ -59,7 +59,8 @@ OnServing = Callable[[ModelProfile, ModelSettings], None]
 # Between checks of heartbeats and memory: the precision of a hang limit. A leak of 4 GB/s is seen within 1 GB.
 _TICK_S = 0.25
 _OVERHEAD_S = 2.0  # between measurements of the memory of the server itself
-_OVERHEAD_SHARE = 0.01  # of the supervisor's time that they may take: they are slow with thousands of threads
+_OVERHEAD_SHARE = 0.01  # of a core that they may take: they are slow with thousands of threads
+_OVERHEAD_MAX_S = 20.0  # between them at most
 _STALL_S = 1.0  # a tick this late means that the front end itself stalled: silence of workers until then does not count
 _CALL_TIMEOUT_S = 10.0  # for a queued call to be made; a loop iteration takes milliseconds, more if it starts processes
 _DISPATCHER_STALL_S = 5.0  # without an iteration of its loop: the dispatcher hangs, and the watchdog is not fed
@@ -335,10 +336,10 @@ class Supervisor:
     def _measured_overhead(self, now: float) -> int:
         """Return the memory of this program without its workers, measured every _OVERHEAD_S or more rarely."""
         if now >= self._measure_overhead_at:
-            begun_at = time.monotonic()
+            begun_s = time.thread_time()  # CPU time: a thread that had to wait is no reason to wait longer
             self._overhead_bytes = self._launcher.overhead_bytes()
-            wait_s = (time.monotonic() - begun_at) / _OVERHEAD_SHARE
-            self._measure_overhead_at = now + max(_OVERHEAD_S, wait_s)
+            wait_s = (time.thread_time() - begun_s) / _OVERHEAD_SHARE
+            self._measure_overhead_at = now + min(_OVERHEAD_MAX_S, max(_OVERHEAD_S, wait_s))
         return self._overhead_bytes
 
     def _views(self) -> list[ModelView]:

@@ -1,8 +1,8 @@
-"""Writes PNG files of pictures: each row's filter is chosen from two by a sample, and only runs are compressed.
+"""Writes PNG files of pictures: the better one of two filters for each row, and only runs are compressed.
 
-Pillow tries all five filters on every byte, which takes more time than the compression at its lowest level. Two of
-them, chosen by a quarter of the pixels, give files that are 1 to 4 % larger in half to two thirds of the time (measured
-on photos and on pictures of the built-in model).
+Pillow tries all five filters, which takes more time than the compression at its lowest level. With two of them, a file
+takes half to two thirds of the time, and 0 to 3 % more bytes for photos, flat drawings and pictures of the built-in
+model, up to 15 % for blurred drawings (measured).
 Runs in: worker.
 
 References are to PNG, third edition (W3C, 2025).
@@ -26,7 +26,6 @@ Pixels = NDArray[np.uint8]
 
 _COLOUR_TYPES = {3: 2, 4: 6}  # by channels: RGB, RGBA (section 11.2.1)
 _LEFT, _UP = 1, 2  # filters: the difference from the pixel on the left, and from the one above (section 9.2)
-_SAMPLED = 4  # one pixel of so many is looked at to choose a row's filter
 _LEVEL = 1  # of deflate; with runs only, other levels give the same bytes
 # Only runs of equal bytes are searched for: other matches are rare in filtered rows of a picture. Against the usual
 # strategy, pictures take 8 to 18 % fewer bytes and two thirds to nine tenths of the time, flat drawings up to 19 % more
@@ -41,7 +40,12 @@ def write_png(pixels: Pixels, parameters: str = "", profile: bytes = b"") -> byt
         pixels: uint8 (H, W, 3), RGB, or (H, W, 4), RGBA.
         parameters: the text of a text chunk `parameters`; empty: no chunk.
         profile: the ICC profile of the samples; empty: no chunk.
+
+    Raises:
+        ValueError: another dtype or shape.
     """
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in _COLOUR_TYPES or not pixels.size:
+        raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}; expected uint8 (H, W, 3) or (H, W, 4)")
     height, width, channels = pixels.shape
     head = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
     compressor = zlib.compressobj(_LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL + 1, _STRATEGY)
@@ -68,7 +72,7 @@ def _filtered(pixels: Pixels) -> Pixels:
     left, up = rows.copy(), rows.copy()
     np.subtract(rows[:, channels:], rows[:, :-channels], out=left[:, channels:])
     np.subtract(rows[1:], rows[:-1], out=up[1:])
-    is_left = _cost(left, channels) < _cost(up, channels)
+    is_left = _cost(left) < _cost(up)
     filtered = np.empty((height, 1 + width * channels), np.uint8)
     filtered[:, 0] = np.where(is_left, _LEFT, _UP)
     filtered[:, 1:] = up
@@ -76,13 +80,9 @@ def _filtered(pixels: Pixels) -> Pixels:
     return filtered
 
 
-def _cost(rows: Pixels, channels: int) -> NDArray[np.uint32]:
-    """Return a measure of how well each row compresses: the sum of its differences without their signs (section 12.7).
-
-    One channel of one pixel in _SAMPLED is looked at.
-    """
-    sampled = rows[:, channels % 2 :: channels * _SAMPLED]
-    cost: NDArray[np.uint32] = np.minimum(sampled, -sampled).sum(axis=1, dtype=np.uint32)
+def _cost(rows: Pixels) -> NDArray[np.uint32]:
+    """Return how badly each row compresses: the sum of its differences without their signs (section 12.7)."""
+    cost: NDArray[np.uint32] = np.minimum(rows, -rows).sum(axis=1, dtype=np.uint32)
     return cost
 
 

@@ -7,17 +7,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from benchmarks import compare, in_process, metadata, run, stats
+from benchmarks import bench_sizes, compare, in_process, metadata, run, stats
 from benchmarks.aims import Aim
 from benchmarks.bench_account import REST, difference, outside_share, read_account
 from benchmarks.bench_sizes import Model, add_full_depth, add_ratios, check_depths, find_models
-from benchmarks.edits import BOUNDARY, Body, encode_form, parse_kind
+from benchmarks.edits import BOUNDARY, Body, Kind, encode_form, parse_kind
 from benchmarks.extrapolate import describe_blocks, extrapolate, pool
 from benchmarks.load import Load, Report, Sample, Target, apply_load
 from benchmarks.load import main as load_main
@@ -25,6 +26,7 @@ from benchmarks.plot import Point, line_chart
 from benchmarks.render import NOTES, PAGE, PLOTS, account, newest, render
 from benchmarks.results import DIRECTORY, Result, Series, read_result
 from ovserve.front.forms.multipart import MultipartParser, PartData
+from ovserve.models.profile import builtin_directory
 
 STEADY = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98, 1.0, 1.01]
 
@@ -289,6 +291,20 @@ class TestLoad:
         report = apply_load(Target(toy), Load(clients=3, seconds=60, warm_up_s=0, requests=7))
         assert len(report.samples) == 7
         assert report.throughput > 5
+
+    def test_it_begins_with_its_first_request(self, toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        sent: list[int] = []
+        body = Kind.body
+
+        def recorded(kind: Kind, index: int) -> Body:
+            sent.append(index)
+            return body(kind, index)
+
+        load = Load(clients=1, seconds=30, warm_up_s=0, requests=3, first=100)
+        monkeypatch.setattr(Kind, "body", recorded)
+        apply_load(Target(toy), load)
+        assert sent[-3:] == [100, 101, 102]
+        assert min(sent) == 100
 
     def test_abandoned_requests_are_counted_separately(self, toy: str) -> None:
         load = Load(clients=2, seconds=30, warm_up_s=0, requests=10, abandon=1.0, abandon_after_s=0.001)
@@ -599,3 +615,15 @@ def test_the_table_of_the_account_has_shares_and_the_largest_part_first() -> Non
     assert "| worker | UNet | 30.00 ms, 75.0% | 15.00 ms, 75.0% |\n| worker | PNG | 10.00 ms, 25.0% |" in table
     assert "| all |  | 40.00 ms, 100.0% | 20.00 ms, 100.0% |" in table
     assert "| all | outside the model's calls | 0.25" in table
+
+
+def test_no_edit_of_a_size_benchmark_can_come_from_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr("benchmarks.bench_sizes._engine", lambda _: made.append)
+    here, there = Pipe()
+    with here, there:
+        bench_sizes.run("stepwise", Model("a", builtin_directory(), 64, "as given", {}, {}), 3, there)
+        found, _ = here.recv()
+    assert [name for name, _ in found].count("step") == 3
+    assert [work.num_inference_steps for work in made] == [1, *(1, bench_sizes.MOST_STEPS) * 3]
+    assert len({work.prompt for work in made}) == len({work.initial_image.tobytes() for work in made}) == 7

@@ -290,9 +290,14 @@ def test_memory_is_measured_often_while_it_changes_and_rarely_while_it_does_not(
     assert process.measurements == 40
     assert slot.used_bytes == slot.peak_bytes == process.resident
     process.measurements = 0
+    for tick in range(40):  # mapped weights are read while it loads
+        slot.measure(110 + tick / 4, process.resident)
+    assert process.measurements == 40
+    process.measurements = 0
+    slot.ready_at = 119.9
     for tick in range(40):  # ten seconds without a change
-        slot.measure(110 + tick / 4, process.resident + tick % 2)
+        slot.measure(120 + tick / 4, process.resident + tick % 2)
     assert 4 <= process.measurements <= 6
     process.resident = 1 << 24  # less than the peak, and seen in the next tick
-    slot.measure(120.3, process.resident)
+    slot.measure(130.3, process.resident)
     assert (slot.used_bytes, slot.peak_bytes) == (1 << 24, 49 << 24)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import zlib
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from ovserve.pixels.png import read_png
 from ovserve.pixels.png_writer import png_bound, write_png
+from tests.reader import Figure, draw_scene
 
 Pixels = NDArray[np.uint8]
 
@@ -81,3 +85,27 @@ def test_a_picture_is_smaller_than_with_the_usual_strategy() -> None:
     noise = np.random.default_rng(1).normal(128, 6, smooth.shape)
     pixels: Pixels = (smooth + noise).clip(0, 255).astype(np.uint8)
     assert len(write_png(pixels)) < len(usual(pixels))
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((4, 4, 3), np.uint16),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 1), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+)
+def test_other_arrays_are_refused(pixels: NDArray[Any]) -> None:
+    with pytest.raises(ValueError, match="expected uint8"):
+        write_png(pixels)
+
+
+@pytest.mark.parametrize("blur", [0, 3, 20])
+def test_a_drawing_is_about_as_small_as_with_all_filters(blur: int) -> None:
+    drawing = Image.fromarray(draw_scene("blue", [Figure("red", "circle", 128, 128, 68)], 256)).resize((512, 512))
+    pixels = np.asarray(drawing.filter(ImageFilter.GaussianBlur(blur)))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+    assert len(write_png(pixels)) < 1.1 * len(buffer.getvalue())
