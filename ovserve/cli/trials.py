@@ -63,7 +63,7 @@ class Candidate:
         return min(run.psnr for run in self.runs)
 
     def seconds(self, steps: int) -> float:
-        """Return the seconds of an edit of so many steps: the median of all runs."""
+        """Return the seconds of an edit that runs so many denoising steps: the median of all runs."""
         return statistics.median(_seconds(run, steps) for run in self.runs)
 
     def is_faster(self, other: Candidate, steps: int, gain: float) -> bool:
@@ -73,7 +73,7 @@ class Candidate:
 
 
 def _seconds(run: Measured, steps: int) -> float:
-    """Return the seconds of an edit of so many steps, estimated from those that were run."""
+    """Return the seconds of an edit that runs so many denoising steps, estimated from those that were run."""
     return run.edit_s + (steps - run.steps) * run.step_s
 
 

@@ -23,7 +23,7 @@ from ovserve.models.classes import CLASSES
 from ovserve.models.plans import GROUP_SIZE, PRECISION, Plan, write_plan
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Resolution
-from ovserve.worker.trials import Trial
+from ovserve.worker.trials import Trial, default_steps
 
 __all__ = ["candidates_of", "choose", "run", "tune"]
 
@@ -49,8 +49,12 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--engine", default="auto", choices=("auto", "genai", "stepwise"), help="default: auto")
     parser.add_argument("--plugin_config", default="", metavar="JSON", help="properties of every plan, and of serving")
     parser.add_argument("--size", default="", metavar="WxH", help="size of the edit. Default: that of a warm-up.")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of the edit. Default: %(default)s.")
-    parser.add_argument("--edits", type=int, default=2, metavar="N", help="edits in a run. Default: %(default)s.")
+    parser.add_argument(
+        "--steps", type=int, default=4, metavar="N", help="steps of the edit; at least 3 run. Default: 4."
+    )
+    parser.add_argument(
+        "--edits", type=int, default=2, metavar="N", help="timed edits in a run, after another one. Default: 2."
+    )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of a plan. Default: %(default)s.")
     parser.add_argument("--timeout_s", type=float, default=600.0, metavar="S", help="limit of a run. Default: 600.")
     parser.add_argument("--total_s", type=float, default=3600.0, metavar="S", help="limit of all runs. Default: 3600.")
@@ -105,7 +109,8 @@ def tune(values: Mapping[str, Any]) -> ExitCode:
         total=Deadline.after(values["total_s"]),
         report=_report,
     )
-    steps, least = profiles[0].defaults.num_inference_steps, values["min_psnr"]
+    asked, strength, steps = default_steps(profiles[0], models[0][0].max_num_inference_steps)
+    least = values["min_psnr"]
     if values["json"]:
         print(json.dumps(_document(candidates, steps), indent=1))
     else:
@@ -120,7 +125,8 @@ def tune(values: Mapping[str, Any]) -> ExitCode:
             if best is candidates[0]
             else f"{best.settings.name}, {best.title}, {gain:.2f} times as fast"
         )
-        print(f"fastest for an edit of {steps} steps, with a picture of at least {least:g} dB: {what}")
+        edit = f"an edit of {asked} steps at strength {strength:g}, which runs {steps}"
+        print(f"fastest for {edit}, with a picture of at least {least:g} dB: {what}")
     return _write(models, candidates, steps, least, str(values["device"])) if values["write"] else ExitCode.OK
 
 
@@ -170,8 +176,10 @@ def candidates_of(
         settings: the options of the model.
         profile: the model.
         device: what OpenVINO reports of the device.
-        size: of the edit; None: the native size.
+        size: of the edit; None: that of a warm-up.
     """
+    from ovserve.engines.protocol import warm_up_size  # noqa: PLC0415 - loads numpy
+
     given = json.loads(settings.plugin_config) if settings.plugin_config else {}
     plans = [Plan()]
     if PRECISION not in given:
@@ -180,8 +188,9 @@ def candidates_of(
     graph = profile.component(profile.traits.denoiser) / "openvino_model.xml"
     if "quantisation_group" in device and GROUP_SIZE not in given and _COMPRESSED.search(graph.read_bytes()):
         plans += [Plan({GROUP_SIZE: group}) for group in _GROUPS if group != device["quantisation_group"]]
-    shown = size or profile.native
-    tile = min(shown.width, shown.height) // 2
+    shown = size or warm_up_size(profile)
+    edited = profile.working_size(shown.width, shown.height)
+    tile = min(edited.width, edited.height) // 2  # so that the edit is in tiles
     if profile.engine == "stepwise" and tile >= MIN_TILE_PX and settings.vae_tile_px != tile:
         plans.append(Plan({}, {"vae_tile_px": tile}))
     yield from (Candidate(settings, plan) for plan in plans)
@@ -242,7 +251,7 @@ def _likeness(psnr: float) -> str:
 
 
 def _lines(candidates: Sequence[Candidate], steps: int) -> Iterator[str]:
-    rows = [("model", "plan", "computes in", "s a step", f"s, {steps} steps", "ready in s", "MiB", "picture")]
+    rows = [("model", "plan", "computes in", "s a step", f"s, {steps} steps run", "ready in s", "MiB", "picture")]
     for each in candidates:
         head = (each.settings.name, each.title)
         if not each.runs or each.failure:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ovserve.errors import ApiError, StartupError
 from ovserve.models.plans import Plan
 from ovserve.models.profile import read_profile
+from ovserve.models.steps import denoising_steps, raise_steps
 from ovserve.settings.options import ModelSettings, Resolution
 from ovserve.worker.main import complete_profile, create_engine, disable_telemetry
 
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
     from ovserve.engines.protocol import Engine, Work
     from ovserve.models.profile import ModelProfile
 
-__all__ = ["Measured", "Receiver", "Sender", "Trial", "main", "measure", "receive", "send"]
+__all__ = ["Measured", "Receiver", "Sender", "Trial", "default_steps", "main", "measure", "receive", "send"]
 
 _PROMPT = "a photo of a garden with a red house"
 _PEAK = 255.0  # of a level
+_MIN_STEPS = 3  # of an edit that is timed: the first one is left out
+_MAX_STEPS = 1000  # that an edit asks for
 _MAX_RESULT_BYTES = 64 * 1024  # without the pixels
 _MAX_SIDE_PX = 1 << 15  # of a picture
 _SHOWN_CHARS = 500  # of the reason of a failure
@@ -45,8 +48,8 @@ class Trial:
         settings: the model's options.
         plan: what to measure.
         size: of the edit; None: the size of a worker's warm-up.
-        steps: number of denoising steps that the edit asks for.
-        edits: how many edits are made.
+        steps: number of denoising steps that the edit asks for; more where the strength leaves fewer than _MIN_STEPS.
+        edits: how many edits are timed; one more is made before them.
         reference: pixels of the first edit to compare with; empty: there is none yet.
     """
 
@@ -164,11 +167,11 @@ def measure(trial: Trial) -> Measured:
     engine.load(lambda _phase: None)
     ready_s = time.monotonic() - started
     try:
-        edits = [_edit(engine, _work(profile, trial, number)) for number in range(trial.edits)]
+        # The first edit has the memory allocated and the caches filled: it makes the picture, and is not timed.
+        first, *edits = [_edit(engine, _work(profile, trial, number)) for number in range(trial.edits + 1)]
         memory_bytes = _resident_bytes()
     finally:
         engine.close()
-    first = edits[0]
     return Measured(
         engine=engine.name,
         precision=engine.precision,
@@ -195,7 +198,11 @@ class _Edit:
 
 
 def _edit(engine: Engine, work: Work) -> _Edit:
-    """Make one picture. The first step is not timed: the encoding is before it."""
+    """Make one picture. The first step is not timed: the encoding is before it.
+
+    Raises:
+        RuntimeError: it has run a single step, so that the duration of a step is not known.
+    """
     ends: list[float] = []
     work.on_step = lambda _step, _steps: ends.append(time.monotonic())
     started = time.monotonic()
@@ -207,8 +214,37 @@ def _edit(engine: Engine, work: Work) -> _Edit:
     if outcomes[0].error is not None:
         raise outcomes[0].error
     steps_s = [end - begin for begin, end in itertools.pairwise(ends)]
-    size = Resolution(work.width, work.height)
-    return _Edit(seconds, len(ends), steps_s or [seconds], size, outcomes[0].pixels.tobytes())
+    if not steps_s:
+        raise RuntimeError(f"{work.num_inference_steps} steps at strength {work.strength:g} run too few to be timed")
+    return _Edit(seconds, len(ends), steps_s, Resolution(work.width, work.height), outcomes[0].pixels.tobytes())
+
+
+def default_steps(profile: ModelProfile, limit: int) -> tuple[int, float, int]:
+    """Return the steps and the strength of an edit that names neither, and how many denoising steps it runs.
+
+    Args:
+        profile: the model.
+        limit: the option `max_num_inference_steps`.
+    """
+    strength = _strength(profile, _mode(profile))
+    steps = raise_steps(profile, "", profile.defaults.num_inference_steps, strength, limit)
+    return steps, strength, denoising_steps(profile, "", steps, strength)
+
+
+def _mode(profile: ModelProfile) -> str:
+    return next(name for name in ("image2image", "inpainting", "text2image") if name in profile.tasks)
+
+
+def _strength(profile: ModelProfile, mode: str) -> float:
+    defaults = profile.defaults
+    known = {"image2image": defaults.strength, "inpainting": defaults.strength_inpainting}
+    return known.get(mode, 1.0) if profile.takes_strength else 1.0
+
+
+def _timed_steps(profile: ModelProfile, steps: int, strength: float) -> int:
+    """Return the step count, raised until _MIN_STEPS steps run; as it is where no step count does that."""
+    counts = range(steps, _MAX_STEPS + 1)
+    return next((each for each in counts if denoising_steps(profile, "", each, strength) >= _MIN_STEPS), steps)
 
 
 def _work(profile: ModelProfile, trial: Trial, number: int) -> Work:
@@ -228,9 +264,8 @@ def _work(profile: ModelProfile, trial: Trial, number: int) -> Work:
     image = np.clip(np.stack([down, across, 1 - down], axis=2), 0, 1) * 255
     image[disc] = (220, 40, 30)
     pixels = image.astype(np.uint8)
-    mode = next(name for name in ("image2image", "inpainting", "text2image") if name in profile.tasks)
-    defaults = profile.defaults
-    strength = {"image2image": defaults.strength, "inpainting": defaults.strength_inpainting}.get(mode, 1.0)
+    mode = _mode(profile)
+    strength = _strength(profile, mode)
     return Work(
         job="tune",
         picture=0,
@@ -239,9 +274,9 @@ def _work(profile: ModelProfile, trial: Trial, number: int) -> Work:
         negative_prompt="",
         width=size.width,
         height=size.height,
-        num_inference_steps=trial.steps,
-        guidance_scale=profile.traits.engine_guidance(defaults.guidance_scale),
-        strength=strength if profile.takes_strength else 1.0,
+        num_inference_steps=_timed_steps(profile, trial.steps, strength),
+        guidance_scale=profile.traits.engine_guidance(profile.defaults.guidance_scale),
+        strength=strength,
         seed=7,
         initial_image=None if mode == "text2image" else pixels,
         mask_image=disc.astype(np.uint8) * 255 if mode == "inpainting" else None,

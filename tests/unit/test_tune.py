@@ -18,12 +18,14 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ovserve.cli import tune
 from ovserve.cli.commands import ExitCode
 from ovserve.cli.trials import Candidate, run_one, run_rounds
 from ovserve.deadline import Deadline
+from ovserve.engines.protocol import Outcome, Work
 from ovserve.engines.stepwise.engine import StepwiseEngine
 from ovserve.fleet.desired import desired_models
 from ovserve.models.plans import PLAN_FILE, Plan
@@ -31,7 +33,7 @@ from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Resolution, Settings
 from ovserve.wire.local.processes import children_of
 from ovserve.worker.main import create_engine
-from ovserve.worker.trials import Measured, Trial, measure
+from ovserve.worker.trials import Measured, Trial, default_steps, measure
 from tests.pictures import directory_of
 from tests.quantised import quantised_copy
 from tests.tinymodels import copy_model, tiny_model
@@ -88,12 +90,31 @@ def test_candidates_are_what_the_device_and_the_model_have(tmp_path: Path) -> No
     assert titles(SD, {}) == ["default", static]
     assert titles(SD, engine="stepwise") == ["default", precision]
     assert titles(SD, plugin_config='{"INFERENCE_PRECISION_HINT": "bf16"}') == ["default", static]
-    assert titles(SD, size="512x256")[-2:] == ["vae_tile_px=128", "engine=genai resolution=512x256"]
+    assert titles(SD, size="512x256") == ["default", precision, "engine=genai resolution=512x256"]  # of at most 128 px
+    tiled = titles(directory_of("builtin"), size="512x256")
+    assert tiled[-2:] == ["vae_tile_px=128", "engine=genai resolution=512x256"]
     assert titles(tiny_model("klein")) == ["default", precision]
     compressed, _ = quantised_copy(SD, tmp_path / "m", "unet", 8)
     groups = [f"DYNAMIC_QUANTIZATION_GROUP_SIZE={size}" for size in (0, 64, 128)]
     assert titles(compressed) == ["default", precision, *groups, static]
     assert titles(compressed, {"capabilities": ["FP32"], "precision": "f32"}) == ["default", static]
+
+
+def test_tile_is_one_that_the_edit_of_a_trial_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(tiny_model("klein"))
+    profile = dataclasses.replace(
+        read_profile(settings), native=Resolution(1024, 1024), min_side_px=64, max_side_px=2048
+    )
+
+    def tiles(size: Resolution | None) -> list[str]:
+        found = [each.title for each in tune.candidates_of(settings, profile, {}, size)]
+        return [title for title in found if title.startswith("vae_tile_px")]
+
+    assert tiles(None) == ["vae_tile_px=512"]
+    assert tiles(Resolution(64, 512)) == []
+    monkeypatch.setattr("ovserve.engines.protocol.LARGE_DENOISER_BYTES", 1)  # a large transformer: a small warm-up
+    assert tiles(None) == ["vae_tile_px=128"]
+    assert tiles(Resolution(512, 768)) == ["vae_tile_px=256"]
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -122,6 +143,25 @@ def test_fastest_is_chosen_only_if_it_wins_in_every_round_and_is_alike(
 
 def test_seconds_are_those_of_the_models_own_number_of_steps() -> None:
     assert candidate(Plan(), 2.0).seconds(24) == 2.0 + 20 * 0.5
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [("builtin", (12, 0.7, 8)), ("sd", (50, 0.8, 41)), ("sdxl", (50, 0.5, 25))],  # PNDM runs one more
+)
+def test_edit_that_counts_runs_what_the_default_strength_leaves(
+    model: str, expected: tuple[int, float, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = directory_of(model)
+    assert default_steps(read_profile(settings_of(directory)), 100) == expected
+    monkeypatch.setattr(tune, "run_rounds", lambda candidates, *_, **__: candidates[0].runs.append(MEASURED))
+    values = {"directory": [str(directory)], "device": "CPU", "engine": "auto", "plugin_config": "", "size": ""}
+    values |= {"steps": 4, "edits": 1, "rounds": 1, "timeout_s": 1, "total_s": 1, "min_psnr": 30}
+    tune.tune(values | {"json": False, "write": False})
+    asked, strength, steps = expected
+    out = capsys.readouterr().out
+    assert f"fastest for an edit of {asked} steps at strength {strength}, which runs {steps}, with" in out
+    assert f"{MEASURED.edit_s + (steps - MEASURED.steps) * MEASURED.step_s:.3g}" in out.splitlines()[1].split()
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -301,6 +341,53 @@ def test_trial_reports_what_the_denoiser_computes_in(precision: str) -> None:
     assert (found.engine, found.psnr, found.size) == ("stepwise", math.inf, Resolution(64, 128))
     assert len(found.pixels) == 64 * 128 * 3
     assert logging.root.manager.disable == logging.NOTSET
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_trial_runs_steps_enough_to_be_timed(steps: int) -> None:
+    settings = settings_of(directory_of("builtin"), streams=1, threads=1, max_batch=1)
+    found = measure(Trial(settings, Plan(), Resolution(64, 64), steps, 1))
+    assert found.steps == max(3, math.floor(steps * 0.7))  # its default strength
+    assert found.step_s * (found.steps - 1) < found.edit_s
+
+
+class SlowFirst:
+    """An engine whose first edit takes 100 s of its own clock, and others 3 s, one for each step."""
+
+    name, precision = "slow", "f32"
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.admitted: list[Work] = []
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def load(self, beat: object) -> None:
+        self.now_s += 10
+
+    def close(self) -> None:
+        pass
+
+    def admit(self, work: Work) -> None:
+        self.admitted.append(work)
+
+    def turn(self) -> list[Outcome]:
+        work, number = self.admitted[-1], len(self.admitted)
+        for step in range(3):
+            self.now_s += 1 if number > 1 else 100 / 3
+            assert work.on_step is not None
+            work.on_step(step, 3)
+        return [Outcome(work, np.full((work.height, work.width, 3), number, np.uint8))]
+
+
+def test_first_edit_makes_the_picture_and_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SlowFirst()
+    monkeypatch.setattr("ovserve.worker.trials.create_engine", lambda *_: (engine, None))
+    monkeypatch.setattr("ovserve.worker.trials.time", engine)
+    found = measure(Trial(settings_of(), Plan(), Resolution(64, 64), 4, 1))
+    assert (found.ready_s, found.edit_s, found.step_s, len(engine.admitted)) == (10, 3, 1, 2)
+    assert set(found.pixels) == {1}
 
 
 # --- wrong command lines ----------------------------------------------------------------------------------------------
