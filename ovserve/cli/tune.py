@@ -23,7 +23,7 @@ from ovserve.models.classes import CLASSES
 from ovserve.models.plans import GROUP_SIZE, PRECISION, Plan, write_plan
 from ovserve.models.profile import ModelProfile, read_profile
 from ovserve.settings.options import ModelSettings, Resolution
-from ovserve.worker.trials import Trial, default_steps
+from ovserve.worker.trials import Trial, default_steps, edit_size
 
 __all__ = ["candidates_of", "choose", "run", "tune"]
 
@@ -178,8 +178,6 @@ def candidates_of(
         device: what OpenVINO reports of the device.
         size: of the edit; None: that of a warm-up.
     """
-    from ovserve.engines.protocol import warm_up_size  # noqa: PLC0415 - loads numpy
-
     given = json.loads(settings.plugin_config) if settings.plugin_config else {}
     plans = [Plan()]
     if PRECISION not in given:
@@ -188,8 +186,7 @@ def candidates_of(
     graph = profile.component(profile.traits.denoiser) / "openvino_model.xml"
     if "quantisation_group" in device and GROUP_SIZE not in given and _COMPRESSED.search(graph.read_bytes()):
         plans += [Plan({GROUP_SIZE: group}) for group in _GROUPS if group != device["quantisation_group"]]
-    shown = size or warm_up_size(profile)
-    edited = profile.working_size(shown.width, shown.height)
+    shown, edited = size or profile.native, edit_size(profile, size)
     tile = min(edited.width, edited.height) // 2  # so that the edit is in tiles
     if profile.engine == "stepwise" and tile >= MIN_TILE_PX and settings.vae_tile_px != tile:
         plans.append(Plan({}, {"vae_tile_px": tile}))

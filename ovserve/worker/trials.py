@@ -29,7 +29,18 @@ if TYPE_CHECKING:
     from ovserve.engines.protocol import Engine, Work
     from ovserve.models.profile import ModelProfile
 
-__all__ = ["Measured", "Receiver", "Sender", "Trial", "default_steps", "main", "measure", "receive", "send"]
+__all__ = [
+    "Measured",
+    "Receiver",
+    "Sender",
+    "Trial",
+    "default_steps",
+    "edit_size",
+    "main",
+    "measure",
+    "receive",
+    "send",
+]
 
 _PROMPT = "a photo of a garden with a red house"
 _PEAK = 255.0  # of a level
@@ -231,6 +242,14 @@ def default_steps(profile: ModelProfile, limit: int) -> tuple[int, float, int]:
     return steps, strength, denoising_steps(profile, "", steps, strength)
 
 
+def edit_size(profile: ModelProfile, size: Resolution | None) -> Resolution:
+    """Return the working size of the edit of a trial; None: that of a worker's warm-up."""
+    from ovserve.engines.protocol import warm_up_size  # noqa: PLC0415 - loads numpy
+
+    given = size or warm_up_size(profile)
+    return profile.working_size(given.width, given.height)
+
+
 def _mode(profile: ModelProfile) -> str:
     return next(name for name in ("image2image", "inpainting", "text2image") if name in profile.tasks)
 
@@ -254,10 +273,9 @@ def _work(profile: ModelProfile, trial: Trial, number: int) -> Work:
     """
     import numpy as np  # noqa: PLC0415
 
-    from ovserve.engines.protocol import Work, warm_up_size  # noqa: PLC0415
+    from ovserve.engines.protocol import Work  # noqa: PLC0415
 
-    given = trial.size or warm_up_size(profile)
-    size = profile.working_size(given.width, given.height)
+    size = edit_size(profile, trial.size)
     down, across = np.mgrid[: size.height, : size.width] / max(size.height, size.width)
     across += 0.01 * number
     disc = (down - 0.4) ** 2 + (across - 0.5) ** 2 < 0.04
