@@ -13,7 +13,6 @@ from types import FrameType
 
 from ovserve.cli.arguments import ArgumentParser, usage_error
 from ovserve.cli.commands import ExitCode
-from ovserve.cli.tune import run as tune
 from ovserve.errors import StartupError
 from ovserve.hub.client import HubClient
 from ovserve.hub.convert import WEIGHT_FORMATS, check_arguments
@@ -32,7 +31,7 @@ _DESCRIPTION = """Download a model from a hub into the directory of pulled model
 A repository that is no OpenVINO export is converted with optimum-cli, in an environment that uv makes when it is first
 needed. Variables: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, https_proxy, no_proxy."""
 MAX_CONNECTIONS = 16
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end a pull
 ROOT_VARIABLES = ("OVSERVE_MODEL_REPOSITORY_PATH", "OVMS_MODEL_REPOSITORY_PATH")
 
 
@@ -128,6 +127,8 @@ def run(arguments: Sequence[str]) -> int:
     code = pull_all(requests, reporter_for(is_json=is_json), os.environ)
     if code != ExitCode.OK or not is_tuned:
         return code
+    from ovserve.cli.tune import run as tune  # noqa: PLC0415 - a pull needs no engine
+
     return tune([str(Place(requests[0].root, requests[0].repository).directory), "--write"])
 
 
@@ -143,7 +144,7 @@ def pull_all(requests: Sequence[PullRequest], reporter: Reporter, environment: M
 
     Runs in: the main thread.
     """
-    stop = threading.Event()
+    stop, handlers = threading.Event(), {number: signal.getsignal(number) for number in _ENDING}
     try:
         client = HubClient(endpoint_of(environment), token_of(environment))
 
@@ -151,11 +152,9 @@ def pull_all(requests: Sequence[PullRequest], reporter: Reporter, environment: M
             stop.set()
             client.stop()  # what this thread waits for
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _ENDING:
             signal.signal(number, end)
-        signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        )  # a server blocks them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # a server blocks them
         for request in requests:
             found = Puller(client, request, reporter, stop).run()
             if not isinstance(reporter, JsonReporter):
@@ -169,4 +168,7 @@ def pull_all(requests: Sequence[PullRequest], reporter: Reporter, environment: M
         is_transient = error.is_transient if isinstance(error, StartupError) else True
         reporter.event("error", f"ovserve: {error}", is_transient=is_transient)
         return ExitCode.TRANSIENT if is_transient else ExitCode.USAGE
+    finally:
+        for number, handler in handlers.items():  # what follows a pull is ended by them too
+            signal.signal(number, handler)
     return ExitCode.OK

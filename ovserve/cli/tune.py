@@ -76,8 +76,9 @@ def run(arguments: Sequence[str]) -> int:
     for name, (low, high) in _LIMITS.items():
         if not low <= float(str(values[name])) <= high:
             usage_error(f"--{name}={values[name]}: expected {low} to {high}")
-    for number in (signal.SIGINT, signal.SIGTERM):  # the process of a run is ended too
-        signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the process of a run is ended too
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup(1)
+            signal.signal(number, signal.default_int_handler)
     try:
         return tune(values)
     except KeyboardInterrupt:
@@ -239,8 +240,10 @@ def _write(
 
 
 def _report(line: str) -> None:
-    """Print what is no result to standard error: standard output may be a JSON document."""
-    print(line, file=sys.stderr, flush=True)
+    """Print what is no result to standard error, if it is open: standard output may be a JSON document."""
+    if sys.stderr is not None:  # else `print` writes to standard output
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
 
 
 def _likeness(psnr: float) -> str:

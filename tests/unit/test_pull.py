@@ -512,11 +512,36 @@ def test_wrong_command_is_one_line_with_its_exit_code(
     assert done.stderr.count("\n") == 1
 
 
+def test_pull_restores_the_handlers_of_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    seen: list[object] = []
+
+    class Ready:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def run(self) -> Path:
+            seen.extend(map(signal.getsignal, numbers))
+            return tmp_path
+
+    monkeypatch.setattr(pull, "Puller", Ready)
+    before = [signal.getsignal(number) for number in numbers]
+    assert pull.run([REPOSITORY, "--model_repository_path", str(tmp_path)]) == ExitCode.OK
+    assert len(set(seen)) == 1
+    assert not set(seen) & set(before)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_pull_alone_does_not_import_what_measures_plans() -> None:
+    code = "import sys, ovserve.cli.pull; sys.exit('ovserve.cli.tune' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_pulled_model_is_tuned_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned: list[list[str]] = []
     codes = [ExitCode.TRANSIENT, ExitCode.OK]
     monkeypatch.setattr(pull, "pull_all", lambda *_: codes.pop(0))
-    monkeypatch.setattr(pull, "tune", lambda arguments: tuned.append(arguments) or ExitCode.MODELS_FAILED)
+    monkeypatch.setattr("ovserve.cli.tune.run", lambda arguments: tuned.append(arguments) or ExitCode.MODELS_FAILED)
     arguments = [REPOSITORY, "--model_repository_path", str(tmp_path), "--tune"]
     assert (pull.run(arguments), tuned) == (ExitCode.TRANSIENT, [])
     assert pull.run(arguments) == ExitCode.MODELS_FAILED

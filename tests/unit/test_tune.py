@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -265,7 +266,7 @@ def options_of_workers(directory: Path, plan: str) -> ModelSettings:
 @pytest.fixture
 def signals() -> Iterator[None]:
     """Restore the handlers that the command replaces."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -330,6 +331,27 @@ def test_plan_that_cannot_be_stored_is_one_line(
     (model / f".{PLAN_FILE}.new").mkdir()
     assert tune.run([str(model), "--write"]) == ExitCode.USAGE
     assert "the plan cannot be stored" in capsys.readouterr().err
+
+
+class Closed(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("stderr", [Closed(), None])
+def test_result_is_printed_though_standard_error_is_closed(
+    stderr: io.StringIO | None, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rounds(candidates: list[Candidate], *_: object, report: Callable[[str], None], **__: object) -> None:
+        report("round 1 of 1")
+        candidates[0].runs.append(MEASURED)
+
+    monkeypatch.setattr(tune, "run_rounds", rounds)
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert tune.run([str(model), "--json", "--write"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)[0]["plan"] == "default"
+    assert (model / PLAN_FILE).exists()
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
@@ -420,7 +442,7 @@ def test_wrong_command_line_is_one_line(
     assert words in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_ends_the_command_and_the_process_of_its_run(model: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "ovserve", "tune", str(model)]
     deadline = Deadline.after(60)
