@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import platform
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -34,8 +36,10 @@ EXACT = "exact"  # of the option `plan`
 PRECISION, GROUP_SIZE = "INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 PRECISIONS = ("f32", "bf16", "f16")
 OPTIONS = ("vae_tile_px",)
-_MAX_GROUP = 1 << 64  # OpenVINO's largest: one group for a whole row
+_MAX_GROUP = (1 << 63) - 1  # the largest that OpenVINO's Python binding takes; the property has 64 bits without a sign
+MIN_TILE_PX = 64  # smaller tiles are nearly all overlap
 _MAX_FILE_BYTES = 64 * 1024
+_SHOWN_CHARS = 100  # of a name or a value in a message
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +85,29 @@ def write_plan(directory: Path, denoiser: str, device: str, plan: Plan) -> Path:
         OSError: the file cannot be written.
     """
     path, subject = directory / PLAN_FILE, _subject(directory / denoiser)
-    kept: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
-        document = json.loads(path.read_text("utf-8"))
-        kept = dict(document["plans"]) if document.get("measured_on") == subject else {}
-    kept[device] = {"properties": dict(plan.properties), "options": dict(plan.options)}
-    fresh = path.with_name(f".{PLAN_FILE}.new")
-    fresh.write_text(json.dumps({"measured_on": subject, "plans": kept}, indent=1) + "\n", "utf-8")
-    fresh.replace(path)
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(folder, fcntl.LOCK_EX)  # another command may store a plan for another device
+        kept: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
+            document = json.loads(path.read_bytes()[:_MAX_FILE_BYTES])
+            kept = dict(document["plans"]) if document.get("measured_on") == subject else {}
+        kept[device] = {"properties": dict(plan.properties), "options": dict(plan.options)}
+        fresh = path.with_name(f".{PLAN_FILE}.{secrets.token_hex(8)}.new")
+        # A link with this name is not followed.
+        file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            with os.fdopen(file, "w", encoding="ascii") as stream:
+                json.dump({"measured_on": subject, "plans": kept}, stream, indent=1)
+                stream.write("\n")
+            fresh.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                fresh.unlink()
+            raise
+    finally:
+        os.close(folder)
     return path
 
 
@@ -102,10 +121,10 @@ def read_plan(directory: Path, denoiser: str, device: str) -> Plan | None:
     advice = f"measure one with `ovserve tune {directory} --device {device!r} --write`, or set plan to {EXACT!r}"
     try:
         with path.open("rb") as stream:
-            document = json.loads(stream.read(_MAX_FILE_BYTES))
-        found = document["plans"].get(device)
-        plan = None if found is None else _parse(found)
-        measured_on = dict(document["measured_on"])
+            document = _mapping(json.loads(stream.read(_MAX_FILE_BYTES)))
+        found = _mapping(document["plans"]).get(device)
+        plan = None if found is None else _parse(_mapping(found))
+        measured_on = _mapping(document["measured_on"])
     except FileNotFoundError:
         plan = None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -127,16 +146,26 @@ def read_plan(directory: Path, denoiser: str, device: str) -> Plan | None:
 
 def _parse(document: Any) -> Plan:
     """Return a plan from JSON. Raises ValueError for what no plan can have, TypeError and KeyError."""
-    properties, options = dict(document["properties"]), dict(document["options"])
+    properties, options = _mapping(document["properties"]), _mapping(document["options"])
     for name, value in properties.items():
-        is_group = name == GROUP_SIZE and type(value) is int and 0 <= value < _MAX_GROUP
+        is_group = name == GROUP_SIZE and type(value) is int and 0 <= value <= _MAX_GROUP
         if not is_group and not (name == PRECISION and value in PRECISIONS):
-            raise ValueError(f"{name}={value!r} cannot be in a plan")
+            raise ValueError(f"{_shown(name)}={_shown(value)} cannot be in a plan")
     for name, value in options.items():
         option = options_of(ModelSettings)[name][1] if name in OPTIONS else None
-        if option is None or type(value) is not int or not (option.low or 0) <= value <= (option.high or 0):
-            raise ValueError(f"{name}={value!r} cannot be in a plan")
+        if option is None or type(value) is not int or not MIN_TILE_PX <= value <= (option.high or 0):
+            raise ValueError(f"{_shown(name)}={_shown(value)} cannot be in a plan")
     return Plan(properties, options)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{_shown(value)} is not an object")
+    return value
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:_SHOWN_CHARS]
 
 
 def _subject(denoiser: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,10 @@ def test_changed_graph_makes_a_plan_stale(model: Path, caplog: pytest.LogCapture
         '{"plans": {"CPU": {"properties": {"LOG_LEVEL": 1}, "options": {}}}, "measured_on": {}}',
         '{"plans": {"CPU": {"properties": {"INFERENCE_PRECISION_HINT": "f64"}, "options": {}}}, "measured_on": {}}',
         '{"plans": {"CPU": {"properties": {}, "options": {"vae_tile_px": -1}}}, "measured_on": {}}',
+        '{"plans": {"CPU": {"properties": {}, "options": {"vae_tile_px": 63}}}, "measured_on": {}}',
         '{"plans": {"CPU": {"properties": {}, "options": {"port": 1}}}, "measured_on": {}}',
+        '{"plans": {"CPU": {"properties": [], "options": {}}}, "measured_on": {}}',
+        '{"plans": {"CPU": {"properties": {}, "options": {}}}, "measured_on": []}',
     ],
 )
 def test_invalid_file_is_refused(model: Path, content: str) -> None:
@@ -134,6 +138,47 @@ def test_another_plan_changes_what_workers_are_started_with_only_where_it_is_use
     assert (after.worker_key != before.worker_key) is is_replaced
     assert after.files == before.files
     assert cache_key(after.profile, cache) == key  # compiled models stay: OpenVINO tells properties apart
+
+
+@pytest.mark.parametrize("value", ["1", "63", '"red"'])
+def test_name_in_an_error_message_is_quoted_and_cut(model: Path, value: str) -> None:
+    name = "line\nfeed" + "x" * 10_000
+    properties = f'{{"properties": {{{json.dumps(name)}: {value}}}, "options": {{}}}}'
+    (model / PLAN_FILE).write_text(f'{{"plans": {{"CPU": {properties}}}, "measured_on": {{}}}}', "utf-8")
+    with pytest.raises(ModelError) as raised:
+        read(model)
+    assert "line\\nfeedxx" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 1000
+
+
+def test_largest_group_is_one_that_openvino_takes(model: Path) -> None:
+    largest = Plan({"DYNAMIC_QUANTIZATION_GROUP_SIZE": (1 << 63) - 1})
+    write_plan(model, "unet", "CPU", largest)
+    assert read(model).plan == largest
+    write_plan(model, "unet", "CPU", Plan({"DYNAMIC_QUANTIZATION_GROUP_SIZE": 1 << 63}))
+    with pytest.raises(ModelError, match="cannot be in a plan"):
+        read(model)
+
+
+def test_plan_is_not_written_through_a_link(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    (model / f".{PLAN_FILE}.new").symlink_to(kept)
+    write_plan(model, "unet", "CPU", Plan())
+    monkeypatch.setattr("secrets.token_hex", lambda _count: "guessed")
+    (model / f".{PLAN_FILE}.guessed.new").symlink_to(kept)
+    with pytest.raises(FileExistsError):
+        write_plan(model, "unet", "CPU", F32)
+    assert (kept.read_text(), read(model).plan) == ("kept", Plan())
+
+
+def test_plans_that_are_stored_at_once_are_all_kept(model: Path) -> None:
+    devices = [f"GPU.{number}" for number in range(16)]
+    with ThreadPoolExecutor(len(devices)) as pool:
+        list(pool.map(lambda device: write_plan(model, "unet", device, Plan()), devices))
+    assert sorted(json.loads((model / PLAN_FILE).read_text("utf-8"))["plans"]) == sorted(["CPU", *devices])
+    assert not list(model.glob(f".{PLAN_FILE}*"))
 
 
 def test_plans_of_other_devices_are_kept_unless_they_are_stale(model: Path) -> None:

@@ -328,7 +328,7 @@ def test_plan_that_cannot_be_stored_is_one_line(
 ) -> None:
     monkeypatch.setattr(tune, "run_rounds", lambda candidates, *_, **__: candidates[0].runs.append(MEASURED))
     model = copy_model(SD, tmp_path / "m", {})
-    (model / f".{PLAN_FILE}.new").mkdir()
+    (model / PLAN_FILE).mkdir()
     assert tune.run([str(model), "--write"]) == ExitCode.USAGE
     assert "the plan cannot be stored" in capsys.readouterr().err
 
