@@ -26,6 +26,7 @@ from ovserve.cli import tune
 from ovserve.cli.commands import ExitCode
 from ovserve.cli.trials import Candidate, run_one, run_rounds
 from ovserve.deadline import Deadline
+from ovserve.engines.devices import device_report
 from ovserve.engines.protocol import Outcome, Work
 from ovserve.engines.stepwise.engine import StepwiseEngine
 from ovserve.fleet.desired import desired_models
@@ -59,6 +60,9 @@ pytestmark = pytest.mark.engine
 SD = directory_of("sd")
 DEVICE = {"capabilities": ["BF16", "WINOGRAD", "FP32", "INT8"], "precision": "bf16", "quantisation_group": 32}
 F32, BF16 = (Plan({"INFERENCE_PRECISION_HINT": name}) for name in ("f32", "bf16"))
+
+
+TOTAL_REACHED = "the total time limit was reached"
 
 
 def settings_of(directory: Path = SD, **options: Any) -> ModelSettings:
@@ -181,6 +185,19 @@ def run_toys(*plans: Plan, rounds: int = 1, timeout_s: float = 30.0, total_s: fl
         report=lines.append,
         run=functools.partial(run_one, target=toy),
     )
+    expected = [
+        f"round {number} of {rounds}, , {each.title}: 0.5 s a step"
+        for number in range(1, rounds + 1)
+        for each in candidates
+        if len(each.runs) >= number
+    ]
+    assert [line for line in lines if line.endswith(" s a step")] == expected
+    failed = [f"round 1 of {rounds}, , {each.title}: {each.failure}" for each in candidates if each.failure]
+    others = [line for line in lines if line not in expected]
+    if TOTAL_REACHED in others:
+        assert others.pop() == TOTAL_REACHED
+        failed = [line for line in failed if "not measured" not in line]
+    assert others == failed
     return candidates
 
 
@@ -251,6 +268,11 @@ def test_nothing_is_measured_without_the_default_plan(leak_guard: None) -> None:
 # --- with the engine --------------------------------------------------------------------------------------------------
 
 
+def computed_in(precision: str) -> str:
+    """Return what the processor computes in for this hint: f32 without bfloat16."""
+    return precision if "BF16" in device_report()["CPU"]["capabilities"] else "f32"
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return copy_model(SD, tmp_path / "m", {"unet/config.json": {}})
@@ -274,18 +296,20 @@ def signals() -> Iterator[None]:
 
 @pytest.mark.usefixtures("signals")
 def test_table_has_the_default_plan_with_the_same_bits_and_others_with_their_likeness(
-    model: Path, capsys: pytest.CaptureFixture[str], leak_guard: None
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, leak_guard: None
 ) -> None:
+    monkeypatch.setattr(tune, "_report_of", lambda _device: {"capabilities": ["FP32", "BF16"], "precision": ""})
     arguments = [str(model), "--engine", "stepwise", "--rounds", "2", "--edits", "1", "--steps", "2", "--json"]
     assert tune.run(arguments) == ExitCode.OK
     default, *others = json.loads(capsys.readouterr().out)
     assert (default["plan"], default["same_bits"], default["failure"]) == ("default", True, "")
     assert default["size"] == "64x64"
     assert min(default[name] for name in ("step_s", "edit_s", "ready_s", "memory_bytes")) > 0
+    assert [other["plan"] for other in others] == [f"INFERENCE_PRECISION_HINT={name}" for name in ("f32", "bf16")]
+    assert [other["precision"] for other in others] == ["f32", computed_in("bf16")]
     for other in others:
-        assert other["plan"] == f"INFERENCE_PRECISION_HINT={other['precision']}"
-        assert not other["same_bits"]
-        assert 20 < other["psnr_db"] < 80
+        assert other["same_bits"] == (other["precision"] == default["precision"])
+        assert other["same_bits"] or 20 < other["psnr_db"] < 80
 
 
 @pytest.mark.usefixtures("signals")
@@ -354,14 +378,15 @@ def test_result_is_printed_though_standard_error_is_closed(
     assert (model / PLAN_FILE).exists()
 
 
-@pytest.mark.parametrize("precision", ["f32", "bf16"])
-def test_trial_reports_what_the_denoiser_computes_in(precision: str) -> None:
-    plan = Plan({"INFERENCE_PRECISION_HINT": precision})
+def test_trial_reports_what_the_denoiser_computes_in() -> None:
     settings = settings_of(streams=1, threads=1, max_batch=1)
-    found = measure(Trial(settings, plan, Resolution(64, 128), 3, 2))
-    assert found.precision in (precision, "f32")  # f32 on a processor without bfloat16
-    assert (found.engine, found.psnr, found.size) == ("stepwise", math.inf, Resolution(64, 128))
-    assert len(found.pixels) == 64 * 128 * 3
+    size = Resolution(64, 128)
+    f32, bf16 = (measure(Trial(settings, plan, size, 3, 2)) for plan in (F32, BF16))
+    assert (f32.precision, bf16.precision) == ("f32", computed_in("bf16"))
+    assert (f32.pixels == bf16.pixels) is (bf16.precision == "f32")  # the property is not only reported
+    for found in (f32, bf16):
+        assert (found.engine, found.psnr, found.size) == ("stepwise", math.inf, size)
+        assert len(found.pixels) == 64 * 128 * 3
     assert logging.root.manager.disable == logging.NOTSET
 
 
