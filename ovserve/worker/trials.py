@@ -47,7 +47,7 @@ _PEAK = 255.0  # of a level
 _MIN_STEPS = 3  # of an edit that is timed: the first one is left out
 _MAX_STEPS = 1000  # that an edit asks for
 _MAX_RESULT_BYTES = 64 * 1024  # without the pixels
-_MAX_SIDE_PX = 1 << 15  # of a picture
+_MAX_PIXELS = 1 << 26  # of a picture
 _SHOWN_CHARS = 500  # of the reason of a failure
 
 
@@ -137,19 +137,27 @@ def receive(link: Receiver) -> Measured | str:
     try:
         document = json.loads(link.recv_bytes(_MAX_RESULT_BYTES))
         if "failure" in document:
-            return " ".join(str(document["failure"]).split())[:_SHOWN_CHARS]
+            return _printable(document["failure"])
         width, height = document.pop("size")
         found = Measured(**document, size=Resolution(width, height), pixels=b"")
+        engine, precision = _printable(found.engine), _printable(found.precision)
+        sizes = (width, height, found.steps, found.memory_bytes)
+        is_valid = all(type(value) is int and value >= 0 for value in sizes)
+        is_valid &= all(0 <= value < math.inf for value in (found.ready_s, found.edit_s, found.step_s))
+        is_valid &= found.psnr >= 0 and width * height <= _MAX_PIXELS
     except (TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"no result of a trial: {type(error).__name__}") from None
-    for name in ("ready_s", "edit_s", "step_s", "psnr"):
-        if type(getattr(found, name)) is not float or math.isnan(getattr(found, name)):
-            raise ValueError(f"no result of a trial: {name}")
-    if any(type(value) is not int or value < 0 for value in (width, height, found.steps, found.memory_bytes)):
-        raise ValueError("no result of a trial: a number")
-    if max(width, height) > _MAX_SIDE_PX or {type(found.engine), type(found.precision)} != {str}:
-        raise ValueError("no result of a trial: a side, or a name")
-    return dataclasses.replace(found, pixels=link.recv_bytes(width * height * 3))
+    if not is_valid:
+        raise ValueError("no result of a trial: a number out of range")
+    pixels = link.recv_bytes(width * height * 3)
+    if len(pixels) != width * height * 3:
+        raise ValueError(f"a picture of {width}x{height} px has {len(pixels)} bytes")
+    return dataclasses.replace(found, engine=engine, precision=precision, pixels=pixels)
+
+
+def _printable(text: str) -> str:
+    """Return a text of another process on one line, without what a terminal acts on."""
+    return "".join(each if each.isprintable() else " " for each in text[:_SHOWN_CHARS])
 
 
 def main(link: Sender, trial: Trial) -> None:

@@ -35,7 +35,7 @@ from ovserve.models.profile import read_profile
 from ovserve.settings.options import ModelSettings, Resolution, Settings
 from ovserve.wire.local.processes import children_of
 from ovserve.worker.main import create_engine
-from ovserve.worker.trials import Measured, Trial, default_steps, measure
+from ovserve.worker.trials import Measured, Trial, default_steps, measure, receive, send
 from tests.pictures import directory_of
 from tests.quantised import quantised_copy
 from tests.tinymodels import copy_model, tiny_model
@@ -258,6 +258,60 @@ def test_result_that_cannot_be_read_loses_one_candidate(leak_guard: None) -> Non
         assert each.failure.startswith("its result cannot be read: ")
     assert long.failure  # it may be ended by a signal, as nothing reads the rest
     assert [len(each.runs) for each in (first, cut, code, nonsense, long, last)] == [1, 0, 0, 0, 0, 1]
+
+
+class Messages(list[bytes]):
+    """A pipe that holds what was sent."""
+
+    def send_bytes(self, content: bytes, /) -> None:
+        self.append(content)
+
+    def recv_bytes(self, maxlength: int, /) -> bytes:
+        if len(self[0]) > maxlength:
+            raise OSError("bad message length")
+        return self.pop(0)
+
+
+@pytest.mark.parametrize("psnr", [math.inf, 31.5])
+def test_result_is_received_as_it_was_sent(psnr: float) -> None:
+    pixels, link = bytes(range(24)), Messages()
+    found = dataclasses.replace(MEASURED, size=Resolution(4, 2), psnr=psnr, pixels=pixels)
+    send(link, found)
+    assert (receive(link), link) == (found, [])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": [64]},
+        {"size": [64, -64]},
+        {"size": [1 << 14, 1 << 14]},
+        {"size": [64, 63]},
+        {"size": [64, 65]},
+        {"step_s": math.nan},
+        {"edit_s": math.inf},
+        {"ready_s": "1"},
+        {"psnr": math.nan},
+        {"steps": 1.5},
+        {"engine": 1},
+        {"further": 1},
+    ],
+)
+def test_changed_result_is_refused(changes: dict[str, Any]) -> None:
+    link = Messages()
+    send(link, MEASURED)
+    link[0] = json.dumps(json.loads(link[0]) | changes).encode()
+    with pytest.raises((ValueError, OSError)):
+        receive(link)
+
+
+def test_text_of_a_failure_is_one_printable_line() -> None:
+    link = Messages()
+    send(link, "red \x1b[31m\nline" + "x" * 1000)
+    found = receive(link)
+    assert isinstance(found, str)
+    assert found.isprintable()
+    assert len(found) <= 500
 
 
 def test_nothing_is_measured_without_the_default_plan(leak_guard: None) -> None:
