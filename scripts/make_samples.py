@@ -11,7 +11,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.reader import Figure, draw_scene  # noqa: E402  importable only after the line above
+from scripts.builtin_model.thing_pictures import load_sprites  # noqa: E402  importable only after the line above
+from scripts.builtin_model.thing_scenes import Composition, Placed, draw_composition  # noqa: E402
+from tests.reader import Figure, draw_scene  # noqa: E402
 
 SIDE_PX = 256  # size of the built-in model
 ORIENTATION = 0x0112  # EXIF 2.32, 4.6.4 A: how a viewer must rotate the stored picture
@@ -42,6 +44,11 @@ def main() -> None:
 
     pair = draw_scene("white", [Figure("green", "square", 68, 128, 48), Figure("pink", "heart", 188, 128, 48)], SIDE_PX)
     Image.fromarray(pair).save(folder / "pair.webp", quality=90)
+
+    dog = Composition("one", "yellow", (Placed("dog", int(middle), int(middle), 128),))
+    drawn = Image.fromarray(draw_composition(dog, load_sprites(folder / "things.png")))
+    for path in (folder / "dog.png", ROOT / "ovserve" / "web" / "sample-things.png"):
+        drawn.save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def with_denoiser_multiple(profile: ModelProfile, multiple_px: int) -> ModelProf
     return dataclasses.replace(found, native=native, min_side_px=min(up(profile.min_side_px), high), max_side_px=high)
 
 
-BUILTIN_MODELS = {"shapes": "builtin"}  # name to folder in the package
+BUILTIN_MODELS = {"shapes": "builtin", "things": "builtin_things"}  # name to folder in the package
 PROMPT_KEYS = {"too_long": ("refuse", "cut"), "unknown_words": ("keep", "drop")}  # to the values of each
 SIZE_KEYS = ("native", "min_side_px", "max_side_px", "side_multiple_px")
 INPAINTING_CHANNELS = 9  # latents, mask, and the masked image's latents

@@ -18,9 +18,10 @@ from ovserve.settings.loras import CompositeSettings, LoraSettings
 
 __all__ = [
     "BUILTIN_ALIASES",
-    "BUILTIN_NAME",
+    "BUILTIN_NAMES",
     "BUILTIN_PREFIX",
     "CATCH_ALL",
+    "DEFAULT_NAME",
     "NO_CACHE",
     "ModelSettings",
     "Option",
@@ -32,7 +33,9 @@ __all__ = [
 MIB = 1024 * 1024
 BUILTIN_PREFIX = "builtin:"  # of the option `path`: a model in the package, `builtin:shapes`
 DEFAULT_BUILTIN = f"{BUILTIN_PREFIX}shapes"  # served where `path` is not given
-BUILTIN_NAME = "ovserve-builtin"  # served name of a built-in model, if the option `name` is empty
+# Served names of the built-in models, if the option `name` is empty.
+DEFAULT_NAME = "ovserve-builtin"
+BUILTIN_NAMES = {"things": "ovserve-things"}  # of the others
 # What clients send that do not let their users choose a name, or have it as a default (measured).
 BUILTIN_ALIASES = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3", "default")
 NO_CACHE = Path("off")  # of the option `cache_dir`
@@ -97,13 +100,14 @@ class ModelSettings:
 
     name: str = _option(
         "",
-        "Name for the request field `model`; empty: the directory's name, or `ovserve-builtin`.",
+        "Name for the request field `model`; empty: the directory's name, `ovserve-builtin` for `builtin:shapes`, "
+        "`ovserve-things` for `builtin:things`.",
         aliases=("model_name",),
     )
     path: Path | None = _option(
         None,
-        "Directory in diffusers layout with OpenVINO IR files, or the built-in model `builtin:shapes`; none: "
-        "`builtin:shapes`.",
+        "Directory in diffusers layout with OpenVINO IR files, or a built-in model, `builtin:shapes` or "
+        "`builtin:things`; none: `builtin:shapes`.",
         aliases=("model_path",),
     )
     source_model: str = _option(

@@ -22,8 +22,9 @@ from ovserve.settings.loras import LoraSettings, parse_composites, parse_loras, 
 from ovserve.settings.modelserver.graph import GRAPH_FILE, read_graph
 from ovserve.settings.modelserver.repository import Repository, is_json, read_config, read_repository
 from ovserve.settings.options import (
-    BUILTIN_NAME,
+    BUILTIN_NAMES,
     BUILTIN_PREFIX,
+    DEFAULT_NAME,
     ModelSettings,
     Settings,
     options_of,
@@ -136,7 +137,7 @@ def _model_name(model: ModelSettings) -> ModelSettings:
     if model.source_model:
         return dataclasses.replace(model, name=model.source_model)
     if model.path is None or str(model.path).startswith(BUILTIN_PREFIX):
-        return dataclasses.replace(model, name=BUILTIN_NAME)
+        return dataclasses.replace(model, name=BUILTIN_NAMES.get(model.builtin_name, DEFAULT_NAME))
     try:
         name = Path(os.path.realpath(model.path)).name or "model"
     except OSError as error:  # a relative path, and the working directory is gone

@@ -46,7 +46,10 @@ def run(
         (["--target_device", "CPU GPU"], "device"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
         (["--model_path", BUILTIN_PATH, "--max_num_inference_steps", "3"], "num_inference_steps"),
-        (["--model_path", "builtin:other"], "builtin:other: not one of the built-in models: builtin:shapes"),
+        (
+            ["--model_path", "builtin:other"],
+            "not one of the built-in models: builtin:shapes, builtin:things",
+        ),
     ],
 )
 def test_wrong_option_value_is_one_line_and_exit_code_two(arguments: list[str], words: str) -> None:

@@ -21,10 +21,17 @@ def test_defaults_serve_the_builtin_model_on_loopback() -> None:
     assert settings.models[0].path is None
 
 
-@pytest.mark.parametrize("path", ["builtin:shapes", "builtin:unknown"])
-def test_builtin_model_is_served_as_ovserve_builtin_unless_named(path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("builtin:shapes", "ovserve-builtin"),
+        ("builtin:things", "ovserve-things"),
+        ("builtin:unknown", "ovserve-builtin"),
+    ],
+)
+def test_builtin_model_is_served_under_a_name_of_its_own_unless_named(path: str, name: str) -> None:
     [model] = load_settings({"model_path": path}, {}).models
-    assert (model.name, model.path) == ("ovserve-builtin", Path(path))
+    assert (model.name, model.path) == (name, Path(path))
     assert load_settings({"path": path, "name": "a"}, {}).models[0].name == "a"
 
 
