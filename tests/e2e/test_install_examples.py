@@ -80,11 +80,11 @@ def behind_caddy_tls(
 
 def is_serving(url: str, root: Path) -> bool:
     """Return whether the site answers with a certificate that this authority has signed."""
-    trust = ssl.create_default_context(cafile=str(root))
     try:
+        trust = ssl.create_default_context(cafile=str(root))
         with httpx.Client(verify=trust) as client:
             return client.get(url, headers={"host": HOST}, extensions={"sni_hostname": HOST}).status_code > 0
-    except httpx.TransportError:
+    except (httpx.TransportError, ssl.SSLError):  # the file exists some time before its certificate is in it
         return False
 
 
