@@ -475,7 +475,10 @@ def account(result: Result) -> list[str]:
     parts = {(str(series.case["process"]), str(series.case["part"])) for series in result.select("cpu for an edit")}
     times = {key: milliseconds("cpu for an edit", process=key[0], part=key[1]) for key in parts}
     total = milliseconds("cpu for an edit, all")
-    rows = [[*key, *_parts_of(found, total)] for key, found in sorted(times.items(), key=lambda item: -item[1][-1])]
+    rows = [
+        [*key, *_parts_of(found, total)]
+        for key, found in sorted(times.items(), key=lambda item: (-item[1][-1], item[0]))
+    ]
     outside = [shown(series[0]) for count in clients if (series := result.select(OUTSIDE, clients=count))]
     rows = [*rows, ["all", "", *_parts_of(total, total)], ["all", OUTSIDE, *outside]]
     return table(["process", "part", *(f"{count} client{'s' * (count > 1)}" for count in clients)], rows)

@@ -84,8 +84,10 @@ class Service:
             return f"model {model} is missing: run benchmarks/peers/install torch {model}"
         return ""
 
-    def command(self, model: str, port: int, extra: Sequence[str] = ()) -> list[str]:
-        """Return the command line."""
+    def command(self, model: str, port: int, extra: Sequence[str] = (), *, plain: bool = False) -> list[str]:
+        """Return the command line; if `plain`, with `extra` alone, which then names the models."""
+        if plain:
+            return [str(self.python), "-m", self.module, "--port", str(port), *extra]
         start = [str(self.python), "-m", self.module, "--port", str(port), *self.arguments, *extra]
         if not self.is_ours:
             return [*start, "--model", str(model_path(model, self.form))]
@@ -137,7 +139,7 @@ class RunningServer:
             service: what to start.
             model: the model to serve.
             extra: further arguments.
-            plain: without the service's own arguments.
+            plain: without the service's own arguments and without `model`.
 
         Raises:
             RuntimeError: it did not become ready; the end of its log is in the message.
@@ -148,9 +150,7 @@ class RunningServer:
         bench_home().mkdir(parents=True, exist_ok=True)
         self._log = (bench_home() / f"server-{service.name.replace(' ', '-')}.log").open("wb")
         environment = {key: value for key, value in os.environ.items() if not key.startswith("OVSERVE_")}
-        command = service.command(model, port, extra)
-        if plain:
-            command = [argument for argument in command if argument not in service.arguments]
+        command = service.command(model, port, extra, plain=plain)
         began = time.monotonic()
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True

@@ -25,6 +25,7 @@ from benchmarks.load import main as load_main
 from benchmarks.plot import Point, line_chart
 from benchmarks.render import NOTES, PAGE, PLOTS, account, newest, render
 from benchmarks.results import DIRECTORY, Result, Series, read_result
+from benchmarks.servers import SERVICES
 from ovserve.front.forms.multipart import MultipartParser, PartData
 from ovserve.models.profile import builtin_directory
 
@@ -627,3 +628,9 @@ def test_no_edit_of_a_size_benchmark_can_come_from_a_cache(monkeypatch: pytest.M
     assert [name for name, _ in found].count("step") == 3
     assert [work.num_inference_steps for work in made] == [1, *(1, bench_sizes.MOST_STEPS) * 3]
     assert len({work.prompt for work in made}) == len({work.initial_image.tobytes() for work in made}) == 7
+
+
+def test_a_server_with_a_configuration_file_gets_no_other_model() -> None:
+    command = SERVICES["ovserve stepwise"].command("builtin", 7, ("--config", "models.toml"), plain=True)
+    assert command[1:] == ["-m", "ovserve", "--port", "7", "--config", "models.toml"]
+    assert "--model_path" in SERVICES["ovserve stepwise"].command("builtin", 7, ("--replicas", "2"))
