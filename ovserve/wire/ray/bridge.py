@@ -163,6 +163,7 @@ class Bridge:
         handle = socket.socket(fileno=status)
 
         def place() -> Host | None:
+            """Start the worker on the cluster; return None while it waits for a connection. Raises LaunchError."""
             cluster = self._cluster
             if cluster is None:
                 return None
