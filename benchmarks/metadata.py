@@ -7,13 +7,14 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["collect", "commit", "hash_of_model", "load_average"]
+__all__ = ["collect", "commit", "hash_of_model", "load_average", "portable_argument"]
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("openvino", "openvino-genai", "numpy", "pillow", "multipart", "prometheus-client")
@@ -21,6 +22,7 @@ GIT_TIMEOUT_S = 10.0
 BUSY_CORES = 0.2  # cores in use by other processes before a run: more than this disturbs a measurement on any machine
 SAMPLE_S = 0.5  # over this time; a load average would still contain the previous benchmark
 BLOCK_BYTES = 1 << 20
+_ABSOLUTE = re.compile(r"(?<![\w./:-])(?:/[\w.@+~-]+)+")  # no part of a relative path or URL
 
 
 def collect(model: Path | None = None) -> dict[str, Any]:
@@ -44,16 +46,22 @@ def collect(model: Path | None = None) -> dict[str, Any]:
         "busy": in_use > BUSY_CORES,
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := version_of(name))},
-        "command": " ".join(["python", *(_portable_argument(argument) for argument in sys.argv)]),
+        "command": " ".join(["python", *(portable_argument(argument) for argument in sys.argv)]),
         "model": {"name": model.name, "sha256": hash_of_model(model)} if model else None,
     }
 
 
-def _portable_argument(argument: str) -> str:
-    """Return an argument without machine-specific parts: a path relative to the repository, or its last two names."""
-    path = Path(argument)
-    if not path.is_absolute():
-        return argument
+def portable_argument(argument: str) -> str:
+    """Return an argument without machine-specific parts.
+
+    Each absolute path in it, also one inside `NAME=PATH` or a command in quotes, is given relative to the repository, or
+    by its last two names.
+    """
+    return _ABSOLUTE.sub(_portable_path, argument)
+
+
+def _portable_path(found: re.Match[str]) -> str:
+    path = Path(found.group())
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else ".../" + "/".join(path.parts[-2:])
 
 

@@ -634,3 +634,28 @@ def test_a_server_with_a_configuration_file_gets_no_other_model() -> None:
     command = SERVICES["ovserve stepwise"].command("builtin", 7, ("--config", "models.toml"), plain=True)
     assert command[1:] == ["-m", "ovserve", "--port", "7", "--config", "models.toml"]
     assert "--model_path" in SERVICES["ovserve stepwise"].command("builtin", 7, ("--replicas", "2"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "recorded"),
+    [
+        (f"{metadata.ROOT}/benchmarks/run.py", "benchmarks/run.py"),
+        ("/srv/models/sd15/openvino", ".../sd15/openvino"),
+        ("sd15=/srv/models/sd15@512", "sd15=.../models/sd15@512"),
+        (
+            f"after=env PYTHONPATH=/srv/new/tree {metadata.ROOT}/.venv/bin/python benchmarks/closed_loops.py",
+            "after=env PYTHONPATH=.../new/tree .venv/bin/python benchmarks/closed_loops.py",
+        ),
+        ("edit*3:size=256x256", "edit*3:size=256x256"),
+        ("http://127.0.0.1:8000/v1/models", "http://127.0.0.1:8000/v1/models"),
+        ("benchmarks/../run.py", "benchmarks/../run.py"),
+    ],
+)
+def test_a_recorded_argument_names_no_place_of_the_machine(argument: str, recorded: str) -> None:
+    assert metadata.portable_argument(argument) == recorded
+
+
+def test_no_result_names_a_place_of_the_machine() -> None:
+    for path in DIRECTORY.glob("*.json"):
+        command = json.loads(path.read_text("utf-8"))["metadata"]["command"]
+        assert metadata.portable_argument(command) == command, path.name
