@@ -54,8 +54,8 @@ def collect(model: Path | None = None) -> dict[str, Any]:
 def portable_argument(argument: str) -> str:
     """Return an argument without machine-specific parts.
 
-    Each absolute path in it, also one inside `NAME=PATH` or a command in quotes, is given relative to the repository, or
-    by its last two names.
+    Each absolute path in it, also one inside `NAME=PATH` or a command in quotes, is given relative to the repository,
+    or by its last two names.
     """
     return _ABSOLUTE.sub(_portable_path, argument)
 
