@@ -25,7 +25,7 @@ from ovserve.wire.link import WorkerLink
 if TYPE_CHECKING:
     from ovserve.engines.protocol import Engine
 
-__all__ = ["ModelProfile", "create_engine", "disable_telemetry", "main"]
+__all__ = ["ModelProfile", "create_engine", "reduce_openvino_import", "main"]
 
 _NICENESS = 10  # lower priority than the front end, which must answer health checks while the device computes
 
@@ -40,7 +40,7 @@ def main(
     faulthandler.enable()
     os.nice(_NICENESS)
     configure_logs(settings.log_level, settings.log_format, settings.node)
-    disable_telemetry()
+    reduce_openvino_import()
     from PIL import Image  # noqa: PLC0415
 
     from ovserve.worker.runner import JobRunner  # noqa: PLC0415
@@ -65,13 +65,15 @@ def complete_profile(profile: ModelProfile) -> ModelProfile:
     return find_denoiser_multiple(profile)
 
 
-def disable_telemetry() -> None:
-    """Switch off the telemetry that `import openvino` sends. Call it before the first import of openvino.
+def reduce_openvino_import() -> None:
+    """Leave the model converter and its telemetry out of `import openvino`. Call it before the first import of it.
 
-    Without the package, openvino uses its own stub. With it, the import fails for a user without a home directory, such
-    as systemd's DynamicUser, writes an identifier to ~/intel and sends an event over the network.
+    The converter, which a worker does not use, takes a third of the import's time. Its telemetry fails for a user
+    without a home directory, such as systemd's DynamicUser; for others it writes an identifier to ~/intel and sends an
+    event over the network.
     """
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # imports of it then raise ImportError
+    for name in ("openvino.tools.ovc", "openvino_telemetry"):
+        sys.modules[name] = None  # type: ignore[assignment]  # imports of it then raise ImportError
 
 
 def _devices_of(profile: ModelProfile, settings: ModelSettings) -> str:

@@ -23,7 +23,7 @@ from ovserve.models.plans import Plan
 from ovserve.models.profile import read_profile
 from ovserve.models.steps import denoising_steps, raise_steps
 from ovserve.settings.options import ModelSettings, Resolution
-from ovserve.worker.main import complete_profile, create_engine, disable_telemetry
+from ovserve.worker.main import complete_profile, create_engine, reduce_openvino_import
 
 if TYPE_CHECKING:
     from ovserve.engines.protocol import Engine, Work
@@ -162,7 +162,7 @@ def _printable(text: str) -> str:
 
 def main(link: Sender, trial: Trial) -> None:
     """Run a trial, and send what it has measured, or the reason of its failure. The target of `run_worker`."""
-    disable_telemetry()
+    reduce_openvino_import()
     logging.disable(logging.WARNING)  # it would be repeated for every run
     try:
         found: Measured | str = measure(trial)
