@@ -17,7 +17,7 @@ from typing import Any
 __all__ = ["collect", "commit", "hash_of_model", "load_average", "portable_argument"]
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("openvino", "openvino-genai", "numpy", "pillow", "multipart", "prometheus-client")
+PACKAGES = ("openvino", "openvino-genai", "numpy", "pillow", "multipart", "prometheus-client", "zlib-ng")
 GIT_TIMEOUT_S = 10.0
 BUSY_CORES = 0.2  # cores in use by other processes before a run: more than this disturbs a measurement on any machine
 SAMPLE_S = 0.5  # over this time; a load average would still contain the previous benchmark

@@ -27,7 +27,7 @@ MIN_MEMORY_BYTES = 2 << 30  # the built-in model takes 0.4 GB, the smallest usef
 MIN_SPOOL_BYTES = 256 << 20  # the largest upload at the default limits
 DEVICES_TIMEOUT_S = 120.0
 _GB = 1e9
-_PACKAGES = ("openvino", "openvino-genai", "numpy", "pillow", "multipart", "prometheus-client")
+_PACKAGES = ("openvino", "openvino-genai", "numpy", "pillow", "multipart", "prometheus-client", "zlib-ng")
 _SPOOL = Path("/dev/shm")  # noqa: S108 - the default of spool_dir
 
 

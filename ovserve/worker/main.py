@@ -25,7 +25,7 @@ from ovserve.wire.link import WorkerLink
 if TYPE_CHECKING:
     from ovserve.engines.protocol import Engine
 
-__all__ = ["ModelProfile", "create_engine", "reduce_openvino_import", "main"]
+__all__ = ["ModelProfile", "create_engine", "main", "reduce_openvino_import"]
 
 _NICENESS = 10  # lower priority than the front end, which must answer health checks while the device computes
 
