@@ -42,8 +42,9 @@ def main() -> None:
 def encode(options: argparse.Namespace) -> None:
     """Write scenes.pt.
 
-    It contains `after` and `before`, float16 (N, C, 16, 16), raw latents; `captions`, int16 (N, CAPTIONS, window); and
-    `plain`, the number of scenes before those that are made from another picture.
+    It contains `after`, float16 (N, C, 16, 16), raw latents; `plain`, the number of scenes before those that are made
+    from another picture; `before`, float16 (N - plain, C, 16, 16), the other pictures; and `captions`, int16 (N,
+    CAPTIONS, window).
     """
     device = choose_device(options.threads)
     model = Autoencoder.from_checkpoint(load_checkpoint(options.folder / "autoencoder.pt")).to(device).eval()
@@ -54,13 +55,16 @@ def encode(options: argparse.Namespace) -> None:
         for number, shard in enumerate(_shards(options, shards)):
             latents = {
                 name: torch.cat(
-                    [model.encode(tensor_from(part).to(device)).half().cpu() for part in np.split(shard[name], 8)]
+                    [model.encode(tensor_from(part).to(device)).half().cpu() for part in np.split(pictures, 8)]
                 )
-                for name in ("after", "before")
+                for name, pictures in shard.items()
+                if name != "captions"
             }
             parts.append({**latents, "captions": torch.from_numpy(shard["captions"])})
             progress.advance(number + 1, torch.tensor(0.0))
-    content: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    content: dict[str, Any] = {
+        name: torch.cat([part[name] for part in parts if name in part]) for name in ("after", "before", "captions")
+    }
     content["plain"] = SHARD * _plain_shards(shards)
     save_checkpoint(options.folder / "scenes.pt", content)
 
@@ -100,9 +104,11 @@ def _draw_shard(task: tuple[str, int, int, bool, Path]) -> dict[str, Any]:
         # The same variation of colours in both pictures, so that unedited parts are equal, as in a real edit.
         paint = rng.getrandbits(32)
         after.append(world.draw(composition, random.Random(paint)))
-        before.append(world.draw(world.edit(composition, rng), random.Random(paint)))
+        if is_edited:
+            before.append(world.draw(world.edit(composition, rng), random.Random(paint)))
         captions.append([encoder.encode(world.caption(composition, rng, complete=k == 0)) for k in range(CAPTIONS)])
-    return {"after": np.stack(after), "before": np.stack(before), "captions": np.array(captions, np.int16)}
+    shard = {"after": np.stack(after), "captions": np.array(captions, np.int16)}
+    return shard | ({"before": np.stack(before)} if is_edited else {})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ __all__ = [
     "COLOURS",
     "COMPOSITION_KINDS",
     "GRID_PX",
+    "KINDS_OF_EDITS",
     "LANDSCAPES",
     "PICTURE_PX",
     "SIZES_PX",
@@ -61,11 +62,13 @@ _ROW_PX = {2: 128, 3: 80}  # sizes of two and of three things
 _CENTRES = {2: ((64, 192), (128,)), 3: ((48, 128, 208), (128,))}  # three fit only half a grid step off
 # Kinds of compositions with their share of the scenes.
 COMPOSITION_KINDS = {"one": 0.58, "pair": 0.24, "three": 0.08, "empty": 0.10}
+# A single thing has no place of its own in the caption of an edit: it takes more examples.
+KINDS_OF_EDITS = {"one": 0.70, "pair": 0.18, "three": 0.05, "empty": 0.07}
 LANDSCAPE_SHARE = 0.25
 # Where a single thing is, and the word for it; None: anywhere, without a word.
 PLACES = ("left", "right", "top", "bottom", "center", "center", "center", "center", None, None)
 # In pictures that are made from another one, more things are anywhere: the other picture shows where.
-PLACES_OF_EDITS = ("left", "right", "top", "bottom", "center", "center", None, None, None, None)
+PLACES_OF_EDITS = ("left", "right", "top", "bottom", "center", None, None, None, None, None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +127,16 @@ class Sprites:
         return self._scaled[name, side]
 
 
-def sample_composition(
-    rng: random.Random, kind: str | None = None, *, places: Sequence[str | None] = PLACES
-) -> Composition:
-    """Draw a composition at random; things and plain backgrounds are uniform."""
-    kind = kind or rng.choices(list(COMPOSITION_KINDS), list(COMPOSITION_KINDS.values()))[0]
+def sample_composition(rng: random.Random, kind: str | None = None, *, is_edited: bool = False) -> Composition:
+    """Draw a composition at random; things and plain backgrounds are uniform.
+
+    Args:
+        rng: source of the choices.
+        kind: a key of COMPOSITION_KINDS; None: any of them.
+        is_edited: the composition is for a picture that is made from another one, see KINDS_OF_EDITS.
+    """
+    kinds, places = (KINDS_OF_EDITS, PLACES_OF_EDITS) if is_edited else (COMPOSITION_KINDS, PLACES)
+    kind = kind or rng.choices(list(kinds), list(kinds.values()))[0]
     background = rng.choice(LANDSCAPES) if rng.random() < LANDSCAPE_SHARE else rng.choice(list(COLOURS))
     if kind == "empty":
         return Composition(kind, background, ())
@@ -164,7 +172,7 @@ def sample_edit(after: Composition, rng: random.Random) -> Composition:
 
     They differ in one of these: a thing, the background, or one thing more or less.
     """
-    what = rng.choices(["thing", "background", "number"], [0.5, 0.2, 0.3])[0]
+    what = rng.choices(["thing", "background", "number"], [0.6, 0.18, 0.22])[0]
     if what == "background":
         return replace(after, background=rng.choice([*LANDSCAPES, *COLOURS]))
     if what == "number" or not after.things:

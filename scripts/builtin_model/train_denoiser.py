@@ -36,6 +36,8 @@ from scripts.builtin_model.worlds import WORLD_NAMES, World, load_world
 HELD_OUT = 256  # scenes that are not trained on
 LAYOUT_TIMESTEPS = (400, 1000)  # at these timesteps position and shape are decided
 EDIT_TIMESTEPS = 300  # from this timestep on a row may start from another picture: strengths of 0.3 and more
+FIRST_TIMESTEPS = (450, 850)  # edits at strengths of 0.55 to 0.9 begin here: half of the rows that are edits
+WHOLE_SHARE = 0.65  # rows that start from another picture in whole; the others do so in a rectangle
 UNCAPTIONED_SHARE = 0.1  # rows without a caption, for classifier-free guidance
 
 
@@ -165,11 +167,12 @@ class Run:
         rows, scenes, device = self.options.batch, self.scenes, self.device
         timesteps = self._timesteps(rows, generator)
         uncaptioned = torch.rand(rows, generator=generator, device=device) < UNCAPTIONED_SHARE
-        edited = (
-            (torch.rand(rows, generator=generator, device=device) < self.options.edit_share)
-            & (timesteps >= EDIT_TIMESTEPS)
-            & ~uncaptioned
+        # Rows without a caption too: guidance subtracts what they predict, which would otherwise be the old thing in
+        # its place, and so would move the new one away from there.
+        edited = (torch.rand(rows, generator=generator, device=device) < self.options.edit_share) & (
+            timesteps >= EDIT_TIMESTEPS
         )
+        timesteps = torch.where(edited, self._first_timesteps(timesteps, generator), timesteps)
         plain = torch.randint(HELD_OUT, scenes.plain, (rows,), generator=generator, device=device)
         others = torch.randint(scenes.plain, len(scenes), (rows,), generator=generator, device=device)
         index = torch.where(edited, others, plain)
@@ -178,7 +181,7 @@ class Run:
         input_ids = torch.where(uncaptioned[:, None], self.empty, input_ids)
         target = scenes.after[index]
         where = self._regions(rows, target.shape[-1], generator) & edited[:, None, None, None]
-        start = torch.where(where, scenes.before[index], target)
+        start = torch.where(where, scenes.before[others - scenes.plain], target)
         return self._squared_error(start, target, timesteps, input_ids, generator)
 
     def _timesteps(self, rows: int, generator: torch.Generator) -> Tensor:
@@ -191,8 +194,17 @@ class Run:
         timesteps = torch.cat([layout, spread]).long()
         return timesteps.clamp(max=TRAIN_TIMESTEPS - 1)
 
+    def _first_timesteps(self, timesteps: Tensor, generator: torch.Generator) -> Tensor:
+        """Return timesteps of edits: those of the first half of the rows at random in FIRST_TIMESTEPS instead.
+
+        The later steps of an edit see hardly more of the other picture than a picture from noise does.
+        """
+        low, high = FIRST_TIMESTEPS
+        first = low + (high - low) * torch.rand(len(timesteps) // 2, generator=generator, device=self.device)
+        return torch.cat([first.long(), timesteps[len(timesteps) // 2 :]])
+
     def _regions(self, rows: int, side: int, generator: torch.Generator) -> Tensor:
-        """Return where rows start from another picture: half of them everywhere, the others in a random rectangle.
+        """Return where rows start from another picture: WHOLE_SHARE everywhere, the others in a random rectangle.
 
         Returns:
             bool (rows, 1, side, side).
@@ -200,7 +212,7 @@ class Run:
         corners = torch.rand(rows, 2, 2, generator=generator, device=self.device).sort(dim=2).values * (side + 2) - 1
         positions = torch.arange(side, device=self.device)
         inside = (positions >= corners[..., :1]) & (positions <= corners[..., 1:])  # rows, axis, side
-        whole = torch.rand(rows, generator=generator, device=self.device) < 0.5
+        whole = torch.rand(rows, generator=generator, device=self.device) < WHOLE_SHARE
         rectangle = inside[:, 0, :, None] & inside[:, 1, None, :]
         return (rectangle | whole[:, None, None])[:, None]
 

@@ -228,7 +228,7 @@ class ThingsWorld:
 
     def sample_edited(self, rng: random.Random) -> thing_scenes.Composition:
         """Return a random composition with its thing at any place more often."""
-        return thing_scenes.sample_composition(rng, places=thing_scenes.PLACES_OF_EDITS)
+        return thing_scenes.sample_composition(rng, is_edited=True)
 
     def sample_picture(self, rng: random.Random) -> Pixels:
         """Return a picture of a composition for the autoencoder: half of them as before an edit, off the grid."""

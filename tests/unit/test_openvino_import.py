@@ -1,4 +1,4 @@
-"""`import openvino` in a worker: without the model converter, whose telemetry needs a home directory and sends events."""
+"""`import openvino` in a worker: without the converter, whose telemetry needs a home directory and sends events."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ from scripts.builtin_model.thing_scenes import (
     COLOURS,
     COMPOSITION_KINDS,
     GRID_PX,
+    KINDS_OF_EDITS,
     LANDSCAPES,
     PICTURE_PX,
-    PLACES_OF_EDITS,
     Composition,
     Placed,
     Sprites,
@@ -111,13 +111,20 @@ def test_things_are_whole_on_the_grid_and_do_not_overlap(kind: str) -> None:
 def test_more_things_of_edits_are_anywhere() -> None:
     rng = random.Random(4)
 
-    def without_a_word(*places: str | None) -> float:
-        options = {"places": places} if places else {}
-        drawn = [sample_composition(rng, "one", **options) for _ in range(2000)]
+    def without_a_word(*, is_edited: bool) -> float:
+        drawn = [sample_composition(rng, "one", is_edited=is_edited) for _ in range(2000)]
         return sum(each.place is None for each in drawn) / len(drawn)
 
-    assert abs(without_a_word() - 0.2 * 5 / 6) < 0.04  # large ones are in the middle
-    assert abs(without_a_word(*PLACES_OF_EDITS) - 0.4 * 5 / 6) < 0.04
+    assert abs(without_a_word(is_edited=False) - 0.2 * 5 / 6) < 0.04  # large ones are in the middle
+    assert abs(without_a_word(is_edited=True) - 7 / 12 * 5 / 6) < 0.04
+
+
+def test_more_compositions_of_edits_have_a_single_thing() -> None:
+    rng = random.Random(5)
+    kinds = Counter(sample_composition(rng, is_edited=True).kind for _ in range(2000))
+    assert kinds.keys() == KINDS_OF_EDITS.keys() == COMPOSITION_KINDS.keys()
+    for kind, share in KINDS_OF_EDITS.items():
+        assert abs(kinds[kind] / 2000 - share) < 0.04
 
 
 def test_an_edit_differs_in_one_thing() -> None:
