@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from benchmarks import stats
 from benchmarks.results import Result, Series
 
-__all__ = ["OURS", "Aim", "find_only", "list_aims"]
+__all__ = ["LONE_STEPS", "OURS", "Aim", "find_only", "list_aims"]
 
 OURS = "ovserve stepwise"
 OURS_GENAI = "ovserve genai"
 PEERS = ("FastAPI", "LitServe", "mosec")
+LONE_STEPS = (4, 12, 16, 32)  # steps of the request, of which strength 0.7 runs 2, 8, 11 and 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def _interference(result: Result) -> list[Aim]:
 
 
 def _overhead(result: Result) -> list[Aim]:
-    aims = []
+    aims = [_lone(result, steps) for steps in LONE_STEPS]
     bare = find_only(result, "bare edit", model="builtin")
     for server, engine in ((OURS_GENAI, "genai"), (OURS, "stepwise")):
         single = find_only(result, "latency", server=server, workload="closed", clients=1)
@@ -104,6 +105,13 @@ def _overhead(result: Result) -> list[Aim]:
         added = stats.estimate([1000 * value for value in overhead.values]) if overhead else None
         aims.append(Aim(name, 1.5, added, is_maximum=True, unit="ms"))
     return aims
+
+
+def _lone(result: Result, steps: int) -> Aim:
+    bare = find_only(result, "bare edit", workload="one client", steps=steps)
+    served = find_only(result, "latency", server=OURS, workload="one client", steps=steps)
+    name = f"one client, {steps} steps, engine stepwise, over the bare pipeline with decoding and encoding"
+    return Aim(name, 1.0, _ratio(served, bare), is_maximum=True)
 
 
 def _start_up(result: Result) -> list[Aim]:

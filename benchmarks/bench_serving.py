@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import metadata
+from benchmarks.aims import LONE_STEPS
 from benchmarks.edits import BUILTIN_NAME, parse_kind
 from benchmarks.load import Load, Report, Target, apply_load
 from benchmarks.results import Case, Result
@@ -82,7 +83,7 @@ PLANS = {
         clients=(1, 2),
         servers=(OURS, "FastAPI"),
         few=(OURS,),
-        sections=("closed", "overhead", "open", "mixed", "abandoned", "curves", "starts"),
+        sections=("closed", "lone", "overhead", "open", "mixed", "abandoned", "curves", "starts"),
     ),
     "quick": Plan(
         rounds=2,
@@ -90,7 +91,7 @@ PLANS = {
         clients=(1, 8),
         servers=(OURS, "ovserve genai", *PEERS),
         few=(OURS, "FastAPI"),
-        sections=("closed", "overhead", "open", "mixed", "abandoned", "curves", "starts"),
+        sections=("closed", "lone", "overhead", "open", "mixed", "abandoned", "curves", "starts"),
         limit_s=540,
     ),
     "full": Plan(
@@ -99,7 +100,7 @@ PLANS = {
         clients=(1, 2, 4, 8, 16),
         servers=(OURS, "ovserve genai", *PEERS, "mosec 2x1"),
         few=(OURS, *PEERS),
-        sections=("closed", "overhead", "open", "mixed", "abandoned", "full_size", "curves", "starts"),
+        sections=("closed", "lone", "overhead", "open", "mixed", "abandoned", "full_size", "curves", "starts"),
         full_size=(OURS, "ovserve genai", "FastAPI", "mosec"),
         single=("optimum", "diffusers", "sd.cpp"),
         limit_s=2100,
@@ -256,6 +257,22 @@ def closed(bench: Bench) -> None:
                     bench.add_report(report, case)
                     bench.result.add("cpu", [(server.cpu_s() - before) / max(1, report.answered_in_all)], case=case)
                     bench.result.add("memory", [server.memory()], unit="bytes", case=case)
+
+
+def lone(bench: Bench) -> None:
+    """Measure one client at several numbers of steps, and the bare pipeline in turns with each server."""
+    plan = bench.plan
+    for _ in range(plan.rounds):
+        for steps in LONE_STEPS:
+            fields = USUAL_FIELDS | {"num_inference_steps": str(steps)}
+            bare_loop(bench, BUILTIN, fields, plan.seconds, 3, {"workload": "one client", "steps": steps})
+        for name in bench.servers(plan.few[:2]):
+            print(f"  {name}", flush=True)
+            with bench.start(name) as server:
+                for steps in LONE_STEPS:
+                    report = run_load(server, plan, f"edit:num_inference_steps={steps}", clients=1, probe="")
+                    case: Case = {"server": name, "workload": "one client", "steps": steps}
+                    bench.add_report(report, case, with_throughput=False)
 
 
 def overhead(bench: Bench) -> None:
@@ -497,6 +514,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "closed": closed,
     "overhead": overhead,
     "open": open_loop,
+    "lone": lone,
     "mixed": mixed,
     "abandoned": abandoned,
     "curves": curves,

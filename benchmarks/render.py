@@ -229,6 +229,21 @@ def closed(result: Result, plots: Plots) -> list[str]:
     return lines if counts else []
 
 
+def lone(result: Result, _: Plots) -> list[str]:
+    """Return the section on one client by number of steps."""
+    counts = sorted({int(s.case["steps"]) for s in result.select("latency", workload="one client")})
+    rows = []
+    for name in ("", *_servers(result, workload="one client")):
+        found = [
+            find_only(result, "latency", server=name, workload="one client", steps=steps)
+            if name
+            else find_only(result, "bare edit", workload="one client", steps=steps)
+            for steps in counts
+        ]
+        rows.append([name or "bare pipeline in a loop", *map(shown, found)])
+    return table(["server", *(f"{steps} steps" for steps in counts)], rows) if counts else []
+
+
 def open_loops(result: Result, _: Plots) -> list[str]:
     """Return the section on open loops."""
     rows = []
@@ -418,6 +433,7 @@ def full_size(result: Result, _: Plots) -> list[str]:
 
 SECTIONS: tuple[tuple[str, Callable[[Result, Plots], list[str]]], ...] = (
     ("Closed loops: one model, k clients", closed),
+    ("One client, by steps of the request", lone),
     ("Open loops: a fixed arrival rate", open_loops),
     ("Mixed loads", mixed),
     ("Cost curves", curves),

@@ -15,7 +15,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from benchmarks import bench_sizes, compare, in_process, metadata, run, stats
-from benchmarks.aims import Aim
+from benchmarks.aims import LONE_STEPS, OURS, Aim, list_aims
 from benchmarks.bench_account import REST, difference, outside_share, read_account
 from benchmarks.bench_sizes import Model, add_full_depth, add_ratios, check_depths, find_models
 from benchmarks.edits import BOUNDARY, Body, Kind, encode_form, parse_kind
@@ -392,6 +392,24 @@ class TestPage:
         assert Aim("a", 2.0, sure, is_maximum=True).verdict == "**missed**"
         assert Aim("a", 2.0, close).verdict == "met, within noise"
         assert Aim("a", 2.0, None).verdict == ""
+
+    def test_one_client_has_an_aim_and_a_column_for_each_number_of_steps(self) -> None:
+        result = Result("serving", {"date": "2026-01-02T00:00:00+00:00", "commit": "0123456789"})
+        result.add("bare edit", [0.08] * 8, case={"model": "builtin"})
+        for steps in LONE_STEPS:
+            case = {"workload": "one client", "steps": steps}
+            result.add("bare edit", [0.01 * steps] * 8, case=case)
+            result.add("latency", [0.008 * steps] * 8, case=case | {"server": OURS})
+        found = {aim.name: aim for aim in list_aims(result)}
+        for steps in LONE_STEPS:
+            over = "over the bare pipeline with decoding and encoding"
+            aim = found[f"one client, {steps} steps, engine stepwise, {over}"]
+            assert aim.verdict == "met"
+            assert aim.measured is not None
+            assert aim.measured.value == pytest.approx(0.8)
+        page, _ = render({"serving": (Path("x.json"), result)}, "")
+        assert "| server | 4 steps | 12 steps | 16 steps | 32 steps |" in page
+        assert f"| {OURS} | 32 [32, 32] ms | 96 [96, 96] ms | 128 [128, 128] ms | 256 [256, 256] ms |" in page
 
     def test_notes_are_placed_below_the_table_of_their_section(self, tmp_path: Path) -> None:
         path = result_of("toy", STEADY).save(tmp_path / "toy.json")
