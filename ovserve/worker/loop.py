@@ -21,7 +21,8 @@ from ovserve.engines.protocol import Engine, Outcome, Work
 __all__ = ["DeviceLoop"]
 
 IDLE_HEARTBEAT_S = 1.0
-MIN_HEARTBEAT_GAP_S = 0.25  # within one phase: a small model takes a hundred steps a second
+MIN_HEARTBEAT_GAP_S = 0.25  # while calls run on the device: a small model makes a hundred of them a second
+CALL_PHASES = frozenset({"encode", "denoise", "decode"})  # for them the same silence is allowed by the configuration
 ALLOWANCE_FACTOR = 20  # times the slowest recent run of a phase: another size, another batch, a busier machine
 
 
@@ -200,8 +201,8 @@ class _PhaseTimer:
         self._send_heartbeat = send_heartbeat
         self._hang_limit_s = hang_limit_s
         self._slowest_s: dict[str, float] = {}
-        self._phase = ""
-        self._since = self._sent_at = 0.0
+        self._phase = self._sent_phase = ""
+        self._since = self._sent_at = self._sent_allow_s = 0.0
         self._lock = threading.Lock()
 
     def start(self, phase: str) -> None:
@@ -212,10 +213,12 @@ class _PhaseTimer:
                 # The old value is halved each time: one long pause, perhaps of the whole machine, must not allow long
                 # silences for good.
                 self._slowest_s[self._phase] = max(now - self._since, self._slowest_s.get(self._phase, 0.0) / 2)
-            is_due = phase != self._phase or now - self._sent_at >= MIN_HEARTBEAT_GAP_S
             self._phase, self._since = phase, now
-            if not is_due:
-                return
-            self._sent_at = now
             allow_s = 0.0 if phase == "idle" else ALLOWANCE_FACTOR * self._slowest_s.get(phase, self.first_estimate_s)
-        self._send_heartbeat(phase, allow_s if allow_s > self._hang_limit_s else 0.0)
+            allow_s = allow_s if allow_s > self._hang_limit_s else 0.0
+            has_same_limit = {phase, self._sent_phase} <= CALL_PHASES and allow_s == self._sent_allow_s == 0.0
+            is_known = phase == self._sent_phase or has_same_limit
+            if is_known and now - self._sent_at < MIN_HEARTBEAT_GAP_S:
+                return
+            self._sent_phase, self._sent_allow_s, self._sent_at = phase, allow_s, now
+        self._send_heartbeat(phase, allow_s)

@@ -294,7 +294,17 @@ def test_heartbeats_are_sent_while_loading_working_and_idle() -> None:
     phases = [phase for phase, _ in bench.heartbeats]
     assert phases[:3] == ["load", "load", "warm-up"]
     assert "denoise" in phases
-    assert "decode" in phases
+    assert "decode" not in phases  # it came within the gap, and the same limit applies to it
+
+
+def test_a_phase_of_the_device_has_a_heartbeat_of_its_own_when_the_last_one_is_old() -> None:
+    with running(CountingEngine(turns=2, turn_s=0.3)) as bench:
+        bench.thread.start()
+        bench.loop.add([work("a")])
+        bench.wait_outcomes(1)
+        bench.wait(lambda: bench.heartbeats[-1][0] == "idle")
+    phases = [phase for phase, _ in bench.heartbeats]
+    assert phases.index("denoise") < phases.index("decode") == len(phases) - 2
 
 
 def test_slow_phase_is_allowed_twenty_times_its_slowest_run() -> None:
