@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.builtin_model.denoiser import SCHEDULE, Denoiser
+from scripts.builtin_model.denoiser import Denoiser, schedule
 from scripts.builtin_model.tokenizer import build_vocabulary
 from scripts.builtin_model.training import load_checkpoint, save_checkpoint
 from scripts.builtin_model.worlds import WORLD_NAMES, model_sizes
@@ -37,7 +37,9 @@ def adapt(options: argparse.Namespace) -> None:
     known = {token: row for row, token in enumerate(build_vocabulary(model_sizes(options.from_world).words)[0])}
     vocabulary, _ = build_vocabulary(sizes.words)
     torch.manual_seed(0)
-    model = Denoiser(len(vocabulary), latent_channels=sizes.latent_channels, window=sizes.window)
+    model = Denoiser(
+        len(vocabulary), latent_channels=sizes.latent_channels, window=sizes.window, time_scale=sizes.time_scale
+    )
     weights = model.state_dict()
     for name, own in weights.items():
         if name == _TOKENS:
@@ -56,7 +58,7 @@ def adapt(options: argparse.Namespace) -> None:
         "step": 0,
         "settings": model.settings,
         "weights": weights,
-        "schedule": SCHEDULE,
+        "schedule": schedule(model.time_scale),
         "mean": latents.mean((0, 2, 3), keepdim=True),
         "scale": latents.std((0, 2, 3), keepdim=True),
     }

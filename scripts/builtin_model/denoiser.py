@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +12,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-__all__ = ["SCHEDULE", "TRAIN_TIMESTEPS", "Denoiser", "alphas_cumprod", "sample_latents", "text_config"]
+__all__ = ["TRAIN_TIMESTEPS", "Denoiser", "alphas_cumprod", "sample_latents", "schedule", "text_config"]
 
 TRAIN_TIMESTEPS = 1000
 # "scaled_linear" betas (linear in their square roots). Almost no signal is left at the end (terminal signal-to-noise
 # about 6e-5), so that flat backgrounds get the requested colour without rescaling, which not every scheduler of the
 # library supports. Half way there is about as much signal as in Stable Diffusion, so that an edit at strength 0.7 keeps
-# positions.
-SCHEDULE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.027}
+# positions of figures in plain colours.
+_BETA_START, _BETA_END = 1e-4, 0.027
 TEXT_WIDTH = 128
 
 
@@ -39,6 +40,24 @@ def text_config(vocabulary_size: int, window: int) -> dict[str, Any]:
     }
 
 
+def schedule(time_scale: float) -> dict[str, Any]:
+    """Return the noise schedule as a scheduler's configuration.
+
+    Args:
+        time_scale: only this part of the schedule is used, 0..1, stretched over all timesteps. Below 1 more signal is
+            left at each timestep: an edit keeps positions that the whole schedule loses, and a picture from noise
+            begins where the model expects some signal. The betas stay linear in their square roots, because their sum,
+            which is the logarithm of the signal's variance, is that of the whole schedule at `time_scale` times the
+            timestep.
+    """
+    first, last = math.sqrt(_BETA_START), math.sqrt(_BETA_END)
+    return {
+        "beta_schedule": "scaled_linear",
+        "beta_start": time_scale * _BETA_START,
+        "beta_end": time_scale * (first + time_scale * (last - first)) ** 2,
+    }
+
+
 class Denoiser(nn.Module):
     """Text encoder and UNet, trained together.
 
@@ -48,6 +67,8 @@ class Denoiser(nn.Module):
         patch: side of the latent patches that form one position of the UNet (1: each latent). 2 is a third of the work.
         latent_channels: channels of the latents.
         window: tokens of a prompt.
+        time_scale: of its noise schedule. The UNet gets timesteps of the whole schedule, so that weights stay valid
+            when this changes.
     """
 
     def __init__(
@@ -57,6 +78,7 @@ class Denoiser(nn.Module):
         patch: int = 2,
         latent_channels: int = 4,
         window: int = 32,
+        time_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.settings = {
@@ -65,7 +87,9 @@ class Denoiser(nn.Module):
             "patch": patch,
             "latent_channels": latent_channels,
             "window": window,
+            "time_scale": time_scale,
         }
+        self.time_scale = time_scale
         self.latent_channels, self.window = latent_channels, window
         self.vocabulary_size, self.patch = vocabulary_size, patch
         self.text_encoder = CLIPTextModel(CLIPTextConfig(**text_config(vocabulary_size, window)))
@@ -93,7 +117,8 @@ class Denoiser(nn.Module):
     def predict(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """Predict v as `forward` does, for encoded prompts: float (N, window, TEXT_WIDTH)."""
         patches = F.pixel_unshuffle(latents, self.patch).contiguous(memory_format=torch.channels_last)
-        predicted = self.unet(patches, timesteps, text, return_dict=False)[0]
+        times = timesteps if self.time_scale == 1 else timesteps * self.time_scale
+        predicted = self.unet(patches, times, text, return_dict=False)[0]
         return F.pixel_shuffle(predicted, self.patch)
 
     @classmethod
@@ -104,9 +129,10 @@ class Denoiser(nn.Module):
         return model
 
 
-def alphas_cumprod() -> Tensor:
+def alphas_cumprod(time_scale: float) -> Tensor:
     """Return the part of the picture's variance that is left at each timestep: float32 (TRAIN_TIMESTEPS,)."""
-    start, end = SCHEDULE["beta_start"] ** 0.5, SCHEDULE["beta_end"] ** 0.5
+    betas_of = schedule(time_scale)
+    start, end = betas_of["beta_start"] ** 0.5, betas_of["beta_end"] ** 0.5
     betas = torch.linspace(start, end, TRAIN_TIMESTEPS, dtype=torch.float64).square()
     return torch.cumprod(1 - betas, 0).float()
 
@@ -135,7 +161,7 @@ def sample_latents(
         start: latents to edit, of the same shape as `noise`; the last `steps` x `strength` steps are run on them.
         strength: 0..1; used only with `start`.
     """
-    signal = alphas_cumprod().to(noise.device)
+    signal = alphas_cumprod(model.time_scale).to(noise.device)
     text = model.text_encoder(torch.cat([empty_ids.expand_as(input_ids), input_ids]))[0]
     timesteps = [i * (TRAIN_TIMESTEPS // steps) + 1 for i in reversed(range(steps))]
     latents = noise

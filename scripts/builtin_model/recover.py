@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from scripts.builtin_model.autoencoder import Autoencoder
-from scripts.builtin_model.denoiser import SCHEDULE, Denoiser
+from scripts.builtin_model.denoiser import Denoiser, schedule
 from scripts.builtin_model.export import export
 from scripts.builtin_model.tokenizer import build_vocabulary, write_tokenizer_files
 from scripts.builtin_model.training import save_checkpoint
@@ -49,7 +49,12 @@ def recover(model: Path, folder: Path, world: str = "shapes") -> None:
     sizes = model_sizes(world)
     vocabulary, _ = build_vocabulary(sizes.words)
     autoencoder = Autoencoder(latent_channels=sizes.latent_channels)
-    denoiser = Denoiser(len(vocabulary), latent_channels=sizes.latent_channels, window=sizes.window)
+    denoiser = Denoiser(
+        len(vocabulary),
+        latent_channels=sizes.latent_channels,
+        window=sizes.window,
+        time_scale=sizes.time_scale,
+    )
     latents: Weights = {name: torch.empty(1, sizes.latent_channels, 1, 1) for name in ("mean", "scale")}
     modules = {"autoencoder": autoencoder, "denoiser": denoiser}
     _randomise([*autoencoder.parameters(), *denoiser.parameters(), *latents.values()])
@@ -128,7 +133,7 @@ def _write(folder: Path, modules: dict[str, Any], latents: Weights) -> None:
     for name, module in modules.items():
         content = {"step": 0, "settings": module.settings, "weights": module.state_dict()}
         if name == "denoiser":
-            content |= {"schedule": SCHEDULE, **latents}
+            content |= {"schedule": schedule(module.time_scale), **latents}
         save_checkpoint(folder / f"{name}.pt", content)
 
 

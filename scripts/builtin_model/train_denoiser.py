@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from scripts.builtin_model.autoencoder import Autoencoder, pixels_from
-from scripts.builtin_model.denoiser import SCHEDULE, TRAIN_TIMESTEPS, Denoiser, alphas_cumprod, sample_latents
+from scripts.builtin_model.denoiser import TRAIN_TIMESTEPS, Denoiser, alphas_cumprod, sample_latents, schedule
 from scripts.builtin_model.sheets import save_sheet
 from scripts.builtin_model.tokenizer import PromptEncoder, build_vocabulary
 from scripts.builtin_model.training import (
@@ -37,7 +37,8 @@ HELD_OUT = 256  # scenes that are not trained on
 LAYOUT_TIMESTEPS = (400, 1000)  # at these timesteps position and shape are decided
 EDIT_TIMESTEPS = 300  # from this timestep on a row may start from another picture: strengths of 0.3 and more
 FIRST_TIMESTEPS = (450, 850)  # edits at strengths of 0.55 to 0.9 begin here: half of the rows that are edits
-WHOLE_SHARE = 0.65  # rows that start from another picture in whole; the others do so in a rectangle
+WHOLE_SHARE = 0.8  # rows that start from another picture in whole; the others do so in a rectangle
+NOISE_TIMESTEPS = 750  # from this timestep on, half of the other rows are noise alone, as where a picture begins
 UNCAPTIONED_SHARE = 0.1  # rows without a caption, for classifier-free guidance
 
 
@@ -57,7 +58,7 @@ def main() -> None:
     )
     parser.add_argument("--start-from", type=Path, help="checkpoint to start from, of the same shape")
     parser.add_argument(
-        "--edit-share", type=float, default=0.4, help="share of rows that start from another picture (%(default)s)"
+        "--edit-share", type=float, default=0.6, help="share of rows that start from another picture (%(default)s)"
     )
     parser.add_argument("--report-every", type=int, default=1000, help="steps between reports (%(default)s)")
     parser.add_argument(
@@ -96,11 +97,13 @@ def train(options: argparse.Namespace) -> None:
     initial = load_checkpoint(options.start_from) if options.start_from else None
     world = load_world(options.world, options.folder)
     if initial:
-        model = Denoiser.from_checkpoint(initial)
+        settings = initial["settings"] | {"time_scale": world.sizes.time_scale}
+        model = Denoiser.from_checkpoint(initial | {"settings": settings})
     else:
         vocabulary, _ = build_vocabulary(world.sizes.words)
+        sizes = world.sizes
         model = Denoiser(
-            len(vocabulary), options.channels, options.patch, world.sizes.latent_channels, world.sizes.window
+            len(vocabulary), options.channels, options.patch, sizes.latent_channels, sizes.window, sizes.time_scale
         )
     place(model, device)
     normalisation = (initial["mean"], initial["scale"]) if initial else (None, None)
@@ -135,7 +138,7 @@ class Run:
     ) -> None:
         self.world = world
         self.model, self.scenes, self.options, self.device = model, scenes, options, device
-        self.signal = alphas_cumprod().to(device)
+        self.signal = alphas_cumprod(model.time_scale).to(device)
         self.parameters = list(model.parameters())
         self.optimiser = torch.optim.AdamW(
             self.parameters, options.peak_learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
@@ -182,6 +185,9 @@ class Run:
         target = scenes.after[index]
         where = self._regions(rows, target.shape[-1], generator) & edited[:, None, None, None]
         start = torch.where(where, scenes.before[others - scenes.plain], target)
+        from_noise = torch.rand(rows, generator=generator, device=device) < 0.5
+        from_noise &= ~edited & (timesteps >= NOISE_TIMESTEPS)
+        start = torch.where(from_noise[:, None, None, None], torch.zeros_like(start), start)
         return self._squared_error(start, target, timesteps, input_ids, generator)
 
     def _timesteps(self, rows: int, generator: torch.Generator) -> Tensor:
@@ -263,7 +269,7 @@ class Run:
         return {
             "step": step,
             "settings": self.model.settings,
-            "schedule": SCHEDULE,
+            "schedule": schedule(self.model.time_scale),
             "weights": weights,
             "mean": self.scenes.mean,
             "scale": self.scenes.scale,
@@ -281,7 +287,7 @@ class Run:
             SystemExit: the checkpoint has another noise schedule.
         """
         content = load_checkpoint(path)
-        if content["schedule"] != SCHEDULE:
+        if content["schedule"] != schedule(self.model.time_scale):
             raise SystemExit(
                 f"{path} was trained with another noise schedule, {content['schedule']}; use another folder, with"
                 f" --start-from {path}"

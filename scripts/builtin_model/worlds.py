@@ -45,11 +45,13 @@ class ModelSizes:
         latent_channels: channels of the autoencoder's latents.
         window: tokens of a prompt, the two special ones included.
         words: every word with its own token, sorted.
+        time_scale: part of the noise schedule that is used: see `denoiser.schedule`.
     """
 
     latent_channels: int
     window: int
     words: tuple[str, ...]
+    time_scale: float = 1.0
 
 
 def model_sizes(name: str) -> ModelSizes:
@@ -60,7 +62,7 @@ def model_sizes(name: str) -> ModelSizes:
     """
     return {
         "shapes": ModelSizes(4, 32, tuple(captions.known_words())),
-        "things": ModelSizes(8, 77, tuple(thing_captions.known_words())),
+        "things": ModelSizes(8, 77, tuple(thing_captions.known_words()), time_scale=0.7),
     }[name]
 
 
