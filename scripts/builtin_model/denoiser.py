@@ -46,9 +46,9 @@ def schedule(time_scale: float) -> dict[str, Any]:
     Args:
         time_scale: only this part of the schedule is used, 0..1, stretched over all timesteps. Below 1 more signal is
             left at each timestep: an edit keeps positions that the whole schedule loses, and a picture from noise
-            begins where the model expects some signal. The betas stay linear in their square roots, because their sum,
-            which is the logarithm of the signal's variance, is that of the whole schedule at `time_scale` times the
-            timestep.
+            begins where the model expects some signal. The betas stay linear in their square roots: the sum of those
+            up to a timestep, which is minus the logarithm of the signal's variance (to first order), is the sum of the
+            whole schedule's up to `time_scale` times the timestep.
     """
     first, last = math.sqrt(_BETA_START), math.sqrt(_BETA_END)
     return {
