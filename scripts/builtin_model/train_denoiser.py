@@ -36,8 +36,8 @@ from scripts.builtin_model.worlds import WORLD_NAMES, World, load_world
 HELD_OUT = 256  # scenes that are not trained on
 LAYOUT_TIMESTEPS = (400, 1000)  # at these timesteps position and shape are decided
 EDIT_TIMESTEPS = 300  # from this timestep on a row may start from another picture: strengths of 0.3 and more
-FIRST_TIMESTEPS = (450, 850)  # edits at strengths of 0.55 to 0.9 begin here: half of the rows that are edits
-WHOLE_SHARE = 0.8  # rows that start from another picture in whole; the others do so in a rectangle
+FIRST_TIMESTEPS = (500, 800)  # edits at strengths of 0.6 to 0.9 begin here: half of the rows that are edits
+WHOLE_SHARE = 0.85  # rows that start from another picture in whole; the others do so in a rectangle
 NOISE_TIMESTEPS = 750  # from this timestep on, half of the other rows are noise alone, as where a picture begins
 UNCAPTIONED_SHARE = 0.1  # rows without a caption, for classifier-free guidance
 

@@ -62,7 +62,7 @@ def model_sizes(name: str) -> ModelSizes:
     """
     return {
         "shapes": ModelSizes(4, 32, tuple(captions.known_words())),
-        "things": ModelSizes(8, 77, tuple(thing_captions.known_words()), time_scale=0.7),
+        "things": ModelSizes(8, 77, tuple(thing_captions.known_words()), time_scale=0.6),
     }[name]
 
 
