@@ -38,7 +38,7 @@ FLOORS_OF_THINGS = {
     "replace with a mask": {"thing": 10},
     "add with a mask": {"thing": 10},
     "remove with a mask": {"gone": 11},
-    "replace at 0.7": {"thing": 9, "background": 11, "in_place": 3},
+    "replace at 0.7": {"thing": 9, "background": 11, "in_place": 8},
     "background at 0.7": {"thing": 9, "background": 11},
 }
 DRAWINGS = Path(__file__).parents[1] / "data" / "things.png"
