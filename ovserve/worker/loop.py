@@ -22,7 +22,9 @@ __all__ = ["DeviceLoop"]
 
 IDLE_HEARTBEAT_S = 1.0
 MIN_HEARTBEAT_GAP_S = 0.25  # while calls run on the device: a small model makes a hundred of them a second
-CALL_PHASES = frozenset({"encode", "denoise", "decode"})  # for them the same silence is allowed by the configuration
+# The configuration allows the same silence in these phases, so they share heartbeats within the gap. A hang may then be
+# reported in the phase before its own.
+CALL_PHASES = frozenset({"encode", "denoise", "decode"})
 ALLOWANCE_FACTOR = 20  # times the slowest recent run of a phase: another size, another batch, a busier machine
 
 
